@@ -1,0 +1,3 @@
+from shardprune.cli import main
+
+main()

@@ -1,0 +1,92 @@
+"""Token windows [samples, seqlen] for calibration and for perplexity."""
+
+import hashlib
+import random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from shardprune.errors import InputError
+from shardprune.sources import Corpus, is_tokens, load_corpus, load_tokens, shuffled
+
+
+def calibration_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, vocabulary: int
+) -> Tensor:
+    """Windows drawn with the seed from a source's token stream, int64 [samples, seqlen].
+
+    Raises:
+        InputError: the source is shorter than one window, or holds too few samples.
+    """
+    if is_tokens(source):
+        tokens = _stored_windows("calibration", source, seqlen, vocabulary)
+        if len(tokens) < samples:
+            raise InputError("samples", f"{samples} is more than the {len(tokens)} rows of {source!r}")
+        return tokens[:samples]
+    corpus = load_corpus("calibration", source, "calibration")
+    if corpus.by_document:
+        return _draw_from_documents(corpus, tokenizer, samples, seqlen, seed, source)
+    stream = _tokenise(tokenizer, corpus.text)
+    _check_length("calibration", source, stream, seqlen)
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(stream) - seqlen) for _ in range(samples)]
+    return torch.stack([stream[start : start + seqlen] for start in starts])
+
+
+def perplexity_windows(
+    source: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, vocabulary: int, limit: int | None
+) -> Tensor:
+    """Non-overlapping windows of a source's token stream, int64 [windows, seqlen]; the rest is dropped.
+
+    The text is tokenised as one stream, as SparseGPT and Wanda do; `limit` keeps the first windows only.
+
+    Raises:
+        InputError: the source is shorter than one window.
+    """
+    if is_tokens(source):
+        return _stored_windows("eval", source, seqlen, vocabulary)[:limit]
+    stream = _tokenise(tokenizer, load_corpus("eval", source, "perplexity").text)
+    _check_length("eval", source, stream, seqlen)
+    return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[:limit].clone()
+
+
+def tokens_hash(tokens: Tensor) -> str:
+    """SHA-256 of the int64 token ids in C order."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+
+
+def _check_length(field: str, source: str, stream: Tensor, seqlen: int) -> None:
+    if len(stream) < seqlen:
+        raise InputError(field, f"{source!r} has {len(stream)} tokens, too short for one window of seqlen {seqlen}")
+
+
+def _stored_windows(field: str, source: str, seqlen: int, vocabulary: int) -> Tensor:
+    tokens = torch.from_numpy(load_tokens(field, source))
+    if tokens.shape[1] != seqlen:
+        raise InputError("seqlen", f"{seqlen} is not the row length {tokens.shape[1]} of {source!r}")
+    if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise InputError(field, f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
+    return tokens
+
+
+def _draw_from_documents(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, source: str
+) -> Tensor:
+    """One window from each of the first `samples` long enough documents, in an order drawn with the seed."""
+    draw = random.Random(seed)
+    windows: list[Tensor] = []
+    for document in shuffled(corpus.documents, seed):
+        tokens = _tokenise(tokenizer, document)
+        if len(tokens) >= seqlen:
+            start = draw.randint(0, len(tokens) - seqlen)
+            windows.append(tokens[start : start + seqlen])
+        if len(windows) == samples:
+            return torch.stack(windows)
+    raise InputError(
+        "samples", f"{samples} is more than the {len(windows)} documents of {source!r} with {seqlen} tokens or more"
+    )

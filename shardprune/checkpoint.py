@@ -1,0 +1,154 @@
+"""Hugging Face checkpoints anywhere fsspec reaches, read tensor by tensor from their headers."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from shardprune.errors import InputError
+from shardprune.safetensors_file import Entry, copy_tensors, read_header, read_tensor
+from shardprune.storage import Folder
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# Everything beside the weights that a checkpoint may carry: configuration, tokenizer, chat template.
+COMPANION = re.compile(
+    r"(config|generation_config|preprocessor_config|.*token.*|chat_template.*|vocab|merges)"
+    r"\.(json|txt|model|jinja)"
+)
+SAMPLE = 64 * 2**10  # bytes read at each of three places of a weight file to tell models apart
+
+
+class Checkpoint:
+    """A checkpoint's config and the place of each of its tensors; no weight is read before it is asked for.
+
+    Args:
+        model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
+
+    Raises:
+        InputError: there is no such checkpoint, or its files are damaged.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.folder = Folder(locate(model))
+        if not self.folder.is_file(CONFIG):
+            raise InputError("model", f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
+        self.entries = self._entries()
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration, as transformers reads it."""
+        with self._local_companions() as local:
+            try:
+                return AutoConfig.from_pretrained(local, trust_remote_code=False)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError("model", f"{self.folder.url}/{CONFIG} cannot be read: {_line(error)}") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
+        with self._local_companions() as local:
+            try:
+                return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise InputError("model", f"{self.folder.url} holds no tokenizer that loads: {_line(error)}") from error
+
+    @contextmanager
+    def _local_companions(self) -> Iterator[str]:
+        """A local folder with the files that transformers reads from a path."""
+        with tempfile.TemporaryDirectory() as local:
+            for name in self.companions():
+                self.folder.fs.get_file(self.folder.path(name), os.path.join(local, name))
+            yield local
+
+    def companions(self) -> list[str]:
+        """Names of the files beside the weights that belong to an ordinary checkpoint."""
+        return [name for name in self.folder.names() if COMPANION.fullmatch(name) and name != INDEX]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype."""
+        return read_tensor(self.folder, self.entries[name])
+
+    def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
+        """Copy tensors into a file of another folder, byte by byte."""
+        copy_tensors(self.folder, {name: self.entries[name] for name in names}, target, file, metadata)
+
+    def identity(self) -> str:
+        """A hash that tells this checkpoint from others: config, headers, sizes and samples of the weights."""
+        digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
+        for file in sorted({entry.file for entry in self.entries.values()}):
+            entries = {name: entry for name, entry in self.entries.items() if entry.file == file}
+            layout = sorted((name, str(e.dtype), e.shape, e.start, e.end) for name, e in entries.items())
+            digest.update(json.dumps(layout).encode())
+            size = max(entry.end for entry in entries.values())
+            for start in (min(e.start for e in entries.values()), size // 2, size - SAMPLE):
+                digest.update(self.folder.read_range(file, max(0, start), min(size, max(0, start) + SAMPLE)))
+        return digest.hexdigest()
+
+    def _entries(self) -> dict[str, Entry]:
+        if self.folder.is_file(INDEX):
+            return self._indexed_entries()
+        if self.folder.is_file(SINGLE):
+            return read_header(self.folder, SINGLE)[0]
+        raise InputError(
+            "model", f"{self.folder.url} holds neither {SINGLE} nor {INDEX}; other weight formats are not read"
+        )
+
+    def _indexed_entries(self) -> dict[str, Entry]:
+        where = f"{self.folder.url}/{INDEX}"
+        try:
+            placed = self.folder.read_json(INDEX)["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError("model", f"{where} cannot be read as an index of tensors") from error
+        headers = {file: read_header(self.folder, file)[0] for file in sorted(set(placed.values()))}
+        for name, file in placed.items():
+            if name not in headers[file]:
+                raise InputError("model", f"{where} places {name} in {file}, which has no such tensor")
+        return {name: headers[file][name] for name, file in placed.items()}
+
+
+def locate(model: str) -> str:
+    """The URL or path of a checkpoint; a hub name becomes its cached snapshot, or `hf://` when there is none.
+
+    Raises:
+        InputError: it is neither a directory, a URL, nor the form of a hub name.
+    """
+    if "://" in model or os.path.isdir(model):
+        return model
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise InputError("model", f"{model!r} is no directory, no URL and no hub name (organisation/name)")
+    return _cached_snapshot(model) or f"hf://{model}"
+
+
+def _cached_snapshot(name: str) -> str | None:
+    """The folder of a hub model that lies complete in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, local_files_only=True)
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    index = os.path.join(folder, INDEX)
+    if os.path.isfile(index):
+        with open(index) as file:
+            files = set(json.load(file)["weight_map"].values())
+    else:
+        files = {SINGLE}
+    complete = all(os.path.isfile(os.path.join(folder, name)) for name in {CONFIG, *files})
+    return folder if complete else None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,140 @@
+"""The `shardprune` command: options become a recipe, the recipe becomes a run. No logic here."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import typer
+from click.exceptions import ClickException, Exit
+
+from shardprune.errors import InputError
+from shardprune.recipe import Recipe, choices
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune large language models on all the GPUs there are.",
+)
+
+
+@app.callback()
+def _commands() -> None:
+    pass
+
+
+def _options(settings: type[Recipe]) -> list[inspect.Parameter]:
+    """One option for every field of a recipe, in the panel of the group that declares it."""
+    parameters = []
+    for group in (*settings.__bases__[-1:], *settings.__bases__[:-1]):
+        for name in group.__annotations__:
+            field = settings.model_fields[name]
+            flag = name.replace("_", "-")
+            flags = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
+            text = field.description or ""
+            if not field.is_required() and field.default not in (None, ()):
+                text += f" (default: {field.default})"
+            option = typer.Option(
+                flags,
+                help=text,
+                rich_help_panel=inspect.getdoc(group),
+                metavar="|".join(choices(name)) or _metavar(field.annotation),
+                show_default=False,
+            )
+            annotation: Any = Annotated[_plain_type(field.annotation) | None, option]
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            )
+    return parameters
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type that the command line parses for a field; the recipe checks the value."""
+    if get_origin(annotation) is tuple:
+        return list[str]
+    for plain in (bool, int, float):
+        if annotation is plain or plain in get_args(annotation):
+            return plain
+    return str
+
+
+def _metavar(annotation: Any) -> str | None:
+    return {int: "N", float: "FRACTION", bool: None}.get(_plain_type(annotation), "TEXT")
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that takes `**options` the options of a recipe."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [*own, *_options(Recipe)]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@app.command(epilog="Example: shardprune prune MODEL --out OUT --sparsity 0.5 --calibration c4 --eval wikitext2")
+@_with_options
+def prune(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+    ] = None,
+    *,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with any of the fields below; options override it", show_default=False),
+    ] = None,
+    **options: Any,
+) -> None:
+    """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
+    from shardprune.run import prune as run
+
+    given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, [])}
+    _show(run(Recipe.load(recipe, given)))
+
+
+@app.command(epilog="Example: shardprune demo --out runs/demo")
+def demo(
+    out: Annotated[str, typer.Option(help="Directory of the result")] = "runs/demo",
+    shards: Annotated[int, typer.Option(help="Shards, one Ray actor each")] = 2,
+) -> None:
+    """Prune the bundled model to half its weights on Ray shards. Needs no network."""
+    from shardprune.demo import demo_recipe
+    from shardprune.run import prune as run
+
+    _show(run(demo_recipe(out, shards)))
+
+
+def _show(result: Any) -> None:
+    from rich.console import Console
+
+    from shardprune.summary import summary
+
+    Console().print(summary(result))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command: exit code 0 on success, 2 with one line on bad input, 1 with a traceback otherwise."""
+    try:
+        code = app(arguments, standalone_mode=False)
+    except InputError as error:
+        sys.exit(_fail(str(error)))
+    except ClickException as error:
+        sys.exit(_fail(error.format_message()))
+    except Exit as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Workers as the driver sees them: call a verb, get a reference, pass it on, ask for its value."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from shardprune.shard.worker import WorkerSpec
+
+Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
+
+
+class Group(Protocol):
+    """Workers [shard][replica].
+
+    Calls to one worker run in the order of their submission. Arguments are positional, and a reference
+    among them arrives as its value.
+    """
+
+    concurrent: bool  # whether different workers work at the same time
+
+    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref: ...
+
+    def get(self, ref: Ref) -> Any:
+        """The value of a reference.
+
+        Raises:
+            WorkerLost: the worker or its node died.
+        """
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What the living nodes of a machine or cluster offer in all."""
+
+    cpus: int
+    gpus: int
+
+    def workers(self, device: str) -> int:
+        """How many workers fit: one per GPU, or one per CPU."""
+        return self.gpus if device == "cuda" else self.cpus
+
+
+def this_machine() -> Slots:
+    """The slots of the machine that this process runs on."""
+    return Slots(os.cpu_count() or 1, torch.cuda.device_count())
+
+
+class Backend(Protocol):
+    """Where workers come from."""
+
+    def slots(self) -> Slots:
+        """What there is to work on.
+
+        Raises:
+            InputError: the cluster cannot be reached.
+        """
+
+    def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
+        """Start the workers; `store_bytes` is the memory for what is under way between them.
+
+        Raises:
+            InputError: there is no room for them.
+            WorkerLost: one died while it started.
+        """
+
+    def settle(self) -> Slots:
+        """After a worker was lost: wait until it is known what is left."""
+
+    def close(self) -> None: ...
+
+
+def flow(group: Group, refs: Iterable[Ref], in_flight: int) -> Iterator[Any]:
+    """The values of references in their order, at most `in_flight` of them unfinished at any time.
+
+    `refs` submits a call whenever its next reference is asked for, so that this is where work is held back.
+    """
+    limit = in_flight if group.concurrent else 1
+    window: deque[Ref] = deque()
+    for ref in refs:
+        window.append(ref)
+        if len(window) >= limit:
+            yield group.get(window.popleft())
+    while window:
+        yield group.get(window.popleft())

@@ -1,0 +1,81 @@
+"""Which layers go to which shard, and which runs of layers are pruned independently."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardprune.errors import InputError
+from shardprune.shard.waves import split
+
+Propagation = Literal["exact", "parallel"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shards and segments of a model's layers, and replicas of each shard.
+
+    `segments` are fixed when a run starts and shape its result; `shards` and `replicas` say who works
+    and may change when workers are lost. One segment spans all shards; several lie whole inside them.
+    """
+
+    segments: tuple[range, ...]
+    shards: tuple[range, ...]
+    replicas: int
+
+    @property
+    def workers(self) -> int:
+        return len(self.shards) * self.replicas
+
+    def shard_of(self, layer: int) -> int:
+        """The shard that owns a layer."""
+        return next(index for index, shard in enumerate(self.shards) if layer in shard)
+
+    def lanes(self) -> list[list[range]]:
+        """The segments that one after another go through the same workers; lanes work side by side."""
+        if len(self.segments) == 1:
+            return [list(self.segments)]
+        return [[segment for segment in self.segments if segment.start in shard] for shard in self.shards]
+
+    def shrunk_to(self, slots: int) -> "Layout":
+        """The layout for at most `slots` workers: fewer replicas first if they do not divide, then fewer shards."""
+        if slots >= self.workers:
+            return self
+        replicas = min(self.replicas, slots)
+        return Layout(self.segments, _shards(self.segments, max(1, slots // replicas)), replicas)
+
+
+def plan_layout(
+    layers: int, samples: int, propagation: Propagation, shards: int, replicas: int, segments: int | None
+) -> Layout:
+    """The layout of a run.
+
+    Args:
+        shards, replicas: as asked for or chosen for the machine.
+        segments: as a run that goes on was started with, as asked for, or None.
+
+    Raises:
+        InputError: there are more shards than layers or segments, or more replicas than samples.
+    """
+    if shards > layers:
+        raise InputError("shards", f"{shards} is more than the model's {layers} layers")
+    if replicas > samples:
+        raise InputError("replicas", f"{replicas} is more than the {samples} samples")
+    if propagation == "exact":
+        if segments not in (None, 1):
+            raise InputError("segments", f"{segments} needs propagation parallel; exact propagation has one segment")
+        count = 1
+    else:
+        count = segments or shards
+        if count > layers:
+            raise InputError("segments", f"{count} is more than the model's {layers} layers")
+        if count < shards:
+            raise InputError("segments", f"{count} is fewer than the {shards} shards; use at least one per shard")
+    bounds = tuple(split(layers, count))
+    return Layout(bounds, _shards(bounds, shards), replicas)
+
+
+def _shards(segments: tuple[range, ...], count: int) -> tuple[range, ...]:
+    """Contiguous shards: of layers where there is one segment, else of whole segments."""
+    if len(segments) == 1:
+        return tuple(split(len(segments[0]), count))
+    groups = [segments[part.start : part.stop] for part in split(len(segments), count)]
+    return tuple(range(group[0].start, group[-1].stop) for group in groups)

@@ -1,0 +1,183 @@
+"""Workers as Ray actors under one placement group, one GPU or CPU slot each."""
+
+import os
+import time
+from typing import Any
+
+# Tensors cross the object store without being pickled; every process must agree. A cluster that a run
+# starts for itself listens on loopback only. Both are read when Ray is imported.
+os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+from shardprune.cluster.group import Group, Ref, Slots, this_machine
+from shardprune.errors import InputError, WorkerLost
+from shardprune.shard.worker import ShardWorker, WorkerSpec
+
+LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+PLACEMENT_SECONDS = 120.0
+PROBE_SECONDS = 10.0  # for a node to answer after a worker was lost
+DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
+WORKER_ENV = ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS",)
+
+
+class RayBackend:
+    """A Ray cluster: the one at `address` or RAY_ADDRESS, else one of this machine's own that ends with the run."""
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS")
+        self._connected_here = False
+
+    def slots(self) -> Slots:
+        if not self._address and not ray.is_initialized():
+            return this_machine()
+        self._connect()
+        return cluster_slots()
+
+    def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
+        self._connect(
+            num_cpus=max(len(specs), os.cpu_count() or 1),
+            object_store_memory=store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+        return RayGroup(specs)
+
+    def settle(self) -> Slots:
+        return settled_slots()
+
+    def close(self) -> None:
+        if self._connected_here:
+            ray.shutdown()
+
+    def _connect(self, **own_cluster: Any) -> None:
+        """Connect to the cluster, or start one of our own with the given settings."""
+        if ray.is_initialized():
+            return
+        environment = {"env_vars": {name: os.environ[name] for name in WORKER_ENV}}
+        try:
+            if self._address:
+                ray.init(self._address, runtime_env=environment, logging_level="ERROR")
+            else:
+                ray.init("local", runtime_env=environment, logging_level="ERROR", **own_cluster)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            if not self._address:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise InputError("address", f"no Ray cluster answers at {self._address!r}: {reason}") from error
+        self._connected_here = True
+
+
+def cluster_slots() -> Slots:
+    """What the living nodes of the connected cluster offer in all."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Slots(int(sum(node.get("CPU", 0) for node in alive)), int(sum(node.get("GPU", 0) for node in alive)))
+
+
+class RayGroup:
+    """Workers [shard][replica] as actors that are never restarted: the driver owns recovery.
+
+    Raises:
+        InputError: the cluster has no room for the workers.
+        WorkerLost: a worker died while it started.
+    """
+
+    concurrent = True
+
+    def __init__(self, specs: list[WorkerSpec]) -> None:
+        gpu = specs[0].device == "cuda"
+        available = cluster_slots()
+        cpus = 1 if gpu else max(1, min(specs[0].threads, available.cpus // len(specs)))
+        bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
+        if available.workers(specs[0].device) < len(specs):
+            raise InputError(
+                "shards",
+                f"{len(specs)} workers need as many {'GPUs' if gpu else 'CPUs'}; "
+                f"the cluster has {available.workers(specs[0].device)}",
+            )
+        self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
+        self._actors: dict[tuple[int, int], Any] = {}
+        try:
+            if not self._placement.wait(PLACEMENT_SECONDS):
+                wanted = f"{len(specs)} x {bundle}"
+                raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
+            actor_class = ray.remote(max_restarts=0, max_task_retries=0)(ShardWorker)
+            for index, spec in enumerate(specs):
+                self._actors[spec.shard, spec.replica] = actor_class.options(
+                    num_cpus=cpus,
+                    num_gpus=1 if gpu else 0,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
+                ).remote(spec)
+            for shard, replica in self._actors:  # errors of the start are the caller's, not the first verb's
+                self.get(self.submit(shard, replica, "usage"))
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
+        actor = self._actors.get((shard, replica))
+        if actor is None:
+            raise WorkerLost(f"worker {shard}.{replica} is gone")
+        return getattr(actor, verb).remote(*args)
+
+    def get(self, ref: Ref) -> Any:
+        try:
+            return ray.get(ref)
+        except LOST as error:
+            raise WorkerLost(str(error).strip().splitlines()[0]) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, LOST):
+                raise WorkerLost(str(error.cause).strip().splitlines()[0]) from error
+            raise error.as_instanceof_cause() if error.cause else error from None
+
+    def close(self) -> None:
+        """End all workers and give back their slots."""
+        actors, self._actors = list(self._actors.values()), {}
+        for actor in actors:
+            ray.kill(actor)
+        remove_placement_group(self._placement)
+
+
+def settled_slots() -> Slots:
+    """After a worker was lost: wait until every node either answers or is declared dead; what is left.
+
+    A node that has just gone still counts as alive to Ray for some seconds, and a placement made in that
+    time would wait for it.
+    """
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def answer() -> bool:
+        return True
+
+    deadline = time.monotonic() + DEATH_SECONDS
+    while True:
+        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+        strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in alive]
+        probes = [answer.options(scheduling_strategy=strategy).remote() for strategy in strategies]
+        if all(_answered(probe) for probe in probes):
+            return cluster_slots()
+        if time.monotonic() > deadline:
+            raise WorkerLost(f"a node neither answers nor is declared dead after {DEATH_SECONDS:g} s")
+        time.sleep(1)
+
+
+def _answered(probe: Ref) -> bool:
+    try:
+        return ray.get(probe, timeout=PROBE_SECONDS)
+    except (*LOST, RayTaskError, GetTimeoutError, ray.exceptions.RayError):
+        return False

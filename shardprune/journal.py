@@ -1,0 +1,101 @@
+"""The record of a run in its output directory: which layers are finished, and what was decided at the start.
+
+A finished layer file is the record of that layer: it appears whole or not at all, and its header carries
+the run's fingerprint and the layer's report. `run.json` claims the directory and keeps what a later
+attempt must not decide anew.
+"""
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from shardprune.errors import InputError
+from shardprune.safetensors_file import read_header, write_tensors
+from shardprune.storage import Folder
+
+STATE = "run.json"
+RESULT = "result.json"
+KEY = "shardprune"  # of the metadata in a layer file's header
+
+
+class Journal:
+    """The output directory of a run with a given fingerprint over a model of `layers` decoder layers."""
+
+    def __init__(self, out: str, fingerprint: str, layers: int) -> None:
+        self.folder = Folder(out)
+        self.fingerprint = fingerprint
+        self.layers = layers
+
+    # -- names --------------------------------------------------------------------------------------------
+
+    @property
+    def frame_file(self) -> str:
+        """The file of everything but the decoder layers."""
+        return self._file(0)
+
+    def layer_file(self, layer: int) -> str:
+        return self._file(layer + 1)
+
+    def _file(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self.layers + 1:05d}.safetensors"
+
+    # -- the claim ------------------------------------------------------------------------------------------
+
+    def check(self, resume: bool) -> dict[str, Any] | None:
+        """The state of this run's earlier attempt, or None where the directory is free.
+
+        Raises:
+            InputError: the directory holds something else, or may not be resumed.
+        """
+        names = [name for name in self.folder.names() if not name.endswith(".tmp")]
+        if not names:
+            return None
+        record = next((name for name in (RESULT, STATE) if name in names), None)
+        if record is None:
+            raise InputError("out", f"{self.folder.url} is not empty and holds no run; choose an empty directory")
+        state = self.folder.read_json(record)
+        if state.get("fingerprint") != self.fingerprint:
+            raise InputError("out", f"{self.folder.url} holds another run; choose an empty directory")
+        if not resume:
+            raise InputError("out", f"{self.folder.url} holds this run already; resume it or choose an empty directory")
+        return self.folder.read_json(STATE) if STATE in names else state
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Record the state of the run, and with the first call claim the directory."""
+        self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
+
+    # -- layers ---------------------------------------------------------------------------------------------
+
+    def finished(self) -> dict[int, list[dict[str, Any]]]:
+        """The reports of all finished layers by layer."""
+        present = set(self.folder.names())
+        reports = {}
+        for layer in range(self.layers):
+            if self.layer_file(layer) in present:
+                _, metadata = read_header(self.folder, self.layer_file(layer))
+                record = json.loads(metadata.get(KEY, "{}"))
+                if record.get("fingerprint") != self.fingerprint:
+                    raise InputError("out", f"{self.layer_file(layer)} belongs to another run")
+                reports[layer] = record["projections"]
+        return reports
+
+    def write_layer(self, layer: int, tensors: dict[str, Tensor], projections: list[dict[str, Any]]) -> None:
+        """Write a finished layer with its report: from then on no attempt works on it again."""
+        record = {"fingerprint": self.fingerprint, "layer": layer, "projections": projections}
+        write_tensors(self.folder, self.layer_file(layer), tensors, {KEY: json.dumps(record)})
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result; the state is no longer needed."""
+        self.folder.write_json(RESULT, result)
+        if self.folder.is_file(STATE):
+            self.folder.remove(STATE)
+
+
+def recorded_recipe(out: str) -> dict[str, Any]:
+    """The recipe, with all its choices made, of the run that an output directory holds; empty where it holds none."""
+    folder = Folder(out)
+    for name in (STATE, RESULT):
+        if folder.is_file(name):
+            return folder.read_json(name).get("recipe", {})
+    return {}

@@ -1,0 +1,215 @@
+"""Everything that is decided before any work: inputs opened and checked, layout, fingerprint, output claimed."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardprune.allocation import ALLOCATIONS, Projection
+from shardprune.calibration import calibration_windows, perplexity_windows, tokens_hash
+from shardprune.checkpoint import Checkpoint, locate
+from shardprune.cluster.group import Backend, Slots
+from shardprune.cluster.layout import Layout, plan_layout
+from shardprune.errors import InputError
+from shardprune.journal import Journal, recorded_recipe
+from shardprune.recipe import Recipe
+from shardprune.shard.worker import WorkerSpec
+from shardprune.skeleton import Skeleton, check_tensors
+from shardprune.storage import absolute, in_process_only
+
+FORMAT = 1  # of what a fingerprint covers; changes when the same recipe gives other tensors
+ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that activations may take before they go to host memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start. `recipe` has every choice made that the user left open."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    calibration: Tensor
+    evaluations: dict[str, Tensor]
+    sparsities: dict[tuple[int, str], float]
+    layout: Layout
+    journal: Journal
+    state: dict[str, Any]
+
+    @property
+    def streamed(self) -> bool:
+        return self.recipe.weights == "streamed"
+
+    @property
+    def wave(self) -> int:
+        return self.recipe.sequences_per_wave
+
+    @property
+    def shapes(self) -> list[dict[str, tuple[int, int]]]:
+        """[rows, cols] of every projection, by layer and name."""
+        return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
+
+    def worker_specs(self, layout: Layout, finished: set[int]) -> list[WorkerSpec]:
+        """What each worker of a layout must know."""
+        recipe = self.recipe
+        assert recipe.threads is not None
+        return [
+            WorkerSpec(
+                model=self.checkpoint.folder.url,
+                out=recipe.out,
+                fingerprint=self.journal.fingerprint,
+                shard=shard,
+                replica=replica,
+                layers=layers,
+                method=recipe.method,
+                pattern=recipe.pattern,
+                measure_error=recipe.measure_error,
+                weights=recipe.weights,
+                activations=self._place(layout),
+                device=recipe.device,
+                dtype=str(self.skeleton.dtype).removeprefix("torch."),
+                threads=recipe.threads,
+                finished=frozenset(finished),
+            )
+            for shard, layers in enumerate(layout.shards)
+            for replica in range(layout.replicas)
+        ]
+
+    def store_bytes(self) -> int:
+        """Memory for what is under way between workers: waves, and the sums that replicas exchange."""
+        hidden = self.skeleton.config.hidden_size
+        wave = self.wave * self.recipe.seqlen * hidden * self.skeleton.dtype.itemsize
+        waves = 4 * wave * (len(self.layout.shards) + 3 * self.layout.replicas)
+        cols = {names[0]: self.shapes[0][names[0]][1] for names in self.skeleton.family.inputs}
+        sums = (self.layout.replicas - 1) * sum(4 * width**2 for width in cols.values())
+        weights = sum(rows * cols for rows, cols in self.shapes[0].values()) * self.skeleton.dtype.itemsize
+        return max(128 * 2**20, waves + sums + (weights if self.layout.replicas > 1 else 0))
+
+    def _place(self, layout: Layout) -> Any:
+        """Where activations live: in host memory when they do not fit beside everything else."""
+        if self.recipe.activations != "auto":
+            return self.recipe.activations
+        if self.recipe.device == "cpu":
+            return "host"
+        samples = -(-len(self.calibration) // layout.replicas)
+        held = max(len(lane) for lane in layout.lanes())
+        token_bytes = self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
+        bytes_held = held * samples * self.recipe.seqlen * token_bytes
+        memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+        return "device" if bytes_held <= ACTIVATIONS_SHARE * memory else "host"
+
+
+def make_plan(recipe: Recipe, backend: Backend) -> Plan:
+    """Open and check everything that a recipe names, and decide what it leaves open.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    for field, url in (("model", recipe.model), ("out", recipe.out)):
+        if in_process_only(url) and recipe.backend != "local":
+            raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
+    checkpoint = Checkpoint(absolute(locate(recipe.model)))
+    slots = backend.slots()
+    recipe = recipe.model_copy(update={"device": _device(recipe, slots)})
+    skeleton = Skeleton(checkpoint.config, "cpu", _dtype(recipe, checkpoint))
+    check_tensors(skeleton, checkpoint)
+    _check_seqlen(recipe, skeleton)
+    _check_layout(recipe, skeleton.layers)
+
+    tokenizer = checkpoint.tokenizer()
+    vocabulary = skeleton.config.vocab_size
+    calibration = calibration_windows(
+        recipe.calibration, tokenizer, recipe.samples, recipe.seqlen, recipe.seed, vocabulary
+    )
+    evaluations = {
+        source: perplexity_windows(source, tokenizer, recipe.seqlen, vocabulary, recipe.eval_windows)
+        for source in recipe.eval
+    }
+
+    recorded = recorded_recipe(absolute(recipe.out)) if recipe.resume else {}
+    recipe, layout = _decide(recipe, slots, skeleton.layers, recorded)
+    fingerprint = _fingerprint(recipe, layout, skeleton, checkpoint, calibration)
+    journal = Journal(recipe.out, fingerprint, skeleton.layers)
+    state = journal.check(recipe.resume) or {}
+
+    projections = [
+        Projection(index, name, rows * cols)
+        for index in range(skeleton.layers)
+        for name, (rows, cols) in skeleton.projection_shapes(index).items()
+    ]
+    sparsities = ALLOCATIONS[recipe.allocation](projections, recipe.target)
+    return Plan(recipe, checkpoint, skeleton, calibration, evaluations, sparsities, layout, journal, state)
+
+
+def _decide(recipe: Recipe, slots: Slots, layers: int, recorded: dict[str, Any]) -> tuple[Recipe, Layout]:
+    """Choose shards, replicas and threads where the recipe leaves them open.
+
+    What shapes the result to the bit (segments, threads) stays as an earlier attempt recorded it.
+    """
+    parallel = recipe.propagation == "parallel"
+    segments = recipe.segments or (recorded.get("segments") if parallel else None)
+    shards = recipe.shards or (min(layers, segments or layers, slots.workers(recipe.device)) if parallel else 1)
+    spare = slots.gpus // shards if recipe.device == "cuda" and not parallel else 1
+    replicas = recipe.replicas or max(1, min(spare, recipe.samples))
+    if parallel and recipe.shards and segments and not recipe.segments:
+        shards = min(shards, segments)  # goes on with the segments of its start
+    layout = plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, segments)
+    threads = recipe.threads or recorded.get("threads") or max(1, slots.cpus // layout.workers)
+    chosen = {
+        "model": absolute(locate(recipe.model)),
+        "out": absolute(recipe.out),
+        "shards": shards,
+        "replicas": replicas,
+        "segments": len(layout.segments) if parallel else None,
+        "threads": threads,
+        "wave": recipe.sequences_per_wave,
+    }
+    return recipe.model_copy(update=chosen), layout
+
+
+def _fingerprint(
+    recipe: Recipe, layout: Layout, skeleton: Skeleton, checkpoint: Checkpoint, calibration: Tensor
+) -> str:
+    """A hash of everything that shapes the tensors, and nothing else: the same run on other workers is the same run."""
+    content = {
+        "format": FORMAT,
+        "model": checkpoint.identity(),
+        "tokens": tokens_hash(calibration),
+        "seqlen": recipe.seqlen,
+        "wave": recipe.sequences_per_wave,
+        "dtype": str(skeleton.dtype),
+        "segments": [segment.start for segment in layout.segments],
+        **recipe.model_dump(include={"method", "sparsity", "pattern", "allocation", "measure_error"}),
+    }
+    content["sparsity"] = recipe.target
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _device(recipe: Recipe, slots: Slots) -> str:
+    if recipe.device == "cuda" and not slots.gpus:
+        raise InputError("device", "'cuda' needs a GPU, and there is none; use cpu")
+    return recipe.device if recipe.device != "auto" else ("cuda" if slots.gpus else "cpu")
+
+
+def _dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
+    for; else the dtype in which the model's projections are stored."""
+    stored = {entry.dtype for entry in checkpoint.entries.values() if len(entry.shape) == 2}
+    if recipe.dtype == "float32" or recipe.device == "cpu" or len(stored) != 1:
+        return torch.float32
+    return stored.pop()
+
+
+def _check_seqlen(recipe: Recipe, skeleton: Skeleton) -> None:
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit and recipe.seqlen > limit:
+        raise InputError("seqlen", f"{recipe.seqlen} is more than the model's {limit} positions")
+
+
+def _check_layout(recipe: Recipe, layers: int) -> None:
+    """Check what the recipe asks for before anything is read that takes time."""
+    shards = recipe.shards or 1
+    replicas = recipe.replicas or 1
+    plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, recipe.segments)

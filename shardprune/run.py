@@ -1,0 +1,212 @@
+"""The story of a run, from top to bottom."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from shardprune.calibration import tokens_hash
+from shardprune.cluster.group import Backend, Group
+from shardprune.cluster.layout import Layout
+from shardprune.cluster.local_backend import LocalBackend
+from shardprune.cluster.passes import Waves, observe, parts_of_pass, perplexity
+from shardprune.cluster.pruning import Work, prune_segments
+from shardprune.errors import WorkerLost
+from shardprune.journal import Journal
+from shardprune.output import write_frame, write_index
+from shardprune.plan import Plan, make_plan
+from shardprune.progress import Output
+from shardprune.recipe import Recipe
+from shardprune.result import (
+    CalibrationResult,
+    ModelSize,
+    Perplexity,
+    ProjectionResult,
+    Result,
+    Sparsity,
+    WorkerResult,
+)
+from shardprune.shard.layers import Version
+
+
+class Clock:
+    """Wall-clock seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def total(self) -> dict[str, float]:
+        """All phases and their total so far, rounded to milliseconds."""
+        return {name: round(value, 3) for name, value in self.seconds.items()} | {
+            "total": round(time.monotonic() - self._started, 3)
+        }
+
+
+def prune(recipe: Recipe, output: Output | None = None) -> Result:
+    """Prune a model as a recipe says, and return what `result.json` in the output holds.
+
+    Where the output holds the same run unfinished, only what is missing is done.
+
+    Raises:
+        InputError: something in the recipe cannot work; nothing has been written then.
+        SolverError: a projection cannot be solved.
+        WorkerLost: workers died more than `max_restarts` times.
+    """
+    output = output or Output()
+    clock = Clock()
+    backend = _backend(recipe)
+    try:
+        with clock.phase("plan"):
+            plan = make_plan(recipe, backend)
+        if result := _done_already(plan):
+            output.say(f"{plan.recipe.out} is finished already")
+            return result
+        return _Run(plan, backend, output, clock).go()
+    finally:
+        backend.close()
+
+
+def _backend(recipe: Recipe) -> Backend:
+    if recipe.backend == "local":
+        return LocalBackend()
+    from shardprune.cluster.ray_backend import RayBackend
+
+    return RayBackend(recipe.address)
+
+
+def _done_already(plan: Plan) -> Result | None:
+    """The result of a finished run that lacks nothing of what is asked for."""
+    if "sparsity" not in plan.state or not set(plan.evaluations) <= set(plan.state["perplexity"]):
+        return None
+    return Result(**plan.state)
+
+
+class _Run:
+    """One run over as many attempts as it takes; each goes on from the layers that are finished."""
+
+    def __init__(self, plan: Plan, backend: Backend, output: Output, clock: Clock) -> None:
+        self.plan = plan
+        self.backend = backend
+        self.output = output
+        self.clock = clock
+        self.journal: Journal = plan.journal
+        self.perplexity: dict[str, dict[str, Any]] = dict(plan.state.get("perplexity", {}))
+        self.restarts: int = plan.state.get("restarts", 0)
+        self.workers: list[dict[str, Any]] = []
+
+    def go(self) -> Result:
+        self.journal.folder.remove_partial()
+        self._save()
+        layout, lost = self.plan.layout, 0
+        while True:
+            try:
+                self._attempt(layout)
+                break
+            except WorkerLost as error:
+                lost += 1
+                self.restarts += 1
+                if lost > self.plan.recipe.max_restarts:
+                    raise
+                self.output.say(f"a worker was lost ({error}); going on with what is left")
+                slots = self.backend.settle()
+                layout = self.plan.layout.shrunk_to(slots.workers(self.plan.recipe.device))
+                self._save()
+        return self._finish()
+
+    def _attempt(self, layout: Layout) -> None:
+        """Measure, observe, prune, measure again: whatever of it is not yet done."""
+        plan, finished = self.plan, set(self.journal.finished())
+        if finished:
+            self.output.say(f"{len(finished)} of {plan.skeleton.layers} layers are finished already")
+        with self.clock.phase("load"):
+            group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
+        try:
+            with self.clock.phase("evaluate"):
+                self._measure(group, layout, "before", "dense")
+            self._prune(group, layout, finished)
+            with self.clock.phase("evaluate"):
+                self._measure(group, layout, "after", "latest")
+            self.workers = [
+                group.get(group.submit(shard, replica, "usage"))
+                for shard in range(len(layout.shards))
+                for replica in range(layout.replicas)
+            ]
+        finally:
+            group.close()
+
+    def _prune(self, group: Group, layout: Layout, finished: set[int]) -> None:
+        plan = self.plan
+        waves = Waves(plan.calibration, layout.replicas, plan.wave)
+        work = Work(plan.sparsities, frozenset(finished), plan.skeleton.family.inputs, plan.shapes)
+        starts = tuple(part.start for part in layout.segments if part.start and work.unfinished(part))
+        if starts:
+            parts = parts_of_pass(waves, max(starts), plan.streamed)
+            with self.clock.phase("observe"), self.output.step("observe", parts) as step:
+                observe(group, layout, waves, starts, plan.streamed, step)
+        parts = work.parts(layout.segments, len(waves.all))
+        if parts:
+            with self.clock.phase("prune"), self.output.step("prune", parts) as step:
+                prune_segments(group, layout, waves, work, step)
+
+    def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
+        """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
+        for source, windows in self.plan.evaluations.items():
+            record = self.perplexity.setdefault(
+                source, {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
+            )
+            if record.get(when) is not None and record["windows"] == len(windows):
+                continue
+            waves = Waves(windows, layout.replicas, self.plan.wave)
+            parts = parts_of_pass(waves, self.plan.skeleton.layers, self.plan.streamed)
+            with self.output.step(f"perplexity {when}", parts) as step:
+                record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
+            self._save()
+
+    def _save(self) -> None:
+        recipe = self.plan.recipe.model_dump(mode="json")
+        self.journal.save({"recipe": recipe, "perplexity": self.perplexity, "restarts": self.restarts})
+
+    def _finish(self) -> Result:
+        """Write what makes the layer files a checkpoint, and the result last."""
+        plan = self.plan
+        with self.clock.phase("write"):
+            write_frame(plan.checkpoint, plan.skeleton, self.journal)
+            write_index(plan.checkpoint, plan.skeleton, self.journal)
+        reports = [report for _, layer in sorted(self.journal.finished().items()) for report in layer]
+        zeros, weights = (sum(report[key] for report in reports) for key in ("zeros", "weights"))
+        parameters = plan.skeleton.parameters()
+        seconds = self.clock.total()
+        for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
+            seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
+        result = Result(
+            command="prune",
+            fingerprint=self.journal.fingerprint,
+            recipe=plan.recipe.model_dump(mode="json"),
+            model=ModelSize(parameters_before=parameters, parameters_after=parameters),
+            calibration=CalibrationResult(
+                source=plan.recipe.calibration,
+                samples=len(plan.calibration),
+                seqlen=plan.recipe.seqlen,
+                tokens_sha256=tokens_hash(plan.calibration),
+            ),
+            sparsity=Sparsity(
+                target=plan.recipe.target,
+                achieved=zeros / weights,
+                projections=[ProjectionResult(**report) for report in reports],
+            ),
+            perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
+            seconds=seconds,
+            workers=[WorkerResult(**worker) for worker in self.workers],
+            restarts=self.restarts,
+        )
+        self.journal.finish(result.as_json())
+        return result

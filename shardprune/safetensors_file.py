@@ -1,0 +1,147 @@
+"""The safetensors format, read and written tensor by tensor on any file system.
+
+A file is eight bytes with the header's length (little-endian), the header in JSON, then the tensors'
+bytes in C order without holes. The library reads whole local files only; one tensor of a remote shard
+is one ranged read here.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardprune.errors import InputError
+from shardprune.storage import CHUNK, Folder
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes [start, end) of `file`."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and the metadata of a file, checked against its size.
+
+    Raises:
+        InputError: the file is missing, no safetensors file, or truncated.
+    """
+    where = f"{folder.url}/{name}"
+    if not folder.is_file(name):
+        raise InputError("model", f"{where} does not exist")
+    size = folder.size(name)
+    length = int.from_bytes(folder.read_range(name, 0, 8), "little") if size >= 8 else 0
+    if not 2 <= length <= HEADER_LIMIT:
+        raise InputError("model", f"{where} is not a safetensors file")
+    if 8 + length > size:
+        raise InputError("model", f"{where} is truncated or not a safetensors file: its header ends after the file")
+    try:
+        header = json.loads(folder.read_range(name, 8, 8 + length))
+        metadata = header.pop("__metadata__", {})
+        entries = {key: _entry(name, 8 + length, value) for key, value in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError("model", f"{where} is not a safetensors file: its header cannot be read") from error
+    expected = max((entry.end for entry in entries.values()), default=8 + length)
+    if expected != size:
+        raise InputError("model", f"{where} is truncated or damaged: it has {size} bytes, its header says {expected}")
+    return entries, metadata
+
+
+def _entry(file: str, offset: int, value: dict) -> Entry:
+    start, end = value["data_offsets"]
+    if value["dtype"] not in DTYPES:
+        raise InputError("model", f"{file} holds {value['dtype']} tensors; use one of {', '.join(DTYPES)}")
+    entry = Entry(file, DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + end)
+    if end - start != math.prod(entry.shape) * entry.dtype.itemsize:
+        raise ValueError("a tensor's bytes do not match its shape")
+    return entry
+
+
+def read_tensor(folder: Folder, entry: Entry) -> Tensor:
+    """One tensor, in memory of its own."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if tensor.numel():
+        folder.read_into(entry.file, entry.start, _bytes(tensor))
+    return tensor
+
+
+def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file of tensors, one tensor at a time."""
+    tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+    shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+
+    def content(key: str) -> Iterator[memoryview]:
+        yield _bytes(tensors[key].cpu().contiguous())
+
+    _write(folder, name, shapes, metadata, content)
+
+
+def copy_tensors(
+    source: Folder, entries: Mapping[str, Entry], target: Folder, name: str, metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors copied byte by byte from other files, never holding a whole one."""
+    shapes = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+
+    def content(key: str) -> Iterator[memoryview]:
+        entry = entries[key]
+        for start in range(entry.start, entry.end, CHUNK):
+            buffer = bytearray(min(CHUNK, entry.end - start))
+            source.read_into(entry.file, start, memoryview(buffer))
+            yield memoryview(buffer)
+
+    _write(target, name, shapes, metadata, content)
+
+
+def _write(
+    folder: Folder,
+    name: str,
+    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    content: Callable[[str], Iterable[memoryview]],
+) -> None:
+    # Wide dtypes first, so that every tensor is aligned to its own item size.
+    order = sorted(shapes, key=lambda key: (-shapes[key][0].itemsize, key))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for key in order:
+        dtype, shape = shapes[key]
+        size = math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for key in order:
+            yield from content(key)
+
+    folder.write(name, parts())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,1 @@
+"""A shard of decoder layers and the work on it. Runs without Ray."""

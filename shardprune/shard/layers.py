@@ -1,0 +1,90 @@
+"""The decoder layers that a worker has in memory: its whole shard, or one and the next."""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+from torch import nn
+
+from shardprune.checkpoint import Checkpoint
+from shardprune.journal import Journal
+from shardprune.safetensors_file import read_header, read_tensor
+from shardprune.skeleton import Skeleton
+
+Version = Literal["dense", "latest"]  # latest: the pruned layer where it is finished, else the dense one
+
+
+class Layers:
+    """Decoder layers by index, read when first asked for.
+
+    Resident layers stay; of streamed ones only the last asked for does, while a thread reads the one
+    after it.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        journal: Journal,
+        indices: range,
+        finished: set[int],
+        stream: bool,
+    ) -> None:
+        self._skeleton = skeleton
+        self._checkpoint = checkpoint
+        self._journal = journal
+        self._indices = indices
+        self._finished = finished
+        self._stream = stream
+        self._held: dict[int, tuple[bool, nn.Module]] = {}  # layer -> (is pruned, module)
+        self._reader = ThreadPoolExecutor(max_workers=1)
+        self._next: tuple[int, bool, Future[nn.Module]] | None = None
+        self.load_seconds = 0.0
+
+    def get(self, index: int, version: Version) -> nn.Module:
+        """The layer `index` on the device."""
+        pruned = self._wanted(index, version)
+        if index in self._held and self._held[index][0] == pruned:
+            return self._held[index][1]
+        started = time.monotonic()
+        if self._stream:
+            self._held.clear()
+        self._held.pop(index, None)
+        self._held[index] = (pruned, self._fetch(index, pruned))
+        if self._stream and index + 1 in self._indices:
+            ahead = self._wanted(index + 1, version)
+            self._next = (index + 1, ahead, self._reader.submit(self._read, index + 1, ahead))
+        self.load_seconds += time.monotonic() - started
+        return self._held[index][1]
+
+    def mark_pruned(self, index: int) -> None:
+        """The held layer `index` is now what its finished file says."""
+        self._finished.add(index)
+        self._held[index] = (True, self._held[index][1])
+
+    def release(self) -> None:
+        """Drop every layer."""
+        self._held.clear()
+        if self._next:
+            self._next[2].result()
+        self._next = None
+
+    def _wanted(self, index: int, version: Version) -> bool:
+        return version == "latest" and index in self._finished
+
+    def _fetch(self, index: int, pruned: bool) -> nn.Module:
+        if self._next:
+            ahead, ahead_pruned, future = self._next
+            self._next = None
+            layer = future.result()
+            if (ahead, ahead_pruned) == (index, pruned):
+                return layer
+        return self._read(index, pruned)
+
+    def _read(self, index: int, pruned: bool) -> nn.Module:
+        names = self._skeleton.layer_tensors(index)
+        if pruned:
+            folder = self._journal.folder
+            entries, _ = read_header(folder, self._journal.layer_file(index))
+            return self._skeleton.build_layer(index, {name: read_tensor(folder, entries[name]) for name in names})
+        return self._skeleton.build_layer(index, {name: self._checkpoint.read(name) for name in names})

@@ -1,0 +1,13 @@
+"""Magnitude pruning: the smallest weights of a projection go."""
+
+from torch import Tensor
+
+from shardprune.solvers.method import Solution
+from shardprune.solvers.pattern import Pattern
+from shardprune.solvers.statistics import InputStatistics
+
+
+def prune(weight: Tensor, statistics: InputStatistics | None, pattern: Pattern, sparsity: float) -> Solution:
+    """Zero the smallest |w| of `weight` [rows, cols], compared over the whole projection."""
+    mask = pattern.mask(weight.abs(), sparsity, per_row=False)
+    return Solution(weight.masked_fill(mask, 0), mask)

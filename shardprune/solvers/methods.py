@@ -1,0 +1,10 @@
+"""The table of pruning methods. A new method is one file beside this one and one line here."""
+
+from shardprune.solvers import magnitude, sparsegpt, wanda
+from shardprune.solvers.method import Method
+
+METHODS: dict[str, Method] = {
+    "magnitude": Method(magnitude.prune, needs=None),
+    "wanda": Method(wanda.prune, needs="squares"),
+    "sparsegpt": Method(sparsegpt.prune, needs="gram"),
+}

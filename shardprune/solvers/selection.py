@@ -1,0 +1,39 @@
+"""Choosing exactly k entries: the smallest scores, ties broken by the lowest index."""
+
+import torch
+from torch import Tensor
+
+
+def smallest(scores: Tensor, count: int) -> Tensor:
+    """Boolean mask of the `count` smallest entries of `scores`, whatever its shape.
+
+    A selection of the k-th value instead of a sort: one pass finds the threshold, one compares with it.
+    """
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.reshape(-1)
+    if count >= flat.numel():
+        return torch.ones_like(scores, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    mask = flat < threshold
+    ties = (flat == threshold).nonzero().squeeze(1)
+    mask[ties[: count - int(mask.sum())]] = True
+    return mask.view_as(scores)
+
+
+def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
+    """Boolean mask of the `counts[i]` smallest entries of each row i of `scores` [rows, cols]."""
+    order = scores.sort(dim=1, stable=True).indices
+    ranks = torch.arange(scores.shape[1], device=scores.device)
+    chosen = ranks < counts.to(scores.device).unsqueeze(1)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
+
+
+def cumulative_counts(parts: int, size: int, fraction: float) -> Tensor:
+    """How many of each of `parts` equal parts of `size` entries to take, int64 [parts].
+
+    The running total is `fraction` of all entries so far, rounded: every part is within one entry of
+    its share, and the sum within half an entry of the whole.
+    """
+    ends = torch.arange(parts + 1, dtype=torch.float64) * size
+    return (ends * fraction + 0.5).floor().diff().to(torch.int64)

@@ -1,0 +1,180 @@
+"""Where text and tokens come from: files anywhere fsspec reaches, the hub, or the standard library.
+
+stdlib                        the running Python's own library: training modules for calibration,
+                              held-out modules for perplexity
+FILE.txt                      one text
+FILE.jsonl[:FIELD]            one document a line, its text in FIELD (default: text)
+FILE.npy                      int64 token ids [samples, seqlen], used as they are
+wikitext2, ptb, c4            the papers' data sets, from the hub
+hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by NAME
+"""
+
+import io
+import json
+import random
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from shardprune import stdlib
+from shardprune.errors import InputError
+from shardprune.storage import read_file
+
+Role = Literal["calibration", "perplexity"]
+FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and how they become one text.
+
+    `separator` joins them. Where `by_document` is set, a calibration window lies inside one document,
+    drawn among those that are long enough, as the papers draw from C4.
+    """
+
+    documents: list[str]
+    separator: str = "\n\n"
+    by_document: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.separator.join(self.documents)
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split of a hub data set; `files` picks part of a huge one, `rows` the first ones of it."""
+
+    name: str
+    config: str | None
+    split: str
+    field: str
+    separator: str = "\n\n"
+    files: str | None = None
+    rows: int | None = None
+    revision: str | None = None
+    by_document: bool = False
+
+
+# The splits, separators and amounts of SparseGPT's and Wanda's data loaders.
+PAPERS: dict[str, dict[Role, HubSplit]] = {
+    "wikitext2": {
+        "calibration": HubSplit("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", separator=" "),
+        "perplexity": HubSplit("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    },
+    "ptb": {
+        "calibration": HubSplit(
+            "ptb-text-only/ptb_text_only", "penn_treebank", "train", "sentence", " ", revision="refs/convert/parquet"
+        ),
+        "perplexity": HubSplit(
+            "ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " ", revision="refs/convert/parquet"
+        ),
+    },
+    "c4": {
+        "calibration": HubSplit(
+            "allenai/c4", None, "train", "text", files="en/c4-train.00000-of-01024.json.gz", by_document=True
+        ),
+        "perplexity": HubSplit(
+            "allenai/c4", None, "train", "text", " ", files="en/c4-validation.00000-of-00008.json.gz", rows=1100
+        ),
+    },
+}
+
+
+def check_source(field: str, source: str) -> None:
+    """Check the form of a source without reading it.
+
+    Raises:
+        InputError: it has none of the known forms.
+    """
+    if source == "stdlib" or source in PAPERS or _jsonl(source) or source.endswith((".txt", ".npy")):
+        return
+    if source.startswith("hf:") and len(source.split(":")) in (4, 5):
+        return
+    raise InputError(field, f"{source!r} is no known source; use {FORMS}")
+
+
+def is_tokens(source: str) -> bool:
+    """Whether a source holds token ids instead of text."""
+    return source.endswith(".npy")
+
+
+def load_tokens(field: str, source: str) -> np.ndarray:
+    """The int64 array [samples, seqlen] of a `.npy` source.
+
+    Raises:
+        InputError: it is missing or no such array.
+    """
+    try:
+        tokens = np.load(io.BytesIO(_read(field, source)), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(field, f"{source!r} is not a .npy array of numbers") from error
+    if tokens.ndim != 2 or tokens.dtype != np.int64:
+        raise InputError(field, f"{source!r} is {tokens.dtype} {list(tokens.shape)}; use int64 [samples, seqlen]")
+    return tokens
+
+
+def load_corpus(field: str, source: str, role: Role) -> Corpus:
+    """The documents of a text source.
+
+    Raises:
+        InputError: it is missing, or not what its form says.
+    """
+    if source == "stdlib":
+        return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"))
+    if source in PAPERS:
+        return _hub(field, source, PAPERS[source][role])
+    if match := _jsonl(source):
+        return Corpus(_json_lines(field, match[1], match[2] or "text"))
+    if source.startswith("hf:"):
+        name, *config, split, text_field = source.removeprefix("hf:").split(":")
+        return _hub(field, source, HubSplit(name, (config or [""])[0] or None, split, text_field))
+    try:
+        return Corpus([_read(field, source).decode()])
+    except UnicodeDecodeError as error:
+        raise InputError(field, f"{source!r} is not UTF-8 text") from error
+
+
+def shuffled(documents: list[str], seed: int) -> list[str]:
+    """The documents in an order drawn with the seed."""
+    return random.Random(seed).sample(documents, len(documents))
+
+
+def _jsonl(source: str) -> re.Match[str] | None:
+    return re.fullmatch(r"(.*\.jsonl)(?::([\w.-]+))?", source)
+
+
+def _read(field: str, url: str) -> bytes:
+    try:
+        return read_file(url)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(field, f"{url!r} does not exist") from error
+
+
+def _json_lines(field: str, url: str, text_field: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(_read(field, url).decode().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            documents.append(json.loads(line)[text_field])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(field, f"{url!r} line {number} is no JSON object with a field {text_field!r}") from error
+    return documents
+
+
+def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
+    from datasets import load_dataset
+
+    files = {hub.split: hub.files} if hub.files else None
+    try:
+        rows = load_dataset(hub.name, hub.config, split=hub.split, data_files=files, revision=hub.revision)
+    except Exception as error:  # `datasets` raises its own, the hub's, and the network's errors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(field, f"{source!r} cannot be loaded as a data set: {reason}") from error
+    if hub.field not in rows.column_names:
+        raise InputError(field, f"{source!r} has no field {hub.field!r}; use one of {', '.join(rows.column_names)}")
+    rows = rows.select(range(min(hub.rows or len(rows), len(rows))))
+    return Corpus(list(rows[hub.field]), hub.separator, hub.by_document)

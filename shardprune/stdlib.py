@@ -1,0 +1,40 @@
+"""The running Python's standard library as text: the one corpus that is on every machine."""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+
+# Tests are absent from most distributions, encodings are tables of numbers, and third-party packages
+# are no part of the library. `_sysconfigdata` records how this machine's Python was built.
+EXCLUDED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
+)
+HELDOUT_BUCKETS = 16  # one bucket in sixteen is held out
+
+
+def split_of(module: str) -> Split:
+    """The split of a module by a hash of its dotted name, the same on every machine and version."""
+    bucket = hashlib.sha256(module.encode()).digest()[0] % HELDOUT_BUCKETS
+    return "heldout" if bucket == 0 else "train"
+
+
+def modules(split: Split) -> Iterator[tuple[str, Path]]:
+    """The dotted names and source files of one split's modules, sorted by name."""
+    root = Path(sysconfig.get_path("stdlib"))
+    named = {}
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        if EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]) and "_sysconfigdata" not in path.name:
+            named[".".join(relative.with_suffix("").parts)] = path
+    for name in sorted(named):
+        if split_of(name) == split:
+            yield name, named[name]
+
+
+def documents(split: Split) -> list[str]:
+    """The source text of every module of one split."""
+    return [path.read_text(encoding="utf-8", errors="replace") for _, path in modules(split)]

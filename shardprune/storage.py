@@ -1,0 +1,134 @@
+"""Files anywhere fsspec reaches: local paths and URLs, read by ranges, written whole or not at all."""
+
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+
+CHUNK = 64 * 2**20  # bytes per read or write call
+RENAMING = frozenset({"file", "local", "memory"})  # file systems where a file shows while it is written
+
+
+class Folder:
+    """A directory on any file system. Every path given to its methods is relative to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.fs, self.root = _resolve(url)
+
+    def path(self, name: str) -> str:
+        return posixpath.join(self.root, name)
+
+    def is_file(self, name: str) -> bool:
+        return bool(self.fs.isfile(self.path(name)))
+
+    def size(self, name: str) -> int:
+        return int(self.fs.size(self.path(name)))
+
+    def names(self) -> list[str]:
+        """Names of the files and folders directly inside; none where the folder does not exist."""
+        try:
+            entries = self.fs.ls(self.root, detail=False, refresh=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        return self.fs.cat_file(self.path(name), start=start, end=end)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on.
+
+        Raises:
+            EOFError: the file ends first.
+        """
+        with self.fs.open(self.path(name), "rb", cache_type="none") as file:
+            file.seek(start)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done : done + CHUNK])
+                if not count:
+                    raise EOFError(f"{name} ends at byte {start + done}, {len(buffer) - done} bytes early")
+                done += count
+
+    def read_bytes(self, name: str) -> bytes:
+        return self.fs.cat_file(self.path(name))
+
+    def read_text(self, name: str) -> str:
+        return self.read_bytes(name).decode()
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_text(name))
+
+    def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Write a file from its parts. No reader ever sees it before it is complete.
+
+        Where a file shows while it is written, it is written under a temporary name and renamed;
+        object stores show nothing before the upload ends.
+        """
+        target = self.path(name)
+        renames = not RENAMING.isdisjoint(_protocols(self.fs))
+        path = self.path(f".{name}.{uuid.uuid4().hex[:8]}.tmp") if renames else target
+        if renames:
+            self.fs.makedirs(self.root, exist_ok=True)
+        try:
+            with self.fs.open(path, "wb") as file:
+                for part in parts:
+                    view = memoryview(part).cast("B")
+                    for start in range(0, len(view), CHUNK):
+                        file.write(view[start : start + CHUNK])
+            if renames:
+                self.fs.mv(path, target)
+        except BaseException:
+            if renames and self.fs.exists(path):
+                self.fs.rm_file(path)
+            raise
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write(name, [text.encode()])
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def remove(self, name: str) -> None:
+        self.fs.rm_file(self.path(name))
+
+    def remove_partial(self) -> None:
+        """Remove what an interrupted `write` left behind."""
+        for name in self.names():
+            if name.startswith(".") and name.endswith(".tmp"):
+                self.remove(name)
+
+
+def in_process_only(url: str) -> bool:
+    """Whether a URL lives in one process's memory, out of reach of other workers."""
+    return url.startswith("memory://")
+
+
+def absolute(url: str) -> str:
+    """A local path as an absolute one, so that it means the same to every process; a URL as it is."""
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def read_file(url: str) -> bytes:
+    """The bytes of one file.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    fs, path = _resolve(url)
+    return fs.cat_file(path)
+
+
+def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
+    fs, root = fsspec.core.url_to_fs(url)
+    return fs, root.rstrip("/") or root
+
+
+def _protocols(fs: AbstractFileSystem) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
