@@ -2,17 +2,20 @@
 
 import hashlib
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
-from shardprune.sources import Corpus, is_tokens, load_corpus, load_tokens, shuffled
+from shardprune.sources import Corpus, is_tokens, load_corpus, load_tokens
+
+Tokenizer = Callable[[], PreTrainedTokenizerBase]  # loads it when text must be tokenised
 
 
 def calibration_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, vocabulary: int
+    source: str, tokenizer: Tokenizer, samples: int, seqlen: int, seed: int, vocabulary: int
 ) -> Tensor:
     """Windows drawn with the seed from a source's token stream, int64 [samples, seqlen].
 
@@ -26,17 +29,15 @@ def calibration_windows(
         return tokens[:samples]
     corpus = load_corpus("calibration", source, "calibration")
     if corpus.by_document:
-        return _draw_from_documents(corpus, tokenizer, samples, seqlen, seed, source)
-    stream = _tokenise(tokenizer, corpus.text)
+        return _draw_from_documents(corpus, tokenizer(), samples, seqlen, seed, source)
+    stream = _tokenise(tokenizer(), corpus.text)
     _check_length("calibration", source, stream, seqlen)
     draw = random.Random(seed)
     starts = [draw.randint(0, len(stream) - seqlen) for _ in range(samples)]
     return torch.stack([stream[start : start + seqlen] for start in starts])
 
 
-def perplexity_windows(
-    source: str, tokenizer: PreTrainedTokenizerBase, seqlen: int, vocabulary: int, limit: int | None
-) -> Tensor:
+def perplexity_windows(source: str, tokenizer: Tokenizer, seqlen: int, vocabulary: int, limit: int | None) -> Tensor:
     """Non-overlapping windows of a source's token stream, int64 [windows, seqlen]; the rest is dropped.
 
     The text is tokenised as one stream, as SparseGPT and Wanda do; `limit` keeps the first windows only.
@@ -46,7 +47,7 @@ def perplexity_windows(
     """
     if is_tokens(source):
         return _stored_windows("eval", source, seqlen, vocabulary)[:limit]
-    stream = _tokenise(tokenizer, load_corpus("eval", source, "perplexity").text)
+    stream = _tokenise(tokenizer(), load_corpus("eval", source, "perplexity").text)
     _check_length("eval", source, stream, seqlen)
     return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[:limit].clone()
 
@@ -77,16 +78,18 @@ def _stored_windows(field: str, source: str, seqlen: int, vocabulary: int) -> Te
 def _draw_from_documents(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, source: str
 ) -> Tensor:
-    """One window from each of the first `samples` long enough documents, in an order drawn with the seed."""
+    """One window from each long enough document in an order drawn with the seed, over again if they run out."""
     draw = random.Random(seed)
+    order = draw.sample(corpus.documents, len(corpus.documents))
     windows: list[Tensor] = []
-    for document in shuffled(corpus.documents, seed):
-        tokens = _tokenise(tokenizer, document)
-        if len(tokens) >= seqlen:
-            start = draw.randint(0, len(tokens) - seqlen)
-            windows.append(tokens[start : start + seqlen])
-        if len(windows) == samples:
-            return torch.stack(windows)
-    raise InputError(
-        "samples", f"{samples} is more than the {len(windows)} documents of {source!r} with {seqlen} tokens or more"
-    )
+    while True:
+        before = len(windows)
+        for document in order:
+            tokens = _tokenise(tokenizer, document)
+            if len(tokens) >= seqlen:
+                start = draw.randint(0, len(tokens) - seqlen)
+                windows.append(tokens[start : start + seqlen])
+            if len(windows) == samples:
+                return torch.stack(windows)
+        if len(windows) == before:
+            raise InputError("calibration", f"{source!r} has no document of {seqlen} tokens, one window of seqlen")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
     _check_seqlen(recipe, skeleton)
     _check_layout(recipe, skeleton.layers)
 
-    tokenizer = checkpoint.tokenizer()
+    tokenizer = cache(checkpoint.tokenizer)
     vocabulary = skeleton.config.vocab_size
     calibration = calibration_windows(
         recipe.calibration, tokenizer, recipe.samples, recipe.seqlen, recipe.seed, vocabulary

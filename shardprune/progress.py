@@ -60,7 +60,7 @@ class Output:
     def say(self, text: str) -> None:
         """One line about what happens."""
         if not self.quiet:
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:

@@ -114,12 +114,12 @@ class _Run:
             except WorkerLost as error:
                 lost += 1
                 self.restarts += 1
+                self._save()
                 if lost > self.plan.recipe.max_restarts:
                     raise
                 self.output.say(f"a worker was lost ({error}); going on with what is left")
                 slots = self.backend.settle()
                 layout = self.plan.layout.shrunk_to(slots.workers(self.plan.recipe.device))
-                self._save()
         return self._finish()
 
     def _attempt(self, layout: Layout) -> None:

@@ -11,7 +11,6 @@ hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by
 
 import io
 import json
-import random
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -31,7 +30,7 @@ class Corpus:
     """Documents and how they become one text.
 
     `separator` joins them. Where `by_document` is set, a calibration window lies inside one document,
-    drawn among those that are long enough, as the papers draw from C4.
+    drawn among those that are long enough: so the papers draw from C4, and only what is drawn is tokenised.
     """
 
     documents: list[str]
@@ -123,7 +122,7 @@ def load_corpus(field: str, source: str, role: Role) -> Corpus:
         InputError: it is missing, or not what its form says.
     """
     if source == "stdlib":
-        return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"))
+        return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"), by_document=True)
     if source in PAPERS:
         return _hub(field, source, PAPERS[source][role])
     if match := _jsonl(source):
@@ -135,11 +134,6 @@ def load_corpus(field: str, source: str, role: Role) -> Corpus:
         return Corpus([_read(field, source).decode()])
     except UnicodeDecodeError as error:
         raise InputError(field, f"{source!r} is not UTF-8 text") from error
-
-
-def shuffled(documents: list[str], seed: int) -> list[str]:
-    """The documents in an order drawn with the seed."""
-    return random.Random(seed).sample(documents, len(documents))
 
 
 def _jsonl(source: str) -> re.Match[str] | None:

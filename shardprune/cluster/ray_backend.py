@@ -1,7 +1,10 @@
 """Workers as Ray actors under one placement group, one GPU or CPU slot each."""
 
 import os
+import re
+import socket
 import time
+import warnings
 from typing import Any
 
 # Tensors cross the object store without being pickled; every process must agree. A cluster that a run
@@ -29,7 +32,11 @@ from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
 from shardprune.shard.worker import ShardWorker, WorkerSpec
 
+# Ray warns that readers of a shared tensor must not write into it: workers copy what they keep.
+warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
+
 LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+CONNECT_SECONDS = 10.0
 PLACEMENT_SECONDS = 120.0
 PROBE_SECONDS = 10.0  # for a node to answer after a worker was lost
 DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
@@ -69,6 +76,8 @@ class RayBackend:
         """Connect to the cluster, or start one of our own with the given settings."""
         if ray.is_initialized():
             return
+        if self._address:
+            _check_reachable(self._address)
         environment = {"env_vars": {name: os.environ[name] for name in WORKER_ENV}}
         try:
             if self._address:
@@ -81,6 +90,21 @@ class RayBackend:
             reason = str(error).strip().splitlines()[0]
             raise InputError("address", f"no Ray cluster answers at {self._address!r}: {reason}") from error
         self._connected_here = True
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for minutes before it says that nobody is there.
+
+    Raises:
+        InputError: nothing listens at a host:port.
+    """
+    match = re.fullmatch(r"(?:ray://)?\[?([^\]]+)\]?:(\d+)", address)
+    if not match:
+        return
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError("address", f"no Ray cluster answers at {address!r}: {error}") from error
 
 
 def cluster_slots() -> Slots:

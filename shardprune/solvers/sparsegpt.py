@@ -1,7 +1,7 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, let the rest make up.
 
 Going through the columns from left to right, the error of a pruned column j is spread over the columns
-to its right: with H^-1 = U^T U, w_k -= (w_j / u_jj) * u_jk for every k > j (algorithm 1).
+to its right: with H^-1 = U^T U, w_k -= w_j * (u_jk / u_jj) for every k > j (algorithm 1).
 
 The weights are kept transposed, [cols, rows], so that a column's step touches contiguous memory, and
 the updates are nested: each column corrects the rest of its panel at once, a finished panel corrects
@@ -38,16 +38,19 @@ def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsit
     budget = _budget(columns, block, sparsity)
     for index, start in enumerate(range(0, cols, block)):
         end = min(start + block, cols)
+        # Row j of the steps, times the value that column j loses, is what the columns right of j lose.
+        steps = factor.upper[start:end, start:] / factor.upper.diagonal()[start:end].unsqueeze(1)
         if not isinstance(pattern, NM):
             # One selection for the whole block, on the weights as the blocks before it left them.
-            scores = _saliency(columns, factor, start, end)
-            mask[start:end] = smallest(scores, budget[index])
-        errors = torch.empty_like(columns[start:end])
+            mask[start:end] = smallest(_saliency(columns, factor, start, end), budget[index])
+        pruned = torch.empty_like(columns[start:end])
         for left in range(start, end, panel):
             right = min(left + panel, end)
-            _prune_panel(columns, mask, errors[left - start : right - start], factor, pattern, left, right)
-            _correct(columns, errors[left - start : right - start], factor, left, right, end)
-        _correct(columns, errors, factor, start, end, cols)
+            lost = pruned[left - start : right - start]
+            tile = steps[left - start : right - start, left - start :]
+            _prune_panel(columns, mask, lost, tile, factor, pattern, left, right)
+            _correct(columns[right:end], lost, tile[:, right - left : end - left])
+        _correct(columns[end:], pruned, steps[:, end - start :])
     return Solution(columns.t().contiguous(), mask.t().contiguous(), factor.retries, factor.damping)
 
 
@@ -73,23 +76,27 @@ def _saliency(columns: Tensor, factor: Factor, start: int, end: int) -> Tensor:
 
 
 def _prune_panel(
-    columns: Tensor, mask: Tensor, errors: Tensor, factor: Factor, pattern: Pattern, left: int, right: int
+    columns: Tensor, mask: Tensor, lost: Tensor, tile: Tensor, factor: Factor, pattern: Pattern, left: int, right: int
 ) -> None:
-    """Prune the columns [left, right) one after another and correct the panel; fill `errors`."""
-    diagonal = factor.upper.diagonal()[left:right].tolist()
+    """Prune the columns [left, right) one after another and correct the rest of the panel.
+
+    Fills `lost` [right - left, rows] with the values that were pruned, zero where nothing was.
+    """
+    chosen_of_panel = None if isinstance(pattern, NM) else mask[left:right].to(columns.dtype)
     for j in range(left, right):
         if isinstance(pattern, NM) and (j - left) % pattern.m == 0:
             group = slice(j, min(j + pattern.m, right))
             scores = _saliency(columns, factor, group.start, group.stop)
             mask[group] = pattern.mask(scores.t(), pattern.sparsity, per_row=True).t()
-        column = columns[j]
-        error = torch.mul(column, mask[j], out=errors[j - left]).div_(diagonal[j - left])
-        column.masked_fill_(mask[j], 0)
+        chosen = mask[j].to(columns.dtype) if chosen_of_panel is None else chosen_of_panel[j - left]
+        value = torch.mul(columns[j], chosen, out=lost[j - left])
+        columns[j].sub_(value)
         if j + 1 < right:
-            columns[j + 1 : right].addr_(factor.upper[j, j + 1 : right], error, alpha=-1)
+            step = tile[j - left, j - left + 1 : right - left]
+            columns[j + 1 : right].addmm_(step.unsqueeze(1), value.unsqueeze(0), alpha=-1)
 
 
-def _correct(columns: Tensor, errors: Tensor, factor: Factor, left: int, right: int, end: int) -> None:
-    """Spread the errors [right - left, rows] of the columns [left, right) over the columns [right, end)."""
-    if right < end:
-        columns[right:end].addmm_(factor.upper[left:right, right:end].t(), errors, alpha=-1)
+def _correct(columns: Tensor, lost: Tensor, steps: Tensor) -> None:
+    """Correct columns [count, rows] for the values [pruned, rows] lost to their left, by steps [pruned, count]."""
+    if len(columns):
+        columns.addmm_(steps.t(), lost, alpha=-1)

@@ -1,0 +1,242 @@
+"""Real Ray actors: the same tensors as in one process, and real kills."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shardprune import Recipe, prune
+from shardprune.demo import bundled_model
+from shardprune.errors import InputError, WorkerLost
+from shardprune.progress import Output
+from tests.tiny import differing, load_tensors, make_model, make_tokens
+
+QUIET = Output(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One cluster of this machine for all tests of this file that do not start their own."""
+    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
+
+    environment = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
+    ray.init(
+        "local",
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env=environment,
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ray")
+    for family in FAMILIES:
+        make_model(folder / family, family)
+    make_tokens(folder / "tokens.npy")
+    make_tokens(folder / "other.npy", samples=7, seed=1)
+    return folder
+
+
+def recipe(folder, out, model="llama-3.1", **fields) -> Recipe:
+    values = {
+        "model": str(folder / model),
+        "out": str(out),
+        "calibration": str(folder / "tokens.npy"),
+        "eval": (str(folder / "other.npy"),),
+        "sparsity": 0.5,
+        "samples": 12,
+        "seqlen": 24,
+        "wave": 4,
+        "threads": 1,
+        **fields,
+    }
+    return Recipe.checked(values)
+
+
+# The other families differ from these in nothing that a worker's process could change; tests/test_run.py
+# has them all on several shards of one process.
+FAMILIES = ("llama-3.1", "qwen2", "gemma2", "phi3", "opt")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_on_two_shards_equals_one_process(ray, folder, family, tmp_path):
+    local = prune(recipe(folder, tmp_path / "local", family, backend="local"), QUIET)
+    sharded = prune(recipe(folder, tmp_path / "ray", family, shards=2), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "ray") == []
+    assert sharded.perplexity == local.perplexity
+    assert sharded.sparsity == local.sparsity
+    assert [worker.layers for worker in sharded.workers] == [(0, 1), (2, 3)]
+
+
+SCENARIOS = {
+    "four streamed shards": {"shards": 4, "weights": "streamed"},
+    "parallel": {"shards": 2, "propagation": "parallel"},
+    "parallel, more segments than shards, streamed": {
+        "shards": 2,
+        "segments": 4,
+        "propagation": "parallel",
+        "weights": "streamed",
+    },
+    "replicas": {"shards": 2, "replicas": 2},
+    "parallel replicas": {"shards": 2, "replicas": 2, "propagation": "parallel"},
+    "replicas of a pattern without a Hessian": {
+        "replicas": 3,
+        "method": "magnitude",
+        "pattern": "2:4",
+        "sparsity": None,
+        "measure_error": False,
+    },
+}
+
+
+@pytest.mark.parametrize("fields", SCENARIOS.values(), ids=SCENARIOS)
+def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, tmp_path):
+    local = prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
+    sharded = prune(recipe(folder, tmp_path / "ray", **fields), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "ray") == []
+    assert sharded.perplexity == local.perplexity
+    assert len(sharded.workers) == fields.get("shards", 1) * fields.get("replicas", 1)
+
+
+def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
+    with pytest.raises(InputError, match="shards: 6 workers need as many CPUs; the cluster has 4"):
+        prune(recipe(folder, tmp_path / "o", shards=2, replicas=3), QUIET)
+
+
+def test_an_address_where_no_cluster_answers(folder, tmp_path):
+    command = [sys.executable, "-m", "shardprune", "prune", str(folder / "llama-3.1"), "--out", str(tmp_path / "o")]
+    command += ["--calibration", str(folder / "tokens.npy"), "--samples", "4", "--seqlen", "24", "--sparsity", "0.5"]
+    code = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, check=False)
+    assert code.returncode == 2
+    assert code.stderr.strip().splitlines()[-1].startswith("error: address: no Ray cluster answers at '127.0.0.1:1'")
+    assert not (tmp_path / "o").exists()
+
+
+# -- kills ----------------------------------------------------------------------------------------------------
+
+
+def slow_recipe(out, **fields) -> Recipe:
+    """The bundled model with enough samples that there is time to interfere."""
+    values = {
+        "model": bundled_model(),
+        "out": str(out),
+        "sparsity": 0.5,
+        "calibration": "stdlib",
+        "samples": 64,
+        "seqlen": 256,
+        "threads": 1,
+        **fields,
+    }
+    return Recipe.checked(values)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Outputs of the slow run in one process, by its layout."""
+    made = {}
+
+    def get(**fields) -> Path:
+        key = str(sorted(fields.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("undisturbed") / "o"
+            prune(slow_recipe(made[key], backend="local", **fields), QUIET)
+        return made[key]
+
+    return get
+
+
+def layer_files(out: Path) -> dict[str, int]:
+    """The finished layer files and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in Path(out).glob("model-*")}
+
+
+def wait_for_layers(out: Path, count: int) -> dict[str, int]:
+    deadline = time.monotonic() + 120
+    while len(layer_files(out)) < count:
+        assert time.monotonic() < deadline, "no layer was finished in time"
+        time.sleep(0.02)
+    return layer_files(out)
+
+
+def worker_processes(parent: int) -> list[psutil.Process]:
+    children = psutil.Process(parent).children(recursive=True)
+    return [child for child in children if "ray::ShardWorker" in " ".join(child.cmdline())]
+
+
+KILLS = {
+    "exact": ({"shards": 2}, 3),
+    "parallel, streamed": ({"shards": 2, "segments": 4, "propagation": "parallel", "weights": "streamed"}, 3),
+}
+
+
+@pytest.mark.parametrize(("fields", "after"), KILLS.values(), ids=KILLS)
+def test_a_killed_worker_costs_only_the_layers_in_work(ray, undisturbed, fields, after, tmp_path):
+    finished, killed = {}, []
+
+    def kill() -> None:
+        finished.update(wait_for_layers(tmp_path / "o", after))
+        victim = worker_processes(os.getpid())[-1]
+        victim.send_signal(signal.SIGKILL)
+        killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = prune(slow_recipe(tmp_path / "o", **fields), QUIET)
+    killer.join()
+    assert killed
+    assert result.restarts == 1
+    assert differing(undisturbed(**fields), tmp_path / "o") == []
+    assert finished.items() <= layer_files(tmp_path / "o").items()  # none was written again
+
+
+def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
+    stop = threading.Event()
+
+    def kill_all() -> None:
+        while not stop.wait(0.2):
+            for process in worker_processes(os.getpid()):
+                process.send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_all)
+    killer.start()
+    try:
+        with pytest.raises(WorkerLost):
+            prune(slow_recipe(tmp_path / "o", shards=2, max_restarts=1), QUIET)
+    finally:
+        stop.set()
+        killer.join()
+    assert prune(slow_recipe(tmp_path / "o", shards=2), QUIET).restarts == 2
+    assert differing(undisturbed(shards=2), tmp_path / "o") == []
+
+
+def test_a_killed_driver_is_started_again(undisturbed, tmp_path):
+    out = tmp_path / "o"
+    command = [sys.executable, "-m", "shardprune", "prune", bundled_model(), "--out", str(out), "--sparsity", "0.5"]
+    command += ["--calibration", "stdlib", "--samples", "64", "--seqlen", "256", "--threads", "1", "--shards", "2"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finished = wait_for_layers(out, 3)
+    workers = worker_processes(driver.pid)
+    assert len(workers) == 2
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive, "workers outlived their driver"
+    assert not (out / "result.json").exists()
+
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(finished)} of 8 layers are finished already" in again.stderr or len(layer_files(out)) == 9
+    assert differing(undisturbed(shards=2), out) == []
+    assert finished.items() <= layer_files(out).items()
+    assert len(load_tensors(out)) == len(load_tensors(bundled_model()))

@@ -1,0 +1,37 @@
+"""What several tests need: devices, tiny models of every family, shared material where it is there."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    """The order of a CPU's sums depends on the number of threads: leave it as each test finds it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def english_model() -> str:
+    """A small trained Llama from the shared material."""
+    path = SHARED / "models" / "english-4m"
+    if not path.is_dir():
+        pytest.skip("shared material is absent")
+    return str(path)
