@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
 import typer
-from click.exceptions import ClickException, Exit
 
 from shardprune.errors import InputError
 from shardprune.recipe import Recipe, choices
@@ -20,6 +19,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune large language models on all the GPUs there are.",
 )
+
+# Some versions of typer carry a click of their own; this is the base of whichever they raise.
+ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
 @app.callback()
@@ -123,8 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         sys.exit(_fail(str(error)))
     except ClickException as error:
-        sys.exit(_fail(error.format_message()))
-    except Exit as error:
+        sys.exit(_fail(error.format_message()))  # type: ignore[attr-defined]
+    except typer.Exit as error:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

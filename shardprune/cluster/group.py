@@ -48,6 +48,8 @@ class Slots:
 
 def this_machine() -> Slots:
     """The slots of the machine that this process runs on."""
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, where a scheduler says so
+        return Slots(len(os.sched_getaffinity(0)), torch.cuda.device_count())
     return Slots(os.cpu_count() or 1, torch.cuda.device_count())
 
 

@@ -32,8 +32,10 @@ from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
 from shardprune.shard.worker import ShardWorker, WorkerSpec
 
-# Ray warns that readers of a shared tensor must not write into it: workers copy what they keep.
+# Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
+# Ray and torch say nothing new.
 warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 CONNECT_SECONDS = 10.0
@@ -41,6 +43,10 @@ PLACEMENT_SECONDS = 120.0
 PROBE_SECONDS = 10.0  # for a node to answer after a worker was lost
 DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
 WORKER_ENV = ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS",)
+
+
+class ShardActor(ShardWorker):
+    """A worker in a process of its own, which imports this file and so has its settings."""
 
 
 class RayBackend:
@@ -58,7 +64,7 @@ class RayBackend:
 
     def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
         self._connect(
-            num_cpus=max(len(specs), os.cpu_count() or 1),
+            num_cpus=max(len(specs), this_machine().cpus),
             object_store_memory=store_bytes,
             include_dashboard=False,
             log_to_driver=False,
@@ -140,7 +146,7 @@ class RayGroup:
             if not self._placement.wait(PLACEMENT_SECONDS):
                 wanted = f"{len(specs)} x {bundle}"
                 raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
-            actor_class = ray.remote(max_restarts=0, max_task_retries=0)(ShardWorker)
+            actor_class = ray.remote(max_restarts=0, max_task_retries=0)(ShardActor)
             for index, spec in enumerate(specs):
                 self._actors[spec.shard, spec.replica] = actor_class.options(
                     num_cpus=cpus,

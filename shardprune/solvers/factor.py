@@ -14,27 +14,30 @@ LEAF = 256  # columns
 
 @dataclass(frozen=True)
 class Factor:
-    """`upper` [cols, cols] float32; `dead` [cols] marks inputs that were always zero; `damping` is the
-    fraction of the mean diagonal that was added in the end, after `retries` raises."""
+    """U with the diagonal taken out: `steps` [cols, cols] float32 has u_jk / u_jj, `diagonal` [cols] has u_jj.
 
-    upper: Tensor
+    `dead` [cols] marks inputs that were always zero; `damping` is the fraction of the mean diagonal that
+    was added in the end, after `retries` raises.
+    """
+
+    steps: Tensor
+    diagonal: Tensor
     dead: Tensor
     damping: float
     retries: int
 
 
 def factorise(hessian: Tensor, damping: float) -> Factor:
-    """Factor a damped Hessian [cols, cols].
+    """Factor a damped Hessian [cols, cols], whose diagonal is overwritten.
 
     Where H is not positive definite, the damping grows tenfold at a time up to `DAMPING_LIMIT`.
 
     Raises:
         SolverError: H has entries that are not finite, or no damping up to the limit helps.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise SolverError("the Hessian has entries that are not finite: the activations overflow")
-    hessian = hessian.clone()
     diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):  # no other entry of X^T X is larger
+        raise SolverError("the Hessian has entries that are not finite: the activations overflow")
     dead = diagonal == 0
     diagonal[dead] = 1
     undamped = diagonal.clone()
@@ -44,7 +47,8 @@ def factorise(hessian: Tensor, damping: float) -> Factor:
         diagonal.copy_(undamped + fraction * undamped.mean())
         upper = torch.zeros_like(hessian)
         if _invert_into(hessian, upper):
-            return Factor(upper, dead, fraction, retries)
+            scale = upper.diagonal().clone()
+            return Factor(upper.div_(scale.unsqueeze(1)), scale, dead, fraction, retries)
         if fraction >= DAMPING_LIMIT:
             raise SolverError(f"the Hessian is not positive definite with damping {fraction:g} after {retries} retries")
         fraction = min(max(fraction, 1e-4) * DAMPING_GROWTH, DAMPING_LIMIT)

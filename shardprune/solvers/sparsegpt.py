@@ -1,12 +1,16 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, let the rest make up.
 
-Going through the columns from left to right, the error of a pruned column j is spread over the columns
-to its right: with H^-1 = U^T U, w_k -= w_j * (u_jk / u_jj) for every k > j (algorithm 1).
+Going through the columns from left to right, the value that a pruned column j loses is made up for by
+the columns to its right: with H^-1 = U^T U, w_k -= w_j * (u_jk / u_jj) for every k > j (algorithm 1).
 
-The weights are kept transposed, [cols, rows], so that a column's step touches contiguous memory, and
-the updates are nested: each column corrects the rest of its panel at once, a finished panel corrects
-the rest of its block in one product, a finished block the rest of the matrix in another.
+A column's step need not reach every column to its right at once, only before that column's turn. So the
+columns are taken in blocks, and a block is halved again and again: the left half is finished first, then
+one product of matrices corrects the right half for all that the left half lost. Few columns see many
+small updates this way; nearly all arithmetic is in large products. The weights are kept transposed,
+[cols, rows], so that a column is contiguous.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,8 +22,7 @@ from shardprune.solvers.selection import cumulative_counts, smallest
 from shardprune.solvers.statistics import InputStatistics
 
 DAMPING = 0.01
-BLOCK = 128
-PANEL = 32
+BLOCK = 128  # columns whose zeros are chosen together where the pattern is unstructured
 
 
 def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsity: float) -> Solution:
@@ -31,72 +34,73 @@ def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsit
     factor = statistics.factor(DAMPING)
     columns = weight.t().clone(memory_format=torch.contiguous_format)
     columns[factor.dead] = 0
-    mask = torch.zeros_like(columns, dtype=torch.bool)
-
-    panel, block = _sizes(pattern)
-    cols = len(columns)
-    budget = _budget(columns, block, sparsity)
-    for index, start in enumerate(range(0, cols, block)):
-        end = min(start + block, cols)
-        # Row j of the steps, times the value that column j loses, is what the columns right of j lose.
-        steps = factor.upper[start:end, start:] / factor.upper.diagonal()[start:end].unsqueeze(1)
-        if not isinstance(pattern, NM):
-            # One selection for the whole block, on the weights as the blocks before it left them.
-            mask[start:end] = smallest(_saliency(columns, factor, start, end), budget[index])
-        pruned = torch.empty_like(columns[start:end])
-        for left in range(start, end, panel):
-            right = min(left + panel, end)
-            lost = pruned[left - start : right - start]
-            tile = steps[left - start : right - start, left - start :]
-            _prune_panel(columns, mask, lost, tile, factor, pattern, left, right)
-            _correct(columns[right:end], lost, tile[:, right - left : end - left])
-        _correct(columns[end:], pruned, steps[:, end - start :])
-    return Solution(columns.t().contiguous(), mask.t().contiguous(), factor.retries, factor.damping)
+    sweep = _Sweep(columns, torch.empty_like(columns, dtype=torch.bool), factor, pattern, sparsity)
+    for left in range(0, len(columns), sweep.block):
+        sweep.prune_block(left, min(left + sweep.block, len(columns)))
+    return Solution(columns.t(), sweep.mask.t(), factor.retries, factor.damping)
 
 
-def _sizes(pattern: Pattern) -> tuple[int, int]:
-    """Panel and block widths; a group of an N:M pattern never crosses the edge of a panel."""
-    if not isinstance(pattern, NM):
-        return PANEL, BLOCK
-    panel = max(1, PANEL // pattern.m) * pattern.m
-    return panel, max(1, BLOCK // panel) * panel
+@dataclass(frozen=True)
+class _Sweep:
+    """One pass over the `columns` [cols, rows], which it prunes in place; fills `mask` [cols, rows]."""
 
+    columns: Tensor
+    mask: Tensor
+    factor: Factor
+    pattern: Pattern
+    sparsity: float
 
-def _budget(columns: Tensor, block: int, sparsity: float) -> list[int]:
-    """How many weights to prune in each block, for a total within half a weight of the target."""
-    cols, rows = columns.shape
-    per_column = cumulative_counts(cols, rows, sparsity)
-    return [int(part.sum()) for part in per_column.split(block)]
+    @property
+    def unit(self) -> int:
+        """The columns whose zeros are chosen together: a group of N:M, or a block."""
+        return self.pattern.m if isinstance(self.pattern, NM) else BLOCK
 
+    @property
+    def block(self) -> int:
+        """The columns that correct all those to their right in one product: whole units."""
+        return max(1, BLOCK // self.unit) * self.unit
 
-def _saliency(columns: Tensor, factor: Factor, start: int, end: int) -> Tensor:
-    """w^2 / u_jj^2 of the columns [start, end), [end - start, rows] (equation 3)."""
-    diagonal = factor.upper.diagonal()[start:end].unsqueeze(1)
-    return (columns[start:end] / diagonal).square()
+    def prune_block(self, left: int, right: int) -> None:
+        """Prune the columns [left, right) and correct everything to their right."""
+        lost = torch.empty_like(self.columns[left:right])
+        self._over_units(left, right, lost)
+        self._correct(left, right, len(self.columns), lost)
 
+    def _over_units(self, left: int, right: int, lost: Tensor) -> None:
+        """Prune the columns [left, right), whole units; `lost` [right - left, rows] takes what they lose."""
+        units = -(-(right - left) // self.unit)
+        if units == 1:
+            self._choose(left, right)
+            self._over_columns(left, right, lost, self.mask[left:right].to(self.columns.dtype))
+        else:
+            size = units // 2 * self.unit
+            self._over_units(left, left + size, lost[:size])
+            self._correct(left, left + size, right, lost[:size])
+            self._over_units(left + size, right, lost[size:])
 
-def _prune_panel(
-    columns: Tensor, mask: Tensor, lost: Tensor, tile: Tensor, factor: Factor, pattern: Pattern, left: int, right: int
-) -> None:
-    """Prune the columns [left, right) one after another and correct the rest of the panel.
+    def _over_columns(self, left: int, right: int, lost: Tensor, chosen: Tensor) -> None:
+        """Prune the columns [left, right), of which `chosen` [right - left, rows] is 1 where they go, else 0."""
+        if right - left == 1:
+            torch.mul(self.columns[left], chosen[0], out=lost[0])
+            self.columns[left].sub_(lost[0])  # exactly zero where it goes, untouched elsewhere
+        else:
+            half = (right - left) // 2
+            self._over_columns(left, left + half, lost[:half], chosen[:half])
+            self._correct(left, left + half, right, lost[:half])
+            self._over_columns(left + half, right, lost[half:], chosen[half:])
 
-    Fills `lost` [right - left, rows] with the values that were pruned, zero where nothing was.
-    """
-    chosen_of_panel = None if isinstance(pattern, NM) else mask[left:right].to(columns.dtype)
-    for j in range(left, right):
-        if isinstance(pattern, NM) and (j - left) % pattern.m == 0:
-            group = slice(j, min(j + pattern.m, right))
-            scores = _saliency(columns, factor, group.start, group.stop)
-            mask[group] = pattern.mask(scores.t(), pattern.sparsity, per_row=True).t()
-        chosen = mask[j].to(columns.dtype) if chosen_of_panel is None else chosen_of_panel[j - left]
-        value = torch.mul(columns[j], chosen, out=lost[j - left])
-        columns[j].sub_(value)
-        if j + 1 < right:
-            step = tile[j - left, j - left + 1 : right - left]
-            columns[j + 1 : right].addmm_(step.unsqueeze(1), value.unsqueeze(0), alpha=-1)
+    def _correct(self, left: int, middle: int, right: int, lost: Tensor) -> None:
+        """Let the columns [middle, right) make up for what [left, middle) lost."""
+        if middle < right:
+            steps = self.factor.steps[left:middle, middle:right]
+            self.columns[middle:right].addmm_(steps.t(), lost, alpha=-1)
 
-
-def _correct(columns: Tensor, lost: Tensor, steps: Tensor) -> None:
-    """Correct columns [count, rows] for the values [pruned, rows] lost to their left, by steps [pruned, count]."""
-    if len(columns):
-        columns.addmm_(steps.t(), lost, alpha=-1)
+    def _choose(self, left: int, right: int) -> None:
+        """Choose the zeros of one unit by w^2 / u_jj^2 (equation 3), on the weights as corrected so far."""
+        scores = (self.columns[left:right] / self.factor.diagonal[left:right].unsqueeze(1)).square_()
+        if isinstance(self.pattern, NM):
+            self.mask[left:right] = self.pattern.mask(scores.t(), self.sparsity, per_row=True).t()
+        else:
+            cols, rows = self.columns.shape
+            counts = cumulative_counts(cols, rows, self.sparsity)  # of each column: the total is exact
+            self.mask[left:right] = smallest(scores, int(counts[left:right].sum()))

@@ -171,7 +171,7 @@ def wait_for_layers(out: Path, count: int) -> dict[str, int]:
 
 def worker_processes(parent: int) -> list[psutil.Process]:
     children = psutil.Process(parent).children(recursive=True)
-    return [child for child in children if "ray::ShardWorker" in " ".join(child.cmdline())]
+    return [child for child in children if "ray::ShardActor" in " ".join(child.cmdline())]
 
 
 KILLS = {
@@ -240,3 +240,34 @@ def test_a_killed_driver_is_started_again(undisturbed, tmp_path):
     assert differing(undisturbed(shards=2), out) == []
     assert finished.items() <= layer_files(out).items()
     assert len(load_tensors(out)) == len(load_tensors(bundled_model()))
+
+
+def test_a_killed_node_costs_only_the_layers_in_work(undisturbed, tmp_path):
+    """Three one-slot nodes on this machine; the run goes on with two, which then own the three segments."""
+    from ray.cluster_utils import Cluster
+
+    from shardprune.cluster.ray_backend import ray
+
+    ray.shutdown()
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    finished = {}
+    try:
+        victim, _ = cluster.add_node(**node), cluster.add_node(**node)
+
+        def kill() -> None:
+            finished.update(wait_for_layers(tmp_path / "o", 3))
+            cluster.remove_node(victim, allow_graceful=False)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        recipe = slow_recipe(tmp_path / "o", shards=3, propagation="parallel", address=cluster.address)
+        result = prune(recipe, QUIET)
+        killer.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert result.restarts == 1
+    assert len(result.workers) == 2
+    assert differing(undisturbed(shards=3, propagation="parallel"), tmp_path / "o") == []
+    assert finished.items() <= layer_files(tmp_path / "o").items()

@@ -1,0 +1,119 @@
+"""The command as users call it: one line and exit code 2 for bad input, nothing touched."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from shardprune.cli import main
+from tests.tiny import make_model, make_tokens, snapshot
+from tests.words import words_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    make_model(folder / "model")
+    words_tokenizer().save_pretrained(folder / "model")
+    make_tokens(folder / "tokens.npy")
+    (folder / "short.txt").write_text("one two three")
+    (folder / "occupied").mkdir()
+    (folder / "occupied" / "thesis.txt").write_text("chapter one")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text((folder / "model" / "config.json").read_text())
+    (folder / "broken" / "model.safetensors").write_bytes(b"nothing of the kind, but long enough")
+    return folder
+
+
+def shardprune(*arguments, columns: int = 200) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
+    command = [sys.executable, "-m", "shardprune", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_a_run_from_a_recipe_and_options(folder, tmp_path):
+    recipe = {
+        "calibration": str(folder / "tokens.npy"),
+        "samples": 8,
+        "seqlen": 24,
+        "sparsity": 0.9,
+        "backend": "local",
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    done = shardprune(
+        *("prune", folder / "model", "--out", tmp_path / "o", "--recipe", tmp_path / "r.yaml"),
+        *("--sparsity", "0.5", "--eval", folder / "tokens.npy"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "perplexity, tokens.npy" in done.stdout
+    assert "0.5000" in done.stdout
+    assert "prune  layer 4/4" in done.stderr  # plain lines, no bar, where the output is no terminal
+    assert "\x1b" not in done.stderr
+    stored = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert stored["recipe"]["sparsity"] == 0.5
+    assert (tmp_path / "o" / "tokenizer.json").exists()
+
+
+BAD = {
+    "missing model": (("--sparsity", "0.5"), {"model": "nowhere"}, "model: 'nowhere' is no directory"),
+    "no safetensors": (("--sparsity", "0.5"), {"model": "broken"}, "model: "),
+    "sparsity": (("--sparsity", "1.5"), {}, "sparsity: 1.5 is not allowed; use a number from 0 to below 1"),
+    "no number": (("--sparsity", "half"), {}, "Invalid value for '--sparsity'"),
+    "no sparsity": ((), {}, "sparsity: missing; give a number from 0 to below 1, or a pattern such as 2:4"),
+    "pattern": (("--pattern", "4:2"), {}, "pattern: '4:2' is not allowed; use 'unstructured' or N:M"),
+    "method": (("--method", "obs", "--sparsity", "0.5"), {}, "method: 'obs' is not allowed; use one of magnitude"),
+    "short text": (("--sparsity", "0.5", "--calibration", "{short}"), {}, "calibration: "),
+    "replicas": (
+        ("--sparsity", "0.5", "--samples", "2", "--replicas", "3"),
+        {},
+        "replicas: 3 is more than the 2 samples",
+    ),
+    "shards": (("--sparsity", "0.5", "--shards", "5"), {}, "shards: 5 is more than the model's 4 layers"),
+    "occupied": (("--sparsity", "0.5"), {"out": "occupied"}, "out: "),
+    "unknown option": (("--sparsity", "0.5", "--sparsty", "1"), {}, "No such option: --sparsty"),
+    "recipe field": (
+        ("--recipe", "{recipe}"),
+        {},
+        "sparsty: no field of a recipe has this name; did you mean sparsity?",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "places", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_code_2(folder, options, places, message, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("sparsty: 0.5\n")
+    model = {"nowhere": "nowhere"}.get(places.get("model"), folder / places.get("model", "model"))
+    out = folder / places["out"] if "out" in places else tmp_path / "o"
+    before = snapshot(folder)
+    given = [option.format(short=folder / "short.txt", recipe=tmp_path / "r.yaml") for option in options]
+    if "--calibration" not in given:
+        given += ["--calibration", folder / "tokens.npy"]
+    if "--samples" not in given:
+        given += ["--samples", "4"]
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, ("prune", model, "--out", out, "--backend", "local", "--seqlen", "24", *given))))
+    output = capsys.readouterr()
+    assert ended.value.code == 2
+    assert output.out == ""
+    assert output.err.startswith(f"error: {message}")
+    assert len(output.err.splitlines()) == 1
+    assert snapshot(folder) == before
+    assert not (tmp_path / "o").exists()
+
+
+def test_bad_input_ends_the_process_with_code_2(folder, tmp_path):
+    done = shardprune("prune", folder / "broken", "--out", tmp_path / "o", "--sparsity", "0.5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: model: {folder / 'broken'}/model.safetensors is not a safetensors file\n"
+
+
+def test_help_reads_at_80_columns():
+    done = shardprune("prune", "--help", columns=80)
+    assert done.returncode == 0
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+    for option in ("--sparsity", "--pattern", "--shards", "--no-resume", "Example: shardprune prune"):
+        assert option in done.stdout
