@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.recipe import Recipe, choices
 
 app = typer.Typer(
@@ -119,13 +119,16 @@ def _show(result: Any) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command: exit code 0 on success, 2 with one line on bad input, 1 with a traceback otherwise."""
+    """Run the command: exit code 0 on success, 2 with one line on bad input, 1 with one line where a run
+    cannot go on, 1 with a traceback where the program is wrong."""
     try:
         code = app(arguments, standalone_mode=False)
     except InputError as error:
-        sys.exit(_fail(str(error)))
+        sys.exit(_fail(str(error), 2))
     except ClickException as error:
-        sys.exit(_fail(error.format_message()))  # type: ignore[attr-defined]
+        sys.exit(_fail(error.format_message(), 2))  # type: ignore[attr-defined]
+    except (SolverError, WorkerLost) as error:
+        sys.exit(_fail(str(error), 1))
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -133,9 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ class ProjectionResult(BaseModel):
 
 
 class Sparsity(BaseModel):
-    """`achieved` is counted on the tensors written, over the projections of all decoder layers."""
+    """Fractions of zeros over the projections of all decoder layers; `achieved` is counted on the tensors
+    written, `before` on those of the dense model."""
 
     target: float
+    before: float
     achieved: float
     projections: list[ProjectionResult]
 

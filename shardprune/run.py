@@ -85,9 +85,12 @@ def _backend(recipe: Recipe) -> Backend:
 
 def _done_already(plan: Plan) -> Result | None:
     """The result of a finished run that lacks nothing of what is asked for."""
-    if "sparsity" not in plan.state or not set(plan.evaluations) <= set(plan.state["perplexity"]):
+    if "sparsity" not in plan.state:
         return None
-    return Result(**plan.state)
+    result = Result(**plan.state)
+    measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
+    wanted = {source: tokens_hash(windows) for source, windows in plan.evaluations.items()}
+    return result if wanted.items() <= measured.items() else None
 
 
 class _Run:
@@ -119,7 +122,10 @@ class _Run:
                     raise
                 self.output.say(f"a worker was lost ({error}); going on with what is left")
                 slots = self.backend.settle()
-                layout = self.plan.layout.shrunk_to(slots.workers(self.plan.recipe.device))
+                left = slots.workers(self.plan.recipe.device)
+                if not left:
+                    raise
+                layout = self.plan.layout.shrunk_to(left)
         return self._finish()
 
     def _attempt(self, layout: Layout) -> None:
@@ -160,10 +166,11 @@ class _Run:
     def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
         for source, windows in self.plan.evaluations.items():
-            record = self.perplexity.setdefault(
-                source, {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
-            )
-            if record.get(when) is not None and record["windows"] == len(windows):
+            tokens = {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
+            record = self.perplexity.get(source, {})
+            if not tokens.items() <= record.items():  # never measured, or on another text
+                record = self.perplexity[source] = tokens
+            if record.get(when) is not None:
                 continue
             waves = Waves(windows, layout.replicas, self.plan.wave)
             parts = parts_of_pass(waves, self.plan.skeleton.layers, self.plan.streamed)
@@ -182,7 +189,9 @@ class _Run:
             write_frame(plan.checkpoint, plan.skeleton, self.journal)
             write_index(plan.checkpoint, plan.skeleton, self.journal)
         reports = [report for _, layer in sorted(self.journal.finished().items()) for report in layer]
-        zeros, weights = (sum(report[key] for report in reports) for key in ("zeros", "weights"))
+        weights, before, zeros = (
+            sum(report[key] for report in reports) for key in ("weights", "zeros_before", "zeros")
+        )
         parameters = plan.skeleton.parameters()
         seconds = self.clock.total()
         for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
@@ -200,6 +209,7 @@ class _Run:
             ),
             sparsity=Sparsity(
                 target=plan.recipe.target,
+                before=before / weights,
                 achieved=zeros / weights,
                 projections=[ProjectionResult(**report) for report in reports],
             ),

@@ -214,10 +214,12 @@ def projection_weight(layer: nn.Module, projection: str) -> Tensor:
 def attention_of(config: PretrainedConfig) -> str:
     """The attention implementation that every run of a model uses: rounding differs between them.
 
-    `sdpa`, but where the model's attention has a term that sdpa lacks (Gemma 2 caps its scores): `eager`.
+    `sdpa`, but `eager` where the model class has none, and where attention scores are capped (Gemma 2):
+    sdpa has no such term, and some versions of transformers leave it out without a word.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return "sdpa" if model_class._supports_sdpa else "eager"
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not capped else "eager"
 
 
 def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:

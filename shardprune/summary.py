@@ -15,7 +15,7 @@ def summary(result: Result) -> Table:
     for source, measured in result.perplexity.items():
         after = f"{measured.after:.3f}" if measured.after is not None else "-"
         table.add_row(f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after)
-    table.add_row("sparsity", "", f"{result.sparsity.achieved:.4f}")
+    table.add_row("sparsity", f"{result.sparsity.before:.4f}", f"{result.sparsity.achieved:.4f}")
     table.add_row("parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}")
     for phase in ("observe", "prune", "evaluate", "total"):
         if phase in result.seconds:

@@ -7,10 +7,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from shardprune import Recipe, prune
-from shardprune.errors import InputError
+from shardprune.errors import InputError, SolverError
 from shardprune.progress import Output
 from shardprune.shard.worker import ShardWorker
 from shardprune.skeleton import attention_of
@@ -291,6 +292,28 @@ def test_a_finished_run_can_be_measured_on_more(folder, tmp_path):
     result = run(folder, tmp_path / "o", sparsity=0.5, eval=(str(folder / "other.npy"),))
     assert result.perplexity[str(folder / "other.npy")].after is not None
     assert {name: data for name, data in snapshot(tmp_path / "o").items() if name in layers} == layers
+
+
+def test_a_measurement_on_another_text_is_not_taken_for_this_one(folder, tmp_path):
+    source = tmp_path / "eval.npy"
+    make_tokens(source, samples=5, seed=2)
+    first = run(folder, tmp_path / "o", sparsity=0.5, eval=(str(source),)).perplexity[str(source)]
+    make_tokens(source, samples=5, seed=3)
+    second = run(folder, tmp_path / "o", sparsity=0.5, eval=(str(source),)).perplexity[str(source)]
+    assert first.tokens_sha256 != second.tokens_sha256
+    assert (first.before, first.after) != (second.before, second.after)
+    fresh = run(folder, tmp_path / "fresh", sparsity=0.5, eval=(str(source),)).perplexity[str(source)]
+    assert second == fresh
+
+
+def test_a_layer_that_cannot_be_solved_names_the_projection(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tensors = load_tensors(tmp_path / "model")
+    tensors["model.layers.2.post_attention_layernorm.weight"][3] = float("inf")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SolverError, match=r"layer 2 mlp\.gate_proj: the Hessian has entries that are not finite"):
+        run(folder, tmp_path / "o", model=tmp_path / "model", sparsity=0.5)
+    assert len(list((tmp_path / "o").glob("model-*"))) == 2  # the layers before it are kept
 
 
 def test_leftovers_of_an_interrupted_write_are_removed(folder, tmp_path, dies_at_layer):

@@ -10,7 +10,7 @@ from shardprune.solvers.method import Method
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.statistics import InputStatistics, output_error
 
-Report = dict[str, Any]  # layer, name, target, achieved, zeros, weights, error, retries, damping
+Report = dict[str, Any]  # layer, name, target, achieved, zeros, zeros_before, weights, error, retries, damping
 
 
 def prune_projection(
@@ -49,6 +49,7 @@ def prune_projection(
         "target": sparsity,
         "achieved": zeros / weight.numel(),
         "zeros": zeros,
+        "zeros_before": int((weight == 0).sum()),
         "weights": weight.numel(),
         "retries": solution.retries,
     }
