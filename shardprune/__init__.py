@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: `shardprune --help` should not wait for torch.
+    # Imported on first use: whoever wants a solver alone needs neither transformers nor Ray.
     if name == "Recipe":
         from shardprune.recipe import Recipe
 

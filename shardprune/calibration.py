@@ -47,9 +47,10 @@ def perplexity_windows(source: str, tokenizer: Tokenizer, seqlen: int, vocabular
     """
     if is_tokens(source):
         return _stored_windows("eval", source, seqlen, vocabulary)[:limit]
-    stream = _tokenise(tokenizer(), load_corpus("eval", source, "perplexity").text)
+    corpus = load_corpus("eval", source, "perplexity")
+    stream = _tokenise(tokenizer(), corpus.text)
     _check_length("eval", source, stream, seqlen)
-    return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[:limit].clone()
+    return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[: corpus.windows][:limit].clone()
 
 
 def tokens_hash(tokens: Tensor) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
 from shardprune.safetensors_file import Entry, copy_tensors, read_header, read_tensor
-from shardprune.storage import Folder
+from shardprune.storage import Folder, first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -24,7 +25,7 @@ COMPANION = re.compile(
     r"(config|generation_config|preprocessor_config|.*token.*|chat_template.*|vocab|merges)"
     r"\.(json|txt|model|jinja)"
 )
-SAMPLE = 64 * 2**10  # bytes read at each of three places of a weight file to tell models apart
+SAMPLE = 1024  # bytes read in the middle of every tensor to tell models apart
 
 
 class Checkpoint:
@@ -38,7 +39,7 @@ class Checkpoint:
     """
 
     def __init__(self, model: str) -> None:
-        self.folder = Folder(locate(model))
+        self.folder = Folder(locate(model), "model")
         if not self.folder.is_file(CONFIG):
             raise InputError("model", f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
         self.entries = self._entries()
@@ -49,8 +50,9 @@ class Checkpoint:
         with self._local_companions() as local:
             try:
                 return AutoConfig.from_pretrained(local, trust_remote_code=False)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError("model", f"{self.folder.url}/{CONFIG} cannot be read: {_line(error)}") from error
+            except Exception as error:  # transformers checks a config in many ways, each with an error of its own
+                reason = first_line(error).replace(local, self.folder.url)
+                raise InputError("model", f"{self.folder.url}/{CONFIG} cannot be read: {reason}") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.
@@ -61,8 +63,9 @@ class Checkpoint:
         with self._local_companions() as local:
             try:
                 return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError("model", f"{self.folder.url} holds no tokenizer that loads: {_line(error)}") from error
+            except Exception as error:  # likewise
+                reason = first_line(error).replace(local, self.folder.url)
+                raise InputError("model", f"{self.folder.url} holds no tokenizer that loads: {reason}") from error
 
     @contextmanager
     def _local_companions(self) -> Iterator[str]:
@@ -85,15 +88,19 @@ class Checkpoint:
         copy_tensors(self.folder, {name: self.entries[name] for name in names}, target, file, metadata)
 
     def identity(self) -> str:
-        """A hash that tells this checkpoint from others: config, headers, sizes and samples of the weights."""
+        """A hash that tells this checkpoint from others: config, headers, and a sample of every tensor."""
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            entries = {name: entry for name, entry in self.entries.items() if entry.file == file}
-            layout = sorted((name, str(e.dtype), e.shape, e.start, e.end) for name, e in entries.items())
-            digest.update(json.dumps(layout).encode())
-            size = max(entry.end for entry in entries.values())
-            for start in (min(e.start for e in entries.values()), size // 2, size - SAMPLE):
-                digest.update(self.folder.read_range(file, max(0, start), min(size, max(0, start) + SAMPLE)))
+        entries = sorted(self.entries.items())
+        digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
+        middles = [(entry.start + entry.end) // 2 for _, entry in entries]
+        samples = self.folder.fs.cat_ranges(
+            [self.folder.path(entry.file) for _, entry in entries],
+            [max(entry.start, middle - SAMPLE // 2) for (_, entry), middle in zip(entries, middles, strict=True)],
+            [min(entry.end, middle + SAMPLE // 2) for (_, entry), middle in zip(entries, middles, strict=True)],
+            on_error="raise",
+        )
+        for sample in samples:
+            digest.update(sample)
         return digest.hexdigest()
 
     def _entries(self) -> dict[str, Entry]:
@@ -108,7 +115,7 @@ class Checkpoint:
     def _indexed_entries(self) -> dict[str, Entry]:
         where = f"{self.folder.url}/{INDEX}"
         try:
-            placed = self.folder.read_json(INDEX)["weight_map"]
+            placed = TypeAdapter(dict[str, str]).validate_python(self.folder.read_json(INDEX)["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError("model", f"{where} cannot be read as an index of tensors") from error
         headers = {file: read_header(self.folder, file)[0] for file in sorted(set(placed.values()))}
@@ -148,7 +155,3 @@ def _cached_snapshot(name: str) -> str | None:
         files = {SINGLE}
     complete = all(os.path.isfile(os.path.join(folder, name)) for name in {CONFIG, *files})
     return folder if complete else None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

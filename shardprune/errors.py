@@ -1,4 +1,11 @@
-"""The two ways a run can fail that are not a defect in the program."""
+"""The ways a run can fail that are not a defect in the program."""
+
+import re
+
+
+def without_credentials(text: str) -> str:
+    """A text whose URLs have lost user names, passwords and query strings."""
+    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1", re.sub(r"(\w+://)[^\s'\"/@]*@", r"\1", text))
 
 
 class InputError(ValueError):
@@ -8,8 +15,12 @@ class InputError(ValueError):
     """
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {problem}")
+        super().__init__(f"{field}: {without_credentials(problem)}")
         self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
+        return InputError, (self.field, self.problem)
 
 
 class SolverError(RuntimeError):

@@ -6,13 +6,14 @@ attempt must not decide anew.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.safetensors_file import read_header, write_tensors
-from shardprune.storage import Folder
+from shardprune.safetensors_file import Shapes, read_header, write_each
+from shardprune.storage import PARTIAL, Folder, first_line
 
 STATE = "run.json"
 RESULT = "result.json"
@@ -23,7 +24,7 @@ class Journal:
     """The output directory of a run with a given fingerprint over a model of `layers` decoder layers."""
 
     def __init__(self, out: str, fingerprint: str, layers: int) -> None:
-        self.folder = Folder(out)
+        self.folder = Folder(out, "out")
         self.fingerprint = fingerprint
         self.layers = layers
 
@@ -48,22 +49,29 @@ class Journal:
         Raises:
             InputError: the directory holds something else, or may not be resumed.
         """
-        names = [name for name in self.folder.names() if not name.endswith(".tmp")]
+        names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
         if not names:
             return None
         record = next((name for name in (RESULT, STATE) if name in names), None)
         if record is None:
             raise InputError("out", f"{self.folder.url} is not empty and holds no run; choose an empty directory")
-        state = self.folder.read_json(record)
+        state = _record(self.folder, record)
         if state.get("fingerprint") != self.fingerprint:
             raise InputError("out", f"{self.folder.url} holds another run; choose an empty directory")
         if not resume:
             raise InputError("out", f"{self.folder.url} holds this run already; resume it or choose an empty directory")
-        return self.folder.read_json(STATE) if STATE in names else state
+        return _record(self.folder, STATE) if STATE in names else state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Record the state of the run, and with the first call claim the directory."""
-        self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
+        """Record the state of the run, and with the first call claim the directory.
+
+        Raises:
+            InputError: nothing can be written there.
+        """
+        try:
+            self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
+        except OSError as error:
+            raise InputError("out", f"{self.folder.url} cannot be written: {first_line(error)}") from error
 
     # -- layers ---------------------------------------------------------------------------------------------
 
@@ -80,10 +88,12 @@ class Journal:
                 reports[layer] = record["projections"]
         return reports
 
-    def write_layer(self, layer: int, tensors: dict[str, Tensor], projections: list[dict[str, Any]]) -> None:
+    def write_layer(
+        self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], projections: list[dict[str, Any]]
+    ) -> None:
         """Write a finished layer with its report: from then on no attempt works on it again."""
         record = {"fingerprint": self.fingerprint, "layer": layer, "projections": projections}
-        write_tensors(self.folder, self.layer_file(layer), tensors, {KEY: json.dumps(record)})
+        write_each(self.folder, self.layer_file(layer), shapes, tensor, {KEY: json.dumps(record)})
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result; the state is no longer needed."""
@@ -94,8 +104,18 @@ class Journal:
 
 def recorded_recipe(out: str) -> dict[str, Any]:
     """The recipe, with all its choices made, of the run that an output directory holds; empty where it holds none."""
-    folder = Folder(out)
+    folder = Folder(out, "out")
     for name in (STATE, RESULT):
-        if folder.is_file(name):
-            return folder.read_json(name).get("recipe", {})
+        recipe = _record(folder, name).get("recipe") if folder.is_file(name) else None
+        if isinstance(recipe, dict):
+            return recipe
     return {}
+
+
+def _record(folder: Folder, name: str) -> dict[str, Any]:
+    """The fields of a state or result file; none where it is not ours to read."""
+    try:
+        record = folder.read_json(name)
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,18 +12,19 @@ from torch import Tensor
 
 from shardprune.allocation import ALLOCATIONS, Projection
 from shardprune.calibration import calibration_windows, perplexity_windows, tokens_hash
-from shardprune.checkpoint import Checkpoint, locate
+from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots
 from shardprune.cluster.layout import Layout, plan_layout
-from shardprune.errors import InputError
+from shardprune.errors import InputError, without_credentials
 from shardprune.journal import Journal, recorded_recipe
-from shardprune.recipe import Recipe
+from shardprune.recipe import Calibration, Pruning, Recipe
 from shardprune.shard.worker import WorkerSpec
 from shardprune.skeleton import Skeleton, check_tensors
 from shardprune.storage import absolute, in_process_only
 
+# The fields of a recipe that two attempts at one run have in common.
+SAME_RUN = (*Pruning.model_fields, *Calibration.model_fields, "model", "propagation")
 FORMAT = 1  # of what a fingerprint covers; changes when the same recipe gives other tensors
-ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that activations may take before they go to host memory
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Plan:
         assert recipe.threads is not None
         return [
             WorkerSpec(
-                model=self.checkpoint.folder.url,
+                model=recipe.model,
                 out=recipe.out,
                 fingerprint=self.journal.fingerprint,
                 shard=shard,
@@ -68,7 +70,8 @@ class Plan:
                 pattern=recipe.pattern,
                 measure_error=recipe.measure_error,
                 weights=recipe.weights,
-                activations=self._place(layout),
+                activations=recipe.activations,
+                activation_bytes=self._activation_bytes(layout),
                 device=recipe.device,
                 dtype=str(self.skeleton.dtype).removeprefix("torch."),
                 threads=recipe.threads,
@@ -88,18 +91,11 @@ class Plan:
         weights = sum(rows * cols for rows, cols in self.shapes[0].values()) * self.skeleton.dtype.itemsize
         return max(128 * 2**20, waves + sums + (weights if self.layout.replicas > 1 else 0))
 
-    def _place(self, layout: Layout) -> Any:
-        """Where activations live: in host memory when they do not fit beside everything else."""
-        if self.recipe.activations != "auto":
-            return self.recipe.activations
-        if self.recipe.device == "cpu":
-            return "host"
+    def _activation_bytes(self, layout: Layout) -> int:
+        """What a worker keeps of the calibration waves: its share of the samples, once for each of its segments."""
         samples = -(-len(self.calibration) // layout.replicas)
         held = max(len(lane) for lane in layout.lanes())
-        token_bytes = self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
-        bytes_held = held * samples * self.recipe.seqlen * token_bytes
-        memory = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-        return "device" if bytes_held <= ACTIVATIONS_SHARE * memory else "host"
+        return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 
 def make_plan(recipe: Recipe, backend: Backend) -> Plan:
@@ -111,7 +107,7 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
     for field, url in (("model", recipe.model), ("out", recipe.out)):
         if in_process_only(url) and recipe.backend != "local":
             raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
-    checkpoint = Checkpoint(absolute(locate(recipe.model)))
+    checkpoint = Checkpoint(_place_of(recipe.model))
     slots = backend.slots()
     recipe = recipe.model_copy(update={"device": _device(recipe, slots)})
     skeleton = Skeleton(checkpoint.config, "cpu", _dtype(recipe, checkpoint))
@@ -125,12 +121,13 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
         recipe.calibration, tokenizer, recipe.samples, recipe.seqlen, recipe.seed, vocabulary
     )
     evaluations = {
-        source: perplexity_windows(source, tokenizer, recipe.seqlen, vocabulary, recipe.eval_windows)
+        without_credentials(source): perplexity_windows(
+            source, tokenizer, recipe.seqlen, vocabulary, recipe.eval_windows
+        )
         for source in recipe.eval
     }
 
-    recorded = recorded_recipe(absolute(recipe.out)) if recipe.resume else {}
-    recipe, layout = _decide(recipe, slots, skeleton.layers, recorded)
+    recipe, layout = _decide(recipe, slots, skeleton.layers)
     fingerprint = _fingerprint(recipe, layout, skeleton, checkpoint, calibration)
     journal = Journal(recipe.out, fingerprint, skeleton.layers)
     state = journal.check(recipe.resume) or {}
@@ -144,30 +141,53 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
     return Plan(recipe, checkpoint, skeleton, calibration, evaluations, sparsities, layout, journal, state)
 
 
-def _decide(recipe: Recipe, slots: Slots, layers: int, recorded: dict[str, Any]) -> tuple[Recipe, Layout]:
+def _decide(recipe: Recipe, slots: Slots, layers: int) -> tuple[Recipe, Layout]:
     """Choose shards, replicas and threads where the recipe leaves them open.
 
     What shapes the result to the bit (segments, threads) stays as an earlier attempt recorded it.
     """
+    recipe = recipe.model_copy(
+        update={
+            "model": _place_of(recipe.model),
+            "out": absolute(recipe.out),
+            "wave": recipe.sequences_per_wave,
+        }
+    )
+    recorded = _recorded(recipe)
     parallel = recipe.propagation == "parallel"
     segments = recipe.segments or (recorded.get("segments") if parallel else None)
-    shards = recipe.shards or (min(layers, segments or layers, slots.workers(recipe.device)) if parallel else 1)
+    workers = slots.workers(recipe.device)
+    shards = recipe.shards or 1
+    if parallel and not recipe.shards:
+        shards = max(1, min(layers, segments or layers, workers // (recipe.replicas or 1)))
     spare = slots.gpus // shards if recipe.device == "cuda" and not parallel else 1
     replicas = recipe.replicas or max(1, min(spare, recipe.samples))
     if parallel and recipe.shards and segments and not recipe.segments:
         shards = min(shards, segments)  # goes on with the segments of its start
     layout = plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, segments)
-    threads = recipe.threads or recorded.get("threads") or max(1, slots.cpus // layout.workers)
+    spread = min(slots.cpus // layout.workers, slots.cpus_of_a_node)
+    threads = recipe.threads or recorded.get("threads") or max(1, spread)
     chosen = {
-        "model": absolute(locate(recipe.model)),
-        "out": absolute(recipe.out),
         "shards": shards,
         "replicas": replicas,
         "segments": len(layout.segments) if parallel else None,
         "threads": threads,
-        "wave": recipe.sequences_per_wave,
     }
     return recipe.model_copy(update=chosen), layout
+
+
+def _recorded(recipe: Recipe) -> dict[str, Any]:
+    """What the output holds of the same recipe, cut off earlier; empty where it holds none or another one."""
+    if not recipe.resume:
+        return {}
+    recorded = recorded_recipe(recipe.out)
+    asked = recipe.record()
+    return recorded if all(recorded.get(name) == asked[name] for name in SAME_RUN) else {}
+
+
+def _place_of(model: str) -> str:
+    """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
+    return absolute(model) if os.path.isdir(model) else model
 
 
 def _fingerprint(

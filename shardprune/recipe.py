@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, without_credentials
 from shardprune.solvers.pattern import Pattern, parse_pattern
 from shardprune.sources import FORMS, check_source
 
@@ -103,6 +103,11 @@ class Evaluation(Settings):
     eval: tuple[str, ...] = Field((), description="Measure perplexity on this source before and after; repeatable")
     eval_windows: int | None = positive(None, "Use the first windows of each source only (default: all)")
 
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _one_source_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("eval")
     @classmethod
     def _known_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -139,14 +144,18 @@ class Cluster(Settings):
 class Run(Settings):
     """Run"""
 
-    out: str = Field(description="Directory or URL of the result; empty, or this run's own")
+    out: str = Field(min_length=1, description="Directory or URL of the result; empty, or this run's own")
     resume: bool = Field(True, description="Go on where the same run was cut off")
 
 
 class Recipe(Pruning, Calibration, Evaluation, Cluster, Run):
     """Everything that `shardprune prune` does."""
 
-    model: str = Field(description="Directory, URL or hub name of the checkpoint")
+    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+
+    def record(self) -> dict[str, Any]:
+        """All fields as plain values, for files that others read: URLs without credentials."""
+        return {name: _without_credentials(value) for name, value in self.model_dump(mode="json").items()}
 
     @classmethod
     def load(cls, file: str | Path | None, overrides: dict[str, Any]) -> "Recipe":
@@ -175,11 +184,17 @@ def _read_yaml(file: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(file).read_text())
     except OSError as error:
         raise InputError("recipe", f"{str(file)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError("recipe", f"{str(file)!r} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError("recipe", f"{str(file)!r} must hold fields and values")
     return values
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
 
 
 def _input_error(error: ValidationError) -> InputError:

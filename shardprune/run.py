@@ -11,7 +11,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.cluster.passes import Waves, observe, parts_of_pass, perplexity
 from shardprune.cluster.pruning import Work, prune_segments
-from shardprune.errors import WorkerLost
+from shardprune.errors import WorkerLost, without_credentials
 from shardprune.journal import Journal
 from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
@@ -105,6 +105,7 @@ class _Run:
         self.perplexity: dict[str, dict[str, Any]] = dict(plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
         self.workers: list[dict[str, Any]] = []
+        self.previous = Result(**plan.state) if "sparsity" in plan.state else None
 
     def go(self) -> Result:
         self.journal.folder.remove_partial()
@@ -153,7 +154,7 @@ class _Run:
         plan = self.plan
         waves = Waves(plan.calibration, layout.replicas, plan.wave)
         work = Work(plan.sparsities, frozenset(finished), plan.skeleton.family.inputs, plan.shapes)
-        starts = tuple(part.start for part in layout.segments if part.start and work.unfinished(part))
+        starts = tuple(part.start for part in layout.segments if part.start and work.pending(part))
         if starts:
             parts = parts_of_pass(waves, max(starts), plan.streamed)
             with self.clock.phase("observe"), self.output.step("observe", parts) as step:
@@ -179,12 +180,13 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        recipe = self.plan.recipe.model_dump(mode="json")
+        recipe = self.plan.recipe.record()
         self.journal.save({"recipe": recipe, "perplexity": self.perplexity, "restarts": self.restarts})
 
     def _finish(self) -> Result:
         """Write what makes the layer files a checkpoint, and the result last."""
         plan = self.plan
+        self.journal.folder.remove_partial()  # of workers that died while they wrote
         with self.clock.phase("write"):
             write_frame(plan.checkpoint, plan.skeleton, self.journal)
             write_index(plan.checkpoint, plan.skeleton, self.journal)
@@ -196,13 +198,17 @@ class _Run:
         seconds = self.clock.total()
         for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
             seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
+        workers = [WorkerResult(**worker) for worker in self.workers]
+        if self.previous:  # only measured on more: what pruning took, and who did it, stays
+            evaluate = seconds["evaluate"] + self.previous.seconds.get("evaluate", 0.0)
+            seconds, workers = {**self.previous.seconds, "evaluate": evaluate}, self.previous.workers
         result = Result(
             command="prune",
             fingerprint=self.journal.fingerprint,
-            recipe=plan.recipe.model_dump(mode="json"),
+            recipe=plan.recipe.record(),
             model=ModelSize(parameters_before=parameters, parameters_after=parameters),
             calibration=CalibrationResult(
-                source=plan.recipe.calibration,
+                source=without_credentials(plan.recipe.calibration),
                 samples=len(plan.calibration),
                 seqlen=plan.recipe.seqlen,
                 tokens_sha256=tokens_hash(plan.calibration),
@@ -215,7 +221,7 @@ class _Run:
             ),
             perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
             seconds=seconds,
-            workers=[WorkerResult(**worker) for worker in self.workers],
+            workers=workers,
             restarts=self.restarts,
         )
         self.journal.finish(result.as_json())

@@ -62,6 +62,8 @@ def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, 
         header = json.loads(folder.read_range(name, 8, 8 + length))
         metadata = header.pop("__metadata__", {})
         entries = {key: _entry(name, 8 + length, value) for key, value in header.items()}
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError("model", f"{where} is not a safetensors file: its header cannot be read") from error
     expected = max((entry.end for entry in entries.values()), default=8 + length)
@@ -88,13 +90,22 @@ def read_tensor(folder: Folder, entry: Entry) -> Tensor:
     return tensor
 
 
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
 def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors, one tensor at a time."""
-    tensors = {key: tensor.detach() for key, tensor in tensors.items()}
+    """Write a file of tensors."""
     shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    write_each(folder, name, shapes, lambda key: tensors[key], metadata)
+
+
+def write_each(
+    folder: Folder, name: str, shapes: Shapes, tensor: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors that are made one at a time, when each one's turn comes."""
 
     def content(key: str) -> Iterator[memoryview]:
-        yield _bytes(tensors[key].cpu().contiguous())
+        yield _bytes(tensor(key).detach().cpu().contiguous())
 
     _write(folder, name, shapes, metadata, content)
 
@@ -118,7 +129,7 @@ def copy_tensors(
 def _write(
     folder: Folder,
     name: str,
-    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    shapes: Shapes,
     metadata: Mapping[str, str],
     content: Callable[[str], Iterable[memoryview]],
 ) -> None:

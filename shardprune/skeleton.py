@@ -10,7 +10,7 @@ needs a driver.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError
 from shardprune.families import family_of
+from shardprune.storage import first_line
 
 
 class Recorder(nn.Module):
@@ -56,7 +57,7 @@ class Skeleton:
         dtype: of the computation; None keeps the config's dtype.
 
     Raises:
-        InputError: the model's family is not supported.
+        InputError: the model's family is not supported, or its config makes no model.
     """
 
     def __init__(self, config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -64,10 +65,15 @@ class Skeleton:
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype or config.dtype or torch.float32
-        with init_empty_weights(include_buffers=False):
-            self.model = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, attn_implementation=attention_of(config), trust_remote_code=False
-            )
+        if getattr(config, "quantization_config", None):
+            raise InputError("model", "its weights are quantised; give the checkpoint that they were made from")
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, attn_implementation=attention_of(config), trust_remote_code=False
+                )
+        except Exception as error:  # whatever a config that makes no model leads to
+            raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
         self.model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
@@ -112,14 +118,18 @@ class Skeleton:
         weights = {name: projection_weight(layer, name) for name in self.family.projections}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
-    def build_layer(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def build_layer(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
         """A decoder layer with the given checkpoint tensors as its parameters, on the device.
 
-        The parameters own their memory, so that solving may write into them.
+        They are converted one by one as they come. The parameters own their memory, so that solving may
+        write into them.
         """
         layer = copy.deepcopy(self._blanks[index])
         prefix = f"{self.family.layers}.{index}."
-        self._assign(layer, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+        for name, tensor in tensors:
+            path, _, leaf = name.removeprefix(prefix).rpartition(".")
+            parameter = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+            layer.get_submodule(path)._parameters[leaf] = parameter
         return layer
 
     def layer_arguments(self, index: int, batch: int, seqlen: int) -> dict[str, Any]:
@@ -199,12 +209,6 @@ class Skeleton:
                 if value is parameter:
                     module._parameters[name] = new
 
-    def _assign(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        for name, _ in list(layer.named_parameters()):
-            path, _, leaf = name.rpartition(".")
-            tensor = tensors[name].to(self.device, self.dtype)
-            layer.get_submodule(path)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-
 
 def projection_weight(layer: nn.Module, projection: str) -> Tensor:
     """The weight [rows, cols] of one of a decoder layer's projections."""
@@ -226,11 +230,13 @@ def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     """Check that a checkpoint has every tensor that its config implies, in its shape.
 
     Raises:
-        InputError: a tensor is missing or has another shape.
+        InputError: a tensor is missing, has another shape, or no floating dtype that is pruned.
     """
     for name, shape in skeleton.tensors().items():
         if name not in checkpoint.entries:
             raise InputError("model", f"{checkpoint.folder.url} has no tensor {name}, which its config implies")
-        found = checkpoint.entries[name].shape
-        if found != shape:
-            raise InputError("model", f"tensor {name} is {list(found)}; the config implies {list(shape)}")
+        found = checkpoint.entries[name]
+        if found.shape != shape:
+            raise InputError("model", f"tensor {name} is {list(found.shape)}; the config implies {list(shape)}")
+        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError("model", f"tensor {name} is {found.dtype}; use float32, float16 or bfloat16")

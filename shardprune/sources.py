@@ -19,7 +19,7 @@ import numpy as np
 
 from shardprune import stdlib
 from shardprune.errors import InputError
-from shardprune.storage import read_file
+from shardprune.storage import first_line, read_file
 
 Role = Literal["calibration", "perplexity"]
 FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"
@@ -31,11 +31,13 @@ class Corpus:
 
     `separator` joins them. Where `by_document` is set, a calibration window lies inside one document,
     drawn among those that are long enough: so the papers draw from C4, and only what is drawn is tokenised.
+    `windows` is how many windows perplexity is measured on at most.
     """
 
     documents: list[str]
     separator: str = "\n\n"
     by_document: bool = False
+    windows: int | None = None
 
     @property
     def text(self) -> str:
@@ -44,7 +46,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a hub data set; `files` picks part of a huge one, `rows` the first ones of it."""
+    """One split of a hub data set; `files` picks part of a huge one, `rows` the first ones of it, and
+    `windows` limits how many windows perplexity is measured on."""
 
     name: str
     config: str | None
@@ -53,6 +56,7 @@ class HubSplit:
     separator: str = "\n\n"
     files: str | None = None
     rows: int | None = None
+    windows: int | None = None
     revision: str | None = None
     by_document: bool = False
 
@@ -76,7 +80,7 @@ PAPERS: dict[str, dict[Role, HubSplit]] = {
             "allenai/c4", None, "train", "text", files="en/c4-train.00000-of-01024.json.gz", by_document=True
         ),
         "perplexity": HubSplit(
-            "allenai/c4", None, "train", "text", " ", files="en/c4-validation.00000-of-00008.json.gz", rows=1100
+            "allenai/c4", None, "train", "text", " ", "en/c4-validation.00000-of-00008.json.gz", rows=1100, windows=256
         ),
     },
 }
@@ -106,10 +110,13 @@ def load_tokens(field: str, source: str) -> np.ndarray:
     Raises:
         InputError: it is missing or no such array.
     """
+    content = read_file(source, field)
     try:
-        tokens = np.load(io.BytesIO(_read(field, source)), allow_pickle=False)
+        tokens = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise InputError(field, f"{source!r} is not a .npy array of numbers") from error
+    if not isinstance(tokens, np.ndarray):
+        raise InputError(field, f"{source!r} is an archive of arrays; use a .npy file of one")
     if tokens.ndim != 2 or tokens.dtype != np.int64:
         raise InputError(field, f"{source!r} is {tokens.dtype} {list(tokens.shape)}; use int64 [samples, seqlen]")
     return tokens
@@ -130,32 +137,32 @@ def load_corpus(field: str, source: str, role: Role) -> Corpus:
     if source.startswith("hf:"):
         name, *config, split, text_field = source.removeprefix("hf:").split(":")
         return _hub(field, source, HubSplit(name, (config or [""])[0] or None, split, text_field))
-    try:
-        return Corpus([_read(field, source).decode()])
-    except UnicodeDecodeError as error:
-        raise InputError(field, f"{source!r} is not UTF-8 text") from error
+    return Corpus([_read_text(field, source)])
 
 
 def _jsonl(source: str) -> re.Match[str] | None:
     return re.fullmatch(r"(.*\.jsonl)(?::([\w.-]+))?", source)
 
 
-def _read(field: str, url: str) -> bytes:
+def _read_text(field: str, url: str) -> str:
     try:
-        return read_file(url)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(field, f"{url!r} does not exist") from error
+        return read_file(url, field).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(field, f"{url!r} is not UTF-8 text") from error
 
 
 def _json_lines(field: str, url: str, text_field: str) -> list[str]:
     documents = []
-    for number, line in enumerate(_read(field, url).decode().splitlines(), 1):
+    for number, line in enumerate(_read_text(field, url).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            documents.append(json.loads(line)[text_field])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(field, f"{url!r} line {number} is no JSON object with a field {text_field!r}") from error
+            document = json.loads(line)[text_field]
+        except (ValueError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise InputError(field, f"{url!r} line {number} is no JSON object with a text {text_field!r}")
+        documents.append(document)
     return documents
 
 
@@ -166,9 +173,8 @@ def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
     try:
         rows = load_dataset(hub.name, hub.config, split=hub.split, data_files=files, revision=hub.revision)
     except Exception as error:  # `datasets` raises its own, the hub's, and the network's errors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(field, f"{source!r} cannot be loaded as a data set: {reason}") from error
+        raise InputError(field, f"{source!r} cannot be loaded as a data set: {first_line(error)}") from error
     if hub.field not in rows.column_names:
         raise InputError(field, f"{source!r} has no field {hub.field!r}; use one of {', '.join(rows.column_names)}")
     rows = rows.select(range(min(hub.rows or len(rows), len(rows))))
-    return Corpus(list(rows[hub.field]), hub.separator, hub.by_document)
+    return Corpus(list(rows[hub.field]), hub.separator, hub.by_document, hub.windows)

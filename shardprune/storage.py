@@ -3,6 +3,7 @@
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterable
 from typing import Any
@@ -10,16 +11,24 @@ from typing import Any
 import fsspec
 from fsspec import AbstractFileSystem
 
+from shardprune.errors import InputError
+
 CHUNK = 64 * 2**20  # bytes per read or write call
-RENAMING = frozenset({"file", "local", "memory"})  # file systems where a file shows while it is written
+# Where a file shows only when its upload ends. Everywhere else it is written under another name and renamed.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 class Folder:
-    """A directory on any file system. Every path given to its methods is relative to it."""
+    """A directory on any file system. Every path given to its methods is relative to it.
 
-    def __init__(self, url: str) -> None:
+    Raises:
+        InputError: the URL's file system is not known, lacks its package, or cannot be reached; names `field`.
+    """
+
+    def __init__(self, url: str, field: str) -> None:
         self.url = url
-        self.fs, self.root = _resolve(url)
+        self.fs, self.root = _resolve(url, field)
 
     def path(self, name: str) -> str:
         return posixpath.join(self.root, name)
@@ -72,22 +81,27 @@ class Folder:
         object stores show nothing before the upload ends.
         """
         target = self.path(name)
-        renames = not RENAMING.isdisjoint(_protocols(self.fs))
+        renames = OBJECT_STORES.isdisjoint(_protocols(self.fs))
         path = self.path(f".{name}.{uuid.uuid4().hex[:8]}.tmp") if renames else target
         if renames:
             self.fs.makedirs(self.root, exist_ok=True)
+        file = self.fs.open(path, "wb")
         try:
-            with self.fs.open(path, "wb") as file:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    for start in range(0, len(view), CHUNK):
-                        file.write(view[start : start + CHUNK])
-            if renames:
-                self.fs.mv(path, target)
+            for part in parts:
+                view = memoryview(part).cast("B")
+                for start in range(0, len(view), CHUNK):
+                    file.write(view[start : start + CHUNK])
         except BaseException:
-            if renames and self.fs.exists(path):
+            if renames:
+                file.close()
                 self.fs.rm_file(path)
+            else:  # closing would complete the upload, and so would the destructor of an open file
+                file.discard()
+                file.closed = True
             raise
+        file.close()
+        if renames:
+            self.fs.mv(path, target)
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, [text.encode()])
@@ -101,7 +115,7 @@ class Folder:
     def remove_partial(self) -> None:
         """Remove what an interrupted `write` left behind."""
         for name in self.names():
-            if name.startswith(".") and name.endswith(".tmp"):
+            if PARTIAL.fullmatch(name):
                 self.remove(name)
 
 
@@ -115,18 +129,31 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
-def read_file(url: str) -> bytes:
+def read_file(url: str, field: str) -> bytes:
     """The bytes of one file.
 
     Raises:
-        FileNotFoundError: there is none.
+        InputError: it cannot be read; names `field`.
     """
-    fs, path = _resolve(url)
-    return fs.cat_file(path)
+    fs, path = _resolve(url, field)
+    try:
+        return fs.cat_file(path)
+    except FileNotFoundError as error:
+        raise InputError(field, f"{url!r} does not exist") from error
+    except OSError as error:
+        raise InputError(field, f"{url!r} cannot be read: {first_line(error)}") from error
 
 
-def _resolve(url: str) -> tuple[AbstractFileSystem, str]:
-    fs, root = fsspec.core.url_to_fs(url)
+def first_line(error: BaseException) -> str:
+    """An error's text, or its first line where it has several."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
+    try:
+        fs, root = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
     return fs, root.rstrip("/") or root
 
 

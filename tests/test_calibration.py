@@ -48,6 +48,11 @@ def test_jsonl_documents_and_fields(tmp_path, tokenizer):
     assert four in calibrate(f"{tmp_path / 'x.jsonl'}:body", tokenizer).flatten().tolist()
 
 
+def test_line_separators_inside_a_json_string_are_text(tmp_path, tokenizer):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one two\u2028three " * 9}, ensure_ascii=False) + "\n")
+    assert calibrate(tmp_path / "x.jsonl", tokenizer).shape == (4, 6)
+
+
 def test_stored_tokens_are_used_as_they_are(tmp_path, tokenizer):
     tokens = np.arange(30, dtype=np.int64).reshape(5, 6) % 16
     np.save(tmp_path / "x.npy", tokens)
@@ -100,7 +105,8 @@ def test_stdlib_calibrates_on_training_modules_and_measures_on_held_out_ones(tok
     [
         (b"one two", "x.txt", "calibration: .*x.txt' has 2 tokens, too short for one window of seqlen 6"),
         (b"\xff\xfe\x00", "x.txt", "calibration: .* is not UTF-8 text"),
-        (b'{"text": "one"}\n{"txt": "two"}', "x.jsonl", "calibration: .* line 2 is no JSON object with a field 'text'"),
+        (b'{"text": "one"}\n{"txt": "two"}', "x.jsonl", "calibration: .* line 2 is no JSON object with a text 'text'"),
+        (b'{"text": 5}', "x.jsonl", "calibration: .* line 1 is no JSON object with a text 'text'"),
         (b"not an array", "x.npy", "calibration: .* is not a .npy array"),
         (None, "x.txt", "calibration: .* does not exist"),
     ],

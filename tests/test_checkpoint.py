@@ -1,11 +1,14 @@
 """Checkpoints on any file system, and the damage that is found before any work."""
 
+import gc
 import json
 import shutil
+from typing import ClassVar
 
 import fsspec
 import pytest
 import torch
+from fsspec.spec import AbstractBufferedFile
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -48,7 +51,7 @@ def test_written_files_are_read_by_the_library(tmp_path):
         "transposed": torch.randn(4, 6).t(),
         "flags": torch.tensor([True, False]),
     }
-    folder = Folder(str(tmp_path / "new"))
+    folder = Folder(str(tmp_path / "new"), "out")
     write_tensors(folder, "x.safetensors", tensors, {"note": "kept"})
     found = load_file(tmp_path / "new" / "x.safetensors")
     assert found.keys() == tensors.keys()
@@ -61,7 +64,7 @@ def test_written_files_are_read_by_the_library(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
-    folder = Folder(str(tmp_path))
+    folder = Folder(str(tmp_path), "out")
 
     def parts():
         yield b"half"
@@ -72,13 +75,57 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert folder.names() == []
 
 
+class Store(fsspec.AbstractFileSystem):
+    """An object store's manners: a file appears when its upload ends, and closing it ends the upload."""
+
+    protocol = "s3"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def _open(self, path, mode="rb", **kwargs):
+        return Upload(self, path, mode, **kwargs)
+
+
+class Upload(AbstractBufferedFile):
+    def _initiate_upload(self):
+        self.parts = []
+
+    def _upload_chunk(self, final=False):
+        self.parts.append(self.buffer.getvalue())
+        if final:
+            Store.objects[self.path] = b"".join(self.parts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_upload_that_fails_never_appears(tmp_path, fails):
+    folder = Folder(str(tmp_path), "out")
+    folder.fs, folder.root = Store(), "bucket/run"
+
+    def parts():
+        for _ in range(3):
+            yield bytes(3 * 2**20)
+        if fails:
+            raise KeyboardInterrupt
+
+    Store.objects.clear()
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            folder.write("x", parts())
+        gc.collect()
+        assert Store.objects == {}
+    else:
+        folder.write("x", parts())
+        assert Store.objects == {"bucket/run/x": bytes(9 * 2**20)}
+
+
 def test_identity_tells_models_apart_but_not_copies(tmp_path, sharded):
     copy = tmp_path / "copy"
     shutil.copytree(sharded, copy)
     assert Checkpoint(sharded).identity() == Checkpoint(str(copy)).identity()
-    file = next(copy.glob("*.safetensors"))
-    tensors = {name: tensor * 1.01 for name, tensor in load_file(file).items()}
-    save_file(tensors, file, {"format": "pt"})
+    for file in copy.glob("*.safetensors"):  # one tensor in one of the files
+        tensors = load_file(file)
+        if "model.layers.2.mlp.up_proj.weight" in tensors:
+            tensors["model.layers.2.mlp.up_proj.weight"] *= 1.01
+            save_file(tensors, file, {"format": "pt"})
     assert Checkpoint(sharded).identity() != Checkpoint(str(copy)).identity()
 
 
@@ -121,6 +168,14 @@ def break_index(copy):
     (copy / INDEX).write_text("{")
 
 
+def index_of_lists(copy):
+    (copy / INDEX).write_text('{"weight_map": ["a"]}')
+
+
+def index_of_numbers(copy):
+    (copy / INDEX).write_text('{"weight_map": {"a": 1}}')
+
+
 def remove_config(copy):
     (copy / "config.json").unlink()
 
@@ -140,6 +195,8 @@ def remove_weights(copy):
         (misplace, "places model.layers.9.ghost in .*, which has no such tensor"),
         (remove_shard, "does not exist"),
         (break_index, "cannot be read as an index"),
+        (index_of_lists, "cannot be read as an index"),
+        (index_of_numbers, "cannot be read as an index"),
         (remove_config, "holds no config.json"),
         (remove_weights, "holds neither model.safetensors nor"),
     ],

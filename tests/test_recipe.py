@@ -17,6 +17,10 @@ def test_options_override_the_file(tmp_path):
     assert (loaded.samples, loaded.sparsity, loaded.eval) == (32, 0.5, ("stdlib",))
 
 
+def test_one_source_may_stand_alone():
+    assert recipe(sparsity=0.5, eval="stdlib").eval == ("stdlib",)
+
+
 def test_a_pattern_fixes_the_sparsity():
     assert recipe(pattern="2:8").target == 0.75
     assert recipe(pattern="2:8").zeros == NM(2, 8)
@@ -41,6 +45,7 @@ def test_waves_do_not_depend_on_the_machine():
         ({"sparsity": 0.5, "samples": 0}, "samples: 0 is not allowed; use greater than or equal to 1"),
         ({"sparsity": 0.5, "sparsty": 0.5}, "sparsty: no field of a recipe has this name; did you mean sparsity?"),
         ({"sparsity": 0.5, "eval": ["x.csv"]}, "eval: 'x.csv' is no known source"),
+        ({"sparsity": 0.5, "out": ""}, "out: '' is not allowed"),
         ({"sparsity": 0.5, "out": None}, "out: None is not allowed"),
     ],
 )
@@ -57,11 +62,18 @@ def test_missing_fields_are_named():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be read"), ("a: [", "is not YAML"), ("- a", "must hold fields and values")]
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        (b"a: [", "is not YAML"),
+        (b"\xff\xfe\xfa", "is not YAML"),
+        (b"- a", "must hold fields and values"),
+        (b"1: 2", "must hold fields and values"),
+    ],
 )
 def test_bad_files(tmp_path, content, message):
     file = tmp_path / "r.yaml"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content)
     with pytest.raises(InputError, match=f"recipe: .*{message}"):
         Recipe.load(file, {})

@@ -1,6 +1,7 @@
 """Runs in one process: what is written, and that layout, memory and interruptions do not change it."""
 
 import json
+import pickle
 import shutil
 
 import fsspec
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from shardprune import Recipe, prune
-from shardprune.errors import InputError, SolverError
+from shardprune.cluster.local_backend import LocalBackend
+from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.progress import Output
 from shardprune.shard.worker import ShardWorker
 from shardprune.skeleton import attention_of
@@ -56,7 +58,9 @@ def plain_pruned(folder, method: str, pattern: str, sparsity: float) -> dict[str
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
         gathered = {name: InputStatistics.empty("gram", linear.in_features) for name, linear in linears.items()}
         hooks = [
-            linear.register_forward_pre_hook(lambda _m, inputs, name=name: gathered[name].add(inputs[0]))
+            linear.register_forward_pre_hook(
+                lambda _m, inputs, name=name: gathered[name].add(inputs[0], len(inputs[0]))
+            )
             for name, linear in linears.items()
         ]
         with torch.no_grad():
@@ -311,7 +315,7 @@ def test_a_layer_that_cannot_be_solved_names_the_projection(folder, tmp_path):
     tensors = load_tensors(tmp_path / "model")
     tensors["model.layers.2.post_attention_layernorm.weight"][3] = float("inf")
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(SolverError, match=r"layer 2 mlp\.gate_proj: the Hessian has entries that are not finite"):
+    with pytest.raises(SolverError, match=r"layer 2 mlp\.gate_proj: its inputs are not finite"):
         run(folder, tmp_path / "o", model=tmp_path / "model", sparsity=0.5)
     assert len(list((tmp_path / "o").glob("model-*"))) == 2  # the layers before it are kept
 
@@ -320,8 +324,23 @@ def test_leftovers_of_an_interrupted_write_are_removed(folder, tmp_path, dies_at
     dies_at_layer(2)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "o", sparsity=0.5)
-    (tmp_path / "o" / ".model-00004-of-00005.safetensors.0abc.tmp").write_bytes(b"half a layer")
+    (tmp_path / "o" / ".model-00004-of-00005.safetensors.0123abcd.tmp").write_bytes(b"half a layer")
     run(folder, tmp_path / "o", sparsity=0.5)
+    assert not list((tmp_path / "o").glob(".*"))
+
+
+def test_what_a_lost_worker_left_behind_is_removed(folder, tmp_path, monkeypatch):
+    """A worker that dies while it writes leaves its temporary file; the same driver goes on."""
+    write = ShardWorker.write
+
+    def dying(self, index):
+        (tmp_path / "o" / ".model-00004-of-00005.safetensors.0123abcd.tmp").write_bytes(b"half a layer")
+        monkeypatch.setattr(ShardWorker, "write", write)
+        raise WorkerLost("killed")
+
+    monkeypatch.setattr(ShardWorker, "write", dying)
+    monkeypatch.setattr(LocalBackend, "settle", LocalBackend.slots)
+    assert run(folder, tmp_path / "o", sparsity=0.5).restarts == 1
     assert not list((tmp_path / "o").glob(".*"))
 
 
@@ -338,6 +357,12 @@ def test_leftovers_of_an_interrupted_write_are_removed(folder, tmp_path, dies_at
         ({"device": "cuda"}, "device: 'cuda' needs a GPU"),
         ({"calibration": "stdlib"}, "model: .* holds no tokenizer"),
         ({"model": "nowhere"}, "model: .*nowhere' is no directory"),
+        ({"model": "foo://x"}, "model: 'foo://x' cannot be opened: "),
+        ({"calibration": "foo://x.txt"}, "calibration: 'foo://x.txt' cannot be opened: "),
+        ({"calibration": "foo://x.npy"}, "calibration: 'foo://x.npy' cannot be opened: "),
+        ({"calibration": "/"}, "calibration: '/' is no known source"),
+        ({"calibration": "/no/such.txt"}, "calibration: '/no/such.txt' does not exist"),
+        ({"eval": "/no/such.txt"}, "eval: '/no/such.txt' does not exist"),
         ({"backend": "ray", "model": "memory://x"}, "model: .* lives in this process's memory; use backend local"),
     ],
 )
@@ -369,6 +394,31 @@ def test_a_directory_of_other_things_is_never_touched(folder, tmp_path):
     with pytest.raises(InputError, match="out: .* is not empty and holds no run"):
         run(folder, tmp_path, sparsity=0.5)
     assert snapshot(tmp_path) == {"thesis.txt": b"chapter one"}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "garbage", '{"recipe": 5}', '{"recipe": {"segments": 9, "threads": 64}}']
+)
+def test_a_record_that_is_not_ours_is_another_run(folder, content, tmp_path):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(InputError, match="out: .* holds another run"):
+        run(folder, tmp_path, sparsity=0.5, propagation="parallel", shards=2)
+    assert snapshot(tmp_path) == {"result.json": content.encode()}
+
+
+def test_an_output_that_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out: .* cannot be written"):
+        run(folder, tmp_path / "file" / "sub", sparsity=0.5)
+
+
+def test_credentials_stay_out_of_errors_and_records(folder, tmp_path):
+    with pytest.raises(InputError) as caught:
+        run(folder, tmp_path / "o", sparsity=0.5, calibration="nope://user:SECRET@host/x.txt")
+    assert "SECRET" not in str(caught.value)
+    assert "SECRET" not in str(pickle.loads(pickle.dumps(caught.value)))
+    recipe = Recipe.checked({"model": "s3://key:SECRET@b/m?token=SECRET", "out": "o", "sparsity": 0.5})
+    assert recipe.record()["model"] == "s3://b/m"
 
 
 def test_no_resume_refuses_what_is_there(folder, tmp_path):

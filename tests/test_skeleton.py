@@ -24,7 +24,7 @@ def build(path: str, device: str = "cpu") -> tuple[Checkpoint, Skeleton]:
 
 
 def layer_of(checkpoint: Checkpoint, skeleton: Skeleton, index: int):
-    return skeleton.build_layer(index, {name: checkpoint.read(name) for name in skeleton.layer_tensors(index)})
+    return skeleton.build_layer(index, ((name, checkpoint.read(name)) for name in skeleton.layer_tensors(index)))
 
 
 @torch.no_grad()
@@ -94,6 +94,45 @@ def test_a_checkpoint_that_lacks_a_tensor_is_an_error(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"has no tensor model\.layers\.2\.mlp\.up_proj\.weight"):
         build(str(tmp_path))
+
+
+def test_weights_of_another_kind_are_an_error(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(48, 32, dtype=torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"up_proj\.weight is torch\.int8; use float32, float16 or bfloat16"):
+        build(str(tmp_path))
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(48, 32).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"holds F8_E4M3 tensors; use one of F64, F32"):
+        build(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_hidden_layers": "four"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 5},
+        {"hidden_act": "nope"},
+        {"dtype": "float99"},
+        {"quantization_config": {"quant_method": "awq"}},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_an_error(tmp_path, changed):
+    import json
+
+    make_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changed}))
+    with pytest.raises(InputError) as caught:
+        build(str(tmp_path))
+    assert caught.value.field == "model"
+    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_an_error(tmp_path):

@@ -36,10 +36,11 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class Slots:
-    """What the living nodes of a machine or cluster offer in all."""
+    """What the living nodes of a machine or cluster offer in all, and the most CPUs that one of them has."""
 
     cpus: int
     gpus: int
+    cpus_of_a_node: int
 
     def workers(self, device: str) -> int:
         """How many workers fit: one per GPU, or one per CPU."""
@@ -48,9 +49,9 @@ class Slots:
 
 def this_machine() -> Slots:
     """The slots of the machine that this process runs on."""
-    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has, where a scheduler says so
-        return Slots(len(os.sched_getaffinity(0)), torch.cuda.device_count())
-    return Slots(os.cpu_count() or 1, torch.cuda.device_count())
+    # A scheduler may allow this process fewer CPUs than the machine has.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Slots(cpus, torch.cuda.device_count(), cpus)
 
 
 class Backend(Protocol):

@@ -1,6 +1,9 @@
 """Workers of this process, each call done at once: for one GPU, a notebook, a debugger."""
 
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
@@ -13,6 +16,7 @@ class LocalGroup:
     concurrent = False
 
     def __init__(self, specs: list[WorkerSpec]) -> None:
+        self._threads = torch.get_num_threads()  # the caller's, which workers change
         self._workers = {(spec.shard, spec.replica): ShardWorker(spec) for spec in specs}
 
     def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
@@ -23,13 +27,15 @@ class LocalGroup:
 
     def close(self) -> None:
         self._workers.clear()
+        torch.set_num_threads(self._threads)
 
 
 class LocalBackend:
     """This process on this machine."""
 
     def slots(self) -> Slots:
-        return this_machine()
+        machine = this_machine()
+        return replace(machine, gpus=min(1, machine.gpus))  # one process works on one GPU
 
     def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
         return LocalGroup(specs)

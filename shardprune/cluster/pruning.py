@@ -22,15 +22,19 @@ class Work:
     inputs: tuple[tuple[str, ...], ...]
     shapes: list[dict[str, tuple[int, int]]]
 
-    def unfinished(self, segment: range) -> bool:
-        return any(layer not in self.finished for layer in segment)
+    def pending(self, segment: range) -> range:
+        """The layers of a segment up to its last unfinished one: nothing waits for the image of a later one."""
+        unfinished = [layer for layer in segment if layer not in self.finished]
+        return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
 
     def parts(self, segments: tuple[range, ...], waves: int) -> int:
-        """The number of parts that pruning reports to its progress step: two passes over every new layer,
-        one over every finished layer whose image a later layer needs."""
-        return waves * sum(
-            2 - (layer in self.finished) for segment in segments if self.unfinished(segment) for layer in segment
-        )
+        """The number of parts that pruning reports to its progress step: two passes over every unfinished
+        layer and one over every finished one, but none beyond the pruning of the last."""
+        passes = 0
+        for segment in segments:
+            pending = self.pending(segment)
+            passes += sum(2 - (layer in self.finished) for layer in pending) - bool(pending)
+        return waves * passes
 
 
 def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step: Step) -> None:
@@ -44,8 +48,8 @@ def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step:
 
     def run(lane: list[range]) -> None:
         for segment in lane:
-            if work.unfinished(segment):
-                _prune_segment(group, layout, waves, work, segment, step)
+            if pending := work.pending(segment):
+                _prune_layers(group, layout, waves, work, pending, step)
 
     lanes = layout.lanes()
     if not group.concurrent:
@@ -61,21 +65,24 @@ def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step:
             raise
 
 
-def _prune_segment(group: Group, layout: Layout, waves: Waves, work: Work, segment: range, step: Step) -> None:
-    stream = segment_stream(segment.start)
-    if segment.start == 0:
+def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers: range, step: Step) -> None:
+    """Prune the unfinished ones of a segment's layers, the last of which is unfinished."""
+    stream = segment_stream(layers.start)
+    if layers.start == 0:
         enter(group, layout, waves, stream)
-    for layer in segment:
+    for layer in layers:
         shard = layout.shard_of(layer)
         if layer not in work.finished:
             step.describe(f"layer {layer + 1}/{len(work.shapes)}")
             _prune_layer(group, layout, waves, work, stream, shard, layer, step)
-        for _ in to_waves(group, layout, waves, shard, "propagate", stream, layer, "latest"):
-            step.advance()
-        if layer + 1 in segment and layout.shard_of(layer + 1) != shard:
-            hand_on(group, layout, waves, stream, shard)
-    to_all(group, layout, layout.shard_of(segment[-1]), "drop", stream)
-    to_all(group, layout, layout.shard_of(segment[-1]), "release")
+        if layer + 1 in layers:
+            for _ in to_waves(group, layout, waves, shard, "propagate", stream, layer, "latest"):
+                step.advance()
+            if layout.shard_of(layer + 1) != shard:
+                hand_on(group, layout, waves, stream, shard)
+    last = layout.shard_of(layers[-1])
+    to_all(group, layout, last, "drop", stream)
+    to_all(group, layout, last, "release")
 
 
 def _prune_layer(

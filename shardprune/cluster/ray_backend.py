@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import (
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
 from shardprune.shard.worker import ShardWorker, WorkerSpec
+from shardprune.storage import first_line
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
 # Ray and torch say nothing new.
@@ -42,11 +43,23 @@ CONNECT_SECONDS = 10.0
 PLACEMENT_SECONDS = 120.0
 PROBE_SECONDS = 10.0  # for a node to answer after a worker was lost
 DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
+# glibc keeps freed memory below a limit that grows with use; a streaming worker must give layers back.
+STREAMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 WORKER_ENV = ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS",)
 
 
 class ShardActor(ShardWorker):
-    """A worker in a process of its own, which imports this file and so has its settings."""
+    """A worker in a process of its own, which imports this file and so has its settings.
+
+    The work of starting is a verb: what fails there reaches the driver as the error that it is, where an
+    error in the constructor would look like a lost worker.
+    """
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
+
+    def start(self) -> None:
+        super().__init__(self.spec)
 
 
 class RayBackend:
@@ -93,8 +106,7 @@ class RayBackend:
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not self._address:
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise InputError("address", f"no Ray cluster answers at {self._address!r}: {reason}") from error
+            raise InputError("address", f"no Ray cluster answers at {self._address!r}: {first_line(error)}") from error
         self._connected_here = True
 
 
@@ -116,7 +128,8 @@ def _check_reachable(address: str) -> None:
 def cluster_slots() -> Slots:
     """What the living nodes of the connected cluster offer in all."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Slots(int(sum(node.get("CPU", 0) for node in alive)), int(sum(node.get("GPU", 0) for node in alive)))
+    cpus = [int(node.get("CPU", 0)) for node in alive]
+    return Slots(sum(cpus), int(sum(node.get("GPU", 0) for node in alive)), max(cpus, default=0))
 
 
 class RayGroup:
@@ -132,7 +145,8 @@ class RayGroup:
     def __init__(self, specs: list[WorkerSpec]) -> None:
         gpu = specs[0].device == "cuda"
         available = cluster_slots()
-        cpus = 1 if gpu else max(1, min(specs[0].threads, available.cpus // len(specs)))
+        spread = min(available.cpus // len(specs), available.cpus_of_a_node)
+        cpus = 1 if gpu else max(1, min(specs[0].threads, spread))
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
         if available.workers(specs[0].device) < len(specs):
             raise InputError(
@@ -147,14 +161,17 @@ class RayGroup:
                 wanted = f"{len(specs)} x {bundle}"
                 raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
             actor_class = ray.remote(max_restarts=0, max_task_retries=0)(ShardActor)
+            streamed = specs[0].weights == "streamed"
+            environment = {"env_vars": STREAMING_ENV} if streamed else None
             for index, spec in enumerate(specs):
                 self._actors[spec.shard, spec.replica] = actor_class.options(
                     num_cpus=cpus,
                     num_gpus=1 if gpu else 0,
+                    runtime_env=environment,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
                 ).remote(spec)
-            for shard, replica in self._actors:  # errors of the start are the caller's, not the first verb's
-                self.get(self.submit(shard, replica, "usage"))
+            for ref in [self.submit(shard, replica, "start") for shard, replica in self._actors]:
+                self.get(ref)
         except BaseException:
             self.close()
             raise
@@ -169,11 +186,11 @@ class RayGroup:
         try:
             return ray.get(ref)
         except LOST as error:
-            raise WorkerLost(str(error).strip().splitlines()[0]) from error
+            raise WorkerLost(first_line(error)) from error
         except RayTaskError as error:
             if isinstance(error.cause, LOST):
-                raise WorkerLost(str(error.cause).strip().splitlines()[0]) from error
-            raise error.as_instanceof_cause() if error.cause else error from None
+                raise WorkerLost(first_line(error.cause)) from error
+            raise error.cause or error from error
 
     def close(self) -> None:
         """End all workers and give back their slots."""

@@ -86,5 +86,5 @@ class Layers:
         if pruned:
             folder = self._journal.folder
             entries, _ = read_header(folder, self._journal.layer_file(index))
-            return self._skeleton.build_layer(index, {name: read_tensor(folder, entries[name]) for name in names})
-        return self._skeleton.build_layer(index, {name: self._checkpoint.read(name) for name in names})
+            return self._skeleton.build_layer(index, ((name, read_tensor(folder, entries[name])) for name in names))
+        return self._skeleton.build_layer(index, ((name, self._checkpoint.read(name)) for name in names))

@@ -31,6 +31,8 @@ def prune_projection(
         SolverError: names the projection.
     """
     weight = dense.float()
+    if statistics is not None and not statistics.finite:
+        raise SolverError(f"{label}: its inputs are not finite: the activations overflow")
     try:
         solution = method.prune(weight, statistics, pattern, sparsity)  # type: ignore[arg-type]
     except SolverError as error:

@@ -26,6 +26,7 @@ from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics, Kind
 
+ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
 
 
@@ -33,7 +34,8 @@ Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
 class WorkerSpec:
     """All that a worker must know, as plain values that travel to another process.
 
-    `finished` are the layers whose files are in `out` already.
+    `activation_bytes` is what the waves that it keeps take, `finished` are the layers whose files are in
+    `out` already.
     """
 
     model: str
@@ -46,7 +48,8 @@ class WorkerSpec:
     pattern: str
     measure_error: bool
     weights: Literal["resident", "streamed"]
-    activations: Literal["device", "host"]
+    activations: Literal["auto", "device", "host"]
+    activation_bytes: int
     device: str
     dtype: str
     threads: int
@@ -79,7 +82,7 @@ class ShardWorker:
         self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
         self.skeleton.load_frame(self.checkpoint)
         self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers)
-        self.activations = Activations(self.skeleton.device, spec.activations)
+        self.activations = Activations(self.skeleton.device, self._place())
         self.pattern = parse_pattern(spec.pattern)
         self.layers = Layers(
             self.skeleton,
@@ -171,14 +174,15 @@ class ShardWorker:
         kind = self._kind()
         if kind is None:
             return
+        hidden = self.activations.get(stream, wave)
         hooks = [
             layer.get_submodule(names[0]).register_forward_pre_hook(
-                lambda _module, inputs, target=target: target.add(inputs[0])
+                lambda _module, inputs, target=target: target.add(inputs[0], len(hidden))
             )
             for names, target in zip(self.skeleton.family.inputs, statistics, strict=True)
         ]
         try:
-            self._run(index, "dense", self.activations.get(stream, wave))
+            self._run(index, "dense", hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -236,16 +240,17 @@ class ShardWorker:
     def write(self, index: int) -> None:
         """Write the solved layer: pruned projections in their stored dtype, everything else as it was."""
         layer = self.layers.get(index, "dense")
-        tensors = {}
         pruned = {self.skeleton.projection_tensor(index, name): name for name in self.skeleton.family.projections}
-        for tensor in self.skeleton.layer_tensors(index):
-            if tensor in pruned:
-                weight = projection_weight(layer, pruned[tensor])
-                tensors[tensor] = weight.to(self.checkpoint.entries[tensor].dtype)
-            else:
-                tensors[tensor] = self.checkpoint.read(tensor)
+        entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
+
+        def tensor(name: str) -> Tensor:
+            if name in pruned:
+                return projection_weight(layer, pruned[name]).to(entries[name].dtype)
+            return self.checkpoint.read(name)
+
+        shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         reports = [self._reports[name] for name in self.skeleton.family.projections]
-        self.journal.write_layer(index, tensors, reports)
+        self.journal.write_layer(index, shapes, tensor, reports)
 
     @timed
     def finish(self, index: int) -> None:
@@ -279,6 +284,15 @@ class ShardWorker:
     def _run(self, index: int, version: Version, hidden: Tensor) -> Tensor:
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
         return self.skeleton.forward_layer(self.layers.get(index, version), hidden, arguments)
+
+    def _place(self) -> Literal["device", "host"]:
+        """Where waves are kept: in host memory where they would not leave a GPU room for the work."""
+        if self.spec.activations != "auto":
+            return self.spec.activations
+        if self.skeleton.device.type == "cpu":
+            return "host"
+        memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory
+        return "device" if self.spec.activation_bytes <= ACTIVATIONS_SHARE * memory else "host"
 
     def _kind(self) -> Kind | None:
         """The statistics that this run needs: the error of a projection is known from the whole Gram matrix."""

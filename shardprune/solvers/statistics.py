@@ -29,9 +29,12 @@ class InputStatistics:
         shape = (cols, cols) if kind == "gram" else (cols,)
         return cls(kind, torch.zeros(shape, dtype=torch.float32, device=device))
 
-    def add(self, inputs: Tensor) -> None:
-        """Add the inputs of one wave, [samples, seqlen, cols], in any floating dtype."""
-        self.samples += inputs.shape[0]
+    def add(self, inputs: Tensor, samples: int) -> None:
+        """Add the inputs of one wave of `samples` sequences, [..., cols] in any floating dtype.
+
+        The number of sequences cannot be read off the shape: some models flatten it into the tokens.
+        """
+        self.samples += samples
         tokens = inputs.reshape(-1, inputs.shape[-1])
         if self.kind == "squares":
             self.sums += tokens.float().square().sum(0)
@@ -47,6 +50,11 @@ class InputStatistics:
     def mean_squares(self) -> Tensor:
         """s = 1/N sum over tokens of x^2, float32 [cols]."""
         return (self.sums.diagonal() if self.kind == "gram" else self.sums) / self.samples
+
+    @property
+    def finite(self) -> bool:
+        """Whether all sums are; no entry of X^T X is larger than the largest of its diagonal."""
+        return bool(torch.isfinite(self.mean_squares).all())
 
     @property
     def hessian(self) -> Tensor:

@@ -34,7 +34,7 @@ def make_checkpoint(folder: str, config: LlamaConfig) -> None:
         tensors[name] = (
             torch.ones(shape).bfloat16() if norm else torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
         )
-    write_tensors(Folder(folder), SINGLE, tensors, {})
+    write_tensors(Folder(folder, "out"), SINGLE, tensors, {})
 
 
 def main() -> None:
@@ -78,6 +78,7 @@ def main() -> None:
                 measure_error=not args.no_error,
                 weights="resident",
                 activations="device",
+                activation_bytes=0,
                 device=args.device,
                 dtype="bfloat16" if args.device == "cuda" else "float32",
                 threads=torch.get_num_threads(),

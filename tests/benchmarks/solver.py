@@ -77,7 +77,7 @@ def main() -> None:
     )
     weight = torch.randn(args.rows, args.cols, device=args.device)
     statistics = InputStatistics.empty("gram", args.cols, args.device)
-    statistics.add(x)
+    statistics.add(x, len(x))
 
     def ours():
         statistics._factors.clear()  # the factor belongs to the time

@@ -40,7 +40,7 @@ def make_model(folder: Path, gigabytes: float) -> int:
     skeleton = Skeleton(config, "cpu")
     frame = {name: shape for name, shape in skeleton.tensors().items() if ".layers." not in name}
     groups = [frame, *(skeleton.layer_tensors(index) for index in range(skeleton.layers))]
-    target, placed, total = Folder(str(folder)), {}, 0
+    target, placed, total = Folder(str(folder), "out"), {}, 0
     for number, shapes in enumerate(groups):
         tensors = {
             name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape).mul_(0.02)

@@ -33,8 +33,8 @@ def build(tmp_path):
 
         skeleton.build_layer = watched  # type: ignore[method-assign]
         for index in finished:
-            tensors = {name: checkpoint.read(name) * 0 for name in skeleton.layer_tensors(index)}
-            journal.write_layer(index, tensors, [])
+            shapes = {name: (torch.float32, shape) for name, shape in skeleton.layer_tensors(index).items()}
+            journal.write_layer(index, shapes, lambda name: checkpoint.read(name) * 0, [])
         return Layers(skeleton, checkpoint, journal, range(4), set(finished), stream), made
 
     return make

@@ -22,7 +22,7 @@ def inputs(samples: int, tokens: int, cols: int, seed: int, dead: tuple[int, ...
 def gathered(x: torch.Tensor, device: str = "cpu") -> InputStatistics:
     statistics = InputStatistics.empty("gram", x.shape[-1], device)
     for wave in x.to(device).split(2):
-        statistics.add(wave)
+        statistics.add(wave, len(wave))
     return statistics
 
 

@@ -10,7 +10,7 @@ def test_sums_over_waves_and_replicas_are_those_of_all_tokens(device):
     for share in (x[:5], x[5:]):
         part = InputStatistics.empty("gram", 12, device)
         for wave in share.to(device).split(2):
-            part.add(wave)
+            part.add(wave, len(wave))
         parts.append(part)
     total = InputStatistics.empty("gram", 12, device)
     for part in parts:
@@ -24,7 +24,7 @@ def test_sums_over_waves_and_replicas_are_those_of_all_tokens(device):
 def test_half_precision_inputs_are_summed_in_float32(device):
     x = (torch.randn(4, 500, 16, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
     statistics = InputStatistics.empty("gram", 16, device)
-    statistics.add(x.to(device))
+    statistics.add(x.to(device), len(x))
     tokens = x.double().reshape(-1, 16)
     assert statistics.sums.dtype == torch.float32
     assert torch.allclose(statistics.sums.cpu().double(), tokens.T @ tokens, rtol=1e-4)
@@ -34,7 +34,7 @@ def test_half_precision_inputs_are_summed_in_float32(device):
 def test_mean_squares_are_the_same_for_both_kinds(kind):
     x = torch.randn(4, 10, 6, generator=torch.Generator().manual_seed(0))
     statistics = InputStatistics.empty(kind, 6)
-    statistics.add(x)
+    statistics.add(x, len(x))
     assert torch.allclose(statistics.mean_squares, x.square().sum((0, 1)) / 4, rtol=1e-5)
 
 
@@ -43,7 +43,7 @@ def test_output_error_is_that_of_the_outputs(device):
     x, dense = torch.randn(4, 30, 10, generator=generator), torch.randn(7, 10, generator=generator)
     pruned = dense * (torch.rand(7, 10, generator=generator) > 0.5)
     statistics = InputStatistics.empty("gram", 10, device)
-    statistics.add(x.to(device))
+    statistics.add(x.to(device), len(x))
     tokens = x.reshape(-1, 10)
     expected = float((tokens @ (dense - pruned).T).square().sum() / (tokens @ dense.T).square().sum())
     assert output_error(dense.to(device), pruned.to(device), statistics) == pytest.approx(expected, rel=1e-4)

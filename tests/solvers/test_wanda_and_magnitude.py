@@ -9,7 +9,7 @@ from shardprune.solvers.statistics import InputStatistics
 def gathered(x: torch.Tensor, kind: str, device: str) -> InputStatistics:
     statistics = InputStatistics.empty(kind, x.shape[-1], device)
     for wave in x.to(device).split(3):
-        statistics.add(wave)
+        statistics.add(wave, len(wave))
     return statistics
 
 
