@@ -1,8 +1,8 @@
 """Resident memory of a worker that streams the weights of a model larger than itself.
 
-    python -m tests.benchmarks.streamed_memory [--gigabytes 2] [--weights streamed|resident] [--backend ray|local]
+    python -m tests.benchmarks.streamed_memory [--gigabytes 2] [--dtype float32] [--weights streamed] [--backend ray]
 
-Makes a Llama of that many gigabytes of random float32 weights, layer by layer, prunes it with SparseGPT,
+Makes a Llama of that many gigabytes of random weights, layer by layer, prunes it with SparseGPT,
 and prints the peak resident memory of the worker's process, as `result.json` has it.
 """
 
@@ -23,7 +23,7 @@ from shardprune.storage import Folder
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 4096, 4096
 
 
-def make_model(folder: Path, gigabytes: float) -> int:
+def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
     """Write a random model; returns the bytes of its weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -34,8 +34,10 @@ def make_model(folder: Path, gigabytes: float) -> int:
         num_hidden_layers=1,
         max_position_embeddings=512,
     )
-    layer_bytes = 4 * sum(int(np.prod(shape)) for shape in Skeleton(config, "cpu").layer_tensors(0).values())
+    sizes = [int(np.prod(shape)) for shape in Skeleton(config, "cpu").layer_tensors(0).values()]
+    layer_bytes = dtype.itemsize * sum(sizes)
     config.num_hidden_layers = int(gigabytes * 1e9 / layer_bytes) + 1
+    config.dtype = dtype
     config.save_pretrained(folder)
     skeleton = Skeleton(config, "cpu")
     frame = {name: shape for name, shape in skeleton.tensors().items() if ".layers." not in name}
@@ -43,12 +45,12 @@ def make_model(folder: Path, gigabytes: float) -> int:
     target, placed, total = Folder(str(folder), "out"), {}, 0
     for number, shapes in enumerate(groups):
         tensors = {
-            name: torch.ones(shape) if len(shape) == 1 else torch.randn(shape).mul_(0.02)
+            name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape).mul_(0.02)).to(dtype)
             for name, shape in shapes.items()
         }
         write_tensors(target, f"model-{number}.safetensors", tensors, {})
         placed |= dict.fromkeys(tensors, f"model-{number}.safetensors")
-        total += sum(tensor.numel() * 4 for tensor in tensors.values())
+        total += sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
     target.write_json(INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
     return total
 
@@ -56,6 +58,7 @@ def make_model(folder: Path, gigabytes: float) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=2.0)
+    parser.add_argument("--dtype", default="float32", help="of the stored weights; computing is in float32")
     parser.add_argument("--weights", default="streamed")
     parser.add_argument("--backend", default="ray")
     parser.add_argument("--samples", type=int, default=8)
@@ -64,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        total = make_model(folder / "model", args.gigabytes)
+        total = make_model(folder / "model", args.gigabytes, getattr(torch, args.dtype))
         tokens = np.random.default_rng(0).integers(0, VOCABULARY, (args.samples, args.seqlen))
         np.save(folder / "tokens.npy", tokens)
         result = prune(
@@ -86,7 +89,7 @@ def main() -> None:
         )
     peak = max(worker.peak_bytes for worker in result.workers)
     layers = result.workers[-1].layers[1] + 1
-    print(f"weights {total / 2**30:.2f} GiB in {layers} layers, {args.weights}, {args.backend}")
+    print(f"weights {total / 2**30:.2f} GiB in {layers} {args.dtype} layers, {args.weights}, {args.backend}")
     print(f"peak resident memory of the worker {peak / 2**30:.2f} GiB, prune {result.seconds['prune']:.1f} s")
 
 
