@@ -128,6 +128,7 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
     }
 
     recipe, layout = _decide(recipe, slots, skeleton.layers)
+    backend.check_room(layout.workers, recipe.device)
     fingerprint = _fingerprint(recipe, layout, skeleton, checkpoint, calibration)
     journal = Journal(recipe.out, fingerprint, skeleton.layers)
     state = journal.check(recipe.resume) or {}

@@ -64,11 +64,18 @@ class Backend(Protocol):
             InputError: the cluster cannot be reached.
         """
 
+    def check_room(self, workers: int, device: str) -> None:
+        """Check that so many workers can work at once.
+
+        Raises:
+            InputError: there are fewer slots.
+        """
+
     def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
         """Start the workers; `store_bytes` is the memory for what is under way between them.
 
         Raises:
-            InputError: there is no room for them.
+            InputError: the cluster does not free what they need.
             WorkerLost: one died while it started.
         """
 

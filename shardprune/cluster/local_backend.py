@@ -37,6 +37,9 @@ class LocalBackend:
         machine = this_machine()
         return replace(machine, gpus=min(1, machine.gpus))  # one process works on one GPU
 
+    def check_room(self, workers: int, device: str) -> None:
+        pass  # workers of one process take turns
+
     def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
         return LocalGroup(specs)
 

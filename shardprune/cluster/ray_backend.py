@@ -75,6 +75,15 @@ class RayBackend:
         self._connect()
         return cluster_slots()
 
+    def check_room(self, workers: int, device: str) -> None:
+        own = not self._address and not ray.is_initialized()
+        if own and device == "cpu":
+            return  # a cluster of our own gets as many slots as there are workers
+        room = self.slots().workers(device)
+        if workers > room:
+            units = "GPUs" if device == "cuda" else "CPUs"
+            raise InputError("shards", f"{workers} workers need as many {units}; the cluster has {room}")
+
     def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
         self._connect(
             num_cpus=max(len(specs), this_machine().cpus),
@@ -136,7 +145,7 @@ class RayGroup:
     """Workers [shard][replica] as actors that are never restarted: the driver owns recovery.
 
     Raises:
-        InputError: the cluster has no room for the workers.
+        InputError: the cluster does not free what the workers need.
         WorkerLost: a worker died while it started.
     """
 
@@ -148,12 +157,6 @@ class RayGroup:
         spread = min(available.cpus // len(specs), available.cpus_of_a_node)
         cpus = 1 if gpu else max(1, min(specs[0].threads, spread))
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
-        if available.workers(specs[0].device) < len(specs):
-            raise InputError(
-                "shards",
-                f"{len(specs)} workers need as many {'GPUs' if gpu else 'CPUs'}; "
-                f"the cluster has {available.workers(specs[0].device)}",
-            )
         self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
         self._actors: dict[tuple[int, int], Any] = {}
         try:

@@ -112,6 +112,7 @@ def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, t
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     with pytest.raises(InputError, match="shards: 6 workers need as many CPUs; the cluster has 4"):
         prune(recipe(folder, tmp_path / "o", shards=2, replicas=3), QUIET)
+    assert not (tmp_path / "o").exists()
 
 
 def test_an_address_where_no_cluster_answers(folder, tmp_path):
