@@ -203,9 +203,9 @@ def _fingerprint(
         "wave": recipe.sequences_per_wave,
         "dtype": str(skeleton.dtype),
         "segments": [segment.start for segment in layout.segments],
-        **recipe.model_dump(include={"method", "sparsity", "pattern", "allocation", "measure_error"}),
+        **recipe.model_dump(include=set(Pruning.model_fields)),
+        "sparsity": recipe.target,  # which a pattern may have fixed
     }
-    content["sparsity"] = recipe.target
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

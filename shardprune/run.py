@@ -9,7 +9,7 @@ from shardprune.calibration import tokens_hash
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.local_backend import LocalBackend
-from shardprune.cluster.passes import Waves, observe, parts_of_pass, perplexity
+from shardprune.cluster.passes import Waves, observe, parts_of_observing, parts_of_perplexity, perplexity
 from shardprune.cluster.pruning import Work, prune_segments
 from shardprune.errors import WorkerLost, without_credentials
 from shardprune.journal import Journal
@@ -156,7 +156,7 @@ class _Run:
         work = Work(plan.sparsities, frozenset(finished), plan.skeleton.family.inputs, plan.shapes)
         starts = tuple(part.start for part in layout.segments if part.start and work.pending(part))
         if starts:
-            parts = parts_of_pass(waves, max(starts), plan.streamed)
+            parts = parts_of_observing(waves, starts, plan.streamed)
             with self.clock.phase("observe"), self.output.step("observe", parts) as step:
                 observe(group, layout, waves, starts, plan.streamed, step)
         parts = work.parts(layout.segments, len(waves.all))
@@ -174,7 +174,7 @@ class _Run:
             if record.get(when) is not None:
                 continue
             waves = Waves(windows, layout.replicas, self.plan.wave)
-            parts = parts_of_pass(waves, self.plan.skeleton.layers, self.plan.streamed)
+            parts = parts_of_perplexity(waves, self.plan.skeleton.layers, self.plan.streamed)
             with self.output.step(f"perplexity {when}", parts) as step:
                 record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
             self._save()

@@ -47,35 +47,39 @@ def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, 
     """The entries and the metadata of a file, checked against its size.
 
     Raises:
-        InputError: the file is missing, no safetensors file, or truncated.
+        InputError: the file is missing, no safetensors file, or truncated; names the folder's field.
     """
     where = f"{folder.url}/{name}"
     if not folder.is_file(name):
-        raise InputError("model", f"{where} does not exist")
+        raise InputError(folder.field, f"{where} does not exist")
     size = folder.size(name)
     length = int.from_bytes(folder.read_range(name, 0, 8), "little") if size >= 8 else 0
     if not 2 <= length <= HEADER_LIMIT:
-        raise InputError("model", f"{where} is not a safetensors file")
+        raise InputError(folder.field, f"{where} is not a safetensors file")
     if 8 + length > size:
-        raise InputError("model", f"{where} is truncated or not a safetensors file: its header ends after the file")
+        raise InputError(
+            folder.field, f"{where} is truncated or not a safetensors file: its header ends after the file"
+        )
     try:
         header = json.loads(folder.read_range(name, 8, 8 + length))
         metadata = header.pop("__metadata__", {})
-        entries = {key: _entry(name, 8 + length, value) for key, value in header.items()}
+        entries = {key: _entry(folder, name, 8 + length, value) for key, value in header.items()}
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError("model", f"{where} is not a safetensors file: its header cannot be read") from error
+        raise InputError(folder.field, f"{where} is not a safetensors file: its header cannot be read") from error
     expected = max((entry.end for entry in entries.values()), default=8 + length)
     if expected != size:
-        raise InputError("model", f"{where} is truncated or damaged: it has {size} bytes, its header says {expected}")
+        raise InputError(
+            folder.field, f"{where} is truncated or damaged: it has {size} bytes, its header says {expected}"
+        )
     return entries, metadata
 
 
-def _entry(file: str, offset: int, value: dict) -> Entry:
+def _entry(folder: Folder, file: str, offset: int, value: dict) -> Entry:
     start, end = value["data_offsets"]
     if value["dtype"] not in DTYPES:
-        raise InputError("model", f"{file} holds {value['dtype']} tensors; use one of {', '.join(DTYPES)}")
+        raise InputError(folder.field, f"{file} holds {value['dtype']} tensors; use one of {', '.join(DTYPES)}")
     entry = Entry(file, DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + end)
     if end - start != math.prod(entry.shape) * entry.dtype.itemsize:
         raise ValueError("a tensor's bytes do not match its shape")

@@ -28,6 +28,7 @@ class Folder:
 
     def __init__(self, url: str, field: str) -> None:
         self.url = url
+        self.field = field  # of the recipe, for errors about what lies inside
         self.fs, self.root = _resolve(url, field)
 
     def path(self, name: str) -> str:

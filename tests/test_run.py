@@ -389,6 +389,16 @@ def test_another_runs_output_is_never_touched(folder, state, changed, dies_at_la
     assert snapshot(tmp_path / "o") == before
 
 
+def test_a_damaged_layer_of_the_output_is_not_called_the_model(folder, dies_at_layer, tmp_path):
+    dies_at_layer(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "o", sparsity=0.5)
+    layer = tmp_path / "o" / "model-00003-of-00005.safetensors"
+    layer.write_bytes(layer.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"^out: .*model-00003-of-00005\.safetensors is truncated or damaged"):
+        run(folder, tmp_path / "o", sparsity=0.5)
+
+
 def test_a_directory_of_other_things_is_never_touched(folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("chapter one")
     with pytest.raises(InputError, match="out: .* is not empty and holds no run"):

@@ -5,7 +5,7 @@ all waves first and then read each of their layers once.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -43,15 +43,21 @@ class Waves:
 
 def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step) -> float:
     """exp of the mean token loss over all windows, of the dense or the latest model."""
-    shards = len(layout.shards)
+    last, stop = len(layout.shards) - 1, layout.shards[-1].stop
     order = waves.in_turn()
-
-    def losses(wave: Wave, hidden: Ref) -> Ref:
-        return group.submit(shards - 1, wave.replica, "losses", hidden, waves.windows(wave))
-
+    arrived: Iterator[Ref]
+    if streamed:
+        stream = "evaluation"
+        _layer_by_layer(group, layout, waves, stream, version, (), stop, step)
+        arrived = (group.submit(last, wave.replica, "take", stream, wave.index) for wave in order)
+    else:
+        arrived = _pipeline(group, layout, waves, version, (), stop)
+    losses = (
+        group.submit(last, wave.replica, "losses", hidden, waves.windows(wave))
+        for wave, hidden in zip(order, arrived, strict=True)
+    )
     sums: dict[int, list[float]] = {}
-    arrived = _travel(group, layout, waves, "evaluation", version, (), layout.shards[-1].stop, streamed, step, losses)
-    for wave, values in zip(order, flow(group, arrived, in_flight(layout)), strict=True):
+    for wave, values in zip(order, flow(group, losses, in_flight(layout)), strict=True):
         sums[wave.index] = values
         step.advance()
     release(group, layout)
@@ -59,24 +65,33 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
     return math.exp(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
 
 
+def parts_of_perplexity(waves: Waves, layers: int, streamed: bool) -> int:
+    """The number of parts that `perplexity` reports to its progress step."""
+    return len(waves.all) * (1 + (layers if streamed else 0))
+
+
 def observe(group: Group, layout: Layout, waves: Waves, firsts: tuple[int, ...], streamed: bool, step: Step) -> None:
     """Send the dense calibration waves through, and keep what enters each layer in `firsts` where it lies."""
-    if not firsts:
-        return
-    last = layout.shard_of(max(firsts))
-
-    def discard(wave: Wave, hidden: Ref) -> Ref:
-        return group.submit(last, wave.replica, "discard", hidden)
-
-    arrived = _travel(group, layout, waves, "observation", "dense", firsts, max(firsts), streamed, step, discard)
-    for _ in flow(group, arrived, in_flight(layout)):
-        step.advance()
+    stop = max(firsts)
+    last = layout.shard_of(stop)
+    if streamed:
+        stream = "observation"
+        _layer_by_layer(group, layout, waves, stream, "dense", firsts, stop, step)
+        to_all(group, layout, last, "drop", stream)
+    else:
+        arrived = _pipeline(group, layout, waves, "dense", firsts, stop)
+        discarded = (
+            group.submit(last, wave.replica, "discard", hidden)
+            for wave, hidden in zip(waves.in_turn(), arrived, strict=True)
+        )
+        for _ in flow(group, discarded, in_flight(layout)):
+            step.advance()
     release(group, layout)
 
 
-def parts_of_pass(waves: Waves, stop: int, streamed: bool) -> int:
-    """The number of parts that a pass up to layer `stop` reports to its progress step."""
-    return len(waves.all) * (1 + (stop if streamed else 0))
+def parts_of_observing(waves: Waves, firsts: tuple[int, ...], streamed: bool) -> int:
+    """The number of parts that `observe` reports to its progress step."""
+    return len(waves.all) * (max(firsts) if streamed else 1)
 
 
 def enter(group: Group, layout: Layout, waves: Waves, stream: str) -> None:
@@ -101,7 +116,21 @@ def in_flight(layout: Layout) -> int:
     return IN_FLIGHT * layout.replicas + len(layout.shards) - 1
 
 
-def _travel(
+def _pipeline(
+    group: Group, layout: Layout, waves: Waves, version: Version, record: tuple[int, ...], stop: int
+) -> Iterator[Ref]:
+    """Send every wave through all layers below `stop`, one wave behind the other; yield what comes out.
+
+    What enters a layer in `record` is kept there as the stream of the segment that it starts.
+    """
+    for wave in waves.in_turn():
+        hidden = group.submit(0, wave.replica, "embed", waves.windows(wave))
+        for shard in _shards_up_to(layout, stop):
+            hidden = group.submit(shard, wave.replica, "forward", wave.index, hidden, version, record, stop)
+        yield hidden
+
+
+def _layer_by_layer(
     group: Group,
     layout: Layout,
     waves: Waves,
@@ -109,23 +138,14 @@ def _travel(
     version: Version,
     record: tuple[int, ...],
     stop: int,
-    streamed: bool,
     step: Step,
-    arrive: Callable[[Wave, Ref], Ref],
-) -> Iterator[Ref]:
-    """Send every wave through all layers below `stop`; yield what `arrive` makes of its hidden states.
+) -> None:
+    """Send all waves through one layer after another below `stop`; what comes out stays on the last shard.
 
     What enters a layer in `record` is kept there as the stream of the segment that it starts.
     """
-    shards = [index for index, shard in enumerate(layout.shards) if shard.start <= stop]
-    if not streamed:
-        for wave in waves.in_turn():
-            hidden = group.submit(0, wave.replica, "embed", waves.windows(wave))
-            for shard in shards:
-                hidden = group.submit(shard, wave.replica, "forward", wave.index, hidden, version, record, stop)
-            yield arrive(wave, hidden)
-        return
     enter(group, layout, waves, stream)
+    shards = _shards_up_to(layout, stop)
     for shard in shards:
         for index in layout.shards[shard]:
             if index in record:
@@ -135,8 +155,11 @@ def _travel(
                     step.advance()
         if shard != shards[-1]:
             hand_on(group, layout, waves, stream, shard)
-    for wave in waves.in_turn():
-        yield arrive(wave, group.submit(shards[-1], wave.replica, "take", stream, wave.index))
+
+
+def _shards_up_to(layout: Layout, stop: int) -> list[int]:
+    """The shards whose layers a pass that ends before layer `stop` reaches, that of `stop` included."""
+    return [index for index, shard in enumerate(layout.shards) if shard.start <= stop]
 
 
 def to_waves(
