@@ -3,21 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardprune.recipe import Recipe
-    from shardprune.run import prune
+    from shardprune.recipe import RebuildRecipe, Recipe
+    from shardprune.run import prune, rebuild
 
-__all__ = ["Recipe", "prune"]
+__all__ = ["RebuildRecipe", "Recipe", "prune", "rebuild"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: whoever wants a solver alone needs neither transformers nor Ray.
-    if name == "Recipe":
-        from shardprune.recipe import Recipe
+    if name in ("Recipe", "RebuildRecipe"):
+        from shardprune import recipe
 
-        return Recipe
-    if name == "prune":
-        from shardprune.run import prune
+        return getattr(recipe, name)
+    if name in ("prune", "rebuild"):
+        from shardprune import run
 
-        return prune
+        return getattr(run, name)
     raise AttributeError(f"module 'shardprune' has no attribute {name!r}")

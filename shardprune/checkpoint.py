@@ -33,15 +33,16 @@ class Checkpoint:
 
     Args:
         model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
+        field: the recipe's field that names it, for errors.
 
     Raises:
         InputError: there is no such checkpoint, or its files are damaged.
     """
 
-    def __init__(self, model: str) -> None:
-        self.folder = Folder(locate(model), "model")
+    def __init__(self, model: str, field: str = "model") -> None:
+        self.folder = Folder(locate(model, field), field)
         if not self.folder.is_file(CONFIG):
-            raise InputError("model", f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
+            raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
         self.entries = self._entries()
 
     @cached_property
@@ -52,7 +53,7 @@ class Checkpoint:
                 return AutoConfig.from_pretrained(local, trust_remote_code=False)
             except Exception as error:  # transformers checks a config in many ways, each with an error of its own
                 reason = first_line(error).replace(local, self.folder.url)
-                raise InputError("model", f"{self.folder.url}/{CONFIG} cannot be read: {reason}") from error
+                raise InputError(self.folder.field, f"{self.folder.url}/{CONFIG} cannot be read: {reason}") from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.
@@ -65,7 +66,9 @@ class Checkpoint:
                 return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
             except Exception as error:  # likewise
                 reason = first_line(error).replace(local, self.folder.url)
-                raise InputError("model", f"{self.folder.url} holds no tokenizer that loads: {reason}") from error
+                raise InputError(
+                    self.folder.field, f"{self.folder.url} holds no tokenizer that loads: {reason}"
+                ) from error
 
     @contextmanager
     def _local_companions(self) -> Iterator[str]:
@@ -109,7 +112,8 @@ class Checkpoint:
         if self.folder.is_file(SINGLE):
             return read_header(self.folder, SINGLE)[0]
         raise InputError(
-            "model", f"{self.folder.url} holds neither {SINGLE} nor {INDEX}; other weight formats are not read"
+            self.folder.field,
+            f"{self.folder.url} holds neither {SINGLE} nor {INDEX}; other weight formats are not read",
         )
 
     def _indexed_entries(self) -> dict[str, Entry]:
@@ -117,15 +121,15 @@ class Checkpoint:
         try:
             placed = TypeAdapter(dict[str, str]).validate_python(self.folder.read_json(INDEX)["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError("model", f"{where} cannot be read as an index of tensors") from error
+            raise InputError(self.folder.field, f"{where} cannot be read as an index of tensors") from error
         headers = {file: read_header(self.folder, file)[0] for file in sorted(set(placed.values()))}
         for name, file in placed.items():
             if name not in headers[file]:
-                raise InputError("model", f"{where} places {name} in {file}, which has no such tensor")
+                raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
 
 
-def locate(model: str) -> str:
+def locate(model: str, field: str = "model") -> str:
     """The URL or path of a checkpoint; a hub name becomes its cached snapshot, or `hf://` when there is none.
 
     Raises:
@@ -134,7 +138,7 @@ def locate(model: str) -> str:
     if "://" in model or os.path.isdir(model):
         return model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise InputError("model", f"{model!r} is no directory, no URL and no hub name (organisation/name)")
+        raise InputError(field, f"{model!r} is no directory, no URL and no hub name (organisation/name)")
     return _cached_snapshot(model) or f"hf://{model}"
 
 

@@ -9,7 +9,8 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from shardprune.errors import InputError, SolverError, WorkerLost
-from shardprune.recipe import Recipe, choices
+from shardprune.recipe import RebuildRecipe, Recipe
+from shardprune.settings import Settings
 
 app = typer.Typer(
     add_completion=True,
@@ -29,11 +30,12 @@ def _commands() -> None:
     pass
 
 
-def _options(settings: type[Recipe]) -> list[inspect.Parameter]:
+def _options(settings: type[Settings]) -> list[inspect.Parameter]:
     """One option for every field of a recipe, in the panel of the group that declares it."""
-    parameters = []
-    for group in (*settings.__bases__[-1:], *settings.__bases__[:-1]):
-        for name in group.__annotations__:
+    parameters: dict[str, inspect.Parameter] = {}
+    groups = [group for group in settings.__bases__ if issubclass(group, Settings)]
+    for group in (*groups[-1:], *groups[:-1]):
+        for name in group.model_fields:
             field = settings.model_fields[name]
             flag = name.replace("_", "-")
             flags = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
@@ -44,14 +46,14 @@ def _options(settings: type[Recipe]) -> list[inspect.Parameter]:
                 flags,
                 help=text,
                 rich_help_panel=inspect.getdoc(group),
-                metavar="|".join(choices(name)) or _metavar(field.annotation),
+                metavar="|".join(settings.choices(name)) or _metavar(field.annotation),
                 show_default=False,
             )
             annotation: Any = Annotated[_plain_type(field.annotation) | None, option]
-            parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            parameters[name] = inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
             )
-    return parameters
+    return list(parameters.values())
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -68,34 +70,64 @@ def _metavar(annotation: Any) -> str | None:
     return {int: "N", float: "FRACTION", bool: None}.get(_plain_type(annotation), "TEXT")
 
 
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+def _with_options(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command that takes `**options` the options of a recipe."""
-    signature = inspect.signature(command)
-    own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    parameters = [*own, *_options(Recipe)]
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    return command
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        parameters = [*own, *_options(settings)]
+        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line."""
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with any of the fields below; options override it", show_default=False),
+]
 
 
 @app.command(epilog="Example: shardprune prune MODEL --out OUT --sparsity 0.5 --calibration c4 --eval wikitext2")
-@_with_options
+@_with_options(Recipe)
 def prune(
     model: Annotated[
         str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
     ] = None,
     *,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="YAML file with any of the fields below; options override it", show_default=False),
-    ] = None,
+    recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
     """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
     from shardprune.run import prune as run
 
-    given = {name: value for name, value in {"model": model, **options}.items() if value not in (None, [])}
-    _show(run(Recipe.load(recipe, given)))
+    _show(run(Recipe.load(recipe, _given({"model": model, **options}))))
+
+
+@app.command(epilog="Example: shardprune rebuild DENSE SPARSE --out OUT --rebuild-threshold 0.01 --calibration c4")
+@_with_options(RebuildRecipe)
+def rebuild(
+    dense: Annotated[
+        str | None, typer.Argument(help="The model before it was pruned; `model` in a recipe.", show_default=False)
+    ] = None,
+    sparse: Annotated[
+        str | None, typer.Argument(help="The same model, pruned by any tool.", show_default=False)
+    ] = None,
+    *,
+    recipe: RecipeFile = None,
+    **options: Any,
+) -> None:
+    """Mend the masks of a pruned checkpoint with LLM-Barber. The number of zeros of every projection stays."""
+    from shardprune.run import rebuild as run
+
+    _show(run(RebuildRecipe.load(recipe, _given({"model": dense, "sparse": sparse, **options}))))
 
 
 @app.command(epilog="Example: shardprune demo --out runs/demo")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from shardprune.errors import InputError
 
+ATTENTION = "self_attn"  # a layer's attention module, in every family
+
 
 @dataclass(frozen=True)
 class Family:
@@ -23,6 +25,12 @@ class Family:
     def projections(self) -> tuple[str, ...]:
         """All projections of a layer, in the order of the forward pass."""
         return tuple(name for group in self.inputs for name in group)
+
+    @property
+    def blocks(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The projections of the attention block and those of the MLP block."""
+        inside = tuple(name for name in self.projections if name.startswith(f"{ATTENTION}."))
+        return inside, tuple(name for name in self.projections if name not in inside)
 
 
 LLAMA = Family(

@@ -75,25 +75,23 @@ class Journal:
 
     # -- layers ---------------------------------------------------------------------------------------------
 
-    def finished(self) -> dict[int, list[dict[str, Any]]]:
-        """The reports of all finished layers by layer."""
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """What was recorded of all finished layers, by layer."""
         present = set(self.folder.names())
-        reports = {}
+        records = {}
         for layer in range(self.layers):
             if self.layer_file(layer) in present:
                 _, metadata = read_header(self.folder, self.layer_file(layer))
                 record = json.loads(metadata.get(KEY, "{}"))
                 if record.get("fingerprint") != self.fingerprint:
                     raise InputError("out", f"{self.layer_file(layer)} belongs to another run")
-                reports[layer] = record["projections"]
-        return reports
+                records[layer] = record
+        return records
 
-    def write_layer(
-        self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], projections: list[dict[str, Any]]
-    ) -> None:
-        """Write a finished layer with its report: from then on no attempt works on it again."""
-        record = {"fingerprint": self.fingerprint, "layer": layer, "projections": projections}
-        write_each(self.folder, self.layer_file(layer), shapes, tensor, {KEY: json.dumps(record)})
+    def write_layer(self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], record: dict[str, Any]) -> None:
+        """Write a finished layer with a record of it: from then on no attempt works on it again."""
+        whole = {"fingerprint": self.fingerprint, "layer": layer, **record}
+        write_each(self.folder, self.layer_file(layer), shapes, tensor, {KEY: json.dumps(whole)})
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result; the state is no longer needed."""

@@ -10,33 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardprune.allocation import ALLOCATIONS, Projection
+from shardprune.allocation.allocation import Projection, Share
+from shardprune.allocation.allocations import ALLOCATIONS
+from shardprune.allocation.mixed import TOLERANCE, in_groups, nonzeros_in_all
 from shardprune.calibration import calibration_windows, perplexity_windows, tokens_hash
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots
 from shardprune.cluster.layout import Layout, plan_layout
+from shardprune.cluster.work import Shares
 from shardprune.errors import InputError, without_credentials
 from shardprune.journal import Journal, recorded_recipe
-from shardprune.recipe import Calibration, Pruning, Recipe
-from shardprune.shard.worker import WorkerSpec
-from shardprune.skeleton import Skeleton, check_tensors
+from shardprune.recipe import AnyRecipe, Calibration, Recipe
+from shardprune.shard.spec import WorkerSpec
+from shardprune.skeleton import Skeleton, check_sparse, check_tensors
+from shardprune.solvers.outliers import Outliers
+from shardprune.solvers.pattern import Mixed
 from shardprune.storage import absolute, in_process_only
 
-# The fields of a recipe that two attempts at one run have in common.
-SAME_RUN = (*Pruning.model_fields, *Calibration.model_fields, "model", "propagation")
-FORMAT = 1  # of what a fingerprint covers; changes when the same recipe gives other tensors
+MIN_STORE_BYTES = 128 * 2**20
+FORMAT = 2  # of what a fingerprint covers; changes when the same recipe gives other tensors
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run that can start. `recipe` has every choice made that the user left open."""
 
-    recipe: Recipe
+    recipe: AnyRecipe
     checkpoint: Checkpoint
     skeleton: Skeleton
     calibration: Tensor
     evaluations: dict[str, Tensor]
-    sparsities: dict[tuple[int, str], float]
     layout: Layout
     journal: Journal
     state: dict[str, Any]
@@ -54,6 +57,42 @@ class Plan:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
 
+    @property
+    def target(self) -> float | None:
+        """The sparsity that is asked for; None where a sparse checkpoint says it."""
+        return self.recipe.target if isinstance(self.recipe, Recipe) else None
+
+    @property
+    def outlier_m(self) -> float | None:
+        """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
+        recipe = self.recipe
+        observes = isinstance(recipe, Recipe) and ALLOCATIONS[recipe.allocation].observes
+        return recipe.outlier_m if isinstance(recipe, Recipe) and observes else None
+
+    def shares(self, outliers: list[Outliers]) -> Shares:
+        """What every projection gives up; empty where a sparse checkpoint says it.
+
+        Args:
+            outliers: by layer, where the allocation looks at them.
+        """
+        recipe = self.recipe
+        if not isinstance(recipe, Recipe):
+            return {}
+        projections = [
+            Projection(index, name, rows * cols)
+            for index, layer in enumerate(self.shapes)
+            for name, (rows, cols) in layer.items()
+        ]
+        allocation = ALLOCATIONS[recipe.allocation]
+        sparsities = allocation.allocate(projections, outliers, recipe.target, recipe.outlier_lambda)
+        if isinstance(recipe.zeros, Mixed):
+            sparsities = in_groups(sparsities, recipe.target, recipe.zeros.m)
+        spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
+        mean = spent / sum(projection.weights for projection in projections)
+        assert not allocation.exact or abs(mean - recipe.target) <= TOLERANCE, f"{recipe.allocation} allocates {mean}"
+        ratios = {(layer, name): ratio for layer, of in enumerate(outliers) for name, ratio in of.projections.items()}
+        return {key: Share(sparsity, ratios.get(key)) for key, sparsity in sparsities.items()}
+
     def worker_specs(self, layout: Layout, finished: set[int]) -> list[WorkerSpec]:
         """What each worker of a layout must know."""
         recipe = self.recipe
@@ -66,8 +105,10 @@ class Plan:
                 shard=shard,
                 replica=replica,
                 layers=layers,
-                method=recipe.method,
+                method=recipe.solver,
                 pattern=recipe.pattern,
+                sparse=recipe.sparse,
+                rebuilding=recipe.rebuilding,
                 measure_error=recipe.measure_error,
                 weights=recipe.weights,
                 activations=recipe.activations,
@@ -88,8 +129,15 @@ class Plan:
         waves = 4 * wave * (len(self.layout.shards) + 3 * self.layout.replicas)
         cols = {names[0]: self.shapes[0][names[0]][1] for names in self.skeleton.family.inputs}
         sums = (self.layout.replicas - 1) * sum(4 * width**2 for width in cols.values())
-        weights = sum(rows * cols for rows, cols in self.shapes[0].values()) * self.skeleton.dtype.itemsize
-        return max(128 * 2**20, waves + sums + (weights if self.layout.replicas > 1 else 0))
+        if self.layout.replicas == 1:
+            return max(MIN_STORE_BYTES, waves)
+        sizes = {name: rows * cols for name, (rows, cols) in self.shapes[0].items()}
+        weights = sum(sizes.values()) * self.skeleton.dtype.itemsize
+        gradients = 0
+        if self.recipe.rebuilding:
+            blocks = [sum(sizes[name] for name in names) for names in self.skeleton.family.blocks]
+            gradients = (self.layout.replicas - 1) * 4 * max(blocks)
+        return max(MIN_STORE_BYTES, waves + sums + weights + gradients)
 
     def _activation_bytes(self, layout: Layout) -> int:
         """What a worker keeps of the calibration waves: its share of the samples, once for each of its segments."""
@@ -98,14 +146,14 @@ class Plan:
         return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 
-def make_plan(recipe: Recipe, backend: Backend) -> Plan:
+def make_plan(recipe: AnyRecipe, backend: Backend) -> Plan:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Raises:
         InputError: something cannot work; nothing has been written then.
     """
-    for field, url in (("model", recipe.model), ("out", recipe.out)):
-        if in_process_only(url) and recipe.backend != "local":
+    for field, url in (("model", recipe.model), ("sparse", recipe.sparse), ("out", recipe.out)):
+        if url and in_process_only(url) and recipe.backend != "local":
             raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
     checkpoint = Checkpoint(_place_of(recipe.model))
     slots = backend.slots()
@@ -114,6 +162,10 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
     check_tensors(skeleton, checkpoint)
     _check_seqlen(recipe, skeleton)
     _check_layout(recipe, skeleton.layers)
+    _check_mixed(recipe, skeleton.layers)
+    sparse = Checkpoint(_place_of(recipe.sparse), "sparse") if recipe.sparse else None
+    if sparse:
+        check_sparse(skeleton, sparse, checkpoint)
 
     tokenizer = cache(checkpoint.tokenizer)
     vocabulary = skeleton.config.vocab_size
@@ -129,20 +181,13 @@ def make_plan(recipe: Recipe, backend: Backend) -> Plan:
 
     recipe, layout = _decide(recipe, slots, skeleton.layers)
     backend.check_room(layout.workers, recipe.device)
-    fingerprint = _fingerprint(recipe, layout, skeleton, checkpoint, calibration)
+    fingerprint = _fingerprint(recipe, layout, skeleton, checkpoint, sparse, calibration)
     journal = Journal(recipe.out, fingerprint, skeleton.layers)
     state = journal.check(recipe.resume) or {}
-
-    projections = [
-        Projection(index, name, rows * cols)
-        for index in range(skeleton.layers)
-        for name, (rows, cols) in skeleton.projection_shapes(index).items()
-    ]
-    sparsities = ALLOCATIONS[recipe.allocation](projections, recipe.target)
-    return Plan(recipe, checkpoint, skeleton, calibration, evaluations, sparsities, layout, journal, state)
+    return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state)
 
 
-def _decide(recipe: Recipe, slots: Slots, layers: int) -> tuple[Recipe, Layout]:
+def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, Layout]:
     """Choose shards, replicas and threads where the recipe leaves them open.
 
     What shapes the result to the bit (segments, threads) stays as an earlier attempt recorded it.
@@ -152,6 +197,7 @@ def _decide(recipe: Recipe, slots: Slots, layers: int) -> tuple[Recipe, Layout]:
             "model": _place_of(recipe.model),
             "out": absolute(recipe.out),
             "wave": recipe.sequences_per_wave,
+            **({"sparse": _place_of(recipe.sparse)} if recipe.sparse else {}),
         }
     )
     recorded = _recorded(recipe)
@@ -177,13 +223,20 @@ def _decide(recipe: Recipe, slots: Slots, layers: int) -> tuple[Recipe, Layout]:
     return recipe.model_copy(update=chosen), layout
 
 
-def _recorded(recipe: Recipe) -> dict[str, Any]:
+def _recorded(recipe: AnyRecipe) -> dict[str, Any]:
     """What the output holds of the same recipe, cut off earlier; empty where it holds none or another one."""
     if not recipe.resume:
         return {}
     recorded = recorded_recipe(recipe.out)
     asked = recipe.record()
-    return recorded if all(recorded.get(name) == asked[name] for name in SAME_RUN) else {}
+    same = {*_shaping_fields(recipe), *Calibration.model_fields, "model", "propagation"}
+    same |= {"sparse"} if recipe.sparse else set()
+    return recorded if all(recorded.get(name) == asked[name] for name in same) else {}
+
+
+def _shaping_fields(recipe: AnyRecipe) -> set[str]:
+    """The fields of a recipe that shape what the layer files hold, beside model and text."""
+    return {name for group in recipe.shaping for name in group.model_fields} | {"measure_error"}
 
 
 def _place_of(model: str) -> str:
@@ -192,7 +245,12 @@ def _place_of(model: str) -> str:
 
 
 def _fingerprint(
-    recipe: Recipe, layout: Layout, skeleton: Skeleton, checkpoint: Checkpoint, calibration: Tensor
+    recipe: AnyRecipe,
+    layout: Layout,
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    sparse: Checkpoint | None,
+    calibration: Tensor,
 ) -> str:
     """A hash of everything that shapes the tensors, and nothing else: the same run on other workers is the same run."""
     content = {
@@ -203,19 +261,22 @@ def _fingerprint(
         "wave": recipe.sequences_per_wave,
         "dtype": str(skeleton.dtype),
         "segments": [segment.start for segment in layout.segments],
-        **recipe.model_dump(include=set(Pruning.model_fields)),
-        "sparsity": recipe.target,  # which a pattern may have fixed
+        **recipe.model_dump(include=_shaping_fields(recipe)),
     }
+    if isinstance(recipe, Recipe):
+        content["sparsity"] = recipe.target  # which a pattern may have fixed
+    if sparse:
+        content["sparse"] = sparse.identity()
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _device(recipe: Recipe, slots: Slots) -> str:
+def _device(recipe: AnyRecipe, slots: Slots) -> str:
     if recipe.device == "cuda" and not slots.gpus:
         raise InputError("device", "'cuda' needs a GPU, and there is none; use cpu")
     return recipe.device if recipe.device != "auto" else ("cuda" if slots.gpus else "cpu")
 
 
-def _dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(recipe: AnyRecipe, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
     for; else the dtype in which the model's projections are stored."""
     stored = {entry.dtype for entry in checkpoint.entries.values() if len(entry.shape) == 2}
@@ -224,14 +285,25 @@ def _dtype(recipe: Recipe, checkpoint: Checkpoint) -> torch.dtype:
     return stored.pop()
 
 
-def _check_seqlen(recipe: Recipe, skeleton: Skeleton) -> None:
+def _check_seqlen(recipe: AnyRecipe, skeleton: Skeleton) -> None:
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     if limit and recipe.seqlen > limit:
         raise InputError("seqlen", f"{recipe.seqlen} is more than the model's {limit} positions")
 
 
-def _check_layout(recipe: Recipe, layers: int) -> None:
+def _check_layout(recipe: AnyRecipe, layers: int) -> None:
     """Check what the recipe asks for before anything is read that takes time."""
     shards = recipe.shards or 1
     replicas = recipe.replicas or 1
     plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, recipe.segments)
+
+
+def _check_mixed(recipe: AnyRecipe, layers: int) -> None:
+    """Check that N of M can have the recipe's sparsity as their mean over the layers."""
+    if isinstance(recipe, Recipe) and isinstance(recipe.zeros, Mixed):
+        try:
+            nonzeros_in_all(recipe.target, layers, recipe.zeros.m)
+        except ValueError as error:
+            raise InputError(
+                "sparsity", f"{recipe.target} does not fit the pattern {recipe.pattern}: {error}"
+            ) from error

@@ -1,30 +1,21 @@
 """One recipe says everything a run does: a YAML file, overridden by the command line's options."""
 
-import difflib
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from shardprune.errors import InputError, without_credentials
-from shardprune.solvers.pattern import Pattern, parse_pattern
+from shardprune.allocation.allocations import ALLOCATIONS
+from shardprune.allocation.budget import HIGHEST
+from shardprune.errors import InputError
+from shardprune.settings import Settings, positive
+from shardprune.solvers.barber import Granularity, Metric
+from shardprune.solvers.barber import Rebuilding as BarberSettings
+from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
 from shardprune.sources import FORMS, check_source
 
 MethodName = Literal["magnitude", "wanda", "sparsegpt"]
-AllocationName = Literal["uniform"]
+AllocationName = Literal["uniform", "owl", "mosaic", "mosaic-released"]
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
-
-
-def positive(default: int | None, description: str) -> Any:
-    """A field for a whole number of at least one."""
-    return Field(default, ge=1, description=description)
-
-
-class Settings(BaseModel):
-    """What every group of settings has in common: unknown fields are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Pruning(Settings):
@@ -32,10 +23,21 @@ class Pruning(Settings):
 
     method: MethodName = Field("sparsegpt", description="How the zeros are chosen and the rest corrected")
     sparsity: float | None = Field(None, description="Fraction of zeros, from 0 to below 1; not needed with N:M")
-    pattern: str = Field("unstructured", description="unstructured, or N:M (at most N nonzeros in every M inputs)")
-    allocation: AllocationName = Field("uniform", description="Which projection gets which sparsity")
-    measure_error: bool = Field(
-        True, description="Report each projection's output error; costs magnitude and wanda a Gram matrix per input"
+    pattern: str = Field(
+        "unstructured",
+        description="unstructured, N:M (at most N nonzeros in every M inputs), or mixed:M (N differs by layer)",
+    )
+    allocation: AllocationName = Field(
+        "uniform", description="Which projection gets which sparsity; with mixed:M it is owl"
+    )
+    outlier_m: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
+    )
+    outlier_lambda: float = Field(
+        0.08, ge=0, le=0.5, description="Half the width over which an allocation spreads sparsities, from 0 to 0.5"
+    )
+    wanda_variant: bool = Field(
+        False, description="Let rows differ in their zeros: each gives up one share of its summed metric"
     )
 
     @field_validator("sparsity")
@@ -51,8 +53,15 @@ class Pruning(Settings):
         parse_pattern(value)
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _mixed_is_allocated_by_owl(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("pattern")).startswith("mixed"):
+            return {"allocation": "owl", **values}
+        return values
+
     @property
-    def zeros(self) -> Pattern:
+    def zeros(self) -> Pattern | Mixed:
         """Where zeros may stand."""
         return parse_pattern(self.pattern)
 
@@ -65,14 +74,85 @@ class Pruning(Settings):
         assert self.sparsity is not None
         return self.sparsity
 
+    @property
+    def solver(self) -> str:
+        """The method's name in the table of methods."""
+        return f"{self.method}-variant" if self.wanda_variant else self.method
+
     @model_validator(mode="after")
     def _sparsity_fits_pattern(self) -> "Pruning":
-        fixed = self.zeros.sparsity
-        if fixed is None and self.sparsity is None:
+        zeros = self.zeros
+        if zeros.sparsity is None and self.sparsity is None:
             raise InputError("sparsity", "missing; give a number from 0 to below 1, or a pattern such as 2:4")
-        if fixed is not None and self.sparsity is not None and abs(self.sparsity - fixed) > 1e-9:
-            raise InputError("sparsity", f"{self.sparsity} does not fit the pattern {self.pattern}, which is {fixed:g}")
+        if zeros.sparsity is not None and self.sparsity is not None and abs(self.sparsity - zeros.sparsity) > 1e-9:
+            raise InputError(
+                "sparsity", f"{self.sparsity} does not fit the pattern {self.pattern}, which is {zeros.sparsity:g}"
+            )
+        if isinstance(zeros, Mixed) and self.target > 1 - 1 / zeros.m:
+            raise InputError(
+                "sparsity",
+                f"{self.sparsity} is more than {self.pattern} can have, which keeps at least 1 of {zeros.m}; "
+                f"use at most {1 - 1 / zeros.m:g}",
+            )
         return self
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> "Pruning":
+        observes = ALLOCATIONS[self.allocation].observes
+        if isinstance(self.zeros, Mixed) and self.allocation != "owl":
+            raise InputError("allocation", f"{self.allocation!r} does not fit the pattern {self.pattern}; use owl")
+        if observes and self.zeros.sparsity is not None:
+            raise InputError(
+                "allocation",
+                f"{self.allocation!r} needs a sparsity to share out; {self.pattern} gives every projection "
+                f"{self.zeros.sparsity:g}: use uniform, or the pattern mixed:M",
+            )
+        if observes and self.target >= HIGHEST:
+            raise InputError(
+                "sparsity",
+                f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
+                f"use less than {HIGHEST}, or allocation uniform",
+            )
+        self.needs("an allocation by outliers (owl, mosaic)", observes, "outlier_m", "outlier_lambda")
+        varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)
+        self.needs("method wanda and pattern unstructured", varies, "wanda_variant")
+        return self
+
+
+class Swapping(Settings):
+    """Mask rebuilding"""
+
+    rebuild_threshold: float = Field(
+        0.01, ge=0, le=1, description="Fraction to swap of the pairs that would gain, from 0 to 1"
+    )
+    rebuild_granularity: Granularity = Field("row", description="Within what pruned weights are paired with kept ones")
+    rebuild_metric: Metric = Field("weight-gradient", description="What a weight is judged by")
+    keep_corrected: bool = Field(
+        False, description="Start from the corrected weights where they are kept, instead of the dense ones"
+    )
+
+    @property
+    def swapping(self) -> BarberSettings:
+        """How masks are rebuilt."""
+        return BarberSettings(
+            self.rebuild_threshold, self.rebuild_granularity, self.rebuild_metric, self.keep_corrected
+        )
+
+
+class Rebuilding(Swapping):
+    """Mask rebuilding"""
+
+    rebuild: Literal["none", "barber"] = Field("none", description="Mend each layer's masks after it is pruned")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> "Rebuilding":
+        self.needs("rebuild barber", self.rebuild == "barber", *Swapping.model_fields)
+        return self
+
+    @property
+    def rebuilding(self) -> BarberSettings | None:
+        """How masks are rebuilt, if they are."""
+        return self.swapping if self.rebuild == "barber" else None
 
 
 class Calibration(Settings):
@@ -102,6 +182,9 @@ class Evaluation(Settings):
 
     eval: tuple[str, ...] = Field((), description="Measure perplexity on this source before and after; repeatable")
     eval_windows: int | None = positive(None, "Use the first windows of each source only (default: all)")
+    measure_error: bool = Field(
+        True, description="Report output errors; costs magnitude and wanda a Gram matrix per input"
+    )
 
     @field_validator("eval", mode="before")
     @classmethod
@@ -148,75 +231,31 @@ class Run(Settings):
     resume: bool = Field(True, description="Go on where the same run was cut off")
 
 
-class Recipe(Pruning, Calibration, Evaluation, Cluster, Run):
+class Recipe(Pruning, Rebuilding, Calibration, Evaluation, Cluster, Run):
     """Everything that `shardprune prune` does."""
+
+    command: ClassVar[str] = "prune"
+    sparse: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruning, Rebuilding)  # every field of them shapes the tensors
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 
-    def record(self) -> dict[str, Any]:
-        """All fields as plain values, for files that others read: URLs without credentials."""
-        return {name: _without_credentials(value) for name, value in self.model_dump(mode="json").items()}
 
-    @classmethod
-    def load(cls, file: str | Path | None, overrides: dict[str, Any]) -> "Recipe":
-        """A recipe from a YAML file, its fields overridden by those given.
+class RebuildRecipe(Swapping, Calibration, Evaluation, Cluster, Run):
+    """Everything that `shardprune rebuild` does."""
 
-        Raises:
-            InputError: the file or a field is wrong.
-        """
-        return cls.checked({**(_read_yaml(file) if file else {}), **overrides})
+    command: ClassVar[str] = "rebuild"
+    solver: ClassVar[None] = None
+    pattern: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Swapping,)
 
-    @classmethod
-    def checked(cls, values: dict[str, Any]) -> "Recipe":
-        """A recipe from plain values.
+    model: str = Field(min_length=1, description="Directory, URL or hub name of the dense checkpoint")
+    sparse: str = Field(min_length=1, description="Directory, URL or hub name of the same model, pruned")
 
-        Raises:
-            InputError: names the first field that is wrong, its value and what is allowed.
-        """
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise _input_error(error) from error
+    @property
+    def rebuilding(self) -> BarberSettings:
+        """How masks are rebuilt."""
+        return self.swapping
 
 
-def _read_yaml(file: str | Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        raise InputError("recipe", f"{str(file)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("recipe", f"{str(file)!r} is not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise InputError("recipe", f"{str(file)!r} must hold fields and values")
-    return values
-
-
-def _without_credentials(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_credentials(item) for item in value]
-    return without_credentials(value) if isinstance(value, str) else value
-
-
-def _input_error(error: ValidationError) -> InputError:
-    """The first problem of a validation as one line."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        return cause
-    field = str(first["loc"][0])
-    if first["type"] == "missing":
-        return InputError(field, "missing")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, Recipe.model_fields, n=1)
-        known = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(Recipe.model_fields))}"
-        return InputError(field, f"no field of a recipe has this name; {known}")
-    if first["type"] == "literal_error":
-        return InputError(field, f"{first['input']!r} is not allowed; use one of {', '.join(choices(field))}")
-    reason = str(cause) if cause else first["msg"].replace("Input should be", "use")
-    return InputError(field, f"{first['input']!r} is not allowed; {reason}")
-
-
-def choices(field: str) -> list[str]:
-    """The values that a field of fixed choices takes; none for other fields."""
-    annotation = Recipe.model_fields[field].annotation
-    return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
+AnyRecipe = Recipe | RebuildRecipe

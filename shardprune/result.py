@@ -11,7 +11,8 @@ class ModelSize(BaseModel):
 
 
 class ProjectionResult(BaseModel):
-    """`target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2."""
+    """`target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers` the
+    percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M."""
 
     layer: int
     name: str
@@ -20,16 +21,42 @@ class ProjectionResult(BaseModel):
     retries: int = 0
     damping: float | None = None
     error: float | None = None
+    outliers: float | None = None
+    pattern: str | None = None
+
+
+class LayerResult(BaseModel):
+    """The same over all projections of a layer."""
+
+    layer: int
+    target: float
+    achieved: float
+    outliers: float | None = None
+
+
+class BlockResult(BaseModel):
+    """A block whose masks were rebuilt: the pairs of weights swapped, and ||dense - sparse||^2 / ||dense||^2 of
+    its output over the calibration data before and after."""
+
+    layer: int
+    block: str
+    swaps: int
+    error_before: float | None = None
+    error_after: float | None = None
 
 
 class Sparsity(BaseModel):
-    """Fractions of zeros over the projections of all decoder layers; `achieved` is counted on the tensors
-    written, `before` on those of the dense model."""
+    """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
+    the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
+    `before` on those of the dense model."""
 
     target: float
+    allocated: float
     before: float
     achieved: float
+    layers: list[LayerResult]
     projections: list[ProjectionResult]
+    blocks: list[BlockResult] | None = None
 
 
 class Perplexity(BaseModel):
@@ -77,3 +104,40 @@ class Result(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def sparsity_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
+    """The sparsity of a model from the records of its finished layers.
+
+    Args:
+        target: what was asked for; None where that is what a sparse checkpoint had.
+    """
+
+    def over(reports: list[dict[str, Any]], key: str) -> float:
+        """The mean of a fraction over all weights."""
+        return sum(report[key] * report["weights"] for report in reports) / sum(report["weights"] for report in reports)
+
+    def zeros(reports: list[dict[str, Any]], key: str = "zeros") -> float:
+        return sum(report[key] for report in reports) / sum(report["weights"] for report in reports)
+
+    reports = [report for record in records for report in record["projections"]]
+    allocated = over(reports, "target")
+    blocks = [BlockResult(**block) for record in records for block in record.get("blocks", ())]
+    layers = [
+        LayerResult(
+            layer=record["layer"],
+            target=over(record["projections"], "target"),
+            achieved=zeros(record["projections"]),
+            outliers=record.get("outliers"),
+        )
+        for record in records
+    ]
+    return Sparsity(
+        target=allocated if target is None else target,
+        allocated=allocated,
+        before=zeros(reports, "zeros_before"),
+        achieved=zeros(reports),
+        layers=layers,
+        projections=[ProjectionResult(**report) for report in reports],
+        blocks=blocks or None,
+    )

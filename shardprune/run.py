@@ -3,30 +3,33 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from shardprune.calibration import tokens_hash
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.local_backend import LocalBackend
-from shardprune.cluster.passes import Waves, observe, parts_of_observing, parts_of_perplexity, perplexity
-from shardprune.cluster.pruning import Work, prune_segments
+from shardprune.cluster.observing import Observation, observe
+from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity
+from shardprune.cluster.pruning import prune_segments
+from shardprune.cluster.work import Shares, Work
 from shardprune.errors import WorkerLost, without_credentials
 from shardprune.journal import Journal
 from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
 from shardprune.progress import Output
-from shardprune.recipe import Recipe
+from shardprune.recipe import AnyRecipe, RebuildRecipe, Recipe
 from shardprune.result import (
     CalibrationResult,
     ModelSize,
     Perplexity,
-    ProjectionResult,
     Result,
-    Sparsity,
     WorkerResult,
+    sparsity_of,
 )
 from shardprune.shard.layers import Version
+from shardprune.solvers.outliers import Outliers
 
 
 class Clock:
@@ -61,7 +64,23 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
         SolverError: a projection cannot be solved.
         WorkerLost: workers died more than `max_restarts` times.
     """
-    output = output or Output()
+    return _carry_out(recipe, output or Output())
+
+
+def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
+    """Rebuild the masks of a pruned model with the help of its dense original.
+
+    Where the output holds the same run unfinished, only what is missing is done.
+
+    Raises:
+        InputError: something in the recipe cannot work; nothing has been written then.
+        SolverError: a projection cannot be solved.
+        WorkerLost: workers died more than `max_restarts` times.
+    """
+    return _carry_out(recipe, output or Output())
+
+
+def _carry_out(recipe: AnyRecipe, output: Output) -> Result:
     clock = Clock()
     backend = _backend(recipe)
     try:
@@ -75,7 +94,7 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
         backend.close()
 
 
-def _backend(recipe: Recipe) -> Backend:
+def _backend(recipe: AnyRecipe) -> Backend:
     if recipe.backend == "local":
         return LocalBackend()
     from shardprune.cluster.ray_backend import RayBackend
@@ -104,6 +123,7 @@ class _Run:
         self.journal: Journal = plan.journal
         self.perplexity: dict[str, dict[str, Any]] = dict(plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
+        self.outliers = [Outliers(**layer) for layer in plan.state.get("outliers", [])]
         self.workers: list[dict[str, Any]] = []
         self.previous = Result(**plan.state) if "sparsity" in plan.state else None
 
@@ -138,7 +158,7 @@ class _Run:
             group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
         try:
             with self.clock.phase("evaluate"):
-                self._measure(group, layout, "before", "dense")
+                self._measure(group, layout, "before", "given" if plan.recipe.sparse else "dense")
             self._prune(group, layout, finished)
             with self.clock.phase("evaluate"):
                 self._measure(group, layout, "after", "latest")
@@ -153,16 +173,33 @@ class _Run:
     def _prune(self, group: Group, layout: Layout, finished: set[int]) -> None:
         plan = self.plan
         waves = Waves(plan.calibration, layout.replicas, plan.wave)
-        work = Work(plan.sparsities, frozenset(finished), plan.skeleton.family.inputs, plan.shapes)
+        if len(finished) == plan.skeleton.layers:
+            return
+        work = self._work(finished, {})
         starts = tuple(part.start for part in layout.segments if part.start and work.pending(part))
-        if starts:
-            parts = parts_of_observing(waves, starts, plan.streamed)
+        observation = Observation(starts, None if self.outliers else plan.outlier_m)
+        if observation:
+            parts = observation.parts(layout, waves, plan.streamed)
             with self.clock.phase("observe"), self.output.step("observe", parts) as step:
-                observe(group, layout, waves, starts, plan.streamed, step)
+                found = observe(group, layout, waves, observation, plan.streamed, step)
+            self.outliers = self.outliers or found
+            self._save()
+        work = self._work(finished, plan.shares(self.outliers))
         parts = work.parts(layout.segments, len(waves.all))
-        if parts:
-            with self.clock.phase("prune"), self.output.step("prune", parts) as step:
-                prune_segments(group, layout, waves, work, step)
+        with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
+            prune_segments(group, layout, waves, work, step)
+
+    def _work(self, finished: set[int], shares: Shares) -> Work:
+        plan = self.plan
+        return Work(
+            shares=shares,
+            finished=frozenset(finished),
+            family=plan.skeleton.family,
+            shapes=plan.shapes,
+            layer_outliers=[layer.layer for layer in self.outliers],
+            rebuilding=plan.recipe.rebuilding,
+            measure_error=plan.recipe.measure_error,
+        )
 
     def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
@@ -180,8 +217,10 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        recipe = self.plan.recipe.record()
-        self.journal.save({"recipe": recipe, "perplexity": self.perplexity, "restarts": self.restarts})
+        state = {"recipe": self.plan.recipe.record(), "perplexity": self.perplexity, "restarts": self.restarts}
+        if self.outliers:
+            state["outliers"] = [asdict(layer) for layer in self.outliers]
+        self.journal.save(state)
 
     def _finish(self) -> Result:
         """Write what makes the layer files a checkpoint, and the result last."""
@@ -190,10 +229,7 @@ class _Run:
         with self.clock.phase("write"):
             write_frame(plan.checkpoint, plan.skeleton, self.journal)
             write_index(plan.checkpoint, plan.skeleton, self.journal)
-        reports = [report for _, layer in sorted(self.journal.finished().items()) for report in layer]
-        weights, before, zeros = (
-            sum(report[key] for report in reports) for key in ("weights", "zeros_before", "zeros")
-        )
+        records = [record for _, record in sorted(self.journal.finished().items())]
         parameters = plan.skeleton.parameters()
         seconds = self.clock.total()
         for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
@@ -203,7 +239,7 @@ class _Run:
             evaluate = seconds["evaluate"] + self.previous.seconds.get("evaluate", 0.0)
             seconds, workers = {**self.previous.seconds, "evaluate": evaluate}, self.previous.workers
         result = Result(
-            command="prune",
+            command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,
             recipe=plan.recipe.record(),
             model=ModelSize(parameters_before=parameters, parameters_after=parameters),
@@ -213,12 +249,7 @@ class _Run:
                 seqlen=plan.recipe.seqlen,
                 tokens_sha256=tokens_hash(plan.calibration),
             ),
-            sparsity=Sparsity(
-                target=plan.recipe.target,
-                before=before / weights,
-                achieved=zeros / weights,
-                projections=[ProjectionResult(**report) for report in reports],
-            ),
+            sparsity=sparsity_of(records, plan.target),
             perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
             seconds=seconds,
             workers=workers,

@@ -10,7 +10,7 @@ needs a driver.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -232,11 +232,33 @@ def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: a tensor is missing, has another shape, or no floating dtype that is pruned.
     """
-    for name, shape in skeleton.tensors().items():
+    _check(checkpoint, skeleton.tensors(), "the config implies")
+
+
+def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint) -> None:
+    """Check that a checkpoint is a pruned form of a dense one: the same tensors, with zeros.
+
+    Its weights are read up to the first projection that has a zero.
+
+    Raises:
+        InputError: a tensor is missing or has another shape, there are more layers, or no projection has a zero.
+    """
+    _check(sparse, skeleton.tensors(), f"the dense model {dense.folder.url} has")
+    projections = skeleton.family.projections
+    if skeleton.projection_tensor(skeleton.layers, projections[0]) in sparse.entries:
+        raise InputError("sparse", f"{sparse.folder.url} has more than the dense model's {skeleton.layers} layers")
+    names = (skeleton.projection_tensor(index, name) for index in range(skeleton.layers) for name in projections)
+    if not any(bool((sparse.read(name) == 0).any()) for name in names):
+        raise InputError("sparse", f"{sparse.folder.url} has no zeros in its projections; give a pruned checkpoint")
+
+
+def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reason: str) -> None:
+    field, url = checkpoint.folder.field, checkpoint.folder.url
+    for name, shape in tensors.items():
         if name not in checkpoint.entries:
-            raise InputError("model", f"{checkpoint.folder.url} has no tensor {name}, which its config implies")
+            raise InputError(field, f"{url} has no tensor {name}, which {reason}")
         found = checkpoint.entries[name]
         if found.shape != shape:
-            raise InputError("model", f"tensor {name} is {list(found.shape)}; the config implies {list(shape)}")
+            raise InputError(field, f"tensor {name} is {list(found.shape)}; {reason} {list(shape)}")
         if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError("model", f"tensor {name} is {found.dtype}; use float32, float16 or bfloat16")
+            raise InputError(field, f"tensor {name} is {found.dtype}; use float32, float16 or bfloat16")

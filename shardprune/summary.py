@@ -1,5 +1,7 @@
 """The table at the end of a run."""
 
+from typing import Any
+
 from rich.table import Table
 
 from shardprune.result import Result
@@ -8,14 +10,27 @@ from shardprune.result import Result
 def summary(result: Result) -> Table:
     """Perplexity, sparsity, size, seconds and memory of a run."""
     recipe = result.recipe
-    table = Table(title=f"{recipe['method']} {recipe['pattern']}, {recipe['out']}", title_justify="left")
+    table = Table(title=_title(recipe), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for source, measured in result.perplexity.items():
         after = f"{measured.after:.3f}" if measured.after is not None else "-"
         table.add_row(f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after)
-    table.add_row("sparsity", f"{result.sparsity.before:.4f}", f"{result.sparsity.achieved:.4f}")
+    sparsity = result.sparsity
+    table.add_row("sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}")
+    if abs(sparsity.allocated - sparsity.target) > 1e-4:
+        table.add_row("sparsity asked for; allocated", f"{sparsity.target:.4f}", f"{sparsity.allocated:.4f}")
+    if sparsity.blocks:
+        table.add_row("pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}")
+        errors = [
+            (block.error_before, block.error_after)
+            for block in sparsity.blocks
+            if block.error_before is not None and block.error_after is not None
+        ]
+        if errors:
+            means = [sum(pair[place] for pair in errors) / len(errors) for place in (0, 1)]
+            table.add_row("error of a block, mean", *(f"{mean:.4f}" for mean in means))
     table.add_row("parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}")
     for phase in ("observe", "prune", "evaluate", "total"):
         if phase in result.seconds:
@@ -26,3 +41,13 @@ def summary(result: Result) -> Table:
     if result.restarts:
         table.add_row("restarts", "", str(result.restarts))
     return table
+
+
+def _title(recipe: dict[str, Any]) -> str:
+    """What was done, and where the result is."""
+    done = (
+        f"{recipe['method']} {recipe['pattern']}"
+        if "method" in recipe
+        else f"rebuilt by {recipe['rebuild_granularity']}"
+    )
+    return f"{done}, {recipe['out']}"

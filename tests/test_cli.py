@@ -63,7 +63,7 @@ BAD = {
     "sparsity": (("--sparsity", "1.5"), {}, "sparsity: 1.5 is not allowed; use a number from 0 to below 1"),
     "no number": (("--sparsity", "half"), {}, "Invalid value for '--sparsity'"),
     "no sparsity": ((), {}, "sparsity: missing; give a number from 0 to below 1, or a pattern such as 2:4"),
-    "pattern": (("--pattern", "4:2"), {}, "pattern: '4:2' is not allowed; use 'unstructured' or N:M"),
+    "pattern": (("--pattern", "4:2"), {}, "pattern: '4:2' is not allowed; use 'unstructured', N:M with"),
     "method": (("--method", "obs", "--sparsity", "0.5"), {}, "method: 'obs' is not allowed; use one of magnitude"),
     "short text": (("--sparsity", "0.5", "--calibration", "{short}"), {}, "calibration: "),
     "replicas": (

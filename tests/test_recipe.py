@@ -39,7 +39,10 @@ def test_waves_do_not_depend_on_the_machine():
         ({"sparsity": 1.0}, "sparsity: 1.0 is not allowed; use a number from 0 to below 1"),
         ({"sparsity": -0.1}, "sparsity: -0.1 is not allowed; use a number from 0 to below 1"),
         ({}, "sparsity: missing; give a number from 0 to below 1, or a pattern such as 2:4"),
-        ({"pattern": "4:2"}, "pattern: '4:2' is not allowed; use 'unstructured' or N:M with 0 < N < M, such as 2:4"),
+        (
+            {"pattern": "4:2"},
+            "pattern: '4:2' is not allowed; use 'unstructured', N:M with 0 < N < M such as 2:4, or mixed:M",
+        ),
         ({"pattern": "2:4", "sparsity": 0.3}, "sparsity: 0.3 does not fit the pattern 2:4, which is 0.5"),
         ({"sparsity": 0.5, "method": "obs"}, "method: 'obs' is not allowed; use one of magnitude, wanda, sparsegpt"),
         ({"sparsity": 0.5, "samples": 0}, "samples: 0 is not allowed; use greater than or equal to 1"),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from shardprune.shard.worker import WorkerSpec
+from shardprune.shard.spec import WorkerSpec
 
 Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
 

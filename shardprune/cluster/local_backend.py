@@ -7,7 +7,8 @@ import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
-from shardprune.shard.worker import ShardWorker, WorkerSpec
+from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.worker import ShardWorker
 
 
 class LocalGroup:

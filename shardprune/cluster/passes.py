@@ -1,4 +1,4 @@
-"""Waves on their way through the shards: dense observation and the measuring of perplexity.
+"""Waves on their way through the shards, and the measuring of perplexity.
 
 Resident shards work as a pipeline: while shard 2 has wave 1, shard 1 has wave 2. Streamed shards take
 all waves first and then read each of their layers once.
@@ -14,8 +14,8 @@ from shardprune.cluster.group import Group, Ref, flow
 from shardprune.cluster.layout import Layout
 from shardprune.progress import Step
 from shardprune.shard.layers import Version
+from shardprune.shard.passing import segment_stream
 from shardprune.shard.waves import Wave, waves_of
-from shardprune.shard.worker import segment_stream
 
 IN_FLIGHT = 3  # waves under way to or on a worker, at most
 
@@ -48,10 +48,11 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
     arrived: Iterator[Ref]
     if streamed:
         stream = "evaluation"
-        _layer_by_layer(group, layout, waves, stream, version, (), stop, step)
+        for _ in layer_by_layer(group, layout, waves, stream, version, (), stop, step):
+            pass
         arrived = (group.submit(last, wave.replica, "take", stream, wave.index) for wave in order)
     else:
-        arrived = _pipeline(group, layout, waves, version, (), stop)
+        arrived = pipeline(group, layout, waves, version, (), stop)
     losses = (
         group.submit(last, wave.replica, "losses", hidden, waves.windows(wave))
         for wave, hidden in zip(order, arrived, strict=True)
@@ -68,30 +69,6 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
 def parts_of_perplexity(waves: Waves, layers: int, streamed: bool) -> int:
     """The number of parts that `perplexity` reports to its progress step."""
     return len(waves.all) * (1 + (layers if streamed else 0))
-
-
-def observe(group: Group, layout: Layout, waves: Waves, firsts: tuple[int, ...], streamed: bool, step: Step) -> None:
-    """Send the dense calibration waves through, and keep what enters each layer in `firsts` where it lies."""
-    stop = max(firsts)
-    last = layout.shard_of(stop)
-    if streamed:
-        stream = "observation"
-        _layer_by_layer(group, layout, waves, stream, "dense", firsts, stop, step)
-        to_all(group, layout, last, "drop", stream)
-    else:
-        arrived = _pipeline(group, layout, waves, "dense", firsts, stop)
-        discarded = (
-            group.submit(last, wave.replica, "discard", hidden)
-            for wave, hidden in zip(waves.in_turn(), arrived, strict=True)
-        )
-        for _ in flow(group, discarded, in_flight(layout)):
-            step.advance()
-    release(group, layout)
-
-
-def parts_of_observing(waves: Waves, firsts: tuple[int, ...], streamed: bool) -> int:
-    """The number of parts that `observe` reports to its progress step."""
-    return len(waves.all) * (max(firsts) if streamed else 1)
 
 
 def enter(group: Group, layout: Layout, waves: Waves, stream: str) -> None:
@@ -116,21 +93,28 @@ def in_flight(layout: Layout) -> int:
     return IN_FLIGHT * layout.replicas + len(layout.shards) - 1
 
 
-def _pipeline(
-    group: Group, layout: Layout, waves: Waves, version: Version, record: tuple[int, ...], stop: int
+def pipeline(
+    group: Group,
+    layout: Layout,
+    waves: Waves,
+    version: Version,
+    record: tuple[int, ...],
+    stop: int,
+    observed: bool = False,
 ) -> Iterator[Ref]:
     """Send every wave through all layers below `stop`, one wave behind the other; yield what comes out.
 
-    What enters a layer in `record` is kept there as the stream of the segment that it starts.
+    What enters a layer in `record` is kept there as the stream of the segment that it starts. Where
+    `observed`, the layers sum up what their projections read.
     """
     for wave in waves.in_turn():
         hidden = group.submit(0, wave.replica, "embed", waves.windows(wave))
         for shard in _shards_up_to(layout, stop):
-            hidden = group.submit(shard, wave.replica, "forward", wave.index, hidden, version, record, stop)
+            hidden = group.submit(shard, wave.replica, "forward", wave.index, hidden, version, record, stop, observed)
         yield hidden
 
 
-def _layer_by_layer(
+def layer_by_layer(
     group: Group,
     layout: Layout,
     waves: Waves,
@@ -139,10 +123,12 @@ def _layer_by_layer(
     record: tuple[int, ...],
     stop: int,
     step: Step,
-) -> None:
-    """Send all waves through one layer after another below `stop`; what comes out stays on the last shard.
+    observed: bool = False,
+) -> Iterator[int]:
+    """Send all waves through one layer after another below `stop`, and yield each layer when they are through;
+    what comes out of the last one stays on its shard.
 
-    What enters a layer in `record` is kept there as the stream of the segment that it starts.
+    `record` and `observed` as in `pipeline`.
     """
     enter(group, layout, waves, stream)
     shards = _shards_up_to(layout, stop)
@@ -151,8 +137,9 @@ def _layer_by_layer(
             if index in record:
                 to_all(group, layout, shard, "fork", stream, segment_stream(index))
             if index < stop:
-                for _ in to_waves(group, layout, waves, shard, "propagate", stream, index, version):
+                for _ in to_waves(group, layout, waves, shard, "propagate", stream, index, version, observed):
                     step.advance()
+                yield index
         if shard != shards[-1]:
             hand_on(group, layout, waves, stream, shard)
 

@@ -1,40 +1,16 @@
 """Pruning segment after segment, layer after layer, with the replicas of a shard sharing the work."""
 
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from typing import Any
 
 from shardprune.cluster.group import Group, Ref
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all, to_waves
+from shardprune.cluster.rebuilding import rebuild_layer
+from shardprune.cluster.replicas import from_others, to_others
+from shardprune.cluster.work import Work
 from shardprune.progress import Step
-from shardprune.shard.worker import segment_stream
-
-Sparsities = dict[tuple[int, str], float]  # of each projection by layer and name
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is to be done: the sparsity of every projection, which layers are finished already, and the
-    projections that read each input with their [rows, cols]."""
-
-    sparsities: Sparsities
-    finished: frozenset[int]
-    inputs: tuple[tuple[str, ...], ...]
-    shapes: list[dict[str, tuple[int, int]]]
-
-    def pending(self, segment: range) -> range:
-        """The layers of a segment up to its last unfinished one: nothing waits for the image of a later one."""
-        unfinished = [layer for layer in segment if layer not in self.finished]
-        return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
-
-    def parts(self, segments: tuple[range, ...], waves: int) -> int:
-        """The number of parts that pruning reports to its progress step: two passes over every unfinished
-        layer and one over every finished one, but none beyond the pruning of the last."""
-        passes = 0
-        for segment in segments:
-            pending = self.pending(segment)
-            passes += sum(2 - (layer in self.finished) for layer in pending) - bool(pending)
-        return waves * passes
+from shardprune.shard.passing import segment_stream
 
 
 def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step: Step) -> None:
@@ -76,7 +52,7 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
             step.describe(f"layer {layer + 1}/{len(work.shapes)}")
             _prune_layer(group, layout, waves, work, stream, shard, layer, step)
         if layer + 1 in layers:
-            for _ in to_waves(group, layout, waves, shard, "propagate", stream, layer, "latest"):
+            for _ in to_waves(group, layout, waves, shard, "propagate", stream, layer, "latest", False):
                 step.advance()
             if layout.shard_of(layer + 1) != shard:
                 hand_on(group, layout, waves, stream, shard)
@@ -88,43 +64,45 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
 def _prune_layer(
     group: Group, layout: Layout, waves: Waves, work: Work, stream: str, shard: int, layer: int, step: Step
 ) -> None:
-    """Accumulate, solve, write: afterwards the layer is finished on every replica and in the output."""
+    """Accumulate, solve, rebuild, write: afterwards the layer is finished on every replica and in the output."""
     for _ in to_waves(group, layout, waves, shard, "accumulate", stream, layer):
         step.advance()
-    # Every replica hands out its sums before any starts to solve: a worker's calls run in order, and
-    # sums behind a solve would keep the others waiting.
     solvers = _solvers(work, layer, layout.replicas)
-    parts = [_sums(group, layout, shard, layer, inputs, solver) for inputs, solver in enumerate(solvers)]
-    solving = []
-    for inputs, solver in enumerate(solvers):
-        sparsities = {name: work.sparsities[layer, name] for name in work.inputs[inputs]}
-        solving.append(group.submit(shard, solver, "solve", layer, inputs, sparsities, *parts[inputs]))
-    installed = []
-    for inputs, solver in enumerate(solvers):
-        others = [replica for replica in range(layout.replicas) if replica != solver]
-        if others:
-            weights = group.submit(shard, solver, "solved", layer, inputs)
-            installed += [group.submit(shard, r, "install", layer, solving[inputs], weights) for r in others]
-    for ref in solving + installed:
-        group.get(ref)
-    group.get(group.submit(shard, 0, "write", layer))
+    reports = _solve(group, layout, work, shard, layer, solvers)
+    record: dict[str, Any] = {"outliers": work.layer_outliers[layer]} if work.layer_outliers else {}
+    if work.rebuilding:
+        record["blocks"] = rebuild_layer(group, layout, waves, work, stream, shard, layer, solvers, reports, step)
+    record["projections"] = [reports[name] for name in work.family.projections]
+    group.get(group.submit(shard, 0, "write", layer, record))
     to_all(group, layout, shard, "finish", layer)
 
 
-def _sums(group: Group, layout: Layout, shard: int, layer: int, inputs: int, solver: int) -> list[Ref | None]:
-    """References to the sums of every replica but the solver, in the replicas' order; none for one replica."""
-    if layout.replicas == 1:
-        return []
-    return [
-        None if replica == solver else group.submit(shard, replica, "statistics", layer, inputs)
-        for replica in range(layout.replicas)
+def _solve(
+    group: Group, layout: Layout, work: Work, shard: int, layer: int, solvers: list[int]
+) -> dict[str, dict[str, Any]]:
+    """Solve all inputs of a layer, each on its solver, and give every replica the result; the reports by name."""
+    # Every replica hands out its sums before any starts to solve: a worker's calls run in order, and
+    # sums behind a solve would keep the others waiting.
+    parts = [
+        from_others(group, layout, shard, solver, "statistics", layer, inputs) for inputs, solver in enumerate(solvers)
     ]
+    solving = []
+    for inputs, solver in enumerate(solvers):
+        shares = work.shares_of(layer, work.family.inputs[inputs])
+        solving.append(group.submit(shard, solver, "solve", layer, inputs, shares, *parts[inputs]))
+    installed: list[Ref] = []
+    for inputs, solver in enumerate(solvers):
+        installed += to_others(group, layout, shard, solver, layer, work.family.inputs[inputs])
+    reports = {report["name"]: report for ref in solving for report in group.get(ref)}
+    for ref in installed:
+        group.get(ref)
+    return reports
 
 
 def _solvers(work: Work, layer: int, replicas: int) -> list[int]:
     """The replica that solves each input of a layer: the most costly first, to whoever has least to do."""
     costs = []
-    for names in work.inputs:
+    for names in work.family.inputs:
         cols = work.shapes[layer][names[0]][1]
         rows = sum(work.shapes[layer][name][0] for name in names)
         costs.append(cols**3 + rows * cols**2)

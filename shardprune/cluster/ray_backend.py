@@ -30,7 +30,8 @@ from ray.util.scheduling_strategies import (
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
-from shardprune.shard.worker import ShardWorker, WorkerSpec
+from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.worker import ShardWorker
 from shardprune.storage import first_line
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of

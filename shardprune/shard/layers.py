@@ -11,7 +11,9 @@ from shardprune.journal import Journal
 from shardprune.safetensors_file import read_header, read_tensor
 from shardprune.skeleton import Skeleton
 
-Version = Literal["dense", "latest"]  # latest: the pruned layer where it is finished, else the dense one
+# latest: the pruned layer where it is finished, else the dense one; given: with the sparse checkpoint's projections
+Version = Literal["dense", "latest", "given"]
+State = Literal["dense", "pruned", "given"]  # of a layer in memory
 
 
 class Layers:
@@ -29,6 +31,7 @@ class Layers:
         indices: range,
         finished: set[int],
         stream: bool,
+        given: Checkpoint | None = None,
     ) -> None:
         self._skeleton = skeleton
         self._checkpoint = checkpoint
@@ -36,21 +39,22 @@ class Layers:
         self._indices = indices
         self._finished = finished
         self._stream = stream
-        self._held: dict[int, tuple[bool, nn.Module]] = {}  # layer -> (is pruned, module)
+        self._given = given
+        self._held: dict[int, tuple[State, nn.Module]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._next: tuple[int, bool, Future[nn.Module]] | None = None
+        self._next: tuple[int, State, Future[nn.Module]] | None = None
         self.load_seconds = 0.0
 
     def get(self, index: int, version: Version) -> nn.Module:
         """The layer `index` on the device."""
-        pruned = self._wanted(index, version)
-        if index in self._held and self._held[index][0] == pruned:
+        state = self._wanted(index, version)
+        if index in self._held and self._held[index][0] == state:
             return self._held[index][1]
         started = time.monotonic()
         if self._stream:
             self._held.clear()
         self._held.pop(index, None)
-        self._held[index] = (pruned, self._fetch(index, pruned))
+        self._held[index] = (state, self._fetch(index, state))
         if self._stream and index + 1 in self._indices:
             ahead = self._wanted(index + 1, version)
             self._next = (index + 1, ahead, self._reader.submit(self._read, index + 1, ahead))
@@ -60,7 +64,7 @@ class Layers:
     def mark_pruned(self, index: int) -> None:
         """The held layer `index` is now what its finished file says."""
         self._finished.add(index)
-        self._held[index] = (True, self._held[index][1])
+        self._held[index] = ("pruned", self._held[index][1])
 
     def release(self) -> None:
         """Drop every layer."""
@@ -69,22 +73,30 @@ class Layers:
             self._next[2].result()
         self._next = None
 
-    def _wanted(self, index: int, version: Version) -> bool:
-        return version == "latest" and index in self._finished
+    def _wanted(self, index: int, version: Version) -> State:
+        if version == "latest":
+            return "pruned" if index in self._finished else "dense"
+        return version
 
-    def _fetch(self, index: int, pruned: bool) -> nn.Module:
+    def _fetch(self, index: int, state: State) -> nn.Module:
         if self._next:
-            ahead, ahead_pruned, future = self._next
+            ahead, ahead_state, future = self._next
             self._next = None
             layer = future.result()
-            if (ahead, ahead_pruned) == (index, pruned):
+            if (ahead, ahead_state) == (index, state):
                 return layer
-        return self._read(index, pruned)
+        return self._read(index, state)
 
-    def _read(self, index: int, pruned: bool) -> nn.Module:
+    def _read(self, index: int, state: State) -> nn.Module:
         names = self._skeleton.layer_tensors(index)
-        if pruned:
+        if state == "pruned":
             folder = self._journal.folder
             entries, _ = read_header(folder, self._journal.layer_file(index))
             return self._skeleton.build_layer(index, ((name, read_tensor(folder, entries[name])) for name in names))
-        return self._skeleton.build_layer(index, ((name, self._checkpoint.read(name)) for name in names))
+        given = {}
+        if state == "given":
+            assert self._given is not None
+            projections = self._skeleton.family.projections
+            given = {self._skeleton.projection_tensor(index, name): self._given for name in projections}
+        tensors = ((name, given.get(name, self._checkpoint).read(name)) for name in names)
+        return self._skeleton.build_layer(index, tensors)

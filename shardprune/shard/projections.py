@@ -5,12 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shardprune.allocation.allocation import Share
 from shardprune.errors import SolverError
 from shardprune.solvers.method import Method
-from shardprune.solvers.pattern import Pattern
-from shardprune.solvers.statistics import InputStatistics, output_error
+from shardprune.solvers.pattern import NM, Pattern, pattern_of
+from shardprune.solvers.statistics import InputStatistics
 
-Report = dict[str, Any]  # layer, name, target, achieved, zeros, zeros_before, weights, error, retries, damping
+# layer, name, target, achieved, zeros, zeros_before, weights, error, retries, damping, outliers, pattern
+Report = dict[str, Any]
 
 
 def prune_projection(
@@ -19,13 +21,17 @@ def prune_projection(
     stored: torch.dtype,
     statistics: InputStatistics | None,
     pattern: Pattern,
-    sparsity: float,
+    share: Share,
+    restore: bool,
     label: str,
 ) -> tuple[Tensor, Report]:
     """Prune a weight [rows, cols] and round it to the dtype that the checkpoint stores.
 
+    Args:
+        restore: put the dense values back where the method left weights.
+
     Returns the weight and its report: the requested and the achieved fraction of zeros, counted on the
-    rounded weight; the relative output error where the statistics know it; the retries of the solver.
+    rounded weight, and the retries of the solver.
 
     Raises:
         SolverError: names the projection.
@@ -34,29 +40,53 @@ def prune_projection(
     if statistics is not None and not statistics.finite:
         raise SolverError(f"{label}: its inputs are not finite: the activations overflow")
     try:
-        solution = method.prune(weight, statistics, pattern, sparsity)  # type: ignore[arg-type]
+        solution = method.prune(weight, statistics, pattern, share.sparsity)  # type: ignore[arg-type]
     except SolverError as error:
         raise SolverError(f"{label}: {error}") from error
     if not bool(torch.isfinite(solution.weight).all()):
         raise SolverError(f"{label}: the pruned weight is not finite")
-    pruned = solution.weight.to(stored)
+    pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored)
 
-    zeros = int((pruned == 0).sum())
     rows, cols = weight.shape
-    expected = pattern.zeros(rows, cols, sparsity)
-    assert int(solution.mask.sum()) == expected <= zeros, f"{label}: {zeros} zeros instead of {expected}"
-    assert pattern.holds(pruned), f"{label}: the zeros break the pattern {pattern}"
-
-    report: Report = {
-        "target": sparsity,
-        "achieved": zeros / weight.numel(),
-        "zeros": zeros,
-        "zeros_before": int((weight == 0).sum()),
-        "weights": weight.numel(),
-        "retries": solution.retries,
-    }
+    expected = pattern.zeros(rows, cols, share.sparsity)
+    report = _report(weight, pruned, share.sparsity, pattern, label)
+    assert int(solution.mask.sum()) == expected <= report["zeros"], f"{label}: {report['zeros']} zeros, not {expected}"
+    report["retries"] = solution.retries
     if solution.damping is not None:
         report["damping"] = solution.damping
-    if statistics is not None and statistics.kind == "gram":
-        report["error"] = output_error(weight, pruned.float(), statistics)
+    if share.outliers is not None:
+        report["outliers"] = share.outliers
     return pruned, report
+
+
+def adopt_projection(
+    dense: Tensor, given: Tensor, stored: torch.dtype, restore: bool, label: str
+) -> tuple[Tensor, Report]:
+    """The weight [rows, cols] that another tool pruned, rounded to the dtype that the dense checkpoint stores.
+
+    Args:
+        restore: take its zeros only, and the dense values elsewhere.
+
+    Raises:
+        SolverError: names the projection.
+    """
+    if not bool(torch.isfinite(given).all()):
+        raise SolverError(f"{label}: the sparse weight is not finite")
+    pruned = (dense.masked_fill(given == 0, 0) if restore else given).to(stored)
+    achieved = float((pruned == 0).double().mean())
+    return pruned, _report(dense, pruned, achieved, pattern_of(pruned), label)
+
+
+def _report(dense: Tensor, pruned: Tensor, target: float, pattern: Pattern, label: str) -> Report:
+    assert pattern.holds(pruned), f"{label}: the zeros break the pattern {pattern}"
+    zeros = int((pruned == 0).sum())
+    report: Report = {
+        "target": target,
+        "achieved": zeros / dense.numel(),
+        "zeros": zeros,
+        "zeros_before": int((dense == 0).sum()),
+        "weights": dense.numel(),
+    }
+    if isinstance(pattern, NM):
+        report["pattern"] = str(pattern)
+    return report

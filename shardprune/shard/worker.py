@@ -1,191 +1,40 @@
 """The worker that owns a shard: what the driver can ask of it, verb by verb. No Ray here.
 
 Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input,
-`write`, then `propagate` for every wave, which turns the layer's inputs into the next layer's.
+`write`, then `propagate` for every wave, which turns the layer's inputs into the next layer's. Where masks
+are rebuilt, `compare` for every wave and `rebuild` come before `write`, once for each block.
 """
 
-import functools
-import resource
-import socket
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from shardprune.checkpoint import Checkpoint
-from shardprune.journal import Journal
-from shardprune.shard.layers import Layers, Version
-from shardprune.shard.projections import Report, prune_projection
-from shardprune.shard.waves import Activations
-from shardprune.skeleton import Skeleton, projection_weight
+from shardprune.allocation.allocation import Share
+from shardprune.shard.blocks import Block, Squares
+from shardprune.shard.passing import PassingWorker, Sums, merged, timed
+from shardprune.shard.projections import Report, adopt_projection, prune_projection
+from shardprune.shard.spec import WorkerSpec
+from shardprune.skeleton import projection_weight
 from shardprune.solvers.methods import METHODS
-from shardprune.solvers.pattern import parse_pattern
-from shardprune.solvers.statistics import InputStatistics, Kind
-
-ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
-Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
+from shardprune.solvers.pattern import Pattern, parse_pattern, pattern_of
+from shardprune.solvers.statistics import InputStatistics, Kind, output_error
 
 
-@dataclass(frozen=True)
-class WorkerSpec:
-    """All that a worker must know, as plain values that travel to another process.
-
-    `activation_bytes` is what the waves that it keeps take, `finished` are the layers whose files are in
-    `out` already.
-    """
-
-    model: str
-    out: str
-    fingerprint: str
-    shard: int
-    replica: int
-    layers: range
-    method: str
-    pattern: str
-    measure_error: bool
-    weights: Literal["resident", "streamed"]
-    activations: Literal["auto", "device", "host"]
-    activation_bytes: int
-    device: str
-    dtype: str
-    threads: int
-    finished: frozenset[int]
-
-
-def timed(verb: Callable) -> Callable:
-    """Count a verb's time as busy, in all and under its own name."""
-
-    @functools.wraps(verb)
-    def wrapper(self: "ShardWorker", *args: Any) -> Any:
-        started = time.monotonic()
-        try:
-            with torch.no_grad():
-                return verb(self, *args)
-        finally:
-            self.seconds[verb.__name__] = self.seconds.get(verb.__name__, 0.0) + time.monotonic() - started
-
-    return wrapper
-
-
-class ShardWorker:
+class ShardWorker(PassingWorker):
     """One replica of one shard."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        torch.set_num_threads(spec.threads)
-        self.spec = spec
-        self.seconds: dict[str, float] = {}
-        self.checkpoint = Checkpoint(spec.model)
-        self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
-        self.skeleton.load_frame(self.checkpoint)
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers)
-        self.activations = Activations(self.skeleton.device, self._place())
-        self.pattern = parse_pattern(spec.pattern)
-        self.layers = Layers(
-            self.skeleton,
-            self.checkpoint,
-            self.journal,
-            spec.layers,
-            set(spec.finished),
-            stream=spec.weights == "streamed",
-        )
+        super().__init__(spec)
         self._statistics: list[InputStatistics] | None = None
-        self._reports: dict[str, Report] = {}
-        if self.skeleton.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    # -- waves in and out -----------------------------------------------------------------------------------
-
-    @timed
-    def embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states [wave, seqlen, hidden] that enter the first layer."""
-        self.skeleton.load_frame(self.checkpoint, embedding=True)
-        return self.skeleton.embed(tokens).cpu().contiguous()
-
-    @timed
-    def put(self, stream: str, wave: int, hidden: Tensor) -> None:
-        """Keep a wave that has arrived."""
-        self.activations.put(stream, wave, hidden)
-
-    @timed
-    def take(self, stream: str, wave: int) -> Tensor:
-        """Hand a kept wave on."""
-        return self.activations.take(stream, wave).contiguous()
-
-    @timed
-    def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
-        """The summed token loss of each sequence, from the last layer's output [wave, seqlen, hidden]."""
-        self.skeleton.load_frame(self.checkpoint, head=True)
-        sums = []
-        for sequence, targets in zip(hidden, tokens, strict=True):
-            # One sequence at a time: its logits alone can be a gigabyte.
-            logits = self.skeleton.logits(sequence.unsqueeze(0).to(self.skeleton.device))[0, :-1].float()
-            targets = targets[1:].to(logits.device)
-            sums.append(float(nn.functional.cross_entropy(logits, targets, reduction="sum")))
-        return sums
-
-    # -- passing through ------------------------------------------------------------------------------------
-
-    @timed
-    def forward(self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int) -> Tensor:
-        """One wave through all layers of the shard below `stop`.
-
-        Before each layer in `record` the wave is kept in the stream that starts there.
-        """
-        hidden = hidden.to(self.skeleton.device)
-        for index in self.spec.layers:
-            if index in record:
-                self.activations.put(segment_stream(index), wave, hidden)
-            if index < stop:
-                hidden = self._run(index, version, hidden)
-        return hidden.cpu().contiguous()
-
-    @timed
-    def propagate(self, stream: str, wave: int, index: int, version: Version) -> None:
-        """Replace one kept wave by its image under one layer."""
-        self.activations.replace(stream, wave, self._run(index, version, self.activations.get(stream, wave)))
-
-    @timed
-    def fork(self, stream: str, into: str) -> None:
-        """Keep a copy of all waves of a stream under another name."""
-        self.activations.fork(stream, into)
-
-    @timed
-    def discard(self, hidden: Tensor) -> None:
-        """The end of a wave that nobody needs any more."""
-
-    @timed
-    def release(self) -> None:
-        """Give back what only a finished pass needed: the embedding, the head, streamed layers."""
-        if self.spec.weights == "streamed":
-            self.skeleton.drop_embeddings()
-            self.layers.release()
+        self._block: tuple[tuple[str, ...], Block] | None = None
 
     # -- pruning a layer --------------------------------------------------------------------------------------
 
     @timed
     def accumulate(self, stream: str, wave: int, index: int) -> None:
         """Add one kept wave to the statistics of the layer's inputs; the wave stays as it is."""
-        layer = self.layers.get(index, "dense")
-        statistics = self._statistics_of(index)
-        kind = self._kind()
-        if kind is None:
-            return
-        hidden = self.activations.get(stream, wave)
-        hooks = [
-            layer.get_submodule(names[0]).register_forward_pre_hook(
-                lambda _module, inputs, target=target: target.add(inputs[0], len(hidden))
-            )
-            for names, target in zip(self.skeleton.family.inputs, statistics, strict=True)
-        ]
-        try:
-            self._run(index, "dense", hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        if self._kind():
+            self._run(index, "dense", self.activations.get(stream, wave), self._statistics_of(index))
 
     @timed
     def statistics(self, index: int, group: int) -> Sums:
@@ -194,51 +43,99 @@ class ShardWorker:
         return statistics.sums.cpu(), statistics.samples
 
     @timed
-    def solve(self, index: int, group: int, sparsities: dict[str, float], *parts: Sums | None) -> list[Report]:
+    def solve(self, index: int, group: int, shares: dict[str, Share], *parts: Sums | None) -> list[Report]:
         """Prune the projections that read input `group` and put them into the layer.
 
         `parts` are the replicas' statistics in their order, None in this worker's own place; sums are
         added in that order, so that the result does not depend on who solves.
         """
         layer = self.layers.get(index, "dense")
-        statistics = self._statistics_of(index)[group]
-        if len(parts) > 1:
-            statistics = self._merged(statistics, parts)
+        statistics = None
+        if self._kind():
+            statistics = merged(self._statistics_of(index)[group], parts)
         reports = []
         for name in self.skeleton.family.inputs[group]:
-            stored = self.checkpoint.entries[self.skeleton.projection_tensor(index, name)].dtype
-            weight, report = prune_projection(
-                METHODS[self.spec.method],
-                projection_weight(layer, name),
-                stored,
-                statistics if self._kind() else None,
-                self.pattern,
-                sparsities[name],
-                label=f"layer {index} {name}",
-            )
+            dense = projection_weight(layer, name).float()
+            weight, report = self._pruned(index, name, dense, statistics, shares.get(name))
+            if statistics and self.spec.measure_error and not self.spec.rebuilding:
+                report["error"] = output_error(dense, weight.float(), statistics)
             projection_weight(layer, name).copy_(weight)
-            self._reports[name] = report = {"layer": index, "name": name, **report}
-            reports.append(report)
-        self._statistics_of(index)[group] = InputStatistics.empty("squares", 1)  # gives the memory back
+            reports.append({"layer": index, "name": name, **report})
+        # Gives the memory back, unless errors are measured when the masks are final.
+        keep = statistics and self.spec.measure_error and self.spec.rebuilding
+        self._statistics_of(index)[group] = (
+            InputStatistics(statistics.kind, statistics.sums, statistics.samples)
+            if statistics and keep
+            else InputStatistics.empty("squares", 1)
+        )
         return reports
 
     @timed
-    def solved(self, index: int, group: int) -> dict[str, Tensor]:
-        """The solved projections of an input, for the other replicas."""
+    def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """Solved projections, for the other replicas."""
         layer = self.layers.get(index, "dense")
-        return {name: projection_weight(layer, name).cpu() for name in self.skeleton.family.inputs[group]}
+        return {name: projection_weight(layer, name).cpu() for name in names}
 
     @timed
-    def install(self, index: int, reports: list[Report], weights: dict[str, Tensor]) -> None:
+    def install(self, index: int, weights: dict[str, Tensor]) -> None:
         """Put projections that another replica solved into the layer."""
         layer = self.layers.get(index, "dense")
         for name, weight in weights.items():
             projection_weight(layer, name).copy_(weight)
-        self._reports.update({report["name"]: report for report in reports})
+
+    # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 
     @timed
-    def write(self, index: int) -> None:
-        """Write the solved layer: pruned projections in their stored dtype, everything else as it was."""
+    def compare(
+        self, stream: str, wave: int, index: int, names: tuple[str, ...], gradients: bool
+    ) -> tuple[float, float]:
+        """Run one kept wave through the block with the projections `names`, dense and sparse; the wave stays.
+
+        Where `gradients` are asked for, their squares add to this replica's sums. Returns
+        ||dense - sparse||^2 and ||dense||^2 of the block's outputs.
+        """
+        hidden = self.activations.get(stream, wave)
+        arguments = self.skeleton.layer_arguments(index, 1, hidden.shape[1])
+        return self._block_of(index, names).compare(hidden, arguments, gradients)
+
+    @timed
+    def gradients(self, index: int, names: tuple[str, ...]) -> Squares:
+        """The squared gradients of a block summed over this replica's sequences, and their number."""
+        block = self._block_of(index, names)
+        return {name: square.cpu() for name, square in block.squares.items()}, block.samples
+
+    @timed
+    def rebuild(
+        self, index: int, names: tuple[str, ...], shares: dict[str, Share], *parts: Squares | None
+    ) -> tuple[int, dict[str, int]]:
+        """Swap weights of a block in the layer; returns how many pairs, and each projection's zeros.
+
+        `parts` are the replicas' squared gradients in their order, None in this worker's own place.
+        """
+        assert self.spec.rebuilding is not None
+        block = self._block_of(index, names)
+        own = (block.squares, block.samples)
+        patterns = {name: self._pattern(projection_weight(block.layer, name), shares.get(name)) for name in names}
+        squares = [part or own for part in parts or (None,)]
+        return block.rebuild(self.spec.rebuilding, patterns, squares, f"layer {index}")
+
+    @timed
+    def measure(self, index: int, group: int, names: tuple[str, ...]) -> dict[str, float]:
+        """The output errors of the projections of a rebuilt block that read input `group`, from the
+        statistics that `solve` has left here."""
+        block = self._block_of(index, names)
+        statistics = self._statistics_of(index)[group]
+        return {
+            name: output_error(block.dense[name].float(), projection_weight(block.layer, name).float(), statistics)
+            for name in self.skeleton.family.inputs[group]
+        }
+
+    # -- the end of a layer -----------------------------------------------------------------------------------
+
+    @timed
+    def write(self, index: int, record: dict[str, Any]) -> None:
+        """Write the solved layer with a record of what was done: pruned projections in their stored dtype,
+        everything else as it was."""
         layer = self.layers.get(index, "dense")
         pruned = {self.skeleton.projection_tensor(index, name): name for name in self.skeleton.family.projections}
         entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
@@ -249,54 +146,54 @@ class ShardWorker:
             return self.checkpoint.read(name)
 
         shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-        reports = [self._reports[name] for name in self.skeleton.family.projections]
-        self.journal.write_layer(index, shapes, tensor, reports)
+        self.journal.write_layer(index, shapes, tensor, record)
 
     @timed
     def finish(self, index: int) -> None:
         """The layer is written: from now on it is the pruned one, and its statistics are gone."""
         self.layers.mark_pruned(index)
         self._statistics = None
-        self._reports = {}
-
-    @timed
-    def drop(self, stream: str) -> None:
-        """Forget the waves of a stream."""
-        self.activations.drop(stream)
-
-    # -- what it cost -----------------------------------------------------------------------------------------
-
-    def usage(self) -> dict[str, Any]:
-        """Where this worker ran, its peak memory in bytes and its busy seconds by verb."""
-        return {
-            "shard": self.spec.shard,
-            "replica": self.spec.replica,
-            "layers": [self.spec.layers.start, self.spec.layers.stop - 1],
-            "node": socket.gethostname(),
-            "peak_bytes": peak_bytes(self.skeleton.device),
-            "busy_seconds": round(sum(self.seconds.values()), 3),
-            "load_seconds": round(self.layers.load_seconds, 3),
-            "write_seconds": round(self.seconds.get("write", 0.0), 3),
-        }
+        self._block = None
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _run(self, index: int, version: Version, hidden: Tensor) -> Tensor:
-        arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
-        return self.skeleton.forward_layer(self.layers.get(index, version), hidden, arguments)
+    def _pruned(
+        self, index: int, name: str, dense: Tensor, statistics: InputStatistics | None, share: Share | None
+    ) -> tuple[Tensor, Report]:
+        """A projection as the method prunes it, or as the sparse checkpoint has it."""
+        stored = self.checkpoint.entries[self.skeleton.projection_tensor(index, name)].dtype
+        restore = self.spec.rebuilding is not None and not self.spec.rebuilding.keep_corrected
+        label = f"layer {index} {name}"
+        if self.sparse is not None:
+            given = self.sparse.read(self.skeleton.projection_tensor(index, name)).to(dense)
+            return adopt_projection(dense, given, stored, restore, label)
+        assert share is not None
+        assert self.spec.method is not None
+        pattern = self._pattern(dense, share)
+        return prune_projection(METHODS[self.spec.method], dense, stored, statistics, pattern, share, restore, label)
 
-    def _place(self) -> Literal["device", "host"]:
-        """Where waves are kept: in host memory where they would not leave a GPU room for the work."""
-        if self.spec.activations != "auto":
-            return self.spec.activations
-        if self.skeleton.device.type == "cpu":
-            return "host"
-        memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory
-        return "device" if self.spec.activation_bytes <= ACTIVATIONS_SHARE * memory else "host"
+    def _pattern(self, weight: Tensor, share: Share | None) -> Pattern:
+        """The pattern of a projection: the recipe's, or that of a sparse checkpoint's zeros."""
+        if share is None:
+            return pattern_of(weight)
+        assert self.spec.pattern is not None
+        return parse_pattern(self.spec.pattern).at(share.sparsity)
+
+    def _block_of(self, index: int, names: tuple[str, ...]) -> Block:
+        """The block with the projections `names` of the layer in work; only one is held at any time."""
+        if self._block is None or self._block[0] != names:
+            self._block = None
+            dtype, device = self.skeleton.dtype, self.skeleton.device
+            tensors = {name: self.checkpoint.read(self.skeleton.projection_tensor(index, name)) for name in names}
+            dense = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+            self._block = names, Block(self.layers.get(index, "dense"), dense)
+        return self._block[1]
 
     def _kind(self) -> Kind | None:
         """The statistics that this run needs: the error of a projection is known from the whole Gram matrix."""
-        return "gram" if self.spec.measure_error else METHODS[self.spec.method].needs
+        if self.spec.measure_error:
+            return "gram"
+        return METHODS[self.spec.method].needs if self.spec.method else None
 
     def _statistics_of(self, index: int) -> list[InputStatistics]:
         if self._statistics is None:
@@ -306,25 +203,3 @@ class ShardWorker:
                 for names in self.skeleton.family.inputs
             ]
         return self._statistics
-
-    def _merged(self, own: InputStatistics, parts: tuple[Sums | None, ...]) -> InputStatistics:
-        total = InputStatistics(own.kind, torch.zeros_like(own.sums))
-        for part in parts:
-            total.merge(*(part or (own.sums, own.samples)))
-        return total
-
-
-def segment_stream(first_layer: int) -> str:
-    """The name of the calibration waves that enter the segment starting at a layer."""
-    return f"segment from layer {first_layer}"
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on a GPU, resident in this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage, this does not count what the process was before exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

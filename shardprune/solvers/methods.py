@@ -6,5 +6,6 @@ from shardprune.solvers.method import Method
 METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude.prune, needs=None),
     "wanda": Method(wanda.prune, needs="squares"),
+    "wanda-variant": Method(wanda.prune_variant, needs="squares"),
     "sparsegpt": Method(sparsegpt.prune, needs="gram"),
 }

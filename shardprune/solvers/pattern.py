@@ -1,4 +1,8 @@
-"""Where zeros may stand in a projection: anywhere, or N nonzeros in every M consecutive inputs."""
+"""Where zeros may stand in a projection: anywhere, or N nonzeros in every M consecutive inputs.
+
+What a recipe names holds for the whole model; `at` gives the pattern of a projection with a certain
+sparsity, which differs between projections where N is mixed.
+"""
 
 import re
 from dataclasses import dataclass
@@ -7,6 +11,8 @@ import torch
 from torch import Tensor
 
 from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
+
+FULL_GROUPS = 0.95  # of the nonzeros that N:M allows, where a checkpoint's zeros are taken for that pattern
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,9 @@ class Unstructured:
     def sparsity(self) -> None:
         """The sparsity that the pattern itself fixes: none."""
         return None
+
+    def at(self, sparsity: float) -> "Unstructured":
+        return self
 
     def mask(self, scores: Tensor, sparsity: float, per_row: bool) -> Tensor:
         """True where `scores` [rows, cols] are pruned: the smallest, within each row or over all."""
@@ -51,6 +60,9 @@ class NM:
         """The fraction of zeros that the pattern fixes."""
         return 1 - self.n / self.m
 
+    def at(self, sparsity: float) -> "NM":
+        return self
+
     def mask(self, scores: Tensor, sparsity: float, per_row: bool) -> Tensor:
         """True where `scores` [rows, cols] are pruned: the smallest of every group of a row."""
         rows, cols = scores.shape
@@ -81,21 +93,61 @@ class NM:
 Pattern = Unstructured | NM
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """N:M with a common M, whose N an allocation chooses for every layer from 1 to M."""
+
+    m: int
+
+    @property
+    def sparsity(self) -> None:
+        """The sparsity that the pattern itself fixes: none."""
+        return None
+
+    def at(self, sparsity: float) -> NM:
+        """The pattern of a projection to which the allocation gave this sparsity."""
+        return NM(round(self.m * (1 - sparsity)), self.m)
+
+    def __str__(self) -> str:
+        return f"mixed:{self.m}"
+
+
 def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
     """Boolean mask of the `count` smallest along the last dimension."""
     order = groups.sort(dim=-1, stable=True).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
-def parse_pattern(text: str) -> Pattern:
-    """`unstructured` or `N:M` with 0 < N < M.
+def parse_pattern(text: str) -> Pattern | Mixed:
+    """`unstructured`, `N:M` with 0 < N < M, or `mixed:M` with M > 1.
 
     Raises:
         ValueError: the text is neither.
     """
     if text == "unstructured":
         return Unstructured()
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if not match or not 0 < int(match[1]) < int(match[2]):
-        raise ValueError("use 'unstructured' or N:M with 0 < N < M, such as 2:4")
-    return NM(int(match[1]), int(match[2]))
+    match = re.fullmatch(r"(\d+|mixed):(\d+)", text)
+    if match and match[1] == "mixed" and int(match[2]) > 1:
+        return Mixed(int(match[2]))
+    if match and match[1] != "mixed" and 0 < int(match[1]) < int(match[2]):
+        return NM(int(match[1]), int(match[2]))
+    raise ValueError("use 'unstructured', N:M with 0 < N < M such as 2:4, or mixed:M such as mixed:8")
+
+
+def pattern_of(weight: Tensor) -> Pattern:
+    """The pattern that the zeros of a pruned `weight` [rows, cols] show.
+
+    N:M where no group of M in 4, 8, 16, 32 has more than N < M nonzeros and nearly all have as many;
+    zeros that fell otherwise do not look like that.
+    """
+    rows, cols = weight.shape
+    nonzero = weight != 0
+    for m in (4, 8, 16, 32):
+        whole = cols // m * m
+        if not whole:
+            break
+        counts = nonzero[:, :whole].reshape(rows, -1, m).sum(-1)
+        n = int(counts.max())
+        if 0 < n < m and float(counts.double().mean()) >= FULL_GROUPS * n and NM(n, m).holds(weight):
+            return NM(n, m)
+    return Unstructured()

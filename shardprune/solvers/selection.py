@@ -15,14 +15,14 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     flat = scores.reshape(-1)
     if count >= flat.numel():
         return torch.ones_like(scores, dtype=torch.bool)
-    threshold = _kth_value(flat, count)
+    threshold = kth_value(flat, count)
     mask = flat < threshold
     ties = (flat == threshold).nonzero().squeeze(1)
     mask[ties[: count - int(mask.sum())]] = True
     return mask.view_as(scores)
 
 
-def _kth_value(flat: Tensor, k: int) -> Tensor:
+def kth_value(flat: Tensor, k: int) -> Tensor:
     """The k-th smallest entry [1], by a selection that uses the whole processor.
 
     torch's `kthvalue` does not: on a CPU it is not vectorised, on a GPU it runs in a single thread block.

@@ -1,5 +1,6 @@
 """Wanda (Sun et al., arXiv 2306.11695): weights judged together with the size of their inputs."""
 
+import torch
 from torch import Tensor
 
 from shardprune.solvers.method import Solution
@@ -15,4 +16,19 @@ def scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
 def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsity: float) -> Solution:
     """Zero the weights of `weight` [rows, cols] with the smallest metric, compared within each row."""
     mask = pattern.mask(scores(weight, statistics), sparsity, per_row=True)
+    return Solution(weight.masked_fill(mask, 0), mask)
+
+
+def prune_variant(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsity: float) -> Solution:
+    """Wanda's variant (`use_variant` of the authors' code): a row gives up weights, the smallest metric
+    first, until they hold a share alpha of the row's summed metric; rows differ in how many that are.
+
+    One alpha serves the whole projection. Instead of halving an interval until the sparsity is near, every
+    weight gets the alpha at which it goes, its row's running sum over the row's total; the smallest ones
+    over the projection are exactly as many as asked for.
+    """
+    ordered, order = scores(weight, statistics).sort(dim=1, stable=True)
+    running = ordered.cumsum(dim=1, dtype=torch.float64)
+    alphas = running / running[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+    mask = pattern.mask(torch.empty_like(alphas).scatter_(1, order, alphas), sparsity, per_row=False)
     return Solution(weight.masked_fill(mask, 0), mask)

@@ -18,7 +18,8 @@ from transformers import LlamaConfig
 
 from shardprune.checkpoint import SINGLE
 from shardprune.safetensors_file import write_tensors
-from shardprune.shard.worker import ShardWorker, WorkerSpec
+from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.worker import ShardWorker
 from shardprune.skeleton import Skeleton
 from shardprune.storage import Folder
 

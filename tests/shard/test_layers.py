@@ -34,7 +34,7 @@ def build(tmp_path):
         skeleton.build_layer = watched  # type: ignore[method-assign]
         for index in finished:
             shapes = {name: (torch.float32, shape) for name, shape in skeleton.layer_tensors(index).items()}
-            journal.write_layer(index, shapes, lambda name: checkpoint.read(name) * 0, [])
+            journal.write_layer(index, shapes, lambda name: checkpoint.read(name) * 0, {"projections": []})
         return Layers(skeleton, checkpoint, journal, range(4), set(finished), stream), made
 
     return make

@@ -1,0 +1,1 @@
+"""Which projection gives up how much. Plain arithmetic on a few numbers per projection."""

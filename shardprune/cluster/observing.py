@@ -1,0 +1,71 @@
+"""The observing pass: dense waves through all shards, for what is decided before anything is pruned.
+
+It keeps what enters the segments of parallel propagation, and takes every layer's outlier ratios on the
+shard that holds it. Only the ratios travel to the driver.
+"""
+
+from dataclasses import dataclass
+
+from shardprune.cluster.group import Group, Ref, flow
+from shardprune.cluster.layout import Layout
+from shardprune.cluster.passes import Waves, in_flight, layer_by_layer, pipeline, release, to_all
+from shardprune.cluster.replicas import from_others
+from shardprune.progress import Step
+from shardprune.solvers.outliers import Outliers
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What to observe: the segments' first layers whose input is kept, and the M of the outlier ratios
+    (None: no ratios)."""
+
+    firsts: tuple[int, ...]
+    outlier_m: float | None
+
+    def __bool__(self) -> bool:
+        return bool(self.firsts) or self.outlier_m is not None
+
+    def stop(self, layout: Layout) -> int:
+        """The layer before which the waves may end."""
+        return layout.shards[-1].stop if self.outlier_m is not None else max(self.firsts)
+
+    def parts(self, layout: Layout, waves: Waves, streamed: bool) -> int:
+        """The number of parts that `observe` reports to its progress step."""
+        return len(waves.all) * (self.stop(layout) if streamed else 1)
+
+
+def observe(
+    group: Group, layout: Layout, waves: Waves, observation: Observation, streamed: bool, step: Step
+) -> list[Outliers]:
+    """Send the dense calibration waves through; the outlier ratios by layer where they are asked for."""
+    stop = observation.stop(layout)
+    last = layout.shard_of(min(stop, layout.shards[-1].stop - 1))
+    ratios = observation.outlier_m is not None
+    refs: list[Ref] = []
+    if streamed:
+        stream = "observation"
+        layers = layer_by_layer(group, layout, waves, stream, "dense", observation.firsts, stop, step, ratios)
+        for layer in layers:
+            if ratios:  # while the layer is still in memory
+                refs.append(_outliers(group, layout, layer, observation))
+        to_all(group, layout, last, "drop", stream)
+    else:
+        arrived = pipeline(group, layout, waves, "dense", observation.firsts, stop, ratios)
+        discarded = (
+            group.submit(last, wave.replica, "discard", hidden)
+            for wave, hidden in zip(waves.in_turn(), arrived, strict=True)
+        )
+        for _ in flow(group, discarded, in_flight(layout)):
+            step.advance()
+        if ratios:
+            refs = [_outliers(group, layout, layer, observation) for layer in range(stop)]
+    outliers = [group.get(ref) for ref in refs]
+    release(group, layout)
+    return outliers
+
+
+def _outliers(group: Group, layout: Layout, layer: int, observation: Observation) -> Ref:
+    """Ask one replica of a layer's shard for its ratios, with the sums of the others."""
+    shard, asked = layout.shard_of(layer), layer % layout.replicas
+    parts = from_others(group, layout, shard, asked, "observed", layer)
+    return group.submit(shard, asked, "outliers", layer, observation.outlier_m, *parts)

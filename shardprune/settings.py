@@ -1,0 +1,102 @@
+"""Settings: groups of validated fields, from a YAML file and overrides, with errors of one line."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shardprune.errors import InputError, without_credentials
+
+S = TypeVar("S", bound="Settings")
+
+
+def positive(default: int | None, description: str) -> Any:
+    """A field for a whole number of at least one."""
+    return Field(default, ge=1, description=description)
+
+
+class Settings(BaseModel):
+    """What every group of settings has in common: unknown fields are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def record(self) -> dict[str, Any]:
+        """All fields as plain values, for files that others read: URLs without credentials."""
+        return {name: _without_credentials(value) for name, value in self.model_dump(mode="json").items()}
+
+    @classmethod
+    def load(cls: type[S], file: str | Path | None, overrides: dict[str, Any]) -> S:
+        """Settings from a YAML file, its fields overridden by those given.
+
+        Raises:
+            InputError: the file or a field is wrong.
+        """
+        return cls.checked({**(_read_yaml(file) if file else {}), **overrides})
+
+    @classmethod
+    def checked(cls: type[S], values: dict[str, Any]) -> S:
+        """Settings from plain values.
+
+        Raises:
+            InputError: names the first field that is wrong, its value and what is allowed.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise _input_error(error, cls) from error
+
+    @classmethod
+    def choices(cls, field: str) -> list[str]:
+        """The values that a field of fixed choices takes; none for other fields."""
+        annotation = cls.model_fields[field].annotation
+        return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
+
+    def needs(self, reason: str, met: bool, *fields: str) -> None:
+        """Check that fields that only mean something under a condition are left alone where it is not met.
+
+        Raises:
+            InputError: one of them has another value than its default.
+        """
+        for field in fields:
+            value = getattr(self, field)
+            if not met and value != type(self).model_fields[field].default:
+                raise InputError(field, f"{value!r} has no effect without {reason}")
+
+
+def _read_yaml(file: str | Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(file).read_text())
+    except OSError as error:
+        raise InputError("recipe", f"{str(file)!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError("recipe", f"{str(file)!r} is not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError("recipe", f"{str(file)!r} must hold fields and values")
+    return values
+
+
+def _without_credentials(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_credentials(item) for item in value]
+    return without_credentials(value) if isinstance(value, str) else value
+
+
+def _input_error(error: ValidationError, settings: type[Settings]) -> InputError:
+    """The first problem of a validation as one line."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return cause
+    field = str(first["loc"][0])
+    if first["type"] == "missing":
+        return InputError(field, "missing")
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(field, settings.model_fields, n=1)
+        known = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(settings.model_fields))}"
+        return InputError(field, f"no field of a recipe has this name; {known}")
+    if first["type"] == "literal_error":
+        return InputError(field, f"{first['input']!r} is not allowed; use one of {', '.join(settings.choices(field))}")
+    reason = str(cause) if cause else first["msg"].replace("Input should be", "use")
+    return InputError(field, f"{first['input']!r} is not allowed; {reason}")

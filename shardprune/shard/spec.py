@@ -1,0 +1,35 @@
+"""What a worker is told when it starts."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shardprune.solvers.barber import Rebuilding
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker must know, as plain values that travel to another process.
+
+    `method` prunes by `pattern`, or is None where `sparse` names a checkpoint that holds the pruned weights.
+    `activation_bytes` is what the waves that it keeps take, `finished` are the layers whose files are in
+    `out` already.
+    """
+
+    model: str
+    out: str
+    fingerprint: str
+    shard: int
+    replica: int
+    layers: range
+    method: str | None
+    pattern: str | None
+    sparse: str | None
+    rebuilding: Rebuilding | None
+    measure_error: bool
+    weights: Literal["resident", "streamed"]
+    activations: Literal["auto", "device", "host"]
+    activation_bytes: int
+    device: str
+    dtype: str
+    threads: int
+    finished: frozenset[int]

@@ -1,0 +1,196 @@
+"""LLM-Barber (Su et al., arXiv 2408.10631): rebuild a mask by swapping pruned weights with kept ones.
+
+Every weight has a score, by default |w| * sqrt(g^2) with g the gradient of a block's output error. The
+pruned weights in descending order are paired with the kept ones in ascending order; of the pairs whose
+pruned weight has the larger score, the first fraction is swapped. Weights come and go in pairs, so that the
+number of zeros is what it was.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shardprune.solvers.pattern import NM, Pattern
+from shardprune.solvers.selection import kth_value, smallest, smallest_per_row
+
+Granularity = Literal["row", "column", "projection", "block"]
+Metric = Literal["weight-gradient", "weight", "gradient"]
+LINES = 2**24  # entries of the rows that are sorted at once
+
+
+@dataclass(frozen=True)
+class Rebuilding:
+    """How masks are rebuilt: within what weights are paired, by which score, and the fraction of the pairs
+    to swap. Where `keep_corrected`, weights that stay keep the values that the pruning method gave them."""
+
+    threshold: float
+    granularity: Granularity
+    metric: Metric
+    keep_corrected: bool
+
+    @property
+    def needs_gradients(self) -> bool:
+        return self.threshold > 0 and self.metric != "weight"
+
+
+@dataclass(frozen=True)
+class Masked:
+    """One projection: `scores` [rows, cols] float32, `mask` [rows, cols] True where pruned, and its pattern."""
+
+    scores: Tensor
+    mask: Tensor
+    pattern: Pattern
+
+
+def scores(metric: Metric, dense: Tensor, squares: Tensor | None, mask: Tensor) -> Tensor:
+    """The score of every weight, float32 [rows, cols].
+
+    Args:
+        dense: the weight before it was pruned.
+        squares: the mean squared gradient; the metric `weight` does without.
+        mask: True where pruned. What is zero there in the dense weight too is never swapped in.
+    """
+    if metric == "weight":
+        found = dense.abs().float()
+    else:
+        assert squares is not None
+        found = squares.sqrt() if metric == "gradient" else squares.sqrt() * dense.abs()
+    return found.masked_fill(mask & (dense == 0), -math.inf)
+
+
+def rebuild(block: Sequence[Masked], granularity: Granularity, threshold: float) -> tuple[list[Tensor], int]:
+    """The new masks of a block's projections, and the number of pairs swapped.
+
+    Pairs are formed within a row, a column, a projection or the whole block. Where the pattern is N:M they
+    are formed within its groups; the first fraction of the pairs of a row, a column (of groups), a projection
+    or the block is then the one with the largest differences of scores, which is what the order of pairs
+    amounts to without groups too.
+    """
+    masks = [masked.mask for masked in block]
+    swaps = 0
+    for part in _parts(block, granularity):
+        pieces = [block[index] for index in part]
+        grouped = isinstance(pieces[0].pattern, NM)
+        if not grouped and granularity in ("row", "column"):
+            found, count = _swap_in_lines(pieces[0], granularity, threshold)
+        elif grouped:
+            found, count = _swap_in_groups(pieces, granularity, threshold)
+        else:
+            found, count = _swap_over_all(pieces, threshold)
+        swaps += count
+        for index, mask in zip(part, found, strict=True):
+            masks[index] = mask
+    return masks, swaps
+
+
+def _parts(block: Sequence[Masked], granularity: Granularity) -> list[list[int]]:
+    """The projections whose weights are paired together: one each, or all of a block that have groups and
+    all that have none."""
+    if granularity != "block":
+        return [[index] for index in range(len(block))]
+    grouped = [index for index, masked in enumerate(block) if isinstance(masked.pattern, NM)]
+    return [part for part in (grouped, [index for index in range(len(block)) if index not in grouped]) if part]
+
+
+def _counts(pairs: Tensor, threshold: float) -> Tensor:
+    """The first fraction of so many pairs, rounded down; the fraction itself may be a hair below its decimal."""
+    return (pairs.double() * threshold + 1e-9).floor().to(torch.int64)
+
+
+def _swap_over_all(pieces: Sequence[Masked], threshold: float) -> tuple[list[Tensor], int]:
+    """Pair the weights of whole projections with each other.
+
+    Nothing is sorted. Let v be the P-th smallest score where P are pruned: there are as many pairs to swap
+    as pruned weights above v or kept ones below it, whichever are more.
+    """
+    scores = torch.cat([piece.scores.reshape(-1) for piece in pieces])
+    mask = torch.cat([piece.mask.reshape(-1) for piece in pieces])
+    pruned = int(mask.sum())
+    if not 0 < pruned < len(mask):
+        return [piece.mask for piece in pieces], 0
+    edge = kth_value(scores, pruned)
+    pairs = torch.maximum((mask & (scores > edge)).sum(), (~mask & (scores < edge)).sum())
+    swaps = int(_counts(pairs, threshold))
+    revived = smallest(torch.where(mask, -scores, math.inf), swaps)
+    removed = smallest(scores.masked_fill_(mask, math.inf), swaps)
+    mask = mask ^ revived ^ removed
+    parts = mask.split([piece.mask.numel() for piece in pieces])
+    return [part.view_as(piece.mask) for part, piece in zip(parts, pieces, strict=True)], swaps
+
+
+def _swap_in_lines(piece: Masked, granularity: Granularity, threshold: float) -> tuple[list[Tensor], int]:
+    """Pair the weights of each row or column, many rows at once."""
+    scores, mask = (piece.scores, piece.mask) if granularity == "row" else (piece.scores.t(), piece.mask.t())
+    size = max(1, LINES // scores.shape[1])
+    found, swaps = [], 0
+    for some_scores, some_mask in zip(scores.split(size), mask.split(size), strict=True):
+        pairs = _Pairs.of(some_scores, some_mask, some_scores.shape[1])
+        gains = pairs.gains.squeeze(1)  # in descending order
+        counts = _counts((gains > 0).sum(dim=1), threshold)
+        chosen = torch.arange(gains.shape[1], device=gains.device) < counts.unsqueeze(1)
+        found.append(pairs.swapped(some_mask, chosen.unsqueeze(1)))
+        swaps += int(counts.sum())
+    new = torch.cat(found)
+    return [new if granularity == "row" else new.t()], swaps
+
+
+def _swap_in_groups(pieces: Sequence[Masked], granularity: Granularity, threshold: float) -> tuple[list[Tensor], int]:
+    """Pair the weights of each group of an N:M pattern."""
+    pairs = [_Pairs.of(piece.scores, piece.mask, _m(piece)) for piece in pieces]
+    if granularity in ("row", "column"):
+        gains = pairs[0].gains if granularity == "row" else pairs[0].gains.transpose(0, 1)
+        lines = gains.flatten(1)
+        counts = _counts((lines > 0).sum(dim=1), threshold)
+        chosen = smallest_per_row(-lines, counts).view(gains.shape)
+        chosen = chosen if granularity == "row" else chosen.transpose(0, 1)
+        return [pairs[0].swapped(pieces[0].mask, chosen)], int(counts.sum())
+    flat = torch.cat([pair.gains.reshape(-1) for pair in pairs])
+    swaps = int(_counts((flat > 0).sum(), threshold))
+    parts = smallest(-flat, swaps).split([pair.gains.numel() for pair in pairs])
+    return [
+        pair.swapped(piece.mask, part.view(pair.gains.shape))
+        for pair, piece, part in zip(pairs, pieces, parts, strict=True)
+    ], swaps
+
+
+def _m(piece: Masked) -> int:
+    assert isinstance(piece.pattern, NM)
+    return piece.pattern.m
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs of every group of `m` consecutive inputs of a row, the best first: `gains` [rows, groups,
+    m // 2] is the pruned weight's score minus the kept one's (-inf where there is no pair), `revived` and
+    `removed` are their columns within the group."""
+
+    gains: Tensor
+    revived: Tensor
+    removed: Tensor
+    m: int
+
+    @classmethod
+    def of(cls, scores: Tensor, mask: Tensor, m: int) -> "_Pairs":
+        pruned = cls._grouped(scores.masked_fill(~mask, -math.inf), m, -math.inf)
+        kept = cls._grouped(scores.masked_fill(mask, math.inf), m, math.inf)
+        most = m // 2  # both of a pair lie in the group
+        high, revived = pruned.sort(dim=-1, descending=True, stable=True)
+        low, removed = kept.sort(dim=-1, stable=True)
+        return cls(high[..., :most] - low[..., :most], revived[..., :most], removed[..., :most], m)
+
+    @staticmethod
+    def _grouped(values: Tensor, m: int, padding: float) -> Tensor:
+        rows, cols = values.shape
+        return torch.nn.functional.pad(values, (0, -cols % m), value=padding).view(rows, -1, m)
+
+    def swapped(self, mask: Tensor, chosen: Tensor) -> Tensor:
+        """The mask with the chosen pairs swapped."""
+        new = mask.clone()
+        rows, groups, _ = chosen.nonzero(as_tuple=True)
+        new[rows, groups * self.m + self.revived[chosen]] = False
+        new[rows, groups * self.m + self.removed[chosen]] = True
+        return new
