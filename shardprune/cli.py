@@ -35,25 +35,29 @@ def _options(settings: type[Settings]) -> list[inspect.Parameter]:
     parameters: dict[str, inspect.Parameter] = {}
     groups = [group for group in settings.__bases__ if issubclass(group, Settings)]
     for group in (*groups[-1:], *groups[:-1]):
-        for name in group.model_fields:
+        for name in sorted(group.model_fields, key=lambda name: name not in group.__annotations__):
             field = settings.model_fields[name]
             flag = name.replace("_", "-")
-            flags = f"--{flag}/--no-{flag}" if field.annotation is bool else f"--{flag}"
-            text = field.description or ""
-            if not field.is_required() and field.default not in (None, ()):
-                text += f" (default: {field.default})"
+            flags = f"--{flag}/--no-{flag}" if field.default is True else f"--{flag}"
+            notes = [" | ".join(settings.choices(name))] if settings.choices(name) else []
+            if not field.is_required() and field.default not in (None, ()) and field.default is not False:
+                notes.append(f"default: {field.default}")
             option = typer.Option(
                 flags,
-                help=text,
+                help=(field.description or "") + (f" ({'; '.join(notes)})" if notes else ""),
                 rich_help_panel=inspect.getdoc(group),
-                metavar="|".join(settings.choices(name)) or _metavar(field.annotation),
+                metavar=_metavar(field.annotation),
                 show_default=False,
             )
-            annotation: Any = Annotated[_plain_type(field.annotation) | None, option]
-            parameters[name] = inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-            )
+            parameters[name] = _parameter(name, Annotated[_plain_type(field.annotation) | None, option])
+            if field.default is False:  # what a recipe sets can be taken back, which the help need not say
+                negative = Annotated[bool | None, typer.Option(f"--no-{flag}", hidden=True)]
+                parameters[f"no_{name}"] = _parameter(f"no_{name}", negative)
     return list(parameters.values())
+
+
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _plain_type(annotation: Any) -> Any:
@@ -67,7 +71,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _metavar(annotation: Any) -> str | None:
-    return {int: "N", float: "FRACTION", bool: None}.get(_plain_type(annotation), "TEXT")
+    return {int: "N", float: "NUMBER", bool: None}.get(_plain_type(annotation), "TEXT")
 
 
 def _with_options(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -86,7 +90,8 @@ def _with_options(settings: type[Settings]) -> Callable[[Callable[..., None]], C
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that stand on the command line."""
-    return {name: value for name, value in options.items() if value not in (None, [])}
+    given = {name: value for name, value in options.items() if value not in (None, [])}
+    return {name.removeprefix("no_"): False if name.startswith("no_") else value for name, value in given.items()}
 
 
 RecipeFile = Annotated[

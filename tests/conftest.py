@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from shardprune.shard.worker import ShardWorker
+from tests.tiny import make_model, make_tokens
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -35,3 +38,30 @@ def english_model() -> str:
     if not path.is_dir():
         pytest.skip("shared material is absent")
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    make_model(folder / "model", "llama-3.1")
+    make_tokens(folder / "tokens.npy")
+    make_tokens(folder / "other.npy", samples=7, seed=1)
+    return folder
+
+
+@pytest.fixture
+def dies_at_layer(monkeypatch):
+    """Make the writing of one layer fail, once."""
+
+    def arm(layer: int) -> None:
+        write = ShardWorker.write
+
+        def failing(self, index, record):
+            if index == layer:
+                monkeypatch.setattr(ShardWorker, "write", write)
+                raise KeyboardInterrupt
+            return write(self, index, record)
+
+        monkeypatch.setattr(ShardWorker, "write", failing)
+
+    return arm

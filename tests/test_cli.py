@@ -57,7 +57,77 @@ def test_a_run_from_a_recipe_and_options(folder, tmp_path):
     assert (tmp_path / "o" / "tokenizer.json").exists()
 
 
+def test_a_checkpoint_is_rebuilt_by_the_command(folder, tmp_path):
+    common = ("--backend", "local", "--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24")
+    pruned = shardprune(
+        *("prune", folder / "model", "--out", tmp_path / "s", "--method", "wanda", "--sparsity", "0.6", *common),
+        *("--allocation", "owl", "--outlier-m", "3", "--outlier-lambda", "0.1"),
+    )
+    assert pruned.returncode == 0, pruned.stderr
+    done = shardprune(
+        *("rebuild", folder / "model", tmp_path / "s", "--out", tmp_path / "o", *common),
+        *("--rebuild-threshold", "0.3", "--rebuild-granularity", "projection", "--keep-corrected"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pairs of weights swapped" in done.stdout
+    achieved = json.loads((tmp_path / "s" / "result.json").read_text())["sparsity"]["achieved"]
+    assert f"{achieved:.4f}" in done.stdout
+    stored = json.loads((tmp_path / "o" / "result.json").read_text())
+    assert stored["command"] == "rebuild"
+    assert stored["recipe"]["sparse"] == str(tmp_path / "s")
+    assert stored["recipe"]["keep_corrected"] is True
+
+
+def test_a_flag_of_a_recipe_can_be_taken_back(folder, tmp_path):
+    (tmp_path / "r.yaml").write_text("method: wanda\nsparsity: 0.6\nwanda_variant: true\n")
+    common = ("--backend", "local", "--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24")
+    for flag, expected in ((), True), (("--no-wanda-variant",), False):
+        out = tmp_path / f"o{len(flag)}"
+        done = shardprune("prune", folder / "model", "--out", out, "--recipe", tmp_path / "r.yaml", *common, *flag)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((out / "result.json").read_text())["recipe"]["wanda_variant"] is expected
+
+
+BAD_REBUILDS = {
+    "no zeros": ("{model}", "sparse: {model} has no zeros in its projections; give a pruned checkpoint"),
+    "another shape": ("{other}", "sparse: tensor "),
+    "no checkpoint": ("{short}", "sparse: "),
+}
+
+
+@pytest.mark.parametrize(("sparse", "message"), BAD_REBUILDS.values(), ids=BAD_REBUILDS)
+def test_bad_rebuilds_are_one_line_and_exit_code_2(folder, sparse, message, tmp_path, capsys):
+    make_model(tmp_path / "other", "llama")
+    capsys.readouterr()  # of making it
+    names = {"model": folder / "model", "other": tmp_path / "other", "short": folder / "short.txt"}
+    arguments = ["rebuild", folder / "model", sparse.format(**names), "--out", tmp_path / "o", "--backend", "local"]
+    arguments += ["--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24"]
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    output = capsys.readouterr()
+    assert ended.value.code == 2
+    assert output.err.startswith(f"error: {message.format(**names)}")
+    assert len(output.err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
 BAD = {
+    "mixed": (
+        ("--sparsity", "0.7", "--pattern", "mixed:8"),
+        {},
+        "sparsity: 0.7 does not fit the pattern mixed:8: N of 8 over 4 layers cannot average to it",
+    ),
+    "no room": (("--sparsity", "0.999", "--allocation", "mosaic"), {}, "sparsity: 0.999 leaves mosaic no room"),
+    "lambda": (
+        ("--sparsity", "0.5", "--allocation", "owl", "--outlier-lambda", "2"),
+        {},
+        "outlier_lambda: 2.0 is not allowed; use less than or equal to 0.5",
+    ),
+    "m": (
+        ("--sparsity", "0.5", "--allocation", "owl", "--outlier-m", "-1"),
+        {},
+        "outlier_m: -1.0 is not allowed; use greater than 0",
+    ),
     "missing model": (("--sparsity", "0.5"), {"model": "nowhere"}, "model: 'nowhere' is no directory"),
     "no safetensors": (("--sparsity", "0.5"), {"model": "broken"}, "model: "),
     "sparsity": (("--sparsity", "1.5"), {}, "sparsity: 1.5 is not allowed; use a number from 0 to below 1"),
@@ -111,9 +181,16 @@ def test_bad_input_ends_the_process_with_code_2(folder, tmp_path):
     assert done.stderr == f"error: model: {folder / 'broken'}/model.safetensors is not a safetensors file\n"
 
 
-def test_help_reads_at_80_columns():
-    done = shardprune("prune", "--help", columns=80)
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("prune", ("--sparsity", "--pattern", "--allocation", "--rebuild-granularity", "--keep-corrected")),
+        ("rebuild", ("SPARSE", "--rebuild-threshold")),
+    ],
+)
+def test_help_reads_at_80_columns(command, options):
+    done = shardprune(command, "--help", columns=80)
     assert done.returncode == 0
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
-    for option in ("--sparsity", "--pattern", "--shards", "--no-resume", "Example: shardprune prune"):
+    for option in (*options, "--shards", "--no-resume", f"Example: shardprune {command}"):
         assert option in done.stdout

@@ -1,9 +1,18 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
 from shardprune.errors import InputError
-from shardprune.recipe import Recipe
-from shardprune.solvers.pattern import NM
+from shardprune.recipe import RebuildRecipe, Recipe
+from shardprune.solvers.barber import Rebuilding
+from shardprune.solvers.pattern import NM, Mixed
+
+RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
+
+
+OWL = {"sparsity": 0.5, "allocation": "owl"}
+BARBER = {"sparsity": 0.5, "rebuild": "barber"}
 
 
 def recipe(**fields) -> Recipe:
@@ -45,6 +54,43 @@ def test_waves_do_not_depend_on_the_machine():
         ),
         ({"pattern": "2:4", "sparsity": 0.3}, "sparsity: 0.3 does not fit the pattern 2:4, which is 0.5"),
         ({"sparsity": 0.5, "method": "obs"}, "method: 'obs' is not allowed; use one of magnitude, wanda, sparsegpt"),
+        ({"pattern": "mixed:8"}, "sparsity: missing"),
+        (
+            {"pattern": "mixed:8", "sparsity": 0.9},
+            "sparsity: 0.9 is more than mixed:8 can have, which keeps at least 1",
+        ),
+        (
+            {"pattern": "mixed:8", "sparsity": 0.5, "allocation": "mosaic"},
+            "allocation: 'mosaic' does not fit the pattern mixed:8; use owl",
+        ),
+        ({"pattern": "2:4", "allocation": "owl"}, "allocation: 'owl' needs a sparsity to share out; 2:4 gives every"),
+        ({"sparsity": 0.99, "allocation": "owl"}, "sparsity: 0.99 leaves owl no room, which takes at most 0.99 of any"),
+        ({"sparsity": 0.5, "allocation": "evenly"}, "allocation: 'evenly' is not allowed; use one of uniform, owl, mo"),
+        ({**OWL, "outlier_m": 0}, "outlier_m: 0 is not allowed; use greater than 0"),
+        ({**OWL, "outlier_m": float("inf")}, "outlier_m: inf is not allowed; use a finite number"),
+        ({**OWL, "outlier_lambda": -0.1}, "outlier_lambda: -0.1 is not allowed; use greater than or equal to 0"),
+        ({**OWL, "outlier_lambda": 0.6}, "outlier_lambda: 0.6 is not allowed; use less than or equal to 0.5"),
+        ({**OWL, "outlier_lambda": float("nan")}, "outlier_lambda: nan is not allowed; use "),
+        (
+            {"sparsity": 0.5, "outlier_m": 3},
+            "outlier_m: 3.0 has no effect without an allocation by outliers (owl, mosaic)",
+        ),
+        (
+            {"sparsity": 0.5, "wanda_variant": True},
+            "wanda_variant: True has no effect without method wanda and pattern",
+        ),
+        (
+            {"pattern": "2:4", "method": "wanda", "wanda_variant": True},
+            "wanda_variant: True has no effect without method wanda and pattern unstructured",
+        ),
+        ({"sparsity": 0.5, "rebuild_threshold": 0.1}, "rebuild_threshold: 0.1 has no effect without rebuild barber"),
+        ({"sparsity": 0.5, "keep_corrected": True}, "keep_corrected: True has no effect without rebuild barber"),
+        ({**BARBER, "rebuild_threshold": 1.5}, "rebuild_threshold: 1.5 is not allowed; use less than or equal to 1"),
+        (
+            {**BARBER, "rebuild_granularity": "layer"},
+            "rebuild_granularity: 'layer' is not allowed; use one of row, col",
+        ),
+        ({**BARBER, "rebuild_metric": "WD"}, "rebuild_metric: 'WD' is not allowed; use one of weight-gradient, weight"),
         ({"sparsity": 0.5, "samples": 0}, "samples: 0 is not allowed; use greater than or equal to 1"),
         ({"sparsity": 0.5, "sparsty": 0.5}, "sparsty: no field of a recipe has this name; did you mean sparsity?"),
         ({"sparsity": 0.5, "eval": ["x.csv"]}, "eval: 'x.csv' is no known source"),
@@ -57,6 +103,38 @@ def test_bad_fields_give_one_line(fields, message):
         recipe(**fields)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_mixed_patterns_are_allocated_by_owl():
+    assert recipe(pattern="mixed:8", sparsity=0.5).allocation == "owl"
+    assert recipe(pattern="mixed:8", sparsity=0.875).zeros == Mixed(8)
+    assert recipe(sparsity=0.5).allocation == "uniform"
+
+
+def test_a_recorded_recipe_is_a_recipe():
+    """What result.json holds can be run again: fields without effect have their defaults there."""
+    for fields in (OWL, BARBER, {"pattern": "2:4"}, {"pattern": "mixed:8", "sparsity": 0.5}):
+        assert Recipe.checked(recipe(**fields).record()) == recipe(**fields)
+
+
+def test_a_recipe_for_rebuilding():
+    rebuild = RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "rebuild_granularity": "block"})
+    assert rebuild.rebuilding == Rebuilding(0.01, "block", "weight-gradient", False)
+    assert recipe(sparsity=0.5).rebuilding is None
+    assert recipe(**BARBER, rebuild_threshold=0.1).rebuilding == Rebuilding(0.1, "row", "weight-gradient", False)
+    with pytest.raises(InputError, match="sparse: missing"):
+        RebuildRecipe.checked({"model": "m", "out": "o"})
+    with pytest.raises(InputError, match="sparsity: no field of a recipe has this name; did you mean sparse?"):
+        RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "sparsity": 0.5})
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_of_the_repository_loads(file):
+    loaded = Recipe.load(file, {"out": "o"})
+    text = file.read_text()
+    assert loaded.model
+    assert "arXiv" in text
+    assert "GiB" in text  # the hardware that it needs
 
 
 def test_missing_fields_are_named():

@@ -11,44 +11,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from shardprune import Recipe, prune
+from shardprune import Recipe
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError, SolverError, WorkerLost
-from shardprune.progress import Output
 from shardprune.shard.worker import ShardWorker
 from shardprune.skeleton import attention_of
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
+from tests.running import run
 from tests.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens, snapshot
 
 PUBLIC = ("magnitude", "wanda", "sparsegpt")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    make_model(folder / "model", "llama-3.1")
-    make_tokens(folder / "tokens.npy")
-    make_tokens(folder / "other.npy", samples=7, seed=1)
-    return folder
-
-
-def run(folder, out, model="model", **fields):
-    """Prune a tiny model in this process, quietly."""
-    values = {
-        "model": model if "://" in str(model) else str(folder / model),
-        "out": out if "://" in str(out) else str(folder / out),
-        "calibration": str(folder / "tokens.npy"),
-        "samples": 12,
-        "seqlen": 24,
-        "wave": 4,
-        "backend": "local",
-        "threads": 2,
-        **fields,
-    }
-    return prune(Recipe.checked(values), Output(quiet=True))
 
 
 def plain_pruned(folder, method: str, pattern: str, sparsity: float) -> dict[str, torch.Tensor]:
@@ -225,24 +200,6 @@ def test_memory_urls(folder, tmp_path):
 
 
 # -- interruptions --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def dies_at_layer(monkeypatch):
-    """Make the writing of one layer fail, once."""
-
-    def arm(layer: int) -> None:
-        write = ShardWorker.write
-
-        def failing(self, index, record):
-            if index == layer:
-                monkeypatch.setattr(ShardWorker, "write", write)
-                raise KeyboardInterrupt
-            return write(self, index, record)
-
-        monkeypatch.setattr(ShardWorker, "write", failing)
-
-    return arm
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class Block:
                     loss = (dense.float() - sparse.float()).square().sum() / hidden.shape[1]
                 if gradients:
                     self._add(torch.autograd.grad(loss, list(leaves.values())))
-            lost += float(loss) * hidden.shape[1]
+            lost += float(loss.detach()) * hidden.shape[1]
             norm += float(dense.detach().float().square().sum())
         if gradients:
             self.samples += len(hidden)
@@ -82,6 +82,8 @@ class Block:
             SolverError: a gradient is not finite.
         """
         samples = sum(count for _, count in parts)
+        if settings.threshold == 0:
+            return 0, {name: int((projection_weight(self.layer, name) == 0).sum()) for name in self.dense}
         masked = {}
         for name, dense in self.dense.items():
             mask = projection_weight(self.layer, name) == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shardprune import Recipe, prune
+from shardprune import RebuildRecipe, Recipe, prune, rebuild
 from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
 from shardprune.progress import Output
@@ -79,6 +79,7 @@ def test_a_family_on_two_shards_equals_one_process(ray, folder, family, tmp_path
     assert [worker.layers for worker in sharded.workers] == [(0, 1), (2, 3)]
 
 
+BARBER = {"outlier_m": 3.0, "rebuild": "barber", "rebuild_threshold": 0.3}
 SCENARIOS = {
     "four streamed shards": {"shards": 4, "weights": "streamed"},
     "parallel": {"shards": 2, "propagation": "parallel"},
@@ -90,6 +91,16 @@ SCENARIOS = {
     },
     "replicas": {"shards": 2, "replicas": 2},
     "parallel replicas": {"shards": 2, "replicas": 2, "propagation": "parallel"},
+    "outliers and masks rebuilt, replicas": {"shards": 2, "replicas": 2, "allocation": "owl", **BARBER},
+    "outliers and masks rebuilt, parallel, streamed": {
+        "shards": 2,
+        "propagation": "parallel",
+        "weights": "streamed",
+        "allocation": "mosaic",
+        "rebuild_granularity": "block",
+        **BARBER,
+    },
+    "mixed pattern on shards": {"shards": 3, "pattern": "mixed:8", "outlier_m": 3.0, "outlier_lambda": 0.3},
     "replicas of a pattern without a Hessian": {
         "replicas": 3,
         "method": "magnitude",
@@ -106,7 +117,20 @@ def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, t
     sharded = prune(recipe(folder, tmp_path / "ray", **fields), QUIET)
     assert differing(tmp_path / "local", tmp_path / "ray") == []
     assert sharded.perplexity == local.perplexity
+    assert sharded.sparsity == local.sparsity
     assert len(sharded.workers) == fields.get("shards", 1) * fields.get("replicas", 1)
+
+
+def test_a_sparse_checkpoint_is_rebuilt_on_shards(ray, folder, tmp_path):
+    prune(recipe(folder, tmp_path / "sparse", backend="local"), QUIET)
+    fields = recipe(folder, "o").model_dump(include=set(RebuildRecipe.model_fields)) | {
+        "sparse": str(tmp_path / "sparse"),
+        "rebuild_threshold": 0.3,
+    }
+    local = rebuild(RebuildRecipe.checked({**fields, "out": str(tmp_path / "local"), "backend": "local"}), QUIET)
+    sharded = rebuild(RebuildRecipe.checked({**fields, "out": str(tmp_path / "ray"), "shards": 2}), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "ray") == []
+    assert (sharded.perplexity, sharded.sparsity) == (local.perplexity, local.sparsity)
 
 
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
@@ -177,6 +201,10 @@ def worker_processes(parent: int) -> list[psutil.Process]:
 
 KILLS = {
     "exact": ({"shards": 2}, 3),
+    "outliers and masks rebuilt": (
+        {"shards": 2, "samples": 16, "allocation": "owl", "rebuild": "barber", "rebuild_threshold": 0.1},
+        3,
+    ),
     "parallel, streamed": ({"shards": 2, "segments": 4, "propagation": "parallel", "weights": "streamed"}, 3),
 }
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
+from shardprune.solvers.pattern import NM, Mixed, Unstructured, parse_pattern, pattern_of
 from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
 
 
@@ -44,3 +44,39 @@ def test_a_short_last_group_keeps_at_most_n():
     assert mask.tolist() == [[False, False, True, True, False, False, True]]
     assert NM(2, 4).zeros(1, 7, 0.5) == 3
     assert NM(2, 4).zeros(1, 6, 0.5) == 2
+
+
+def test_mixed_patterns_get_their_n_from_the_sparsity():
+    mixed = parse_pattern("mixed:8")
+    assert mixed == Mixed(8)
+    assert mixed.sparsity is None
+    assert [mixed.at(1 - n / 8) for n in (1, 3, 8)] == [NM(1, 8), NM(3, 8), NM(8, 8)]
+    assert not NM(8, 8).mask(torch.rand(4, 16), 0.0, per_row=True).any()
+    assert NM(2, 4).at(0.9) == NM(2, 4)
+
+
+@pytest.mark.parametrize("text", ["mixed:1", "mixed:0", "mixed", "mixed:", "mixed:2:4"])
+def test_a_mixed_pattern_that_is_none_is_an_error(text):
+    with pytest.raises(ValueError, match="mixed:M"):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "2:8", "4:8", "5:8", "3:16", "20:32", "unstructured"])
+@pytest.mark.parametrize("cols", [64, 72])
+def test_the_pattern_of_a_pruned_weight_is_found(text, cols):
+    scores = torch.rand(48, cols, generator=torch.Generator().manual_seed(cols))
+    pattern = parse_pattern(text)
+    weight = torch.ones(48, cols).masked_fill(pattern.mask(scores, 0.5, per_row=True), 0)
+    assert pattern_of(weight) == pattern
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.5, 0.9, 0.99])
+def test_zeros_anywhere_are_not_taken_for_groups(sparsity):
+    for seed in range(10):
+        scores = torch.rand(32, 48, generator=torch.Generator().manual_seed(seed))
+        weight = torch.ones(32, 48).masked_fill(Unstructured().mask(scores, sparsity, per_row=False), 0)
+        assert pattern_of(weight) == Unstructured()
+
+
+def test_a_dense_weight_has_no_pattern():
+    assert pattern_of(torch.ones(8, 64)) == Unstructured()

@@ -1,0 +1,29 @@
+"""Runs over tiny models in this process."""
+
+from shardprune import RebuildRecipe, Recipe, prune, rebuild
+from shardprune.progress import Output
+
+
+def run(folder, out, model="model", **fields):
+    """Prune a tiny model in this process, quietly."""
+    return prune(Recipe.checked(_values(folder, out, model, fields)), Output(quiet=True))
+
+
+def rebuild_run(folder, out, sparse, model="model", **fields):
+    """Rebuild the masks of a tiny model in this process, quietly."""
+    values = _values(folder, out, model, {"sparse": str(folder / sparse), **fields})
+    return rebuild(RebuildRecipe.checked(values), Output(quiet=True))
+
+
+def _values(folder, out, model, fields):
+    return {
+        "model": model if "://" in str(model) else str(folder / model),
+        "out": out if "://" in str(out) else str(folder / out),
+        "calibration": str(folder / "tokens.npy"),
+        "samples": 12,
+        "seqlen": 24,
+        "wave": 4,
+        "backend": "local",
+        "threads": 2,
+        **fields,
+    }

@@ -1,0 +1,101 @@
+"""Blocks of a layer against the whole layer run with and without the pruned weights."""
+
+import copy
+
+import pytest
+import torch
+
+from shardprune.checkpoint import Checkpoint
+from shardprune.errors import SolverError
+from shardprune.shard.blocks import Block
+from shardprune.skeleton import Skeleton, projection_weight
+from shardprune.solvers.barber import Rebuilding
+from shardprune.solvers.pattern import Unstructured
+from tests.tiny import CONFIGS, make_model
+
+LAYER = 1
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def layer(request, tmp_path_factory):
+    """A dense layer of a family, the same layer pruned, its skeleton and some activations."""
+    folder = tmp_path_factory.mktemp("blocks")
+    checkpoint = Checkpoint(make_model(folder / "model", request.param))
+    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
+    skeleton.load_frame(checkpoint)
+    names = skeleton.layer_tensors(LAYER)
+    dense = skeleton.build_layer(LAYER, [(name, checkpoint.read(name)) for name in names])
+    sparse = copy.deepcopy(dense)
+    for name in skeleton.family.projections:
+        weight = projection_weight(sparse, name)
+        weight[weight.abs() < weight.abs().median()] = 0
+    hidden = torch.randn(3, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    return skeleton, dense, sparse, hidden
+
+
+def outputs(layer, skeleton, hidden) -> dict[str, torch.Tensor]:
+    """What the attention module and the whole layer put out, for one sequence."""
+    seen = {}
+    hook = layer.self_attn.register_forward_hook(lambda _m, _i, output: seen.update(attention=output[0]))
+    seen["mlp"] = skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(LAYER, *hidden.shape[:2]))
+    hook.remove()
+    return seen
+
+
+def plain(skeleton, dense, sparse, hidden, label, names):
+    """Squared gradients and errors of a block: dense weights in the block, sparse ones in the other."""
+    squares = {name: torch.zeros_like(projection_weight(dense, name)) for name in names}
+    lost = norm = 0.0
+    for sequence in hidden.split(1):
+        with torch.no_grad():
+            target = outputs(sparse, skeleton, sequence)[label]
+        trial = copy.deepcopy(sparse)
+        for name in names:
+            projection_weight(trial, name).copy_(projection_weight(dense, name))
+            projection_weight(trial, name).requires_grad_(True)
+        found = outputs(trial, skeleton, sequence)[label]
+        error = (found - target).square().sum()
+        (error / sequence.shape[1]).backward()
+        for name in names:
+            squares[name] += projection_weight(trial, name).grad ** 2
+        lost, norm = lost + float(error.detach()), norm + float(found.detach().square().sum())
+    return squares, lost, norm
+
+
+@pytest.mark.parametrize("label", ["attention", "mlp"])
+def test_gradients_and_errors_are_those_of_the_whole_layer(layer, label):
+    skeleton, dense, sparse, hidden = layer
+    names = dict(zip(("attention", "mlp"), skeleton.family.blocks, strict=True))[label]
+    block = Block(sparse, {name: projection_weight(dense, name) for name in names})
+    arguments = skeleton.layer_arguments(LAYER, 1, hidden.shape[1])
+    squares, lost, norm = plain(skeleton, dense, sparse, hidden, label, names)
+
+    assert block.compare(hidden, arguments, gradients=False) == pytest.approx((lost, norm), rel=1e-4)
+    assert block.squares == {}
+    first, second = (block.compare(part, arguments, gradients=True) for part in (hidden[:2], hidden[2:]))
+    assert (first[0] + second[0], first[1] + second[1]) == pytest.approx((lost, norm), rel=1e-4)
+    assert block.samples == 3
+    assert block.squares.keys() == squares.keys()
+    for name, square in squares.items():
+        assert torch.allclose(block.squares[name], square, rtol=1e-3, atol=1e-6 * float(square.max())), name
+        assert bool(square.any())
+
+
+def test_all_projections_belong_to_one_block(layer):
+    skeleton = layer[0]
+    attention, mlp = skeleton.family.blocks
+    assert attention
+    assert mlp
+    assert set(attention) | set(mlp) == set(skeleton.family.projections)
+    assert not set(attention) & set(mlp)
+
+
+def test_gradients_that_overflow_name_the_projection(layer):
+    skeleton, dense, sparse, _ = layer
+    name = skeleton.family.blocks[0][0]
+    block = Block(sparse, {name: projection_weight(dense, name)})
+    squares = torch.full_like(projection_weight(dense, name), float("inf"))
+    with pytest.raises(SolverError, match=rf"layer 1 {name}: its gradients are not finite"):
+        block.rebuild(
+            Rebuilding(0.1, "row", "weight-gradient", False), {name: Unstructured()}, [({name: squares}, 3)], "layer 1"
+        )

@@ -1,0 +1,285 @@
+"""Runs that rebuild masks, of this tool's own pruning and of other checkpoints."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from shardprune.errors import InputError
+from shardprune.solvers.pattern import parse_pattern
+from tests.running import rebuild_run, run
+from tests.tiny import differing, load_tensors, make_model, snapshot
+
+BARBER = {"rebuild": "barber", "rebuild_threshold": 0.2}
+PROJECTION = "model.layers.{}.{}.weight"
+
+
+def zeros_of(folder, result) -> dict[str, int]:
+    tensors = load_tensors(folder)
+    names = [PROJECTION.format(report.layer, report.name) for report in result.sparsity.projections]
+    return {name: int((tensors[name] == 0).sum()) for name in names}
+
+
+@pytest.mark.parametrize("granularity", ["row", "column", "projection", "block"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_zeros_stay_as_many_and_errors_fall(folder, method, pattern, granularity, tmp_path):
+    fields = {"method": method, "pattern": pattern, "sparsity": 0.5}
+    plain = run(folder, tmp_path / "plain", **fields)
+    result = run(
+        folder, tmp_path / "o", **fields, rebuild="barber", rebuild_threshold=0.5, rebuild_granularity=granularity
+    )
+    before, after = zeros_of(tmp_path / "plain", plain), zeros_of(tmp_path / "o", result)
+    if granularity == "block" and pattern == "unstructured":  # pairs lie across a block's projections
+        assert sum(before.values()) == sum(after.values())
+        assert before != after
+    else:
+        assert before == after
+    assert result.sparsity.achieved == plain.sparsity.achieved
+    tensors, dense = load_tensors(tmp_path / "o"), load_tensors(folder / "model")
+    for report in result.sparsity.projections:
+        name = PROJECTION.format(report.layer, report.name)
+        assert parse_pattern(pattern).holds(tensors[name])
+        assert report.achieved == after[name] / tensors[name].numel()
+        kept = tensors[name] != 0
+        assert torch.equal(tensors[name][kept], dense[name][kept])  # dense values where they are kept
+        assert 0 < report.error < 1
+    blocks = result.sparsity.blocks
+    assert [(block.layer, block.block) for block in blocks] == [
+        (layer, block) for layer in range(4) for block in ("attention", "mlp")
+    ]
+    assert all(block.swaps > 0 for block in blocks)
+    if method != "sparsegpt":  # whose masks are made for corrected weights
+        assert sum(block.error_after for block in blocks) < sum(block.error_before for block in blocks)
+
+
+def attention_error(folder, out, inputs) -> float:
+    """||dense - sparse||^2 / ||dense||^2 of the first layer's attention, from two checkpoints."""
+    found = []
+    for model in (folder / "model", out):
+        layer = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa").eval()
+        seen = []
+        layer.model.layers[0].self_attn.register_forward_hook(lambda _m, _i, output, seen=seen: seen.append(output[0]))
+        with torch.no_grad():
+            layer(inputs)
+        found.append(seen[0].double())
+    return float((found[0] - found[1]).square().sum() / found[0].square().sum())
+
+
+def test_reported_block_errors_are_those_of_the_checkpoints(folder, tmp_path):
+    plain = run(folder, tmp_path / "plain", method="magnitude", sparsity=0.5)
+    result = run(folder, tmp_path / "o", method="magnitude", sparsity=0.5, **BARBER)
+    assert plain.sparsity.blocks is None
+    first = result.sparsity.blocks[0]
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
+    assert first.error_before == pytest.approx(attention_error(folder, tmp_path / "plain", tokens), rel=1e-4)
+    assert first.error_after == pytest.approx(attention_error(folder, tmp_path / "o", tokens), rel=1e-4)
+    assert first.error_after < first.error_before
+
+
+def test_no_swaps_at_threshold_zero_give_the_dense_weights_under_the_mask(folder, tmp_path):
+    run(folder, tmp_path / "plain", method="sparsegpt", sparsity=0.5, propagation="parallel", shards=4)
+    result = run(
+        *(folder, tmp_path / "o"),
+        **{"method": "sparsegpt", "sparsity": 0.5, "propagation": "parallel", "shards": 4},
+        **{**BARBER, "rebuild_threshold": 0.0, "rebuild_granularity": "block"},
+    )
+    assert all(block.swaps == 0 and block.error_before == block.error_after for block in result.sparsity.blocks)
+    dense, plain, tensors = (load_tensors(path) for path in (folder / "model", tmp_path / "plain", tmp_path / "o"))
+    for name, weight in tensors.items():
+        expected = dense[name].masked_fill(plain[name] == 0, 0) if "_proj" in name else dense[name]
+        assert torch.equal(weight, expected), name
+
+
+def test_corrected_weights_are_kept_where_asked(folder, tmp_path):
+    # Every layer is a segment of its own, so that SparseGPT finds the same whatever was rebuilt before it.
+    fields = {"method": "sparsegpt", "sparsity": 0.5, "propagation": "parallel", "shards": 4}
+    run(folder, tmp_path / "plain", **fields)
+    run(folder, tmp_path / "o", **fields, **BARBER, keep_corrected=True)
+    dense, plain, tensors = (load_tensors(path) for path in (folder / "model", tmp_path / "plain", tmp_path / "o"))
+    revived = 0
+    for name, weight in tensors.items():
+        if "_proj" in name:
+            stayed = (weight != 0) & (plain[name] != 0)
+            new = (weight != 0) & (plain[name] == 0)
+            assert torch.equal(weight[stayed], plain[name][stayed])
+            assert torch.equal(weight[new], dense[name][new])
+            revived += int(new.sum())
+    assert revived > 0
+
+
+@pytest.mark.parametrize("metric", ["weight", "gradient"])
+def test_other_metrics(folder, metric, tmp_path):
+    fields = {"method": "wanda", "sparsity": 0.5, **BARBER}
+    run(folder, tmp_path / "both", **fields)
+    result = run(folder, tmp_path / "o", **fields, rebuild_metric=metric)
+    assert differing(tmp_path / "both", tmp_path / "o") != []
+    assert sum(block.swaps for block in result.sparsity.blocks) > 0
+
+
+def test_errors_need_not_be_measured(folder, tmp_path):
+    fields = {"method": "wanda", "sparsity": 0.5, **BARBER}
+    run(folder, tmp_path / "measured", **fields)
+    result = run(folder, tmp_path / "o", **fields, measure_error=False)
+    assert differing(tmp_path / "measured", tmp_path / "o") == []
+    assert all(block.error_before is not None and block.error_after is None for block in result.sparsity.blocks)
+    assert all(report.error is None for report in result.sparsity.projections)
+
+
+LAYOUTS = [
+    {"shards": 3},
+    {"weights": "streamed", "shards": 2},
+    {"propagation": "parallel", "shards": 1, "weights": "streamed"},
+]
+
+
+@pytest.mark.parametrize("fields", LAYOUTS, ids=str)
+def test_layout_does_not_change_a_bit(folder, fields, tmp_path):
+    same = {"method": "sparsegpt", "sparsity": 0.6, "rebuild_granularity": "projection", **BARBER}
+    plain = run(folder, tmp_path / "plain", **same)
+    other = run(folder, tmp_path / "other", **same, **fields)
+    assert differing(tmp_path / "plain", tmp_path / "other") == []
+    assert other.sparsity == plain.sparsity
+
+
+@pytest.mark.parametrize("granularity", ["row", "block"])
+def test_replicas_change_only_the_order_of_sums(folder, granularity, tmp_path):
+    same = {"method": "wanda", "sparsity": 0.6, "rebuild_granularity": granularity, **BARBER}
+    one = run(folder, tmp_path / "one", **same).sparsity
+    three = run(folder, tmp_path / "three", replicas=3, shards=2, **same).sparsity
+    first, second = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "three")
+    assert all(torch.equal(first[name] == 0, second[name] == 0) for name in first)
+    for found, expected in zip(three.blocks, one.blocks, strict=True):
+        assert found.swaps == expected.swaps
+        assert found.error_after == pytest.approx(expected.error_after, rel=1e-5)
+    for report, expected_report in zip(three.projections, one.projections, strict=True):
+        assert report.error == pytest.approx(expected_report.error, rel=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"propagation": "parallel", "shards": 2, "weights": "streamed"}], ids=str)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(folder, fields, dies_at_layer, tmp_path):
+    fields = {"method": "wanda", "sparsity": 0.6, **BARBER, **fields}
+    undisturbed = run(folder, tmp_path / "plain", **fields)
+    dies_at_layer(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "cut", **fields)
+    resumed = run(folder, tmp_path / "cut", **fields)
+    assert differing(tmp_path / "plain", tmp_path / "cut") == []
+    assert resumed.sparsity == undisturbed.sparsity
+
+
+# -- a checkpoint that somebody else pruned -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "pattern"), [("magnitude", "unstructured"), ("magnitude", "4:8")])
+def test_rebuilding_a_checkpoint_is_pruning_and_rebuilding(folder, method, pattern, tmp_path):
+    """Magnitude masks depend on nothing but the weights: the same, made in the run or before it."""
+    run(folder, tmp_path / "sparse", method=method, pattern=pattern, sparsity=0.5)
+    expected = run(folder, tmp_path / "expected", method=method, pattern=pattern, sparsity=0.5, **BARBER)
+    result = rebuild_run(folder, tmp_path / "o", tmp_path / "sparse", rebuild_threshold=0.2, shards=2)
+    assert differing(tmp_path / "expected", tmp_path / "o") == []
+    assert result.command == "rebuild"
+    assert result.sparsity.blocks == expected.sparsity.blocks
+    assert [report.error for report in result.sparsity.projections] == [
+        report.error for report in expected.sparsity.projections
+    ]
+    assert [report.pattern for report in result.sparsity.projections] == [
+        report.pattern for report in expected.sparsity.projections
+    ]
+    assert result.sparsity.target == result.sparsity.achieved == expected.sparsity.achieved
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+
+
+def test_perplexity_before_is_that_of_the_sparse_checkpoint(folder, tmp_path):
+    source = str(folder / "other.npy")
+    pruned = run(folder, tmp_path / "sparse", method="wanda", sparsity=0.6, eval=(source,))
+    for fields in ({}, {"weights": "streamed"}):
+        out = tmp_path / f"o{len(fields)}"
+        result = rebuild_run(folder, out, tmp_path / "sparse", rebuild_threshold=0.2, eval=(source,), **fields)
+        assert result.perplexity[source].before == pytest.approx(pruned.perplexity[source].after, rel=1e-6)
+        assert result.perplexity[source].after != result.perplexity[source].before
+    assert differing(tmp_path / "o0", tmp_path / "o1") == []
+
+
+def test_corrected_weights_of_another_tool(folder, tmp_path):
+    run(folder, tmp_path / "sparse", method="sparsegpt", sparsity=0.5)
+    rebuild_run(folder, tmp_path / "o", tmp_path / "sparse", rebuild_threshold=0.2, keep_corrected=True)
+    sparse, tensors = load_tensors(tmp_path / "sparse"), load_tensors(tmp_path / "o")
+    stayed = {name: (tensors[name] != 0) & (sparse[name] != 0) for name in tensors}
+    assert all(torch.equal(tensors[name][stayed[name]], sparse[name][stayed[name]]) for name in tensors)
+    assert sum(int(kept.sum()) for kept in stayed.values()) < sum(int((sparse[name] != 0).sum()) for name in tensors)
+
+
+def test_a_rebuild_that_was_cut_off_goes_on(folder, dies_at_layer, tmp_path):
+    run(folder, tmp_path / "sparse", method="wanda", sparsity=0.6)
+    fields = {"rebuild_threshold": 0.2, "eval": (str(folder / "other.npy"),)}
+    undisturbed = rebuild_run(folder, tmp_path / "plain", tmp_path / "sparse", **fields)
+    dies_at_layer(2)
+    with pytest.raises(KeyboardInterrupt):
+        rebuild_run(folder, tmp_path / "cut", tmp_path / "sparse", **fields)
+    resumed = rebuild_run(folder, tmp_path / "cut", tmp_path / "sparse", replicas=1, **fields)
+    assert differing(tmp_path / "plain", tmp_path / "cut") == []
+    assert (resumed.perplexity, resumed.sparsity) == (undisturbed.perplexity, undisturbed.sparsity)
+
+
+def test_another_sparse_checkpoint_is_another_run(folder, tmp_path):
+    run(folder, tmp_path / "sparse", method="wanda", sparsity=0.6)
+    run(folder, tmp_path / "other", method="wanda", sparsity=0.5)
+    rebuild_run(folder, tmp_path / "o", tmp_path / "sparse")
+    before = snapshot(tmp_path / "o")
+    with pytest.raises(InputError, match="out: .* holds another run"):
+        rebuild_run(folder, tmp_path / "o", tmp_path / "other")
+    assert snapshot(tmp_path / "o") == before
+
+
+def changed(folder, tmp_path, change) -> str:
+    """A copy of the dense model whose tensors were changed."""
+    shutil.copytree(folder / "model", tmp_path / "changed")
+    tensors = change(load_tensors(folder / "model"))
+    save_file(tensors, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
+    return str(tmp_path / "changed")
+
+
+def without_a_tensor(tensors):
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    return tensors
+
+
+def narrower(tensors):
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(40, 32)
+    return tensors
+
+
+def deeper(tensors):
+    last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
+    return {**tensors, **{name.replace(".3.", ".4."): tensor.clone() for name, tensor in last.items()}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict, "sparse: .* has no zeros in its projections; give a pruned checkpoint"),
+        (without_a_tensor, r"sparse: .* has no tensor model\.layers\.2\.mlp\.up_proj\.weight, which the dense model"),
+        (
+            narrower,
+            r"sparse: tensor model\.layers\.2\.mlp\.up_proj\.weight is \[40, 32\]; the dense model .* has \[48, 32\]",
+        ),
+        (deeper, "sparse: .* has more than the dense model's 4 layers"),
+    ],
+)
+def test_a_sparse_checkpoint_that_does_not_fit(folder, change, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        rebuild_run(folder, tmp_path / "o", changed(folder, tmp_path, change))
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_sparse_checkpoint_that_is_none(folder, tmp_path):
+    with pytest.raises(InputError, match="sparse: .* is no directory"):
+        rebuild_run(folder, tmp_path / "o", "nowhere")
+    make_model(tmp_path / "qwen", "qwen2")
+    with pytest.raises(InputError, match="sparse: "):
+        rebuild_run(folder, tmp_path / "o", tmp_path / "qwen")
+    assert not (tmp_path / "o").exists()
