@@ -61,13 +61,10 @@ class ShardWorker(PassingWorker):
                 report["error"] = output_error(dense, weight.float(), statistics)
             projection_weight(layer, name).copy_(weight)
             reports.append({"layer": index, "name": name, **report})
-        # Gives the memory back, unless errors are measured when the masks are final.
-        keep = statistics and self.spec.measure_error and self.spec.rebuilding
-        self._statistics_of(index)[group] = (
-            InputStatistics(statistics.kind, statistics.sums, statistics.samples)
-            if statistics and keep
-            else InputStatistics.empty("squares", 1)
-        )
+        if statistics and self.spec.measure_error and self.spec.rebuilding:  # for `measure`, without the factor
+            self._statistics_of(index)[group] = InputStatistics(statistics.kind, statistics.sums, statistics.samples)
+        else:
+            self._statistics_of(index)[group] = InputStatistics.empty("squares", 1)  # gives the memory back
         return reports
 
     @timed

@@ -3,9 +3,10 @@
     python -m tests.benchmarks.quality [--model DIR --calibration SOURCE --eval SOURCE] [--sparsity 0.7]
 
 Prunes the model once for each of {magnitude, wanda, sparsegpt} x {uniform, owl, mosaic} x {none, barber at each of
-`--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints one row of a table for each: perplexity, achieved sparsity, pairs of weights swapped, and the
-mean relative error of a block's output before and after they were. `--jobs` runs go at the same time, each in a process
-of its own with `--threads` threads; `--weights streamed` and larger samples make it work for larger models.
+`--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints a row for each: perplexity,
+achieved sparsity, pairs of weights swapped, and the mean relative error of a block's output before and after that.
+`--jobs` runs go at the same time, each in a process of its own with `--threads` threads; `--weights streamed` keeps one
+layer of a large model in memory.
 """
 
 import argparse
