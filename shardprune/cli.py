@@ -129,7 +129,7 @@ def rebuild(
     recipe: RecipeFile = None,
     **options: Any,
 ) -> None:
-    """Mend the masks of a pruned checkpoint with LLM-Barber. The number of zeros of every projection stays."""
+    """Mend the masks of a pruned checkpoint with LLM-Barber. Zeros only move; their number stays."""
     from shardprune.run import rebuild as run
 
     _show(run(RebuildRecipe.load(recipe, _given({"model": dense, "sparse": sparse, **options}))))

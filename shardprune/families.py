@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from shardprune.errors import InputError
 
-ATTENTION = "self_attn"  # a layer's attention module, in every family
-
 
 @dataclass(frozen=True)
 class Family:
@@ -27,10 +25,10 @@ class Family:
         return tuple(name for group in self.inputs for name in group)
 
     @property
-    def blocks(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The projections of the attention block and those of the MLP block."""
-        inside = tuple(name for name in self.projections if name.startswith(f"{ATTENTION}."))
-        return inside, tuple(name for name in self.projections if name not in inside)
+    def blocks(self) -> dict[str, tuple[str, ...]]:
+        """The projections of the attention and of the MLP, in the order of the forward pass."""
+        attention = tuple(name for name in self.projections if name.startswith("self_attn."))
+        return {"attention": attention, "mlp": tuple(name for name in self.projections if name not in attention)}
 
 
 LLAMA = Family(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shardprune.allocation.allocation import Projection, Share
 from shardprune.allocation.allocations import ALLOCATIONS
-from shardprune.allocation.mixed import TOLERANCE, in_groups, nonzeros_in_all
+from shardprune.allocation.budget import TOLERANCE
+from shardprune.allocation.mixed import in_groups, nonzeros_in_all
 from shardprune.calibration import calibration_windows, perplexity_windows, tokens_hash
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots
@@ -28,7 +29,7 @@ from shardprune.solvers.pattern import Mixed
 from shardprune.storage import absolute, in_process_only
 
 MIN_STORE_BYTES = 128 * 2**20
-FORMAT = 2  # of what a fingerprint covers; changes when the same recipe gives other tensors
+FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,6 @@ class Plan:
     def shapes(self) -> list[dict[str, tuple[int, int]]]:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
-
-    @property
-    def target(self) -> float | None:
-        """The sparsity that is asked for; None where a sparse checkpoint says it."""
-        return self.recipe.target if isinstance(self.recipe, Recipe) else None
-
-    @property
-    def outlier_m(self) -> float | None:
-        """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
-        recipe = self.recipe
-        observes = isinstance(recipe, Recipe) and ALLOCATIONS[recipe.allocation].observes
-        return recipe.outlier_m if isinstance(recipe, Recipe) and observes else None
 
     def shares(self, outliers: list[Outliers]) -> Shares:
         """What every projection gives up; empty where a sparse checkpoint says it.
@@ -135,7 +124,7 @@ class Plan:
         weights = sum(sizes.values()) * self.skeleton.dtype.itemsize
         gradients = 0
         if self.recipe.rebuilding:
-            blocks = [sum(sizes[name] for name in names) for names in self.skeleton.family.blocks]
+            blocks = [sum(sizes[name] for name in names) for names in self.skeleton.family.blocks.values()]
             gradients = (self.layout.replicas - 1) * 4 * max(blocks)
         return max(MIN_STORE_BYTES, waves + sums + weights + gradients)
 
@@ -162,10 +151,10 @@ def make_plan(recipe: AnyRecipe, backend: Backend) -> Plan:
     check_tensors(skeleton, checkpoint)
     _check_seqlen(recipe, skeleton)
     _check_layout(recipe, skeleton.layers)
-    _check_mixed(recipe, skeleton.layers)
+    _check_mixed(recipe, skeleton)
     sparse = Checkpoint(_place_of(recipe.sparse), "sparse") if recipe.sparse else None
     if sparse:
-        check_sparse(skeleton, sparse, checkpoint)
+        check_sparse(skeleton, sparse, checkpoint, recipe.pattern)
 
     tokenizer = cache(checkpoint.tokenizer)
     vocabulary = skeleton.config.vocab_size
@@ -263,7 +252,7 @@ def _fingerprint(
         "segments": [segment.start for segment in layout.segments],
         **recipe.model_dump(include=_shaping_fields(recipe)),
     }
-    if isinstance(recipe, Recipe):
+    if recipe.target is not None:
         content["sparsity"] = recipe.target  # which a pattern may have fixed
     if sparse:
         content["sparse"] = sparse.identity()
@@ -298,11 +287,14 @@ def _check_layout(recipe: AnyRecipe, layers: int) -> None:
     plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, recipe.segments)
 
 
-def _check_mixed(recipe: AnyRecipe, layers: int) -> None:
-    """Check that N of M can have the recipe's sparsity as their mean over the layers."""
+def _check_mixed(recipe: AnyRecipe, skeleton: Skeleton) -> None:
+    """Check that N of M can have the recipe's sparsity as their mean over the layers, in whole groups."""
     if isinstance(recipe, Recipe) and isinstance(recipe.zeros, Mixed):
+        for name, (_, cols) in skeleton.projection_shapes(0).items():
+            if cols % recipe.zeros.m:
+                raise InputError("pattern", f"{recipe.pattern} does not fit {name}, which has {cols} inputs")
         try:
-            nonzeros_in_all(recipe.target, layers, recipe.zeros.m)
+            nonzeros_in_all(recipe.target, skeleton.layers, recipe.zeros.m)
         except ValueError as error:
             raise InputError(
                 "sparsity", f"{recipe.target} does not fit the pattern {recipe.pattern}: {error}"

@@ -8,8 +8,7 @@ from shardprune.allocation.allocations import ALLOCATIONS
 from shardprune.allocation.budget import HIGHEST
 from shardprune.errors import InputError
 from shardprune.settings import Settings, positive
-from shardprune.solvers.barber import Granularity, Metric
-from shardprune.solvers.barber import Rebuilding as BarberSettings
+from shardprune.solvers.barber import Granularity, Metric, Rebuilding
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
 from shardprune.sources import FORMS, check_source
 
@@ -75,6 +74,11 @@ class Pruning(Settings):
         return self.sparsity
 
     @property
+    def observed_m(self) -> float | None:
+        """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
+        return self.outlier_m if ALLOCATIONS[self.allocation].observes else None
+
+    @property
     def solver(self) -> str:
         """The method's name in the table of methods."""
         return f"{self.method}-variant" if self.wanda_variant else self.method
@@ -119,7 +123,7 @@ class Pruning(Settings):
         return self
 
 
-class Swapping(Settings):
+class Barber(Settings):
     """Mask rebuilding"""
 
     rebuild_threshold: float = Field(
@@ -132,25 +136,23 @@ class Swapping(Settings):
     )
 
     @property
-    def swapping(self) -> BarberSettings:
+    def swapping(self) -> Rebuilding:
         """How masks are rebuilt."""
-        return BarberSettings(
-            self.rebuild_threshold, self.rebuild_granularity, self.rebuild_metric, self.keep_corrected
-        )
+        return Rebuilding(self.rebuild_threshold, self.rebuild_granularity, self.rebuild_metric, self.keep_corrected)
 
 
-class Rebuilding(Swapping):
+class OptionalBarber(Barber):
     """Mask rebuilding"""
 
     rebuild: Literal["none", "barber"] = Field("none", description="Mend each layer's masks after it is pruned")
 
     @model_validator(mode="after")
-    def _options_have_an_effect(self) -> "Rebuilding":
-        self.needs("rebuild barber", self.rebuild == "barber", *Swapping.model_fields)
+    def _options_have_an_effect(self) -> "OptionalBarber":
+        self.needs("rebuild barber", self.rebuild == "barber", *Barber.model_fields)
         return self
 
     @property
-    def rebuilding(self) -> BarberSettings | None:
+    def rebuilding(self) -> Rebuilding | None:
         """How masks are rebuilt, if they are."""
         return self.swapping if self.rebuild == "barber" else None
 
@@ -231,29 +233,45 @@ class Run(Settings):
     resume: bool = Field(True, description="Go on where the same run was cut off")
 
 
-class Recipe(Pruning, Rebuilding, Calibration, Evaluation, Cluster, Run):
+class Recipe(Pruning, OptionalBarber, Calibration, Evaluation, Cluster, Run):
     """Everything that `shardprune prune` does."""
 
     command: ClassVar[str] = "prune"
     sparse: ClassVar[None] = None
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruning, Rebuilding)  # every field of them shapes the tensors
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruning, OptionalBarber)  # every field of them shapes the tensors
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 
 
-class RebuildRecipe(Swapping, Calibration, Evaluation, Cluster, Run):
+class Pruned(Settings):
+    """What was pruned"""
+
+    pattern: str = Field(
+        "auto", description="auto (of each projection what its zeros show), unstructured, or N:M, which is then checked"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, value: str) -> str:
+        if value != "auto" and isinstance(parse_pattern(value), Mixed):
+            raise ValueError("use auto, which finds N of every layer")
+        return value
+
+
+class RebuildRecipe(Pruned, Barber, Calibration, Evaluation, Cluster, Run):
     """Everything that `shardprune rebuild` does."""
 
     command: ClassVar[str] = "rebuild"
     solver: ClassVar[None] = None
-    pattern: ClassVar[None] = None
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Swapping,)
+    target: ClassVar[None] = None
+    observed_m: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruned, Barber)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the dense checkpoint")
     sparse: str = Field(min_length=1, description="Directory, URL or hub name of the same model, pruned")
 
     @property
-    def rebuilding(self) -> BarberSettings:
+    def rebuilding(self) -> Rebuilding:
         """How masks are rebuilt."""
         return self.swapping
 

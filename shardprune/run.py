@@ -177,13 +177,15 @@ class _Run:
             return
         work = self._work(finished, {})
         starts = tuple(part.start for part in layout.segments if part.start and work.pending(part))
-        observation = Observation(starts, None if self.outliers else plan.outlier_m)
+        observation = Observation(starts, None if self.outliers else plan.recipe.observed_m)
         if observation:
             parts = observation.parts(layout, waves, plan.streamed)
             with self.clock.phase("observe"), self.output.step("observe", parts) as step:
                 found = observe(group, layout, waves, observation, plan.streamed, step)
             self.outliers = self.outliers or found
             self._save()
+            if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
+                self.output.say("the layers' outlier ratios do not differ")
         work = self._work(finished, plan.shares(self.outliers))
         parts = work.parts(layout.segments, len(waves.all))
         with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
@@ -249,7 +251,7 @@ class _Run:
                 seqlen=plan.recipe.seqlen,
                 tokens_sha256=tokens_hash(plan.calibration),
             ),
-            sparsity=sparsity_of(records, plan.target),
+            sparsity=sparsity_of(records, plan.recipe.target),
             perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
             seconds=seconds,
             workers=workers,

@@ -22,7 +22,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError
 from shardprune.families import family_of
+from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
 from shardprune.storage import first_line
+
+ROUNDING = 0.02  # by which norms may differ that were stored in another 16-bit dtype
 
 
 class Recorder(nn.Module):
@@ -235,21 +238,42 @@ def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     _check(checkpoint, skeleton.tensors(), "the config implies")
 
 
-def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint) -> None:
-    """Check that a checkpoint is a pruned form of a dense one: the same tensors, with zeros.
+def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, pattern: str) -> None:
+    """Check that a checkpoint is a pruned form of a dense one.
 
-    Its weights are read up to the first projection that has a zero.
+    It has the same tensors; those of the layers that are no projections (norms, biases) are the same up to
+    16-bit rounding; some projection has a zero, and where a `pattern` is given, all projections hold it. Its
+    projections are read up to the first zero, or all of them for the pattern.
 
     Raises:
-        InputError: a tensor is missing or has another shape, there are more layers, or no projection has a zero.
+        InputError: names the tensor that does not fit.
     """
+    url = sparse.folder.url
     _check(sparse, skeleton.tensors(), f"the dense model {dense.folder.url} has")
-    projections = skeleton.family.projections
-    if skeleton.projection_tensor(skeleton.layers, projections[0]) in sparse.entries:
-        raise InputError("sparse", f"{sparse.folder.url} has more than the dense model's {skeleton.layers} layers")
-    names = (skeleton.projection_tensor(index, name) for index in range(skeleton.layers) for name in projections)
-    if not any(bool((sparse.read(name) == 0).any()) for name in names):
-        raise InputError("sparse", f"{sparse.folder.url} has no zeros in its projections; give a pruned checkpoint")
+    projections = {
+        skeleton.projection_tensor(index, name)
+        for index in range(skeleton.layers)
+        for name in skeleton.family.projections
+    }
+    inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
+    for name in sparse.entries:
+        if name.startswith(f"{skeleton.family.layers}.") and name not in inside and not name.endswith("inv_freq"):
+            raise InputError("sparse", f"{url} has a tensor {name}, which the dense model {dense.folder.url} has not")
+    for name in sorted(inside - projections):
+        if not torch.allclose(sparse.read(name).float(), dense.read(name).float(), rtol=ROUNDING, atol=ROUNDING):
+            raise InputError("sparse", f"tensor {name} is not that of {dense.folder.url}: more than pruning was done")
+    wanted = None if pattern == "auto" else parse_pattern(pattern)
+    zeros = False
+    for name in sorted(projections):
+        weight = sparse.read(name)
+        zeros = zeros or bool((weight == 0).any())
+        if wanted is None or isinstance(wanted, Unstructured):
+            if zeros:
+                return
+        elif isinstance(wanted, NM) and not wanted.holds(weight):
+            raise InputError("pattern", f"the zeros of {name} in {url} are not {pattern}; use auto or unstructured")
+    if not zeros:
+        raise InputError("sparse", f"{url} has no zeros in its projections; give a pruned checkpoint")
 
 
 def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reason: str) -> None:

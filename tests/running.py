@@ -4,9 +4,9 @@ from shardprune import RebuildRecipe, Recipe, prune, rebuild
 from shardprune.progress import Output
 
 
-def run(folder, out, model="model", **fields):
-    """Prune a tiny model in this process, quietly."""
-    return prune(Recipe.checked(_values(folder, out, model, fields)), Output(quiet=True))
+def run(folder, out, model="model", output=None, **fields):
+    """Prune a tiny model in this process, quietly unless an output is given."""
+    return prune(Recipe.checked(_values(folder, out, model, fields)), output or Output(quiet=True))
 
 
 def rebuild_run(folder, out, sparse, model="model", **fields):

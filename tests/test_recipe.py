@@ -122,19 +122,61 @@ def test_a_recipe_for_rebuilding():
     assert rebuild.rebuilding == Rebuilding(0.01, "block", "weight-gradient", False)
     assert recipe(sparsity=0.5).rebuilding is None
     assert recipe(**BARBER, rebuild_threshold=0.1).rebuilding == Rebuilding(0.1, "row", "weight-gradient", False)
+    assert RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "pattern": "2:4"}).pattern == "2:4"
+    with pytest.raises(InputError, match="pattern: 'mixed:8' is not allowed; use auto, which finds N of every layer"):
+        RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "pattern": "mixed:8"})
     with pytest.raises(InputError, match="sparse: missing"):
         RebuildRecipe.checked({"model": "m", "out": "o"})
     with pytest.raises(InputError, match="sparsity: no field of a recipe has this name; did you mean sparse?"):
         RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "sparsity": 0.5})
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_recipe_of_the_repository_loads(file):
-    loaded = Recipe.load(file, {"out": "o"})
-    text = file.read_text()
-    assert loaded.model
-    assert "arXiv" in text
-    assert "GiB" in text  # the hardware that it needs
+def barber(method: str, granularity: str, threshold: float) -> dict:
+    return {
+        "method": method,
+        "rebuild": "barber",
+        "rebuild_granularity": granularity,
+        "rebuild_threshold": threshold,
+        "rebuild_metric": "weight-gradient",
+        "keep_corrected": False,
+        "allocation": "uniform",
+    }
+
+
+def outliers(method: str, allocation: str) -> dict:
+    spread = {"outlier_m": 5, "outlier_lambda": 0.08}
+    return {"method": method, "allocation": allocation, "target": 0.7, "rebuild": "none", **spread}
+
+
+PUBLISHED = {
+    "owl-wanda-70": outliers("wanda", "owl"),
+    "owl-sparsegpt-70": outliers("sparsegpt", "owl"),
+    "mosaic-70": outliers("sparsegpt", "mosaic"),
+    "mosaic-released-70": outliers("sparsegpt", "mosaic-released"),
+}
+for name, settings in {
+    "magnitude": barber("magnitude", "block", 0.1),
+    "wanda": barber("wanda", "row", 0.01),
+    "sparsegpt-llama": barber("sparsegpt", "projection", 0.1),
+    "sparsegpt-llama-2": barber("sparsegpt", "column", 0.001),
+    "sparsegpt-block": barber("sparsegpt", "block", 0.0),
+}.items():
+    PUBLISHED[f"barber-{name}-50"] = {**settings, "pattern": "unstructured", "target": 0.5}
+    PUBLISHED[f"barber-{name}-2of4"] = {**settings, "pattern": "2:4", "target": 0.5}
+
+
+def test_every_recipe_of_the_repository_is_here():
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_have_the_published_settings(name):
+    loaded = Recipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
+    assert {field: getattr(loaded, field) for field in PUBLISHED[name]} == PUBLISHED[name]
+    assert (loaded.calibration, loaded.samples, loaded.seqlen) == ("c4", 128, 2048)
+    comment = (RECIPES / f"{name}.yaml").read_text()
+    assert "arXiv" in comment
+    assert "GiB" in comment  # the hardware that it needs
 
 
 def test_missing_fields_are_named():

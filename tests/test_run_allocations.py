@@ -227,6 +227,10 @@ def test_wandas_variant(folder, tmp_path):
             {"pattern": "mixed:8", "sparsity": 0.7},
             "sparsity: 0.7 does not fit the pattern mixed:8: N of 8 over 4 layers",
         ),
+        (
+            {"pattern": "mixed:5", "sparsity": 0.6},
+            "pattern: mixed:5 does not fit self_attn.q_proj, which has 32 inputs",
+        ),
         ({"allocation": "owl", "sparsity": 0.995}, "sparsity: 0.995 leaves owl no room"),
     ],
 )

@@ -1,17 +1,20 @@
 """Runs that rebuild masks, of this tool's own pruning and of other checkpoints."""
 
+import io
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError
+from shardprune.progress import Output, Step
 from shardprune.solvers.pattern import parse_pattern
 from tests.running import rebuild_run, run
-from tests.tiny import differing, load_tensors, make_model, snapshot
+from tests.tiny import differing, load_tensors, make_model, make_tokens, snapshot
 
 BARBER = {"rebuild": "barber", "rebuild_threshold": 0.2}
 PROJECTION = "model.layers.{}.{}.weight"
@@ -53,7 +56,9 @@ def test_zeros_stay_as_many_and_errors_fall(folder, method, pattern, granularity
     ]
     assert all(block.swaps > 0 for block in blocks)
     if method != "sparsegpt":  # whose masks are made for corrected weights
-        assert sum(block.error_after for block in blocks) < sum(block.error_before for block in blocks)
+        for kind in ("attention", "mlp"):
+            some = [block for block in blocks if block.block == kind]
+            assert sum(block.error_after for block in some) < sum(block.error_before for block in some)
 
 
 def attention_error(folder, out, inputs) -> float:
@@ -111,13 +116,66 @@ def test_corrected_weights_are_kept_where_asked(folder, tmp_path):
     assert revived > 0
 
 
-@pytest.mark.parametrize("metric", ["weight", "gradient"])
-def test_other_metrics(folder, metric, tmp_path):
-    fields = {"method": "wanda", "sparsity": 0.5, **BARBER}
+def test_other_metrics(folder, tmp_path):
+    fields = {"method": "magnitude", "sparsity": 0.5, **BARBER, "rebuild_granularity": "projection"}
     run(folder, tmp_path / "both", **fields)
-    result = run(folder, tmp_path / "o", **fields, rebuild_metric=metric)
-    assert differing(tmp_path / "both", tmp_path / "o") != []
+    by_gradient = run(folder, tmp_path / "gradient", **fields, rebuild_metric="gradient")
+    assert differing(tmp_path / "both", tmp_path / "gradient") != []
+    assert sum(block.swaps for block in by_gradient.sparsity.blocks) > 0
+    by_weight = run(folder, tmp_path / "weight", **fields, rebuild_metric="weight")
+    assert sum(block.swaps for block in by_weight.sparsity.blocks) == 0  # magnitude has kept the largest already
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stored_in_16_bits(dtype, tmp_path):
+    make_model(tmp_path / "model", "qwen2", dtype=dtype)
+    make_tokens(tmp_path / "tokens.npy")
+    plain = run(tmp_path, tmp_path / "plain", method="wanda", pattern="2:4")
+    result = run(tmp_path, tmp_path / "o", method="wanda", pattern="2:4", **{**BARBER, "rebuild_threshold": 0.5})
+    assert zeros_of(tmp_path / "plain", plain) == zeros_of(tmp_path / "o", result)
+    assert all(tensor.dtype == dtype for tensor in load_tensors(tmp_path / "o").values())
     assert sum(block.swaps for block in result.sparsity.blocks) > 0
+    rebuild_run(tmp_path, tmp_path / "again", tmp_path / "plain", rebuild_threshold=0.5)
+    written = load_tensors(tmp_path / "again")
+    for report in result.sparsity.projections:
+        assert parse_pattern("2:4").holds(written[PROJECTION.format(report.layer, report.name)])
+
+
+def test_mixed_patterns_are_rebuilt_in_their_groups(folder, tmp_path):
+    fields = {"method": "wanda", "pattern": "mixed:8", "sparsity": 0.5, "outlier_m": 3.0, "outlier_lambda": 0.3}
+    plain = run(folder, tmp_path / "plain", **fields)
+    result = run(folder, tmp_path / "o", **fields, rebuild="barber", rebuild_threshold=0.5)
+    again = rebuild_run(
+        folder, tmp_path / "again", tmp_path / "plain", rebuild_threshold=0.5, rebuild_granularity="block"
+    )
+    assert len({report.pattern for report in plain.sparsity.projections}) > 1
+    for found, out in ((result, tmp_path / "o"), (again, tmp_path / "again")):
+        assert sum(block.swaps for block in found.sparsity.blocks) > 0
+        tensors = load_tensors(out)
+        for report in plain.sparsity.projections:
+            assert parse_pattern(report.pattern).holds(tensors[PROJECTION.format(report.layer, report.name)])
+        assert found.sparsity.achieved == 0.5
+
+
+def test_every_part_of_the_progress_is_reported(folder, tmp_path, monkeypatch):
+    """The bar ends at its end, whatever is done."""
+    ended = []
+    line = Step.line
+    monkeypatch.setattr(Step, "line", lambda self: ended.append((self.label, self.done, self.total)) or line(self))
+    for index, fields in enumerate(
+        (
+            {},
+            {"measure_error": False},
+            {"rebuild_threshold": 0.0},
+            {"rebuild_metric": "weight"},
+            {"allocation": "owl", "propagation": "parallel", "shards": 2, "weights": "streamed"},
+        )
+    ):
+        output = Output(Console(file=io.StringIO()))
+        recipe = {"method": "wanda", "sparsity": 0.5, **BARBER, **fields}
+        run(folder, tmp_path / f"o{index}", output=output, **recipe)
+    assert len(ended) == 6
+    assert all(done == total > 0 for _, done, total in ended), ended
 
 
 def test_errors_need_not_be_measured(folder, tmp_path):
@@ -235,6 +293,26 @@ def test_another_sparse_checkpoint_is_another_run(folder, tmp_path):
     assert snapshot(tmp_path / "o") == before
 
 
+def test_a_pattern_is_kept_where_it_is_said(folder, tmp_path):
+    """Few groups could be chance; what is asked for is checked, and then held."""
+    run(folder, tmp_path / "sparse", method="magnitude", pattern="6:12")
+    result = rebuild_run(folder, tmp_path / "o", tmp_path / "sparse", pattern="6:12", rebuild_threshold=0.5)
+    tensors = load_tensors(tmp_path / "o")
+    for report in result.sparsity.projections:
+        assert report.pattern == "6:12"
+        assert parse_pattern("6:12").holds(tensors[PROJECTION.format(report.layer, report.name)])
+    assert sum(block.swaps for block in result.sparsity.blocks) > 0
+    with pytest.raises(InputError, match=r"pattern: the zeros of model\.layers\.0\..* are not 2:4"):
+        rebuild_run(folder, tmp_path / "other", tmp_path / "sparse", pattern="2:4")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_was_before_is_the_sparse_checkpoint(folder, tmp_path):
+    pruned = run(folder, tmp_path / "sparse", method="wanda", sparsity=0.6)
+    result = rebuild_run(folder, tmp_path / "o", tmp_path / "sparse", replicas=2)
+    assert result.sparsity.before == pruned.sparsity.achieved == result.sparsity.achieved
+
+
 def changed(folder, tmp_path, change) -> str:
     """A copy of the dense model whose tensors were changed."""
     shutil.copytree(folder / "model", tmp_path / "changed")
@@ -253,6 +331,15 @@ def narrower(tensors):
     return tensors
 
 
+def tuned(tensors):
+    tensors["model.layers.1.input_layernorm.weight"] += 0.5
+    return tensors
+
+
+def with_a_bias(tensors):
+    return {**tensors, "model.layers.1.mlp.down_proj.bias": torch.ones(32)}
+
+
 def deeper(tensors):
     last = {name: tensor for name, tensor in tensors.items() if name.startswith("model.layers.3.")}
     return {**tensors, **{name.replace(".3.", ".4."): tensor.clone() for name, tensor in last.items()}}
@@ -267,7 +354,15 @@ def deeper(tensors):
             narrower,
             r"sparse: tensor model\.layers\.2\.mlp\.up_proj\.weight is \[40, 32\]; the dense model .* has \[48, 32\]",
         ),
-        (deeper, "sparse: .* has more than the dense model's 4 layers"),
+        (deeper, r"sparse: .* has a tensor model\.layers\.4\..*, which the dense model .* has not"),
+        (
+            with_a_bias,
+            r"sparse: .* has a tensor model\.layers\.1\.mlp\.down_proj\.bias, which the dense model .* has not",
+        ),
+        (
+            tuned,
+            r"sparse: tensor model\.layers\.1\.input_layernorm\.weight is not that of .*: more than pruning was done",
+        ),
     ],
 )
 def test_a_sparse_checkpoint_that_does_not_fit(folder, change, message, tmp_path):

@@ -31,8 +31,8 @@ class Allocation:
     """A row of the table of allocations.
 
     `allocate(projections, outliers, target, spread)` gives each projection its sparsity; `outliers` has one
-    entry per layer where the allocation `observes`, and `spread` is how far the sparsities may lie above or
-    below their mean (lambda). An `exact` allocation has the target as the mean over all weights.
+    entry per layer where the allocation `observes`, and `spread` (lambda) is half the width of the range in
+    which the sparsities lie. An `exact` allocation has the target as the mean over all weights.
     """
 
     allocate: Callable[[list[Projection], list[Outliers], float, float], Sparsities]

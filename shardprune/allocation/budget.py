@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+TOLERANCE = 5e-5  # of a target: what four digits of it show
 HIGHEST = 0.99  # sparsity of any one projection: none is emptied to fill what others may not take
 
 

@@ -3,8 +3,7 @@
 import numpy as np
 
 from shardprune.allocation.allocation import Sparsities
-
-TOLERANCE = 5e-5  # of a target: what four digits of it show
+from shardprune.allocation.budget import TOLERANCE
 
 
 def nonzeros_in_all(target: float, layers: int, m: int) -> int:

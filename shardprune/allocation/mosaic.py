@@ -28,7 +28,7 @@ def allocate_as_released(
 
     A layer's ratios and each projection's ratios over the layers are mapped to [0, 2 lambda] apart from each
     other; the sparsity is 1 - (layer's value - mean over layers of the projection's values + 1 - target), at
-    least 0.01.
+    least 0.01. Above `HIGHEST`, where the released code would empty a projection, it is cut off.
     """
     of_layers = spread_over([layer.layer for layer in outliers], spread)
     names = {projection.name for projection in projections}

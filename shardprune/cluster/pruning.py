@@ -3,11 +3,11 @@
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from shardprune.cluster.group import Group, Ref
+from shardprune.cluster.group import Group
+from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.passes import Waves, enter, hand_on, to_all, to_waves
+from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.rebuilding import rebuild_layer
-from shardprune.cluster.replicas import from_others, to_others
 from shardprune.cluster.work import Work
 from shardprune.progress import Step
 from shardprune.shard.passing import segment_stream
@@ -46,56 +46,55 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
     stream = segment_stream(layers.start)
     if layers.start == 0:
         enter(group, layout, waves, stream)
-    for layer in layers:
-        shard = layout.shard_of(layer)
-        if layer not in work.finished:
-            step.describe(f"layer {layer + 1}/{len(work.shapes)}")
-            _prune_layer(group, layout, waves, work, stream, shard, layer, step)
-        if layer + 1 in layers:
-            for _ in to_waves(group, layout, waves, shard, "propagate", stream, layer, "latest", False):
-                step.advance()
-            if layout.shard_of(layer + 1) != shard:
-                hand_on(group, layout, waves, stream, shard)
+    for index in layers:
+        layer = LayerInWork(group, layout, waves, stream, index, step)
+        if index not in work.finished:
+            step.describe(f"layer {index + 1}/{len(work.shapes)}")
+            _prune_layer(work, layer)
+        if index + 1 in layers:
+            for _ in layer.over_waves("propagate", "latest", False):
+                pass
+            if layout.shard_of(index + 1) != layer.shard:
+                hand_on(group, layout, waves, stream, layer.shard)
     last = layout.shard_of(layers[-1])
     to_all(group, layout, last, "drop", stream)
     to_all(group, layout, last, "release")
 
 
-def _prune_layer(
-    group: Group, layout: Layout, waves: Waves, work: Work, stream: str, shard: int, layer: int, step: Step
-) -> None:
+def _prune_layer(work: Work, layer: LayerInWork) -> None:
     """Accumulate, solve, rebuild, write: afterwards the layer is finished on every replica and in the output."""
-    for _ in to_waves(group, layout, waves, shard, "accumulate", stream, layer):
-        step.advance()
-    solvers = _solvers(work, layer, layout.replicas)
-    reports = _solve(group, layout, work, shard, layer, solvers)
-    record: dict[str, Any] = {"outliers": work.layer_outliers[layer]} if work.layer_outliers else {}
+    for _ in layer.over_waves("accumulate"):
+        pass
+    solvers = _solvers(work, layer.layer, layer.layout.replicas)
+    reports = _solve(work, layer, solvers)
+    record: dict[str, Any] = {"outliers": work.layer_outliers[layer.layer]} if work.layer_outliers else {}
     if work.rebuilding:
-        record["blocks"] = rebuild_layer(group, layout, waves, work, stream, shard, layer, solvers, reports, step)
-    record["projections"] = [reports[name] for name in work.family.projections]
-    group.get(group.submit(shard, 0, "write", layer, record))
-    to_all(group, layout, shard, "finish", layer)
+        rebuilt = rebuild_layer(work, layer, solvers)
+        record["blocks"] = rebuilt.blocks
+        reports = {name: report | rebuilt.projections[name] for name, report in reports.items()}
+    record["projections"] = [
+        {**reports[name], "achieved": reports[name]["zeros"] / reports[name]["weights"]}
+        for name in work.family.projections
+    ]
+    layer.group.get(layer.ask(0, "write", record))
+    to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
 
 
-def _solve(
-    group: Group, layout: Layout, work: Work, shard: int, layer: int, solvers: list[int]
-) -> dict[str, dict[str, Any]]:
+def _solve(work: Work, layer: LayerInWork, solvers: list[int]) -> dict[str, dict[str, Any]]:
     """Solve all inputs of a layer, each on its solver, and give every replica the result; the reports by name."""
     # Every replica hands out its sums before any starts to solve: a worker's calls run in order, and
     # sums behind a solve would keep the others waiting.
-    parts = [
-        from_others(group, layout, shard, solver, "statistics", layer, inputs) for inputs, solver in enumerate(solvers)
-    ]
+    parts = [layer.from_others(solver, "statistics", inputs) for inputs, solver in enumerate(solvers)]
     solving = []
     for inputs, solver in enumerate(solvers):
-        shares = work.shares_of(layer, work.family.inputs[inputs])
-        solving.append(group.submit(shard, solver, "solve", layer, inputs, shares, *parts[inputs]))
-    installed: list[Ref] = []
-    for inputs, solver in enumerate(solvers):
-        installed += to_others(group, layout, shard, solver, layer, work.family.inputs[inputs])
-    reports = {report["name"]: report for ref in solving for report in group.get(ref)}
+        shares = work.shares_of(layer.layer, work.family.inputs[inputs])
+        solving.append(layer.ask(solver, "solve", inputs, shares, *parts[inputs]))
+    installed = [
+        ref for inputs, solver in enumerate(solvers) for ref in layer.share(work.family.inputs[inputs], solver)
+    ]
+    reports = {report["name"]: report for ref in solving for report in layer.group.get(ref)}
     for ref in installed:
-        group.get(ref)
+        layer.group.get(ref)
     return reports
 
 

@@ -1,84 +1,62 @@
 """Rebuilding the masks of a solved layer: first its attention, then its MLP, which sees the attention rebuilt."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from shardprune.cluster.group import Group
-from shardprune.cluster.layout import Layout
-from shardprune.cluster.passes import Waves, to_waves
-from shardprune.cluster.replicas import from_others, to_others
+from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.work import Work
-from shardprune.progress import Step
 
 REBUILDER = 0  # the replica that swaps
 
 
-def rebuild_layer(
-    group: Group,
-    layout: Layout,
-    waves: Waves,
-    work: Work,
-    stream: str,
-    shard: int,
-    layer: int,
-    solvers: list[int],
-    reports: dict[str, dict[str, Any]],
-    step: Step,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Rebuilt:
+    """A layer after its masks were rebuilt: a report of each block (pairs swapped, output error before and
+    after), and by name what is new in the reports of the projections (zeros and, where measured, error)."""
+
+    blocks: list[dict[str, Any]]
+    projections: dict[str, dict[str, Any]]
+
+
+def rebuild_layer(work: Work, layer: LayerInWork, solvers: list[int]) -> Rebuilt:
     """Rebuild the masks of both blocks on every replica.
 
-    The projections' `reports` by name get their zeros as they are then and, where errors are measured, their
-    output errors from the replicas that solved them. Returns for each block its swapped pairs and its output
-    error before and after.
+    Args:
+        solvers: the replica that solved each input and holds its statistics.
     """
     settings = work.rebuilding
     assert settings is not None
-    blocks: list[dict[str, Any]] = []
-    for label, names in zip(("attention", "mlp"), work.family.blocks, strict=True):
-        report: dict[str, Any] = {"layer": layer, "block": label}
+    rebuilt = Rebuilt([], {})
+    for label, names in work.family.blocks.items():
+        report: dict[str, Any] = {"layer": layer.layer, "block": label}
         if settings.needs_gradients or work.measure_error:
-            report["error_before"] = _compare(
-                group, layout, waves, stream, shard, layer, names, settings.needs_gradients, step
-            )
-        parts = []
-        if settings.needs_gradients:
-            parts = from_others(group, layout, shard, REBUILDER, "gradients", layer, names)
-        shares = work.shares_of(layer, names)
-        rebuilt = group.submit(shard, REBUILDER, "rebuild", layer, names, shares, *parts)
-        report["swaps"], zeros = group.get(rebuilt)
-        for name in names:
-            reports[name] |= {"zeros": zeros[name], "achieved": zeros[name] / reports[name]["weights"]}
-        for ref in to_others(group, layout, shard, REBUILDER, layer, names):
-            group.get(ref)
+            report["error_before"] = _compare(layer, names, settings.needs_gradients)
+        parts = layer.from_others(REBUILDER, "gradients", names) if settings.needs_gradients else []
+        shares = work.shares_of(layer.layer, names)
+        report["swaps"], zeros = layer.group.get(layer.ask(REBUILDER, "rebuild", names, shares, *parts))
+        rebuilt.projections.update({name: {"zeros": count} for name, count in zeros.items()})
+        for ref in layer.share(names, REBUILDER):
+            layer.group.get(ref)
         if work.measure_error:
-            report["error_after"] = _compare(group, layout, waves, stream, shard, layer, names, False, step)
-            measuring = [
-                group.submit(shard, solver, "measure", layer, inputs, names)
-                for inputs, solver in enumerate(solvers)
-                if work.family.inputs[inputs][0] in names
-            ]
-            for ref in measuring:
-                for name, error in group.get(ref).items():
-                    reports[name]["error"] = error
-        blocks.append(report)
-    return blocks
+            report["error_after"] = _compare(layer, names, False)
+            for name, error in _measure(work, layer, names, solvers).items():
+                rebuilt.projections[name]["error"] = error
+        rebuilt.blocks.append(report)
+    return rebuilt
 
 
-def _compare(
-    group: Group,
-    layout: Layout,
-    waves: Waves,
-    stream: str,
-    shard: int,
-    layer: int,
-    names: tuple[str, ...],
-    gradients: bool,
-    step: Step,
-) -> float:
+def _compare(layer: LayerInWork, names: tuple[str, ...], gradients: bool) -> float:
     """The relative output error of a block over all waves, ||dense - sparse||^2 / ||dense||^2."""
-    pairs = {}
-    compared = to_waves(group, layout, waves, shard, "compare", stream, layer, names, gradients)
-    for wave, pair in zip(waves.in_turn(), compared, strict=True):
-        pairs[wave.index] = pair
-        step.advance()
+    pairs = dict(layer.over_waves("compare", names, gradients))
     lost, norm = (sum(pairs[index][place] for index in sorted(pairs)) for place in (0, 1))
     return lost / norm if norm > 0 else 0.0
+
+
+def _measure(work: Work, layer: LayerInWork, names: tuple[str, ...], solvers: list[int]) -> dict[str, float]:
+    """The output errors of a block's projections, each from the replica that solved it."""
+    measuring = [
+        layer.ask(solver, "measure", inputs, names)
+        for inputs, solver in enumerate(solvers)
+        if work.family.inputs[inputs][0] in names
+    ]
+    return {name: error for ref in measuring for name, error in layer.group.get(ref).items()}

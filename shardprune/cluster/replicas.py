@@ -1,4 +1,4 @@
-"""What the replicas of a shard give one another: sums towards whoever computes, results back to the others."""
+"""What the replicas of a shard give to whichever of them computes."""
 
 from typing import Any
 
@@ -14,12 +14,3 @@ def from_others(group: Group, layout: Layout, shard: int, asked: int, verb: str,
     return [
         None if replica == asked else group.submit(shard, replica, verb, *args) for replica in range(layout.replicas)
     ]
-
-
-def to_others(group: Group, layout: Layout, shard: int, source: int, layer: int, names: tuple[str, ...]) -> list[Ref]:
-    """Install the solved projections of one replica on all others; references to wait for."""
-    others = [replica for replica in range(layout.replicas) if replica != source]
-    if not others:
-        return []
-    weights = group.submit(shard, source, "solved", layer, names)
-    return [group.submit(shard, replica, "install", layer, weights) for replica in others]

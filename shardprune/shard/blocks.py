@@ -1,5 +1,6 @@
 """The two blocks of a decoder layer, attention and MLP: their output errors, gradients, and new masks."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardprune.errors import SolverError
-from shardprune.families import ATTENTION
 from shardprune.skeleton import projection_weight
 from shardprune.solvers.barber import Masked, Rebuilding, rebuild, scores
 from shardprune.solvers.pattern import Pattern
@@ -18,7 +18,7 @@ Squares = tuple[dict[str, Tensor], int]  # of gradients by projection, summed ov
 
 
 class _Reached(Exception):
-    """Ends a layer's forward pass at the attention's output."""
+    """Ends a layer's forward pass at a block's output."""
 
     def __init__(self, output: Tensor) -> None:
         self.output = output
@@ -28,14 +28,14 @@ class Block:
     """One block of a layer that is being rebuilt, on one replica.
 
     The layer holds the sparse weights; `dense` are those of the block's projections before they were pruned,
-    in the dtype of the computation. An attention block's output is the attention module's, the MLP block's is
-    the layer's: what the residual stream adds is the same on both sides of a comparison.
+    in the order of the forward pass and the dtype of the computation. The output of a block is that of its last
+    projection: once it is added to the residual stream, 16-bit numbers no longer resolve the difference of two.
     """
 
     def __init__(self, layer: nn.Module, dense: dict[str, Tensor]) -> None:
         self.layer = layer
         self.dense = dense
-        self.is_attention = next(iter(dense)).startswith(f"{ATTENTION}.")
+        self.last = layer.get_submodule(list(dense)[-1])
         self.squares: dict[str, Tensor] = {}
         self.samples = 0
 
@@ -52,16 +52,18 @@ class Block:
         """
         lost = norm = 0.0
         for sequence in hidden.split(1):
-            with _repeatable(hidden.device):
+            with _repeatable(hidden.device, gradients):
                 sparse = self._output({}, sequence, arguments)
                 with torch.set_grad_enabled(gradients):
                     leaves = {name: weight.detach().requires_grad_(gradients) for name, weight in self.dense.items()}
                     dense = self._output(leaves, sequence, arguments)
-                    # A mean over tokens alone keeps float16 gradients in range; factors change no order of scores.
-                    loss = (dense.float() - sparse.float()).square().sum() / hidden.shape[1]
+                    error = dense.float() - sparse.float()
+                    loss = error.square().sum()
+                    scale = _scale(error.detach())
+                    scaled = loss * scale
                 if gradients:
-                    self._add(torch.autograd.grad(loss, list(leaves.values())))
-            lost += float(loss.detach()) * hidden.shape[1]
+                    self._add(torch.autograd.grad(scaled, list(leaves.values())), scale)
+            lost += float(loss.detach())
             norm += float(dense.detach().float().square().sum())
         if gradients:
             self.samples += len(hidden)
@@ -81,65 +83,82 @@ class Block:
         Raises:
             SolverError: a gradient is not finite.
         """
-        samples = sum(count for _, count in parts)
-        if settings.threshold == 0:
-            return 0, {name: int((projection_weight(self.layer, name) == 0).sum()) for name in self.dense}
-        masked = {}
-        for name, dense in self.dense.items():
+        swaps = 0
+        if settings.threshold > 0:
+            names = list(self.dense)
+            for paired in [names] if settings.granularity == "block" else [[name] for name in names]:
+                swaps += self._swap(paired, settings, patterns, parts, label)
+        self.squares = {}
+        return swaps, {name: int((projection_weight(self.layer, name) == 0).sum()) for name in self.dense}
+
+    def _swap(
+        self,
+        names: list[str],
+        settings: Rebuilding,
+        patterns: Mapping[str, Pattern],
+        parts: Sequence[Squares],
+        label: str,
+    ) -> int:
+        """Swap weights of projections that are paired together; returns how many pairs."""
+        masked = []
+        for name in names:
             mask = projection_weight(self.layer, name) == 0
-            squares = None
-            if settings.needs_gradients:
-                squares = torch.zeros_like(dense, dtype=torch.float32)
-                for part, _ in parts:
-                    squares += part[name].to(dense.device)
-                squares /= samples
-                if not bool(torch.isfinite(squares).all()):
-                    raise SolverError(f"{label} {name}: its gradients are not finite: the activations overflow")
-            masked[name] = Masked(scores(settings.metric, dense, squares, mask), mask, patterns[name])
-        masks, swaps = rebuild(list(masked.values()), settings.granularity, settings.threshold)
-        zeros = {name: int(mask.sum()) for name, mask in zip(masked, masks, strict=True)}
-        before = {name: int(old.mask.sum()) for name, old in masked.items()}
-        assert sum(zeros.values()) == sum(before.values()), f"{label}: the number of zeros changed"
-        assert zeros == before or settings.granularity == "block", f"{label}: zeros moved between projections"
-        for (name, old), mask in zip(masked.items(), masks, strict=True):
+            squares = self._mean_squares(name, parts, label) if settings.needs_gradients else None
+            masked.append(Masked(scores(settings.metric, self.dense[name], squares, mask), mask, patterns[name]))
+        masks, swaps = rebuild(masked, settings.granularity, settings.threshold)
+        for name, old, mask in zip(names, masked, masks, strict=True):
             weight = projection_weight(self.layer, name)
             weight.masked_fill_(mask, 0)
             weight.copy_(torch.where(old.mask & ~mask, self.dense[name], weight))
-            assert int((weight == 0).sum()) == zeros[name], f"{label} {name}: the zeros are not those of the mask"
+            assert torch.equal(weight == 0, mask), f"{label} {name}: the zeros are not those of the mask"
             assert old.pattern.holds(weight), f"{label} {name}: the new zeros break the pattern {old.pattern}"
-        return swaps, zeros
+        before, after = (sum(int(mask.sum()) for mask in some) for some in ((old.mask for old in masked), masks))
+        assert before == after, f"{label} {', '.join(names)}: {after} zeros, not {before}"
+        return swaps
 
-    def _add(self, gradients: Sequence[Tensor]) -> None:
+    def _mean_squares(self, name: str, parts: Sequence[Squares], label: str) -> Tensor:
+        squares = torch.zeros_like(self.dense[name], dtype=torch.float32)
+        for part, _ in parts:
+            squares += part[name].to(squares.device)
+        squares /= sum(count for _, count in parts)
+        if not bool(torch.isfinite(squares).all()):
+            raise SolverError(f"{label} {name}: its gradients are not finite: the activations overflow")
+        return squares
+
+    def _add(self, gradients: Sequence[Tensor], scale: float) -> None:
         for name, gradient in zip(self.dense, gradients, strict=True):
-            square = gradient.float().square_()
+            square = gradient.float().div_(scale).square_()
             self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
     def _output(self, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The block's output for hidden states that enter the layer, with the given projections in the place
         of the layer's own."""
 
-        def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            raise _Reached(_first(output))
+        def stop(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            raise _Reached(output)
 
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-        hook = self.layer.get_submodule(ATTENTION).register_forward_hook(stop) if self.is_attention else None
+        hook = self.last.register_forward_hook(stop)
         try:
-            return _first(torch.func.functional_call(self.layer, replaced, (hidden,), dict(arguments)))
+            torch.func.functional_call(self.layer, replaced, (hidden,), dict(arguments))
         except _Reached as reached:
-            return reached.output
+            return reached.output.reshape(*hidden.shape[:2], -1)
         finally:
-            if hook:
-                hook.remove()
+            hook.remove()
+        raise AssertionError("the layer has not run the block's last projection")
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def _scale(error: Tensor) -> float:
+    """A power of two that brings the gradient of ||error||^2 by the output near 1: what flows further back
+    from there would vanish in float16. It is exact in every dtype, and taken back in float32."""
+    largest = float(error.abs().max())
+    return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
+def _repeatable(device: torch.device, gradients: bool) -> Iterator[None]:
     """Attention whose gradient is the same to the bit every time: on a GPU the fused kernels add in any order."""
-    if device.type == "cuda":
+    if device.type == "cuda" and gradients:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     else:

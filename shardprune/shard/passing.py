@@ -124,8 +124,8 @@ class PassingWorker:
 
     @timed
     def observed(self, index: int) -> list[Sums]:
-        """The sums of a layer's inputs over the observed waves of this replica."""
-        return [(statistics.sums.cpu(), statistics.samples) for statistics in self._observing(index)]
+        """Hand out the sums of a layer's inputs over the observed waves of this replica."""
+        return [(statistics.sums.cpu(), statistics.samples) for statistics in self._observed.pop(index)]
 
     @timed
     def outliers(self, index: int, m: float, *parts: list[Sums] | None) -> Outliers:

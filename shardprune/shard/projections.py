@@ -8,10 +8,10 @@ from torch import Tensor
 from shardprune.allocation.allocation import Share
 from shardprune.errors import SolverError
 from shardprune.solvers.method import Method
-from shardprune.solvers.pattern import NM, Pattern, pattern_of
+from shardprune.solvers.pattern import NM, Pattern
 from shardprune.solvers.statistics import InputStatistics
 
-# layer, name, target, achieved, zeros, zeros_before, weights, error, retries, damping, outliers, pattern
+# layer, name, target, zeros, zeros_before, weights, error, retries, damping, outliers, pattern
 Report = dict[str, Any]
 
 
@@ -30,8 +30,8 @@ def prune_projection(
     Args:
         restore: put the dense values back where the method left weights.
 
-    Returns the weight and its report: the requested and the achieved fraction of zeros, counted on the
-    rounded weight, and the retries of the solver.
+    Returns the weight and its report: the requested fraction of zeros, their number counted on the rounded
+    weight, and the retries of the solver.
 
     Raises:
         SolverError: names the projection.
@@ -60,7 +60,7 @@ def prune_projection(
 
 
 def adopt_projection(
-    dense: Tensor, given: Tensor, stored: torch.dtype, restore: bool, label: str
+    dense: Tensor, given: Tensor, stored: torch.dtype, pattern: Pattern, restore: bool, label: str
 ) -> tuple[Tensor, Report]:
     """The weight [rows, cols] that another tool pruned, rounded to the dtype that the dense checkpoint stores.
 
@@ -73,19 +73,18 @@ def adopt_projection(
     if not bool(torch.isfinite(given).all()):
         raise SolverError(f"{label}: the sparse weight is not finite")
     pruned = (dense.masked_fill(given == 0, 0) if restore else given).to(stored)
-    achieved = float((pruned == 0).double().mean())
-    return pruned, _report(dense, pruned, achieved, pattern_of(pruned), label)
+    target = int((pruned == 0).sum()) / pruned.numel()
+    return pruned, _report(given, pruned, target, pattern, label)
 
 
-def _report(dense: Tensor, pruned: Tensor, target: float, pattern: Pattern, label: str) -> Report:
+def _report(before: Tensor, pruned: Tensor, target: float, pattern: Pattern, label: str) -> Report:
     assert pattern.holds(pruned), f"{label}: the zeros break the pattern {pattern}"
     zeros = int((pruned == 0).sum())
     report: Report = {
         "target": target,
-        "achieved": zeros / dense.numel(),
         "zeros": zeros,
-        "zeros_before": int((dense == 0).sum()),
-        "weights": dense.numel(),
+        "zeros_before": int((before == 0).sum()),
+        "weights": before.numel(),
     }
     if isinstance(pattern, NM):
         report["pattern"] = str(pattern)

@@ -10,7 +10,8 @@ from shardprune.solvers.barber import Rebuilding
 class WorkerSpec:
     """All that a worker must know, as plain values that travel to another process.
 
-    `method` prunes by `pattern`, or is None where `sparse` names a checkpoint that holds the pruned weights.
+    `method` prunes by `pattern`, or is None where `sparse` names a checkpoint that holds the pruned weights;
+    their pattern may be `auto`, what the zeros show.
     `activation_bytes` is what the waves that it keeps take, `finished` are the layers whose files are in
     `out` already.
     """
@@ -22,7 +23,7 @@ class WorkerSpec:
     replica: int
     layers: range
     method: str | None
-    pattern: str | None
+    pattern: str
     sparse: str | None
     rebuilding: Rebuilding | None
     measure_error: bool

@@ -25,8 +25,8 @@ class ShardWorker(PassingWorker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
-        self._statistics: list[InputStatistics] | None = None
-        self._block: tuple[tuple[str, ...], Block] | None = None
+        self._statistics: tuple[int, list[InputStatistics]] | None = None  # of the layer in work
+        self._block: tuple[int, tuple[str, ...], Block] | None = None  # of it that is being rebuilt
 
     # -- pruning a layer --------------------------------------------------------------------------------------
 
@@ -99,7 +99,8 @@ class ShardWorker(PassingWorker):
     def gradients(self, index: int, names: tuple[str, ...]) -> Squares:
         """The squared gradients of a block summed over this replica's sequences, and their number."""
         block = self._block_of(index, names)
-        return {name: square.cpu() for name, square in block.squares.items()}, block.samples
+        squares, block.squares = block.squares, {}
+        return {name: square.cpu() for name, square in squares.items()}, block.samples
 
     @timed
     def rebuild(
@@ -163,28 +164,27 @@ class ShardWorker(PassingWorker):
         label = f"layer {index} {name}"
         if self.sparse is not None:
             given = self.sparse.read(self.skeleton.projection_tensor(index, name)).to(dense)
-            return adopt_projection(dense, given, stored, restore, label)
+            return adopt_projection(dense, given, stored, self._pattern(given, share), restore, label)
         assert share is not None
         assert self.spec.method is not None
         pattern = self._pattern(dense, share)
         return prune_projection(METHODS[self.spec.method], dense, stored, statistics, pattern, share, restore, label)
 
     def _pattern(self, weight: Tensor, share: Share | None) -> Pattern:
-        """The pattern of a projection: the recipe's, or that of a sparse checkpoint's zeros."""
-        if share is None:
+        """The pattern of a projection: the recipe's, or what the zeros of a pruned weight show."""
+        if self.spec.pattern == "auto":
             return pattern_of(weight)
-        assert self.spec.pattern is not None
-        return parse_pattern(self.spec.pattern).at(share.sparsity)
+        return parse_pattern(self.spec.pattern).at(share.sparsity if share else 0.0)
 
     def _block_of(self, index: int, names: tuple[str, ...]) -> Block:
         """The block with the projections `names` of the layer in work; only one is held at any time."""
-        if self._block is None or self._block[0] != names:
+        if self._block is None or self._block[:2] != (index, names):
             self._block = None
             dtype, device = self.skeleton.dtype, self.skeleton.device
             tensors = {name: self.checkpoint.read(self.skeleton.projection_tensor(index, name)) for name in names}
             dense = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-            self._block = names, Block(self.layers.get(index, "dense"), dense)
-        return self._block[1]
+            self._block = index, names, Block(self.layers.get(index, "dense"), dense)
+        return self._block[2]
 
     def _kind(self) -> Kind | None:
         """The statistics that this run needs: the error of a projection is known from the whole Gram matrix."""
@@ -195,8 +195,10 @@ class ShardWorker(PassingWorker):
     def _statistics_of(self, index: int) -> list[InputStatistics]:
         if self._statistics is None:
             shapes = self.skeleton.projection_shapes(index)
-            self._statistics = [
+            empty = [
                 InputStatistics.empty(self._kind() or "squares", shapes[names[0]][1], self.skeleton.device)
                 for names in self.skeleton.family.inputs
             ]
-        return self._statistics
+            self._statistics = index, empty
+        assert self._statistics[0] == index, "the layer before this one is not finished"
+        return self._statistics[1]

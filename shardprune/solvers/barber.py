@@ -125,17 +125,12 @@ def _swap_over_all(pieces: Sequence[Masked], threshold: float) -> tuple[list[Ten
 def _swap_in_lines(piece: Masked, granularity: Granularity, threshold: float) -> tuple[list[Tensor], int]:
     """Pair the weights of each row or column, many rows at once."""
     scores, mask = (piece.scores, piece.mask) if granularity == "row" else (piece.scores.t(), piece.mask.t())
-    size = max(1, LINES // scores.shape[1])
-    found, swaps = [], 0
-    for some_scores, some_mask in zip(scores.split(size), mask.split(size), strict=True):
-        pairs = _Pairs.of(some_scores, some_mask, some_scores.shape[1])
-        gains = pairs.gains.squeeze(1)  # in descending order
-        counts = _counts((gains > 0).sum(dim=1), threshold)
-        chosen = torch.arange(gains.shape[1], device=gains.device) < counts.unsqueeze(1)
-        found.append(pairs.swapped(some_mask, chosen.unsqueeze(1)))
-        swaps += int(counts.sum())
-    new = torch.cat(found)
-    return [new if granularity == "row" else new.t()], swaps
+    pairs = _Pairs.of(scores, mask, scores.shape[1])
+    gains = pairs.gains.squeeze(1)  # in descending order
+    counts = _counts((gains > 0).sum(dim=1), threshold)
+    chosen = torch.arange(gains.shape[1], device=gains.device) < counts.unsqueeze(1)
+    new = pairs.swapped(mask, chosen.unsqueeze(1))
+    return [new if granularity == "row" else new.t()], int(counts.sum())
 
 
 def _swap_in_groups(pieces: Sequence[Masked], granularity: Granularity, threshold: float) -> tuple[list[Tensor], int]:
@@ -164,9 +159,9 @@ def _m(piece: Masked) -> int:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of every group of `m` consecutive inputs of a row, the best first: `gains` [rows, groups,
-    m // 2] is the pruned weight's score minus the kept one's (-inf where there is no pair), `revived` and
-    `removed` are their columns within the group."""
+    """The pairs of every group of `m` consecutive inputs of a row, the best first: `gains` float32 [rows,
+    groups, m // 2] is the pruned weight's score minus the kept one's (-inf where there is no pair), `revived`
+    and `removed` int32 are their columns within the group."""
 
     gains: Tensor
     revived: Tensor
@@ -175,12 +170,17 @@ class _Pairs:
 
     @classmethod
     def of(cls, scores: Tensor, mask: Tensor, m: int) -> "_Pairs":
-        pruned = cls._grouped(scores.masked_fill(~mask, -math.inf), m, -math.inf)
-        kept = cls._grouped(scores.masked_fill(mask, math.inf), m, math.inf)
+        parts = []
         most = m // 2  # both of a pair lie in the group
-        high, revived = pruned.sort(dim=-1, descending=True, stable=True)
-        low, removed = kept.sort(dim=-1, stable=True)
-        return cls(high[..., :most] - low[..., :most], revived[..., :most], removed[..., :most], m)
+        size = max(1, LINES // scores.shape[1])
+        for some_scores, some_mask in zip(scores.split(size), mask.split(size), strict=True):
+            pruned = cls._grouped(some_scores.masked_fill(~some_mask, -math.inf), m, -math.inf)
+            kept = cls._grouped(some_scores.masked_fill(some_mask, math.inf), m, math.inf)
+            high, revived = pruned.sort(dim=-1, descending=True, stable=True)
+            low, removed = kept.sort(dim=-1, stable=True)
+            parts.append((high[..., :most] - low[..., :most], revived[..., :most].int(), removed[..., :most].int()))
+        gains, revived, removed = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return cls(gains, revived, removed, m)
 
     @staticmethod
     def _grouped(values: Tensor, m: int, padding: float) -> Tensor:
@@ -191,6 +191,6 @@ class _Pairs:
         """The mask with the chosen pairs swapped."""
         new = mask.clone()
         rows, groups, _ = chosen.nonzero(as_tuple=True)
-        new[rows, groups * self.m + self.revived[chosen]] = False
-        new[rows, groups * self.m + self.removed[chosen]] = True
+        new[rows, groups * self.m + self.revived[chosen].long()] = False
+        new[rows, groups * self.m + self.removed[chosen].long()] = True
         return new

@@ -4,6 +4,7 @@ What a recipe names holds for the whole model; `at` gives the pattern of a proje
 sparsity, which differs between projections where N is mixed.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
 
-FULL_GROUPS = 0.95  # of the nonzeros that N:M allows, where a checkpoint's zeros are taken for that pattern
+SAMPLE_ROWS = 512  # of a weight, in which the pattern of its zeros is looked for
+BROKEN = 10.0  # groups that chance would break, where unbroken ones are taken for a pattern
 
 
 @dataclass(frozen=True)
@@ -137,17 +139,26 @@ def parse_pattern(text: str) -> Pattern | Mixed:
 def pattern_of(weight: Tensor) -> Pattern:
     """The pattern that the zeros of a pruned `weight` [rows, cols] show.
 
-    N:M where no group of M in 4, 8, 16, 32 has more than N < M nonzeros and nearly all have as many;
-    zeros that fell otherwise do not look like that.
+    N:M for the M up to 32 with the smallest N/M such that no group of M has more than N nonzeros, where that
+    cannot be chance: the same number of nonzeros thrown anywhere would break N:M in `BROKEN` groups or more.
     """
-    rows, cols = weight.shape
-    nonzero = weight != 0
-    for m in (4, 8, 16, 32):
-        whole = cols // m * m
+    sample = weight[:SAMPLE_ROWS] != 0
+    rows, cols = sample.shape
+    density = float(sample.double().mean())
+    found = []
+    for m in range(2, 33):
+        whole = cols // m
         if not whole:
             break
-        counts = nonzero[:, :whole].reshape(rows, -1, m).sum(-1)
-        n = int(counts.max())
-        if 0 < n < m and float(counts.double().mean()) >= FULL_GROUPS * n and NM(n, m).holds(weight):
+        n = int(sample[:, : whole * m].reshape(rows, whole, m).sum(-1).max())
+        if 0 < n < m and rows * whole * _chance_of_more(n, m, density) >= BROKEN:
+            found.append((n / m, m, n))
+    for _, m, n in sorted(found):
+        if NM(n, m).holds(weight):
             return NM(n, m)
     return Unstructured()
+
+
+def _chance_of_more(n: int, m: int, density: float) -> float:
+    """The chance that more than `n` of `m` independent weights are nonzero."""
+    return sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1, m + 1))

@@ -78,6 +78,11 @@ def test_mosaic_as_released(target):
     assert abs(mean(sparsities) - target) > 1e-3
 
 
+def test_mosaic_as_released_empties_no_projection():
+    sparsities = ALLOCATIONS["mosaic-released"].allocate(PROJECTIONS, some_outliers(), 0.95, 0.3)
+    assert max(sparsities.values()) == HIGHEST
+
+
 @pytest.mark.parametrize("allocation", EXACT)
 @pytest.mark.parametrize("spread", [0.0, 0.08, 0.5])
 @pytest.mark.parametrize("target", [0.0, 0.03, 0.5, 0.9, 0.97, 0.985])

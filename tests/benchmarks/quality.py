@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.01, 0.1, 0.5])
     parser.add_argument("--granularity", default="row")
     parser.add_argument("--weights", default="resident")
+    parser.add_argument("--backend", default="local", help="ray: all GPUs of the cluster for each run; with --jobs 1")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -67,7 +68,7 @@ def main() -> None:
         name: getattr(args, name)
         for name in ("model", "calibration", "sparsity", "samples", "seqlen", "weights", "threads", "eval_windows")
     }
-    common |= {"eval": (args.eval,), "backend": "local"}
+    common |= {"eval": (args.eval,), "backend": args.backend}
     outliers = {"outlier_m": args.outlier_m, "outlier_lambda": args.outlier_lambda}
     barber = {"rebuild": "barber", "rebuild_granularity": args.granularity}
     recipes = []
@@ -84,6 +85,7 @@ def main() -> None:
         result = None
         for result in pool.map(run, recipes):
             print(row(result), flush=True)
+            assert abs(result.sparsity.achieved - args.sparsity) < 5e-5, "not the sparsity that was asked for"
     assert result is not None
     (measured,) = result.perplexity.values()
     print(f"dense: {measured.before:.3f}, {measured.windows} windows of {measured.seqlen}")

@@ -61,22 +61,36 @@ def test_a_mixed_pattern_that_is_none_is_an_error(text):
         parse_pattern(text)
 
 
-@pytest.mark.parametrize("text", ["2:4", "1:4", "3:4", "2:8", "4:8", "5:8", "3:16", "20:32", "unstructured"])
-@pytest.mark.parametrize("cols", [64, 72])
+@pytest.mark.parametrize("text", ["1:2", "2:4", "1:4", "3:4", "2:6", "1:3", "2:8", "4:8", "5:8", "3:16", "20:32"])
+@pytest.mark.parametrize("cols", [96, 100])
 def test_the_pattern_of_a_pruned_weight_is_found(text, cols):
-    scores = torch.rand(48, cols, generator=torch.Generator().manual_seed(cols))
     pattern = parse_pattern(text)
-    weight = torch.ones(48, cols).masked_fill(pattern.mask(scores, 0.5, per_row=True), 0)
+    scores = torch.rand(200, cols, generator=torch.Generator().manual_seed(cols))
+    weight = torch.ones(200, cols).masked_fill(pattern.mask(scores, 0.5, per_row=True), 0)
     assert pattern_of(weight) == pattern
 
 
-@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.5, 0.9, 0.99])
-def test_zeros_anywhere_are_not_taken_for_groups(sparsity):
+@pytest.mark.parametrize("dead", [0.05, 0.2, 0.5])
+def test_zeros_beyond_the_pattern_do_not_hide_it(dead):
+    """Dead inputs and rows leave fewer nonzeros than N:M allows."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.ones(300, 128).masked_fill(NM(2, 4).mask(torch.rand(300, 128, generator=generator), 0.5, True), 0)
+    weight[:, torch.rand(128, generator=generator) < dead / 2] = 0
+    weight[torch.rand(300, generator=generator) < dead / 2] = 0
+    assert pattern_of(weight) == NM(2, 4)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.2, 0.5, 0.9, 0.97, 0.99])
+@pytest.mark.parametrize("shape", [(32, 48), (400, 256)])
+def test_zeros_anywhere_are_not_taken_for_groups(shape, sparsity):
     for seed in range(10):
-        scores = torch.rand(32, 48, generator=torch.Generator().manual_seed(seed))
-        weight = torch.ones(32, 48).masked_fill(Unstructured().mask(scores, sparsity, per_row=False), 0)
+        scores = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        weight = torch.ones(shape).masked_fill(Unstructured().mask(scores, sparsity, per_row=False), 0)
         assert pattern_of(weight) == Unstructured()
 
 
-def test_a_dense_weight_has_no_pattern():
-    assert pattern_of(torch.ones(8, 64)) == Unstructured()
+@pytest.mark.parametrize(
+    "weight", [torch.ones(8, 64), torch.zeros(8, 64), torch.ones(4, 1)], ids=["ones", "zeros", "thin"]
+)
+def test_weights_without_a_pattern(weight):
+    assert pattern_of(weight) == Unstructured()
