@@ -139,19 +139,20 @@ def parse_pattern(text: str) -> Pattern | Mixed:
 def pattern_of(weight: Tensor) -> Pattern:
     """The pattern that the zeros of a pruned `weight` [rows, cols] show.
 
-    N:M for the M up to 32 with the smallest N/M such that no group of M has more than N nonzeros, where that
-    cannot be chance: the same number of nonzeros thrown anywhere would break N:M in `BROKEN` groups or more.
+    Of the M up to 32 that divide the inputs, the one with the smallest N/M such that no group of M has more
+    than N nonzeros: full groups of N:M have the share of nonzeros of the whole weight, and no other M can have
+    less. It cannot be chance: the same number of nonzeros thrown anywhere would break `BROKEN` groups or more.
     """
     sample = weight[:SAMPLE_ROWS] != 0
     rows, cols = sample.shape
     density = float(sample.double().mean())
     found = []
     for m in range(2, 33):
-        whole = cols // m
-        if not whole:
-            break
-        n = int(sample[:, : whole * m].reshape(rows, whole, m).sum(-1).max())
-        if 0 < n < m and rows * whole * _chance_of_more(n, m, density) >= BROKEN:
+        if cols % m:
+            continue
+        counts = sample.view(rows, -1, m).sum(-1)
+        n = int(counts.max())
+        if 0 < n < m and counts.numel() * _chance_of_more(n, m, density) >= BROKEN:
             found.append((n / m, m, n))
     for _, m, n in sorted(found):
         if NM(n, m).holds(weight):

@@ -21,6 +21,7 @@ from shardprune.skeleton import Skeleton
 from shardprune.storage import Folder
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 4096, 4096
+REBUILT = {"rebuild": "barber", "rebuild_threshold": 0.1, "allocation": "owl"}
 
 
 def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--granularity", help="rebuild masks too, with pairs within this; shares by OWL")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -84,6 +86,7 @@ def main() -> None:
                     "weights": args.weights,
                     "backend": args.backend,
                     "threads": args.threads,
+                    **(REBUILT | {"rebuild_granularity": args.granularity} if args.granularity else {}),
                 }
             )
         )
