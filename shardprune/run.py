@@ -13,7 +13,7 @@ from shardprune.cluster.local_backend import LocalBackend
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity
 from shardprune.cluster.pruning import prune_segments
-from shardprune.cluster.work import Shares, Work
+from shardprune.cluster.work import Work
 from shardprune.errors import WorkerLost, without_credentials
 from shardprune.journal import Journal
 from shardprune.output import write_frame, write_index
@@ -68,15 +68,7 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
 
 
 def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
-    """Rebuild the masks of a pruned model with the help of its dense original.
-
-    Where the output holds the same run unfinished, only what is missing is done.
-
-    Raises:
-        InputError: something in the recipe cannot work; nothing has been written then.
-        SolverError: a projection cannot be solved.
-        WorkerLost: workers died more than `max_restarts` times.
-    """
+    """Rebuild the masks of a pruned model with the help of its dense original; otherwise as `prune`."""
     return _carry_out(recipe, output or Output())
 
 
@@ -175,8 +167,7 @@ class _Run:
         waves = Waves(plan.calibration, layout.replicas, plan.wave)
         if len(finished) == plan.skeleton.layers:
             return
-        work = self._work(finished, {})
-        starts = tuple(part.start for part in layout.segments if part.start and work.pending(part))
+        starts = tuple(part.start for part in layout.segments if part.start and not finished.issuperset(part))
         observation = Observation(starts, None if self.outliers else plan.recipe.observed_m)
         if observation:
             parts = observation.parts(layout, waves, plan.streamed)
@@ -186,15 +177,8 @@ class _Run:
             self._save()
             if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
                 self.output.say("the layers' outlier ratios do not differ")
-        work = self._work(finished, plan.shares(self.outliers))
-        parts = work.parts(layout.segments, len(waves.all))
-        with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
-            prune_segments(group, layout, waves, work, step)
-
-    def _work(self, finished: set[int], shares: Shares) -> Work:
-        plan = self.plan
-        return Work(
-            shares=shares,
+        work = Work(
+            shares=plan.shares(self.outliers),
             finished=frozenset(finished),
             family=plan.skeleton.family,
             shapes=plan.shapes,
@@ -202,6 +186,9 @@ class _Run:
             rebuilding=plan.recipe.rebuilding,
             measure_error=plan.recipe.measure_error,
         )
+        parts = work.parts(layout.segments, len(waves.all))
+        with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
+            prune_segments(group, layout, waves, work, step)
 
     def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""

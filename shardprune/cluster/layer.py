@@ -7,13 +7,12 @@ from typing import Any
 from shardprune.cluster.group import Group, Ref
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, to_waves
-from shardprune.cluster.replicas import from_others
 from shardprune.progress import Step
 
 
 @dataclass(frozen=True)
 class LayerInWork:
-    """One layer of a segment whose waves are kept under the name `stream` on the layer's shard."""
+    """One layer and the pass that is at it, whose waves are kept under the name `stream` on the layer's shard."""
 
     group: Group
     layout: Layout
@@ -31,8 +30,11 @@ class LayerInWork:
         return self.group.submit(self.shard, replica, verb, self.layer, *args)
 
     def from_others(self, asked: int, verb: str, *args: Any) -> list[Ref | None]:
-        """What a verb gives on every replica but the one asked; see `from_others` of `replicas`."""
-        return from_others(self.group, self.layout, self.shard, asked, verb, self.layer, *args)
+        """References to what a verb gives on every replica but the one asked, in the replicas' order with None
+        in its place; empty where there is one replica."""
+        if self.layout.replicas == 1:
+            return []
+        return [None if replica == asked else self.ask(replica, verb, *args) for replica in range(self.layout.replicas)]
 
     def over_waves(self, verb: str, *args: Any) -> Iterator[tuple[int, Any]]:
         """Call a verb for every kept wave; the waves' indices and results as they finish."""

@@ -7,9 +7,9 @@ shard that holds it. Only the ratios travel to the driver.
 from dataclasses import dataclass
 
 from shardprune.cluster.group import Group, Ref, flow
+from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, in_flight, layer_by_layer, pipeline, release, to_all
-from shardprune.cluster.replicas import from_others
 from shardprune.progress import Step
 from shardprune.solvers.outliers import Outliers
 
@@ -42,12 +42,17 @@ def observe(
     last = layout.shard_of(min(stop, layout.shards[-1].stop - 1))
     ratios = observation.outlier_m is not None
     refs: list[Ref] = []
+    stream = "observation"
+
+    def ask(layer: int) -> None:
+        if ratios:
+            in_work = LayerInWork(group, layout, waves, stream, layer, step)
+            refs.append(_outliers(in_work, observation.outlier_m))
+
     if streamed:
-        stream = "observation"
         layers = layer_by_layer(group, layout, waves, stream, "dense", observation.firsts, stop, step, ratios)
         for layer in layers:
-            if ratios:  # while the layer is still in memory
-                refs.append(_outliers(group, layout, layer, observation))
+            ask(layer)  # while it is still in memory
         to_all(group, layout, last, "drop", stream)
     else:
         arrived = pipeline(group, layout, waves, "dense", observation.firsts, stop, ratios)
@@ -57,15 +62,14 @@ def observe(
         )
         for _ in flow(group, discarded, in_flight(layout)):
             step.advance()
-        if ratios:
-            refs = [_outliers(group, layout, layer, observation) for layer in range(stop)]
+        for layer in range(stop):
+            ask(layer)
     outliers = [group.get(ref) for ref in refs]
     release(group, layout)
     return outliers
 
 
-def _outliers(group: Group, layout: Layout, layer: int, observation: Observation) -> Ref:
+def _outliers(layer: LayerInWork, m: float | None) -> Ref:
     """Ask one replica of a layer's shard for its ratios, with the sums of the others."""
-    shard, asked = layout.shard_of(layer), layer % layout.replicas
-    parts = from_others(group, layout, shard, asked, "observed", layer)
-    return group.submit(shard, asked, "outliers", layer, observation.outlier_m, *parts)
+    asked = layer.layer % layer.layout.replicas
+    return layer.ask(asked, "outliers", m, *layer.from_others(asked, "observed"))

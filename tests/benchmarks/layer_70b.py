@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig
 
+from shardprune.allocation.allocation import Share
 from shardprune.checkpoint import SINGLE
 from shardprune.safetensors_file import write_tensors
 from shardprune.shard.spec import WorkerSpec
@@ -76,6 +77,8 @@ def main() -> None:
                 layers=range(1),
                 method=args.method,
                 pattern=args.pattern,
+                sparse=None,
+                rebuilding=None,
                 measure_error=not args.no_error,
                 weights="resident",
                 activations="device",
@@ -96,12 +99,15 @@ def main() -> None:
             "accumulate": lambda: [worker.accumulate(STREAM, wave, 0) for wave in waves],
             **{
                 f"solve {', '.join(name.rpartition('.')[2] for name in names)}": (
-                    lambda group=group, names=names: worker.solve(0, group, dict.fromkeys(names, args.sparsity))
+                    lambda group=group, names=names: worker.solve(0, group, dict.fromkeys(names, Share(args.sparsity)))
                 )
                 for group, names in enumerate(inputs)
             },
-            "write": lambda: worker.write(0),
-            "propagate": lambda: (worker.finish(0), [worker.propagate(STREAM, wave, 0, "latest") for wave in waves]),
+            "write": lambda: worker.write(0, {"projections": []}),
+            "propagate": lambda: (
+                worker.finish(0),
+                [worker.propagate(STREAM, wave, 0, "latest", False) for wave in waves],
+            ),
         }
         seconds = {}
         for label, step in steps.items():
