@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
+from shardprune.families import TOWERS
 from shardprune.safetensors_file import Entry, copy_tensors, read_header, read_tensor
 from shardprune.storage import Folder, first_line
 
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 # Everything beside the weights that a checkpoint may carry: configuration, tokenizer, chat template.
 COMPANION = re.compile(
-    r"(config|generation_config|preprocessor_config|.*token.*|chat_template.*|vocab|merges)"
+    r"(config|generation_config|preprocessor_config|processor_config|.*token.*|chat_template.*|vocab|merges)"
     r"\.(json|txt|model|jinja)"
 )
 SAMPLE = 1024  # bytes read in the middle of every tensor to tell models apart
@@ -30,6 +31,9 @@ SAMPLE = 1024  # bytes read in the middle of every tensor to tell models apart
 
 class Checkpoint:
     """A checkpoint's config and the place of each of its tensors; no weight is read before it is asked for.
+
+    Of a model with a language tower (LLaVA) `config` is the tower's, and the tower's tensors have the names that
+    they have in a causal language model of its own; `stored_name` says what the files call them.
 
     Args:
         model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
@@ -43,11 +47,31 @@ class Checkpoint:
         self.folder = Folder(locate(model, field), field)
         if not self.folder.is_file(CONFIG):
             raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
-        self.entries = self._entries()
+        stored = self._entries()
+        self._tower = self._tower_prefixes(stored)
+        self.entries = {_replace_prefix(name, self._tower): entry for name, entry in stored.items()}
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the language model, as transformers reads it."""
+        return self._whole_config.get_text_config() if self.has_tower else self._whole_config
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the language model is a part of a larger one."""
+        return self._whole_config.model_type in TOWERS
+
+    def stored_name(self, name: str) -> str:
+        """What files call the tensor `name` of the causal language model."""
+        return _replace_prefix(name, {to: stored for stored, to in self._tower.items()})
+
+    def _tower_prefixes(self, stored: dict[str, Entry]) -> dict[str, str]:
+        """The prefixes of the language tower's tensors and what stands for them here; none without a tower."""
+        layouts = TOWERS[self._whole_config.model_type] if self.has_tower else ()
+        return next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
 
     @cached_property
-    def config(self) -> PretrainedConfig:
-        """The model's configuration, as transformers reads it."""
+    def _whole_config(self) -> PretrainedConfig:
         with self._local_companions() as local:
             try:
                 return AutoConfig.from_pretrained(local, trust_remote_code=False)
@@ -88,7 +112,8 @@ class Checkpoint:
 
     def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
         """Copy tensors into a file of another folder, byte by byte."""
-        copy_tensors(self.folder, {name: self.entries[name] for name in names}, target, file, metadata)
+        entries = {self.stored_name(name): self.entries[name] for name in names}
+        copy_tensors(self.folder, entries, target, file, metadata)
 
     def identity(self) -> str:
         """A hash that tells this checkpoint from others: config, headers, and a sample of every tensor."""
@@ -127,6 +152,13 @@ class Checkpoint:
             if name not in headers[file]:
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
+
+
+def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:
+    for prefix, other in prefixes.items():
+        if name.startswith(prefix):
+            return other + name.removeprefix(prefix)
+    return name
 
 
 def locate(model: str, field: str = "model") -> str:

@@ -6,13 +6,13 @@ attempt must not decide anew.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.safetensors_file import Shapes, read_header, write_each
+from shardprune.safetensors_file import Shapes, read_header, read_tensor, write_each
 from shardprune.storage import PARTIAL, Folder, first_line
 
 STATE = "run.json"
@@ -21,12 +21,16 @@ KEY = "shardprune"  # of the metadata in a layer file's header
 
 
 class Journal:
-    """The output directory of a run with a given fingerprint over a model of `layers` decoder layers."""
+    """The output directory of a run with a given fingerprint over a model of `layers` decoder layers.
 
-    def __init__(self, out: str, fingerprint: str, layers: int) -> None:
+    `stored_name` says what the files call a tensor.
+    """
+
+    def __init__(self, out: str, fingerprint: str, layers: int, stored_name: Callable[[str], str] = str) -> None:
         self.folder = Folder(out, "out")
         self.fingerprint = fingerprint
         self.layers = layers
+        self._stored_name = stored_name
 
     # -- names --------------------------------------------------------------------------------------------
 
@@ -91,7 +95,16 @@ class Journal:
     def write_layer(self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], record: dict[str, Any]) -> None:
         """Write a finished layer with a record of it: from then on no attempt works on it again."""
         whole = {"fingerprint": self.fingerprint, "layer": layer, **record}
-        write_each(self.folder, self.layer_file(layer), shapes, tensor, {KEY: json.dumps(whole)})
+        names = {self._stored_name(name): name for name in shapes}
+        stored = {key: shapes[name] for key, name in names.items()}
+        metadata = {KEY: json.dumps(whole)}
+        write_each(self.folder, self.layer_file(layer), stored, lambda key: tensor(names[key]), metadata)
+
+    def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of a finished layer by name, one after the other."""
+        entries, _ = read_header(self.folder, self.layer_file(layer))
+        for name in names:
+            yield name, read_tensor(self.folder, entries[self._stored_name(name)])
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result; the state is no longer needed."""

@@ -21,20 +21,37 @@ from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.errors import InputError, without_credentials
 from shardprune.journal import Journal, recorded_recipe
-from shardprune.recipe import AnyRecipe, Calibration, Recipe
+from shardprune.recipe import AnyRecipe, Calibration, NarrowingRecipe, Recipe
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton, check_sparse, check_tensors
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed
 from shardprune.storage import absolute, in_process_only
+from shardprune.structure.budget import narrowed_by
+from shardprune.structure.scoring import Scoring
+from shardprune.structure.shape import Widths, changes, reshaped
 
 MIN_STORE_BYTES = 128 * 2**20
 FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
 
 
 @dataclass(frozen=True)
+class Base:
+    """The model from which a first run has removed structures, where a second one zeroes weights of what remains.
+
+    `weights` are those of its projections; `fingerprint` is the first run's.
+    """
+
+    model: str
+    weights: int
+    parameters: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run that can start. `recipe` has every choice made that the user left open."""
+    """A run that can start. `recipe` has every choice made that the user left open; `widths` are those that its
+    layers become, `base` what its model comes from, where either is."""
 
     recipe: AnyRecipe
     checkpoint: Checkpoint
@@ -44,6 +61,8 @@ class Plan:
     layout: Layout
     journal: Journal
     state: dict[str, Any]
+    widths: Widths | None = None
+    base: Base | None = None
 
     @property
     def streamed(self) -> bool:
@@ -57,6 +76,41 @@ class Plan:
     def shapes(self) -> list[dict[str, tuple[int, int]]]:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
+
+    @property
+    def weights(self) -> int:
+        """The number of weights of all projections."""
+        return sum(rows * cols for layer in self.shapes for rows, cols in layer.values())
+
+    @property
+    def removed(self) -> float:
+        """The fraction of the base's weights that its model no longer has."""
+        return 1 - self.weights / self.base.weights if self.base else 0.0
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """How the structures are chosen that go, if any are."""
+        return self.recipe.scoring(self.recipe.outlier_m) if isinstance(self.recipe, NarrowingRecipe) else None
+
+    @property
+    def config_changes(self) -> dict[str, Any]:
+        """Fields of the model's config that its output has otherwise."""
+        return changes(self.skeleton.config, self.widths, range(self.skeleton.layers)) if self.widths else {}
+
+    @property
+    def parameters_after(self) -> int:
+        """The number of parameters of the model that the run writes."""
+        if self.widths is None:
+            return self.skeleton.parameters()
+        return Skeleton(reshaped(self.skeleton.config, self.widths), "cpu").parameters()
+
+    def as_base(self) -> Base:
+        """This run as the first of two."""
+        return Base(self.recipe.model, self.weights, self.skeleton.parameters(), self.journal.fingerprint)
+
+    def record(self) -> dict[str, Any]:
+        """The recipe for files that others read."""
+        return self.recipe.record() | ({"model": without_credentials(self.base.model)} if self.base else {})
 
     def shares(self, outliers: list[Outliers]) -> Shares:
         """What every projection gives up; empty where a sparse checkpoint says it.
@@ -72,13 +126,13 @@ class Plan:
             for index, layer in enumerate(self.shapes)
             for name, (rows, cols) in layer.items()
         ]
-        allocation = ALLOCATIONS[recipe.allocation]
-        sparsities = allocation.allocate(projections, outliers, recipe.target, recipe.outlier_lambda)
+        allocation, target = ALLOCATIONS[recipe.allocation], recipe.zeroed(self.removed)
+        sparsities = allocation.allocate(projections, outliers, target, recipe.outlier_lambda)
         if isinstance(recipe.zeros, Mixed):
-            sparsities = in_groups(sparsities, recipe.target, recipe.zeros.m)
+            sparsities = in_groups(sparsities, target, recipe.zeros.m)
         spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
         mean = spent / sum(projection.weights for projection in projections)
-        assert not allocation.exact or abs(mean - recipe.target) <= TOLERANCE, f"{recipe.allocation} allocates {mean}"
+        assert not allocation.exact or abs(mean - target) <= TOLERANCE, f"{recipe.allocation} allocates {mean}"
         ratios = {(layer, name): ratio for layer, of in enumerate(outliers) for name, ratio in of.projections.items()}
         return {key: Share(sparsity, ratios.get(key)) for key, sparsity in sparsities.items()}
 
@@ -98,6 +152,8 @@ class Plan:
                 pattern=recipe.pattern,
                 sparse=recipe.sparse,
                 rebuilding=recipe.rebuilding,
+                scoring=self.scoring,
+                widths=self.widths,
                 measure_error=recipe.measure_error,
                 weights=recipe.weights,
                 activations=recipe.activations,
@@ -135,8 +191,11 @@ class Plan:
         return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 
-def make_plan(recipe: AnyRecipe, backend: Backend) -> Plan:
+def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None) -> Plan:
     """Open and check everything that a recipe names, and decide what it leaves open.
+
+    Args:
+        base: what the recipe's model comes from, where this is the second run of two.
 
     Raises:
         InputError: something cannot work; nothing has been written then.
@@ -152,6 +211,7 @@ def make_plan(recipe: AnyRecipe, backend: Backend) -> Plan:
     _check_seqlen(recipe, skeleton)
     _check_layout(recipe, skeleton.layers)
     _check_mixed(recipe, skeleton)
+    widths = _widths(recipe, skeleton)
     sparse = Checkpoint(_place_of(recipe.sparse), "sparse") if recipe.sparse else None
     if sparse:
         check_sparse(skeleton, sparse, checkpoint, recipe.pattern)
@@ -170,10 +230,34 @@ def make_plan(recipe: AnyRecipe, backend: Backend) -> Plan:
 
     recipe, layout = _decide(recipe, slots, skeleton.layers)
     backend.check_room(layout.workers, recipe.device)
-    fingerprint = _fingerprint(recipe, layout, skeleton, checkpoint, sparse, calibration)
-    journal = Journal(recipe.out, fingerprint, skeleton.layers)
+    identity = base.fingerprint if base else checkpoint.identity()
+    fingerprint = fingerprint_of(recipe, layout, skeleton.dtype, identity, sparse, calibration)
+    journal = Journal(recipe.out, fingerprint, skeleton.layers, checkpoint.stored_name)
     state = journal.check(recipe.resume) or {}
-    return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state)
+    return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state, widths, base)
+
+
+def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
+    """The output directory of the second of two runs before the first one starts, and its state; it is claimed
+    where it was free.
+
+    Raises:
+        InputError: the directory holds something else, or may not be resumed.
+    """
+    second, identity = follow_up(recipe, first), first.journal.fingerprint
+    fingerprint = fingerprint_of(second, first.layout, first.skeleton.dtype, identity, None, first.calibration)
+    journal = Journal(second.out, fingerprint, first.skeleton.layers)
+    state = journal.check(recipe.resume)
+    if state is None:
+        journal.save({})
+    return journal, state or {}
+
+
+def follow_up(recipe: Recipe, first: Plan) -> Recipe:
+    """The recipe of the second of two runs: on the first one's output, with what was decided for that."""
+    decided = ("shards", "replicas", "segments", "threads", "wave", "device")
+    update = {name: getattr(first.recipe, name) for name in decided}
+    return recipe.model_copy(update={**update, "model": first.recipe.out, "out": absolute(recipe.out)})
 
 
 def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, Layout]:
@@ -233,22 +317,26 @@ def _place_of(model: str) -> str:
     return absolute(model) if os.path.isdir(model) else model
 
 
-def _fingerprint(
+def fingerprint_of(
     recipe: AnyRecipe,
     layout: Layout,
-    skeleton: Skeleton,
-    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    identity: str,
     sparse: Checkpoint | None,
     calibration: Tensor,
 ) -> str:
-    """A hash of everything that shapes the tensors, and nothing else: the same run on other workers is the same run."""
+    """A hash of everything that shapes the tensors, and nothing else: the same run on other workers is the same run.
+
+    Args:
+        identity: of the model, or of the run that makes it.
+    """
     content = {
         "format": FORMAT,
-        "model": checkpoint.identity(),
+        "model": identity,
         "tokens": tokens_hash(calibration),
         "seqlen": recipe.seqlen,
         "wave": recipe.sequences_per_wave,
-        "dtype": str(skeleton.dtype),
+        "dtype": str(dtype),
         "segments": [segment.start for segment in layout.segments],
         **recipe.model_dump(include=_shaping_fields(recipe)),
     }
@@ -285,6 +373,21 @@ def _check_layout(recipe: AnyRecipe, layers: int) -> None:
     shards = recipe.shards or 1
     replicas = recipe.replicas or 1
     plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, recipe.segments)
+
+
+def _widths(recipe: AnyRecipe, skeleton: Skeleton) -> Widths | None:
+    """The widths that structured pruning leaves every layer.
+
+    Raises:
+        InputError: the model cannot give so much.
+    """
+    if not isinstance(recipe, NarrowingRecipe):
+        return None
+    assert recipe.structured is not None
+    try:
+        return narrowed_by(skeleton.config, skeleton.projection_shapes(0), recipe.structured)
+    except ValueError as error:
+        raise InputError("structured", f"{recipe.structured} is more than the model can give: {error}") from error
 
 
 def _check_mixed(recipe: AnyRecipe, skeleton: Skeleton) -> None:

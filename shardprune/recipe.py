@@ -11,17 +11,48 @@ from shardprune.settings import Settings, positive
 from shardprune.solvers.barber import Granularity, Metric, Rebuilding
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
 from shardprune.sources import FORMS, check_source
+from shardprune.structure.scoring import Score, Scoring
 
 MethodName = Literal["magnitude", "wanda", "sparsegpt"]
 AllocationName = Literal["uniform", "owl", "mosaic", "mosaic-released"]
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
 
 
-class Pruning(Settings):
+class Width(Settings):
+    """Key/value groups and neurons"""
+
+    score: Score = Field(
+        "obs", description="What a structure is judged by: activations, outliers, or the error that its removal leaves"
+    )
+    correction: bool = Field(True, description="Correct the columns that stay by least squares")
+
+
+class Structured(Width):
+    """Structured pruning"""
+
+    structured: float | None = Field(
+        None, description="Share of the layers' weights to remove first, as key/value groups and neurons"
+    )
+
+    @field_validator("structured")
+    @classmethod
+    def _structured_in_range(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError("use a number above 0 and below 1")
+        return value
+
+    def scoring(self, outlier_m: float) -> Scoring:
+        """How structures are chosen."""
+        return Scoring(self.score, self.correction, outlier_m)
+
+
+class Pruning(Structured):
     """What to prune"""
 
     method: MethodName = Field("sparsegpt", description="How the zeros are chosen and the rest corrected")
-    sparsity: float | None = Field(None, description="Fraction of zeros, from 0 to below 1; not needed with N:M")
+    sparsity: float | None = Field(
+        None, description="Fraction of zeros, from 0 to below 1, what is removed included; not needed with N:M"
+    )
     pattern: str = Field(
         "unstructured",
         description="unstructured, N:M (at most N nonzeros in every M inputs), or mixed:M (N differs by layer)",
@@ -65,13 +96,22 @@ class Pruning(Settings):
         return parse_pattern(self.pattern)
 
     @property
+    def zeroes(self) -> bool:
+        """Whether any weights become zero, or structures go and nothing else."""
+        return self.sparsity is not None or self.zeros.sparsity is not None
+
+    @property
     def target(self) -> float:
-        """The fraction of the projections' weights that become zero."""
-        fixed = self.zeros.sparsity
+        """The fraction of the projections' weights that become zero or are removed."""
+        removed, fixed = self.structured or 0.0, self.zeros.sparsity
         if fixed is not None:
-            return fixed
-        assert self.sparsity is not None
-        return self.sparsity
+            return removed + (1 - removed) * fixed
+        return removed if self.sparsity is None else self.sparsity
+
+    def zeroed(self, removed: float) -> float:
+        """The fraction of the weights that remain which becomes zero, where a fraction `removed` is gone."""
+        fixed = self.zeros.sparsity
+        return fixed if fixed is not None else (self.target - removed) / (1 - removed)
 
     @property
     def observed_m(self) -> float | None:
@@ -86,11 +126,11 @@ class Pruning(Settings):
     @model_validator(mode="after")
     def _sparsity_fits_pattern(self) -> "Pruning":
         zeros = self.zeros
-        if zeros.sparsity is None and self.sparsity is None:
+        if not self.zeroes and (self.structured is None or isinstance(zeros, Mixed)):
             raise InputError("sparsity", "missing; give a number from 0 to below 1, or a pattern such as 2:4")
-        if zeros.sparsity is not None and self.sparsity is not None and abs(self.sparsity - zeros.sparsity) > 1e-9:
+        if zeros.sparsity is not None and self.sparsity is not None and abs(self.sparsity - self.target) > 1e-9:
             raise InputError(
-                "sparsity", f"{self.sparsity} does not fit the pattern {self.pattern}, which is {zeros.sparsity:g}"
+                "sparsity", f"{self.sparsity} does not fit the pattern {self.pattern}, which is {self.target:g}"
             )
         if isinstance(zeros, Mixed) and self.target > 1 - 1 / zeros.m:
             raise InputError(
@@ -111,15 +151,31 @@ class Pruning(Settings):
                 f"{self.allocation!r} needs a sparsity to share out; {self.pattern} gives every projection "
                 f"{self.zeros.sparsity:g}: use uniform, or the pattern mixed:M",
             )
-        if observes and self.target >= HIGHEST:
+        if observes and self.zeroed(self.structured or 0.0) >= HIGHEST:
             raise InputError(
                 "sparsity",
                 f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
                 f"use less than {HIGHEST}, or allocation uniform",
             )
-        self.needs("an allocation by outliers (owl, mosaic)", observes, "outlier_m", "outlier_lambda")
+        self.needs("an allocation by outliers (owl, mosaic)", observes, "outlier_lambda")
+        looks = observes or (self.structured is not None and self.score == "outlier")
+        self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")
         varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)
         self.needs("method wanda and pattern unstructured", varies, "wanda_variant")
+        return self
+
+    @model_validator(mode="after")
+    def _structure_fits(self) -> "Pruning":
+        self.needs("structured", self.structured is not None, *Width.model_fields)
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation")
+        if self.structured is None:
+            return self
+        if isinstance(self.zeros, Mixed):
+            raise InputError(
+                "pattern", f"{self.pattern!r} does not go with structured, after which N cannot average to the target"
+            )
+        if self.sparsity is not None and self.sparsity < self.structured:
+            raise InputError("sparsity", f"{self.sparsity} is less than structured removes, {self.structured}")
         return self
 
 
@@ -233,7 +289,7 @@ class Run(Settings):
     resume: bool = Field(True, description="Go on where the same run was cut off")
 
 
-class Recipe(Pruning, OptionalBarber, Calibration, Evaluation, Cluster, Run):
+class Recipe(Pruning, Structured, OptionalBarber, Calibration, Evaluation, Cluster, Run):
     """Everything that `shardprune prune` does."""
 
     command: ClassVar[str] = "prune"
@@ -241,6 +297,40 @@ class Recipe(Pruning, OptionalBarber, Calibration, Evaluation, Cluster, Run):
     shaping: ClassVar[tuple[type[Settings], ...]] = (Pruning, OptionalBarber)  # every field of them shapes the tensors
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+
+    @model_validator(mode="after")
+    def _masks_are_made_before_they_are_rebuilt(self) -> "Recipe":
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
+        return self
+
+    @property
+    def narrowing(self) -> "NarrowingRecipe | None":
+        """The run that removes structures, where some are to go before weights become zero."""
+        if self.structured is None:
+            return None
+        shared = set(NarrowingRecipe.model_fields) & set(Recipe.model_fields)
+        return NarrowingRecipe(**self.model_dump(include=shared))
+
+
+class NarrowingRecipe(Structured, Calibration, Evaluation, Cluster, Run):
+    """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
+
+    command: ClassVar[str] = "prune"
+    sparse: ClassVar[None] = None
+    solver: ClassVar[None] = None
+    rebuilding: ClassVar[None] = None
+    observed_m: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Structured,)
+    pattern: ClassVar[str] = "unstructured"
+
+    outlier_m: float = 5.0
+    model: str
+
+    @property
+    def target(self) -> float:
+        """The fraction of the projections' weights that are removed."""
+        assert self.structured is not None
+        return self.structured
 
 
 class Pruned(Settings):
@@ -276,4 +366,4 @@ class RebuildRecipe(Pruned, Barber, Calibration, Evaluation, Cluster, Run):
         return self.swapping
 
 
-AnyRecipe = Recipe | RebuildRecipe
+AnyRecipe = Recipe | NarrowingRecipe | RebuildRecipe

@@ -3,6 +3,9 @@
 from typing import Any
 
 from pydantic import BaseModel
+from transformers import PretrainedConfig
+
+from shardprune.structure.shape import Widths, reshaped, widths_of
 
 
 class ModelSize(BaseModel):
@@ -48,15 +51,49 @@ class BlockResult(BaseModel):
 class Sparsity(BaseModel):
     """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
     the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
-    `before` on those of the dense model."""
+    `before` on those of the dense model.
+
+    Where structures were removed, these four are over the original model's weights and count what is gone
+    like zeros, and `achieved` is the sum of `removed` and `zeroed`; the entries of `layers` and `projections` are
+    over what remains."""
 
     target: float
     allocated: float
     before: float
     achieved: float
+    removed: float | None = None
+    zeroed: float | None = None
     layers: list[LayerResult]
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
+
+
+class Shape(BaseModel):
+    """Layers, and what each of them has: key/value groups (a key/value head with its query heads), query heads, and
+    neurons of the MLP."""
+
+    layers: int
+    groups: int
+    heads: int
+    neurons: int
+
+
+class NarrowedLayer(BaseModel):
+    """A layer that lost structures: which groups stayed, and the relative output errors of its output projections
+    (||XW - X'W'||^2 / ||XW||^2) where they were measured. `retries` are those of the solver."""
+
+    layer: int
+    groups: list[int]
+    errors: dict[str, float]
+    retries: int = 0
+
+
+class Structure(BaseModel):
+    """What was removed as a whole."""
+
+    before: Shape
+    after: Shape
+    layers: list[NarrowedLayer] | None = None
 
 
 class Perplexity(BaseModel):
@@ -97,6 +134,7 @@ class Result(BaseModel):
     model: ModelSize
     calibration: CalibrationResult
     sparsity: Sparsity
+    structure: Structure | None = None
     perplexity: dict[str, Perplexity]
     seconds: dict[str, float]
     workers: list[WorkerResult]
@@ -106,11 +144,12 @@ class Result(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def sparsity_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
+def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:
     """The sparsity of a model from the records of its finished layers.
 
     Args:
         target: what was asked for; None where that is what a sparse checkpoint had.
+        original: the weights of the model from which structures had been removed, if any had.
     """
 
     def over(reports: list[dict[str, Any]], key: str) -> float:
@@ -132,12 +171,47 @@ def sparsity_of(records: list[dict[str, Any]], target: float | None) -> Sparsity
         )
         for record in records
     ]
+    remaining = 1.0 if original is None else sum(report["weights"] for report in reports) / original
+    removed = 1 - remaining
     return Sparsity(
         target=allocated if target is None else target,
-        allocated=allocated,
+        allocated=removed + remaining * allocated,
         before=zeros(reports, "zeros_before"),
-        achieved=zeros(reports),
+        achieved=removed + remaining * zeros(reports),
+        removed=None if original is None else removed,
+        zeroed=None if original is None else remaining * zeros(reports),
         layers=layers,
         projections=[ProjectionResult(**report) for report in reports],
         blocks=blocks or None,
     )
+
+
+def removal_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
+    """The same of a model that only lost structures."""
+    assert target is not None
+    weights, left = (sum(record[key] for record in records) for key in ("weights_before", "weights"))
+    zeros = sum(record["zeros"] for record in records) / weights
+    removed = 1 - left / weights
+    return Sparsity(
+        target=target,
+        allocated=target,
+        before=sum(record["zeros_before"] for record in records) / weights,
+        achieved=removed + zeros,
+        removed=removed,
+        zeroed=zeros,
+        layers=[],
+        projections=[],
+    )
+
+
+def structure_of(config: PretrainedConfig, widths: Widths, records: list[dict[str, Any]]) -> Structure:
+    """What a run removed that made the layers of a model narrower."""
+    layers = [NarrowedLayer(**{name: record[name] for name in NarrowedLayer.model_fields}) for record in records]
+    return Structure(before=shape_of(config), after=shape_of(reshaped(config, widths)), layers=layers)
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """The shape that a config says."""
+    widths = widths_of(config)
+    heads = config.num_attention_heads
+    return Shape(layers=config.num_hidden_layers, groups=widths.groups, heads=heads, neurons=widths.neurons)

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
+
+from torch import Tensor
 
 from shardprune.calibration import tokens_hash
 from shardprune.cluster.group import Backend, Group
@@ -17,19 +19,28 @@ from shardprune.cluster.work import Work
 from shardprune.errors import WorkerLost, without_credentials
 from shardprune.journal import Journal
 from shardprune.output import write_frame, write_index
-from shardprune.plan import Plan, make_plan
+from shardprune.plan import Plan, claim_for, follow_up, make_plan
 from shardprune.progress import Output
-from shardprune.recipe import AnyRecipe, RebuildRecipe, Recipe
+from shardprune.recipe import AnyRecipe, NarrowingRecipe, RebuildRecipe, Recipe
 from shardprune.result import (
     CalibrationResult,
     ModelSize,
     Perplexity,
     Result,
+    Sparsity,
+    Structure,
     WorkerResult,
+    removal_of,
     sparsity_of,
+    structure_of,
 )
 from shardprune.shard.layers import Version
 from shardprune.solvers.outliers import Outliers
+from shardprune.storage import absolute
+
+NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
+
+WHEN = ("before", "after")  # perplexity is measured
 
 
 class Clock:
@@ -64,6 +75,8 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
         SolverError: a projection cannot be solved.
         WorkerLost: workers died more than `max_restarts` times.
     """
+    if recipe.narrowing is not None:
+        return _prune_structured(recipe, recipe.narrowing, output or Output())
     return _carry_out(recipe, output or Output())
 
 
@@ -74,16 +87,41 @@ def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
 
 def _carry_out(recipe: AnyRecipe, output: Output) -> Result:
     clock = Clock()
-    backend = _backend(recipe)
-    try:
+    with closing(_backend(recipe)) as backend:
         with clock.phase("plan"):
             plan = make_plan(recipe, backend)
-        if result := _done_already(plan):
-            output.say(f"{plan.recipe.out} is finished already")
-            return result
-        return _Run(plan, backend, output, clock).go()
-    finally:
-        backend.close()
+        return _go(plan, backend, output, clock)
+
+
+def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output) -> Result:
+    """Remove structures, then make weights of what remains zero: two runs, each with its own layer files.
+
+    The first one's output lies in a folder of the second one's until that is finished.
+    """
+    if not recipe.zeroes:
+        return _carry_out(narrowing, output)
+    clock = Clock()
+    with closing(_backend(recipe)) as backend:
+        with clock.phase("plan"):
+            first = make_plan(narrowing.model_copy(update={"out": f"{absolute(recipe.out)}/{NARROWED}"}), backend)
+            journal, state = claim_for(recipe, first)
+        result = _done_already(journal, state, first.evaluations, output)
+        if result is None:
+            with clock.phase("structure"):
+                narrowed = _go(first, backend, output, Clock(), when=("before",))
+            with clock.phase("plan"):
+                second = make_plan(follow_up(recipe, first), backend, first.as_base())
+            run = _Run(second, backend, output, clock)
+            run.adopt(narrowed)
+            result = run.go()
+        journal.folder.remove_folder(NARROWED)
+        return result
+
+
+def _go(plan: Plan, backend: Backend, output: Output, clock: Clock, when: tuple[str, ...] = WHEN) -> Result:
+    """Carry out a plan, or return the result that its output holds; perplexity is measured `when` said."""
+    done = _done_already(plan.journal, plan.state, plan.evaluations, output)
+    return done or _Run(plan, backend, output, clock, when).go()
 
 
 def _backend(recipe: AnyRecipe) -> Backend:
@@ -94,21 +132,34 @@ def _backend(recipe: AnyRecipe) -> Backend:
     return RayBackend(recipe.address)
 
 
-def _done_already(plan: Plan) -> Result | None:
+def _done_already(
+    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], output: Output
+) -> Result | None:
     """The result of a finished run that lacks nothing of what is asked for."""
-    if "sparsity" not in plan.state:
+    if "sparsity" not in state:
         return None
-    result = Result(**plan.state)
+    result = Result(**state)
     measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
-    wanted = {source: tokens_hash(windows) for source, windows in plan.evaluations.items()}
-    return result if wanted.items() <= measured.items() else None
+    wanted = {source: tokens_hash(windows) for source, windows in evaluations.items()}
+    if not wanted.items() <= measured.items():
+        return None
+    output.say(f"{journal.folder.url} is finished already")
+    return result
 
 
 class _Run:
     """One run over as many attempts as it takes; each goes on from the layers that are finished."""
 
-    def __init__(self, plan: Plan, backend: Backend, output: Output, clock: Clock) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        backend: Backend,
+        output: Output,
+        clock: Clock,
+        when: tuple[str, ...] = WHEN,
+    ) -> None:
         self.plan = plan
+        self.when = when
         self.backend = backend
         self.output = output
         self.clock = clock
@@ -118,6 +169,14 @@ class _Run:
         self.outliers = [Outliers(**layer) for layer in plan.state.get("outliers", [])]
         self.workers: list[dict[str, Any]] = []
         self.previous = Result(**plan.state) if "sparsity" in plan.state else None
+        self.structure: Structure | None = None
+
+    def adopt(self, narrowed: Result) -> None:
+        """Take over what the run that removed structures measured and did."""
+        measured = {source: record.model_dump(exclude_none=True) for source, record in narrowed.perplexity.items()}
+        self.perplexity = measured | self.perplexity
+        self.structure = narrowed.structure
+        self.restarts = max(self.restarts, narrowed.restarts)
 
     def go(self) -> Result:
         self.journal.folder.remove_partial()
@@ -149,10 +208,10 @@ class _Run:
         with self.clock.phase("load"):
             group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
         try:
-            with self.clock.phase("evaluate"):
+            if "before" in self.when:
                 self._measure(group, layout, "before", "given" if plan.recipe.sparse else "dense")
             self._prune(group, layout, finished)
-            with self.clock.phase("evaluate"):
+            if "after" in self.when:
                 self._measure(group, layout, "after", "latest")
             self.workers = [
                 group.get(group.submit(shard, replica, "usage"))
@@ -185,6 +244,8 @@ class _Run:
             layer_outliers=[layer.layer for layer in self.outliers],
             rebuilding=plan.recipe.rebuilding,
             measure_error=plan.recipe.measure_error,
+            widths=plan.widths,
+            passed_on="dense" if plan.scoring and not plan.scoring.correction else "latest",
         )
         parts = work.parts(layout.segments, len(waves.all))
         with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
@@ -201,12 +262,12 @@ class _Run:
                 continue
             waves = Waves(windows, layout.replicas, self.plan.wave)
             parts = parts_of_perplexity(waves, self.plan.skeleton.layers, self.plan.streamed)
-            with self.output.step(f"perplexity {when}", parts) as step:
+            with self.clock.phase("evaluate"), self.output.step(f"perplexity {when}", parts) as step:
                 record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
             self._save()
 
     def _save(self) -> None:
-        state = {"recipe": self.plan.recipe.record(), "perplexity": self.perplexity, "restarts": self.restarts}
+        state = {"recipe": self.plan.record(), "perplexity": self.perplexity, "restarts": self.restarts}
         if self.outliers:
             state["outliers"] = [asdict(layer) for layer in self.outliers]
         self.journal.save(state)
@@ -217,9 +278,8 @@ class _Run:
         self.journal.folder.remove_partial()  # of workers that died while they wrote
         with self.clock.phase("write"):
             write_frame(plan.checkpoint, plan.skeleton, self.journal)
-            write_index(plan.checkpoint, plan.skeleton, self.journal)
+            write_index(plan.checkpoint, self.journal, plan.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
-        parameters = plan.skeleton.parameters()
         seconds = self.clock.total()
         for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
             seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
@@ -230,15 +290,19 @@ class _Run:
         result = Result(
             command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,
-            recipe=plan.recipe.record(),
-            model=ModelSize(parameters_before=parameters, parameters_after=parameters),
+            recipe=plan.record(),
+            model=ModelSize(
+                parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
+                parameters_after=plan.parameters_after,
+            ),
             calibration=CalibrationResult(
                 source=without_credentials(plan.recipe.calibration),
                 samples=len(plan.calibration),
                 seqlen=plan.recipe.seqlen,
                 tokens_sha256=tokens_hash(plan.calibration),
             ),
-            sparsity=sparsity_of(records, plan.recipe.target),
+            sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
+            structure=structure_of(plan.skeleton.config, plan.widths, records) if plan.widths else self.structure,
             perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
             seconds=seconds,
             workers=workers,
@@ -246,3 +310,6 @@ class _Run:
         )
         self.journal.finish(result.as_json())
         return result
+
+    def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
+        return sparsity_of(records, self.plan.recipe.target, self.plan.base.weights if self.plan.base else None)

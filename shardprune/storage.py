@@ -113,6 +113,11 @@ class Folder:
     def remove(self, name: str) -> None:
         self.fs.rm_file(self.path(name))
 
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder with all that it holds, if it is there."""
+        if self.fs.isdir(self.path(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
     def remove_partial(self) -> None:
         """Remove what an interrupted `write` left behind."""
         for name in self.names():

@@ -6,6 +6,8 @@ from rich.table import Table
 
 from shardprune.result import Result
 
+LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
+
 
 def summary(result: Result) -> Table:
     """Perplexity, sparsity, size, seconds and memory of a run."""
@@ -19,6 +21,14 @@ def summary(result: Result) -> Table:
         table.add_row(f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after)
     sparsity = result.sparsity
     table.add_row("sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}")
+    if sparsity.removed is not None and sparsity.zeroed:
+        table.add_row("of it removed; zeros", f"{sparsity.removed:.4f}", f"{sparsity.zeroed:.4f}")
+    if result.structure:
+        shapes = result.structure.before, result.structure.after
+        for name in ("layers", "groups", "neurons"):
+            counts = [getattr(shape, name) for shape in shapes]
+            if counts[0] != counts[1]:
+                table.add_row(LABELS[name], *(f"{count:,}" for count in counts))
     if abs(sparsity.allocated - sparsity.target) > 1e-4:
         table.add_row("sparsity asked for; allocated", f"{sparsity.target:.4f}", f"{sparsity.allocated:.4f}")
     if sparsity.blocks:
@@ -45,9 +55,11 @@ def summary(result: Result) -> Table:
 
 def _title(recipe: dict[str, Any]) -> str:
     """What was done, and where the result is."""
-    done = (
-        f"{recipe['method']} {recipe['pattern']}"
-        if "method" in recipe
-        else f"rebuilt by {recipe['rebuild_granularity']}"
-    )
-    return f"{done}, {recipe['out']}"
+    done = []
+    if recipe.get("structured"):
+        done.append(f"{recipe['structured']:g} removed by {recipe['score']}")
+    if "method" in recipe:
+        done.append(f"{recipe['method']} {recipe['pattern']}")
+    if "rebuild_granularity" in recipe and "method" not in recipe:
+        done.append(f"rebuilt by {recipe['rebuild_granularity']}")
+    return ", ".join((*done, recipe["out"]))

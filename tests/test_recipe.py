@@ -73,7 +73,7 @@ def test_waves_do_not_depend_on_the_machine():
         ({**OWL, "outlier_lambda": float("nan")}, "outlier_lambda: nan is not allowed; use "),
         (
             {"sparsity": 0.5, "outlier_m": 3},
-            "outlier_m: 3.0 has no effect without an allocation by outliers (owl, mosaic)",
+            "outlier_m: 3.0 has no effect without an allocation (owl, mosaic) or a score (outlier) that looks at them",
         ),
         (
             {"sparsity": 0.5, "wanda_variant": True},

@@ -6,6 +6,7 @@ from typing import Any
 from shardprune.cluster.group import Group
 from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.layout import Layout
+from shardprune.cluster.narrowing import narrow_layer
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.rebuilding import rebuild_layer
 from shardprune.cluster.work import Work
@@ -52,7 +53,7 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
             step.describe(f"layer {index + 1}/{len(work.shapes)}")
             _prune_layer(work, layer)
         if index + 1 in layers:
-            for _ in layer.over_waves("propagate", "latest", False):
+            for _ in layer.over_waves("propagate", work.passed_on, False):
                 pass
             if layout.shard_of(index + 1) != layer.shard:
                 hand_on(group, layout, waves, stream, layer.shard)
@@ -62,7 +63,14 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
 
 
 def _prune_layer(work: Work, layer: LayerInWork) -> None:
-    """Accumulate, solve, rebuild, write: afterwards the layer is finished on every replica and in the output."""
+    """Do what is to be done to a layer and write it: afterwards it is finished on every replica and in the output."""
+    record = narrow_layer(layer, work.widths) if work.widths else _sparsify_layer(work, layer)
+    layer.group.get(layer.ask(0, "write", record))
+    to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
+
+
+def _sparsify_layer(work: Work, layer: LayerInWork) -> dict[str, Any]:
+    """Accumulate, solve, rebuild; the record of the layer."""
     for _ in layer.over_waves("accumulate"):
         pass
     solvers = _solvers(work, layer.layer, layer.layout.replicas)
@@ -76,8 +84,7 @@ def _prune_layer(work: Work, layer: LayerInWork) -> None:
         {**reports[name], "achieved": reports[name]["zeros"] / reports[name]["weights"]}
         for name in work.family.projections
     ]
-    layer.group.get(layer.ask(0, "write", record))
-    to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
+    return record
 
 
 def _solve(work: Work, layer: LayerInWork, solvers: list[int]) -> dict[str, dict[str, Any]]:

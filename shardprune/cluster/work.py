@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from shardprune.allocation.allocation import Share
 from shardprune.families import Family
+from shardprune.shard.layers import Version
 from shardprune.solvers.barber import Rebuilding
+from shardprune.structure.shape import Widths
 
 Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
 
@@ -16,6 +18,8 @@ class Work:
     `shares` says what each projection gives up (empty where a sparse checkpoint says it), `finished` are the
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
+    Where there are `widths`, layers become that narrow instead of sparse, and what is `passed_on` to the next
+    layer is the image under the layer that is written (`latest`) or under the layer as it was (`dense`).
     """
 
     shares: Shares
@@ -25,6 +29,8 @@ class Work:
     layer_outliers: list[float]
     rebuilding: Rebuilding | None
     measure_error: bool
+    widths: Widths | None = None
+    passed_on: Version = "latest"
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""

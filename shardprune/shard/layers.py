@@ -8,11 +8,11 @@ from torch import nn
 
 from shardprune.checkpoint import Checkpoint
 from shardprune.journal import Journal
-from shardprune.safetensors_file import read_header, read_tensor
 from shardprune.skeleton import Skeleton
 
-# latest: the pruned layer where it is finished, else the dense one; given: with the sparse checkpoint's projections
-Version = Literal["dense", "latest", "given"]
+# latest: the pruned layer where it is finished, else the dense one; given: with the sparse checkpoint's projections;
+# narrowed: made narrower, but not finished yet
+Version = Literal["dense", "latest", "given", "narrowed"]
 State = Literal["dense", "pruned", "given"]  # of a layer in memory
 
 
@@ -32,8 +32,10 @@ class Layers:
         finished: set[int],
         stream: bool,
         given: Checkpoint | None = None,
+        pruned: Skeleton | None = None,
     ) -> None:
         self._skeleton = skeleton
+        self._pruned = pruned or skeleton  # which has the shape of finished layers
         self._checkpoint = checkpoint
         self._journal = journal
         self._indices = indices
@@ -61,10 +63,10 @@ class Layers:
         self.load_seconds += time.monotonic() - started
         return self._held[index][1]
 
-    def mark_pruned(self, index: int) -> None:
-        """The held layer `index` is now what its finished file says."""
+    def mark_pruned(self, index: int, layer: nn.Module | None = None) -> None:
+        """The held layer `index`, or the one given in its place, is now what its finished file says."""
         self._finished.add(index)
-        self._held[index] = ("pruned", self._held[index][1])
+        self._held[index] = ("pruned", layer or self._held[index][1])
 
     def release(self) -> None:
         """Drop every layer."""
@@ -76,6 +78,7 @@ class Layers:
     def _wanted(self, index: int, version: Version) -> State:
         if version == "latest":
             return "pruned" if index in self._finished else "dense"
+        assert version != "narrowed", "such a layer is not read from anywhere"
         return version
 
     def _fetch(self, index: int, state: State) -> nn.Module:
@@ -90,9 +93,7 @@ class Layers:
     def _read(self, index: int, state: State) -> nn.Module:
         names = self._skeleton.layer_tensors(index)
         if state == "pruned":
-            folder = self._journal.folder
-            entries, _ = read_header(folder, self._journal.layer_file(index))
-            return self._skeleton.build_layer(index, ((name, read_tensor(folder, entries[name])) for name in names))
+            return self._pruned.build_layer(index, self._journal.read_layer(index, names))
         given = {}
         if state == "given":
             assert self._given is not None

@@ -6,7 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,17 @@ from shardprune.shard.waves import Activations
 from shardprune.skeleton import Skeleton, projection_weight
 from shardprune.solvers.outliers import Outliers, outlier_ratios
 from shardprune.solvers.statistics import InputStatistics
+from shardprune.structure.shape import Widths, reshaped
 
 ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
+
+
+class Summing(Protocol):
+    """Sums over an input of a layer."""
+
+    def add(self, inputs: Tensor, samples: int) -> None:
+        """Add the inputs [..., cols] of one wave of `samples` sequences."""
 
 
 def timed(verb: Callable) -> Callable:
@@ -50,7 +58,7 @@ class PassingWorker:
         self.checkpoint = Checkpoint(spec.model)
         self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
         self.skeleton.load_frame(self.checkpoint)
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers)
+        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
         self.activations = Activations(self.skeleton.device, self._place())
         self.sparse = Checkpoint(spec.sparse, "sparse") if spec.sparse else None
         self.layers = Layers(
@@ -61,6 +69,7 @@ class PassingWorker:
             set(spec.finished),
             stream=spec.weights == "streamed",
             given=self.sparse,
+            pruned=self._skeleton_of(spec.widths) if spec.widths else None,
         )
         self._observed: dict[int, list[InputStatistics]] = {}
         if self.skeleton.device.type == "cuda":
@@ -181,11 +190,11 @@ class PassingWorker:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _run(
-        self, index: int, version: Version, hidden: Tensor, statistics: list[InputStatistics] | None = None
-    ) -> Tensor:
+    def _run(self, index: int, version: Version, hidden: Tensor, statistics: Sequence[Summing] | None = None) -> Tensor:
         """One wave through one layer; what its projections read adds to `statistics`, one for each input."""
-        layer = self.layers.get(index, version)
+        return self._through(self.layers.get(index, version), index, hidden, statistics)
+
+    def _through(self, layer: nn.Module, index: int, hidden: Tensor, statistics: Sequence[Summing] | None) -> Tensor:
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
         hooks = [
             layer.get_submodule(names[0]).register_forward_pre_hook(
@@ -198,6 +207,11 @@ class PassingWorker:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _skeleton_of(self, widths: Widths) -> Skeleton:
+        """Blanks of all layers with other widths."""
+        config = reshaped(self.skeleton.config, widths)
+        return Skeleton(config, self.skeleton.device, self.skeleton.dtype)
 
     def _observing(self, index: int) -> list[InputStatistics]:
         if index not in self._observed:

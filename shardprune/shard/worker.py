@@ -11,7 +11,9 @@ from torch import Tensor
 
 from shardprune.allocation.allocation import Share
 from shardprune.shard.blocks import Block, Squares
-from shardprune.shard.passing import PassingWorker, Sums, merged, timed
+from shardprune.shard.layer_file import write_layer
+from shardprune.shard.narrowing_worker import NarrowingWorker
+from shardprune.shard.passing import Sums, merged, timed
 from shardprune.shard.projections import Report, adopt_projection, prune_projection
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import projection_weight
@@ -20,7 +22,7 @@ from shardprune.solvers.pattern import Pattern, parse_pattern, pattern_of
 from shardprune.solvers.statistics import InputStatistics, Kind, output_error
 
 
-class ShardWorker(PassingWorker):
+class ShardWorker(NarrowingWorker):
     """One replica of one shard."""
 
     def __init__(self, spec: WorkerSpec) -> None:
@@ -134,22 +136,15 @@ class ShardWorker(PassingWorker):
     def write(self, index: int, record: dict[str, Any]) -> None:
         """Write the solved layer with a record of what was done: pruned projections in their stored dtype,
         everything else as it was."""
-        layer = self.layers.get(index, "dense")
-        pruned = {self.skeleton.projection_tensor(index, name): name for name in self.skeleton.family.projections}
-        entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
-
-        def tensor(name: str) -> Tensor:
-            if name in pruned:
-                return projection_weight(layer, pruned[name]).to(entries[name].dtype)
-            return self.checkpoint.read(name)
-
-        shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-        self.journal.write_layer(index, shapes, tensor, record)
+        projections = {self.skeleton.projection_tensor(index, name) for name in self.skeleton.family.projections}
+        narrowed = self._narrowed.get(index)
+        layer = narrowed or self.layers.get(index, "dense")
+        write_layer(self.journal, self.checkpoint, self.skeleton, index, layer, projections, record)
 
     @timed
     def finish(self, index: int) -> None:
         """The layer is written: from now on it is the pruned one, and its statistics are gone."""
-        self.layers.mark_pruned(index)
+        self.layers.mark_pruned(index, self._narrowed.pop(index, None))
         self._statistics = None
         self._block = None
 

@@ -79,6 +79,8 @@ def main() -> None:
                 pattern=args.pattern,
                 sparse=None,
                 rebuilding=None,
+                scoring=None,
+                widths=None,
                 measure_error=not args.no_error,
                 weights="resident",
                 activations="device",

@@ -1,0 +1,1 @@
+"""Which structures a model has and how many of them go. Arithmetic on configs and counts; no weights here."""
