@@ -1,23 +1,30 @@
 """Prune large language models on all the GPUs there are."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardprune.mop_recipe import MopRecipe
     from shardprune.recipe import RebuildRecipe, Recipe
     from shardprune.run import prune, rebuild
+    from shardprune.search import mop
 
-__all__ = ["RebuildRecipe", "Recipe", "prune", "rebuild"]
+__all__ = ["MopRecipe", "RebuildRecipe", "Recipe", "mop", "prune", "rebuild"]
 __version__ = "0.1.0"
+
+
+_PLACES = {
+    "MopRecipe": "mop_recipe",
+    "RebuildRecipe": "recipe",
+    "Recipe": "recipe",
+    "mop": "search",
+    "prune": "run",
+    "rebuild": "run",
+}
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: whoever wants a solver alone needs neither transformers nor Ray.
-    if name in ("Recipe", "RebuildRecipe"):
-        from shardprune import recipe
-
-        return getattr(recipe, name)
-    if name in ("prune", "rebuild"):
-        from shardprune import run
-
-        return getattr(run, name)
-    raise AttributeError(f"module 'shardprune' has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module 'shardprune' has no attribute {name!r}")
+    return getattr(import_module(f"shardprune.{_PLACES[name]}"), name)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from shardprune.errors import InputError, SolverError, WorkerLost
+from shardprune.mop_recipe import MopRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.settings import Settings
 
@@ -133,6 +134,22 @@ def rebuild(
     from shardprune.run import rebuild as run
 
     _show(run(RebuildRecipe.load(recipe, _given({"model": dense, "sparse": sparse, **options}))))
+
+
+@app.command(epilog="Example: shardprune mop MODEL --out OUT --remove 0.3 --keep 0.2 --calibration c4 --eval wikitext2")
+@_with_options(MopRecipe)
+def mop(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+    ] = None,
+    *,
+    recipe: RecipeFile = None,
+    **options: Any,
+) -> None:
+    """Make a model shallower and narrower in turn (MoP). The result is an ordinary, smaller checkpoint."""
+    from shardprune.search import mop as run
+
+    _show(run(MopRecipe.load(recipe, _given({"model": model, **options}))))
 
 
 @app.command(epilog="Example: shardprune demo --out runs/demo")

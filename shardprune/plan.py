@@ -20,8 +20,10 @@ from shardprune.cluster.group import Backend, Slots
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.errors import InputError, without_credentials
+from shardprune.groups import Calibration
 from shardprune.journal import Journal, recorded_recipe
-from shardprune.recipe import AnyRecipe, Calibration, NarrowingRecipe, Recipe
+from shardprune.mop_recipe import MopRecipe
+from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton, check_sparse, check_tensors
 from shardprune.solvers.outliers import Outliers
@@ -30,6 +32,8 @@ from shardprune.storage import absolute, in_process_only
 from shardprune.structure.budget import narrowed_by
 from shardprune.structure.scoring import Scoring
 from shardprune.structure.shape import Widths, changes, reshaped
+
+AnyRecipe = Recipe | NarrowingRecipe | RebuildRecipe | MopRecipe
 
 MIN_STORE_BYTES = 128 * 2**20
 FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
@@ -90,7 +94,7 @@ class Plan:
     @property
     def scoring(self) -> Scoring | None:
         """How the structures are chosen that go, if any are."""
-        return self.recipe.scoring(self.recipe.outlier_m) if isinstance(self.recipe, NarrowingRecipe) else None
+        return self.recipe.scoring if isinstance(self.recipe, NarrowingRecipe | MopRecipe) else None
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -274,6 +278,7 @@ def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, La
         }
     )
     recorded = _recorded(recipe)
+    asked = type(recipe).model_fields
     parallel = recipe.propagation == "parallel"
     segments = recipe.segments or (recorded.get("segments") if parallel else None)
     workers = slots.workers(recipe.device)
@@ -293,7 +298,7 @@ def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, La
         "segments": len(layout.segments) if parallel else None,
         "threads": threads,
     }
-    return recipe.model_copy(update=chosen), layout
+    return recipe.model_copy(update={name: chosen[name] for name in chosen if name in asked}), layout
 
 
 def _recorded(recipe: AnyRecipe) -> dict[str, Any]:
@@ -304,6 +309,7 @@ def _recorded(recipe: AnyRecipe) -> dict[str, Any]:
     asked = recipe.record()
     same = {*_shaping_fields(recipe), *Calibration.model_fields, "model", "propagation"}
     same |= {"sparse"} if recipe.sparse else set()
+    same &= set(type(recipe).model_fields)
     return recorded if all(recorded.get(name) == asked[name] for name in same) else {}
 
 

@@ -7,24 +7,14 @@ from pydantic import Field, field_validator, model_validator
 from shardprune.allocation.allocations import ALLOCATIONS
 from shardprune.allocation.budget import HIGHEST
 from shardprune.errors import InputError
-from shardprune.settings import Settings, positive
+from shardprune.groups import Calibration, Cluster, Evaluation, Run, Width
+from shardprune.settings import Settings
 from shardprune.solvers.barber import Granularity, Metric, Rebuilding
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
-from shardprune.sources import FORMS, check_source
-from shardprune.structure.scoring import Score, Scoring
+from shardprune.structure.scoring import Scoring
 
 MethodName = Literal["magnitude", "wanda", "sparsegpt"]
 AllocationName = Literal["uniform", "owl", "mosaic", "mosaic-released"]
-WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
-
-
-class Width(Settings):
-    """Key/value groups and neurons"""
-
-    score: Score = Field(
-        "obs", description="What a structure is judged by: activations, outliers, or the error that its removal leaves"
-    )
-    correction: bool = Field(True, description="Correct the columns that stay by least squares")
 
 
 class Structured(Width):
@@ -40,10 +30,6 @@ class Structured(Width):
         if value is not None and not 0 < value < 1:
             raise ValueError("use a number above 0 and below 1")
         return value
-
-    def scoring(self, outlier_m: float) -> Scoring:
-        """How structures are chosen."""
-        return Scoring(self.score, self.correction, outlier_m)
 
 
 class Pruning(Structured):
@@ -213,82 +199,6 @@ class OptionalBarber(Barber):
         return self.swapping if self.rebuild == "barber" else None
 
 
-class Calibration(Settings):
-    """Calibration"""
-
-    calibration: str = Field("c4", description=f"Source of the text: {FORMS}")
-    samples: int = positive(128, "Windows to draw from the source")
-    seqlen: int = Field(2048, ge=2, description="Tokens of a window")
-    seed: int = Field(0, description="Seed of the drawing")
-    wave: int | None = positive(None, "Windows that move through the shards together (default: 4096 tokens' worth)")
-
-    @field_validator("calibration")
-    @classmethod
-    def _known_source(cls, value: str) -> str:
-        check_source("calibration", value)
-        return value
-
-    @property
-    def sequences_per_wave(self) -> int:
-        """How many sequences go through the shards together. It never depends on the machine: sums
-        over a wave are rounded together, so that another wave size is another result."""
-        return self.wave or max(1, WAVE_TOKENS // self.seqlen)
-
-
-class Evaluation(Settings):
-    """Evaluation"""
-
-    eval: tuple[str, ...] = Field((), description="Measure perplexity on this source before and after; repeatable")
-    eval_windows: int | None = positive(None, "Use the first windows of each source only (default: all)")
-    measure_error: bool = Field(
-        True, description="Report output errors; costs magnitude and wanda a Gram matrix per input"
-    )
-
-    @field_validator("eval", mode="before")
-    @classmethod
-    def _one_source_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("eval")
-    @classmethod
-    def _known_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for source in value:
-            check_source("eval", source)
-        return value
-
-
-class Cluster(Settings):
-    """Workers"""
-
-    backend: Literal["ray", "local"] = Field("ray", description="Ray actors, or this process alone")
-    address: str | None = Field(
-        None, description="Ray cluster to use (default: RAY_ADDRESS, else one of this machine's own)"
-    )
-    shards: int | None = positive(None, "Contiguous runs of layers (default: exact 1, parallel one per slot)")
-    replicas: int | None = positive(None, "Workers per shard, sharing the samples (default: the GPUs left over)")
-    propagation: Literal["exact", "parallel"] = Field("exact", description="Shard after shard, or all at once")
-    segments: int | None = positive(
-        None, "Runs of layers that parallel propagation prunes independently (default: one per shard)"
-    )
-    weights: Literal["resident", "streamed"] = Field(
-        "resident", description="Keep a shard's layers, or read each when its turn comes"
-    )
-    activations: Literal["auto", "device", "host"] = Field("auto", description="Where the waves are kept")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What the workers compute on")
-    dtype: Literal["auto", "float32"] = Field(
-        "auto", description="What they compute in; auto is the stored dtype on GPUs, float32 on CPUs"
-    )
-    threads: int | None = positive(None, "CPU threads of a worker (default: cores divided by workers)")
-    max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
-
-
-class Run(Settings):
-    """Run"""
-
-    out: str = Field(min_length=1, description="Directory or URL of the result; empty, or this run's own")
-    resume: bool = Field(True, description="Go on where the same run was cut off")
-
-
 class Recipe(Pruning, Structured, OptionalBarber, Calibration, Evaluation, Cluster, Run):
     """Everything that `shardprune prune` does."""
 
@@ -325,6 +235,11 @@ class NarrowingRecipe(Structured, Calibration, Evaluation, Cluster, Run):
 
     outlier_m: float = 5.0
     model: str
+
+    @property
+    def scoring(self) -> Scoring:
+        """How structures are chosen."""
+        return Scoring(self.score, self.correction, self.outlier_m)
 
     @property
     def target(self) -> float:
@@ -364,6 +279,3 @@ class RebuildRecipe(Pruned, Barber, Calibration, Evaluation, Cluster, Run):
     def rebuilding(self) -> Rebuilding:
         """How masks are rebuilt."""
         return self.swapping
-
-
-AnyRecipe = Recipe | NarrowingRecipe | RebuildRecipe

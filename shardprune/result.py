@@ -1,16 +1,25 @@
 """What a run achieved: `result.json`, the contract between the commands and with everybody's scripts."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
+from torch import Tensor
 from transformers import PretrainedConfig
 
+from shardprune.calibration import tokens_hash
+from shardprune.journal import Journal
+from shardprune.progress import Output
 from shardprune.structure.shape import Widths, reshaped, widths_of
 
 
 class ModelSize(BaseModel):
     parameters_before: int
     parameters_after: int
+
+    @property
+    def removed(self) -> float:
+        """The share of the parameters that is gone."""
+        return 1 - self.parameters_after / self.parameters_before
 
 
 class ProjectionResult(BaseModel):
@@ -88,12 +97,30 @@ class NarrowedLayer(BaseModel):
     retries: int = 0
 
 
+class Iteration(BaseModel):
+    """One iteration of a path: `step` is L (the `layer` went, by its index in the original model), G (groups and
+    neurons of every layer) or g (the same for what the request left); `shape` and the share of the parameters
+    `removed` are those after it; `scores` are the candidates', `folder` has it where it was kept."""
+
+    iteration: int
+    step: Literal["L", "G", "g"]
+    layer: int | None = None
+    shape: Shape
+    removed: float
+    scores: dict[str, float] = {}
+    folder: str | None = None
+
+
 class Structure(BaseModel):
-    """What was removed as a whole."""
+    """What was removed as a whole: `layers` are those that became narrower, `kept` the layers of the original model
+    that are left where some went, `removed` the share of all parameters that is gone."""
 
     before: Shape
     after: Shape
+    removed: float
+    kept: list[int] | None = None
     layers: list[NarrowedLayer] | None = None
+    path: list[Iteration] | None = None
 
 
 class Perplexity(BaseModel):
@@ -133,7 +160,7 @@ class Result(BaseModel):
     recipe: dict[str, Any]
     model: ModelSize
     calibration: CalibrationResult
-    sparsity: Sparsity
+    sparsity: Sparsity | None = None
     structure: Structure | None = None
     perplexity: dict[str, Perplexity]
     seconds: dict[str, float]
@@ -142,6 +169,25 @@ class Result(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def done_already(
+    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], output: Output
+) -> Result | None:
+    """The result of a finished run that lacks nothing of what is asked for.
+
+    Args:
+        state: what the output directory holds.
+    """
+    if "version" not in state:
+        return None
+    result = Result(**state)
+    measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
+    wanted = {source: tokens_hash(windows) for source, windows in evaluations.items()}
+    if not wanted.items() <= measured.items():
+        return None
+    output.say(f"{journal.folder.url} is finished already")
+    return result
 
 
 def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:
@@ -204,10 +250,12 @@ def removal_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
     )
 
 
-def structure_of(config: PretrainedConfig, widths: Widths, records: list[dict[str, Any]]) -> Structure:
+def structure_of(config: PretrainedConfig, widths: Widths, size: ModelSize, records: list[dict[str, Any]]) -> Structure:
     """What a run removed that made the layers of a model narrower."""
     layers = [NarrowedLayer(**{name: record[name] for name in NarrowedLayer.model_fields}) for record in records]
-    return Structure(before=shape_of(config), after=shape_of(reshaped(config, widths)), layers=layers)
+    return Structure(
+        before=shape_of(config), after=shape_of(reshaped(config, widths)), removed=size.removed, layers=layers
+    )
 
 
 def shape_of(config: PretrainedConfig) -> Shape:

@@ -1,27 +1,25 @@
 """The story of a run, from top to bottom."""
 
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
+from shardprune.attempts import persevere
 from shardprune.calibration import tokens_hash
+from shardprune.clock import Clock
+from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.local_backend import LocalBackend
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
-from shardprune.errors import WorkerLost, without_credentials
+from shardprune.errors import without_credentials
 from shardprune.journal import Journal
 from shardprune.output import write_frame, write_index
-from shardprune.plan import Plan, claim_for, follow_up, make_plan
+from shardprune.plan import AnyRecipe, Plan, claim_for, follow_up, make_plan
 from shardprune.progress import Output
-from shardprune.recipe import AnyRecipe, NarrowingRecipe, RebuildRecipe, Recipe
+from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
 from shardprune.result import (
     CalibrationResult,
     ModelSize,
@@ -30,6 +28,7 @@ from shardprune.result import (
     Sparsity,
     Structure,
     WorkerResult,
+    done_already,
     removal_of,
     sparsity_of,
     structure_of,
@@ -41,28 +40,6 @@ from shardprune.storage import absolute
 NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
 
 WHEN = ("before", "after")  # perplexity is measured
-
-
-class Clock:
-    """Wall-clock seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = time.monotonic()
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
-
-    def total(self) -> dict[str, float]:
-        """All phases and their total so far, rounded to milliseconds."""
-        return {name: round(value, 3) for name, value in self.seconds.items()} | {
-            "total": round(time.monotonic() - self._started, 3)
-        }
 
 
 def prune(recipe: Recipe, output: Output | None = None) -> Result:
@@ -87,7 +64,7 @@ def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
 
 def _carry_out(recipe: AnyRecipe, output: Output) -> Result:
     clock = Clock()
-    with closing(_backend(recipe)) as backend:
+    with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             plan = make_plan(recipe, backend)
         return _go(plan, backend, output, clock)
@@ -101,11 +78,11 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
     if not recipe.zeroes:
         return _carry_out(narrowing, output)
     clock = Clock()
-    with closing(_backend(recipe)) as backend:
+    with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             first = make_plan(narrowing.model_copy(update={"out": f"{absolute(recipe.out)}/{NARROWED}"}), backend)
             journal, state = claim_for(recipe, first)
-        result = _done_already(journal, state, first.evaluations, output)
+        result = done_already(journal, state, first.evaluations, output)
         if result is None:
             with clock.phase("structure"):
                 narrowed = _go(first, backend, output, Clock(), when=("before",))
@@ -120,31 +97,8 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
 
 def _go(plan: Plan, backend: Backend, output: Output, clock: Clock, when: tuple[str, ...] = WHEN) -> Result:
     """Carry out a plan, or return the result that its output holds; perplexity is measured `when` said."""
-    done = _done_already(plan.journal, plan.state, plan.evaluations, output)
+    done = done_already(plan.journal, plan.state, plan.evaluations, output)
     return done or _Run(plan, backend, output, clock, when).go()
-
-
-def _backend(recipe: AnyRecipe) -> Backend:
-    if recipe.backend == "local":
-        return LocalBackend()
-    from shardprune.cluster.ray_backend import RayBackend
-
-    return RayBackend(recipe.address)
-
-
-def _done_already(
-    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], output: Output
-) -> Result | None:
-    """The result of a finished run that lacks nothing of what is asked for."""
-    if "sparsity" not in state:
-        return None
-    result = Result(**state)
-    measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
-    wanted = {source: tokens_hash(windows) for source, windows in evaluations.items()}
-    if not wanted.items() <= measured.items():
-        return None
-    output.say(f"{journal.folder.url} is finished already")
-    return result
 
 
 class _Run:
@@ -168,7 +122,7 @@ class _Run:
         self.restarts: int = plan.state.get("restarts", 0)
         self.outliers = [Outliers(**layer) for layer in plan.state.get("outliers", [])]
         self.workers: list[dict[str, Any]] = []
-        self.previous = Result(**plan.state) if "sparsity" in plan.state else None
+        self.previous = Result(**plan.state) if "version" in plan.state else None
         self.structure: Structure | None = None
 
     def adopt(self, narrowed: Result) -> None:
@@ -181,24 +135,13 @@ class _Run:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        layout, lost = self.plan.layout, 0
-        while True:
-            try:
-                self._attempt(layout)
-                break
-            except WorkerLost as error:
-                lost += 1
-                self.restarts += 1
-                self._save()
-                if lost > self.plan.recipe.max_restarts:
-                    raise
-                self.output.say(f"a worker was lost ({error}); going on with what is left")
-                slots = self.backend.settle()
-                left = slots.workers(self.plan.recipe.device)
-                if not left:
-                    raise
-                layout = self.plan.layout.shrunk_to(left)
+        persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.output, self._lost)
         return self._finish()
+
+    def _lost(self) -> None:
+        """Record that workers were lost."""
+        self.restarts += 1
+        self._save()
 
     def _attempt(self, layout: Layout) -> None:
         """Measure, observe, prune, measure again: whatever of it is not yet done."""
@@ -280,6 +223,10 @@ class _Run:
             write_frame(plan.checkpoint, plan.skeleton, self.journal)
             write_index(plan.checkpoint, self.journal, plan.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
+        size = ModelSize(
+            parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
+            parameters_after=plan.parameters_after,
+        )
         seconds = self.clock.total()
         for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
             seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
@@ -291,10 +238,7 @@ class _Run:
             command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,
             recipe=plan.record(),
-            model=ModelSize(
-                parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
-                parameters_after=plan.parameters_after,
-            ),
+            model=size,
             calibration=CalibrationResult(
                 source=without_credentials(plan.recipe.calibration),
                 samples=len(plan.calibration),
@@ -302,7 +246,7 @@ class _Run:
                 tokens_sha256=tokens_hash(plan.calibration),
             ),
             sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
-            structure=structure_of(plan.skeleton.config, plan.widths, records) if plan.widths else self.structure,
+            structure=structure_of(plan.skeleton.config, plan.widths, size, records) if plan.widths else self.structure,
             perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
             seconds=seconds,
             workers=workers,

@@ -1,46 +1,29 @@
 """The table at the end of a run."""
 
-from typing import Any
-
 from rich.table import Table
 
-from shardprune.result import Result
+from shardprune.result import Result, Sparsity
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 
 
 def summary(result: Result) -> Table:
     """Perplexity, sparsity, size, seconds and memory of a run."""
-    recipe = result.recipe
-    table = Table(title=_title(recipe), title_justify="left")
+    table = Table(title=_title(result), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for source, measured in result.perplexity.items():
         after = f"{measured.after:.3f}" if measured.after is not None else "-"
         table.add_row(f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after)
-    sparsity = result.sparsity
-    table.add_row("sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}")
-    if sparsity.removed is not None and sparsity.zeroed:
-        table.add_row("of it removed; zeros", f"{sparsity.removed:.4f}", f"{sparsity.zeroed:.4f}")
+    if result.sparsity:
+        _add_sparsity(table, result.sparsity)
     if result.structure:
         shapes = result.structure.before, result.structure.after
         for name in ("layers", "groups", "neurons"):
             counts = [getattr(shape, name) for shape in shapes]
             if counts[0] != counts[1]:
                 table.add_row(LABELS[name], *(f"{count:,}" for count in counts))
-    if abs(sparsity.allocated - sparsity.target) > 1e-4:
-        table.add_row("sparsity asked for; allocated", f"{sparsity.target:.4f}", f"{sparsity.allocated:.4f}")
-    if sparsity.blocks:
-        table.add_row("pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}")
-        errors = [
-            (block.error_before, block.error_after)
-            for block in sparsity.blocks
-            if block.error_before is not None and block.error_after is not None
-        ]
-        if errors:
-            means = [sum(pair[place] for pair in errors) / len(errors) for place in (0, 1)]
-            table.add_row("error of a block, mean", *(f"{mean:.4f}" for mean in means))
     table.add_row("parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}")
     for phase in ("observe", "prune", "evaluate", "total"):
         if phase in result.seconds:
@@ -53,13 +36,34 @@ def summary(result: Result) -> Table:
     return table
 
 
-def _title(recipe: dict[str, Any]) -> str:
+def _title(result: Result) -> str:
     """What was done, and where the result is."""
+    recipe = result.recipe
     done = []
     if recipe.get("structured"):
         done.append(f"{recipe['structured']:g} removed by {recipe['score']}")
-    if "method" in recipe:
+    if result.command == "mop" and result.structure:
+        done.append(f"path {''.join(entry.step for entry in result.structure.path or ())}")
+    if "method" in recipe and (result.sparsity is None or result.sparsity.projections):
         done.append(f"{recipe['method']} {recipe['pattern']}")
     if "rebuild_granularity" in recipe and "method" not in recipe:
         done.append(f"rebuilt by {recipe['rebuild_granularity']}")
     return ", ".join((*done, recipe["out"]))
+
+
+def _add_sparsity(table: Table, sparsity: Sparsity) -> None:
+    table.add_row("sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}")
+    if sparsity.removed is not None and sparsity.zeroed:
+        table.add_row("of it removed; zeros", f"{sparsity.removed:.4f}", f"{sparsity.zeroed:.4f}")
+    if abs(sparsity.allocated - sparsity.target) > 1e-4:
+        table.add_row("sparsity asked for; allocated", f"{sparsity.target:.4f}", f"{sparsity.allocated:.4f}")
+    if sparsity.blocks:
+        table.add_row("pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}")
+        errors = [
+            (block.error_before, block.error_after)
+            for block in sparsity.blocks
+            if block.error_before is not None and block.error_after is not None
+        ]
+        if errors:
+            means = [sum(pair[place] for pair in errors) / len(errors) for place in (0, 1)]
+            table.add_row("error of a block, mean", *(f"{mean:.4f}" for mean in means))

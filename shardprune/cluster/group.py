@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import torch
 
+from shardprune.shard.narrowing_worker import NarrowingWorker
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.worker import ShardWorker
 
 Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
 
@@ -71,8 +73,8 @@ class Backend(Protocol):
             InputError: there are fewer slots.
         """
 
-    def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
-        """Start the workers; `store_bytes` is the memory for what is under way between them.
+    def start(self, specs: list[WorkerSpec], store_bytes: int, worker: type[NarrowingWorker] = ShardWorker) -> Group:
+        """Start workers of a class; `store_bytes` is the memory for what is under way between them.
 
         Raises:
             InputError: the cluster does not free what they need.

@@ -1,5 +1,6 @@
 """Which layers go to which shard, and which runs of layers are pruned independently."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,12 +19,17 @@ class Layout:
     """
 
     segments: tuple[range, ...]
-    shards: tuple[range, ...]
+    shards: tuple[Sequence[int], ...]
     replicas: int
 
     @property
     def workers(self) -> int:
         return len(self.shards) * self.replicas
+
+    @property
+    def stop(self) -> int:
+        """The index after the last layer."""
+        return self.shards[-1][-1] + 1
 
     def shard_of(self, layer: int) -> int:
         """The shard that owns a layer."""

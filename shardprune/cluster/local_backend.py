@@ -7,6 +7,7 @@ import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
+from shardprune.shard.narrowing_worker import NarrowingWorker
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.worker import ShardWorker
 
@@ -16,9 +17,9 @@ class LocalGroup:
 
     concurrent = False
 
-    def __init__(self, specs: list[WorkerSpec]) -> None:
+    def __init__(self, specs: list[WorkerSpec], worker: type[NarrowingWorker]) -> None:
         self._threads = torch.get_num_threads()  # the caller's, which workers change
-        self._workers = {(spec.shard, spec.replica): ShardWorker(spec) for spec in specs}
+        self._workers = {(spec.shard, spec.replica): worker(spec) for spec in specs}
 
     def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
         return getattr(self._workers[shard, replica], verb)(*args)
@@ -41,8 +42,8 @@ class LocalBackend:
     def check_room(self, workers: int, device: str) -> None:
         pass  # workers of one process take turns
 
-    def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
-        return LocalGroup(specs)
+    def start(self, specs: list[WorkerSpec], store_bytes: int, worker: type[NarrowingWorker] = ShardWorker) -> Group:
+        return LocalGroup(specs, worker)
 
     def settle(self) -> Slots:
         raise WorkerLost("a worker of this process cannot be replaced")

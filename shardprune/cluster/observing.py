@@ -27,7 +27,7 @@ class Observation:
 
     def stop(self, layout: Layout) -> int:
         """The layer before which the waves may end."""
-        return layout.shards[-1].stop if self.outlier_m is not None else max(self.firsts)
+        return layout.stop if self.outlier_m is not None else max(self.firsts)
 
     def parts(self, layout: Layout, waves: Waves, streamed: bool) -> int:
         """The number of parts that `observe` reports to its progress step."""
@@ -39,7 +39,7 @@ def observe(
 ) -> list[Outliers]:
     """Send the dense calibration waves through; the outlier ratios by layer where they are asked for."""
     stop = observation.stop(layout)
-    last = layout.shard_of(min(stop, layout.shards[-1].stop - 1))
+    last = layout.shard_of(min(stop, layout.stop - 1))
     ratios = observation.outlier_m is not None
     refs: list[Ref] = []
     stream = "observation"

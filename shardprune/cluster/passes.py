@@ -43,7 +43,7 @@ class Waves:
 
 def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step) -> float:
     """exp of the mean token loss over all windows, of the dense or the latest model."""
-    last, stop = len(layout.shards) - 1, layout.shards[-1].stop
+    last, stop = len(layout.shards) - 1, layout.stop
     order = waves.in_turn()
     arrived: Iterator[Ref]
     if streamed:
@@ -146,7 +146,7 @@ def layer_by_layer(
 
 def _shards_up_to(layout: Layout, stop: int) -> list[int]:
     """The shards whose layers a pass that ends before layer `stop` reaches, that of `stop` included."""
-    return [index for index, shard in enumerate(layout.shards) if shard.start <= stop]
+    return [index for index, shard in enumerate(layout.shards) if shard[0] <= stop]
 
 
 def to_waves(

@@ -30,6 +30,8 @@ from ray.util.scheduling_strategies import (
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
+from shardprune.shard.narrowing_worker import NarrowingWorker
+from shardprune.shard.search_worker import SearchWorker
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.worker import ShardWorker
 from shardprune.storage import first_line
@@ -49,7 +51,7 @@ STREAMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "RAY_ENABLE_ZERO_COPY_TOR
 WORKER_ENV = ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS",)
 
 
-class ShardActor(ShardWorker):
+class _StartedLater:
     """A worker in a process of its own, which imports this file and so has its settings.
 
     The work of starting is a verb: what fails there reaches the driver as the error that it is, where an
@@ -60,7 +62,18 @@ class ShardActor(ShardWorker):
         self.spec = spec
 
     def start(self) -> None:
-        super().__init__(self.spec)
+        super().__init__(self.spec)  # type: ignore[call-arg]
+
+
+class ShardActor(_StartedLater, ShardWorker):
+    """A worker that prunes."""
+
+
+class SearchActor(_StartedLater, SearchWorker):
+    """A worker of a search."""
+
+
+ACTORS: dict[type[NarrowingWorker], type] = {ShardWorker: ShardActor, SearchWorker: SearchActor}
 
 
 class RayBackend:
@@ -85,14 +98,14 @@ class RayBackend:
             units = "GPUs" if device == "cuda" else "CPUs"
             raise InputError("shards", f"{workers} workers need as many {units}; the cluster has {room}")
 
-    def start(self, specs: list[WorkerSpec], store_bytes: int) -> Group:
+    def start(self, specs: list[WorkerSpec], store_bytes: int, worker: type[NarrowingWorker] = ShardWorker) -> Group:
         self._connect(
             num_cpus=max(len(specs), this_machine().cpus),
             object_store_memory=store_bytes,
             include_dashboard=False,
             log_to_driver=False,
         )
-        return RayGroup(specs)
+        return RayGroup(specs, ACTORS[worker])
 
     def settle(self) -> Slots:
         return settled_slots()
@@ -152,7 +165,7 @@ class RayGroup:
 
     concurrent = True
 
-    def __init__(self, specs: list[WorkerSpec]) -> None:
+    def __init__(self, specs: list[WorkerSpec], actor: type) -> None:
         gpu = specs[0].device == "cuda"
         available = cluster_slots()
         spread = min(available.cpus // len(specs), available.cpus_of_a_node)
@@ -164,7 +177,7 @@ class RayGroup:
             if not self._placement.wait(PLACEMENT_SECONDS):
                 wanted = f"{len(specs)} x {bundle}"
                 raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
-            actor_class = ray.remote(max_restarts=0, max_task_retries=0)(ShardActor)
+            actor_class = ray.remote(max_restarts=0, max_task_retries=0)(actor)
             streamed = specs[0].weights == "streamed"
             environment = {"env_vars": STREAMING_ENV} if streamed else None
             for index, spec in enumerate(specs):

@@ -1,6 +1,7 @@
 """The decoder layers that a worker has in memory: its whole shard, or one and the next."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -28,7 +29,7 @@ class Layers:
         skeleton: Skeleton,
         checkpoint: Checkpoint,
         journal: Journal,
-        indices: range,
+        indices: Sequence[int],
         finished: set[int],
         stream: bool,
         given: Checkpoint | None = None,

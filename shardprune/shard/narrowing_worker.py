@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardprune.shard.held import parameters_of
 from shardprune.shard.layers import Version
 from shardprune.shard.narrowing import Gathered, Narrowing, Part, gathering
 from shardprune.shard.passing import PassingWorker, timed
@@ -62,7 +63,7 @@ class NarrowingWorker(PassingWorker):
     @timed
     def narrowed(self, index: int) -> dict[str, Tensor]:
         """All parameters of a narrowed layer, for the other replicas."""
-        return {name: parameter.cpu() for name, parameter in self._narrowed[index].named_parameters()}
+        return parameters_of(self._narrowed[index])
 
     @timed
     def install_narrowed(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:

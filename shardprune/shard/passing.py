@@ -180,7 +180,7 @@ class PassingWorker:
         return {
             "shard": self.spec.shard,
             "replica": self.spec.replica,
-            "layers": [self.spec.layers.start, self.spec.layers.stop - 1],
+            "layers": [self.spec.layers[0], self.spec.layers[-1]],
             "node": socket.gethostname(),
             "peak_bytes": peak_bytes(self.skeleton.device),
             "busy_seconds": round(sum(self.seconds.values()), 3),

@@ -1,5 +1,6 @@
 """What a worker is told when it starts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ class WorkerSpec:
     fingerprint: str
     shard: int
     replica: int
-    layers: range
+    layers: Sequence[int]
     method: str | None
     pattern: str
     sparse: str | None

@@ -1,0 +1,357 @@
+"""The story of `shardprune mop`: iteration after iteration a layer goes, or every layer gets narrower."""
+
+from contextlib import closing
+from typing import Any
+
+from shardprune.attempts import persevere
+from shardprune.calibration import tokens_hash
+from shardprune.clock import Clock
+from shardprune.cluster.backends import backend_of
+from shardprune.cluster.group import Backend, Group
+from shardprune.cluster.judging import Criterion, better
+from shardprune.cluster.layout import Layout
+from shardprune.cluster.searching import Searching, Shallower
+from shardprune.errors import without_credentials
+from shardprune.journal import Journal
+from shardprune.mop_recipe import MopRecipe
+from shardprune.output import write_frame, write_index
+from shardprune.plan import Plan, make_plan
+from shardprune.progress import Output
+from shardprune.result import (
+    CalibrationResult,
+    Iteration,
+    ModelSize,
+    Perplexity,
+    Result,
+    Structure,
+    WorkerResult,
+    done_already,
+    shape_of,
+)
+from shardprune.shard.held import Saved
+from shardprune.shard.search_worker import SearchWorker
+from shardprune.skeleton import Skeleton
+from shardprune.structure.budget import Budget
+from shardprune.structure.course import Course
+from shardprune.structure.keeping import Keeping, parse_keep
+from shardprune.structure.path import Letter, State
+from shardprune.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
+
+
+def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
+    """Make a model shallower and narrower as a recipe says, and return what `result.json` in the output holds.
+
+    Where the output holds the same run unfinished, it goes on after the last finished iteration.
+
+    Raises:
+        InputError: something in the recipe cannot work; nothing has been written then.
+        SolverError: a projection cannot be corrected.
+        WorkerLost: workers died more than `max_restarts` times.
+    """
+    clock, output = Clock(), output or Output()
+    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+        with clock.phase("plan"):
+            plan = make_plan(recipe, backend)
+            course = plot(recipe, plan.skeleton)
+            course.check()
+        done = done_already(plan.journal, plan.state, plan.evaluations, output)
+        return done or _Search(plan, course, backend, output, clock).go()
+
+
+def plot(recipe: MopRecipe, skeleton: Skeleton) -> Course:
+    """The course that a recipe asks for."""
+    prefix = f"{skeleton.family.layers}.0."
+    tensors = {name.removeprefix(prefix): shape for name, shape in skeleton.layer_tensors(0).items()}
+    config, parameters = skeleton.config, skeleton.parameters()
+    widths = widths_of(config)
+    groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
+    return Course(
+        start=State(skeleton.layers, widths, Budget(costs_of(config, tensors), groups)),
+        parameters=parameters,
+        request=None if recipe.remove is None else round(recipe.remove * parameters),
+        letters=recipe.path,
+        seed=recipe.seed if recipe.criterion == "random" else None,
+        keeping=parse_keep(recipe.keep) if recipe.keep else Keeping(),
+    )
+
+
+class _Search:
+    """One search over as many attempts as it takes; each goes on after the last finished iteration."""
+
+    def __init__(self, plan: Plan, course: Course, backend: Backend, output: Output, clock: Clock) -> None:
+        assert isinstance(plan.recipe, MopRecipe)
+        self.plan, self.recipe, self.course = plan, plan.recipe, course
+        self.backend, self.output, self.clock = backend, output, clock
+        self.journal = plan.journal
+        self.perplexity: dict[str, dict[str, Any]] = dict(plan.state.get("perplexity", {}))
+        self.restarts: int = plan.state.get("restarts", 0)
+        structure = plan.state.get("structure") or {}
+        self.path = [Iteration(**entry) for entry in plan.state.get("path", structure.get("path", []))]
+        self.saved: str | None = plan.state.get("saved")
+        self.previous = Result(**plan.state) if "version" in plan.state else None
+        self.workers: list[dict[str, Any]] = []
+
+    # -- the story --------------------------------------------------------------------------------------------
+
+    def go(self) -> Result:
+        self.journal.folder.remove_partial()
+        self._save()
+        persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
+        return self._finish()
+
+    def _attempt(self, layout: Layout) -> None:
+        """Measure, search, measure again: whatever of it is not yet done."""
+        plan = self.plan
+        with self.clock.phase("load"):
+            group = self.backend.start(plan.worker_specs(layout, set()), plan.store_bytes(), SearchWorker)
+        try:
+            model = self._current(group, layout)
+            state = self._state()
+            while candidates := self.course.candidates(state):
+                state = self._iterate(model, state, candidates)
+            self._measure(model, "after")
+            if self.previous is None:
+                with self.clock.phase("write"):
+                    self._write(model, self.recipe.out)
+            self.workers = [
+                group.get(group.submit(shard, replica, "usage"))
+                for shard in range(len(layout.shards))
+                for replica in range(layout.replicas)
+            ]
+        finally:
+            group.close()
+
+    def _current(self, group: Group, layout: Layout) -> Searching:
+        """The model after the last finished iteration on the workers, which have measured the original before."""
+        plan, state = self.plan, self._state()
+        shards, replicas, tokens, wave = len(layout.shards), layout.replicas, plan.calibration, plan.wave
+        start = self.course.start
+        model = Searching(group, shards, replicas, tokens, wave, range(start.layers), start.widths)
+        compared = self._criterion if self._criterion != "perplexity" and self.course.candidates(state) else None
+        if compared or not self.path or not self._measured("before"):
+            with self.clock.phase("load"):
+                model.read(None)
+            self._measure(model, "before")
+        if compared:
+            with self.clock.phase("search"), self.output.step("original", self._refer_parts(model)) as step:
+                model.refer(step)
+        if self.path:
+            self.output.say(f"{len(self.path)} iterations are finished already")
+            model = Searching(group, shards, replicas, tokens, wave, self._layers(), state.widths)
+            with self.clock.phase("load"):
+                model.read(self._saved(state))
+        return model
+
+    def _iterate(self, model: Searching, state: State, candidates: dict[Letter, State]) -> State:
+        """Build and score candidates, adopt one, and record it."""
+        recipe, chosen = self.recipe, self.course.choice(state, candidates)
+        built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
+        narrow = next((letter for letter in built if letter != "L"), None)
+        label = f"iteration {state.iteration + 1}"
+        with self.clock.phase("search"), self.output.step(label, self._parts(model, built)) as step:
+
+            def shallower() -> Shallower:
+                return model.shallower(recipe.depth_rule, self._criterion, step)
+
+            def narrower() -> float | None:
+                assert narrow is not None
+                return model.narrower(built[narrow].widths, recipe.correction, self._criterion, step)
+
+            shorter, score = None, None
+            if narrow is not None and "L" in built:
+                shorter, score = model.both(shallower, narrower)
+            elif "L" in built:
+                shorter = shallower()
+            else:
+                score = narrower()
+            scores = {"L": shorter.score if shorter else None, "G": score}
+            known = {letter: value for letter, value in scores.items() if value is not None}
+            if chosen is None:
+                assert self._criterion is not None
+                chosen = "L" if better(self._criterion, known["L"], known["G"]) else "G"
+            self._adopt(model, chosen, candidates[chosen], shorter if chosen == "L" else None, narrow is not None)
+        after = candidates[chosen]
+        entry = Iteration(
+            iteration=after.iteration,
+            step=chosen,
+            layer=shorter.layer if shorter and chosen == "L" else None,
+            shape=shape_of(reshaped(self.plan.skeleton.config, after.widths, model.layers)),
+            removed=self.course.share(after),
+            scores=known,
+        )
+        if self.course.kept(state, after):
+            entry.folder = f"iteration-{after.iteration:02d}"
+            with self.clock.phase("write"):
+                self._write(model, self._folder(entry.folder))
+        self._record(model, entry)
+        self.output.say(_line(entry))
+        return after
+
+    def _adopt(self, model: Searching, chosen: Letter, after: State, shorter: Shallower | None, narrowed: bool) -> None:
+        if shorter is None:
+            model.adopt_narrower(after.widths)
+            return
+        if narrowed:
+            model.discard_narrower()
+        model.adopt_shallower(shorter.layer)
+
+    def _record(self, model: Searching, entry: Iteration) -> None:
+        """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
+        previous = self.saved
+        if entry.step != "L":
+            self.saved = f"layers-{entry.iteration:02d}"
+            with self.clock.phase("write"):
+                model.write(self._folder(self.saved), range(self.course.start.layers))
+        self.path.append(entry)
+        self._save()
+        if previous and previous != self.saved:
+            self.journal.folder.remove_folder(previous)
+
+    def _finish(self) -> Result:
+        """Write the result last."""
+        plan, recipe, state = self.plan, self.recipe, self._state()
+        config = plan.skeleton.config
+        after = reshaped(config, state.widths, self._layers())
+        size = ModelSize(
+            parameters_before=plan.skeleton.parameters(), parameters_after=Skeleton(after, "cpu").parameters()
+        )
+        assert size.parameters_before - size.parameters_after == state.removed, "not what the path removes"
+        seconds = self.clock.total()
+        for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
+            seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
+        workers = [WorkerResult(**worker) for worker in self.workers]
+        if self.previous:  # only measured on more: what the search took, and who did it, stays
+            evaluate = seconds.get("evaluate", 0.0) + self.previous.seconds.get("evaluate", 0.0)
+            seconds, workers = {**self.previous.seconds, "evaluate": evaluate}, self.previous.workers
+        result = Result(
+            command=recipe.command,
+            fingerprint=self.journal.fingerprint,
+            recipe=plan.record(),
+            model=size,
+            calibration=CalibrationResult(
+                source=without_credentials(recipe.calibration),
+                samples=len(plan.calibration),
+                seqlen=recipe.seqlen,
+                tokens_sha256=tokens_hash(plan.calibration),
+            ),
+            structure=Structure(
+                before=shape_of(config),
+                after=shape_of(after),
+                removed=size.removed,
+                kept=self._layers(),
+                path=self.path,
+            ),
+            perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
+            seconds=seconds,
+            workers=workers,
+            restarts=self.restarts,
+        )
+        self.journal.finish(result.as_json())
+        if self.saved:
+            self.journal.folder.remove_folder(self.saved)
+        return result
+
+    # -- what is known ----------------------------------------------------------------------------------------
+
+    @property
+    def _criterion(self) -> Criterion | None:
+        """What candidates are scored by; None where the path is known and scores are not asked for."""
+        known = self.recipe.path is not None or self.recipe.criterion == "random"
+        return None if known and not self.recipe.scores else self.recipe.scored_by
+
+    def _state(self) -> State:
+        """Where the finished iterations have led."""
+        state = self.course.start
+        for entry in self.path:
+            state = state.after(entry.step, self.course.request)
+        return state
+
+    def _layers(self) -> list[int]:
+        """The layers that the finished iterations have left."""
+        gone = {entry.layer for entry in self.path}
+        return [index for index in range(self.course.start.layers) if index not in gone]
+
+    def _folder(self, name: str) -> str:
+        return f"{self.recipe.out}/{name}"
+
+    def _saved(self, state: State) -> Saved | None:
+        """Where the current layers lie, if not in the checkpoint: in the output of a finished run, or saved."""
+        if self.previous:
+            return Saved(self.recipe.out, state.widths, tuple(self._layers()))
+        if self.saved:
+            return Saved(self._folder(self.saved), state.widths, tuple(range(self.course.start.layers)))
+        return None
+
+    def _parts(self, model: Searching, built: dict[Letter, State]) -> int:
+        """The number of parts that an iteration reports to its progress step."""
+        parts, scored, layers = 0, self._criterion is not None, len(model.layers)
+        for letter in built:
+            if letter == "L":
+                passes = {"third-last": 0, "cosine": 1, "perplexity": layers}[self.recipe.depth_rule]
+                again = scored and not (self.recipe.depth_rule == "perplexity" == self._criterion)
+                parts += model.waves_of(model.shortening) * (passes + again)
+            else:
+                parts += model.waves_of(model.narrowing) * (2 * layers - 1 + scored)
+        return parts
+
+    def _refer_parts(self, model: Searching) -> int:
+        teams = {team.members: team for team in (model.narrowing, model.shortening)}
+        return sum(model.waves_of(team) for team in teams.values())
+
+    # -- what is kept -----------------------------------------------------------------------------------------
+
+    def _measured(self, when: str) -> bool:
+        return all(self._record_of(source).get(when) is not None for source in self.plan.evaluations)
+
+    def _record_of(self, source: str) -> dict[str, Any]:
+        """What is known of a source's perplexity; nothing where it was measured on another text."""
+        windows = self.plan.evaluations[source]
+        tokens = {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
+        record = self.perplexity.get(source, {})
+        if not tokens.items() <= record.items():
+            record = self.perplexity[source] = tokens
+        return record
+
+    def _measure(self, model: Searching, when: str) -> None:
+        """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
+        for source, windows in self.plan.evaluations.items():
+            record = self._record_of(source)
+            if record.get(when) is not None:
+                continue
+            jury = model.jury(model.all, windows)
+            label, parts = f"perplexity {when}", len(jury.waves.all)
+            with self.clock.phase("evaluate"), self.output.step(label, parts) as step:
+                (record[when],) = jury.scores("perplexity", [None], "dense", step)
+            self._save()
+
+    def _write(self, model: Searching, folder: str) -> None:
+        """Write the current model as an ordinary checkpoint."""
+        checkpoint, layers = self.plan.checkpoint, model.layers
+        journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.stored_name)
+        model.write(folder, layers)
+        write_frame(checkpoint, self.plan.skeleton, journal)
+        write_index(checkpoint, journal, changes(self.plan.skeleton.config, model.widths, layers))
+
+    def _lost(self) -> None:
+        """Record that workers were lost."""
+        self.restarts += 1
+        self._save()
+
+    def _save(self) -> None:
+        self.journal.save(
+            {
+                "recipe": self.plan.record(),
+                "perplexity": self.perplexity,
+                "restarts": self.restarts,
+                "path": [entry.model_dump(mode="json", exclude_none=True) for entry in self.path],
+                "saved": self.saved,
+            }
+        )
+
+
+def _line(entry: Iteration) -> str:
+    """An iteration in one line."""
+    shape, scores = entry.shape, ", ".join(f"{letter} {score:.4f}" for letter, score in entry.scores.items())
+    what = f"layer {entry.layer} goes" if entry.step == "L" else f"{shape.groups} groups, {shape.neurons} neurons"
+    parts = [f"iteration {entry.iteration}: {entry.step}", what, f"{entry.removed:.4f} removed", scores]
+    return "; ".join(part for part in parts if part)

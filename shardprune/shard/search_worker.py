@@ -1,0 +1,121 @@
+"""The worker of a search: it keeps the current layers of its shard and builds candidates beside them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardprune.journal import Journal
+from shardprune.shard.held import Held, Saved, parameters_of
+from shardprune.shard.layer_file import write_layer
+from shardprune.shard.layers import Version
+from shardprune.shard.narrowing_worker import NarrowingWorker
+from shardprune.shard.passing import timed
+from shardprune.shard.spec import WorkerSpec
+from shardprune.structure.shape import Widths
+
+REFERENCE = "reference"  # stream of what comes out of the original model's last layer
+
+
+class SearchWorker(NarrowingWorker):
+    """One replica of one shard, whose layers may become narrower, go, or move to another shard."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec)
+        self.layers: Held = Held(self.skeleton, self.checkpoint)  # type: ignore[assignment]
+        self._angles: dict[int, dict[int, Tensor]] = {}
+
+    # -- the current layers -----------------------------------------------------------------------------------
+
+    @timed
+    def read(self, indices: tuple[int, ...], saved: Saved | None) -> None:
+        """Hold these layers and no others, read from the checkpoint or from what an iteration saved."""
+        if saved is None:
+            self.layers.read(indices)
+        else:
+            journal = Journal(saved.folder, self.spec.fingerprint, len(saved.layers), self.checkpoint.stored_name)
+            self.layers.read_saved(indices, journal, saved.layers, self._skeleton_of(saved.widths))
+        self._narrowed.clear()
+
+    @timed
+    def adopt(self) -> None:
+        """The narrowed layers are the current ones from now on."""
+        self.layers.put(self._narrowed)
+        self._narrowed = {}
+
+    @timed
+    def discard_narrowed(self) -> None:
+        """Forget the narrowed layers."""
+        self._narrowed = {}
+
+    @timed
+    def remove(self, index: int) -> None:
+        """A layer has gone."""
+        self.layers.pop(index)
+
+    @timed
+    def hand_over(self, index: int) -> dict[str, Tensor]:
+        """Give a layer up to another shard."""
+        return parameters_of(self.layers.pop(index))
+
+    @timed
+    def take_over(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:
+        """Hold a layer that another shard has given up."""
+        self.install_narrowed(index, widths, parameters)
+        self.layers.put({index: self._narrowed.pop(index)})
+
+    @timed
+    def write(self, folder: str, layers: int, index: int, position: int) -> None:
+        """Write a current layer as the one at `position` of a model of `layers` layers."""
+        journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
+        layer = self.layers.get(index, "dense")
+        outputs = {self.skeleton.projection_tensor(index, name) for name in self.skeleton.family.columns}
+        write_layer(journal, self.checkpoint, self.skeleton, index, layer, outputs, {}, position)
+
+    # -- what candidates are judged by --------------------------------------------------------------------------
+
+    @timed
+    def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, angles: bool) -> Tensor:
+        """One wave through some of the shard's layers.
+
+        Where `angles` are asked for, the sum over tokens of the cosine between each layer's input and output is kept.
+        """
+        hidden = hidden.to(self.skeleton.device)
+        for index in layers:
+            before, hidden = hidden, self._run(index, version, hidden)
+            if angles:
+                cosines = nn.functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
+                self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
+        return hidden.cpu().contiguous()
+
+    @timed
+    def angles(self, index: int) -> dict[int, float]:
+        """Hand out a layer's sums of cosines by wave."""
+        return {wave: float(total) for wave, total in self._angles.pop(index, {}).items()}
+
+    @timed
+    def judge(self, wave: int, hidden: Tensor, criterion: str) -> list[float]:
+        """How near the logits of each sequence are to those of the original model, summed over tokens: the cosine
+        of the angle between them, or the divergence KL(original || this) of the tokens that they predict.
+
+        Args:
+            hidden: the last layer's output [wave, seqlen, hidden].
+            criterion: `cosine` or `kl`.
+        """
+        self.skeleton.load_frame(self.checkpoint, head=True)
+        reference = self.activations.get(REFERENCE, wave)
+        sums = []
+        for sequence, original in zip(hidden.to(self.skeleton.device), reference, strict=True):
+            now, then = (self.skeleton.logits(states.unsqueeze(0))[0].float() for states in (sequence, original))
+            if criterion == "cosine":
+                values = nn.functional.cosine_similarity(now, then, dim=-1)
+            else:
+                logs, targets = now.log_softmax(-1), then.log_softmax(-1)
+                values = nn.functional.kl_div(logs, targets, reduction="none", log_target=True).sum(-1)
+            sums.append(float(values.sum(dtype=torch.float64)))
+        return sums
+
+    def usage(self) -> dict[str, Any]:
+        """As of every worker; the layers are the first and last of those that it holds now."""
+        held = self.layers.indices
+        return super().usage() | ({"layers": [held[0], held[-1]]} if held else {})

@@ -1,0 +1,43 @@
+"""Which iterations of a path are kept as checkpoints."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Iterations by number, or those that come nearest to shares of the parameters removed; one of the two is empty."""
+
+    iterations: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
+
+    def wants(self, iteration: int, before: float, now: float, following: float | None) -> bool:
+        """Whether an iteration is kept.
+
+        Args:
+            before, now, following: the shares removed after the iteration before, this one and the next, which is
+                None after the last.
+        """
+
+        def nearest(share: float) -> bool:
+            better_than_before = abs(now - share) < abs(before - share)
+            return better_than_before and (following is None or abs(now - share) <= abs(following - share))
+
+        return iteration in self.iterations or any(nearest(share) for share in self.shares)
+
+
+def parse_keep(text: str) -> Keeping:
+    """The iterations that a text such as `8,12` or `0.2,0.3` names.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    try:
+        if all(part.isdecimal() for part in parts) and all(int(part) for part in parts):
+            return Keeping(iterations=tuple(int(part) for part in parts))
+        shares = tuple(float(part) for part in parts)
+    except ValueError:
+        shares = (0.0,)
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError("use numbers of iterations such as 8,12, or shares above 0 and below 1 such as 0.2,0.3")
+    return Keeping(shares=shares)
