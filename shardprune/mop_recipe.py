@@ -59,6 +59,9 @@ class ActiveWidth(Width):
     """Key/value groups and neurons"""
 
     score: Score = Field("amp", description=Width.model_fields["score"].description)
+    outlier_m: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
+    )
 
 
 class Kept(Settings):
@@ -98,9 +101,6 @@ class MopRecipe(Search, ActiveWidth, Kept, Calibration, Perplexities, Workers, R
     weights: ClassVar[Literal["resident"]] = "resident"
     shaping: ClassVar[tuple[type[Settings], ...]] = (Search, ActiveWidth)
 
-    outlier_m: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
-    )
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 
     @model_validator(mode="after")

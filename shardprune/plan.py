@@ -178,10 +178,12 @@ class Plan:
         waves = 4 * wave * (len(self.layout.shards) + 3 * self.layout.replicas)
         cols = {names[0]: self.shapes[0][names[0]][1] for names in self.skeleton.family.inputs}
         sums = (self.layout.replicas - 1) * sum(4 * width**2 for width in cols.values())
-        if self.layout.replicas == 1:
-            return max(MIN_STORE_BYTES, waves)
         sizes = {name: rows * cols for name, (rows, cols) in self.shapes[0].items()}
         weights = sum(sizes.values()) * self.skeleton.dtype.itemsize
+        if isinstance(self.recipe, MopRecipe):  # layers that move to another shard, or are narrowed on another replica
+            return max(MIN_STORE_BYTES, waves + sums + 2 * self.layout.replicas * weights)
+        if self.layout.replicas == 1:
+            return max(MIN_STORE_BYTES, waves)
         gradients = 0
         if self.recipe.rebuilding:
             blocks = [sum(sizes[name] for name in names) for names in self.skeleton.family.blocks.values()]
@@ -190,8 +192,10 @@ class Plan:
 
     def _activation_bytes(self, layout: Layout) -> int:
         """What a worker keeps of the calibration waves: its share of the samples, once for each of its segments."""
-        samples = -(-len(self.calibration) // layout.replicas)
-        held = max(len(lane) for lane in layout.lanes())
+        replicas, held = layout.replicas, max(len(lane) for lane in layout.lanes())
+        if isinstance(self.recipe, MopRecipe):  # half of the replicas have them all, and what they are compared with
+            replicas, held = max(1, replicas // 2), 1 + (self.recipe.scored_by != "perplexity")
+        samples = -(-len(self.calibration) // replicas)
         return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 

@@ -69,8 +69,10 @@ class SearchWorker(NarrowingWorker):
         """Write a current layer as the one at `position` of a model of `layers` layers."""
         journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
         layer = self.layers.get(index, "dense")
-        outputs = {self.skeleton.projection_tensor(index, name) for name in self.skeleton.family.columns}
-        write_layer(journal, self.checkpoint, self.skeleton, index, layer, outputs, {}, position)
+        # From memory, but for what memory does not hold exactly: norms may be stored wider than they compute.
+        entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
+        exact = {name for name, entry in entries.items() if self.skeleton.dtype in (entry.dtype, torch.float32)}
+        write_layer(journal, self.checkpoint, self.skeleton, index, layer, exact, {}, position)
 
     # -- what candidates are judged by --------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Real Ray actors: the same tensors as in one process, and real kills."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shardprune import RebuildRecipe, Recipe, prune, rebuild
+from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
 from shardprune.progress import Output
@@ -41,7 +42,7 @@ def ray():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray")
-    for family in FAMILIES:
+    for family in (*FAMILIES, "llama"):
         make_model(folder / family, family)
     make_tokens(folder / "tokens.npy")
     make_tokens(folder / "other.npy", samples=7, seed=1)
@@ -101,6 +102,8 @@ SCENARIOS = {
         **BARBER,
     },
     "mixed pattern on shards": {"shards": 3, "pattern": "mixed:8", "outlier_m": 3.0, "outlier_lambda": 0.3},
+    "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
+    "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
     "replicas of a pattern without a Hessian": {
         "replicas": 3,
         "method": "magnitude",
@@ -131,6 +134,28 @@ def test_a_sparse_checkpoint_is_rebuilt_on_shards(ray, folder, tmp_path):
     sharded = rebuild(RebuildRecipe.checked({**fields, "out": str(tmp_path / "ray"), "shards": 2}), QUIET)
     assert differing(tmp_path / "local", tmp_path / "ray") == []
     assert (sharded.perplexity, sharded.sparsity) == (local.perplexity, local.sparsity)
+
+
+SEARCHES = {
+    "candidates on replicas of one shard": {"replicas": 2, "criterion": "kl"},
+    "candidates one behind the other on shards": {"shards": 3, "criterion": "perplexity", "depth_rule": "cosine"},
+    "shards and replicas": {"shards": 2, "replicas": 2, "criterion": "cosine", "score": "obs"},
+    "every layer tried": {"shards": 2, "criterion": "random", "depth_rule": "perplexity", "correction": False},
+}
+
+
+def search_recipe(folder, out, **fields) -> MopRecipe:
+    values = recipe(folder, out).model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
+    return MopRecipe.checked({**values, "model": str(folder / "llama"), "remove": 0.5, "keep": "1", **fields})
+
+
+@pytest.mark.parametrize("fields", SEARCHES.values(), ids=SEARCHES)
+def test_searches_equal_one_process(ray, folder, fields, tmp_path):
+    local = mop(search_recipe(folder, tmp_path / "local", **{**fields, "shards": 1, "backend": "local"}), QUIET)
+    sharded = mop(search_recipe(folder, tmp_path / "ray", **fields), QUIET)
+    assert (sharded.structure, sharded.perplexity) == (local.structure, local.perplexity)
+    assert differing(tmp_path / "local", tmp_path / "ray") == []
+    assert differing(tmp_path / "local" / "iteration-01", tmp_path / "ray" / "iteration-01") == []
 
 
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
@@ -196,7 +221,8 @@ def wait_for_layers(out: Path, count: int) -> dict[str, int]:
 
 def worker_processes(parent: int) -> list[psutil.Process]:
     children = psutil.Process(parent).children(recursive=True)
-    return [child for child in children if "ray::ShardActor" in " ".join(child.cmdline())]
+    actors = ("ray::ShardActor", "ray::SearchActor")
+    return [child for child in children if any(actor in " ".join(child.cmdline()) for actor in actors)]
 
 
 KILLS = {
@@ -227,6 +253,28 @@ def test_a_killed_worker_costs_only_the_layers_in_work(ray, undisturbed, fields,
     assert result.restarts == 1
     assert differing(undisturbed(**fields), tmp_path / "o") == []
     assert finished.items() <= layer_files(tmp_path / "o").items()  # none was written again
+
+
+def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
+    values = slow_recipe("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
+    fields = {**values, "samples": 32, "remove": 0.35, "criterion": "kl"}
+    undisturbed = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "local"), "backend": "local"}), QUIET)
+    states = []
+
+    def kill() -> None:
+        while len(states[-1]["path"] if states else []) < 2:
+            time.sleep(0.02)
+            if (tmp_path / "o" / "run.json").exists():
+                states.append(json.loads((tmp_path / "o" / "run.json").read_text()))
+        worker_processes(os.getpid())[-1].send_signal(signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "o"), "shards": 2}), QUIET)
+    killer.join()
+    assert result.restarts == 1
+    assert result.structure == undisturbed.structure
+    assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
 def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
