@@ -1,7 +1,5 @@
 """Everything that is decided before any work: inputs opened and checked, layout, fingerprint, output claimed."""
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -14,16 +12,17 @@ from shardprune.allocation.allocation import Projection, Share
 from shardprune.allocation.allocations import ALLOCATIONS
 from shardprune.allocation.budget import TOLERANCE
 from shardprune.allocation.mixed import in_groups, nonzeros_in_all
-from shardprune.calibration import calibration_windows, perplexity_windows, tokens_hash
+from shardprune.calibration import calibration_windows, perplexity_windows
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.errors import InputError, without_credentials
+from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.groups import Calibration
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.mop_recipe import MopRecipe
-from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
+from shardprune.recipe import NarrowingRecipe, Recipe
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton, check_sparse, check_tensors
 from shardprune.solvers.outliers import Outliers
@@ -33,10 +32,7 @@ from shardprune.structure.budget import narrowed_by
 from shardprune.structure.scoring import Scoring
 from shardprune.structure.shape import Widths, changes, reshaped
 
-AnyRecipe = Recipe | NarrowingRecipe | RebuildRecipe | MopRecipe
-
 MIN_STORE_BYTES = 128 * 2**20
-FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
 
 
 @dataclass(frozen=True)
@@ -245,29 +241,6 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None) -> 
     return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state, widths, base)
 
 
-def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
-    """The output directory of the second of two runs before the first one starts, and its state; it is claimed
-    where it was free.
-
-    Raises:
-        InputError: the directory holds something else, or may not be resumed.
-    """
-    second, identity = follow_up(recipe, first), first.journal.fingerprint
-    fingerprint = fingerprint_of(second, first.layout, first.skeleton.dtype, identity, None, first.calibration)
-    journal = Journal(second.out, fingerprint, first.skeleton.layers)
-    state = journal.check(recipe.resume)
-    if state is None:
-        journal.save({})
-    return journal, state or {}
-
-
-def follow_up(recipe: Recipe, first: Plan) -> Recipe:
-    """The recipe of the second of two runs: on the first one's output, with what was decided for that."""
-    decided = ("shards", "replicas", "segments", "threads", "wave", "device")
-    update = {name: getattr(first.recipe, name) for name in decided}
-    return recipe.model_copy(update={**update, "model": first.recipe.out, "out": absolute(recipe.out)})
-
-
 def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, Layout]:
     """Choose shards, replicas and threads where the recipe leaves them open.
 
@@ -311,50 +284,15 @@ def _recorded(recipe: AnyRecipe) -> dict[str, Any]:
         return {}
     recorded = recorded_recipe(recipe.out)
     asked = recipe.record()
-    same = {*_shaping_fields(recipe), *Calibration.model_fields, "model", "propagation"}
+    same = {*shaping_fields(recipe), *Calibration.model_fields, "model", "propagation"}
     same |= {"sparse"} if recipe.sparse else set()
     same &= set(type(recipe).model_fields)
     return recorded if all(recorded.get(name) == asked[name] for name in same) else {}
 
 
-def _shaping_fields(recipe: AnyRecipe) -> set[str]:
-    """The fields of a recipe that shape what the layer files hold, beside model and text."""
-    return {name for group in recipe.shaping for name in group.model_fields} | {"measure_error"}
-
-
 def _place_of(model: str) -> str:
     """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
     return absolute(model) if os.path.isdir(model) else model
-
-
-def fingerprint_of(
-    recipe: AnyRecipe,
-    layout: Layout,
-    dtype: torch.dtype,
-    identity: str,
-    sparse: Checkpoint | None,
-    calibration: Tensor,
-) -> str:
-    """A hash of everything that shapes the tensors, and nothing else: the same run on other workers is the same run.
-
-    Args:
-        identity: of the model, or of the run that makes it.
-    """
-    content = {
-        "format": FORMAT,
-        "model": identity,
-        "tokens": tokens_hash(calibration),
-        "seqlen": recipe.seqlen,
-        "wave": recipe.sequences_per_wave,
-        "dtype": str(dtype),
-        "segments": [segment.start for segment in layout.segments],
-        **recipe.model_dump(include=_shaping_fields(recipe)),
-    }
-    if recipe.target is not None:
-        content["sparsity"] = recipe.target  # which a pattern may have fixed
-    if sparse:
-        content["sparse"] = sparse.identity()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _device(recipe: AnyRecipe, slots: Slots) -> str:

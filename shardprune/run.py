@@ -15,9 +15,10 @@ from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
+from shardprune.fingerprint import AnyRecipe
 from shardprune.journal import Journal
 from shardprune.output import write_frame, write_index
-from shardprune.plan import AnyRecipe, Plan, claim_for, follow_up, make_plan
+from shardprune.plan import Plan, make_plan
 from shardprune.progress import Output
 from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
 from shardprune.result import (
@@ -33,6 +34,7 @@ from shardprune.result import (
     sparsity_of,
     structure_of,
 )
+from shardprune.second_run import claim_for, follow_up
 from shardprune.shard.layers import Version
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage import absolute

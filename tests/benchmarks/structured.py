@@ -3,9 +3,9 @@
     python -m tests.benchmarks.structured [--model DIR --calibration SOURCE --eval SOURCE] [--shares 0.1 0.2 0.3 0.4]
 
 Removes each share of the model's parameters in several ways and prints a row for each: perplexity, by how many neurons
-per layer the removed parameters miss the request, and the median seconds to generate `--tokens` tokens (batch 1, greedy)
-of the dense and the pruned model, which take turns in this process. `--jobs` prunings go at the same time, each in a
-process of its own with `--threads` threads; generation comes after them, with `--generate-threads`.
+per layer the removed parameters miss the request, and the median seconds to generate `--tokens` tokens (batch 1,
+greedy) of the dense and the pruned model, which take turns in this process. `--jobs` prunings go at the same time,
+each in a process of its own with `--threads` threads; generation comes after them, with `--generate-threads`.
 """
 
 import argparse

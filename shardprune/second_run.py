@@ -1,0 +1,32 @@
+"""The second of two runs: weights become zero of what a first one has left, which removed structures."""
+
+from typing import Any
+
+from shardprune.fingerprint import fingerprint_of
+from shardprune.journal import Journal
+from shardprune.plan import Plan
+from shardprune.recipe import Recipe
+from shardprune.storage import absolute
+
+
+def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
+    """The output directory of the second of two runs before the first one starts, and its state; it is claimed
+    where it was free.
+
+    Raises:
+        InputError: the directory holds something else, or may not be resumed.
+    """
+    second, identity = follow_up(recipe, first), first.journal.fingerprint
+    fingerprint = fingerprint_of(second, first.layout, first.skeleton.dtype, identity, None, first.calibration)
+    journal = Journal(second.out, fingerprint, first.skeleton.layers)
+    state = journal.check(recipe.resume)
+    if state is None:
+        journal.save({})
+    return journal, state or {}
+
+
+def follow_up(recipe: Recipe, first: Plan) -> Recipe:
+    """The recipe of the second of two runs: on the first one's output, with what was decided for that."""
+    decided = ("shards", "replicas", "segments", "threads", "wave", "device")
+    update = {name: getattr(first.recipe, name) for name in decided}
+    return recipe.model_copy(update={**update, "model": first.recipe.out, "out": absolute(recipe.out)})
