@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from shardprune.calibration import tokens_hash
+from shardprune.clock import Clock
 from shardprune.journal import Journal
 from shardprune.progress import Output
 from shardprune.structure.shape import Widths, reshaped, widths_of
@@ -188,6 +189,24 @@ def done_already(
         return None
     output.say(f"{journal.folder.url} is finished already")
     return result
+
+
+def costs(
+    clock: Clock, workers: list[dict[str, Any]], previous: Result | None
+) -> tuple[dict[str, float], list[WorkerResult]]:
+    """What a run took by phase, the slowest worker's reading and writing included, and who did it.
+
+    Args:
+        workers: what each of them says of itself.
+        previous: the result of an earlier run, to which this one only added measurements.
+    """
+    seconds = clock.total()
+    if previous:
+        evaluate = seconds.get("evaluate", 0.0) + previous.seconds.get("evaluate", 0.0)
+        return {**previous.seconds, "evaluate": evaluate}, previous.workers
+    for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
+        seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in workers), 3)
+    return seconds, [WorkerResult(**worker) for worker in workers]
 
 
 def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:

@@ -11,12 +11,13 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
-from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity
+from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity, usage
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
 from shardprune.fingerprint import AnyRecipe
 from shardprune.journal import Journal
+from shardprune.measurements import Measurements
 from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
 from shardprune.progress import Output
@@ -24,11 +25,10 @@ from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
 from shardprune.result import (
     CalibrationResult,
     ModelSize,
-    Perplexity,
     Result,
     Sparsity,
     Structure,
-    WorkerResult,
+    costs,
     done_already,
     removal_of,
     sparsity_of,
@@ -120,7 +120,7 @@ class _Run:
         self.output = output
         self.clock = clock
         self.journal: Journal = plan.journal
-        self.perplexity: dict[str, dict[str, Any]] = dict(plan.state.get("perplexity", {}))
+        self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
         self.outliers = [Outliers(**layer) for layer in plan.state.get("outliers", [])]
         self.workers: list[dict[str, Any]] = []
@@ -129,8 +129,7 @@ class _Run:
 
     def adopt(self, narrowed: Result) -> None:
         """Take over what the run that removed structures measured and did."""
-        measured = {source: record.model_dump(exclude_none=True) for source, record in narrowed.perplexity.items()}
-        self.perplexity = measured | self.perplexity
+        self.measured.adopt(narrowed.as_json()["perplexity"])
         self.structure = narrowed.structure
         self.restarts = max(self.restarts, narrowed.restarts)
 
@@ -158,11 +157,7 @@ class _Run:
             self._prune(group, layout, finished)
             if "after" in self.when:
                 self._measure(group, layout, "after", "latest")
-            self.workers = [
-                group.get(group.submit(shard, replica, "usage"))
-                for shard in range(len(layout.shards))
-                for replica in range(layout.replicas)
-            ]
+            self.workers = usage(group, layout)
         finally:
             group.close()
 
@@ -198,13 +193,7 @@ class _Run:
 
     def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
-        for source, windows in self.plan.evaluations.items():
-            tokens = {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
-            record = self.perplexity.get(source, {})
-            if not tokens.items() <= record.items():  # never measured, or on another text
-                record = self.perplexity[source] = tokens
-            if record.get(when) is not None:
-                continue
+        for windows, record in self.measured.missing(when):
             waves = Waves(windows, layout.replicas, self.plan.wave)
             parts = parts_of_perplexity(waves, self.plan.skeleton.layers, self.plan.streamed)
             with self.clock.phase("evaluate"), self.output.step(f"perplexity {when}", parts) as step:
@@ -212,7 +201,7 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        state = {"recipe": self.plan.record(), "perplexity": self.perplexity, "restarts": self.restarts}
+        state = {"recipe": self.plan.record(), "perplexity": self.measured.records, "restarts": self.restarts}
         if self.outliers:
             state["outliers"] = [asdict(layer) for layer in self.outliers]
         self.journal.save(state)
@@ -229,13 +218,7 @@ class _Run:
             parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
             parameters_after=plan.parameters_after,
         )
-        seconds = self.clock.total()
-        for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
-            seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
-        workers = [WorkerResult(**worker) for worker in self.workers]
-        if self.previous:  # only measured on more: what pruning took, and who did it, stays
-            evaluate = seconds["evaluate"] + self.previous.seconds.get("evaluate", 0.0)
-            seconds, workers = {**self.previous.seconds, "evaluate": evaluate}, self.previous.workers
+        seconds, workers = costs(self.clock, self.workers, self.previous)
         result = Result(
             command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,
@@ -249,7 +232,7 @@ class _Run:
             ),
             sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
             structure=structure_of(plan.skeleton.config, plan.widths, size, records) if plan.widths else self.structure,
-            perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
+            perplexity=self.measured.results(),
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,

@@ -10,9 +10,11 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.judging import Criterion, better
 from shardprune.cluster.layout import Layout
+from shardprune.cluster.passes import usage
 from shardprune.cluster.searching import Searching, Shallower
 from shardprune.errors import without_credentials
 from shardprune.journal import Journal
+from shardprune.measurements import Measurements
 from shardprune.mop_recipe import MopRecipe
 from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
@@ -21,10 +23,9 @@ from shardprune.result import (
     CalibrationResult,
     Iteration,
     ModelSize,
-    Perplexity,
     Result,
     Structure,
-    WorkerResult,
+    costs,
     done_already,
     shape_of,
 )
@@ -83,7 +84,7 @@ class _Search:
         self.plan, self.recipe, self.course = plan, plan.recipe, course
         self.backend, self.output, self.clock = backend, output, clock
         self.journal = plan.journal
-        self.perplexity: dict[str, dict[str, Any]] = dict(plan.state.get("perplexity", {}))
+        self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
         structure = plan.state.get("structure") or {}
         self.path = [Iteration(**entry) for entry in plan.state.get("path", structure.get("path", []))]
@@ -113,11 +114,7 @@ class _Search:
             if self.previous is None:
                 with self.clock.phase("write"):
                     self._write(model, self.recipe.out)
-            self.workers = [
-                group.get(group.submit(shard, replica, "usage"))
-                for shard in range(len(layout.shards))
-                for replica in range(layout.replicas)
-            ]
+            self.workers = usage(group, layout)
         finally:
             group.close()
 
@@ -128,7 +125,7 @@ class _Search:
         start = self.course.start
         model = Searching(group, shards, replicas, tokens, wave, range(start.layers), start.widths)
         compared = self._criterion if self._criterion != "perplexity" and self.course.candidates(state) else None
-        if compared or not self.path or not self._measured("before"):
+        if compared or not self.path or any(self.measured.missing("before")):
             with self.clock.phase("load"):
                 model.read(None)
             self._measure(model, "before")
@@ -216,13 +213,7 @@ class _Search:
             parameters_before=plan.skeleton.parameters(), parameters_after=Skeleton(after, "cpu").parameters()
         )
         assert size.parameters_before - size.parameters_after == state.removed, "not what the path removes"
-        seconds = self.clock.total()
-        for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
-            seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in self.workers), 3)
-        workers = [WorkerResult(**worker) for worker in self.workers]
-        if self.previous:  # only measured on more: what the search took, and who did it, stays
-            evaluate = seconds.get("evaluate", 0.0) + self.previous.seconds.get("evaluate", 0.0)
-            seconds, workers = {**self.previous.seconds, "evaluate": evaluate}, self.previous.workers
+        seconds, workers = costs(self.clock, self.workers, self.previous)
         result = Result(
             command=recipe.command,
             fingerprint=self.journal.fingerprint,
@@ -241,7 +232,7 @@ class _Search:
                 kept=self._layers(),
                 path=self.path,
             ),
-            perplexity={source: Perplexity(**record) for source, record in self.perplexity.items()},
+            perplexity=self.measured.results(),
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,
@@ -300,24 +291,9 @@ class _Search:
 
     # -- what is kept -----------------------------------------------------------------------------------------
 
-    def _measured(self, when: str) -> bool:
-        return all(self._record_of(source).get(when) is not None for source in self.plan.evaluations)
-
-    def _record_of(self, source: str) -> dict[str, Any]:
-        """What is known of a source's perplexity; nothing where it was measured on another text."""
-        windows = self.plan.evaluations[source]
-        tokens = {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
-        record = self.perplexity.get(source, {})
-        if not tokens.items() <= record.items():
-            record = self.perplexity[source] = tokens
-        return record
-
     def _measure(self, model: Searching, when: str) -> None:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
-        for source, windows in self.plan.evaluations.items():
-            record = self._record_of(source)
-            if record.get(when) is not None:
-                continue
+        for windows, record in self.measured.missing(when):
             jury = model.jury(model.all, windows)
             label, parts = f"perplexity {when}", len(jury.waves.all)
             with self.clock.phase("evaluate"), self.output.step(label, parts) as step:
@@ -341,7 +317,7 @@ class _Search:
         self.journal.save(
             {
                 "recipe": self.plan.record(),
-                "perplexity": self.perplexity,
+                "perplexity": self.measured.records,
                 "restarts": self.restarts,
                 "path": [entry.model_dump(mode="json", exclude_none=True) for entry in self.path],
                 "saved": self.saved,

@@ -88,6 +88,12 @@ def release(group: Group, layout: Layout) -> None:
         to_all(group, layout, shard, "release")
 
 
+def usage(group: Group, layout: Layout) -> list[dict[str, Any]]:
+    """Where every worker ran, and what it took."""
+    workers = [(shard, replica) for shard in range(len(layout.shards)) for replica in range(layout.replicas)]
+    return [group.get(group.submit(shard, replica, "usage")) for shard, replica in workers]
+
+
 def in_flight(layout: Layout) -> int:
     """How many waves may be under way in all: a few on every worker of a pipeline."""
     return IN_FLIGHT * layout.replicas + len(layout.shards) - 1
