@@ -48,8 +48,9 @@ class Checkpoint:
         if not self.folder.is_file(CONFIG):
             raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
         stored = self._entries()
-        self._tower = self._tower_prefixes(stored)
-        self.entries = {_replace_prefix(name, self._tower): entry for name, entry in stored.items()}
+        prefixes = self._tower_prefixes(stored)
+        self._stored = {_replace_prefix(name, prefixes): name for name in stored}
+        self.entries = {name: stored[self._stored[name]] for name in self._stored}
 
     @property
     def config(self) -> PretrainedConfig:
@@ -63,7 +64,7 @@ class Checkpoint:
 
     def stored_name(self, name: str) -> str:
         """What files call the tensor `name` of the causal language model."""
-        return _replace_prefix(name, {to: stored for stored, to in self._tower.items()})
+        return self._stored[name]
 
     def _tower_prefixes(self, stored: dict[str, Entry]) -> dict[str, str]:
         """The prefixes of the language tower's tensors and what stands for them here; none without a tower."""

@@ -35,8 +35,10 @@ def _options(settings: type[Settings]) -> list[inspect.Parameter]:
     """One option for every field of a recipe, in the panel of the group that declares it."""
     parameters: dict[str, inspect.Parameter] = {}
     groups = [group for group in settings.__bases__ if issubclass(group, Settings)]
+    panels = {name: group for group in groups for name in group.model_fields}  # the last one declares it
     for group in (*groups[-1:], *groups[:-1]):
-        for name in sorted(group.model_fields, key=lambda name: name not in group.__annotations__):
+        own = [name for name in group.model_fields if panels[name] is group]
+        for name in sorted(own, key=lambda name: name not in group.__annotations__):
             field = settings.model_fields[name]
             flag = name.replace("_", "-")
             flags = f"--{flag}/--no-{flag}" if field.default is True else f"--{flag}"

@@ -27,15 +27,18 @@ class Measurements:
         """Windows that have not been measured, `before` or `after`, and the record that takes the number."""
         for source, windows in self._evaluations.items():
             tokens = {"seqlen": windows.shape[1], "windows": len(windows), "tokens_sha256": tokens_hash(windows)}
-            record = self.records.get(source, {})
-            if not tokens.items() <= record.items():
-                record = self.records[source] = tokens
+            if not tokens.items() <= self.records.get(source, {}).items():
+                self.records[source] = tokens
+            record = self.records[source]
             if record.get(when) is None:
                 yield windows, record
 
     def adopt(self, records: dict[str, Record]) -> None:
-        """Take over what another run has measured, where nothing is known here."""
-        self.records = records | self.records
+        """Take over what another run has measured, where it is not known here of the same text."""
+        for source, record in records.items():
+            own = self.records.get(source, {})
+            same = own.get("tokens_sha256") == record["tokens_sha256"]
+            self.records[source] = record | own if same else record
 
     def results(self) -> dict[str, Perplexity]:
         return {source: Perplexity(**record) for source, record in self.records.items()}

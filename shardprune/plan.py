@@ -195,11 +195,12 @@ class Plan:
         return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 
-def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None) -> Plan:
+def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, claimed: str | None = None) -> Plan:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Args:
         base: what the recipe's model comes from, where this is the second run of two.
+        claimed: the output of the second run, where this is the first: it may hold what was decided earlier.
 
     Raises:
         InputError: something cannot work; nothing has been written then.
@@ -232,7 +233,7 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None) -> 
         for source in recipe.eval
     }
 
-    recipe, layout = _decide(recipe, slots, skeleton.layers)
+    recipe, layout = _decide(recipe, slots, skeleton.layers, claimed)
     backend.check_room(layout.workers, recipe.device)
     identity = base.fingerprint if base else checkpoint.identity()
     fingerprint = fingerprint_of(recipe, layout, skeleton.dtype, identity, sparse, calibration)
@@ -241,7 +242,7 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None) -> 
     return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state, widths, base)
 
 
-def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, Layout]:
+def _decide(recipe: AnyRecipe, slots: Slots, layers: int, claimed: str | None) -> tuple[AnyRecipe, Layout]:
     """Choose shards, replicas and threads where the recipe leaves them open.
 
     What shapes the result to the bit (segments, threads) stays as an earlier attempt recorded it.
@@ -254,7 +255,7 @@ def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, La
             **({"sparse": _place_of(recipe.sparse)} if recipe.sparse else {}),
         }
     )
-    recorded = _recorded(recipe)
+    recorded = _recorded(recipe, recipe.out) or (_recorded(recipe, claimed) if claimed else {})
     asked = type(recipe).model_fields
     parallel = recipe.propagation == "parallel"
     segments = recipe.segments or (recorded.get("segments") if parallel else None)
@@ -278,11 +279,11 @@ def _decide(recipe: AnyRecipe, slots: Slots, layers: int) -> tuple[AnyRecipe, La
     return recipe.model_copy(update={name: chosen[name] for name in chosen if name in asked}), layout
 
 
-def _recorded(recipe: AnyRecipe) -> dict[str, Any]:
-    """What the output holds of the same recipe, cut off earlier; empty where it holds none or another one."""
+def _recorded(recipe: AnyRecipe, out: str) -> dict[str, Any]:
+    """What an output holds of the same recipe, cut off earlier; empty where it holds none or another one."""
     if not recipe.resume:
         return {}
-    recorded = recorded_recipe(recipe.out)
+    recorded = recorded_recipe(out)
     asked = recipe.record()
     same = {*shaping_fields(recipe), *Calibration.model_fields, "model", "propagation"}
     same |= {"sparse"} if recipe.sparse else set()

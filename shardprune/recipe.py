@@ -96,8 +96,8 @@ class Pruning(Structured):
 
     def zeroed(self, removed: float) -> float:
         """The fraction of the weights that remain which becomes zero, where a fraction `removed` is gone."""
-        fixed = self.zeros.sparsity
-        return fixed if fixed is not None else (self.target - removed) / (1 - removed)
+        fixed = self.zeros.sparsity  # structures are whole: they may have met the target alone
+        return fixed if fixed is not None else max(0.0, (self.target - removed) / (1 - removed))
 
     @property
     def observed_m(self) -> float | None:
@@ -222,7 +222,18 @@ class Recipe(Pruning, Structured, OptionalBarber, Calibration, Evaluation, Clust
         return NarrowingRecipe(**self.model_dump(include=shared))
 
 
-class NarrowingRecipe(Structured, Calibration, Evaluation, Cluster, Run):
+class Removal(Structured):
+    """Structured pruning"""
+
+    outlier_m: float = 5.0
+
+    @property
+    def scoring(self) -> Scoring:
+        """How structures are chosen."""
+        return Scoring(self.score, self.correction, self.outlier_m)
+
+
+class NarrowingRecipe(Removal, Calibration, Evaluation, Cluster, Run):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
@@ -230,16 +241,10 @@ class NarrowingRecipe(Structured, Calibration, Evaluation, Cluster, Run):
     solver: ClassVar[None] = None
     rebuilding: ClassVar[None] = None
     observed_m: ClassVar[None] = None
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Structured,)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Removal,)
     pattern: ClassVar[str] = "unstructured"
 
-    outlier_m: float = 5.0
     model: str
-
-    @property
-    def scoring(self) -> Scoring:
-        """How structures are chosen."""
-        return Scoring(self.score, self.correction, self.outlier_m)
 
     @property
     def target(self) -> float:

@@ -82,7 +82,8 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
     clock = Clock()
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
-            first = make_plan(narrowing.model_copy(update={"out": f"{absolute(recipe.out)}/{NARROWED}"}), backend)
+            out = absolute(recipe.out)
+            first = make_plan(narrowing.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
             journal, state = claim_for(recipe, first)
         result = done_already(journal, state, first.evaluations, output)
         if result is None:
@@ -126,11 +127,13 @@ class _Run:
         self.workers: list[dict[str, Any]] = []
         self.previous = Result(**plan.state) if "version" in plan.state else None
         self.structure: Structure | None = None
+        self.before: float | None = None  # zeros of the model from which structures were removed
 
     def adopt(self, narrowed: Result) -> None:
         """Take over what the run that removed structures measured and did."""
         self.measured.adopt(narrowed.as_json()["perplexity"])
         self.structure = narrowed.structure
+        self.before = narrowed.sparsity.before if narrowed.sparsity else None
         self.restarts = max(self.restarts, narrowed.restarts)
 
     def go(self) -> Result:
@@ -241,4 +244,6 @@ class _Run:
         return result
 
     def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
-        return sparsity_of(records, self.plan.recipe.target, self.plan.base.weights if self.plan.base else None)
+        base = self.plan.base
+        sparsity = sparsity_of(records, self.plan.recipe.target, base.weights if base else None)
+        return sparsity if self.before is None else sparsity.model_copy(update={"before": self.before})

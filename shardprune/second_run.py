@@ -29,4 +29,6 @@ def follow_up(recipe: Recipe, first: Plan) -> Recipe:
     """The recipe of the second of two runs: on the first one's output, with what was decided for that."""
     decided = ("shards", "replicas", "segments", "threads", "wave", "device")
     update = {name: getattr(first.recipe, name) for name in decided}
-    return recipe.model_copy(update={**update, "model": first.recipe.out, "out": absolute(recipe.out)})
+    # What it claims before the first run starts is its own: it always resumes that.
+    place = {"model": first.recipe.out, "out": absolute(recipe.out), "resume": True}
+    return recipe.model_copy(update={**update, **place})

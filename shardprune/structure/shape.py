@@ -15,6 +15,7 @@ from shardprune.families import Unit, family_of
 
 FEWEST_GROUPS = 2
 FEWEST_LAYERS = 2
+OF_A_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # not of the model that a config says
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,14 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
             fields["num_key_value_heads"] = widths.groups
         fields["head_dim"] = heads.dim
         if config.model_type == "llama" and config.hidden_size % fields["num_attention_heads"]:
-            fields |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+            twin = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+            fields = {**_said(config), **fields, **twin}
     return fields
+
+
+def _said(config: PretrainedConfig) -> dict[str, Any]:
+    """All that a config says about the model, its class's defaults included, which are not those of another class."""
+    return {name: value for name, value in config.to_dict().items() if name not in OF_A_FILE}
 
 
 def reshaped(config: PretrainedConfig, widths: Widths, layers: Sequence[int] | None = None) -> PretrainedConfig:
