@@ -18,7 +18,7 @@ from shardprune.measurements import Measurements
 from shardprune.mop_recipe import MopRecipe
 from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
-from shardprune.progress import Output
+from shardprune.progress import Output, Step
 from shardprune.result import (
     CalibrationResult,
     Iteration,
@@ -141,40 +141,26 @@ class _Search:
 
     def _iterate(self, model: Searching, state: State, candidates: dict[Letter, State]) -> State:
         """Build and score candidates, adopt one, and record it."""
-        recipe, chosen = self.recipe, self.course.choice(state, candidates)
+        chosen = self.course.choice(state, candidates)
         built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
-        narrow = next((letter for letter in built if letter != "L"), None)
-        label = f"iteration {state.iteration + 1}"
-        with self.clock.phase("search"), self.output.step(label, self._parts(model, built)) as step:
-
-            def shallower() -> Shallower:
-                return model.shallower(recipe.depth_rule, self._criterion, step)
-
-            def narrower() -> float | None:
-                assert narrow is not None
-                return model.narrower(built[narrow].widths, recipe.correction, self._criterion, step)
-
-            shorter, score = None, None
-            if narrow is not None and "L" in built:
-                shorter, score = model.both(shallower, narrower)
-            elif "L" in built:
-                shorter = shallower()
-            else:
-                score = narrower()
-            scores = {"L": shorter.score if shorter else None, "G": score}
-            known = {letter: value for letter, value in scores.items() if value is not None}
+        label, parts = f"iteration {state.iteration + 1}", self._parts(model, built)
+        with self.clock.phase("search"), self.output.step(label, parts) as step:
+            shorter, scores = self._build(model, built, step)
             if chosen is None:
                 assert self._criterion is not None
-                chosen = "L" if better(self._criterion, known["L"], known["G"]) else "G"
-            self._adopt(model, chosen, candidates[chosen], shorter if chosen == "L" else None, narrow is not None)
-        after = candidates[chosen]
+                chosen = "L" if better(self._criterion, scores["L"], scores["G"]) else "G"
+            after = candidates[chosen]
+            if chosen != "L":
+                model.adopt_narrower(after.widths)
+            elif shorter is not None:
+                model.adopt_shallower(shorter.layer)
         entry = Iteration(
             iteration=after.iteration,
             step=chosen,
             layer=shorter.layer if shorter and chosen == "L" else None,
             shape=shape_of(reshaped(self.plan.skeleton.config, after.widths, model.layers)),
             removed=self.course.share(after),
-            scores=known,
+            scores=scores,
         )
         if self.course.kept(state, after):
             entry.folder = f"iteration-{after.iteration:02d}"
@@ -184,24 +170,34 @@ class _Search:
         self.output.say(_line(entry))
         return after
 
-    def _adopt(self, model: Searching, chosen: Letter, after: State, shorter: Shallower | None, narrowed: bool) -> None:
-        if shorter is None:
-            model.adopt_narrower(after.widths)
-            return
-        if narrowed:
-            model.discard_narrower()
-        model.adopt_shallower(shorter.layer)
+    def _build(
+        self, model: Searching, built: dict[Letter, State], step: Step
+    ) -> tuple[Shallower | None, dict[str, float]]:
+        """Build candidates, two of them at the same time; the shallower one, and the scores by letter."""
+        recipe, criterion = self.recipe, self._criterion
+        narrow = next((letter for letter in built if letter != "L"), None)
+
+        def shallower() -> Shallower | None:
+            return model.shallower(recipe.depth_rule, criterion, step) if "L" in built else None
+
+        def narrower() -> float | None:
+            return model.narrower(built[narrow].widths, recipe.correction, criterion, step) if narrow else None
+
+        shorter, score = model.both(shallower, narrower)
+        scores = {"L": shorter.score if shorter else None, "G": score}
+        return shorter, {letter: value for letter, value in scores.items() if value is not None}
 
     def _record(self, model: Searching, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
-        previous = self.saved
+        previous, saved = self.saved, self.saved
         if entry.step != "L":
-            self.saved = f"layers-{entry.iteration:02d}"
+            saved = f"layers-{entry.iteration:02d}"
             with self.clock.phase("write"):
-                model.write(self._folder(self.saved), range(self.course.start.layers))
+                model.write(self._folder(saved), range(self.course.start.layers))
+        self.saved = saved
         self.path.append(entry)
         self._save()
-        if previous and previous != self.saved:
+        if previous and previous != saved:
             self.journal.folder.remove_folder(previous)
 
     def _finish(self) -> Result:
@@ -314,6 +310,9 @@ class _Search:
         self._save()
 
     def _save(self) -> None:
+        """Record what is known, but for what a finished run's result says already."""
+        if self.previous:
+            return
         self.journal.save(
             {
                 "recipe": self.plan.record(),

@@ -26,6 +26,7 @@ from shardprune.structure.shape import Widths
 STREAM = "narrowing"
 THIRD = -3  # the published rule: MoP always removes the third layer from the end
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class Searching:
             return None
         return jury.scores(criterion, [None], "narrowed", step)[0]
 
-    def both(self, shallower: Callable[[], Shallower], narrower: Callable[[], T]) -> tuple[Shallower, T]:
+    def both(self, shallower: Callable[[], T], narrower: Callable[[], U]) -> tuple[T, U]:
         """Two candidates at the same time.
 
         Raises:
@@ -159,6 +160,7 @@ class Searching:
 
     def adopt_shallower(self, layer: int) -> None:
         """Take the layer out, and move others so that the shards stay equally long."""
+        self._on_all("discard_narrowed")
         for replica in range(self.replicas):
             self.group.get(self.group.submit(self._shard_of(layer), replica, "remove", layer))
         before = {index: shard for shard, held in enumerate(self.placement) for index in held}
@@ -180,10 +182,6 @@ class Searching:
                     for replica in others
                 )
         self._on_all("adopt")
-
-    def discard_narrower(self) -> None:
-        """Forget the narrowed layers."""
-        self._on_all("discard_narrowed")
 
     # -- inside -----------------------------------------------------------------------------------------------
 
