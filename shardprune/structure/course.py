@@ -33,15 +33,24 @@ class Course:
         return state.removed / self.parameters
 
     def candidates(self, state: State) -> dict[Letter, State]:
-        """What the next iteration may be, and where each leads; empty at the end."""
+        """What the next iteration may be, and where each leads; empty at the end.
+
+        Raises:
+            InputError: the model can give neither candidate.
+        """
         if state.iteration == self.iterations:
             return {}
         found: dict[Letter, State] = {}
+        reasons = []
         for letter in state.offers(self.request):
             try:
                 found[letter] = state.after(letter, self.request)
-            except ValueError:
-                continue  # the model cannot give it; there is another way, or the check would have failed
+            except ValueError as error:
+                reasons.append(str(error))
+        if reasons and not found:
+            raise InputError(
+                "remove", f"iteration {state.iteration + 1} is more than the model can give: {reasons[-1]}"
+            )
         return found
 
     def choice(self, state: State, candidates: dict[Letter, State]) -> Letter | None:

@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--eval", default="stdlib")
     parser.add_argument("--eval-windows", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--ways", nargs="*", default=[*DEPTH, *WIDTH, *MOP], help="names of rows (default: all)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
@@ -105,7 +106,7 @@ def main() -> None:
     neuron = costs_of(skeleton.config, tensors).neuron
     common = {name: getattr(args, name) for name in ("model", "calibration", "samples", "seqlen", "threads")}
     common |= {"eval": (args.eval,), "eval_windows": args.eval_windows, "backend": args.backend}
-    rows = [(share, name, fields) for share in args.shares for name, fields in plans(share, skeleton).items()]
+    rows = [(share, name, plans(share, skeleton)[name]) for share in args.shares for name in args.ways]
     with tempfile.TemporaryDirectory() as folder:
         outs = [f"{folder}/{index}" for index in range(len(rows))]
         recipes = [{**common, **fields, "out": out} for (_, _, fields), out in zip(rows, outs, strict=True)]

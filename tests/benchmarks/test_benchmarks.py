@@ -15,12 +15,19 @@ SMALL = {
         *("--jobs", "1", "--threads", "2"),
     ),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1"),
+    "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G"),
+    "structured": (
+        *("--shares", "0.1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--tokens", "4"),
+        *("--repeats", "1", "--jobs", "1", "--threads", "1", "--ways", "MoP, perplexity path"),
+    ),
     "streamed_memory": ("--gigabytes", "0.2", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
 PRINTED = {
     "layer_70b": "peak memory",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",
+    "searching": "| obs, corrected |",
+    "structured": "| 0.1 | MoP, perplexity path |",
     "streamed_memory": "peak",
 }
 
