@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from shardprune.cli import main
-from tests.tiny import make_model, make_tokens, snapshot
+from tests.tiny import GROUPED, make_model, make_tokens, snapshot
 from tests.words import words_tokenizer
 
 
@@ -88,6 +88,23 @@ def test_a_flag_of_a_recipe_can_be_taken_back(folder, tmp_path):
         assert json.loads((out / "result.json").read_text())["recipe"]["wanda_variant"] is expected
 
 
+def test_a_composite_by_the_command(folder, tmp_path, capsys):
+    make_model(tmp_path / "grouped", "llama", configs=GROUPED)
+    arguments = ["prune", tmp_path / "grouped", "--out", tmp_path / "o", "--backend", "local", "--eval-windows", "2"]
+    arguments += ["--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24"]
+    arguments += ["--eval", folder / "tokens.npy"]
+    arguments += ["--structured", "0.3", "--score", "amp", "--no-correction", "--sparsity", "0.5", "--method", "wanda"]
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    assert ended.value.code == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    assert lines[0].startswith("0.3 removed by amp, wanda unstructured,")
+    for row in ("of it removed; zeros 0.3000 0.2", "key/value groups of a layer 4 3", "neurons of a layer 48 32"):
+        assert any(line.startswith(row) for line in lines), row
+    recipe = json.loads((tmp_path / "o" / "result.json").read_text())["recipe"]
+    assert (recipe["structured"], recipe["score"], recipe["correction"], recipe["sparsity"]) == (0.3, "amp", False, 0.5)
+
+
 BAD_REBUILDS = {
     "no zeros": ("{model}", "sparse: {model} has no zeros in its projections; give a pruned checkpoint"),
     "another shape": ("{other}", "sparse: tensor "),
@@ -128,6 +145,52 @@ BAD = {
         {},
         "outlier_m: -1.0 is not allowed; use greater than 0",
     ),
+    "nothing to remove": (
+        ("--structured", "0"),
+        {},
+        "structured: 0.0 is not allowed; use a number above 0 and below 1",
+    ),
+    "everything": (("--structured", "1"), {}, "structured: 1.0 is not allowed; use a number above 0 and below 1"),
+    "more than everything": (("--structured", "1.5", "--sparsity", "0.5"), {}, "structured: 1.5 is not allowed; use"),
+    "no share": (("--structured", "x"), {}, "Invalid value for '--structured'"),
+    "more than there is": (
+        ("--structured", "0.97"),
+        {},
+        "structured: 0.97 is more than the model can give: 7,450 parameters of a layer are more than its 48 neurons",
+    ),
+    "more than there is, then zeros": (
+        ("--structured", "0.97", "--sparsity", "0.98"),
+        {},
+        "structured: 0.97 is more than the model can give",
+    ),
+    "below structured": (
+        ("--structured", "0.3", "--sparsity", "0.2"),
+        {},
+        "sparsity: 0.2 is less than structured removes, 0.3",
+    ),
+    "structured and mixed": (
+        ("--structured", "0.3", "--sparsity", "0.5", "--pattern", "mixed:8"),
+        {},
+        "pattern: 'mixed:8' does not go with structured",
+    ),
+    "score": (("--score", "amp", "--sparsity", "0.5"), {}, "score: 'amp' has no effect without structured"),
+    "correction": (("--no-correction", "--sparsity", "0.5"), {}, "correction: False has no effect without structured"),
+    "unknown score": (
+        ("--structured", "0.3", "--score", "mop"),
+        {},
+        "score: 'mop' is not allowed; use one of amp, outl",
+    ),
+    "method without zeros": (
+        ("--structured", "0.3", "--method", "wanda"),
+        {},
+        "method: 'wanda' has no effect without a sparsity or a pattern N:M",
+    ),
+    "rebuild without zeros": (
+        ("--structured", "0.3", "--rebuild", "barber"),
+        {},
+        "rebuild: 'barber' has no effect without a sparsity or a pattern N:M",
+    ),
+    "structured and occupied": (("--structured", "0.3", "--sparsity", "0.5"), {"out": "occupied"}, "out: "),
     "missing model": (("--sparsity", "0.5"), {"model": "nowhere"}, "model: 'nowhere' is no directory"),
     "no safetensors": (("--sparsity", "0.5"), {"model": "broken"}, "model: "),
     "sparsity": (("--sparsity", "1.5"), {}, "sparsity: 1.5 is not allowed; use a number from 0 to below 1"),
@@ -184,7 +247,7 @@ def test_bad_input_ends_the_process_with_code_2(folder, tmp_path):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("prune", ("--sparsity", "--pattern", "--allocation", "--rebuild-granularity", "--keep-corrected")),
+        ("prune", ("--sparsity", "--pattern", "--allocation", "--structured", "--score", "--keep-corrected")),
         ("rebuild", ("SPARSE", "--rebuild-threshold")),
     ],
 )

@@ -2,17 +2,23 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from shardprune.errors import InputError
+from shardprune.mop_recipe import MopRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
+from shardprune.search import plot
+from shardprune.skeleton import Skeleton
 from shardprune.solvers.barber import Rebuilding
 from shardprune.solvers.pattern import NM, Mixed
+from shardprune.structure.path import walk
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"
 
 
 OWL = {"sparsity": 0.5, "allocation": "owl"}
 BARBER = {"sparsity": 0.5, "rebuild": "barber"}
+STRUCTURED = {"structured": 0.2}
 
 
 def recipe(**fields) -> Recipe:
@@ -34,6 +40,28 @@ def test_a_pattern_fixes_the_sparsity():
     assert recipe(pattern="2:8").target == 0.75
     assert recipe(pattern="2:8").zeros == NM(2, 8)
     assert recipe(pattern="2:8", sparsity=0.75).target == 0.75
+
+
+def test_what_is_removed_counts_towards_the_target():
+    assert (recipe(**STRUCTURED).target, recipe(**STRUCTURED).zeroes) == (0.2, False)
+    assert recipe(**STRUCTURED, sparsity=0.6).target == 0.6
+    assert recipe(**STRUCTURED, sparsity=0.6).zeroed(0.2) == pytest.approx(0.5)
+    assert recipe(**STRUCTURED, pattern="2:4").target == pytest.approx(0.2 + 0.8 * 0.5)
+    assert recipe(**STRUCTURED, pattern="2:4", sparsity=0.6).zeroed(0.25) == 0.5
+    assert recipe(**STRUCTURED, sparsity=0.6).narrowing.target == 0.2
+    assert recipe(sparsity=0.6).narrowing is None
+
+
+def test_the_run_that_removes_structures_takes_what_concerns_it():
+    whole = recipe(
+        **{**STRUCTURED, "sparsity": 0.5, "method": "wanda", "seed": 7, "shards": 2, "eval": ("stdlib",)},
+        **{"score": "outlier", "outlier_m": 3.0, "correction": False, "measure_error": False},
+    )
+    narrowing = whole.narrowing
+    shared = set(type(narrowing).model_fields) & set(Recipe.model_fields)
+    assert {"score", "correction", "outlier_m", "seed", "shards", "eval", "measure_error"} <= shared
+    assert all(getattr(narrowing, name) == getattr(whole, name) for name in shared)
+    assert not {"method", "sparsity", "rebuild"} & shared
 
 
 def test_waves_do_not_depend_on_the_machine():
@@ -91,6 +119,29 @@ def test_waves_do_not_depend_on_the_machine():
             "rebuild_granularity: 'layer' is not allowed; use one of row, col",
         ),
         ({**BARBER, "rebuild_metric": "WD"}, "rebuild_metric: 'WD' is not allowed; use one of weight-gradient, weight"),
+        ({"structured": 0}, "structured: 0 is not allowed; use a number above 0 and below 1"),
+        ({"structured": 1}, "structured: 1 is not allowed; use a number above 0 and below 1"),
+        ({"structured": 1.5, "sparsity": 0.5}, "structured: 1.5 is not allowed; use a number above 0 and below 1"),
+        ({"structured": float("nan")}, "structured: nan is not allowed; use a number above 0 and below 1"),
+        ({"structured": "x"}, "structured: 'x' is not allowed; use "),
+        ({**STRUCTURED, "sparsity": 0.1}, "sparsity: 0.1 is less than structured removes, 0.2"),
+        ({**STRUCTURED, "sparsity": 0}, "sparsity: 0.0 is less than structured removes, 0.2"),
+        ({**STRUCTURED, "pattern": "2:4", "sparsity": 0.5}, "sparsity: 0.5 does not fit the pattern 2:4, which is 0.6"),
+        (
+            {**STRUCTURED, "pattern": "mixed:8", "sparsity": 0.5},
+            "pattern: 'mixed:8' does not go with structured, after which N cannot average to the target",
+        ),
+        ({**STRUCTURED, "pattern": "mixed:8"}, "sparsity: missing"),
+        ({**STRUCTURED, "sparsity": 0.995, "allocation": "owl"}, "sparsity: 0.995 leaves owl no room"),
+        ({"sparsity": 0.5, "score": "amp"}, "score: 'amp' has no effect without structured"),
+        ({"sparsity": 0.5, "correction": False}, "correction: False has no effect without structured"),
+        ({**STRUCTURED, "score": "wanda"}, "score: 'wanda' is not allowed; use one of amp, outlier, obs"),
+        ({**STRUCTURED, "method": "wanda"}, "method: 'wanda' has no effect without a sparsity or a pattern N:M"),
+        ({**STRUCTURED, "allocation": "owl"}, "allocation: 'owl' has no effect without a sparsity or a pattern N:M"),
+        ({**STRUCTURED, "rebuild": "barber"}, "rebuild: 'barber' has no effect without a sparsity or a pattern N:M"),
+        ({**STRUCTURED, "wanda_variant": True}, "wanda_variant: True has no effect without"),
+        ({**STRUCTURED, "outlier_m": 3}, "outlier_m: 3.0 has no effect without an allocation"),
+        ({**STRUCTURED, "score": "outlier", "outlier_m": 0}, "outlier_m: 0 is not allowed; use greater than 0"),
         ({"sparsity": 0.5, "samples": 0}, "samples: 0 is not allowed; use greater than or equal to 1"),
         ({"sparsity": 0.5, "sparsty": 0.5}, "sparsty: no field of a recipe has this name; did you mean sparsity?"),
         ({"sparsity": 0.5, "eval": ["x.csv"]}, "eval: 'x.csv' is no known source"),
@@ -113,8 +164,11 @@ def test_mixed_patterns_are_allocated_by_owl():
 
 def test_a_recorded_recipe_is_a_recipe():
     """What result.json holds can be run again: fields without effect have their defaults there."""
-    for fields in (OWL, BARBER, {"pattern": "2:4"}, {"pattern": "mixed:8", "sparsity": 0.5}):
+    composite = {**STRUCTURED, "score": "outlier", "outlier_m": 3, "sparsity": 0.5}
+    for fields in (OWL, BARBER, {"pattern": "2:4"}, {"pattern": "mixed:8", "sparsity": 0.5}, STRUCTURED, composite):
         assert Recipe.checked(recipe(**fields).record()) == recipe(**fields)
+    structured = recipe(**STRUCTURED, score="outlier", outlier_m=3)
+    assert Recipe.checked(structured.narrowing.record()) == structured
 
 
 def test_a_recipe_for_rebuilding():
@@ -165,8 +219,47 @@ for name, settings in {
     PUBLISHED[f"barber-{name}-2of4"] = {**settings, "pattern": "2:4", "target": 0.5}
 
 
+for share, removed in ((0.5, 0.2), (0.7, 0.3)):
+    settings = {
+        "structured": removed,
+        "score": "obs",
+        "correction": True,
+        "method": "sparsegpt",
+        "allocation": "mosaic",
+    }
+    PUBLISHED[f"composite-{share * 100:.0f}"] = {**settings, "target": share}
+
+PATHS = ("LGGLLLGGLLGLGLLGGL", "GGLLGGGLGGGLLLGGLL", "LGLGGLLGLLGLGLGLGG")  # published, of 18 iterations
+LLAMA_2_7B = LlamaConfig(num_key_value_heads=32)
+LLAMA_3_8B = LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
+SEARCHES = {
+    "mop-llama-2-7b-20": (LLAMA_2_7B, 7, 0.2),
+    "mop-llama-2-7b-30": (LLAMA_2_7B, 11, 0.3),
+    "mop-llama-2-7b-40": (LLAMA_2_7B, 15, 0.4),
+    "mop-llama-3-8b-20": (LLAMA_3_8B, 8, 0.2),
+    "mop-llama-3-8b-30": (LLAMA_3_8B, 12, 0.3),
+    "mop-llama-3-8b-40": (LLAMA_3_8B, 17, 0.4),
+}
+
+
 def test_every_recipe_of_the_repository_is_here():
-    assert {file.stem for file in RECIPES.glob("*.yaml")} == PUBLISHED.keys()
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == {*PUBLISHED, *SEARCHES}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_searches_have_the_published_settings_and_remove_what_they_say(name):
+    config, iterations, share = SEARCHES[name]
+    loaded = MopRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
+    assert loaded.path == PATHS[0][:iterations]
+    assert (loaded.score, loaded.correction, loaded.depth_rule, loaded.remove) == ("amp", False, "third-last", None)
+    comment = (RECIPES / f"{name}.yaml").read_text()
+    for path in PATHS:
+        course = plot(loaded.model_copy(update={"path": path[:iterations]}), Skeleton(config, "cpu"))
+        course.check()
+        *_, end = walk(course.start, lambda state, path=path: path[state.iteration], None, iterations)
+        assert course.share(end) == pytest.approx(share, abs=0.015)
+        assert path != PATHS[0] or f"remove {100 * course.share(end):.1f} % of all parameters" in comment
+    assert all(part in comment for part in ("arXiv", "GiB", *PATHS[1:]))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

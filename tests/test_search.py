@@ -6,14 +6,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from shardprune import MopRecipe, mop
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError
 from shardprune.progress import Output
 from shardprune.shard.search_worker import SearchWorker
-from tests.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens, snapshot
+from tests.tiny import (
+    GROUPED,
+    LLAVA_LAYOUTS,
+    differing,
+    load_tensors,
+    make_llava,
+    make_model,
+    make_tokens,
+    snapshot,
+)
 
 
 def search(folder, out, model="model", **fields):
@@ -165,9 +174,29 @@ def perplexity_without(folder, gone, tokens) -> float:
     return plain_score("perplexity", model, model, tokens)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("layout", LLAVA_LAYOUTS)
+def test_the_language_tower_of_a_llava_gets_smaller(folder, layout, tmp_path):
+    make_llava(tmp_path / "llava", **LLAVA_LAYOUTS[layout])
+    result = search(folder, tmp_path / "o", model=tmp_path / "llava", path="LG", shards=2)
+    model, report = LlavaForConditionalGeneration.from_pretrained(tmp_path / "o", output_loading_info=True)
+    assert not any(report.values()), report
+    shape = result.structure.after
+    tower = model.config.text_config
+    assert (tower.num_hidden_layers, tower.num_key_value_heads, tower.intermediate_size) == (
+        *(shape.layers, shape.groups),
+        shape.neurons,
+    )
+    assert (shape.layers, shape.groups) == (3, 3)
+    before, after = load_tensors(tmp_path / "llava"), load_tensors(tmp_path / "o")
+    outside = {name for name in before if ".layers." not in name or "vision" in name}
+    assert outside == {name for name in after if ".layers." not in name or "vision" in name}
+    assert all(torch.equal(after[name], before[name]) for name in outside)
+    assert model.generate(torch.randint(2, 60, (1, 8)), max_new_tokens=4, do_sample=False).shape == (1, 12)
+
+
+@pytest.mark.parametrize("family", GROUPED)
 def test_every_family_gets_smaller_loads_and_keeps_each_layers_own_mask(family, tmp_path):
-    make_model(tmp_path / "model", family)
+    make_model(tmp_path / "model", family, configs=GROUPED)
     make_tokens(tmp_path / "tokens.npy")
     shallow = search(tmp_path, "shallow", path="LL", scores=False, eval=(str(tmp_path / "tokens.npy"),))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shallow").eval()

@@ -55,12 +55,48 @@ CONFIGS = {
     "opt-350m": ("OPTConfig", {**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}),
 }
 
+# The same with four key/value groups, of which some can go: the query heads of three do not divide the hidden size.
+_FOUR_GROUPS = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+GROUPED = {
+    family: (class_name, values if class_name == "OPTConfig" else {**values, **_FOUR_GROUPS})
+    for family, (class_name, values) in CONFIGS.items()
+}
+# How LLaVA checkpoints call the tensors of their language tower, and what makes `save_pretrained` do so.
+LLAVA_LAYOUTS = {"language_model.model.": {}, "model.language_model.": {"save_original_format": False}}
 
-def make_model(folder: Path, family: str = "llama-3.1", dtype: torch.dtype = torch.float32, **saving) -> str:
+
+def make_model(
+    folder: Path,
+    family: str = "llama-3.1",
+    dtype: torch.dtype = torch.float32,
+    configs: dict[str, tuple[str, dict]] = CONFIGS,
+    **saving,
+) -> str:
     """Save a tiny random model of a family; weights are large enough for every layer to matter."""
-    class_name, values = CONFIGS[family]
+    class_name, values = configs[family]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**values))
+    return _save_random(model, folder, dtype, **saving)
+
+
+def make_llava(folder: Path, **saving) -> str:
+    """Save a tiny random LLaVA whose language tower is a Llama."""
+    torch.manual_seed(0)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=transformers.LlamaConfig(**GROUPED["llama"][1]),
+        image_token_index=VOCABULARY - 1,
+        image_seq_length=4,
+    )
+    return _save_random(transformers.LlavaForConditionalGeneration(config), folder, **saving)
+
+
+def _save_random(
+    model: transformers.PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32, **saving
+) -> str:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)
     model.to(dtype).save_pretrained(folder, **saving)
