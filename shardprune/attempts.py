@@ -5,8 +5,8 @@ from collections.abc import Callable
 from shardprune.cluster.group import Backend
 from shardprune.cluster.layout import Layout
 from shardprune.errors import WorkerLost
-from shardprune.groups import Workers
 from shardprune.progress import Output
+from shardprune.setting_groups import Workers
 
 
 def persevere(

@@ -41,6 +41,8 @@ def fingerprint_of(
     }
     if recipe.target is not None:
         content["sparsity"] = recipe.target  # which a pattern may have fixed
+    if isinstance(recipe, MopRecipe) and recipe.criterion == "random":
+        content["seed"] = recipe.seed  # which draws the path
     if sparse:
         content["sparse"] = sparse.identity()
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -5,12 +5,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.groups import Calibration, Perplexities, Run, Width, Workers
+from shardprune.setting_groups import Calibration, Perplexities, Run, Width, Workers
 from shardprune.settings import Settings
 from shardprune.structure.keeping import parse_keep
-from shardprune.structure.scoring import Score, Scoring
-
-Criterion = Literal["cosine", "kl", "perplexity"]
+from shardprune.structure.scoring import Criterion, Score, Scoring
 
 
 class Search(Settings):

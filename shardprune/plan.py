@@ -19,10 +19,10 @@ from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.errors import InputError, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
-from shardprune.groups import Calibration
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.recipe import NarrowingRecipe, Recipe
+from shardprune.setting_groups import Calibration
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton, check_sparse, check_tensors
 from shardprune.solvers.outliers import Outliers
@@ -30,7 +30,7 @@ from shardprune.solvers.pattern import Mixed
 from shardprune.storage import absolute, in_process_only
 from shardprune.structure.budget import narrowed_by
 from shardprune.structure.scoring import Scoring
-from shardprune.structure.shape import Widths, changes, reshaped
+from shardprune.structure.shape import Widths, changes, reshaped, widths_of
 
 MIN_STORE_BYTES = 128 * 2**20
 
@@ -304,8 +304,14 @@ def _device(recipe: AnyRecipe, slots: Slots) -> str:
 
 def _dtype(recipe: AnyRecipe, checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
-    for; else the dtype in which the model's projections are stored."""
-    stored = {entry.dtype for entry in checkpoint.entries.values() if len(entry.shape) == 2}
+    for; else the dtype in which the model's weights are stored, if it is one."""
+    # Where structures go, all that is cut passes through memory: biases and norms, too.
+    whole = isinstance(recipe, NarrowingRecipe | MopRecipe)
+    stored = {
+        entry.dtype
+        for name, entry in checkpoint.entries.items()
+        if len(entry.shape) == 2 or (whole and entry.dtype.is_floating_point and not name.endswith("inv_freq"))
+    }
     if recipe.dtype == "float32" or recipe.device == "cpu" or len(stored) != 1:
         return torch.float32
     return stored.pop()
@@ -334,9 +340,13 @@ def _widths(recipe: AnyRecipe, skeleton: Skeleton) -> Widths | None:
         return None
     assert recipe.structured is not None
     try:
-        return narrowed_by(skeleton.config, skeleton.projection_shapes(0), recipe.structured)
+        shapes = skeleton.projection_shapes(0)
+        widths = narrowed_by(skeleton.config, shapes, recipe.structured, recipe.neuron_multiple)
     except ValueError as error:
         raise InputError("structured", f"{recipe.structured} is more than the model can give: {error}") from error
+    if widths == widths_of(skeleton.config):
+        raise InputError("structured", f"{recipe.structured} is less than half a neuron of a layer; nothing would go")
+    return widths
 
 
 def _check_mixed(recipe: AnyRecipe, skeleton: Skeleton) -> None:

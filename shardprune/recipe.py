@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from shardprune.allocation.allocations import ALLOCATIONS
 from shardprune.allocation.budget import HIGHEST
 from shardprune.errors import InputError
-from shardprune.groups import Calibration, Cluster, Evaluation, Run, Width
+from shardprune.setting_groups import Calibration, Cluster, Evaluation, Run, Width
 from shardprune.settings import Settings
 from shardprune.solvers.barber import Granularity, Metric, Rebuilding
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern

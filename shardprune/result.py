@@ -3,13 +3,8 @@
 from typing import Any, Literal
 
 from pydantic import BaseModel
-from torch import Tensor
 from transformers import PretrainedConfig
 
-from shardprune.calibration import tokens_hash
-from shardprune.clock import Clock
-from shardprune.journal import Journal
-from shardprune.progress import Output
 from shardprune.structure.shape import Widths, reshaped, widths_of
 
 
@@ -142,11 +137,12 @@ class CalibrationResult(BaseModel):
 
 
 class WorkerResult(BaseModel):
-    """`layers` are the first and last of the shard; `peak_bytes` is resident memory, on a GPU allocated memory."""
+    """`layers` are the first and last of the shard, if it has any; `peak_bytes` is resident memory, on a GPU allocated
+    memory."""
 
     shard: int
     replica: int
-    layers: tuple[int, int]
+    layers: tuple[int, int] | None = None
     node: str
     peak_bytes: int
     busy_seconds: float
@@ -170,43 +166,6 @@ class Result(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
-
-
-def done_already(
-    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], output: Output
-) -> Result | None:
-    """The result of a finished run that lacks nothing of what is asked for.
-
-    Args:
-        state: what the output directory holds.
-    """
-    if "version" not in state:
-        return None
-    result = Result(**state)
-    measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
-    wanted = {source: tokens_hash(windows) for source, windows in evaluations.items()}
-    if not wanted.items() <= measured.items():
-        return None
-    output.say(f"{journal.folder.url} is finished already")
-    return result
-
-
-def costs(
-    clock: Clock, workers: list[dict[str, Any]], previous: Result | None
-) -> tuple[dict[str, float], list[WorkerResult]]:
-    """What a run took by phase, the slowest worker's reading and writing included, and who did it.
-
-    Args:
-        workers: what each of them says of itself.
-        previous: the result of an earlier run, to which this one only added measurements.
-    """
-    seconds = clock.total()
-    if previous:
-        evaluate = seconds.get("evaluate", 0.0) + previous.seconds.get("evaluate", 0.0)
-        return {**previous.seconds, "evaluate": evaluate}, previous.workers
-    for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
-        seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in workers), 3)
-    return seconds, [WorkerResult(**worker) for worker in workers]
 
 
 def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:

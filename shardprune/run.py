@@ -16,6 +16,7 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
 from shardprune.fingerprint import AnyRecipe
+from shardprune.finishing import costs, done_already
 from shardprune.journal import Journal
 from shardprune.measurements import Measurements
 from shardprune.output import write_frame, write_index
@@ -28,8 +29,6 @@ from shardprune.result import (
     Result,
     Sparsity,
     Structure,
-    costs,
-    done_already,
     removal_of,
     sparsity_of,
     structure_of,
@@ -41,7 +40,7 @@ from shardprune.storage import absolute
 
 NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
 
-WHEN = ("before", "after")  # perplexity is measured
+STEPS = ("before", "prune", "after")  # of a run; perplexity is measured before and after
 
 
 def prune(recipe: Recipe, output: Output | None = None) -> Result:
@@ -87,10 +86,16 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
             journal, state = claim_for(recipe, first)
         result = done_already(journal, state, first.evaluations, output)
         if result is None:
-            with clock.phase("structure"):
-                narrowed = _go(first, backend, output, Clock(), when=("before",))
+            if "version" in state:  # finished, but asked to be measured on more
+                measuring = _Run(first, backend, output, clock, ("before",))
+                measuring.measure()
+                model, narrowed = out, Result(**state)
+                narrowed.perplexity = measuring.measured.results()
+            else:
+                with clock.phase("structure"):
+                    model, narrowed = first.recipe.out, _go(first, backend, output, Clock(), ("before", "prune"))
             with clock.phase("plan"):
-                second = make_plan(follow_up(recipe, first), backend, first.as_base())
+                second = make_plan(follow_up(recipe, first, model), backend, first.as_base())
             run = _Run(second, backend, output, clock)
             run.adopt(narrowed)
             result = run.go()
@@ -98,10 +103,10 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
         return result
 
 
-def _go(plan: Plan, backend: Backend, output: Output, clock: Clock, when: tuple[str, ...] = WHEN) -> Result:
-    """Carry out a plan, or return the result that its output holds; perplexity is measured `when` said."""
+def _go(plan: Plan, backend: Backend, output: Output, clock: Clock, steps: tuple[str, ...] = STEPS) -> Result:
+    """Carry out a plan, or return the result that its output holds; in the `steps` that are named."""
     done = done_already(plan.journal, plan.state, plan.evaluations, output)
-    return done or _Run(plan, backend, output, clock, when).go()
+    return done or _Run(plan, backend, output, clock, steps).go()
 
 
 class _Run:
@@ -113,10 +118,10 @@ class _Run:
         backend: Backend,
         output: Output,
         clock: Clock,
-        when: tuple[str, ...] = WHEN,
+        steps: tuple[str, ...] = STEPS,
     ) -> None:
         self.plan = plan
-        self.when = when
+        self.steps = steps
         self.backend = backend
         self.output = output
         self.clock = clock
@@ -128,12 +133,14 @@ class _Run:
         self.previous = Result(**plan.state) if "version" in plan.state else None
         self.structure: Structure | None = None
         self.before: float | None = None  # zeros of the model from which structures were removed
+        self.peaks: dict[tuple[int, int], int] = {}  # memory of the workers that removed them
 
     def adopt(self, narrowed: Result) -> None:
         """Take over what the run that removed structures measured and did."""
         self.measured.adopt(narrowed.as_json()["perplexity"])
         self.structure = narrowed.structure
         self.before = narrowed.sparsity.before if narrowed.sparsity else None
+        self.peaks = {(worker.shard, worker.replica): worker.peak_bytes for worker in narrowed.workers}
         self.restarts = max(self.restarts, narrowed.restarts)
 
     def go(self) -> Result:
@@ -141,6 +148,10 @@ class _Run:
         self._save()
         persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.output, self._lost)
         return self._finish()
+
+    def measure(self) -> None:
+        """Measure what is not yet known, and no more."""
+        persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.output, self._lost)
 
     def _lost(self) -> None:
         """Record that workers were lost."""
@@ -155,10 +166,11 @@ class _Run:
         with self.clock.phase("load"):
             group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
         try:
-            if "before" in self.when:
+            if "before" in self.steps:
                 self._measure(group, layout, "before", "given" if plan.recipe.sparse else "dense")
-            self._prune(group, layout, finished)
-            if "after" in self.when:
+            if "prune" in self.steps:
+                self._prune(group, layout, finished)
+            if "after" in self.steps:
                 self._measure(group, layout, "after", "latest")
             self.workers = usage(group, layout)
         finally:
@@ -188,7 +200,7 @@ class _Run:
             rebuilding=plan.recipe.rebuilding,
             measure_error=plan.recipe.measure_error,
             widths=plan.widths,
-            passed_on="dense" if plan.scoring and not plan.scoring.correction else "latest",
+            passes_on_dense=plan.scoring is not None and not plan.scoring.correction,
         )
         parts = work.parts(layout.segments, len(waves.all))
         with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
@@ -213,15 +225,18 @@ class _Run:
         """Write what makes the layer files a checkpoint, and the result last."""
         plan = self.plan
         self.journal.folder.remove_partial()  # of workers that died while they wrote
-        with self.clock.phase("write"):
-            write_frame(plan.checkpoint, plan.skeleton, self.journal)
-            write_index(plan.checkpoint, self.journal, plan.config_changes)
+        if self.previous is None:
+            with self.clock.phase("write"):
+                write_frame(plan.checkpoint, plan.skeleton, self.journal)
+                write_index(plan.checkpoint, self.journal, plan.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
         size = ModelSize(
             parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
             parameters_after=plan.parameters_after,
         )
         seconds, workers = costs(self.clock, self.workers, self.previous)
+        for worker in workers:
+            worker.peak_bytes = max(worker.peak_bytes, self.peaks.get((worker.shard, worker.replica), 0))
         result = Result(
             command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,

@@ -8,11 +8,12 @@ from shardprune.calibration import tokens_hash
 from shardprune.clock import Clock
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
-from shardprune.cluster.judging import Criterion, better
+from shardprune.cluster.judging import better
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import usage
 from shardprune.cluster.searching import Searching, Shallower
-from shardprune.errors import without_credentials
+from shardprune.errors import InputError, without_credentials
+from shardprune.finishing import costs, done_already
 from shardprune.journal import Journal
 from shardprune.measurements import Measurements
 from shardprune.mop_recipe import MopRecipe
@@ -25,8 +26,6 @@ from shardprune.result import (
     ModelSize,
     Result,
     Structure,
-    costs,
-    done_already,
     shape_of,
 )
 from shardprune.shard.held import Saved
@@ -36,7 +35,10 @@ from shardprune.structure.budget import Budget
 from shardprune.structure.course import Course
 from shardprune.structure.keeping import Keeping, parse_keep
 from shardprune.structure.path import Letter, State
+from shardprune.structure.scoring import Criterion
 from shardprune.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
+
+SAVED = "layers-"  # how folders begin that hold the layers of the last iteration which changed them
 
 
 def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
@@ -55,8 +57,9 @@ def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
             plan = make_plan(recipe, backend)
             course = plot(recipe, plan.skeleton)
             course.check()
-        done = done_already(plan.journal, plan.state, plan.evaluations, output)
-        return done or _Search(plan, course, backend, output, clock).go()
+        search = _Search(plan, course, backend, output, clock)
+        search.check_kept()
+        return done_already(plan.journal, plan.state, plan.evaluations, output) or search.go()
 
 
 def plot(recipe: MopRecipe, skeleton: Skeleton) -> Course:
@@ -67,7 +70,7 @@ def plot(recipe: MopRecipe, skeleton: Skeleton) -> Course:
     widths = widths_of(config)
     groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
     return Course(
-        start=State(skeleton.layers, widths, Budget(costs_of(config, tensors), groups)),
+        start=State(skeleton.layers, widths, Budget(costs_of(config, tensors), groups, recipe.neuron_multiple)),
         parameters=parameters,
         request=None if recipe.remove is None else round(recipe.remove * parameters),
         letters=recipe.path,
@@ -92,11 +95,26 @@ class _Search:
         self.previous = Result(**plan.state) if "version" in plan.state else None
         self.workers: list[dict[str, Any]] = []
 
+    def check_kept(self) -> None:
+        """Check that no iteration is to be kept that is past and was not.
+
+        Raises:
+            InputError: names the first one.
+        """
+        before = self.course.start
+        for entry in self.path:
+            now = before.after(entry.step, self.course.request)
+            if entry.folder is None and self.course.kept(before, now):
+                reason = f"iteration {entry.iteration} is past and was not kept; choose an empty directory"
+                raise InputError("keep", f"{self.recipe.keep!r} comes too late: {reason}")
+            before = now
+
     # -- the story --------------------------------------------------------------------------------------------
 
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
+        self._remove_saved()
         persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
         return self._finish()
 
@@ -112,8 +130,7 @@ class _Search:
                 state = self._iterate(model, state, candidates)
             self._measure(model, "after")
             if self.previous is None:
-                with self.clock.phase("write"):
-                    self._write(model, self.recipe.out)
+                self._write(model, self.recipe.out)
             self.workers = usage(group, layout)
         finally:
             group.close()
@@ -123,20 +140,19 @@ class _Search:
         plan, state = self.plan, self._state()
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, plan.calibration, plan.wave
         start = self.course.start
-        model = Searching(group, shards, replicas, tokens, wave, range(start.layers), start.widths)
+        scoring = self.recipe.scoring
+        model = Searching(group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring)
         compared = self._criterion if self._criterion != "perplexity" and self.course.candidates(state) else None
         if compared or not self.path or any(self.measured.missing("before")):
-            with self.clock.phase("load"):
-                model.read(None)
+            model.read(None)
             self._measure(model, "before")
         if compared:
             with self.clock.phase("search"), self.output.step("original", self._refer_parts(model)) as step:
                 model.refer(step)
         if self.path:
             self.output.say(f"{len(self.path)} iterations are finished already")
-            model = Searching(group, shards, replicas, tokens, wave, self._layers(), state.widths)
-            with self.clock.phase("load"):
-                model.read(self._saved(state))
+            model = Searching(group, shards, replicas, tokens, wave, self._layers(), state.widths, scoring)
+            model.read(self._saved(state))
         return model
 
     def _iterate(self, model: Searching, state: State, candidates: dict[Letter, State]) -> State:
@@ -164,8 +180,7 @@ class _Search:
         )
         if self.course.kept(state, after):
             entry.folder = f"iteration-{after.iteration:02d}"
-            with self.clock.phase("write"):
-                self._write(model, self._folder(entry.folder))
+            self._write(model, self._folder(entry.folder))
         self._record(model, entry)
         self.output.say(_line(entry))
         return after
@@ -181,7 +196,7 @@ class _Search:
             return model.shallower(recipe.depth_rule, criterion, step) if "L" in built else None
 
         def narrower() -> float | None:
-            return model.narrower(built[narrow].widths, recipe.correction, criterion, step) if narrow else None
+            return model.narrower(built[narrow].widths, criterion, step) if narrow else None
 
         shorter, score = model.both(shallower, narrower)
         scores = {"L": shorter.score if shorter else None, "G": score}
@@ -189,16 +204,21 @@ class _Search:
 
     def _record(self, model: Searching, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
-        previous, saved = self.saved, self.saved
+        saved = self.saved
         if entry.step != "L":
-            saved = f"layers-{entry.iteration:02d}"
-            with self.clock.phase("write"):
+            saved = entry.folder or f"{SAVED}{entry.iteration:02d}"
+            if entry.folder is None:
                 model.write(self._folder(saved), range(self.course.start.layers))
         self.saved = saved
         self.path.append(entry)
         self._save()
-        if previous and previous != saved:
-            self.journal.folder.remove_folder(previous)
+        self._remove_saved()
+
+    def _remove_saved(self) -> None:
+        """Remove saved layers of iterations that are no longer the last with narrower layers."""
+        for name in self.journal.folder.names():
+            if name.startswith(SAVED) and name != self.saved:
+                self.journal.folder.remove_folder(name)
 
     def _finish(self) -> Result:
         """Write the result last."""
@@ -234,8 +254,8 @@ class _Search:
             restarts=self.restarts,
         )
         self.journal.finish(result.as_json())
-        if self.saved:
-            self.journal.folder.remove_folder(self.saved)
+        self.saved = None
+        self._remove_saved()
         return result
 
     # -- what is known ----------------------------------------------------------------------------------------
@@ -253,9 +273,9 @@ class _Search:
             state = state.after(entry.step, self.course.request)
         return state
 
-    def _layers(self) -> list[int]:
-        """The layers that the finished iterations have left."""
-        gone = {entry.layer for entry in self.path}
+    def _layers(self, iterations: int | None = None) -> list[int]:
+        """The layers that the finished iterations have left, or the first ones of them."""
+        gone = {entry.layer for entry in self.path[:iterations]}
         return [index for index in range(self.course.start.layers) if index not in gone]
 
     def _folder(self, name: str) -> str:
@@ -265,9 +285,12 @@ class _Search:
         """Where the current layers lie, if not in the checkpoint: in the output of a finished run, or saved."""
         if self.previous:
             return Saved(self.recipe.out, state.widths, tuple(self._layers()))
-        if self.saved:
-            return Saved(self._folder(self.saved), state.widths, tuple(range(self.course.start.layers)))
-        return None
+        if self.saved is None:
+            return None
+        saved = range(self.course.start.layers)
+        kept = next((entry.iteration for entry in self.path if entry.folder == self.saved), None)
+        layers = saved if kept is None else self._layers(kept)
+        return Saved(self._folder(self.saved), state.widths, tuple(layers))
 
     def _parts(self, model: Searching, built: dict[Letter, State]) -> int:
         """The number of parts that an iteration reports to its progress step."""
@@ -278,7 +301,7 @@ class _Search:
                 again = scored and not (self.recipe.depth_rule == "perplexity" == self._criterion)
                 parts += model.waves_of(model.shortening) * (passes + again)
             else:
-                parts += model.waves_of(model.narrowing) * (2 * layers - 1 + scored)
+                parts += model.waves_of(model.narrowing) * (model.passes_to_narrow() + scored)
         return parts
 
     def _refer_parts(self, model: Searching) -> int:
@@ -301,8 +324,10 @@ class _Search:
         checkpoint, layers = self.plan.checkpoint, model.layers
         journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.stored_name)
         model.write(folder, layers)
-        write_frame(checkpoint, self.plan.skeleton, journal)
-        write_index(checkpoint, journal, changes(self.plan.skeleton.config, model.widths, layers))
+        with self.clock.phase("write"):
+            write_frame(checkpoint, self.plan.skeleton, journal)
+            write_index(checkpoint, journal, changes(self.plan.skeleton.config, model.widths, layers))
+        journal.folder.remove_partial()  # of workers that died while they wrote
 
     def _lost(self) -> None:
         """Record that workers were lost."""

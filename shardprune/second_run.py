@@ -16,7 +16,7 @@ def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
     Raises:
         InputError: the directory holds something else, or may not be resumed.
     """
-    second, identity = follow_up(recipe, first), first.journal.fingerprint
+    second, identity = follow_up(recipe, first, first.recipe.out), first.journal.fingerprint
     fingerprint = fingerprint_of(second, first.layout, first.skeleton.dtype, identity, None, first.calibration)
     journal = Journal(second.out, fingerprint, first.skeleton.layers)
     state = journal.check(recipe.resume)
@@ -25,10 +25,14 @@ def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
     return journal, state or {}
 
 
-def follow_up(recipe: Recipe, first: Plan) -> Recipe:
-    """The recipe of the second of two runs: on the first one's output, with what was decided for that."""
+def follow_up(recipe: Recipe, first: Plan, model: str) -> Recipe:
+    """The recipe of the second of two runs, with what was decided for the first one.
+
+    Args:
+        model: what the first one has made.
+    """
     decided = ("shards", "replicas", "segments", "threads", "wave", "device")
     update = {name: getattr(first.recipe, name) for name in decided}
     # What it claims before the first run starts is its own: it always resumes that.
-    place = {"model": first.recipe.out, "out": absolute(recipe.out), "resume": True}
+    place = {"model": model, "out": absolute(recipe.out), "resume": True}
     return recipe.model_copy(update={**update, **place})

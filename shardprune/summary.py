@@ -25,7 +25,7 @@ def summary(result: Result) -> Table:
             if counts[0] != counts[1]:
                 table.add_row(LABELS[name], *(f"{count:,}" for count in counts))
     table.add_row("parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}")
-    for phase in ("observe", "prune", "evaluate", "total"):
+    for phase in ("structure", "search", "observe", "prune", "evaluate", "total"):
         if phase in result.seconds:
             table.add_row(f"seconds, {phase}", "", f"{result.seconds[phase]:.1f}")
     table.add_row("workers", "", str(len(result.workers)))

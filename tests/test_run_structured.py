@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlavaForConditionalGe
 
 from shardprune.errors import InputError, SolverError
 from shardprune.progress import Output
+from shardprune.shard.worker import ShardWorker
 from shardprune.solvers.pattern import parse_pattern
 from tests.running import run
 from tests.solvers.test_structures import damped, plain_columns, plain_greedy, plain_hessian
@@ -592,11 +593,13 @@ def test_a_finished_parallel_composite_is_not_done_again_on_fewer_shards(folder,
     assert run(folder, tmp_path / "o", **COMPOSITE, propagation="parallel", shards=2) == first
 
 
-def test_a_finished_composite_can_be_measured_on_more(folder, undisturbed, tmp_path):
+def test_a_finished_composite_can_be_measured_on_more(folder, undisturbed, monkeypatch, tmp_path):
     source = str(folder / "other.npy")
     first = run(folder, tmp_path / "o", **COMPOSITE)
     layers = {name: data for name, data in snapshot(tmp_path / "o").items() if name.startswith("model-")}
-    result = run(folder, tmp_path / "o", **COMPOSITE, eval=(source,))
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWorker, "narrow", None)  # nothing is removed again
+        result = run(folder, tmp_path / "o", **COMPOSITE, eval=(source,))
     assert result.perplexity == undisturbed(**COMPOSITE, eval=(source,))[1].perplexity
     assert {name: data for name, data in snapshot(tmp_path / "o").items() if name in layers} == layers
     assert (result.sparsity, result.structure, result.model) == (first.sparsity, first.structure, first.model)

@@ -13,6 +13,7 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError
 from shardprune.progress import Output
 from shardprune.shard.search_worker import SearchWorker
+from shardprune.storage import Folder
 from tests.tiny import (
     GROUPED,
     LLAVA_LAYOUTS,
@@ -305,8 +306,8 @@ INTERRUPTIONS = [
     ("perplexity", "narrow", 9),
     ("cosine", "judge", 8),
     ("given", "remove", 2),
-    ("given", "write", 4),
-    ("given", "write", 7),
+    ("given", "write", 2),
+    ("given", "write", 5),
 ]
 
 
@@ -338,6 +339,49 @@ def test_no_iteration_reads_the_model_again(folder, monkeypatch, tmp_path):
     search(folder, tmp_path / "o", path="GLGL", keep="2", shards=2)
     of_layers = [name for name in reads if ".layers." in name]
     assert len(of_layers) == len(set(of_layers)) == 4 * 9
+
+
+def test_saved_layers_that_a_kill_has_left_go_with_the_next_attempt(folder, tmp_path, monkeypatch):
+    undisturbed = search(folder, tmp_path / "undisturbed", path="GGL")
+    removed = []
+
+    def remove_folder(self, name):
+        removed.append(name)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "remove_folder", remove_folder)
+        with pytest.raises(KeyboardInterrupt):
+            search(folder, tmp_path / "o", path="GGL")
+    assert removed == ["layers-01"]
+    assert {"layers-01", "layers-02"} <= {path.name for path in (tmp_path / "o").iterdir()}
+    assert search(folder, tmp_path / "o", path="GGL").structure == undisturbed.structure
+    assert differing(tmp_path / "undisturbed", tmp_path / "o") == []
+    assert not any(path.name.startswith("layers-") for path in (tmp_path / "o").iterdir())
+
+
+def test_what_is_past_cannot_be_kept_any_more(folder, tmp_path):
+    search(folder, tmp_path / "o", path="GL", keep="2")
+    with pytest.raises(InputError, match="keep: '1,2' comes too late: iteration 1 is past and was not kept"):
+        search(folder, tmp_path / "o", path="GL", keep="1,2")
+
+
+def test_another_seed_is_another_random_search(folder, tmp_path):
+    search(folder, tmp_path / "o", remove=0.3, criterion="random", seed=0, scores=False)
+    with pytest.raises(InputError, match="holds another run"):
+        search(folder, tmp_path / "o", remove=0.3, criterion="random", seed=1, scores=False)
+
+
+def test_neurons_stay_a_multiple(folder, tmp_path):
+    result = search(folder, tmp_path / "o", path="GLG", neuron_multiple=8)
+    assert result.structure.after.neurons % 8 == 0
+    assert whole(tmp_path, "o").config.intermediate_size == result.structure.after.neurons
+
+
+def test_a_shard_may_lose_all_its_layers(folder, tmp_path):
+    result = search(folder, tmp_path / "o", path="LL", shards=4)
+    held = [worker.layers for worker in result.workers if worker.layers]
+    assert held == [(index, index) for index in result.structure.kept]
 
 
 def test_a_finished_search_is_only_measured_on_more(folder, tmp_path):

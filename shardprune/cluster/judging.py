@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from shardprune.cluster.group import Ref, flow
 from shardprune.cluster.layout import Layout
@@ -11,10 +10,9 @@ from shardprune.cluster.passes import Waves, in_flight
 from shardprune.cluster.team import Team
 from shardprune.progress import Step
 from shardprune.shard.layers import Version
-from shardprune.shard.search_worker import REFERENCE
+from shardprune.shard.search_worker import REFERENCE, Watched
 from shardprune.shard.waves import Wave
-
-Criterion = Literal["cosine", "kl", "perplexity"]
+from shardprune.structure.scoring import Criterion
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,15 @@ class Jury:
         """The shard that has the head and the reference, whichever layers it holds."""
         return len(self.layout.shards) - 1
 
-    def through(self, without: int | None = None, version: Version = "dense", angles: bool = False) -> Iterator[Ref]:
+    def through(
+        self, without: int | None = None, version: Version = "dense", watched: Watched = "nothing"
+    ) -> Iterator[Ref]:
         """Every wave through all layers but one, one wave behind the other; yields what comes out."""
         for wave in self.waves.in_turn():
             hidden = self.team.submit(0, wave.replica, "embed", self.waves.windows(wave))
             for shard, layers in enumerate(self.layout.shards):
                 if kept := tuple(layer for layer in layers if layer != without):
-                    hidden = self.team.submit(shard, wave.replica, "run", wave.index, hidden, kept, version, angles)
+                    hidden = self.team.submit(shard, wave.replica, "run", wave.index, hidden, kept, version, watched)
             yield hidden
 
     def refer(self, step: Step) -> None:
@@ -45,7 +45,7 @@ class Jury:
 
     def angles(self, step: Step) -> dict[int, float]:
         """The mean cosine between the input and the output of each current layer."""
-        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), angles=True)
+        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), "angles")
         tokens = self.waves.tokens.numel()
         means = {}
         for shard, layers in enumerate(self.layout.shards):
@@ -54,6 +54,10 @@ class Jury:
                 sums = {wave: total for ref in refs for wave, total in self.team.get(ref).items()}
                 means[layer] = sum(sums[wave] for wave in sorted(sums)) / tokens
         return means
+
+    def gather(self, step: Step) -> None:
+        """Sum up the inputs of all layers of the current model, which takes one pass."""
+        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), "inputs")
 
     def scores(self, criterion: Criterion, without: Sequence[int | None], version: Version, step: Step) -> list[float]:
         """How good the model is without each of some layers (None: with all), by one criterion.
@@ -88,12 +92,14 @@ class Jury:
                 scores.append(total / (samples * seqlen))
         return scores
 
-    def _at_the_end(self, verb: str, step: Step, arguments: Callable[[Wave, Ref], tuple], angles: bool = False) -> None:
+    def _at_the_end(
+        self, verb: str, step: Step, arguments: Callable[[Wave, Ref], tuple], watched: Watched = "nothing"
+    ) -> None:
         """Call a verb of the last shard's workers for everything that comes out of the current model."""
         order = self.waves.in_turn()
         refs = (
             self.team.submit(self.last, wave.replica, verb, *arguments(wave, hidden))
-            for wave, hidden in zip(order, self.through(angles=angles), strict=True)
+            for wave, hidden in zip(order, self.through(watched=watched), strict=True)
         )
         for _ in flow(self.team, refs, in_flight(self.layout)):
             step.advance()

@@ -53,8 +53,9 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
             step.describe(f"layer {index + 1}/{len(work.shapes)}")
             _prune_layer(work, layer)
         if index + 1 in layers:
-            for _ in layer.over_waves("propagate", work.passed_on, False):
-                pass
+            if index in work.finished or not work.passes_on_dense:
+                for _ in layer.over_waves("propagate", "dense" if work.passes_on_dense else "latest", False):
+                    pass
             if layout.shard_of(index + 1) != layer.shard:
                 hand_on(group, layout, waves, stream, layer.shard)
     last = layout.shard_of(layers[-1])
@@ -64,7 +65,11 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
 
 def _prune_layer(work: Work, layer: LayerInWork) -> None:
     """Do what is to be done to a layer and write it: afterwards it is finished on every replica and in the output."""
-    record = narrow_layer(layer, work.widths) if work.widths else _sparsify_layer(work, layer)
+    if work.widths:
+        record = narrow_layer(layer, work.widths, work.passes_on_dense)
+        record |= layer.group.get(layer.ask(0, "sizes"))
+    else:
+        record = _sparsify_layer(work, layer)
     layer.group.get(layer.ask(0, "write", record))
     to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
 

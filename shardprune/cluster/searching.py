@@ -5,22 +5,23 @@ the shallower one; else the waves of both go through the same shards, at differe
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
 from shardprune.cluster.group import Group, Ref
-from shardprune.cluster.judging import Criterion, Jury
+from shardprune.cluster.judging import Jury
 from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.narrowing import narrow_layer
+from shardprune.cluster.narrowing import cut_layer, narrow_layer
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.team import Team
 from shardprune.progress import Step
 from shardprune.shard.held import Saved
 from shardprune.shard.waves import split
+from shardprune.structure.scoring import Criterion, Scoring
 from shardprune.structure.shape import Widths
 
 STREAM = "narrowing"
@@ -43,15 +44,24 @@ class Searching:
     Args:
         tokens: calibration windows [samples, seqlen]; `wave` of them move together.
         layers: the current ones, by their index in the checkpoint.
+        scoring: how their structures are chosen.
     """
 
     def __init__(
-        self, group: Group, shards: int, replicas: int, tokens: Tensor, wave: int, layers: Sequence[int], widths: Widths
+        self,
+        group: Group,
+        shards: int,
+        replicas: int,
+        tokens: Tensor,
+        wave: int,
+        layers: Sequence[int],
+        widths: Widths,
+        scoring: Scoring,
     ) -> None:
         self.group = group
         self.shards, self.replicas = shards, replicas
         self.tokens, self.wave = tokens, wave
-        self.layers, self.widths = tuple(layers), widths
+        self.layers, self.widths, self.scoring = tuple(layers), widths, scoring
         halves = (range(0, replicas, 2), range(1, replicas, 2)) if replicas > 1 else (range(1), range(1))
         self.narrowing, self.shortening = (Team(group, members) for members in halves)
         self.all = Team(group, range(replicas))
@@ -121,24 +131,38 @@ class Searching:
             (score,) = jury.scores(criterion, [layer], "dense", step)
         return Shallower(layer, score)
 
-    def narrower(self, widths: Widths, correction: bool, criterion: Criterion | None, step: Step) -> float | None:
+    def narrower(self, widths: Widths, criterion: Criterion | None, step: Step) -> float | None:
         """Build the candidate with other widths beside the current model; its score where it is asked for."""
         jury = self.jury(self.narrowing)
+        if self.scoring.needs_gram(False):
+            self._narrow_one_by_one(jury, widths, step)
+        else:
+            jury.gather(step)
+            in_work = [LayerInWork(jury.team, jury.layout, jury.waves, STREAM, index, step) for index in self.layers]
+            self._wait(ref for layer in in_work for ref in cut_layer(layer, widths))
+        return None if criterion is None else jury.scores(criterion, [None], "narrowed", step)[0]
+
+    def passes_to_narrow(self) -> int:
+        """How often all waves of a team go through a layer (or the model) while the narrower candidate is built."""
+        if not self.scoring.needs_gram(False):
+            return 1
+        return 2 * len(self.layers) - 1 if self.scoring.correction else len(self.layers)
+
+    def _narrow_one_by_one(self, jury: Jury, widths: Widths, step: Step) -> None:
+        """Make one layer after another narrower: whole second moments of all at once would not fit, and where they are
+        corrected, each sees what the ones before it give."""
         layout, at = jury.layout, 0
-        enter(self.narrowing, layout, jury.waves, STREAM)
+        enter(jury.team, layout, jury.waves, STREAM)
         for index in self.layers:
             while at < layout.shard_of(index):
-                hand_on(self.narrowing, layout, jury.waves, STREAM, at)
+                hand_on(jury.team, layout, jury.waves, STREAM, at)
                 at += 1
-            layer = LayerInWork(self.narrowing, layout, jury.waves, STREAM, index, step)
-            narrow_layer(layer, widths)
-            if index != self.layers[-1]:
-                for _ in layer.over_waves("propagate", "narrowed" if correction else "dense", False):
+            layer = LayerInWork(jury.team, layout, jury.waves, STREAM, index, step)
+            narrow_layer(layer, widths, not self.scoring.correction)
+            if index != self.layers[-1] and self.scoring.correction:
+                for _ in layer.over_waves("propagate", "narrowed", False):
                     pass
-        to_all(self.narrowing, layout, at, "drop", STREAM)
-        if criterion is None:
-            return None
-        return jury.scores(criterion, [None], "narrowed", step)[0]
+        to_all(jury.team, layout, at, "drop", STREAM)
 
     def both(self, shallower: Callable[[], T], narrower: Callable[[], U]) -> tuple[T, U]:
         """Two candidates at the same time.
@@ -149,12 +173,14 @@ class Searching:
         if not self.group.concurrent:
             return shallower(), narrower()
         with ThreadPoolExecutor(max_workers=2) as pool:
-            futures = pool.submit(shallower), pool.submit(narrower)
+            first, second = pool.submit(shallower), pool.submit(narrower)
             try:
-                return futures[0].result(), futures[1].result()
+                for future in as_completed((first, second)):
+                    future.result()
             except BaseException:
                 self.group.close()
                 raise
+            return first.result(), second.result()
 
     # -- adopting one of them ---------------------------------------------------------------------------------
 
@@ -174,13 +200,13 @@ class Searching:
         """Let the narrowed layers take the place of the current ones on all replicas."""
         self.widths = widths
         others = [replica for replica in range(self.replicas) if replica not in self.narrowing.members]
-        for shard, layers in enumerate(self.placement):
-            for layer in layers if others else ():
-                parameters = self.narrowing.submit(shard, 0, "narrowed", layer)
-                self._wait(
-                    self.group.submit(shard, replica, "install_narrowed", layer, widths, parameters)
-                    for replica in others
-                )
+        self._wait(
+            self.group.submit(shard, replica, "install_narrowed", layer, widths, choice)
+            for shard, layers in enumerate(self.placement)
+            for layer in (layers if others else ())
+            for choice in [self.narrowing.submit(shard, layer % len(self.narrowing.members), "choice", layer)]
+            for replica in others
+        )
         self._on_all("adopt")
 
     # -- inside -----------------------------------------------------------------------------------------------

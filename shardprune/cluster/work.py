@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from shardprune.allocation.allocation import Share
 from shardprune.families import Family
-from shardprune.shard.layers import Version
 from shardprune.solvers.barber import Rebuilding
 from shardprune.structure.shape import Widths
 
@@ -18,8 +17,8 @@ class Work:
     `shares` says what each projection gives up (empty where a sparse checkpoint says it), `finished` are the
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
-    Where there are `widths`, layers become that narrow instead of sparse, and what is `passed_on` to the next
-    layer is the image under the layer that is written (`latest`) or under the layer as it was (`dense`).
+    Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does.
     """
 
     shares: Shares
@@ -30,7 +29,7 @@ class Work:
     rebuilding: Rebuilding | None
     measure_error: bool
     widths: Widths | None = None
-    passed_on: Version = "latest"
+    passes_on_dense: bool = False
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -48,7 +47,9 @@ class Work:
         extra = self.comparing_passes * len(self.family.blocks)
         for segment in segments:
             pending = self.pending(segment)
-            passes += sum(1 if layer in self.finished else 2 + extra for layer in pending) - bool(pending)
+            own = 1 if self.passes_on_dense else 2 + extra
+            passes += sum(1 if layer in self.finished else own for layer in pending)
+            passes -= bool(pending) and not self.passes_on_dense
         return waves * passes
 
     @property

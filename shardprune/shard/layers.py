@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -15,6 +15,18 @@ from shardprune.skeleton import Skeleton
 # narrowed: made narrower, but not finished yet
 Version = Literal["dense", "latest", "given", "narrowed"]
 State = Literal["dense", "pruned", "given"]  # of a layer in memory
+
+
+class LayerStore(Protocol):
+    """The decoder layers that a worker has, wherever they are; `load_seconds` went into reading them."""
+
+    load_seconds: float
+
+    def get(self, index: int, version: Version) -> nn.Module:
+        """The layer `index` on the device."""
+
+    def release(self) -> None:
+        """Give back what only a finished pass needed."""
 
 
 class Layers:

@@ -1,6 +1,6 @@
 """Making one decoder layer narrower: which groups and neurons stay, and what its projections become."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from shardprune.errors import SolverError
 from shardprune.families import Family, Unit
 from shardprune.skeleton import projection_weight
+from shardprune.solvers.factor import factorise
 from shardprune.solvers.statistics import InputStatistics, Kind, output_error
 from shardprune.solvers.structures import (
     Owned,
@@ -63,10 +64,24 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The structures of a layer that stay, by what they are made of, and the corrected weights [rows, kept columns] of
+    its output projections: all that another replica needs to cut the same layer."""
+
+    kept: dict[Unit, Tensor]
+    corrected: dict[str, Tensor]
+
+    def cpu(self) -> "Choice":
+        """On the CPU, ready to travel."""
+        kept = {unit: indices.cpu() for unit, indices in self.kept.items()}
+        return Choice(kept, {name: weight.cpu() for name, weight in self.corrected.items()})
+
+
+@dataclass(frozen=True)
 class Narrowing:
     """One layer that is to have other widths.
 
-    `stored` is the dtype to which corrected weights are rounded; `label` names the layer in errors.
+    `stored` has the dtypes to which corrected weights are rounded, by projection; `label` names the layer in errors.
     """
 
     layer: nn.Module
@@ -74,42 +89,55 @@ class Narrowing:
     heads: Heads
     widths: Widths
     scoring: Scoring
-    stored: torch.dtype
+    stored: Mapping[str, torch.dtype]
     label: str
 
-    def narrow(self, gathered: list[Gathered]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Choose the structures that stay, and cut the layer's parameters.
+    def choose(self, gathered: list[Gathered]) -> tuple["Choice", dict[str, Any]]:
+        """Choose the structures that stay, and correct the output projections.
 
         Args:
             gathered: of each input of the layer.
 
-        Returns the parameters that change, by their names within the layer, and a report: indices of the `groups` and
-        `neurons` that stay, relative output `errors` of the output projections where the second moments are known, and
-        the solver's `retries`.
+        Returns the choice and a report: indices of the `groups` and `neurons` that stay, relative output `errors` of
+        the output projections where the second moments are known, and the solver's `retries`.
 
         Raises:
             SolverError: names the projection.
         """
         sums = {name: of for names, of in zip(self.family.inputs, gathered, strict=True) for name in names}
         report: dict[str, Any] = {"errors": {}, "retries": 0}
-        changed: dict[str, Tensor] = {}
-        kept: dict[Unit, Tensor] = {}
+        choice = Choice({}, {})
         for name, unit in self.family.columns.items():
             if not sums[name].statistics.finite:
                 raise SolverError(f"{self.label} {name}: its inputs are not finite: the activations overflow")
             try:
-                kept[unit] = self._choose(name, unit, sums)
-                if len(kept[unit]) < self._count_before(name, unit):
-                    changed[f"{name}.weight"] = self._cut(name, kept[unit], sums[name].statistics, report)
+                kept = self._choose(name, unit, sums)
+                if len(kept) < self._count_before(name, unit):
+                    self._correct(name, kept, sums[name].statistics, choice, report)
             except SolverError as error:
                 raise SolverError(f"{self.label} {name}: {error}") from error
+            choice.kept[unit] = kept
+            report["neurons" if unit == "neuron" else "groups"] = kept.tolist()
+        return choice, report
+
+    def cut(self, choice: "Choice") -> dict[str, Tensor]:
+        """The parameters of the layer that change, by their names within it."""
+        device = projection_weight(self.layer, self.family.projections[0]).device
+        kept = {unit: indices.to(device) for unit, indices in choice.kept.items()}
         kept["key"] = kept["query"]
+        changed: dict[str, Tensor] = {}
+        for name, unit in self.family.columns.items():
+            if name in choice.corrected:
+                changed[f"{name}.weight"] = choice.corrected[name]
+            elif len(kept[unit]) < self._count_before(name, unit):
+                columns = columns_of(kept[unit], self.heads.rows(unit))
+                changed[f"{name}.weight"] = projection_weight(self.layer, name)[:, columns]
         for name, units in self.family.rows.items():
             rows = self._rows(name, units, kept)
             if len(rows) < len(projection_weight(self.layer, name)):
                 for leaf, parameter in self.layer.get_submodule(name).named_parameters():
                     changed[f"{name}.{leaf}"] = parameter[rows]
-        return changed, report | {"groups": kept["query"].tolist(), "neurons": kept["neuron"].tolist()}
+        return changed
 
     def _choose(self, name: str, unit: Unit, sums: dict[str, Gathered]) -> Tensor:
         """Indices of the structures that stay of those that own an output projection's columns."""
@@ -120,7 +148,7 @@ class Narrowing:
             activity = sums[name].activity
             return keep_largest(activity if unit == "neuron" else activity.view(-1, self.heads.queries).sum(1), count)
         if self.scoring.score == "obs":
-            factor = sums[name].statistics.factor(DAMPING)
+            factor = factorise(sums[name].statistics.hessian, DAMPING)  # as large as H: given back at once
             return keep_by_error(weight.float(), factor, self.heads.rows(unit), count)
         shares, means = self._outliers(name, unit, sums)
         return keep_largest(shares, count, ties=means).to(weight.device)
@@ -140,23 +168,23 @@ class Narrowing:
                 owned.append(Owned(weights[projection], squares[projection], owners, 0))
         return outlier_shares(owned, count, threshold)
 
-    def _cut(self, name: str, kept: Tensor, statistics: InputStatistics, report: dict[str, Any]) -> Tensor:
-        """An output projection with the columns that stay, corrected if they are to be, in the layer's dtype."""
+    def _correct(
+        self, name: str, kept: Tensor, statistics: InputStatistics, choice: "Choice", report: dict[str, Any]
+    ) -> None:
+        """Correct the columns of an output projection that stay, if they are to be, and report the error."""
         weight = projection_weight(self.layer, name)
         columns = columns_of(kept, self.heads.rows(self.family.columns[name]))
+        cut = weight[:, columns]
         if self.scoring.correction:
             correction = correct(weight.float(), statistics, columns, DAMPING)
-            cut = correction.weight.to(self.stored)
+            cut = choice.corrected[name] = correction.weight.to(self.stored[name]).to(weight.dtype)
             report["retries"] += correction.retries
-        else:
-            cut = weight[:, columns]
-        if not bool(torch.isfinite(cut).all()):
-            raise SolverError("the corrected weight is not finite")
+            if not bool(torch.isfinite(cut).all()):
+                raise SolverError("the corrected weight is not finite")
         if statistics.kind == "gram":
             whole = torch.zeros_like(weight, dtype=torch.float32)
             whole[:, columns] = cut.float()
             report["errors"][name] = output_error(weight.float(), whole, statistics)
-        return cut.to(weight.dtype)
 
     def _rows(self, name: str, units: Sequence[Unit], kept: dict[Unit, Tensor]) -> Tensor:
         """The rows of a projection that stay, part after part."""

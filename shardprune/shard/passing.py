@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import SolverError
 from shardprune.journal import Journal
-from shardprune.shard.layers import Layers, Version
+from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.waves import Activations
 from shardprune.skeleton import Skeleton, projection_weight
@@ -61,19 +61,23 @@ class PassingWorker:
         self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
         self.activations = Activations(self.skeleton.device, self._place())
         self.sparse = Checkpoint(spec.sparse, "sparse") if spec.sparse else None
-        self.layers = Layers(
-            self.skeleton,
-            self.checkpoint,
-            self.journal,
-            spec.layers,
-            set(spec.finished),
-            stream=spec.weights == "streamed",
-            given=self.sparse,
-            pruned=self._skeleton_of(spec.widths) if spec.widths else None,
-        )
+        self.layers = self._open_layers()
         self._observed: dict[int, list[InputStatistics]] = {}
         if self.skeleton.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+
+    def _open_layers(self) -> LayerStore:
+        """The decoder layers of the shard."""
+        return Layers(
+            self.skeleton,
+            self.checkpoint,
+            self.journal,
+            self.spec.layers,
+            set(self.spec.finished),
+            stream=self.spec.weights == "streamed",
+            given=self.sparse,
+            pruned=self._skeleton_of(self.spec.widths) if self.spec.widths else None,
+        )
 
     # -- waves in and out -----------------------------------------------------------------------------------
 

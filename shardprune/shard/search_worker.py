@@ -1,6 +1,6 @@
 """The worker of a search: it keeps the current layers of its shard and builds candidates beside them."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,21 @@ from shardprune.shard.passing import timed
 from shardprune.shard.spec import WorkerSpec
 from shardprune.structure.shape import Widths
 
+Watched = Literal["nothing", "angles", "inputs"]
 REFERENCE = "reference"  # stream of what comes out of the original model's last layer
 
 
 class SearchWorker(NarrowingWorker):
     """One replica of one shard, whose layers may become narrower, go, or move to another shard."""
 
+    layers: Held
+
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
-        self.layers: Held = Held(self.skeleton, self.checkpoint)  # type: ignore[assignment]
         self._angles: dict[int, dict[int, Tensor]] = {}
+
+    def _open_layers(self) -> Held:
+        return Held(self.skeleton, self.checkpoint)
 
     # -- the current layers -----------------------------------------------------------------------------------
 
@@ -41,12 +46,12 @@ class SearchWorker(NarrowingWorker):
     def adopt(self) -> None:
         """The narrowed layers are the current ones from now on."""
         self.layers.put(self._narrowed)
-        self._narrowed = {}
+        self._narrowed, self._choices = {}, {}
 
     @timed
     def discard_narrowed(self) -> None:
         """Forget the narrowed layers."""
-        self._narrowed = {}
+        self._narrowed, self._choices = {}, {}
 
     @timed
     def remove(self, index: int) -> None:
@@ -61,7 +66,7 @@ class SearchWorker(NarrowingWorker):
     @timed
     def take_over(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:
         """Hold a layer that another shard has given up."""
-        self.install_narrowed(index, widths, parameters)
+        self._take(index, widths, parameters)
         self.layers.put({index: self._narrowed.pop(index)})
 
     @timed
@@ -77,15 +82,17 @@ class SearchWorker(NarrowingWorker):
     # -- what candidates are judged by --------------------------------------------------------------------------
 
     @timed
-    def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, angles: bool) -> Tensor:
+    def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, watched: Watched) -> Tensor:
         """One wave through some of the shard's layers.
 
-        Where `angles` are asked for, the sum over tokens of the cosine between each layer's input and output is kept.
+        Of each layer may be `watched`: its `angles`, the sum over tokens of the cosine between its input and output,
+        or its `inputs`, which add to the sums that narrowing needs.
         """
         hidden = hidden.to(self.skeleton.device)
         for index in layers:
-            before, hidden = hidden, self._run(index, version, hidden)
-            if angles:
+            sums = self._gathered_of(index) if watched == "inputs" else None
+            before, hidden = hidden, self._run(index, version, hidden, sums)
+            if watched == "angles":
                 cosines = nn.functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
                 self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
         return hidden.cpu().contiguous()
@@ -120,4 +127,4 @@ class SearchWorker(NarrowingWorker):
     def usage(self) -> dict[str, Any]:
         """As of every worker; the layers are the first and last of those that it holds now."""
         held = self.layers.indices
-        return super().usage() | ({"layers": [held[0], held[-1]]} if held else {})
+        return super().usage() | {"layers": [held[0], held[-1]] if held else None}

@@ -12,6 +12,7 @@ from torch import Tensor
 from shardprune.allocation.allocation import Share
 from shardprune.shard.blocks import Block, Squares
 from shardprune.shard.layer_file import write_layer
+from shardprune.shard.layers import Layers
 from shardprune.shard.narrowing_worker import NarrowingWorker
 from shardprune.shard.passing import Sums, merged, timed
 from shardprune.shard.projections import Report, adopt_projection, prune_projection
@@ -24,6 +25,8 @@ from shardprune.solvers.statistics import InputStatistics, Kind, output_error
 
 class ShardWorker(NarrowingWorker):
     """One replica of one shard."""
+
+    layers: Layers
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
@@ -130,6 +133,17 @@ class ShardWorker(NarrowingWorker):
             for name in self.skeleton.family.inputs[group]
         }
 
+    @timed
+    def sizes(self, index: int) -> dict[str, int]:
+        """The numbers of weights and zeros of a narrowed layer's projections, and those before."""
+        layers = {"_before": self.layers.get(index, "dense"), "": self._narrowed[index]}
+        counts = {}
+        for when, layer in layers.items():
+            weights = [projection_weight(layer, name) for name in self.skeleton.family.projections]
+            counts[f"weights{when}"] = sum(weight.numel() for weight in weights)
+            counts[f"zeros{when}"] = sum(int((weight == 0).sum()) for weight in weights)
+        return counts
+
     # -- the end of a layer -----------------------------------------------------------------------------------
 
     @timed
@@ -145,6 +159,7 @@ class ShardWorker(NarrowingWorker):
     def finish(self, index: int) -> None:
         """The layer is written: from now on it is the pruned one, and its statistics are gone."""
         self.layers.mark_pruned(index, self._narrowed.pop(index, None))
+        self._choices.clear()
         self._statistics = None
         self._block = None
 

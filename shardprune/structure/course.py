@@ -1,6 +1,9 @@
 """What is known of a path before it starts: where it begins, when it ends, and the way it goes where that is given."""
 
+import math
 import random
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from shardprune.errors import InputError
@@ -35,22 +38,17 @@ class Course:
     def candidates(self, state: State) -> dict[Letter, State]:
         """What the next iteration may be, and where each leads; empty at the end.
 
-        Raises:
-            InputError: the model can give neither candidate.
+        Only what the model can give is offered, and after which it can give all that is asked for.
         """
-        if state.iteration == self.iterations:
+        if self._over(state):
             return {}
         found: dict[Letter, State] = {}
-        reasons = []
         for letter in state.offers(self.request):
-            try:
-                found[letter] = state.after(letter, self.request)
-            except ValueError as error:
-                reasons.append(str(error))
-        if reasons and not found:
-            raise InputError(
-                "remove", f"iteration {state.iteration + 1} is more than the model can give: {reasons[-1]}"
-            )
+            with suppress(ValueError):
+                after = state.after(letter, self.request)
+                if self.letters is not None or self._reaches_the_end(after):
+                    found[letter] = after
+        assert found, "the check would have failed"
         return found
 
     def choice(self, state: State, candidates: dict[Letter, State]) -> Letter | None:
@@ -66,18 +64,22 @@ class Course:
 
     def kept(self, before: State, now: State) -> bool:
         """Whether an iteration is kept."""
-        following = [self.share(state) for state in self.candidates(now).values()]
-        return self.keeping.wants(
-            now.iteration, self.share(before), self.share(now), min(following) if following else None
-        )
+        return self.keeping.wants(now.iteration, self._half_way(before), self._half_way(now))
 
     def check(self) -> None:
-        """Check that the path can be walked to its end, whichever way it goes.
+        """Check that the path can be walked to its end.
 
         Raises:
             InputError: names the field that asks for too much.
         """
-        ends = [self._end(letter) for letter in (("L", "G") if self.letters is None else (None,))]
+        if self.letters is not None:
+            ends = [self._end(self._lettered)]
+        elif self.seed is not None and self._reaches_the_end(self.start):
+            ends = [self._end(self._drawn)]
+        else:
+            ends = self._ends(self.start)
+            if not ends:
+                self._end(preferring("L", self.request))  # says why
         shortest = min(ends, key=lambda state: state.iteration)
         if any(iteration > shortest.iteration for iteration in self.keeping.iterations):
             last = max(self.keeping.iterations)
@@ -87,28 +89,60 @@ class Course:
             most = max(self.keeping.shares)
             raise InputError("keep", f"{most} is beyond the last iteration, which removes {self.share(shortest):.4f}")
 
-    def _end(self, preferred: Letter | None) -> State:
-        """The end of the path as given, or of the one that takes a letter as long as it can."""
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _over(self, state: State) -> bool:
+        return state.iteration == self.iterations or not state.offers(self.request)
+
+    def _half_way(self, state: State) -> float:
+        """The share half way to the next iteration, whichever way that goes; the first one is nobody's second."""
+        if not state.iteration:
+            return -math.inf
+        if self._over(state):
+            return math.inf
+        step = state.layer if self.request is None else min(state.layer, self.request - state.removed)
+        return self.share(state) + step / self.parameters / 2
+
+    def _ends(self, state: State) -> list[State]:
+        """Where a path ends that takes one letter as long as it can; empty where the model cannot give so much."""
+        found = []
+        for letter in ("L", "G"):
+            with suppress(ValueError):
+                *_, end = (state, *walk(state, preferring(letter, self.request), self.request, self.iterations))
+                found.append(end)
+        return found
+
+    def _reaches_the_end(self, state: State) -> bool:
+        return bool(self._ends(state))
+
+    def _lettered(self, now: State) -> Letter:
+        assert self.letters is not None
+        if now.iteration >= len(self.letters):
+            raise InputError(
+                "path",
+                f"{self.letters!r} is too short: {now.iteration} iterations remove {self.share(now):.4f} of the "
+                f"parameters, {(self.request or 0) / self.parameters:g} are asked for",
+            )
+        return "L" if self.letters[now.iteration] == "L" else "G"
+
+    def _drawn(self, now: State) -> Letter:
+        choice = self.choice(now, self.candidates(now))
+        assert choice is not None
+        return choice
+
+    def _end(self, choose: Callable[[State], Letter]) -> State:
+        """The end of a path.
+
+        Raises:
+            InputError: the model cannot give so much.
+        """
         state = self.start
-
-        def choose(now: State) -> Letter:
-            if preferred is not None:
-                return preferring(preferred, self.request)(now)
-            assert self.letters is not None
-            if now.iteration >= len(self.letters):
-                raise InputError(
-                    "path",
-                    f"{self.letters!r} is too short: {now.iteration} iterations remove {self.share(now):.4f} of the "
-                    f"parameters, {(self.request or 0) / self.parameters:g} are asked for",
-                )
-            return "L" if self.letters[now.iteration] == "L" else "G"
-
         try:
             for state in walk(self.start, choose, self.request, self.iterations):  # noqa: B007
                 pass
+        except InputError:
+            raise
         except ValueError as error:
-            if isinstance(error, InputError):
-                raise
             field = "path" if self.request is None else "remove"
             asked = self.letters if self.request is None else f"{self.request / self.parameters:g}"
             raise InputError(

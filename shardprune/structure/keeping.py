@@ -10,19 +10,13 @@ class Keeping:
     iterations: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
 
-    def wants(self, iteration: int, before: float, now: float, following: float | None) -> bool:
+    def wants(self, iteration: int, below: float, above: float) -> bool:
         """Whether an iteration is kept.
 
         Args:
-            before, now, following: the shares removed after the iteration before, this one and the next, which is
-                None after the last.
+            below, above: the shares half way between this iteration and the ones before and after it.
         """
-
-        def nearest(share: float) -> bool:
-            better_than_before = abs(now - share) < abs(before - share)
-            return better_than_before and (following is None or abs(now - share) <= abs(following - share))
-
-        return iteration in self.iterations or any(nearest(share) for share in self.shares)
+        return iteration in self.iterations or any(below < share <= above for share in self.shares)
 
 
 def parse_keep(text: str) -> Keeping:

@@ -4,6 +4,7 @@ Each iteration removes as many parameters as one current layer has. How many tha
 not on the weights, so that a path is checked before anything is read.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,7 +12,7 @@ from typing import Literal
 from shardprune.structure.budget import Budget
 from shardprune.structure.shape import FEWEST_LAYERS, Widths
 
-LAYER, GROUP, REST = "L", "G", "g"
+AHEAD = 2  # iterations by which a group may go before its time: one of each layer can be more than one iteration gives
 # L: a layer goes; G: groups and neurons of every layer; g: the same for what a request leaves after whole iterations
 Letter = Literal["L", "G", "g"]
 
@@ -37,8 +38,8 @@ class State:
 
     @property
     def slack(self) -> int:
-        """By how much widths can miss a request: one neuron of every layer."""
-        return self.layers * self.budget.costs.neuron
+        """By how much widths can miss a request: one neuron of every layer, or as many as go together."""
+        return self.layers * self.budget.slack
 
     def shallower(self) -> "State":
         """After a layer has gone.
@@ -56,13 +57,17 @@ class State:
             iteration=self.iteration + 1,
         )
 
-    def narrower(self, nominal: int) -> "State":
+    def narrower(self, nominal: int, ahead: float = 0.0) -> "State":
         """After every layer has become narrower, so that `nominal` parameters have gone in all.
+
+        Args:
+            ahead: how many more may have gone, if groups take them: later iterations take as many less.
 
         Raises:
             ValueError: the layers have not so many neurons.
         """
-        narrowed = self.budget.narrowed(self.widths, (nominal - self.removed) / self.layers)
+        amount = (nominal - self.removed) / self.layers
+        narrowed = self.budget.narrowed(self.widths, amount, ahead / self.layers)
         gone = self.layer - narrowed.budget.costs.layer(narrowed.widths)
         return replace(
             self,
@@ -79,16 +84,18 @@ class State:
         Raises:
             ValueError: the model cannot give so much.
         """
-        if letter == LAYER:
+        if letter == "L":
             return self.shallower()
-        if letter == GROUP:
-            return self.narrower(self.nominal + self.layer)
+        if letter == "G":
+            nominal = self.nominal + self.layer
+            left = math.inf if request is None else max(0, request - nominal)
+            return self.narrower(nominal, ahead=min(AHEAD * self.layer, left))
         assert request is not None
         return self.narrower(request)
 
     def offers(self, request: int | None) -> tuple[Letter, ...]:
         """What the next iteration may be: L and G where a whole one fits into the request, else g, else nothing."""
-        if request is None or self.removed + self.layer <= request + self.slack:
+        if request is None or max(self.removed, self.nominal) + self.layer <= request + self.slack / 2:
             return ("L", "G")
         return ("g",) if request - self.removed > self.slack / 2 else ()
 

@@ -1,9 +1,10 @@
-"""How structures are chosen."""
+"""How structures are chosen, and candidates."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 Score = Literal["amp", "outlier", "obs"]
+Criterion = Literal["cosine", "kl", "perplexity"]  # what whole candidates are scored by
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 from shardprune.families import Unit, family_of
@@ -79,6 +80,7 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
         fields["head_dim"] = heads.dim
         if config.model_type == "llama" and config.hidden_size % fields["num_attention_heads"]:
             twin = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+            twin["transformers_version"] = transformers.__version__  # old Mistrals are taken to need another tokenizer
             fields = {**_said(config), **fields, **twin}
     return fields
 

@@ -64,6 +64,8 @@ def test_a_group_goes_when_the_account_covers_it_and_not_before():
     later = Budget(costs, (2, 3, 4), owed=1.5).narrowed(widths, 90)
     assert later.widths == Widths(4, 31)  # an amount smaller than a group cannot pay for one
     assert later.budget.owed == pytest.approx(1.95)
+    ahead = Budget(costs, (2, 3, 4), owed=1.5).narrowed(widths, 90, ahead=20)
+    assert ahead.widths == Widths(3, 40)  # but may be ahead of what later ones give
 
 
 def test_groups_that_only_go_in_pairs_wait_for_two():

@@ -1,5 +1,6 @@
 """Courses: which way a path goes, what is kept of it, and what is found before it starts."""
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -96,10 +97,37 @@ def test_what_cannot_be_walked_is_found_before(asked, message):
         asked.check()
 
 
-def test_a_dead_end_is_an_error_and_not_the_end():
-    stuck = course(request=0.99)
-    with pytest.raises(InputError, match=r"remove: iteration \d+ is more than the model can give"):
-        states(stuck)
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.75, 0.8])
+def test_no_choice_leads_to_a_dead_end(share):
+    asked = course(request=share)
+    asked.check()
+    draw = random.Random(0)
+    for _ in range(20):
+        state = START
+        while candidates := asked.candidates(state):
+            state = candidates[draw.choice(sorted(candidates))]
+        assert abs(state.removed - asked.request) <= state.slack
+
+
+def test_a_group_that_costs_more_than_an_iteration_goes_ahead_of_what_follows():
+    """As in a Llama of 80 layers, where a step of one layer's parameters is less than a group of each."""
+    large = State(80, Widths(8, 1000), Budget(Costs(group=40, neuron=2, rest=0), (2, 3, 4, 5, 6, 7, 8)))
+    assert large.layer / 80 < 40
+    path = Course(large, 80 * large.layer, None, "G" * 40, None, Keeping())
+    walked = states(path)
+    assert walked[-1].widths.groups == pytest.approx(8 * (1 - path.share(walked[-1])), abs=1)
+    for before, now in pairwise(walked):
+        assert before.removed <= now.removed <= now.nominal + 2 * before.layer + now.slack
+    request = 40 * large.layer
+    assert states(Course(large, 80 * large.layer, request, None, None, Keeping()), "G")[-1].removed <= request + 160
+
+
+def test_neurons_stay_a_multiple():
+    budget = Budget(COSTS, (2, 3, 4), multiple=8)
+    asked = Course(State(8, Widths(4, 96), budget), TOTAL, round(0.3 * TOTAL), None, None, Keeping())
+    walked = states(asked, "G")
+    assert all(state.widths.neurons % 8 == 0 for state in walked)
+    assert abs(walked[-1].removed - 0.3 * TOTAL) <= walked[-1].slack == 8 * 6 * 8
 
 
 @pytest.mark.parametrize(

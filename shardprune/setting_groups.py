@@ -18,6 +18,7 @@ class Width(Settings):
         "obs", description="What a structure is judged by: activations, outliers, or the error that its removal leaves"
     )
     correction: bool = Field(True, description="Correct the columns that stay by least squares")
+    neuron_multiple: int = positive(1, "Of what the number of neurons stays a multiple, for kernels and their shards")
 
 
 class Calibration(Settings):

@@ -1,0 +1,48 @@
+"""The end of a run: whether it has been reached before, and what it took to get there."""
+
+from typing import Any
+
+from torch import Tensor
+
+from shardprune.calibration import tokens_hash
+from shardprune.clock import Clock
+from shardprune.journal import Journal
+from shardprune.progress import Output
+from shardprune.result import Result, WorkerResult
+
+
+def done_already(
+    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], output: Output
+) -> Result | None:
+    """The result of a finished run that lacks nothing of what is asked for.
+
+    Args:
+        state: what the output directory holds.
+    """
+    if "version" not in state:
+        return None
+    result = Result(**state)
+    measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
+    wanted = {source: tokens_hash(windows) for source, windows in evaluations.items()}
+    if not wanted.items() <= measured.items():
+        return None
+    output.say(f"{journal.folder.url} is finished already")
+    return result
+
+
+def costs(
+    clock: Clock, workers: list[dict[str, Any]], previous: Result | None
+) -> tuple[dict[str, float], list[WorkerResult]]:
+    """What a run took by phase, the slowest worker's reading and writing included, and who did it.
+
+    Args:
+        workers: what each of them says of itself.
+        previous: the result of an earlier run, to which this one only added measurements.
+    """
+    seconds = clock.total()
+    if previous:
+        evaluate = seconds.get("evaluate", 0.0) + previous.seconds.get("evaluate", 0.0)
+        return {**previous.seconds, "evaluate": evaluate}, previous.workers
+    for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
+        seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in workers), 3)
+    return seconds, [WorkerResult(**worker) for worker in workers]
