@@ -216,6 +216,9 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
+        """Record what is known, but for what a finished run's result says already."""
+        if self.previous:
+            return
         state = {"recipe": self.plan.record(), "perplexity": self.measured.records, "restarts": self.restarts}
         if self.outliers:
             state["outliers"] = [asdict(layer) for layer in self.outliers]
