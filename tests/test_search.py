@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from shardprune import MopRecipe, mop
@@ -411,6 +412,19 @@ def test_the_stored_dtype_stays(folder, tmp_path):
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
     assert torch.equal(after["model.layers.0.input_layernorm.weight"], before["model.layers.0.input_layernorm.weight"])
     assert torch.equal(after["model.layers.1.input_layernorm.weight"], before["model.layers.2.input_layernorm.weight"])
+
+
+def test_projections_are_rounded_to_their_own_dtypes(folder, tmp_path):
+    make_model(tmp_path / "mixed", "llama")
+    tensors = load_tensors(tmp_path / "mixed")
+    halves = {name: t.bfloat16() if "self_attn" in name else t for name, t in tensors.items()}
+    save_file(halves, tmp_path / "mixed" / "model.safetensors", {"format": "pt"})
+    search(folder, tmp_path / "o", model=tmp_path / "mixed", path="G", score="obs")
+    after = load_tensors(tmp_path / "o")
+    assert after["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    wide = after["model.layers.0.mlp.down_proj.weight"]
+    assert wide.dtype == torch.float32
+    assert not torch.equal(wide, wide.bfloat16().float())
 
 
 @pytest.mark.parametrize(
