@@ -59,7 +59,10 @@ def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
             course.check()
         search = _Search(plan, course, backend, output, clock)
         search.check_kept()
-        return done_already(plan.journal, plan.state, plan.evaluations, output) or search.go()
+        if done := done_already(plan.journal, plan.state, plan.evaluations, output):
+            search.remove_saved()
+            return done
+        return search.go()
 
 
 def plot(recipe: MopRecipe, skeleton: Skeleton) -> Course:
@@ -114,7 +117,7 @@ class _Search:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        self._remove_saved()
+        self.remove_saved()
         persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
         return self._finish()
 
@@ -212,9 +215,9 @@ class _Search:
         self.saved = saved
         self.path.append(entry)
         self._save()
-        self._remove_saved()
+        self.remove_saved()
 
-    def _remove_saved(self) -> None:
+    def remove_saved(self) -> None:
         """Remove saved layers of iterations that are no longer the last with narrower layers."""
         for name in self.journal.folder.names():
             if name.startswith(SAVED) and name != self.saved:
@@ -255,7 +258,7 @@ class _Search:
         )
         self.journal.finish(result.as_json())
         self.saved = None
-        self._remove_saved()
+        self.remove_saved()
         return result
 
     # -- what is known ----------------------------------------------------------------------------------------

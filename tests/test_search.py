@@ -361,6 +361,13 @@ def test_saved_layers_that_a_kill_has_left_go_with_the_next_attempt(folder, tmp_
     assert not any(path.name.startswith("layers-") for path in (tmp_path / "o").iterdir())
 
 
+def test_saved_layers_that_a_finished_search_has_left_go_when_it_is_asked_again(folder, tmp_path):
+    first = search(folder, tmp_path / "o", path="G")
+    (tmp_path / "o" / "layers-01").mkdir()
+    assert search(folder, tmp_path / "o", path="G") == first
+    assert not (tmp_path / "o" / "layers-01").exists()
+
+
 def test_what_is_past_cannot_be_kept_any_more(folder, tmp_path):
     search(folder, tmp_path / "o", path="GL", keep="2")
     with pytest.raises(InputError, match="keep: '1,2' comes too late: iteration 1 is past and was not kept"):
