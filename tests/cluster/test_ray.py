@@ -264,6 +264,7 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     def kill() -> None:
         while len(states[-1]["path"] if states else []) < 2:
             time.sleep(0.02)
+            assert not (tmp_path / "o" / "result.json").exists(), "the search was over before its third iteration"
             if (tmp_path / "o" / "run.json").exists():
                 states.append(json.loads((tmp_path / "o" / "run.json").read_text()))
         worker_processes(os.getpid())[-1].send_signal(signal.SIGKILL)
