@@ -1,6 +1,6 @@
 """Runs over tiny models in this process."""
 
-from shardprune import RebuildRecipe, Recipe, prune, rebuild
+from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.progress import Output
 
 
@@ -13,6 +13,11 @@ def rebuild_run(folder, out, sparse, model="model", **fields):
     """Rebuild the masks of a tiny model in this process, quietly."""
     values = _values(folder, out, model, {"sparse": str(folder / sparse), **fields})
     return rebuild(RebuildRecipe.checked(values), Output(quiet=True))
+
+
+def search_run(folder, out, model="model", **fields):
+    """Search over a tiny model in this process, quietly."""
+    return mop(MopRecipe.checked(_values(folder, out, model, fields)), Output(quiet=True))
 
 
 def _values(folder, out, model, fields):

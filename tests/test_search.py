@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
-from shardprune import MopRecipe, mop
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError
-from shardprune.progress import Output
 from shardprune.shard.search_worker import SearchWorker
 from shardprune.storage import Folder
+from tests.running import search_run as search
 from tests.tiny import (
     GROUPED,
     LLAVA_LAYOUTS,
@@ -25,22 +24,6 @@ from tests.tiny import (
     make_tokens,
     snapshot,
 )
-
-
-def search(folder, out, model="model", **fields):
-    """Search over a tiny model in this process, quietly."""
-    values = {
-        "model": str(folder / model),
-        "out": str(folder / out),
-        "calibration": str(folder / "tokens.npy"),
-        "samples": 12,
-        "seqlen": 24,
-        "wave": 4,
-        "backend": "local",
-        "threads": 2,
-        **fields,
-    }
-    return mop(MopRecipe.checked(values), Output(quiet=True))
 
 
 def steps(result) -> str:
