@@ -46,3 +46,12 @@ def costs(
     for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
         seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in workers), 3)
     return seconds, [WorkerResult(**worker) for worker in workers]
+
+
+def with_peaks_of(workers: list[WorkerResult], earlier: list[WorkerResult]) -> list[WorkerResult]:
+    """The workers of the second of two runs, with what those in the same places took at their peak in both."""
+    peaks = {(worker.shard, worker.replica): worker.peak_bytes for worker in earlier}
+    return [
+        worker.model_copy(update={"peak_bytes": max(worker.peak_bytes, peaks.get((worker.shard, worker.replica), 0))})
+        for worker in workers
+    ]

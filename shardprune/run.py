@@ -16,7 +16,7 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
 from shardprune.fingerprint import AnyRecipe
-from shardprune.finishing import costs, done_already
+from shardprune.finishing import costs, done_already, with_peaks_of
 from shardprune.journal import Journal
 from shardprune.measurements import Measurements
 from shardprune.output import write_frame, write_index
@@ -131,16 +131,12 @@ class _Run:
         self.outliers = [Outliers(**layer) for layer in plan.state.get("outliers", [])]
         self.workers: list[dict[str, Any]] = []
         self.previous = Result(**plan.state) if "version" in plan.state else None
-        self.structure: Structure | None = None
-        self.before: float | None = None  # zeros of the model from which structures were removed
-        self.peaks: dict[tuple[int, int], int] = {}  # memory of the workers that removed them
+        self.narrowed: Result | None = None  # of the run that removed structures before
 
     def adopt(self, narrowed: Result) -> None:
         """Take over what the run that removed structures measured and did."""
         self.measured.adopt(narrowed.as_json()["perplexity"])
-        self.structure = narrowed.structure
-        self.before = narrowed.sparsity.before if narrowed.sparsity else None
-        self.peaks = {(worker.shard, worker.replica): worker.peak_bytes for worker in narrowed.workers}
+        self.narrowed = narrowed
         self.restarts = max(self.restarts, narrowed.restarts)
 
     def go(self) -> Result:
@@ -238,8 +234,8 @@ class _Run:
             parameters_after=plan.parameters_after,
         )
         seconds, workers = costs(self.clock, self.workers, self.previous)
-        for worker in workers:
-            worker.peak_bytes = max(worker.peak_bytes, self.peaks.get((worker.shard, worker.replica), 0))
+        if self.narrowed:
+            workers = with_peaks_of(workers, self.narrowed.workers)
         result = Result(
             command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,
@@ -252,7 +248,7 @@ class _Run:
                 tokens_sha256=tokens_hash(plan.calibration),
             ),
             sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
-            structure=structure_of(plan.skeleton.config, plan.widths, size, records) if plan.widths else self.structure,
+            structure=self._structure(size, records),
             perplexity=self.measured.results(),
             seconds=seconds,
             workers=workers,
@@ -264,4 +260,11 @@ class _Run:
     def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
         base = self.plan.base
         sparsity = sparsity_of(records, self.plan.recipe.target, base.weights if base else None)
-        return sparsity if self.before is None else sparsity.model_copy(update={"before": self.before})
+        if self.narrowed is None or self.narrowed.sparsity is None:
+            return sparsity
+        return sparsity.model_copy(update={"before": self.narrowed.sparsity.before})  # of the model before both runs
+
+    def _structure(self, size: ModelSize, records: list[dict[str, Any]]) -> Structure | None:
+        if self.plan.widths:
+            return structure_of(self.plan.skeleton.config, self.plan.widths, size, records)
+        return self.narrowed.structure if self.narrowed else None
