@@ -11,7 +11,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
-from shardprune.cluster.passes import Waves, parts_of_perplexity, perplexity, usage
+from shardprune.cluster.passes import Waves, parts_of_pass, perplexity, usage
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
@@ -206,7 +206,7 @@ class _Run:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
         for windows, record in self.measured.missing(when):
             waves = Waves(windows, layout.replicas, self.plan.wave)
-            parts = parts_of_perplexity(waves, self.plan.skeleton.layers, self.plan.streamed)
+            parts = parts_of_pass(waves, self.plan.skeleton.layers, self.plan.streamed)
             with self.clock.phase("evaluate"), self.output.step(f"perplexity {when}", parts) as step:
                 record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
             self._save()
@@ -250,6 +250,7 @@ class _Run:
             sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
             structure=self._structure(size, records),
             perplexity=self.measured.results(),
+            evaluation=self.previous.evaluation if self.previous else None,
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,

@@ -25,6 +25,7 @@ from shardprune.families import family_of
 from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
 from shardprune.storage import first_line
 
+SHAPES = 8  # of waves whose arguments are kept: masks take memory
 ROUNDING = 0.02  # by which norms may differ that were stored in another 16-bit dtype
 
 
@@ -138,11 +139,15 @@ class Skeleton:
     def layer_arguments(self, index: int, batch: int, seqlen: int) -> dict[str, Any]:
         """The keyword arguments of layer `index` for a wave [batch, seqlen] of full-length sequences."""
         key = (batch, seqlen)
-        if key not in self._arguments:
+        arguments = self._arguments.pop(key, None)
+        if arguments is None:
             recorders = [Recorder() for _ in range(self.layers)]
             self._run(nn.ModuleList(recorders), self.model.base_model, batch, seqlen)
-            self._arguments[key] = [recorder.arguments for recorder in recorders]
-        return self._arguments[key][index]
+            arguments = [recorder.arguments for recorder in recorders]
+        self._arguments[key] = arguments  # as the one last used
+        while len(self._arguments) > SHAPES:
+            del self._arguments[next(iter(self._arguments))]
+        return arguments[index]
 
     @staticmethod
     def forward_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -2,14 +2,14 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from shardprune.shard.narrowing_worker import NarrowingWorker
-from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.passing import PassingWorker
+from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
 
 Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
@@ -73,7 +73,7 @@ class Backend(Protocol):
             InputError: there are fewer slots.
         """
 
-    def start(self, specs: list[WorkerSpec], store_bytes: int, worker: type[NarrowingWorker] = ShardWorker) -> Group:
+    def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
         """Start workers of a class; `store_bytes` is the memory for what is under way between them.
 
         Raises:

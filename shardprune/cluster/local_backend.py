@@ -1,5 +1,6 @@
 """Workers of this process, each call done at once: for one GPU, a notebook, a debugger."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -7,8 +8,8 @@ import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
-from shardprune.shard.narrowing_worker import NarrowingWorker
-from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.passing import PassingWorker
+from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
 
 
@@ -17,7 +18,7 @@ class LocalGroup:
 
     concurrent = False
 
-    def __init__(self, specs: list[WorkerSpec], worker: type[NarrowingWorker]) -> None:
+    def __init__(self, specs: Sequence[PassingSpec], worker: type[PassingWorker]) -> None:
         self._threads = torch.get_num_threads()  # the caller's, which workers change
         self._workers = {(spec.shard, spec.replica): worker(spec) for spec in specs}
 
@@ -42,7 +43,7 @@ class LocalBackend:
     def check_room(self, workers: int, device: str) -> None:
         pass  # workers of one process take turns
 
-    def start(self, specs: list[WorkerSpec], store_bytes: int, worker: type[NarrowingWorker] = ShardWorker) -> Group:
+    def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
         return LocalGroup(specs, worker)
 
     def settle(self) -> Slots:

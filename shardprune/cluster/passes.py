@@ -5,7 +5,8 @@ all waves first and then read each of their layers once.
 """
 
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +44,16 @@ class Waves:
 
 def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step) -> float:
     """exp of the mean token loss over all windows, of the dense or the latest model."""
+    arrived = through_all_layers(group, layout, waves, version, streamed, step)
+    sums = dict(judged(group, layout, arrived, "losses", waves.windows, step))
+    total = sum(value for index in sorted(sums) for value in sums[index])
+    return math.exp(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
+
+
+def through_all_layers(
+    group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step
+) -> Iterator[tuple[Wave, Ref]]:
+    """Send every wave through the model; yield each with what comes out of the last layer."""
     last, stop = len(layout.shards) - 1, layout.stop
     order = waves.in_turn()
     arrived: Iterator[Ref]
@@ -53,21 +64,34 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
         arrived = (group.submit(last, wave.replica, "take", stream, wave.index) for wave in order)
     else:
         arrived = pipeline(group, layout, waves, version, (), stop)
-    losses = (
-        group.submit(last, wave.replica, "losses", hidden, waves.windows(wave))
-        for wave, hidden in zip(order, arrived, strict=True)
-    )
-    sums: dict[int, list[float]] = {}
-    for wave, values in zip(order, flow(group, losses, in_flight(layout)), strict=True):
-        sums[wave.index] = values
+    return zip(order, arrived, strict=True)
+
+
+def judged(
+    group: Group,
+    layout: Layout,
+    arrived: Iterator[tuple[Wave, Ref]],
+    verb: str,
+    target: Callable[[Wave], Any],
+    step: Step,
+) -> Iterator[tuple[int, Any]]:
+    """Call a verb of the last shard with what came out of the last layer and a wave's `target`; yield each wave's
+    index with the value, and release the workers after the last one."""
+    under_way: deque[int] = deque()
+
+    def submitted() -> Iterator[Ref]:
+        for wave, hidden in arrived:
+            under_way.append(wave.index)
+            yield group.submit(len(layout.shards) - 1, wave.replica, verb, hidden, target(wave))
+
+    for value in flow(group, submitted(), in_flight(layout)):
+        yield under_way.popleft(), value
         step.advance()
     release(group, layout)
-    total = sum(value for index in sorted(sums) for value in sums[index])
-    return math.exp(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
 
 
-def parts_of_perplexity(waves: Waves, layers: int, streamed: bool) -> int:
-    """The number of parts that `perplexity` reports to its progress step."""
+def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
+    """The number of parts that a pass through all layers reports to its progress step."""
     return len(waves.all) * (1 + (layers if streamed else 0))
 
 

@@ -5,6 +5,7 @@ import re
 import socket
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 # Tensors cross the object store without being pickled; every process must agree. A cluster that a run
@@ -30,9 +31,9 @@ from ray.util.scheduling_strategies import (
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
-from shardprune.shard.narrowing_worker import NarrowingWorker
+from shardprune.shard.passing import PassingWorker
 from shardprune.shard.search_worker import SearchWorker
-from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
 from shardprune.storage import first_line
 
@@ -58,8 +59,8 @@ class _StartedLater:
     error in the constructor would look like a lost worker.
     """
 
-    def __init__(self, spec: WorkerSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: PassingSpec) -> None:
+        self.spec: Any = spec  # of the worker's own class
 
     def start(self) -> None:
         super().__init__(self.spec)  # type: ignore[call-arg]
@@ -73,7 +74,15 @@ class SearchActor(_StartedLater, SearchWorker):
     """A worker of a search."""
 
 
-ACTORS: dict[type[NarrowingWorker], type] = {ShardWorker: ShardActor, SearchWorker: SearchActor}
+class PassingActor(_StartedLater, PassingWorker):
+    """A worker of an evaluation."""
+
+
+ACTORS: dict[type[PassingWorker], type] = {
+    ShardWorker: ShardActor,
+    SearchWorker: SearchActor,
+    PassingWorker: PassingActor,
+}
 
 
 class RayBackend:
@@ -98,7 +107,7 @@ class RayBackend:
             units = "GPUs" if device == "cuda" else "CPUs"
             raise InputError("shards", f"{workers} workers need as many {units}; the cluster has {room}")
 
-    def start(self, specs: list[WorkerSpec], store_bytes: int, worker: type[NarrowingWorker] = ShardWorker) -> Group:
+    def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
         self._connect(
             num_cpus=max(len(specs), this_machine().cpus),
             object_store_memory=store_bytes,
@@ -165,7 +174,7 @@ class RayGroup:
 
     concurrent = True
 
-    def __init__(self, specs: list[WorkerSpec], actor: type) -> None:
+    def __init__(self, specs: Sequence[PassingSpec], actor: type) -> None:
         gpu = specs[0].device == "cuda"
         available = cluster_slots()
         spread = min(available.cpus // len(specs), available.cpus_of_a_node)

@@ -33,14 +33,14 @@ class Layers:
     """Decoder layers by index, read when first asked for.
 
     Resident layers stay; of streamed ones only the last asked for does, while a thread reads the one
-    after it.
+    after it. Without a `journal` there are no finished ones.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
         checkpoint: Checkpoint,
-        journal: Journal,
+        journal: Journal | None,
         indices: Sequence[int],
         finished: set[int],
         stream: bool,
@@ -106,6 +106,7 @@ class Layers:
     def _read(self, index: int, state: State) -> nn.Module:
         names = self._skeleton.layer_tensors(index)
         if state == "pruned":
+            assert self._journal is not None
             return self._pruned.build_layer(index, self._journal.read_layer(index, names))
         given = {}
         if state == "given":

@@ -8,16 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardprune.shard.layers import Version
+from shardprune.checkpoint import Checkpoint
+from shardprune.journal import Journal
+from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.narrowing import Choice, Gathered, Narrowing, Part, gathering
 from shardprune.shard.passing import PassingWorker, timed
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton
-from shardprune.structure.shape import Widths, heads_of
+from shardprune.structure.shape import Widths, heads_of, reshaped
 
 
 class NarrowingWorker(PassingWorker):
     """A worker whose layers may become narrower."""
+
+    spec: WorkerSpec
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
@@ -26,6 +30,22 @@ class NarrowingWorker(PassingWorker):
         self._choices: dict[int, Choice] = {}
         self._narrowed: dict[int, nn.Module] = {}  # layers that have not yet taken the place of those they come from
         self._blanks: dict[Widths, Skeleton] = {}  # of the widths in work
+
+    def _open_layers(self) -> LayerStore:
+        """The decoder layers of the shard, those that are finished from their files."""
+        spec = self.spec
+        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
+        self.sparse = Checkpoint(spec.sparse, "sparse") if spec.sparse else None
+        return Layers(
+            self.skeleton,
+            self.checkpoint,
+            self.journal,
+            spec.layers,
+            set(spec.finished),
+            stream=spec.weights == "streamed",
+            given=self.sparse,
+            pruned=self._skeleton_of(spec.widths) if spec.widths else None,
+        )
 
     @timed
     def gather(self, stream: str, wave: int, index: int, passed_on: bool) -> None:
@@ -73,6 +93,11 @@ class NarrowingWorker(PassingWorker):
         if version == "narrowed":
             return self._through(self._narrowed[index], index, hidden, statistics)
         return super()._run(index, version, hidden, statistics)
+
+    def _skeleton_of(self, widths: Widths) -> Skeleton:
+        """Blanks of all layers with other widths."""
+        config = reshaped(self.skeleton.config, widths)
+        return Skeleton(config, self.skeleton.device, self.skeleton.dtype)
 
     def _narrowing(self, index: int, widths: Widths) -> Narrowing:
         assert self.spec.scoring is not None

@@ -4,7 +4,8 @@ import functools
 import resource
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -13,17 +14,31 @@ from torch import Tensor, nn
 
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import SolverError
-from shardprune.journal import Journal
 from shardprune.shard.layers import Layers, LayerStore, Version
-from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.spec import PassingSpec
 from shardprune.shard.waves import Activations
 from shardprune.skeleton import Skeleton, projection_weight
 from shardprune.solvers.outliers import Outliers, outlier_ratios
 from shardprune.solvers.statistics import InputStatistics
-from shardprune.structure.shape import Widths, reshaped
 
 ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
+LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
 Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
+LogLikelihood = tuple[float, bool]  # of a continuation, and whether each of its tokens is the likeliest one
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is asked of a sequence of `length` tokens: continuations, each of which begins inside of it and ends one
+    token after it, so that the sequence's last tokens predict them."""
+
+    length: int
+    continuations: tuple[tuple[int, ...], ...]
+
+    @property
+    def predicting(self) -> slice:
+        """The positions that predict the longest continuation."""
+        return slice(self.length - max(map(len, self.continuations)), self.length)
 
 
 class Summing(Protocol):
@@ -51,16 +66,14 @@ def timed(verb: Callable) -> Callable:
 class PassingWorker:
     """One replica of one shard, and what it does with waves that only pass through."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: PassingSpec) -> None:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self.seconds: dict[str, float] = {}
         self.checkpoint = Checkpoint(spec.model)
         self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
         self.skeleton.load_frame(self.checkpoint)
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
         self.activations = Activations(self.skeleton.device, self._place())
-        self.sparse = Checkpoint(spec.sparse, "sparse") if spec.sparse else None
         self.layers = self._open_layers()
         self._observed: dict[int, list[InputStatistics]] = {}
         if self.skeleton.device.type == "cuda":
@@ -69,14 +82,7 @@ class PassingWorker:
     def _open_layers(self) -> LayerStore:
         """The decoder layers of the shard."""
         return Layers(
-            self.skeleton,
-            self.checkpoint,
-            self.journal,
-            self.spec.layers,
-            set(self.spec.finished),
-            stream=self.spec.weights == "streamed",
-            given=self.sparse,
-            pruned=self._skeleton_of(self.spec.widths) if self.spec.widths else None,
+            self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.weights == "streamed"
         )
 
     # -- waves in and out -----------------------------------------------------------------------------------
@@ -108,6 +114,25 @@ class PassingWorker:
             targets = targets[1:].to(logits.device)
             sums.append(float(nn.functional.cross_entropy(logits, targets, reduction="sum")))
         return sums
+
+    @timed
+    def log_likelihoods(self, hidden: Tensor, targets: Sequence[Targets]) -> list[list[LogLikelihood]]:
+        """How likely the model finds continuations of sequences, from the last layer's output [wave, seqlen, hidden]
+        for sequences that are padded on their right.
+
+        Args:
+            targets: of each sequence.
+        """
+        self.skeleton.load_frame(self.checkpoint, head=True)
+        found: list[list[LogLikelihood]] = []
+        for part in _parts(targets, LOGITS // self.skeleton.config.vocab_size):
+            # Only what predicts a token becomes logits; position by position, because that is all the head looks at.
+            predicting = [hidden[place, targets[place].predicting] for place in part]
+            states = torch.cat(predicting).unsqueeze(1).to(self.skeleton.device)
+            logs = self.skeleton.logits(states)[:, 0].float().log_softmax(-1)
+            counts = [len(rows) for rows in predicting]
+            found += [_scores(own, targets[place]) for own, place in zip(logs.split(counts), part, strict=True)]
+        return found
 
     # -- passing through ------------------------------------------------------------------------------------
 
@@ -212,11 +237,6 @@ class PassingWorker:
             for hook in hooks:
                 hook.remove()
 
-    def _skeleton_of(self, widths: Widths) -> Skeleton:
-        """Blanks of all layers with other widths."""
-        config = reshaped(self.skeleton.config, widths)
-        return Skeleton(config, self.skeleton.device, self.skeleton.dtype)
-
     def _observing(self, index: int) -> list[InputStatistics]:
         if index not in self._observed:
             shapes = self.skeleton.projection_shapes(index)
@@ -234,6 +254,29 @@ class PassingWorker:
             return "host"
         memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory
         return "device" if self.spec.activation_bytes <= ACTIVATIONS_SHARE * memory else "host"
+
+
+def _parts(targets: Sequence[Targets], positions: int) -> Iterator[range]:
+    """Contiguous runs of sequences with so many predicting positions at most, or of one sequence."""
+    start = count = 0
+    for place, target in enumerate(targets):
+        own = target.predicting.stop - target.predicting.start
+        if place > start and count + own > positions:
+            yield range(start, place)
+            start, count = place, 0
+        count += own
+    yield range(start, len(targets))
+
+
+def _scores(logs: Tensor, targets: Targets) -> list[LogLikelihood]:
+    """Of every continuation, from log-probabilities [positions, vocabulary] at the predicting positions."""
+    likeliest = logs.argmax(-1)
+    scores = []
+    for continuation in targets.continuations:
+        tokens, count = torch.tensor(continuation, device=logs.device), len(continuation)
+        total = logs[-count:].gather(1, tokens.unsqueeze(1)).sum()
+        scores.append((float(total), bool((likeliest[-count:] == tokens).all())))
+    return scores
 
 
 def merged(own: InputStatistics, parts: Sequence[Sums | None]) -> InputStatistics:

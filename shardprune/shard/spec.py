@@ -10,22 +10,36 @@ from shardprune.structure.shape import Widths
 
 
 @dataclass(frozen=True)
-class WorkerSpec:
-    """All that a worker must know, as plain values that travel to another process.
+class PassingSpec:
+    """All that a worker must know which only lets waves pass through, as plain values that travel to another process.
+
+    `activation_bytes` is what the waves that it keeps take.
+    """
+
+    model: str
+    shard: int
+    replica: int
+    layers: Sequence[int]
+    weights: Literal["resident", "streamed"]
+    activations: Literal["auto", "device", "host"]
+    activation_bytes: int
+    device: str
+    dtype: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class WorkerSpec(PassingSpec):
+    """The same of a worker that changes layers.
 
     `method` prunes by `pattern`, or is None where `sparse` names a checkpoint that holds the pruned weights (their
     pattern may be `auto`, what the zeros show) or where `scoring` chooses structures that are removed, so that
     finished layers have the `widths`.
-    `activation_bytes` is what the waves that it keeps take, `finished` are the layers whose files are in
-    `out` already.
+    `finished` are the layers whose files are in `out` already.
     """
 
-    model: str
     out: str
     fingerprint: str
-    shard: int
-    replica: int
-    layers: Sequence[int]
     method: str | None
     pattern: str
     sparse: str | None
@@ -33,10 +47,4 @@ class WorkerSpec:
     scoring: Scoring | None
     widths: Widths | None
     measure_error: bool
-    weights: Literal["resident", "streamed"]
-    activations: Literal["auto", "device", "host"]
-    activation_bytes: int
-    device: str
-    dtype: str
-    threads: int
     finished: frozenset[int]
