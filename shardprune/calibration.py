@@ -37,19 +37,22 @@ def calibration_windows(
     return torch.stack([stream[start : start + seqlen] for start in starts])
 
 
-def perplexity_windows(source: str, tokenizer: Tokenizer, seqlen: int, vocabulary: int, limit: int | None) -> Tensor:
+def perplexity_windows(
+    source: str, tokenizer: Tokenizer, seqlen: int, vocabulary: int, limit: int | None, field: str = "eval"
+) -> Tensor:
     """Non-overlapping windows of a source's token stream, int64 [windows, seqlen]; the rest is dropped.
 
     The text is tokenised as one stream, as SparseGPT and Wanda do; `limit` keeps the first windows only.
+    `field` is the recipe's that names the source.
 
     Raises:
         InputError: the source is shorter than one window.
     """
     if is_tokens(source):
-        return _stored_windows("eval", source, seqlen, vocabulary)[:limit]
-    corpus = load_corpus("eval", source, "perplexity")
+        return _stored_windows(field, source, seqlen, vocabulary)[:limit]
+    corpus = load_corpus(field, source, "perplexity")
     stream = _tokenise(tokenizer(), corpus.text)
-    _check_length("eval", source, stream, seqlen)
+    _check_length(field, source, stream, seqlen)
     return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[: corpus.windows][:limit].clone()
 
 

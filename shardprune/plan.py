@@ -1,11 +1,9 @@
 """Everything that is decided before any work: inputs opened and checked, layout, fingerprint, output claimed."""
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardprune.allocation.allocation import Projection, Share
@@ -17,6 +15,7 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
+from shardprune.defaults import check_seqlen, device_of, dtype_of, place_of, threads_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.journal import Journal, recorded_recipe
@@ -208,16 +207,18 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, cla
     for field, url in (("model", recipe.model), ("sparse", recipe.sparse), ("out", recipe.out)):
         if url and in_process_only(url) and recipe.backend != "local":
             raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
-    checkpoint = Checkpoint(_place_of(recipe.model))
+    checkpoint = Checkpoint(place_of(recipe.model))
     slots = backend.slots()
-    recipe = recipe.model_copy(update={"device": _device(recipe, slots)})
-    skeleton = Skeleton(checkpoint.config, "cpu", _dtype(recipe, checkpoint))
+    recipe = recipe.model_copy(update={"device": device_of(recipe, slots)})
+    # Where structures go, all that is cut passes through memory: biases and norms, too.
+    whole = isinstance(recipe, NarrowingRecipe | MopRecipe)
+    skeleton = Skeleton(checkpoint.config, "cpu", dtype_of(recipe, checkpoint, whole))
     check_tensors(skeleton, checkpoint)
-    _check_seqlen(recipe, skeleton)
+    check_seqlen(recipe.seqlen, skeleton)
     _check_layout(recipe, skeleton.layers)
     _check_mixed(recipe, skeleton)
     widths = _widths(recipe, skeleton)
-    sparse = Checkpoint(_place_of(recipe.sparse), "sparse") if recipe.sparse else None
+    sparse = Checkpoint(place_of(recipe.sparse), "sparse") if recipe.sparse else None
     if sparse:
         check_sparse(skeleton, sparse, checkpoint, recipe.pattern)
 
@@ -249,10 +250,10 @@ def _decide(recipe: AnyRecipe, slots: Slots, layers: int, claimed: str | None) -
     """
     recipe = recipe.model_copy(
         update={
-            "model": _place_of(recipe.model),
+            "model": place_of(recipe.model),
             "out": absolute(recipe.out),
             "wave": recipe.sequences_per_wave,
-            **({"sparse": _place_of(recipe.sparse)} if recipe.sparse else {}),
+            **({"sparse": place_of(recipe.sparse)} if recipe.sparse else {}),
         }
     )
     recorded = _recorded(recipe, recipe.out) or (_recorded(recipe, claimed) if claimed else {})
@@ -268,8 +269,7 @@ def _decide(recipe: AnyRecipe, slots: Slots, layers: int, claimed: str | None) -
     if parallel and recipe.shards and segments and not recipe.segments:
         shards = min(shards, segments)  # goes on with the segments of its start
     layout = plan_layout(layers, recipe.samples, recipe.propagation, shards, replicas, segments)
-    spread = min(slots.cpus // layout.workers, slots.cpus_of_a_node)
-    threads = recipe.threads or recorded.get("threads") or max(1, spread)
+    threads = recipe.threads or recorded.get("threads") or threads_of(slots, layout.workers)
     chosen = {
         "shards": shards,
         "replicas": replicas,
@@ -289,38 +289,6 @@ def _recorded(recipe: AnyRecipe, out: str) -> dict[str, Any]:
     same |= {"sparse"} if recipe.sparse else set()
     same &= set(type(recipe).model_fields)
     return recorded if all(recorded.get(name) == asked[name] for name in same) else {}
-
-
-def _place_of(model: str) -> str:
-    """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
-    return absolute(model) if os.path.isdir(model) else model
-
-
-def _device(recipe: AnyRecipe, slots: Slots) -> str:
-    if recipe.device == "cuda" and not slots.gpus:
-        raise InputError("device", "'cuda' needs a GPU, and there is none; use cpu")
-    return recipe.device if recipe.device != "auto" else ("cuda" if slots.gpus else "cpu")
-
-
-def _dtype(recipe: AnyRecipe, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
-    for; else the dtype in which the model's weights are stored, if it is one."""
-    # Where structures go, all that is cut passes through memory: biases and norms, too.
-    whole = isinstance(recipe, NarrowingRecipe | MopRecipe)
-    stored = {
-        entry.dtype
-        for name, entry in checkpoint.entries.items()
-        if len(entry.shape) == 2 or (whole and entry.dtype.is_floating_point and not name.endswith("inv_freq"))
-    }
-    if recipe.dtype == "float32" or recipe.device == "cpu" or len(stored) != 1:
-        return torch.float32
-    return stored.pop()
-
-
-def _check_seqlen(recipe: AnyRecipe, skeleton: Skeleton) -> None:
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit and recipe.seqlen > limit:
-        raise InputError("seqlen", f"{recipe.seqlen} is more than the model's {limit} positions")
 
 
 def _check_layout(recipe: AnyRecipe, layers: int) -> None:

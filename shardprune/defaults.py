@@ -1,0 +1,61 @@
+"""What a recipe leaves open, and the machine or the checkpoint decides."""
+
+import os
+
+import torch
+
+from shardprune.checkpoint import Checkpoint
+from shardprune.cluster.group import Slots
+from shardprune.errors import InputError
+from shardprune.setting_groups import Workers
+from shardprune.skeleton import Skeleton
+from shardprune.storage import absolute
+
+
+def place_of(model: str) -> str:
+    """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
+    return absolute(model) if os.path.isdir(model) else model
+
+
+def device_of(workers: Workers, slots: Slots) -> str:
+    """The device of the computation.
+
+    Raises:
+        InputError: a GPU is asked for, and there is none.
+    """
+    if workers.device == "cuda" and not slots.gpus:
+        raise InputError("device", "'cuda' needs a GPU, and there is none; use cpu")
+    return workers.device if workers.device != "auto" else ("cuda" if slots.gpus else "cpu")
+
+
+def dtype_of(workers: Workers, checkpoint: Checkpoint, whole: bool = False) -> torch.dtype:
+    """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
+    for; else the dtype in which the model's weights are stored, if it is one.
+
+    Args:
+        whole: look at biases and norms, too.
+    """
+    stored = {
+        entry.dtype
+        for name, entry in checkpoint.entries.items()
+        if len(entry.shape) == 2 or (whole and entry.dtype.is_floating_point and not name.endswith("inv_freq"))
+    }
+    if workers.dtype == "float32" or workers.device == "cpu" or len(stored) != 1:
+        return torch.float32
+    return stored.pop()
+
+
+def threads_of(slots: Slots, workers: int) -> int:
+    """CPU threads of each of so many workers."""
+    return max(1, min(slots.cpus // workers, slots.cpus_of_a_node))
+
+
+def check_seqlen(seqlen: int, skeleton: Skeleton) -> None:
+    """Check that a model takes sequences of so many tokens.
+
+    Raises:
+        InputError: it has fewer positions.
+    """
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit and seqlen > limit:
+        raise InputError("seqlen", f"{seqlen} is more than the model's {limit} positions")
