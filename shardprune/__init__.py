@@ -4,19 +4,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardprune.evaluation.recipe import EvaluateRecipe
+    from shardprune.evaluation.run import evaluate
     from shardprune.mop_recipe import MopRecipe
     from shardprune.recipe import RebuildRecipe, Recipe
     from shardprune.run import prune, rebuild
     from shardprune.search import mop
 
-__all__ = ["MopRecipe", "RebuildRecipe", "Recipe", "mop", "prune", "rebuild"]
+__all__ = ["EvaluateRecipe", "MopRecipe", "RebuildRecipe", "Recipe", "evaluate", "mop", "prune", "rebuild"]
 __version__ = "0.1.0"
 
 
 _PLACES = {
+    "EvaluateRecipe": "evaluation.recipe",
     "MopRecipe": "mop_recipe",
     "RebuildRecipe": "recipe",
     "Recipe": "recipe",
+    "evaluate": "evaluation.run",
     "mop": "search",
     "prune": "run",
     "rebuild": "run",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 
 from shardprune.errors import InputError, SolverError, WorkerLost
+from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.settings import Settings
@@ -154,6 +155,22 @@ def mop(
     _show(run(MopRecipe.load(recipe, _given({"model": model, **options}))))
 
 
+@app.command(epilog="Example: shardprune evaluate runs/llama-8b-50 --perplexity wikitext2 --tasks zeroshot --shards 2")
+@_with_options(EvaluateRecipe)
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+    ] = None,
+    *,
+    recipe: RecipeFile = None,
+    **options: Any,
+) -> None:
+    """Measure perplexity and lm-eval tasks over the shards of a model. Results join its result.json."""
+    from shardprune.evaluation.run import evaluate as run
+
+    _show(run(EvaluateRecipe.load(recipe, _given({"model": model, **options}))))
+
+
 @app.command(epilog="Example: shardprune demo --out runs/demo")
 def demo(
     out: Annotated[str, typer.Option(help="Directory of the result")] = "runs/demo",
@@ -169,9 +186,10 @@ def demo(
 def _show(result: Any) -> None:
     from rich.console import Console
 
-    from shardprune.summary import summary
+    from shardprune.result import EvaluationResult
+    from shardprune.summary import evaluation_summary, summary
 
-    Console().print(summary(result))
+    Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
 
 
 def main(arguments: list[str] | None = None) -> None:

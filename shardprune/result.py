@@ -129,6 +129,41 @@ class Perplexity(BaseModel):
     tokens_sha256: str
 
 
+class MeasuredPerplexity(BaseModel):
+    """Of one model."""
+
+    value: float
+    seqlen: int
+    windows: int
+    tokens_sha256: str
+
+
+class Metric(BaseModel):
+    """`stderr` is missing where the harness knows none."""
+
+    value: float
+    stderr: float | None = None
+
+
+class TaskResult(BaseModel):
+    """`samples` were evaluated, each after `num_fewshot` examples; a metric that has a filter is called
+    `metric,filter`."""
+
+    metrics: dict[str, Metric]
+    samples: int
+    num_fewshot: int
+
+
+class Evaluation(BaseModel):
+    """What `shardprune evaluate` measured: perplexities by source, and tasks by name. `harness` is the version of
+    lm-eval, `engine` what answered it, both when tasks were evaluated last."""
+
+    perplexity: dict[str, MeasuredPerplexity] = {}
+    tasks: dict[str, TaskResult] = {}
+    harness: str | None = None
+    engine: str | None = None
+
+
 class CalibrationResult(BaseModel):
     source: str
     samples: int
@@ -160,6 +195,24 @@ class Result(BaseModel):
     sparsity: Sparsity | None = None
     structure: Structure | None = None
     perplexity: dict[str, Perplexity]
+    evaluation: Evaluation | None = None
+    seconds: dict[str, float]
+    workers: list[WorkerResult]
+    restarts: int
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class EvaluationResult(BaseModel):
+    """What `shardprune evaluate` returns, and the content of `result.json` in a directory of its own; `fingerprint`
+    is the model's."""
+
+    version: int = 1
+    command: Literal["evaluate"] = "evaluate"
+    fingerprint: str
+    recipe: dict[str, Any]
+    evaluation: Evaluation
     seconds: dict[str, float]
     workers: list[WorkerResult]
     restarts: int

@@ -252,6 +252,7 @@ class _Search:
                 path=self.path,
             ),
             perplexity=self.measured.results(),
+            evaluation=self.previous.evaluation if self.previous else None,
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,

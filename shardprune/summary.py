@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from shardprune.result import Result, Sparsity
+from shardprune.result import EvaluationResult, Result, Sparsity
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 
@@ -33,6 +33,23 @@ def summary(result: Result) -> Table:
     table.add_row("peak memory of a worker", "", f"{peak / 2**20:,.0f} MiB")
     if result.restarts:
         table.add_row("restarts", "", str(result.restarts))
+    return table
+
+
+def evaluation_summary(result: EvaluationResult) -> Table:
+    """Perplexities and the metrics of tasks with their standard errors, those measured earlier included."""
+    table = Table(title=result.recipe["model"], title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in ("metric", "value", "standard error", "samples", "shots"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for source, measured in result.evaluation.perplexity.items():
+        windows = f"{measured.windows:,} x {measured.seqlen:,}"
+        table.add_row(source.rsplit("/", 1)[-1], "perplexity", f"{measured.value:.3f}", "", windows, "")
+    for name, task in result.evaluation.tasks.items():
+        for metric, found in task.metrics.items():
+            stderr = "" if found.stderr is None else f"{found.stderr:.4f}"
+            table.add_row(name, metric, f"{found.value:.4f}", stderr, f"{task.samples:,}", str(task.num_fewshot))
+            name = ""
     return table
 
 

@@ -1,0 +1,167 @@
+"""lm-eval's view of a model on its shards: texts become queries as lm-eval's own Hugging Face model does it."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import DEFAULT_MAX_LENGTH, has_bos_prefix, resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from shardprune.cluster.backends import backend_of
+from shardprune.cluster.group import Backend
+from shardprune.cluster.likelihoods import Query
+from shardprune.errors import InputError
+from shardprune.evaluation.recipe import Shards
+from shardprune.evaluation.sharded import ShardedModel
+from shardprune.progress import Output
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
+
+
+class ShardedLM(TemplateLM):
+    """Log-likelihoods of a model that is never in one process. It does not write text.
+
+    Args:
+        max_length: the most tokens that the model is shown (default: as lm-eval finds it in the config).
+    """
+
+    def __init__(self, model: ShardedModel, max_length: int | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer: Any = model.checkpoint.tokenizer()
+        config = model.skeleton.config
+        self.max_length: int = max_length or resolve_max_length(config, self.tokenizer, default=DEFAULT_MAX_LENGTH)
+        if self.prefix_token_id is None:
+            raise InputError("model", "its tokenizer has no token that begins or ends a text, which lm-eval needs")
+
+    # -- tokens -----------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is predicted from."""
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The tokens of a text; unless told otherwise with those that the tokenizer adds, if they are not there."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **special)
+
+    # -- what tasks ask for -----------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation given its context, and whether it is the likeliest one."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # the shards report their own progress
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """The log-likelihood of each text: of windows that do not overlap in what they predict, each token given
+        at most `max_length` before it."""
+        windows: list[Request] = []
+        ends = []
+        for text in (request.args[0] for request in requests):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *make_disjoint_window(window)) for window in rolling]
+            ends.append(len(windows))
+        scores = [score for score, _ in self._loglikelihood_tokens(windows)]
+        totals = [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (request.args[0],), total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Not served.
+
+        Raises:
+            InputError: always.
+        """
+        name = requests[0].task_name
+        raise InputError("tasks", f"{name!r} lets the model write text, which shards do not do; use --engine hf")
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
+        """Texts that differ in what follows alone go through the model once."""
+        asked: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+        keys = []
+        for _, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise InputError(
+                    "tasks", f"a continuation has {len(continuation)} tokens; the model takes 1 to {self.max_length}"
+                )
+            tokens = tuple(
+                (context + continuation)[-(self.max_length + 1) : -1]
+            )  # from the left is cut what is too much
+            keys.append((tokens, tuple(continuation)))
+            asked.setdefault(tokens, {})[tuple(continuation)] = None
+        queries = [Query(tokens, tuple(continuations)) for tokens, continuations in asked.items()]
+        values = self.model.log_likelihoods(queries, self.max_length) if queries else []
+        answers = {
+            (query.tokens, continuation): answer
+            for query, found in zip(queries, values, strict=True)
+            for continuation, answer in zip(query.continuations, found, strict=True)
+        }
+        for (texts, _, _), key in zip(requests, keys, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, answers[key])
+        return [answers[key] for key in keys]
+
+    # -- chat templates ---------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A dialogue as one text."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+
+@register_model("shardprune")
+class ShardpruneLM(ShardedLM):
+    """The same for lm-eval's own command and functions, by name: workers of its own from model arguments.
+
+    Args:
+        pretrained: the checkpoint, as MODEL of `shardprune evaluate`.
+        batch_size: texts of a wave; 1 and `auto` leave it to shardprune.
+        settings: what stands under "Workers" in `shardprune evaluate --help`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        max_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        if str(batch_size).isdigit() and int(str(batch_size)) > 1:
+            settings.setdefault("wave", int(str(batch_size)))
+        if device:
+            settings.setdefault("device", device.split(":")[0])
+        shards = Shards.checked(settings)
+        backend = backend_of(shards.backend, shards.address)
+        model = ShardedModel(pretrained, shards, backend, Output())
+        super().__init__(model, max_length)
+        weakref.finalize(self, _close, model, backend)  # the harness does not say when it is done
+
+
+def _close(model: ShardedModel, backend: Backend) -> None:
+    model.close()
+    backend.close()

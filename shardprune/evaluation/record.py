@@ -1,0 +1,83 @@
+"""Where measurements are kept: beside the model that they are about, or in a directory of their own."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from shardprune.checkpoint import Checkpoint
+from shardprune.errors import InputError
+from shardprune.journal import RESULT
+from shardprune.result import Evaluation, EvaluationResult
+from shardprune.storage import PARTIAL, Folder, absolute, first_line
+
+
+class Record:
+    """The result.json that takes measurements, if there is one; `known` are those that it has already.
+
+    Args:
+        out: a directory for the evaluation alone; None for the model's own result.json, where it has one.
+
+    Raises:
+        InputError: `out` holds anything but an evaluation of the same model, or cannot be written.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, out: str | None) -> None:
+        self.fingerprint = checkpoint.identity()
+        self.folder = Folder(absolute(out), "out") if out else checkpoint.folder
+        self._alone = out is not None
+        content = _content(self.folder)
+        if self._alone:
+            self._claim(content)
+        self.kept = self._alone or _is_result(content)
+        try:
+            self.known = Evaluation(**content.get("evaluation", {})) if self.kept else Evaluation()
+        except (ValidationError, TypeError) as error:
+            where = f"{self.folder.url}/{RESULT}"
+            raise InputError(
+                self.folder.field, f"the evaluation in {where} cannot be read: {first_line(error)}"
+            ) from error
+
+    def save(self, result: EvaluationResult) -> None:
+        """Keep a result: whole, or its evaluation in the result of the run that made the model.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        if not self.kept:
+            return
+        content = result.as_json()
+        if not self._alone:
+            content = {**_content(self.folder), "evaluation": content["evaluation"]}
+        try:
+            self.folder.write_json(RESULT, content)
+        except OSError as error:
+            reason = f"{self.folder.url}/{RESULT} cannot be written: {first_line(error)}"
+            raise InputError(self.folder.field, f"{reason}; give another place with --out") from error
+
+    def _claim(self, content: dict[str, Any]) -> None:
+        url = self.folder.url
+        if [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]:
+            if content.get("command") != "evaluate":
+                raise InputError("out", f"{url} is not empty and holds no evaluation; choose an empty directory")
+            if content.get("fingerprint") != self.fingerprint:
+                raise InputError("out", f"{url} holds the evaluation of another model; choose an empty directory")
+        try:
+            self.folder.fs.makedirs(self.folder.root, exist_ok=True)
+        except OSError as error:
+            raise InputError("out", f"{url} cannot be written: {first_line(error)}") from error
+
+
+def _content(folder: Folder) -> dict[str, Any]:
+    """The fields of a folder's result.json; none where there is none, or another tool's."""
+    if not folder.is_file(RESULT):
+        return {}
+    try:
+        content = folder.read_json(RESULT)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_result(content: dict[str, Any]) -> bool:
+    """Whether shardprune wrote it when it made a model."""
+    return {"version", "command", "fingerprint", "recipe"} <= content.keys() and content["command"] != "evaluate"

@@ -1,0 +1,184 @@
+"""Tasks of lm-eval by name: found, opened with their data, and evaluated."""
+
+import difflib
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.api.group import Group
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from shardprune.errors import InputError
+from shardprune.evaluation.recipe import Tasks
+from shardprune.result import Metric, TaskResult
+from shardprune.storage import first_line
+
+SETS = {  # of the papers on pruning
+    "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")
+}
+SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # what log-likelihoods alone answer
+
+
+def load_tasks(recipe: Tasks) -> list[Task | Group]:
+    """The tasks and groups of tasks that a recipe names, with their data.
+
+    The harness's own thousands of tasks are only looked at where the recipe's directory does not have what is named.
+
+    Raises:
+        InputError: there is no such task or directory, its data cannot be loaded, or the engine cannot answer it.
+    """
+    _seed()  # there are tasks that shuffle answers while they load
+    with _quiet():
+        loaded = _load(recipe)
+    for task in _leaves(loaded):
+        _check_answerable(task, recipe.engine)
+    return loaded
+
+
+def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: Tasks) -> dict[str, TaskResult]:
+    """What the harness finds, by the names of tasks and of groups that sum up tasks."""
+    # Not `simple_evaluate`, which also describes the machine and the working directory's git for its own reports.
+    for task in _leaves(tasks):
+        _set_shots(task, recipe.num_fewshot)
+    with _quiet():
+        chosen = TaskManager(include_defaults=False).load(list(tasks))
+        found = lm_eval.evaluate(lm, chosen, limit=recipe.limit, log_samples=False)
+    assert found is not None
+    results = {}
+    for name, values in found["results"].items():
+        if metrics := _metrics(values):
+            shots = found["n-shot"].get(name) or 0
+            results[name] = TaskResult(metrics=metrics, samples=values["sample_len"], num_fewshot=shots)
+    return results
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
+    """The metrics among what the harness reports of a task: keys such as `acc,none` and `acc_stderr,none`."""
+    metrics = {}
+    for key, value in values.items():
+        name, comma, filtered = key.partition(",")
+        if comma and not name.endswith("_stderr") and isinstance(value, int | float):
+            stderr = values.get(f"{name}_stderr,{filtered}")
+            known = stderr if isinstance(stderr, int | float) else None
+            metrics[name if filtered == "none" else key] = Metric(value=value, stderr=known)
+    return metrics
+
+
+def _load(recipe: Tasks) -> list[Task | Group]:
+    own = _own_tasks(recipe.tasks_dir) if recipe.tasks_dir else None
+    wanted = [part for name in recipe.tasks for part in (SETS.get(name, (name,)))]
+    if own and all(own.match_tasks([name]) for name in wanted):
+        try:
+            return _open(own, wanted)
+        except InputError:
+            if not any(set(own.match_tasks([name])) & set(own.all_groups) for name in wanted):
+                raise  # else a group may have tasks of the harness's own
+    return _open(TaskManager(include_path=recipe.tasks_dir), wanted)
+
+
+def _own_tasks(folder: str) -> TaskManager:
+    """The tasks of a directory.
+
+    Raises:
+        InputError: it does not exist, or holds a file that is no YAML of the harness, which would pass over it.
+    """
+    if not Path(folder).is_dir():
+        raise InputError("tasks_dir", f"{folder!r} is no directory")
+    for file in sorted(Path(folder).rglob("*.yaml")):
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # of the YAML parser, of files that it includes, and of the harness
+            reason = " ".join(str(error).split())
+            raise InputError("tasks_dir", f"{str(file)!r} cannot be read by lm-eval: {reason}") from error
+    return TaskManager(include_path=folder, include_defaults=False)
+
+
+def _open(manager: TaskManager, wanted: Sequence[str]) -> list[Task | Group]:
+    opened: list[Task | Group] = []
+    sources: dict[str, str] = {}
+    names = dict.fromkeys(match for name in wanted for match in _matches(manager, name))
+    for name in names:
+        try:
+            found = manager.load([name])
+        except Exception as error:  # whatever a data set or a task's own code leads to
+            raise InputError("tasks", f"{name!r} cannot be loaded: {first_line(error)}") from error
+        for task in found["tasks"]:
+            if task in sources:
+                raise InputError("tasks", f"{task!r} is asked for twice, in {sources[task]!r} and {name!r}")
+            sources[task] = name
+        opened += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+    return opened
+
+
+def _matches(manager: TaskManager, name: str) -> list[str]:
+    """The names that a name or pattern stands for.
+
+    Raises:
+        InputError: there are none.
+    """
+    matches = manager.match_tasks([name])
+    if not matches:
+        near = difflib.get_close_matches(name, [*manager.all_tasks, *SETS], n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists those of the harness"
+        raise InputError("tasks", f"{name!r} is no task; {hint}")
+    return matches
+
+
+def _leaves(items: Sequence[Task | Group]) -> list[Task]:
+    return [task for item in items for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
+
+
+def _set_shots(task: Task, shots: int | None) -> None:
+    """Examples before each question, as lm-eval's command sets them: where a task says none, there are none."""
+    own = task.get_config("num_fewshot")
+    if own is None or (shots is not None and own != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+
+
+def _seed() -> None:
+    """Draw as lm-eval's command does."""
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+
+
+def _check_answerable(task: Task, engine: str) -> None:
+    """Check that an engine can answer a task.
+
+    Raises:
+        InputError: it asks for more than log-likelihoods of text.
+    """
+    name = task.task_name
+    if getattr(task, "MULTIMODAL", False):
+        raise InputError("tasks", f"{name!r} shows images or plays sounds; use a task of text alone")
+    if getattr(task, "UNSAFE_CODE", False):
+        raise InputError("tasks", f"{name!r} runs code that the model writes, which is not done here; use lm_eval")
+    if engine == "shards" and task.OUTPUT_TYPE not in SCORED:
+        raise InputError("tasks", f"{name!r} lets the model write text, which shards do not do; use --engine hf")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the harness and its data sets say on the way."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.utils.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
