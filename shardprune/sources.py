@@ -12,8 +12,9 @@ hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -92,11 +93,15 @@ def check_source(field: str, source: str) -> None:
     Raises:
         InputError: it has none of the known forms.
     """
-    if source == "stdlib" or source in PAPERS or _jsonl(source) or source.endswith((".txt", ".npy")):
-        return
-    if source.startswith("hf:") and len(source.split(":")) in (4, 5):
-        return
-    raise InputError(field, f"{source!r} is no known source; use {FORMS}")
+    if not is_source(source):
+        raise InputError(field, f"{source!r} is no known source; use {FORMS}")
+
+
+def is_source(source: str) -> bool:
+    """Whether a source has one of the known forms."""
+    if source == "stdlib" or source in PAPERS or split_jsonl(source) or source.endswith((".txt", ".npy")):
+        return True
+    return source.startswith("hf:") and len(source.split(":")) in (4, 5)
 
 
 def is_tokens(source: str) -> bool:
@@ -132,41 +137,76 @@ def load_corpus(field: str, source: str, role: Role) -> Corpus:
         return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"), by_document=True)
     if source in PAPERS:
         return _hub(field, source, PAPERS[source][role])
-    if match := _jsonl(source):
-        return Corpus(_json_lines(field, match[1], match[2] or "text"))
+    if parts := split_jsonl(source):
+        url, text_field = parts
+        return Corpus(json_texts(field, url, read_json_lines(field, url), text_field or "text"))
     if source.startswith("hf:"):
-        name, *config, split, text_field = source.removeprefix("hf:").split(":")
-        return _hub(field, source, HubSplit(name, (config or [""])[0] or None, split, text_field))
-    return Corpus([_read_text(field, source)])
+        return _hub(field, source, parse_hub(source))
+    return Corpus([read_text(field, source)])
 
 
-def _jsonl(source: str) -> re.Match[str] | None:
-    return re.fullmatch(r"(.*\.jsonl)(?::([\w.-]+))?", source)
+def split_jsonl(source: str) -> tuple[str, str | None] | None:
+    """The URL and the field, if one is named, of a source FILE.jsonl[:FIELD]; None of any other source."""
+    match = re.fullmatch(r"(.*\.jsonl)(?::([\w.-]+))?", source)
+    return (match[1], match[2]) if match else None
 
 
-def _read_text(field: str, url: str) -> str:
+def parse_hub(source: str) -> HubSplit:
+    """What a source hf:NAME[:CONFIG]:SPLIT:FIELD names."""
+    name, *config, split, text_field = source.removeprefix("hf:").split(":")
+    return HubSplit(name, (config or [""])[0] or None, split, text_field)
+
+
+def read_text(field: str, url: str) -> str:
+    """A file as UTF-8 text.
+
+    Raises:
+        InputError: it is missing, or no such text.
+    """
     try:
         return read_file(url, field).decode()
     except UnicodeDecodeError as error:
         raise InputError(field, f"{url!r} is not UTF-8 text") from error
 
 
-def _json_lines(field: str, url: str, text_field: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(_read_text(field, url).split("\n"), 1):
+def read_json_lines(field: str, url: str) -> list[tuple[int, Any]]:
+    """The number, from 1 on, and the value of every line that is not blank; None where it is not JSON.
+
+    Raises:
+        InputError: the file is missing, or no text.
+    """
+    values = []
+    for number, line in enumerate(read_text(field, url).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            document = json.loads(line)[text_field]
-        except (ValueError, KeyError, TypeError):
-            document = None
+            values.append((number, json.loads(line)))
+        except ValueError:
+            values.append((number, None))
+    return values
+
+
+def json_texts(field: str, url: str, lines: list[tuple[int, Any]], text_field: str) -> list[str]:
+    """The texts in one field of the lines that `read_json_lines` gave.
+
+    Raises:
+        InputError: a line is no object with such a text.
+    """
+    documents = []
+    for number, value in lines:
+        document = value.get(text_field) if isinstance(value, dict) else None
         if not isinstance(document, str):
             raise InputError(field, f"{url!r} line {number} is no JSON object with a text {text_field!r}")
         documents.append(document)
     return documents
 
 
-def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
+def load_hub(field: str, source: str, hub: HubSplit, columns: Sequence[str]) -> Any:
+    """The rows of a hub split, a `datasets.Dataset` that has these columns.
+
+    Raises:
+        InputError: it cannot be loaded, or lacks a column.
+    """
     from datasets import load_dataset
 
     files = {hub.split: hub.files} if hub.files else None
@@ -174,7 +214,12 @@ def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
         rows = load_dataset(hub.name, hub.config, split=hub.split, data_files=files, revision=hub.revision)
     except Exception as error:  # `datasets` raises its own, the hub's, and the network's errors
         raise InputError(field, f"{source!r} cannot be loaded as a data set: {first_line(error)}") from error
-    if hub.field not in rows.column_names:
-        raise InputError(field, f"{source!r} has no field {hub.field!r}; use one of {', '.join(rows.column_names)}")
-    rows = rows.select(range(min(hub.rows or len(rows), len(rows))))
+    for column in columns:
+        if column not in rows.column_names:
+            raise InputError(field, f"{source!r} has no field {column!r}; use one of {', '.join(rows.column_names)}")
+    return rows.select(range(min(hub.rows or len(rows), len(rows))))
+
+
+def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
+    rows = load_hub(field, source, hub, [hub.field])
     return Corpus(list(rows[hub.field]), hub.separator, hub.by_document, hub.windows)

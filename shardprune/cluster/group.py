@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.passing import PassingWorker
 from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
@@ -79,6 +80,13 @@ class Backend(Protocol):
         Raises:
             InputError: the cluster does not free what they need.
             WorkerLost: one died while it started.
+        """
+
+    def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
+        """Carry out a training with so many processes; what each of them took.
+
+        Raises:
+            WorkerLost: a worker or its node died.
         """
 
     def settle(self) -> Slots:

@@ -8,6 +8,8 @@ import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
+from shardprune.recovery.process import alone, take_part
+from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.passing import PassingWorker
 from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
@@ -45,6 +47,10 @@ class LocalBackend:
 
     def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
         return LocalGroup(specs, worker)
+
+    def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
+        with alone(spec.recipe.device):
+            return [take_part(spec)]
 
     def settle(self) -> Slots:
         raise WorkerLost("a worker of this process cannot be replaced")

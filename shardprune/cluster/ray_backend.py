@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import (
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import InputError, WorkerLost
+from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.passing import PassingWorker
 from shardprune.shard.search_worker import SearchWorker
 from shardprune.shard.spec import PassingSpec
@@ -115,6 +116,15 @@ class RayBackend:
             log_to_driver=False,
         )
         return RayGroup(specs, ACTORS[worker])
+
+    def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
+        from shardprune.cluster.ray_training import train_on_ray  # Ray Train takes seconds to import
+
+        threads = spec.recipe.threads or 1
+        self._connect(
+            num_cpus=max(workers * threads, this_machine().cpus), include_dashboard=False, log_to_driver=False
+        )
+        return train_on_ray(spec, workers)
 
     def settle(self) -> Slots:
         return settled_slots()

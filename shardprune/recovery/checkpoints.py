@@ -1,0 +1,93 @@
+"""Checkpoints of a training, in DeepSpeed's own format, in a directory that all nodes see.
+
+`latest` names the last complete one and is written last, under another name first. A training with another number of
+processes goes on from a universal checkpoint, which DeepSpeed makes of an ordinary one.
+"""
+
+import argparse
+import re
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
+
+from shardprune.storage import Folder
+
+LATEST = "latest"
+PARTITION = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+
+
+class Checkpoints:
+    """The checkpoints in a directory.
+
+    Args:
+        trained_only: leave out parameters that are not trained.
+    """
+
+    def __init__(self, directory: str, trained_only: bool) -> None:
+        self._path = Path(directory)
+        self._folder = Folder(directory, "state")
+        self._trained_only = trained_only
+
+    def latest(self) -> str | None:
+        """The name of the last complete one."""
+        return self._folder.read_text(LATEST).strip() if self._folder.is_file(LATEST) else None
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, step: int) -> None:
+        """Keep the state after a step, and nothing older."""
+        tag = f"step{step}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._path / tag, ignore_errors=True)  # of an attempt that a kill cut off while it wrote
+        dist.barrier()
+        engine.save_checkpoint(
+            str(self._path),
+            tag=tag,
+            client_state={"step": step},
+            save_latest=False,
+            exclude_frozen_parameters=self._trained_only,
+        )
+        dist.barrier()  # every process has written its part
+        if dist.get_rank() == 0:
+            self._folder.write_text(LATEST, tag)
+            for path in self._path.glob("*step*"):
+                if path.name != tag:
+                    shutil.rmtree(path)
+
+    def load(self, engine: deepspeed.DeepSpeedEngine) -> int:
+        """Take up the last complete state; the number of steps that it has behind it, 0 where there is none."""
+        tag = self.latest()
+        if tag is None:
+            return 0
+        written_by = self._processes(tag)
+        if written_by and written_by != dist.get_world_size():
+            tag = self._universal(tag)
+            engine._config.load_universal_checkpoint = True
+        path, state = engine.load_checkpoint(str(self._path), tag=tag, load_module_strict=not self._trained_only)
+        engine._config.load_universal_checkpoint = False
+        assert path is not None, f"{tag} cannot be loaded"
+        return state["step"]
+
+    def _processes(self, tag: str) -> int:
+        """How many processes a checkpoint is partitioned over; 0 where it is not."""
+        return len([path for path in (self._path / tag).iterdir() if PARTITION.fullmatch(path.name)])
+
+    def _universal(self, tag: str) -> str:
+        """A universal checkpoint made of an ordinary one."""
+        universal = f"universal-{tag}"
+        if dist.get_rank() == 0:
+            shutil.rmtree(self._path / universal, ignore_errors=True)
+            ds_to_universal.main(
+                argparse.Namespace(
+                    input_folder=str(self._path / tag),
+                    output_folder=str(self._path / universal),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,
+                )
+            )
+        dist.barrier()
+        return universal

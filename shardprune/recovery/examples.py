@@ -1,0 +1,248 @@
+"""From a source to the rows of tokens that a training reads.
+
+FILE.json                     instructions in Alpaca's form: a JSON list of objects with the texts `instruction`,
+                              `input` (may be absent or empty) and `output`
+FILE.jsonl[:FIELD]            one object a line: without FIELD, instructions where the first line has an
+                              `instruction`, else a document's text in `text`
+FILE.txt                      one text
+FILE.npy                      int64 token ids [rows, length], used as they are
+alpaca                        Alpaca's instructions as cleaned by yahma, from the hub
+stdlib, c4                    documents, as for calibration
+wikitext2, ptb                one text, as for calibration
+hf:NAME[:CONFIG]:SPLIT:FIELD  the texts in one column of any data set; where FIELD is `alpaca`, instructions
+                              in the columns `instruction`, `input` and `output`
+
+FILE may be a path or any URL that fsspec reads.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from shardprune.calibration import Tokenizer
+from shardprune.errors import InputError
+from shardprune.recovery.rows import Example, Rows, pack
+from shardprune.sources import (
+    Corpus,
+    HubSplit,
+    is_source,
+    is_tokens,
+    json_texts,
+    load_corpus,
+    load_hub,
+    load_tokens,
+    parse_hub,
+    read_json_lines,
+    read_text,
+    split_jsonl,
+)
+
+DATA_FORMS = (
+    "alpaca, FILE.json, FILE.jsonl[:FIELD], FILE.txt, FILE.npy, stdlib, wikitext2, ptb, c4 "
+    "or hf:NAME[:CONFIG]:SPLIT:FIELD"
+)
+ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
+BATCH = 1000  # texts per call of the tokenizer, which works on them in parallel
+
+# Stanford Alpaca's templates (tatsu-lab/stanford_alpaca, train.py).
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+T = TypeVar("T")
+
+
+class Exchange(NamedTuple):
+    """An instruction put into words as a prompt, and the response to learn."""
+
+    prompt: str
+    response: str
+
+
+def check_data(source: str) -> None:
+    """Check the form of a source of training data without reading it.
+
+    Raises:
+        InputError: it has none of the known forms.
+    """
+    if source != "alpaca" and not source.endswith(".json") and not is_source(source):
+        raise InputError("data", f"{source!r} is no known source; use {DATA_FORMS}")
+
+
+def load_rows(
+    source: str, tokenizer: Tokenizer, length: int, packing: bool, prompt_loss: bool, vocabulary: int
+) -> Rows:
+    """The rows of a source, each of `length` tokens at most; in the source's order, unless packed.
+
+    An instruction is one example: prompt and response, then the end-of-sequence token, all truncated to `length`.
+    A document is tokenised, ended likewise and cut into examples of `length`; a text is cut as one stream. What
+    has nothing to learn, such as an instruction whose response starts beyond `length`, is left out.
+
+    Args:
+        packing: whether to put several short examples into one row.
+        prompt_loss: whether the tokens of the prompts are learned, too; those of other texts always are.
+        vocabulary: the number of tokens that the model knows.
+
+    Raises:
+        InputError: the source is of no known form, missing, not what its form says, or has nothing to learn; or
+            the tokenizer does not fit; names `data`.
+    """
+    check_data(source)
+    if is_tokens(source):
+        examples = _stored(source, length, vocabulary)
+    else:
+        content = _read(source)
+        if isinstance(content, list):
+            made = _from_exchanges(source, content, tokenizer(), length, prompt_loss)
+        else:
+            made = _from_corpus(source, content, tokenizer(), length)
+        examples = [example for example in made if example.learned[1:].any()]
+        if not examples:
+            raise InputError("data", f"{source!r} has no tokens left to learn at length {length}; use a longer length")
+    sizes = [len(example.tokens) for example in examples]
+    groups = pack(sizes, length) if packing else [[index] for index in range(len(examples))]
+    rows = Rows.of([[examples[index] for index in group] for group in groups])
+    if (highest := int(rows.tokens.max())) >= vocabulary:
+        raise InputError("data", f"the tokenizer makes token {highest} of {source!r}; the model has {vocabulary}")
+    return rows
+
+
+# -- what a source holds ----------------------------------------------------------------------------------
+
+
+def _read(source: str) -> list[Exchange] | Corpus:
+    """Instructions, or texts."""
+    if source == "alpaca":
+        return _hub_exchanges(source, ALPACA)
+    if source.startswith("hf:") and (hub := parse_hub(source)).field == "alpaca":
+        return _hub_exchanges(source, hub)
+    if source.endswith(".json"):
+        return _json_exchanges(source)
+    if parts := split_jsonl(source):
+        url, field = parts
+        lines = read_json_lines("data", url)
+        if field is None and lines and isinstance(lines[0][1], dict) and "instruction" in lines[0][1]:
+            return [_exchange(f"{source!r} line {number}", value) for number, value in lines]
+        return Corpus(json_texts("data", url, lines, field or "text"), by_document=True)
+    corpus = load_corpus("data", source, "calibration")
+    # The lines of wikitext2 and ptb are no documents; the rows of any other data set are.
+    return replace(corpus, by_document=True) if source.startswith("hf:") else corpus
+
+
+def _json_exchanges(source: str) -> list[Exchange]:
+    text = read_text("data", source)
+    if not text.strip():
+        raise InputError("data", f"{source!r} is empty")
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise InputError("data", f"{source!r} is not JSON") from error
+    if not isinstance(values, list):
+        raise InputError("data", f"{source!r} is no JSON list of objects with instruction, input and output")
+    return [_exchange(f"{source!r} row {number}", value) for number, value in enumerate(values, 1)]
+
+
+def _hub_exchanges(source: str, hub: HubSplit) -> list[Exchange]:
+    rows = load_hub("data", source, hub, ["instruction", "output"])
+    return [_exchange(f"{source!r} row {number}", value) for number, value in enumerate(rows.to_list(), 1)]
+
+
+def _exchange(where: str, value: Any) -> Exchange:
+    if not isinstance(value, dict):
+        raise InputError("data", f"{where} is no object with instruction, input and output")
+    texts: dict[str, Any] = {name: value.get(name) for name in ("instruction", "input", "output")}
+    if texts["input"] is None:
+        texts["input"] = ""
+    for name, text in texts.items():
+        if not _is_text(text):
+            raise InputError("data", f"{where} has no text {name!r}")
+    template = PROMPT_WITH_INPUT if texts["input"] else PROMPT
+    return Exchange(template.format(instruction=texts["instruction"], input=texts["input"]), texts["output"])
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value can be tokenised. JSON may hold half of a surrogate pair, which is no character."""
+    try:
+        value.encode()
+    except (AttributeError, UnicodeEncodeError):
+        return False
+    return True
+
+
+# -- examples ---------------------------------------------------------------------------------------------
+
+
+def _from_exchanges(
+    source: str, exchanges: list[Exchange], tokenizer: PreTrainedTokenizerBase, length: int, prompt_loss: bool
+) -> Iterator[Example]:
+    if not exchanges:
+        raise InputError("data", f"{source!r} is empty")
+    if not prompt_loss and not tokenizer.is_fast:
+        raise InputError("data", f"{source!r} needs a fast tokenizer to tell responses from prompts")
+    for batch in _batches(exchanges):
+        texts = [exchange.prompt + exchange.response for exchange in batch]
+        encoded = tokenizer(texts, return_offsets_mapping=not prompt_loss, verbose=False)
+        for index, (exchange, ids) in enumerate(zip(batch, encoded["input_ids"], strict=True)):
+            learned = torch.ones(len(ids), dtype=torch.bool)
+            if not prompt_loss:
+                # Tokens that the tokenizer adds have no place in the text; one that straddles the border is learned.
+                ends = torch.tensor([end for _, end in encoded["offset_mapping"][index]], dtype=torch.int64)
+                learned = ends > len(exchange.prompt)
+            tokens, learned = _ended(tokenizer, ids, learned)
+            yield Example(tokens[:length], learned[:length])
+
+
+def _from_corpus(source: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
+    for number, document in enumerate(corpus.documents, 1):
+        if not _is_text(document):
+            raise InputError("data", f"{source!r} row {number} is no text")
+    documents = [document for document in corpus.documents if document.strip()]
+    if not documents:
+        raise InputError("data", f"{source!r} is empty")
+    for batch in _batches(documents if corpus.by_document else [corpus.text]):
+        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+            tokens, learned = _tensor(ids), torch.ones(len(ids), dtype=torch.bool)
+            if corpus.by_document:
+                tokens, learned = _ended(tokenizer, ids, learned)
+            yield from map(Example, tokens.split(length), learned.split(length))
+
+
+def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens that end with the end-of-sequence token, where there is one, and that is learned."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        return _tensor(ids), learned
+    text = ids[:-1] if ids and ids[-1] == end else ids
+    return _tensor([*text, end]), torch.cat([learned[: len(text)], torch.ones(1, dtype=torch.bool)])
+
+
+def _stored(source: str, length: int, vocabulary: int) -> list[Example]:
+    tokens = torch.from_numpy(load_tokens("data", source))
+    if not len(tokens):
+        raise InputError("data", f"{source!r} is empty")
+    if tokens.shape[1] != length:
+        raise InputError("data", f"{source!r} has rows of {tokens.shape[1]} tokens, not of length {length}")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise InputError("data", f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
+    return [Example(row, torch.ones(length, dtype=torch.bool)) for row in tokens.int()]
+
+
+def _tensor(ids: Iterable[int]) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), BATCH):
+        yield items[start : start + BATCH]

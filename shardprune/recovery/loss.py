@@ -1,0 +1,30 @@
+"""What a training minimises: the loss of the next token, and the distance to a teacher's predictions."""
+
+import torch
+from torch import Tensor, nn
+
+from shardprune.recovery.rows import IGNORED
+
+
+def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross entropy of the tokens that count.
+
+    Args:
+        logits: [batch, length, vocabulary], of any dtype; the loss is computed in float32.
+        labels: [batch, length], the tokens themselves, or IGNORED.
+    """
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+def soft_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """The summed divergence T^2 KL(teacher || student) of the predictions that count, softened by a temperature
+    T (arXiv 1503.02531, section 2, whose factor T^2 keeps gradients of the size of the hard loss's).
+
+    Shapes as in `hard_loss`.
+    """
+    counts = labels[:, 1:] != IGNORED
+    student = torch.log_softmax(logits[:, :-1][counts].float() / temperature, dim=-1)
+    wanted = torch.log_softmax(teacher[:, :-1][counts].float() / temperature, dim=-1)
+    return temperature**2 * nn.functional.kl_div(student, wanted, reduction="sum", log_target=True)

@@ -1,0 +1,88 @@
+"""Low-rank updates (LoRA, arXiv 2106.09685) of projections, which may leave the zeros of a weight alone.
+
+A masked update is W + mask * (scale * B A) with mask = (W != 0), in training as in the merged model. It is one
+module with all its tensors, because ZeRO-3 gathers what a module owns: weight, A and B are whole while it works.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+UPDATES = ("lora_A", "lora_B")
+
+
+class LowRankLinear(nn.Module):
+    """A frozen linear map [rows, cols] with an update of rank r, in the place of an `nn.Linear`.
+
+    The names of its parameters are those of the linear map, with `lora_A` [r, cols] and `lora_B` [rows, r] beside.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float, masked: bool) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        rows, cols = linear.out_features, linear.in_features
+        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        self.lora_A = nn.Parameter(torch.empty(rank, cols, **like))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, **like))
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.masked = masked
+
+    def reset(self, generator: torch.Generator) -> None:
+        """The start that LoRA has: B is zero, A uniform as a linear layer's weight would be."""
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
+        self.lora_A.data.copy_(drawn)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = nn.functional.linear(inputs, self.weight, self.bias)
+        update_inputs = self.dropout(inputs)
+        if self.masked:
+            return output + _MaskedUpdate.apply(update_inputs, self.weight, self.lora_A, self.lora_B, self.scale)
+        return output + nn.functional.linear(nn.functional.linear(update_inputs, self.lora_A), self.lora_B) * self.scale
+
+    def merged(self) -> Tensor:
+        """The weight [rows, cols] that does the same alone, in float32; all parameters must be whole."""
+        weight = self.weight.detach().float()
+        update = self.scale * self.lora_B.detach().float() @ self.lora_A.detach().float()
+        return weight + (update * (weight != 0) if self.masked else update)
+
+
+class _MaskedUpdate(torch.autograd.Function):
+    """inputs (mask * (scale * B A))^T. The product has the size of the weight and is made anew for the backward
+    pass: kept, those of all layers would take as much memory as the model."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(inputs)
+        # The parameters themselves: under ZeRO-3 what they hold now is gone until the backward pass gathers it again.
+        ctx.parameters, ctx.scale = (weight, a, b), scale
+        return nn.functional.linear(inputs, _masked(weight, a, b, scale))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (inputs,), (weight, a, b), gradient = ctx.saved_tensors, ctx.parameters, gradients[0]
+        to_inputs = gradient @ _masked(weight, a, b, ctx.scale) if ctx.needs_input_grad[0] else None
+        to_update = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
+        to_update = to_update * (weight != 0) * ctx.scale
+        return to_inputs, None, b.T @ to_update, to_update @ a.T, None
+
+
+def _masked(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return (b @ a).mul_(weight != 0).mul_(scale)
+
+
+def add_updates(
+    model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float, masked: bool, seed: int
+) -> Iterator[LowRankLinear]:
+    """Put a `LowRankLinear` in the place of every target, and yield it; the start depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    for path in targets:
+        parent, _, name = path.rpartition(".")
+        module = LowRankLinear(model.get_submodule(path), rank, alpha, dropout, masked)
+        module.reset(generator)
+        setattr(model.get_submodule(parent), name, module)
+        yield module

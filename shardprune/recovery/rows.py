@@ -1,0 +1,228 @@
+"""Rows of tokens as a training reads them, wherever they come from, and how examples are packed into rows.
+
+A packed row holds several examples, one after another, and positions restart at 0 with each. transformers
+recognises such rows by their positions and lets no token attend to another example's, as long as neither an
+attention mask nor a cache is given. OPT's code does not look at the positions: it is given the mask.
+"""
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shardprune.errors import InputError
+from shardprune.safetensors_file import read_header, read_tensor, write_tensors
+from shardprune.storage import Folder
+
+IGNORED = -100  # a label that the loss does not count
+
+# Model types whose examples are independent in packed rows, and whether that takes an explicit mask. A mask holds
+# for every layer, so that families with sliding windows must do without.
+PACKING: dict[str, bool] = {
+    "llama": False,
+    "mistral": False,
+    "qwen2": False,
+    "qwen3": False,
+    "gemma2": False,
+    "phi3": False,
+    "opt": True,
+}
+
+
+class Example(NamedTuple):
+    """Tokens that belong together, int32 [tokens], and whether the loss counts the prediction of each, bool [tokens].
+
+    The first token's never counts, whatever stands there: nothing precedes it.
+    """
+
+    tokens: Tensor
+    learned: Tensor
+
+
+class Row(NamedTuple):
+    """Views of one row: int32, bool and int32 [tokens]."""
+
+    tokens: Tensor
+    learned: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of different lengths, one after another.
+
+    Attributes:
+        tokens: int32 [total].
+        learned: bool [total], whether the loss counts the prediction of this token.
+        positions: int32 [total], restarting at 0 with every example of a row.
+        starts: int64 [rows + 1], where each row starts, and at last the total.
+    """
+
+    tokens: Tensor
+    learned: Tensor
+    positions: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Example]]) -> "Rows":
+        """One row for each group of examples."""
+        examples = [example for group in groups for example in group]
+        sizes = [sum(len(example.tokens) for example in group) for group in groups]
+        positions = [torch.arange(len(example.tokens), dtype=torch.int32) for example in examples]
+        rows = cls(
+            torch.cat([torch.empty(0, dtype=torch.int32), *(example.tokens for example in examples)]),
+            torch.cat([torch.empty(0, dtype=torch.bool), *(example.learned for example in examples)]),
+            torch.cat([torch.empty(0, dtype=torch.int32), *positions]),
+            torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
+        )
+        rows.learned[rows.positions == 0] = False
+        return rows
+
+    @classmethod
+    def load(cls, folder: Folder, name: str) -> "Rows":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        entries, _ = read_header(folder, name)
+        return cls(**{field.name: read_tensor(folder, entries[field.name]) for field in fields(cls)})
+
+    def save(self, folder: Folder, name: str) -> None:
+        """Write a safetensors file that no reader sees before it is complete."""
+        write_tensors(folder, name, self._tensors(), {})
+
+    def digest(self) -> str:
+        """SHA-256 of all that the rows hold."""
+        content = hashlib.sha256()
+        for name, tensor in self._tensors().items():
+            content.update(f"{name} {len(tensor)} ".encode())
+            content.update(tensor.numpy().tobytes())
+        return content.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def row(self, index: int) -> Row:
+        """Row `index`, from 0 on."""
+        part = slice(*self.starts[index : index + 2].tolist())
+        return Row(self.tokens[part], self.learned[part], self.positions[part])
+
+    def targets(self, rows: Sequence[int]) -> int:
+        """How many predictions of these rows the loss counts."""
+        return sum(int(self.row(index).learned.sum()) for index in rows)
+
+    def select(self, rows: Sequence[int]) -> "Rows":
+        """Some of the rows, in the order given."""
+        chosen = [self.row(index) for index in rows]
+        sizes = [len(row.tokens) for row in chosen]
+        return Rows(
+            torch.cat([self.tokens[:0], *(row.tokens for row in chosen)]),
+            torch.cat([self.learned[:0], *(row.learned for row in chosen)]),
+            torch.cat([self.positions[:0], *(row.positions for row in chosen)]),
+            torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
+        )
+
+    def split(self, held_out: float, seed: int) -> tuple["Rows", "Rows"]:
+        """The rows to learn from and a share of rows to hold out, drawn with the seed; at least one row each,
+        and none held out where the share is 0. Both keep the order of the rows.
+
+        Raises:
+            InputError: there are too few rows for two parts.
+        """
+        if not held_out:
+            return self, self.select([])
+        if len(self) < 2:
+            raise InputError(
+                "held_out", f"{held_out:g} of {len(self)} rows leaves none for one part; use 0 or more data"
+            )
+        count = min(max(round(held_out * len(self)), 1), len(self) - 1)
+        drawn = self._permutation(f"split {seed}").tolist()
+        return self.select(sorted(drawn[count:])), self.select(sorted(drawn[:count]))
+
+    def order(self, epoch: int, seed: int) -> Tensor:
+        """The order of the rows in one epoch, a permutation int64 [rows] that depends on nothing else."""
+        return self._permutation(f"epoch {epoch} {seed}")
+
+    def collate(self, rows: Sequence[int], mask: bool = False) -> dict[str, Tensor]:
+        """The arguments of a model's forward pass on a batch of rows; call it with `use_cache=False`.
+
+        Padding is on the right, out of sight of causal attention, so that no mask is needed. It counts the last
+        example's positions on: restarting ones would make transformers take the row for a packed one.
+
+        Args:
+            mask: as `needs_mask` tells for the model; adds `attention_mask` where a row is packed, bool
+                [batch, 1, longest, longest], true where a query (third) attends to a key (fourth).
+
+        Returns:
+            `input_ids`, `labels` (-100 where nothing is learned) and `position_ids`, each int64 [batch, longest].
+        """
+        chosen = [self.row(index) for index in rows]
+        longest = max(len(row.tokens) for row in chosen)
+        input_ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORED)
+        position_ids = torch.zeros_like(input_ids)
+        for index, row in enumerate(chosen):
+            size = len(row.tokens)
+            input_ids[index, :size] = row.tokens
+            labels[index, :size] = torch.where(row.learned, row.tokens.long(), IGNORED)
+            position_ids[index, :size] = row.positions
+            position_ids[index, size:] = torch.arange(1, longest - size + 1) + row.positions[-1]
+        batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        if mask and bool((position_ids[:, 1:] == 0).any()):
+            batch["attention_mask"] = _block_mask(position_ids)
+        return batch
+
+    def _permutation(self, purpose: str) -> Tensor:
+        # A hash, as a sum of seed and epoch would give one seed's second epoch the order of the next one's first.
+        state = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:7], "big")
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(state))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Put examples of the given sizes, each of `length` at most, into rows of at most `length`, none cut.
+
+    Best fit, the longest example first: each goes where it leaves least room. All rows but one at most are more
+    than half full. Returns the indices of each row's examples.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # how much each unfilled row has left, and which it is; sorted
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        place = bisect_left(room, (sizes[index], 0))
+        if place < len(room):
+            left, row = room.pop(place)
+            rows[row].append(index)
+        else:
+            left, row = length, len(rows)
+            rows.append([index])
+        if left > sizes[index]:
+            insort(room, (left - sizes[index], row))
+    return rows
+
+
+def check_packing(model_type: str) -> None:
+    """Check that the examples of a packed row can be kept apart in models of a `model_type`.
+
+    Raises:
+        InputError: they cannot.
+    """
+    if model_type not in PACKING:
+        raise InputError("packing", f"not for model_type {model_type!r}, but for {', '.join(PACKING)}; turn it off")
+
+
+def needs_mask(model_type: str) -> bool:
+    """Whether packed rows of models of a `model_type` that can be packed take an attention mask."""
+    return PACKING[model_type]
+
+
+def _block_mask(position_ids: Tensor) -> Tensor:
+    """Who attends to whom in rows of examples [batch, longest], bool [batch, 1, longest, longest]."""
+    example = (position_ids == 0).cumsum(1)
+    return (example[:, :, None] == example[:, None, :]).tril()[:, None]

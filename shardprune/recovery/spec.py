@@ -1,0 +1,26 @@
+"""What the processes of a training are told when they start."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from shardprune.recover_recipe import RecoverRecipe
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """All that a process must know, as plain values that travel.
+
+    Args:
+        recipe: with every choice made.
+        config: DeepSpeed's.
+        targets: paths of the linear maps that are trained, or whose zeros stay.
+        steps: of the training in all.
+        finished: layers whose files are in the output already.
+    """
+
+    recipe: RecoverRecipe
+    fingerprint: str
+    config: dict[str, Any]
+    targets: tuple[str, ...]
+    steps: int
+    finished: frozenset[int]

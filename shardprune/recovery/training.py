@@ -1,0 +1,176 @@
+"""One process of a training under DeepSpeed: the model, the loop over its steps, what it keeps on the way."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shardprune.checkpoint import Checkpoint
+from shardprune.recovery.batches import Batches, MicroBatch
+from shardprune.recovery.checkpoints import Checkpoints
+from shardprune.recovery.loss import hard_loss, soft_loss
+from shardprune.recovery.losses import Loss, Losses
+from shardprune.recovery.lowrank import add_updates
+from shardprune.recovery.masks import freeze_zeros
+from shardprune.recovery.model import load_model, partition
+from shardprune.recovery.rows import Rows, needs_mask
+from shardprune.recovery.schedule import learning_rate
+from shardprune.recovery.spec import TrainingSpec
+from shardprune.storage import Folder
+
+ROWS = "rows.safetensors"
+HELD_OUT = "held-out.safetensors"
+
+
+class Training:
+    """This process's part. All processes do the same calls at the same time.
+
+    Raises:
+        InputError: something that the driver checked has gone since.
+    """
+
+    def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
+        deepspeed.init_distributed()  # which takes up the group that there is
+        self.spec, self.device = spec, device
+        self.recipe = recipe = spec.recipe
+        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+        assert recipe.state is not None
+        assert recipe.micro_batch is not None
+        state = Folder(recipe.state, "state")
+        self.batches = Batches(Rows.load(state, ROWS), recipe.batch, recipe.micro_batch, recipe.seed)
+        self.held_out = Rows.load(state, HELD_OUT) if recipe.held_out else None
+        self.losses = Losses(recipe.state)
+        self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full)
+        dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+        partitioning = spec.config if recipe.zero == 3 else None
+        self.model = load_model(Checkpoint(recipe.model), device, dtype, partitioning)
+        self._choose_what_is_trained(partitioning)
+        self.teacher = self._load_teacher(dtype, partitioning) if recipe.teacher else None
+        self.engine = self._start_engine()
+
+    def run(self) -> PreTrainedModel:
+        """Train from the last checkpoint, or from the start; the model as it is after the last step."""
+        recipe, spec = self.recipe, self.spec
+        start = self.checkpoints.load(self.engine)
+        if self.rank == 0:
+            self.losses.mend()
+        for step in range(start, spec.steps):
+            loss = self._step(step)
+            last = step + 1 == spec.steps
+            due = last or (step + 1) % recipe.checkpoint_every == 0
+            held_out = self._mean_held_out() if due and self.held_out else None
+            if self.rank == 0:
+                self.losses.append(Loss(step=step + 1, **loss, held_out=held_out))
+            if due:
+                self.checkpoints.save(self.engine, step + 1)
+        return self.model
+
+    # -- the parts --------------------------------------------------------------------------------------------
+
+    def _choose_what_is_trained(self, partitioning: dict[str, Any] | None) -> None:
+        recipe = self.recipe
+        if recipe.full:
+            self.model.requires_grad_(True)
+            for path in self.spec.targets if recipe.keep_sparsity else ():
+                freeze_zeros(self.model.get_parameter(f"{path}.weight"))
+        else:
+            options = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.keep_sparsity, recipe.seed
+            for module in add_updates(self.model, self.spec.targets, *options):
+                if partitioning is not None:
+                    partition(module, partitioning)
+        if recipe.recompute:
+            # Under ZeRO-3 a second forward pass finds weights gathered that were not in the first one, which only
+            # the reentrant way does not mind. It needs an input that asks for gradients.
+            self.model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
+            self.model.enable_input_require_grads()
+
+    def _load_teacher(self, dtype: torch.dtype, partitioning: dict[str, Any] | None) -> nn.Module:
+        assert self.recipe.teacher is not None
+        teacher = load_model(Checkpoint(self.recipe.teacher, "teacher"), self.device, dtype, partitioning)
+        teacher.eval().requires_grad_(False)
+        if partitioning is None:
+            return teacher
+        config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}
+        return deepspeed.initialize(model=teacher, config=config)[0]
+
+    def _start_engine(self) -> deepspeed.DeepSpeedEngine:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        engine, *_ = deepspeed.initialize(model=self.model, model_parameters=trained, config=self.spec.config)
+        return engine
+
+    # -- a step ---------------------------------------------------------------------------------------------------
+
+    def _step(self, step: int) -> dict[str, Any]:
+        """One step over all processes; what there is to say about it."""
+        recipe = self.recipe
+        rate = learning_rate(step, self.spec.steps, recipe.highest_rate, recipe.warmup, recipe.schedule)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        targets = self.batches.targets(step)
+        # DeepSpeed takes the mean over micro-batches and processes, whose numbers of targets differ.
+        scale = self.processes * self.engine.gradient_accumulation_steps() / targets
+        total = torch.zeros((), dtype=torch.float64)
+        self.engine.train()
+        for micro in self.batches.of(step, self.rank, self.processes):
+            loss = self._loss(micro)
+            self.engine.backward(loss * scale)
+            self.engine.step()
+            total += float(loss.detach())
+        mean = float(self._sum(total)) / targets
+        norm = self.engine.get_global_grad_norm()
+        return {"loss": mean, "learning_rate": rate, "gradient_norm": float(norm or 0.0), "targets": targets}
+
+    def _loss(self, micro: MicroBatch) -> Tensor:
+        torch.manual_seed(micro.seed)  # for dropout: the same whoever computes this micro-batch
+        batch = self._batch(self.batches.rows, micro.rows)
+        labels = batch.pop("labels")
+        logits = self.engine(**batch).logits
+        if self.teacher is None:
+            return hard_loss(logits, labels)
+        with torch.no_grad():
+            wanted = self.teacher(**batch).logits
+        weight = self.recipe.teacher_weight
+        soft = soft_loss(logits, wanted, labels, self.recipe.temperature)
+        return soft * weight + hard_loss(logits, labels) * (1 - weight)
+
+    @torch.no_grad()
+    def _mean_held_out(self) -> float:
+        """The mean loss of the held-out rows' targets, of the model alone."""
+        rows = self.held_out
+        assert rows is not None
+        self.engine.eval()
+        total, micro = torch.zeros((), dtype=torch.float64), self.batches.micro
+        turns = -(-len(rows) // (micro * self.processes))
+        for turn in range(turns):  # as many for every process: each pass gathers weights from all
+            first = (turn * self.processes + self.rank) * micro
+            batch = self._batch(rows, list(range(first, min(first + micro, len(rows)))) or [0])
+            labels = batch.pop("labels")
+            loss = hard_loss(self.engine(**batch).logits, labels)
+            total += float(loss) if first < len(rows) else 0.0
+        return float(self._sum(total)) / rows.targets(range(len(rows)))
+
+    def _batch(self, rows: Rows, chosen: list[int]) -> dict[str, Any]:
+        tensors = rows.collate(chosen, mask=needs_mask(self.model.config.model_type))
+        # With a cache, transformers would not see where examples end in a packed row.
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()} | {"use_cache": False}
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes of a number."""
+        value = value.to(self.device)
+        dist.all_reduce(value)
+        return value
+
+
+@contextmanager
+def whole(parameters: list[nn.Parameter], zero: int) -> Iterator[None]:
+    """Have parameters whole in every process while the block lasts."""
+    if zero < 3:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        yield

@@ -1,0 +1,95 @@
+"""From a trained model to the files of an ordinary checkpoint, layer by layer.
+
+Under ZeRO-3 the processes gather one layer at a time, and each layer is written by one of them.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from shardprune.checkpoint import Checkpoint
+from shardprune.families import Family
+from shardprune.journal import Journal
+from shardprune.recovery.lowrank import UPDATES, LowRankLinear
+from shardprune.recovery.training import whole
+from shardprune.safetensors_file import write_tensors
+
+
+def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
+    """Write every layer that is not yet written, low-rank updates merged. All processes call at once."""
+    finished = _of_the_first(set(journal.finished()) if dist.get_rank() == 0 else None)
+    for index, layer in enumerate(model.get_submodule(family.layers)):
+        if index in finished:
+            continue
+        with whole(list(layer.parameters()), zero):
+            if dist.get_rank() == index % dist.get_world_size():
+                _write_layer(layer, index, family, checkpoint, journal)
+    dist.barrier()
+
+
+def write_trained_frame(
+    model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int
+) -> None:
+    """Write everything beside the layers, where that was trained, too. All processes call at once."""
+    inside = f"{family.layers}."
+    names = {name: name for name in checkpoint.entries if not name.startswith(inside)}
+    parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
+    frame: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        with whole([parameter], zero):
+            if dist.get_rank() == 0:
+                frame[name] = parameter.detach().to("cpu", checkpoint.entries[name].dtype, copy=True)
+    if dist.get_rank() == 0:
+        tensors = {
+            checkpoint.stored_name(name): frame[name] if name in frame else checkpoint.read(name) for name in names
+        }
+        write_tensors(journal.folder, journal.frame_file, tensors, {})
+    dist.barrier()
+
+
+def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Checkpoint, journal: Journal) -> None:
+    prefix = f"{family.layers}.{index}."
+    modules = {name: layer.get_submodule(name) for name in family.projections}
+    merged = {f"{name}.weight" for name, module in modules.items() if isinstance(module, LowRankLinear)}
+    parameters = {name: value for name, value in layer.named_parameters() if not name.endswith(UPDATES)}
+    entries = {name: checkpoint.entries[prefix + name] for name in parameters}
+
+    def tensor(stored: str) -> Tensor:
+        name = stored.removeprefix(prefix)
+        if name in merged:
+            return modules[name.removesuffix(".weight")].merged().to(entries[name].dtype)
+        if parameters[name].requires_grad:
+            return parameters[name].detach().to(entries[name].dtype)
+        return checkpoint.read(stored)
+
+    reports = [
+        _report(index, name, checkpoint.read(f"{prefix}{name}.weight"), tensor(f"{prefix}{name}.weight"))
+        for name in family.projections
+    ]
+    shapes = {prefix + name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    journal.write_layer(index, shapes, tensor, {"projections": reports})
+
+
+def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """What became of a projection's zeros."""
+    was, zero = before == 0, (after == 0).cpu()
+    weights, zeros_before, zeros = was.numel(), int(was.sum()), int(zero.sum())
+    return {
+        "layer": layer,
+        "name": name,
+        "target": zeros_before / weights,
+        "achieved": zeros / weights,
+        "weights": weights,
+        "zeros": zeros,
+        "zeros_before": zeros_before,
+        "zeros_kept": int((was & zero).sum()),
+    }
+
+
+def _of_the_first(value: Any) -> Any:
+    """What the first process says, in all of them."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
