@@ -6,12 +6,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from shardprune.evaluation.recipe import EvaluateRecipe
     from shardprune.evaluation.run import evaluate
+    from shardprune.fine_tuning import recover
     from shardprune.mop_recipe import MopRecipe
     from shardprune.recipe import RebuildRecipe, Recipe
+    from shardprune.recover_recipe import RecoverRecipe
     from shardprune.run import prune, rebuild
     from shardprune.search import mop
 
-__all__ = ["EvaluateRecipe", "MopRecipe", "RebuildRecipe", "Recipe", "evaluate", "mop", "prune", "rebuild"]
+__all__ = [
+    "EvaluateRecipe",
+    "MopRecipe",
+    "RebuildRecipe",
+    "Recipe",
+    "RecoverRecipe",
+    "evaluate",
+    "mop",
+    "prune",
+    "rebuild",
+    "recover",
+]
 __version__ = "0.1.0"
 
 
@@ -20,10 +33,12 @@ _PLACES = {
     "MopRecipe": "mop_recipe",
     "RebuildRecipe": "recipe",
     "Recipe": "recipe",
+    "RecoverRecipe": "recover_recipe",
     "evaluate": "evaluation.run",
     "mop": "search",
     "prune": "run",
     "rebuild": "run",
+    "recover": "fine_tuning",
 }
 
 

@@ -1,23 +1,32 @@
 """What happens when workers die: a new attempt on what is left, which goes on where the last one was."""
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from shardprune.cluster.group import Backend
-from shardprune.cluster.layout import Layout
 from shardprune.errors import WorkerLost
 from shardprune.progress import Output
-from shardprune.setting_groups import Workers
+from shardprune.setting_groups import Machines
+
+P = TypeVar("P", bound="Placement")
+
+
+class Placement(Protocol):
+    """How work is laid out over workers."""
+
+    def shrunk_to(self: P, slots: int) -> P:
+        """The same for at most `slots` workers."""
 
 
 def persevere(
-    attempt: Callable[[Layout], None],
-    layout: Layout,
-    workers: Workers,
+    attempt: Callable[[P], None],
+    planned: P,
+    workers: Machines,
     backend: Backend,
     output: Output,
     lost: Callable[[], None],
 ) -> None:
-    """Call `attempt` with a layout until it succeeds; after workers were lost, with one for those that are left.
+    """Call `attempt` with a placement until it succeeds; after workers were lost, with one for those that are left.
 
     Args:
         lost: called whenever workers were lost.
@@ -25,10 +34,10 @@ def persevere(
     Raises:
         WorkerLost: that happened more than `max_restarts` times, or none is left.
     """
-    planned, losses = layout, 0
+    placement, losses = planned, 0
     while True:
         try:
-            attempt(layout)
+            attempt(placement)
             return
         except WorkerLost as error:
             losses += 1
@@ -39,4 +48,4 @@ def persevere(
             left = backend.settle().workers(workers.device)
             if not left:
                 raise
-            layout = planned.shrunk_to(left)
+            placement = planned.shrunk_to(left)

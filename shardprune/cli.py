@@ -12,6 +12,7 @@ from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
+from shardprune.recover_recipe import RecoverRecipe
 from shardprune.settings import Settings
 
 app = typer.Typer(
@@ -153,6 +154,22 @@ def mop(
     from shardprune.search import mop as run
 
     _show(run(MopRecipe.load(recipe, _given({"model": model, **options}))))
+
+
+@app.command(epilog="Example: shardprune recover runs/llama-8b-50 --out OUT --data alpaca --zero 3 --keep-sparsity")
+@_with_options(RecoverRecipe)
+def recover(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+    ] = None,
+    *,
+    recipe: RecipeFile = None,
+    **options: Any,
+) -> None:
+    """Fine-tune a pruned checkpoint under DeepSpeed ZeRO. The result is an ordinary checkpoint again."""
+    from shardprune.fine_tuning import recover as run
+
+    _show(run(RecoverRecipe.load(recipe, _given({"model": model, **options}))))
 
 
 @app.command(epilog="Example: shardprune evaluate runs/llama-8b-50 --perplexity wikitext2 --tasks zeroshot --shards 2")

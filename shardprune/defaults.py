@@ -7,7 +7,7 @@ import torch
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Slots
 from shardprune.errors import InputError
-from shardprune.setting_groups import Workers
+from shardprune.setting_groups import Machines, Workers
 from shardprune.skeleton import Skeleton
 from shardprune.storage import absolute
 
@@ -17,7 +17,7 @@ def place_of(model: str) -> str:
     return absolute(model) if os.path.isdir(model) else model
 
 
-def device_of(workers: Workers, slots: Slots) -> str:
+def device_of(workers: Machines, slots: Slots) -> str:
     """The device of the computation.
 
     Raises:

@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.recovery.examples import DATA_FORMS, check_data
-from shardprune.setting_groups import Perplexities, Run
+from shardprune.setting_groups import Machines, Perplexities, Run
 from shardprune.settings import Settings, positive
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
@@ -95,17 +95,10 @@ class Partitioned(Settings):
     )
 
 
-class Trainers(Settings):
+class Trainers(Machines):
     """Workers"""
 
-    backend: Literal["ray", "local"] = Field("ray", description="Ray Train's workers, or this process alone")
-    address: str | None = Field(
-        None, description="Ray cluster to use (default: RAY_ADDRESS, else one of this machine's own)"
-    )
     workers: int | None = positive(None, "Processes that train together (default: one per GPU; on CPUs 1)")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What the workers compute on")
-    threads: int | None = positive(None, "CPU threads of a worker (default: cores divided by workers)")
-    max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
 
 
 class Measuring(Perplexities):

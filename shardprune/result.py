@@ -183,6 +183,32 @@ class WorkerResult(BaseModel):
     busy_seconds: float
 
 
+class TrainingLoss(BaseModel):
+    """After a step of a training: the mean loss of its tokens as the weights were before the step, and that of the
+    held-out rows after it, where it was measured."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    held_out: float | None = None
+
+
+class Recovery(BaseModel):
+    """What a training did. `rows` were learned from, `targets` counts the tokens whose predictions were, `zeros` are
+    those of the projections: `kept` stand where there was one before."""
+
+    steps: int
+    rows: int
+    held_out_rows: int
+    targets: int
+    parameters_trained: int
+    workers: int
+    zeros_before: int
+    zeros_after: int
+    zeros_kept: int
+    losses: list[TrainingLoss]
+
+
 class Result(BaseModel):
     """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished."""
 
@@ -191,9 +217,10 @@ class Result(BaseModel):
     fingerprint: str
     recipe: dict[str, Any]
     model: ModelSize
-    calibration: CalibrationResult
+    calibration: CalibrationResult | None = None
     sparsity: Sparsity | None = None
     structure: Structure | None = None
+    recovery: Recovery | None = None
     perplexity: dict[str, Perplexity]
     evaluation: Evaluation | None = None
     seconds: dict[str, float]

@@ -70,22 +70,27 @@ class Evaluation(Perplexities):
     )
 
 
-class Workers(Settings):
+class Machines(Settings):
     """Workers"""
 
     backend: Literal["ray", "local"] = Field("ray", description="Ray actors, or this process alone")
     address: str | None = Field(
         None, description="Ray cluster to use (default: RAY_ADDRESS, else one of this machine's own)"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What the workers compute on")
+    threads: int | None = positive(None, "CPU threads of a worker (default: cores divided by workers)")
+    max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
+
+
+class Workers(Machines):
+    """Workers"""
+
     shards: int | None = positive(None, "Contiguous runs of layers (default: exact 1, parallel one per slot)")
     replicas: int | None = positive(None, "Workers per shard, sharing the samples (default: the GPUs left over)")
     activations: Literal["auto", "device", "host"] = Field("auto", description="Where the waves are kept")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What the workers compute on")
     dtype: Literal["auto", "float32"] = Field(
         "auto", description="What they compute in; auto is the stored dtype on GPUs, float32 on CPUs"
     )
-    threads: int | None = positive(None, "CPU threads of a worker (default: cores divided by workers)")
-    max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
 
 
 class Cluster(Workers):

@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from shardprune.result import EvaluationResult, Result, Sparsity
+from shardprune.result import EvaluationResult, Recovery, Result, Sparsity
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 
@@ -18,6 +18,8 @@ def summary(result: Result) -> Table:
         table.add_row(f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after)
     if result.sparsity:
         _add_sparsity(table, result.sparsity)
+    if result.recovery:
+        _add_recovery(table, result.recovery)
     if result.structure:
         shapes = result.structure.before, result.structure.after
         for name in ("layers", "groups", "neurons"):
@@ -25,7 +27,7 @@ def summary(result: Result) -> Table:
             if counts[0] != counts[1]:
                 table.add_row(LABELS[name], *(f"{count:,}" for count in counts))
     table.add_row("parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}")
-    for phase in ("structure", "search", "observe", "prune", "evaluate", "total"):
+    for phase in ("structure", "search", "observe", "prune", "recover", "evaluate", "total"):
         if phase in result.seconds:
             table.add_row(f"seconds, {phase}", "", f"{result.seconds[phase]:.1f}")
     table.add_row("workers", "", str(len(result.workers)))
@@ -66,6 +68,18 @@ def _title(result: Result) -> str:
     if "rebuild_granularity" in recipe and "method" not in recipe:
         done.append(f"rebuilt by {recipe['rebuild_granularity']}")
     return ", ".join((*done, recipe["out"]))
+
+
+def _add_recovery(table: Table, recovery: Recovery) -> None:
+    first, last = recovery.losses[0], recovery.losses[-1]
+    table.add_row("training loss", f"{first.loss:.4f}", f"{last.loss:.4f}")
+    held_out = [loss.held_out for loss in recovery.losses if loss.held_out is not None]
+    if held_out:
+        table.add_row("held-out loss, first and last", f"{held_out[0]:.4f}", f"{held_out[-1]:.4f}")
+    if recovery.zeros_before:
+        table.add_row("zeros of the projections", f"{recovery.zeros_before:,}", f"{recovery.zeros_after:,}")
+        table.add_row("zeros that stayed", "", f"{recovery.zeros_kept:,}")
+    table.add_row("steps; parameters trained", f"{recovery.steps:,}", f"{recovery.parameters_trained:,}")
 
 
 def _add_sparsity(table: Table, sparsity: Sparsity) -> None:

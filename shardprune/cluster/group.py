@@ -67,8 +67,8 @@ class Backend(Protocol):
             InputError: the cluster cannot be reached.
         """
 
-    def check_room(self, workers: int, device: str) -> None:
-        """Check that so many workers can work at once.
+    def check_room(self, workers: int, device: str, field: str = "shards") -> None:
+        """Check that so many workers, which `field` of a recipe asks for, can work at once.
 
         Raises:
             InputError: there are fewer slots.

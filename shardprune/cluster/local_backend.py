@@ -42,7 +42,7 @@ class LocalBackend:
         machine = this_machine()
         return replace(machine, gpus=min(1, machine.gpus))  # one process works on one GPU
 
-    def check_room(self, workers: int, device: str) -> None:
+    def check_room(self, workers: int, device: str, field: str = "shards") -> None:
         pass  # workers of one process take turns
 
     def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:

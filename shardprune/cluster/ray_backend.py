@@ -99,14 +99,14 @@ class RayBackend:
         self._connect()
         return cluster_slots()
 
-    def check_room(self, workers: int, device: str) -> None:
+    def check_room(self, workers: int, device: str, field: str = "shards") -> None:
         own = not self._address and not ray.is_initialized()
         if own and device == "cpu":
             return  # a cluster of our own gets as many slots as there are workers
         room = self.slots().workers(device)
         if workers > room:
             units = "GPUs" if device == "cuda" else "CPUs"
-            raise InputError("shards", f"{workers} workers need as many {units}; the cluster has {room}")
+            raise InputError(field, f"{workers} workers need as many {units}; the cluster has {room}")
 
     def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
         self._connect(

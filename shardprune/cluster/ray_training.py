@@ -41,7 +41,7 @@ def train_on_ray(spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
         run_config=RunConfig(
             name="ray",
             storage_path=recipe.state,
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=0),
         ),
     )
     try:

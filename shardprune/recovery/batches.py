@@ -4,7 +4,6 @@ The rows of all epochs form one endless sequence, each epoch in an order of its 
 them, cut into micro-batches; micro-batch number n of a step goes to process n modulo their number.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,10 +31,6 @@ class Batches:
     def __init__(self, rows: Rows, batch: int, micro: int, seed: int) -> None:
         self.rows, self.batch, self.micro, self.seed = rows, batch, micro, seed
         self._orders: dict[int, Tensor] = {}  # of the epochs that the last step reached
-
-    def steps(self, epochs: float) -> int:
-        """The number of steps that so many epochs take."""
-        return max(1, math.ceil(epochs * len(self.rows) / self.batch))
 
     def step(self, step: int) -> list[int]:
         """The rows of a step."""

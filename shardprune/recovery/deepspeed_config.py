@@ -30,7 +30,6 @@ def deepspeed_config(
     clip: float,
     learning_rate: float,
     weight_decay: float,
-    betas: tuple[float, float],
     overrides: dict[str, Any],
 ) -> dict[str, Any]:
     """The configuration of one training.
@@ -47,7 +46,7 @@ def deepspeed_config(
         zero_optimization["offload_optimizer"] = {"device": "cpu"}
     if offload and zero == 3:
         zero_optimization["offload_param"] = {"device": "cpu"}
-    optimizer = {"lr": learning_rate, "betas": list(betas), "eps": 1e-8, "weight_decay": weight_decay}
+    optimizer = {"lr": learning_rate, "eps": 1e-8, "weight_decay": weight_decay}
     if not offload:  # torch's AdamW needs no compiler, and its updates are the same everywhere
         optimizer["torch_adam"] = True
     ours = {

@@ -24,9 +24,9 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         rows, cols = linear.out_features, linear.in_features
-        like = {"dtype": linear.weight.dtype, "device": linear.weight.device}
-        self.lora_A = nn.Parameter(torch.empty(rank, cols, **like))
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank, **like))
+        dtype, device = linear.weight.dtype, linear.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, cols, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=device))
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.masked = masked
@@ -82,7 +82,9 @@ def add_updates(
     generator = torch.Generator().manual_seed(seed)
     for path in targets:
         parent, _, name = path.rpartition(".")
-        module = LowRankLinear(model.get_submodule(path), rank, alpha, dropout, masked)
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        module = LowRankLinear(linear, rank, alpha, dropout, masked)
         module.reset(generator)
         setattr(model.get_submodule(parent), name, module)
         yield module

@@ -5,6 +5,9 @@ from typing import Any
 
 from shardprune.recover_recipe import RecoverRecipe
 
+ROWS = "rows.safetensors"  # in the training's directory: what is learned from
+HELD_OUT = "held-out.safetensors"  # and what is not
+
 
 @dataclass(frozen=True)
 class TrainingSpec:
@@ -15,7 +18,6 @@ class TrainingSpec:
         config: DeepSpeed's.
         targets: paths of the linear maps that are trained, or whose zeros stay.
         steps: of the training in all.
-        finished: layers whose files are in the output already.
     """
 
     recipe: RecoverRecipe
@@ -23,4 +25,3 @@ class TrainingSpec:
     config: dict[str, Any]
     targets: tuple[str, ...]
     steps: int
-    finished: frozenset[int]

@@ -20,11 +20,8 @@ from shardprune.recovery.masks import freeze_zeros
 from shardprune.recovery.model import load_model, partition
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
-from shardprune.recovery.spec import TrainingSpec
+from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
 from shardprune.storage import Folder
-
-ROWS = "rows.safetensors"
-HELD_OUT = "held-out.safetensors"
 
 
 class Training:

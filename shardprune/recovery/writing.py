@@ -51,15 +51,15 @@ def write_trained_frame(
 
 def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Checkpoint, journal: Journal) -> None:
     prefix = f"{family.layers}.{index}."
-    modules = {name: layer.get_submodule(name) for name in family.projections}
-    merged = {f"{name}.weight" for name, module in modules.items() if isinstance(module, LowRankLinear)}
+    modules = {f"{name}.weight": layer.get_submodule(name) for name in family.projections}
+    updated = {name: module for name, module in modules.items() if isinstance(module, LowRankLinear)}
     parameters = {name: value for name, value in layer.named_parameters() if not name.endswith(UPDATES)}
     entries = {name: checkpoint.entries[prefix + name] for name in parameters}
 
     def tensor(stored: str) -> Tensor:
         name = stored.removeprefix(prefix)
-        if name in merged:
-            return modules[name.removesuffix(".weight")].merged().to(entries[name].dtype)
+        if name in updated:
+            return updated[name].merged().to(entries[name].dtype)
         if parameters[name].requires_grad:
             return parameters[name].detach().to(entries[name].dtype)
         return checkpoint.read(stored)

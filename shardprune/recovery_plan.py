@@ -1,0 +1,267 @@
+"""Everything that is decided before a training starts: inputs opened and checked, data prepared, output claimed."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardprune.calibration import perplexity_windows
+from shardprune.checkpoint import Checkpoint
+from shardprune.cluster.group import Backend, Slots
+from shardprune.defaults import check_seqlen, device_of, place_of, threads_of
+from shardprune.errors import InputError, without_credentials
+from shardprune.journal import Journal
+from shardprune.recover_recipe import RecoverRecipe
+from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
+from shardprune.recovery.examples import load_rows
+from shardprune.recovery.processes import Processes, micro_batch_of
+from shardprune.recovery.rows import Rows, check_packing
+from shardprune.recovery.spec import TrainingSpec
+from shardprune.skeleton import Skeleton, check_tensors
+from shardprune.sources import is_tokens
+from shardprune.storage import Folder, absolute, in_process_only
+
+FORMAT = 1  # of what a fingerprint covers
+STATE = "training"  # folder of an output with the state of a training under way
+CLAIM = "fingerprint"  # file of a state that says whose it is
+SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense one has a few by rounding
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """How many of the projections' weights are zero."""
+
+    count: int
+    weights: int
+
+    @property
+    def sparse(self) -> bool:
+        """Whether they are there on purpose."""
+        return self.count > SPARSE * self.weights
+
+
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """A training that can start. `recipe` has every choice made that the user left open."""
+
+    recipe: RecoverRecipe
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    rows: Rows
+    held_out: Rows
+    evaluations: dict[str, Tensor]
+    processes: Processes
+    steps: int
+    zeros: Zeros
+    overrides: dict[str, Any]
+    journal: Journal
+    state: dict[str, Any]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The paths of all projections."""
+        family = self.skeleton.family
+        layers = range(self.skeleton.layers)
+        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.projections)
+
+    @property
+    def parameters_trained(self) -> int:
+        """The number of parameters that have a gradient."""
+        if self.recipe.full:
+            return self.skeleton.parameters()
+        shapes = [shape for index in range(self.skeleton.layers) for shape in self._shapes(index)]
+        return sum(self.recipe.lora_rank * (rows + cols) for rows, cols in shapes)
+
+    def spec(self, processes: Processes) -> TrainingSpec:
+        """What so many processes are told."""
+        recipe = self.recipe
+        config = deepspeed_config(
+            zero=recipe.zero,
+            offload=recipe.offload,
+            bf16=recipe.precision == "bf16",
+            batch=recipe.batch,
+            micro=processes.micro,
+            processes=processes.count,
+            clip=recipe.clip,
+            learning_rate=recipe.highest_rate,
+            weight_decay=recipe.weight_decay,
+            overrides=self.overrides,
+        )
+        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps)
+
+    def _shapes(self, index: int) -> list[tuple[int, int]]:
+        return list(self.skeleton.projection_shapes(index).values())
+
+
+def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
+    """Open and check everything that a recipe names, and decide what it leaves open.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    overrides = read_overrides(recipe.deepspeed) if recipe.deepspeed else {}
+    recipe = _decide(recipe, backend.slots())
+    for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
+        if url and in_process_only(url) and recipe.backend != "local":
+            raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
+    checkpoint = Checkpoint(recipe.model)
+    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
+    check_tensors(skeleton, checkpoint)
+    _check_positions(recipe, skeleton)
+    teacher = _open_teacher(recipe, checkpoint) if recipe.teacher else None
+    assert recipe.workers is not None
+    assert recipe.micro_batch is not None
+    backend.check_room(recipe.workers, recipe.device, "workers")
+    _check_compiler(recipe)
+    if recipe.packing:
+        check_packing(checkpoint.config.model_type)
+    zeros = _count_zeros(checkpoint, skeleton)
+    if recipe.keep_sparsity and not zeros.sparse:
+        raise InputError(
+            "keep_sparsity", f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
+        )
+
+    tokenizer = cache(checkpoint.tokenizer)
+    vocabulary = skeleton.config.vocab_size
+    rows = load_rows(recipe.data, tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, vocabulary)
+    learned, held_out = rows.split(recipe.held_out, recipe.seed)
+    evaluations = {
+        without_credentials(source): perplexity_windows(
+            source, tokenizer, recipe.seqlen, vocabulary, recipe.eval_windows
+        )
+        for source in recipe.eval
+    }
+    processes = Processes(recipe.workers, recipe.batch, recipe.micro_batch)
+    steps = recipe.steps or max(1, round(recipe.epochs * len(learned) / recipe.batch))
+    fingerprint = _fingerprint(recipe, checkpoint, teacher, learned, held_out, steps, overrides)
+    journal = Journal(recipe.out, fingerprint, skeleton.layers, checkpoint.stored_name)
+    state = journal.check(recipe.resume) or {}
+    _check_state(recipe, fingerprint)
+    return RecoveryPlan(
+        recipe,
+        checkpoint,
+        skeleton,
+        learned,
+        held_out,
+        evaluations,
+        processes,
+        steps,
+        zeros,
+        overrides,
+        journal,
+        state,
+    )
+
+
+def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
+    """Make the choices that the recipe leaves open."""
+    device = device_of(recipe, slots)
+    fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % count == 0]
+    workers = recipe.workers or (fitting[-1] if device == "cuda" and recipe.backend == "ray" else 1)
+    out = absolute(recipe.out)
+    if "://" in (recipe.state or out):
+        wanted = "a directory that all nodes see, because DeepSpeed writes no URLs"
+        raise InputError("state", f"{recipe.state or out!r} is a URL; use {wanted}")
+    return recipe.model_copy(
+        update={
+            "model": place_of(recipe.model),
+            "teacher": place_of(recipe.teacher) if recipe.teacher else None,
+            "out": out,
+            "state": absolute(recipe.state) if recipe.state else f"{out}/{STATE}",
+            "device": device,
+            "workers": workers,
+            "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),
+            "threads": recipe.threads or threads_of(slots, workers),
+            "precision": {"cuda": "bf16", "cpu": "fp32"}[device] if recipe.precision == "auto" else recipe.precision,
+        }
+    )
+
+
+def _check_positions(recipe: RecoverRecipe, skeleton: Skeleton) -> None:
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit and recipe.length > limit:
+        raise InputError("length", f"{recipe.length} is more than the model's {limit} positions")
+    if recipe.eval:
+        check_seqlen(recipe.seqlen, skeleton)
+
+
+def _check_compiler(recipe: RecoverRecipe) -> None:
+    """DeepSpeed builds its collectives between CPUs, and its optimizer for offloaded states, when they are used."""
+    if (recipe.device == "cpu" or recipe.offload) and not (shutil.which("g++") or shutil.which("c++")):
+        raise InputError(
+            "device", f"{recipe.device!r} needs a C++ compiler, with which DeepSpeed builds what it needs; install g++"
+        )
+
+
+def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
+    """The teacher, whose predictions must be of the same tokens.
+
+    Raises:
+        InputError: they are not.
+    """
+    assert recipe.teacher is not None
+    teacher = Checkpoint(recipe.teacher, "teacher")
+    check_tensors(Skeleton(teacher.config, "cpu", torch.float32), teacher)
+    sizes = teacher.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError("teacher", f"{recipe.teacher} predicts {sizes[0]} tokens, the model {sizes[1]}")
+    if not is_tokens(recipe.data) and teacher.tokenizer().get_vocab() != student.tokenizer().get_vocab():
+        raise InputError("teacher", f"{recipe.teacher} has another tokenizer than the model")
+    return teacher
+
+
+def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> Zeros:
+    """The zeros of all projections, which are read one after the other."""
+    names = [
+        skeleton.projection_tensor(index, name)
+        for index in range(skeleton.layers)
+        for name in skeleton.family.projections
+    ]
+    counts = [(int((weight == 0).sum()), weight.numel()) for weight in map(checkpoint.read, names)]
+    return Zeros(sum(count for count, _ in counts), sum(weights for _, weights in counts))
+
+
+def _fingerprint(
+    recipe: RecoverRecipe,
+    checkpoint: Checkpoint,
+    teacher: Checkpoint | None,
+    rows: Rows,
+    held_out: Rows,
+    steps: int,
+    overrides: dict[str, Any],
+) -> str:
+    """A hash of everything that shapes the weights but for rounding: a training goes on with other workers."""
+    fields = {name for group in recipe.shaping for name in group.model_fields} - {"micro_batch", "epochs", "teacher"}
+    content = {
+        "format": FORMAT,
+        "command": recipe.command,
+        "model": checkpoint.identity(),
+        "teacher": teacher.identity() if teacher else None,
+        "rows": rows.digest(),
+        "held_out_rows": held_out.digest(),
+        **recipe.model_dump(include=fields - {"data"}),
+        "steps": steps,
+        "precision": recipe.precision,
+        "zero": recipe.zero,  # the state of one stage is not that of another
+        "deepspeed": overrides,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_state(recipe: RecoverRecipe, fingerprint: str) -> None:
+    """Check that the place for the training's state is free, or has this training's.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    assert recipe.state is not None
+    folder = Folder(recipe.state, "state")
+    claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
+    if claimed != fingerprint and folder.names():
+        held = "is not empty" if claimed is None else "holds another training"
+        raise InputError("state", f"{recipe.state} {held}; choose an empty directory")
