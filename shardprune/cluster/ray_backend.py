@@ -47,6 +47,7 @@ LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, Wo
 CONNECT_SECONDS = 10.0
 PLACEMENT_SECONDS = 120.0
 PROBE_SECONDS = 10.0  # for a node to answer after a worker was lost
+TRAINING_STORE_BYTES = 128 * 2**20  # its processes exchange their tensors without Ray
 DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
 # glibc keeps freed memory below a limit that grows with use; a streaming worker must give layers back.
 STREAMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
@@ -122,7 +123,10 @@ class RayBackend:
 
         threads = spec.recipe.threads or 1
         self._connect(
-            num_cpus=max(workers * threads, this_machine().cpus), include_dashboard=False, log_to_driver=False
+            num_cpus=max(workers * threads, this_machine().cpus),
+            object_store_memory=TRAINING_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
         )
         return train_on_ray(spec, workers)
 

@@ -6,74 +6,92 @@ may be lost.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.api.exceptions import TrainingFailedError
 
-from shardprune.errors import InputError, SolverError, WorkerLost
+from shardprune.errors import InputError, WorkerLost
+from shardprune.recovery.process import take_part
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.storage import first_line
 
-USAGE = "usage-{rank}.json"  # what each worker took, in the training's directory
+
+@dataclass(frozen=True)
+class Reports:
+    """What the workers of one attempt leave in the training's directory: what they took, or what went wrong.
+
+    A worker that dies leaves nothing, and neither do those whose collectives end because of that.
+    """
+
+    directory: Path
+
+    def clear(self) -> None:
+        for file in self.directory.glob("worker-*.json"):
+            file.unlink()
+
+    def write(self, rank: int, report: dict[str, Any]) -> None:
+        (self.directory / f"worker-{rank}.json").write_text(json.dumps(report))
+
+    def read(self) -> list[dict[str, Any]]:
+        """In the order of the workers."""
+        files = self.directory.glob("worker-*.json")
+        return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: int(file.stem.split("-")[1]))]
 
 
 def train_on_ray(spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
     """Carry out a training on the connected cluster; what each worker took.
 
     Raises:
+        InputError: what the driver checked has gone since.
         WorkerLost: a worker or its node died.
     """
     recipe = spec.recipe
     assert recipe.state is not None
     assert recipe.threads is not None
     gpu = recipe.device == "cuda"
+    reports = Reports(Path(recipe.state))
+    reports.clear()
     trainer = TorchTrainer(
-        _take_part,
+        _work,
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": 1 if gpu else recipe.threads}
         ),
-        run_config=RunConfig(
-            name="ray",
-            storage_path=recipe.state,
-            failure_config=FailureConfig(max_failures=0),
-        ),
+        run_config=RunConfig(name="ray", storage_path=recipe.state, failure_config=FailureConfig(max_failures=0)),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise _cause_of(error) from error
-    return [json.loads((Path(recipe.state) / USAGE.format(rank=rank)).read_text()) for rank in range(workers)]
+        wrong = [report["error"] for report in reports.read() if "error" in report]
+        for field, problem in (entry for entry in wrong if entry):
+            raise InputError(field, problem) from error
+        if wrong:
+            raise
+        raise WorkerLost("one of the training's processes died") from error
+    return reports.read()
 
 
-def _take_part(config: dict[str, Any]) -> None:
+def _work(config: dict[str, Any]) -> None:
     """What runs in every worker."""
-    from ray.train import get_context
-
-    from shardprune.recovery.process import take_part
-
     spec: TrainingSpec = config["spec"]
-    used = take_part(spec)
     assert spec.recipe.state is not None
-    (Path(spec.recipe.state) / USAGE.format(rank=get_context().get_world_rank())).write_text(json.dumps(used))
+    reports, rank = Reports(Path(spec.recipe.state)), get_context().get_world_rank()
+    try:
+        reports.write(rank, take_part(spec))
+    except InputError as error:
+        reports.write(rank, {"error": [error.field, error.problem]})
+        raise
+    except Exception as error:
+        if not _others_are_gone(error):
+            reports.write(rank, {"error": None})
+        raise
 
 
-def _cause_of(error: TrainingFailedError) -> Exception:
-    """What made a training fail: what a worker raised itself, or that one died, which ends the others' collectives."""
-    if isinstance(error, PreemptionError):
-        return WorkerLost(first_line(error))
-    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    if isinstance(error, ControllerError):
-        failures = [error.controller_failure]
-    ours = [failure for failure in failures if isinstance(failure, InputError | SolverError)]
-    lost = [failure for failure in failures if isinstance(failure, RayError)]
-    if ours:
-        return ours[0]
-    if lost:
-        return WorkerLost(first_line(lost[0]))
-    return error
+def _others_are_gone(error: Exception) -> bool:
+    """Whether a collective ended because another process did."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
