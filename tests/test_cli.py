@@ -249,11 +249,13 @@ def test_bad_input_ends_the_process_with_code_2(folder, tmp_path):
     [
         ("prune", ("--sparsity", "--pattern", "--allocation", "--structured", "--score", "--keep-corrected")),
         ("rebuild", ("SPARSE", "--rebuild-threshold")),
+        ("evaluate", ("--perplexity", "--tasks-dir", "--limit", "--num-fewshot", "--engine", "--weights")),
     ],
 )
 def test_help_reads_at_80_columns(command, options):
     done = shardprune(command, "--help", columns=80)
     assert done.returncode == 0
     assert max(len(line) for line in done.stdout.splitlines()) <= 80
-    for option in (*options, "--shards", "--no-resume", f"Example: shardprune {command}"):
+    kept = () if command == "evaluate" else ("--no-resume",)
+    for option in (*options, *kept, "--shards", f"Example: shardprune {command}"):
         assert option in done.stdout

@@ -139,6 +139,7 @@ class ShardpruneLM(ShardedLM):
     Args:
         pretrained: the checkpoint, as MODEL of `shardprune evaluate`.
         batch_size: texts of a wave; 1 and `auto` leave it to shardprune.
+        device: `cpu`, or what there is.
         settings: what stands under "Workers" in `shardprune evaluate --help`.
     """
 
@@ -153,8 +154,8 @@ class ShardpruneLM(ShardedLM):
     ) -> None:
         if str(batch_size).isdigit() and int(str(batch_size)) > 1:
             settings.setdefault("wave", int(str(batch_size)))
-        if device:
-            settings.setdefault("device", device.split(":")[0])
+        if device == "cpu":  # the command's own default is cuda:0, whatever there is
+            settings.setdefault("device", "cpu")
         shards = Shards.checked(settings)
         backend = backend_of(shards.backend, shards.address)
         model = ShardedModel(pretrained, shards, backend, Output())

@@ -17,7 +17,8 @@ def main() -> None:
     try:
         cli_evaluate()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from shardprune.storage import first_line
 SETS = {  # of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")
 }
+Opened = dict[str, list[Task | Group]]  # by the name that was asked for: a tag stands for several tasks
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # what log-likelihoods alone answer
 
 
@@ -40,10 +41,16 @@ def load_tasks(recipe: Tasks) -> list[Task | Group]:
     """
     _seed()  # there are tasks that shuffle answers while they load
     with _quiet():
-        loaded = _load(recipe)
-    for task in _leaves(loaded):
-        _check_answerable(task, recipe.engine)
-    return loaded
+        opened = _load(recipe)
+    sources: dict[str, str] = {}
+    for name, items in opened.items():
+        for task in _leaves(items):
+            _check_answerable(task, recipe.engine)
+            if task.task_name in sources:
+                twice = f"{task.task_name!r} is asked for twice, in {sources[task.task_name]!r} and {name!r}"
+                raise InputError("tasks", twice)
+            sources[task.task_name] = name
+    return [item for items in opened.values() for item in items]
 
 
 def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: Tasks) -> dict[str, TaskResult]:
@@ -75,7 +82,8 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
     return metrics
 
 
-def _load(recipe: Tasks) -> list[Task | Group]:
+def _load(recipe: Tasks) -> Opened:
+    """What a recipe names, in its own directory and, where that is not enough, among the harness's tasks."""
     own = _own_tasks(recipe.tasks_dir) if recipe.tasks_dir else None
     wanted = [part for name in recipe.tasks for part in (SETS.get(name, (name,)))]
     if own and all(own.match_tasks([name]) for name in wanted):
@@ -104,20 +112,15 @@ def _own_tasks(folder: str) -> TaskManager:
     return TaskManager(include_path=folder, include_defaults=False)
 
 
-def _open(manager: TaskManager, wanted: Sequence[str]) -> list[Task | Group]:
-    opened: list[Task | Group] = []
-    sources: dict[str, str] = {}
+def _open(manager: TaskManager, wanted: Sequence[str]) -> Opened:
+    opened: Opened = {}
     names = dict.fromkeys(match for name in wanted for match in _matches(manager, name))
     for name in names:
         try:
             found = manager.load([name])
         except Exception as error:  # whatever a data set or a task's own code leads to
             raise InputError("tasks", f"{name!r} cannot be loaded: {first_line(error)}") from error
-        for task in found["tasks"]:
-            if task in sources:
-                raise InputError("tasks", f"{task!r} is asked for twice, in {sources[task]!r} and {name!r}")
-            sources[task] = name
-        opened += [found["groups"][name]] if name in found["groups"] else found["tasks"].values()
+        opened[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
     return opened
 
 

@@ -32,7 +32,7 @@ def text(draw: random.Random, words: int) -> str:
 def sharded(model: str, **settings) -> ShardedLM:
     """lm-eval's view of a model on workers of this process."""
     shards = Shards.checked({"backend": "local", "threads": 2, "shards": 2, **settings})
-    return reading(ShardedLM(ShardedModel(model, shards, LocalBackend(), QUIET)))
+    return ShardedLM(ShardedModel(model, shards, LocalBackend(), QUIET))
 
 
 def reading(lm):

@@ -58,7 +58,7 @@ def models(tmp_path_factory):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_answers_as_the_model_itself(models, family):
     asked = pairs(8)
-    lm = sharded(models(family), wave=4)
+    lm = reading(sharded(models(family), wave=4))
     found = lm.loglikelihood(requests_of("loglikelihood", asked))
     for (context, continuation), (total, greedy) in zip(asked, found, strict=True):
         expected, expected_greedy = plain(models(family), context, continuation)
@@ -68,7 +68,7 @@ def test_every_family_answers_as_the_model_itself(models, family):
 
 @pytest.mark.parametrize("family", ["llama-3.1", "qwen2", "gemma2", "opt"])
 def test_the_conventions_are_those_of_the_harness(models, family):
-    lm = sharded(models(family))
+    lm = reading(sharded(models(family)))
     harness = reading(whole_model(lm.model))
     harness.logits_cache = False  # which answers texts wrongly that are the same but for where they are split
     assert isinstance(harness, HFLM)
@@ -91,8 +91,9 @@ def test_texts_that_begin_with_the_first_token_get_it_once(models, tmp_path):
     tokenizer = words_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save_pretrained(model)
-    lm, harness = sharded(model), whole_model(sharded(model).model)
-    lm.tokenizer, harness.logits_cache = harness.tokenizer, False
+    lm = sharded(model)
+    harness = whole_model(lm.model)
+    harness.logits_cache = False
     assert lm.tok_encode("one") == [1, 3]
     asked = requests_of("loglikelihood", [*pairs(4), ("<s> one", " two"), ("", "<s> one two")])
     for one, other in zip(lm.loglikelihood(asked), harness.loglikelihood(asked, disable_tqdm=True), strict=True):
