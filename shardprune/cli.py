@@ -11,6 +11,7 @@ import typer
 from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
+from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.settings import Settings
@@ -39,7 +40,7 @@ def _options(settings: type[Settings]) -> list[inspect.Parameter]:
     groups = [group for group in settings.__bases__ if issubclass(group, Settings)]
     panels = {name: group for group in groups for name in group.model_fields}  # the last one declares it
     for group in (*groups[-1:], *groups[:-1]):
-        own = [name for name in group.model_fields if panels[name] is group]
+        own = [name for name in group.model_fields if panels[name] is group and _is_option(settings, name)]
         for name in sorted(own, key=lambda name: name not in group.__annotations__):
             field = settings.model_fields[name]
             flag = name.replace("_", "-")
@@ -59,6 +60,11 @@ def _options(settings: type[Settings]) -> list[inspect.Parameter]:
                 negative = Annotated[bool | None, typer.Option(f"--no-{flag}", hidden=True)]
                 parameters[f"no_{name}"] = _parameter(f"no_{name}", negative)
     return list(parameters.values())
+
+
+def _is_option(settings: type[Settings], name: str) -> bool:
+    """Whether a field has a value that fits on a command line: sections of a recipe stand in a file."""
+    return not any(get_origin(choice) is dict for choice in get_args(settings.model_fields[name].annotation))
 
 
 def _parameter(name: str, annotation: Any) -> inspect.Parameter:
@@ -186,6 +192,23 @@ def evaluate(
     from shardprune.evaluation.run import evaluate as run
 
     _show(run(EvaluateRecipe.load(recipe, _given({"model": model, **options}))))
+
+
+@app.command(epilog="Example: shardprune pipeline jobs/recipes/pipeline-llama-2-7b-70.yaml --out OUT")
+@_with_options(PipelineRecipe)
+def pipeline(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step.")],
+    *,
+    model: Annotated[
+        str | None, typer.Option(help="Directory, URL or hub name; overrides the recipe's.", show_default=False)
+    ] = None,
+    **options: Any,
+) -> None:
+    """Prune (or mop), recover and evaluate as one job, which resumes at the step that was cut off."""
+    from shardprune.pipelines import pipeline as run
+
+    for result in run(PipelineRecipe.load(recipe, _given({"model": model, **options}))).values():
+        _show(result)
 
 
 @app.command(epilog="Example: shardprune demo --out runs/demo")

@@ -42,7 +42,7 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             plan = make_recovery_plan(recipe, backend)
-        done = done_already(plan.journal, plan.state, plan.evaluations, output)
+        done = done_already(plan.journal, plan.state, plan.inputs.evaluations, output)
         return done or _Recovery(plan, backend, output, clock).go()
 
 
@@ -52,7 +52,7 @@ class _Recovery:
     def __init__(self, plan: RecoveryPlan, backend: Backend, output: Output, clock: Clock) -> None:
         self.plan, self.backend, self.output, self.clock = plan, backend, output, clock
         self.journal = plan.journal
-        self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
+        self.measured = Measurements(plan.inputs.evaluations, plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
         self.previous = Result(**plan.state) if "version" in plan.state else None
         self.workers: list[dict[str, Any]] = []
@@ -87,9 +87,9 @@ class _Recovery:
         assert plan.recipe.state is not None
         folder = Folder(plan.recipe.state, "state")
         folder.write_text(CLAIM, self.journal.fingerprint)
-        plan.rows.save(folder, ROWS)
-        if len(plan.held_out):
-            plan.held_out.save(folder, HELD_OUT)
+        plan.inputs.rows.save(folder, ROWS)
+        if len(plan.inputs.held_out):
+            plan.inputs.held_out.save(folder, HELD_OUT)
 
     def _attempt(self, processes: Processes) -> None:
         with self.clock.phase("recover"), self._progress():
@@ -101,8 +101,8 @@ class _Recovery:
         self.journal.folder.remove_partial()
         with self.clock.phase("write"):
             if not plan.recipe.full:
-                write_frame(plan.checkpoint, plan.skeleton, self.journal)
-            write_index(plan.checkpoint, self.journal, {})
+                write_frame(plan.inputs.checkpoint, plan.skeleton, self.journal)
+            write_index(plan.inputs.checkpoint, self.journal, {})
 
     def _measure(self, when: str, model: str) -> None:
         """Perplexity on every evaluation source, over shards: one for each worker that trains."""
@@ -192,8 +192,8 @@ class _Recovery:
         losses = self.losses.read()
         return Recovery(
             steps=plan.steps,
-            rows=len(plan.rows),
-            held_out_rows=len(plan.held_out),
+            rows=len(plan.inputs.rows),
+            held_out_rows=len(plan.inputs.held_out),
             targets=sum(loss.targets for loss in losses),
             parameters_trained=plan.parameters_trained,
             workers=len(self.workers),

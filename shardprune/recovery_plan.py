@@ -46,21 +46,44 @@ class Zeros:
 
 
 @dataclass(frozen=True)
-class RecoveryPlan:
-    """A training that can start. `recipe` has every choice made that the user left open."""
+class Inputs:
+    """What a recipe names, opened and checked, with every choice made that the user left open."""
 
     recipe: RecoverRecipe
     checkpoint: Checkpoint
     skeleton: Skeleton
+    teacher: Checkpoint | None
     rows: Rows
     held_out: Rows
     evaluations: dict[str, Tensor]
-    processes: Processes
+    overrides: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """A training that can start."""
+
+    inputs: Inputs
     steps: int
     zeros: Zeros
-    overrides: dict[str, Any]
     journal: Journal
     state: dict[str, Any]
+
+    @property
+    def recipe(self) -> RecoverRecipe:
+        """With every choice made."""
+        return self.inputs.recipe
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self.inputs.skeleton
+
+    @property
+    def processes(self) -> Processes:
+        """How many share the training, as planned."""
+        assert self.recipe.workers is not None
+        assert self.recipe.micro_batch is not None
+        return Processes(self.recipe.workers, self.recipe.batch, self.recipe.micro_batch)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -90,7 +113,7 @@ class RecoveryPlan:
             clip=recipe.clip,
             learning_rate=recipe.highest_rate,
             weight_decay=recipe.weight_decay,
-            overrides=self.overrides,
+            overrides=self.inputs.overrides,
         )
         return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps)
 
@@ -98,11 +121,11 @@ class RecoveryPlan:
         return list(self.skeleton.projection_shapes(index).values())
 
 
-def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
+def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Raises:
-        InputError: something cannot work; nothing has been written then.
+        InputError: something cannot work.
     """
     overrides = read_overrides(recipe.deepspeed) if recipe.deepspeed else {}
     recipe = _decide(recipe, backend.slots())
@@ -115,17 +138,10 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
     _check_positions(recipe, skeleton)
     teacher = _open_teacher(recipe, checkpoint) if recipe.teacher else None
     assert recipe.workers is not None
-    assert recipe.micro_batch is not None
     backend.check_room(recipe.workers, recipe.device, "workers")
     _check_compiler(recipe)
     if recipe.packing:
         check_packing(checkpoint.config.model_type)
-    zeros = _count_zeros(checkpoint, skeleton)
-    if recipe.keep_sparsity and not zeros.sparse:
-        raise InputError(
-            "keep_sparsity", f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
-        )
-
     tokenizer = cache(checkpoint.tokenizer)
     vocabulary = skeleton.config.vocab_size
     rows = load_rows(recipe.data, tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, vocabulary)
@@ -136,26 +152,28 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
         )
         for source in recipe.eval
     }
-    processes = Processes(recipe.workers, recipe.batch, recipe.micro_batch)
-    steps = recipe.steps or max(1, round(recipe.epochs * len(learned) / recipe.batch))
-    fingerprint = _fingerprint(recipe, checkpoint, teacher, learned, held_out, steps, overrides)
-    journal = Journal(recipe.out, fingerprint, skeleton.layers, checkpoint.stored_name)
+    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
+
+
+def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
+    """Decide everything about a training.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    inputs = open_inputs(recipe, backend)
+    recipe = inputs.recipe
+    zeros = _count_zeros(inputs.checkpoint, inputs.skeleton)
+    if recipe.keep_sparsity and not zeros.sparse:
+        raise InputError(
+            "keep_sparsity", f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
+        )
+    steps = recipe.steps or max(1, round(recipe.epochs * len(inputs.rows) / recipe.batch))
+    fingerprint = _fingerprint(inputs, steps)
+    journal = Journal(recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
     state = journal.check(recipe.resume) or {}
     _check_state(recipe, fingerprint)
-    return RecoveryPlan(
-        recipe,
-        checkpoint,
-        skeleton,
-        learned,
-        held_out,
-        evaluations,
-        processes,
-        steps,
-        zeros,
-        overrides,
-        journal,
-        state,
-    )
+    return RecoveryPlan(inputs, steps, zeros, journal, state)
 
 
 def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
@@ -226,29 +244,22 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> Zeros:
     return Zeros(sum(count for count, _ in counts), sum(weights for _, weights in counts))
 
 
-def _fingerprint(
-    recipe: RecoverRecipe,
-    checkpoint: Checkpoint,
-    teacher: Checkpoint | None,
-    rows: Rows,
-    held_out: Rows,
-    steps: int,
-    overrides: dict[str, Any],
-) -> str:
+def _fingerprint(inputs: Inputs, steps: int) -> str:
     """A hash of everything that shapes the weights but for rounding: a training goes on with other workers."""
-    fields = {name for group in recipe.shaping for name in group.model_fields} - {"micro_batch", "epochs", "teacher"}
+    recipe, teacher = inputs.recipe, inputs.teacher
+    fields = {name for group in recipe.shaping for name in group.model_fields}
     content = {
         "format": FORMAT,
         "command": recipe.command,
-        "model": checkpoint.identity(),
+        "model": inputs.checkpoint.identity(),
+        "rows": inputs.rows.digest(),
+        "held_out_rows": inputs.held_out.digest(),
+        **recipe.model_dump(include=fields - {"data", "epochs", "micro_batch"}),
         "teacher": teacher.identity() if teacher else None,
-        "rows": rows.digest(),
-        "held_out_rows": held_out.digest(),
-        **recipe.model_dump(include=fields - {"data"}),
         "steps": steps,
         "precision": recipe.precision,
         "zero": recipe.zero,  # the state of one stage is not that of another
-        "deepspeed": overrides,
+        "deepspeed": inputs.overrides,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

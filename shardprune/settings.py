@@ -65,6 +65,18 @@ class Settings(BaseModel):
                 raise InputError(field, f"{value!r} has no effect without {reason}")
 
 
+def checked_section(name: str, settings: type[S], values: dict[str, Any]) -> S:
+    """The settings of a named section of a recipe.
+
+    Raises:
+        InputError: names the section and its first field that is wrong.
+    """
+    try:
+        return settings.checked(values)
+    except InputError as error:
+        raise InputError(f"{name}.{error.field}", error.problem) from error
+
+
 def _read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(file).read_text())

@@ -9,6 +9,7 @@ from torch import Tensor
 from shardprune.calibration import perplexity_windows, tokens_hash
 from shardprune.clock import Clock
 from shardprune.cluster.backends import backend_of
+from shardprune.cluster.group import Backend
 from shardprune.defaults import check_seqlen, place_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.evaluation.recipe import EvaluateRecipe
@@ -44,6 +45,16 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
             if not record.kept:
                 output.say(f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)")
             return evaluation.result()
+
+
+def check_evaluation(recipe: EvaluateRecipe, backend: Backend, output: Output) -> None:
+    """Open everything that an evaluation of a model needs, and measure nothing.
+
+    Raises:
+        InputError: something in the recipe cannot work.
+    """
+    _windows(recipe, ShardedModel(recipe.model, recipe, backend, output))
+    _open_tasks(recipe)
 
 
 class _Evaluation:
