@@ -6,7 +6,9 @@ from transformers import LlamaConfig
 
 from shardprune.errors import InputError
 from shardprune.mop_recipe import MopRecipe
+from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
+from shardprune.recover_recipe import RecoverRecipe
 from shardprune.search import plot
 from shardprune.skeleton import Skeleton
 from shardprune.solvers.barber import Rebuilding
@@ -242,8 +244,33 @@ SEARCHES = {
 }
 
 
+PIPELINES = {
+    "pipeline-mop-llama-3-8b-30": {"mop": "mop-llama-3-8b-30", "recover": "recover-mop"},
+    "pipeline-sparsegpt-llama-3-70b-2of4": {},
+}
+
+
 def test_every_recipe_of_the_repository_is_here():
-    assert {file.stem for file in RECIPES.glob("*.yaml")} == {*PUBLISHED, *SEARCHES}
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == {*PUBLISHED, *SEARCHES, "recover-mop", *PIPELINES}
+
+
+def test_recovery_has_the_published_settings():
+    loaded = RecoverRecipe.load(RECIPES / "recover-mop.yaml", {"model": "m", "out": "o"})
+    update = (loaded.lora_rank, loaded.lora_alpha, loaded.lora_dropout, loaded.full)
+    assert update == (32, 10, 0.05, False)
+    assert (loaded.highest_rate, loaded.epochs, loaded.batch, loaded.length) == (3e-4, 2, 16, 512)
+    assert (loaded.data, loaded.prompt_loss) == ("alpaca", False)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_are_the_recipes_of_their_steps(name):
+    loaded = PipelineRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
+    for step, file in PIPELINES[name].items():
+        section = loaded.section(step)
+        alone = type(section).load(RECIPES / f"{file}.yaml", {"model": section.model, "out": section.out, "eval": ()})
+        assert section == alone
+    assert loaded.section("evaluate").tasks == ("zeroshot",)
+    assert "GiB" in (RECIPES / f"{name}.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", SEARCHES)

@@ -1,7 +1,9 @@
 """One process of a training under DeepSpeed: the model, the loop over its steps, what it keeps on the way."""
 
+import io
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -23,6 +25,9 @@ from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
 from shardprune.storage import Folder
 
+# DeepSpeed calls collectives by names that torch is about to change.
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
 
 class Training:
     """This process's part. All processes do the same calls at the same time.
@@ -32,7 +37,8 @@ class Training:
     """
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
-        deepspeed.init_distributed()  # which takes up the group that there is
+        with redirect_stdout(io.StringIO()):  # where it says that it has built what it needs
+            deepspeed.init_distributed()  # which takes up the group that there is
         self.spec, self.device = spec, device
         self.recipe = recipe = spec.recipe
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()

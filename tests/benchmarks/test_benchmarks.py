@@ -15,6 +15,10 @@ SMALL = {
         *("--jobs", "1", "--threads", "2"),
     ),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1"),
+    "recovery": (
+        *("--steps", "1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--zero", "1", "--workers", "1"),
+        *("--backend", "local", "--remove", "0.1", "--data", "constraints.txt", "--eval", "constraints.txt"),
+    ),
     "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G"),
     "structured": (
         *("--shares", "0.1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--tokens", "4"),
@@ -26,6 +30,7 @@ PRINTED = {
     "layer_70b": "peak memory",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",
+    "recovery": "| MoP | all weights |",
     "searching": "| obs, corrected |",
     "structured": "| 0.1 | MoP, perplexity path |",
     "streamed_memory": "peak",

@@ -9,15 +9,17 @@ from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardprune import RecoverRecipe, recover
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import WorkerLost
 from shardprune.progress import Output
+from shardprune.recovery.examples import load_rows
+from shardprune.recovery.rows import Rows
 from shardprune.recovery.schedule import learning_rate
-from shardprune.recovery_plan import make_recovery_plan
-from tests.tiny import load_tensors, make_model
+from tests.tiny import VOCABULARY, load_tensors, make_model
 from tests.words import WORDS, words_tokenizer
 
 QUIET = Output(quiet=True)
@@ -159,47 +161,78 @@ def _cut(step):
 # -- the same in plain PyTorch ------------------------------------------------------------------------------------
 
 
-def plain_training(recipe: RecoverRecipe, teacher: str | None = None):
-    """Train all weights row by row without DeepSpeed, padding or micro-batches; the losses and the weights."""
-    rows = make_recovery_plan(recipe.model_copy(update={"out": f"{recipe.out}-none"}), LocalBackend()).rows
+def rows_of(recipe: RecoverRecipe) -> tuple[Rows, Rows]:
+    """What a training learns from, and what it holds out."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    rows = load_rows(recipe.data, lambda: tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, VOCABULARY)
+    return rows.split(recipe.held_out, recipe.seed)
+
+
+def plain_training(recipe: RecoverRecipe) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Train row by row without DeepSpeed, padding or micro-batches; the losses and the weights."""
+    rows, _ = rows_of(recipe)
     model = AutoModelForCausalLM.from_pretrained(recipe.model)
-    taught = AutoModelForCausalLM.from_pretrained(teacher) if teacher else None
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay)
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.teacher).eval() if recipe.teacher else None
+    masks = {name: value != 0 for name, value in model.named_parameters() if is_projection(name)}
+    linears = [] if recipe.full else _with_updates(model, recipe)
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=recipe.weight_decay)
     sequence = torch.cat([rows.order(epoch, recipe.seed) for epoch in range(10)]).tolist()
     record = []
     for step in range(recipe.steps):
-        chosen = [rows.row(index) for index in sequence[step * recipe.batch : (step + 1) * recipe.batch]]
-        loss = sum(_plain_loss(model, row, taught, recipe) for row in chosen) / sum(
-            int(row.learned.sum()) for row in chosen
-        )
+        chosen = sequence[step * recipe.batch : (step + 1) * recipe.batch]
+        loss = sum(_plain_loss(model, rows.row(row), teacher, recipe) for row in chosen) / rows.targets(chosen)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.schedule)
+        for name in masks if recipe.full and recipe.keep_sparsity else ():
+            trained[name].grad *= masks[name]
+        torch.nn.utils.clip_grad_norm_(trained.values(), recipe.clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step, recipe.steps, recipe.learning_rate, recipe.warmup, recipe.schedule
+        )
         optimizer.step()
         record.append(loss.item())
-    return record, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    for linear in linears:
+        parametrize.remove_parametrizations(linear, "weight")
+    return record, model.state_dict()
 
 
-def _plain_loss(model, row, teacher, recipe):
+class _Update(torch.nn.Module):
+    """W + mask * (alpha / r) B A in the place of W."""
+
+    def __init__(self, weight, recipe, generator) -> None:
+        super().__init__()
+        rank, bound = recipe.lora_rank, weight.shape[1] ** -0.5
+        self.a = torch.nn.Parameter(torch.empty(rank, weight.shape[1]).uniform_(-bound, bound, generator=generator))
+        self.b = torch.nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.factor = (weight != 0 if recipe.keep_sparsity else torch.ones_like(weight)) * recipe.lora_alpha / rank
+
+    def forward(self, weight):
+        return weight + self.factor * (self.b @ self.a)
+
+
+def _with_updates(model, recipe) -> list[torch.nn.Linear]:
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    linears = [module for name, module in model.named_modules() if is_projection(f"{name}.weight") and "proj" in name]
+    for linear in linears:
+        parametrize.register_parametrization(linear, "weight", _Update(linear.weight.detach(), recipe, generator))
+    return linears
+
+
+def _plain_loss(model, row, teacher, recipe) -> torch.Tensor:
     """The summed loss of a row's targets."""
     tokens = row.tokens[None].long()
-    logits = model(tokens).logits[0].float()
-    wanted = teacher(tokens).logits[0].detach().float() if teacher else None
-    total = torch.zeros(())
-    for place in range(1, len(row.tokens)):
-        if not row.learned[place]:
-            continue
-        hard = -torch.log_softmax(logits[place - 1], 0)[row.tokens[place].long()]
-        if wanted is None:
-            total = total + hard
-            continue
-        softened, target = logits[place - 1] / recipe.temperature, wanted[place - 1] / recipe.temperature
-        chances = torch.softmax(target, 0)
-        soft = (chances * (torch.log_softmax(target, 0) - torch.log_softmax(softened, 0))).sum()
-        total = total + recipe.teacher_weight * recipe.temperature**2 * soft + (1 - recipe.teacher_weight) * hard
-    return total
+    places = row.learned[1:]
+    chances = torch.log_softmax(model(tokens).logits[0, :-1][places].float(), 1)
+    hard = -chances.gather(1, tokens[0, 1:][places][:, None]).sum()
+    if teacher is None:
+        return hard
+    with torch.no_grad():
+        wanted = torch.softmax(teacher(tokens).logits[0, :-1][places] / recipe.temperature, 1)
+    given = torch.log_softmax(chances / recipe.temperature, 1)  # the same as of the logits
+    soft = recipe.temperature**2 * (wanted * (wanted.log() - given)).sum()
+    return recipe.teacher_weight * soft + (1 - recipe.teacher_weight) * hard
 
 
 # -- what lies in an output -----------------------------------------------------------------------------------------
@@ -229,7 +262,3 @@ def loss_of(model: str, rows) -> float:
     with torch.no_grad():
         total = sum(float(_plain_loss(loaded, rows.row(index), None, None)) for index in range(len(rows)))
     return total / rows.targets(range(len(rows)))
-
-
-def held_out_rows(recipe: RecoverRecipe):
-    return make_recovery_plan(recipe.model_copy(update={"out": f"{recipe.out}-none"}), LocalBackend()).held_out
