@@ -11,6 +11,8 @@ from shardprune.setting_groups import Machines, Workers
 from shardprune.skeleton import Skeleton
 from shardprune.storage import absolute
 
+MIN_STORE_BYTES = 128 * 2**20  # of memory for what is under way between workers
+
 
 def place_of(model: str) -> str:
     """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""

@@ -15,7 +15,7 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
-from shardprune.defaults import check_seqlen, device_of, dtype_of, place_of, threads_of
+from shardprune.defaults import MIN_STORE_BYTES, check_seqlen, device_of, dtype_of, place_of, threads_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.journal import Journal, recorded_recipe
@@ -30,8 +30,6 @@ from shardprune.storage import absolute, in_process_only
 from shardprune.structure.budget import narrowed_by
 from shardprune.structure.scoring import Scoring
 from shardprune.structure.shape import Widths, changes, reshaped, widths_of
-
-MIN_STORE_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)

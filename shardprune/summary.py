@@ -42,7 +42,7 @@ def evaluation_summary(result: EvaluationResult) -> Table:
     """Perplexities and the metrics of tasks with their standard errors, those measured earlier included."""
     table = Table(title=result.recipe["model"], title_justify="left")
     table.add_column("", overflow="fold")
-    for heading in ("metric", "value", "standard error", "samples", "shots"):
+    for heading in ("metric", "value", "±", "samples", "shots"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for source, measured in result.evaluation.perplexity.items():
         windows = f"{measured.windows:,} x {measured.seqlen:,}"

@@ -53,7 +53,7 @@ class ShardedLM(TemplateLM):
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **special)
+        return self.tokenizer.encode(string, verbose=False, **special)
 
     # -- what tasks ask for -----------------------------------------------------------------------------------
 

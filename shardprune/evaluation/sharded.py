@@ -11,7 +11,7 @@ from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.likelihoods import Queries, Query, log_likelihoods
 from shardprune.cluster.passes import Waves, parts_of_pass, perplexity, usage
-from shardprune.defaults import device_of, dtype_of, place_of, threads_of
+from shardprune.defaults import MIN_STORE_BYTES, device_of, dtype_of, place_of, threads_of
 from shardprune.errors import InputError
 from shardprune.evaluation.recipe import Shards
 from shardprune.progress import Output
@@ -20,8 +20,6 @@ from shardprune.shard.passing import LogLikelihood, PassingWorker
 from shardprune.shard.spec import PassingSpec
 from shardprune.skeleton import Skeleton, check_tensors
 from shardprune.storage import in_process_only
-
-MIN_STORE_BYTES = 128 * 2**20
 
 
 class ShardedModel:
