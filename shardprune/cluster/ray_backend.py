@@ -128,7 +128,7 @@ class RayBackend:
             include_dashboard=False,
             log_to_driver=False,
         )
-        return train_on_ray(spec, workers)
+        return train_on_ray(spec, workers, cpus_of(workers, threads, spec.recipe.device == "cuda"))
 
     def settle(self) -> Slots:
         return settled_slots()
@@ -178,6 +178,12 @@ def cluster_slots() -> Slots:
     return Slots(sum(cpus), int(sum(node.get("GPU", 0) for node in alive)), max(cpus, default=0))
 
 
+def cpus_of(workers: int, threads: int, gpu: bool) -> int:
+    """The CPUs to ask for each of so many workers of the connected cluster: as many as their threads, if there are."""
+    available = cluster_slots()
+    return 1 if gpu else max(1, min(threads, available.cpus // workers, available.cpus_of_a_node))
+
+
 class RayGroup:
     """Workers [shard][replica] as actors that are never restarted: the driver owns recovery.
 
@@ -190,9 +196,7 @@ class RayGroup:
 
     def __init__(self, specs: Sequence[PassingSpec], actor: type) -> None:
         gpu = specs[0].device == "cuda"
-        available = cluster_slots()
-        spread = min(available.cpus // len(specs), available.cpus_of_a_node)
-        cpus = 1 if gpu else max(1, min(specs[0].threads, spread))
+        cpus = cpus_of(len(specs), specs[0].threads, gpu)
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
         self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
         self._actors: dict[tuple[int, int], Any] = {}

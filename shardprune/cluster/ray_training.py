@@ -42,8 +42,8 @@ class Reports:
         return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: int(file.stem.split("-")[1]))]
 
 
-def train_on_ray(spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
-    """Carry out a training on the connected cluster; what each worker took.
+def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, Any]]:
+    """Carry out a training on the connected cluster, with so many CPUs for each worker; what each worker took.
 
     Raises:
         InputError: what the driver checked has gone since.
@@ -51,7 +51,6 @@ def train_on_ray(spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
     """
     recipe = spec.recipe
     assert recipe.state is not None
-    assert recipe.threads is not None
     gpu = recipe.device == "cuda"
     reports = Reports(Path(recipe.state))
     reports.clear()
@@ -59,9 +58,7 @@ def train_on_ray(spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
         _work,
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": 1 if gpu else recipe.threads}
-        ),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
         run_config=RunConfig(name="ray", storage_path=recipe.state, failure_config=FailureConfig(max_failures=0)),
     )
     try:

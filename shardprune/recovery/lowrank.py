@@ -38,11 +38,16 @@ class LowRankLinear(nn.Module):
         self.lora_A.data.copy_(drawn)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        factors = self.lora_A, self.lora_B, self.scale
+        drops = self.training and self.dropout.p > 0
+        if self.masked and not drops:  # weight and update in one product
+            output = _MaskedUpdate.apply(inputs, self.weight, *factors, True)
+            return output if self.bias is None else output + self.bias
         output = nn.functional.linear(inputs, self.weight, self.bias)
-        update_inputs = self.dropout(inputs)
+        dropped = self.dropout(inputs)
         if self.masked:
-            return output + _MaskedUpdate.apply(update_inputs, self.weight, self.lora_A, self.lora_B, self.scale)
-        return output + nn.functional.linear(nn.functional.linear(update_inputs, self.lora_A), self.lora_B) * self.scale
+            return output + _MaskedUpdate.apply(dropped, self.weight, *factors, False)
+        return output + nn.functional.linear(nn.functional.linear(dropped, self.lora_A), self.lora_B) * self.scale
 
     def merged(self) -> Tensor:
         """The weight [rows, cols] that does the same alone, in float32; all parameters must be whole."""
@@ -52,27 +57,33 @@ class LowRankLinear(nn.Module):
 
 
 class _MaskedUpdate(torch.autograd.Function):
-    """inputs (mask * (scale * B A))^T. The product has the size of the weight and is made anew for the backward
-    pass: kept, those of all layers would take as much memory as the model."""
+    """inputs (mask * (scale * B A))^T, or with the weight itself beside the update where `whole` is set.
+
+    The product of B and A has the size of the weight and is made anew for the backward pass: kept, those of all layers
+    would take as much memory as the model.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, whole: bool) -> Tensor:
         ctx.save_for_backward(inputs)
         # The parameters themselves: under ZeRO-3 what they hold now is gone until the backward pass gathers it again.
-        ctx.parameters, ctx.scale = (weight, a, b), scale
-        return nn.functional.linear(inputs, _masked(weight, a, b, scale))
+        ctx.parameters, ctx.how = (weight, a, b), (scale, whole)
+        return nn.functional.linear(inputs, _product(weight, a, b, scale, whole))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (inputs,), (weight, a, b), gradient = ctx.saved_tensors, ctx.parameters, gradients[0]
-        to_inputs = gradient @ _masked(weight, a, b, ctx.scale) if ctx.needs_input_grad[0] else None
+        (inputs,), (weight, a, b), (scale, whole) = ctx.saved_tensors, ctx.parameters, ctx.how
+        gradient = gradients[0]
+        to_inputs = gradient @ _product(weight, a, b, scale, whole) if ctx.needs_input_grad[0] else None
         to_update = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
-        to_update = to_update * (weight != 0) * ctx.scale
-        return to_inputs, None, b.T @ to_update, to_update @ a.T, None
+        to_update = to_update.mul_(weight != 0).mul_(scale)
+        return to_inputs, None, b.T @ to_update, to_update @ a.T, None, None
 
 
-def _masked(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return (b @ a).mul_(weight != 0).mul_(scale)
+def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float, whole: bool) -> Tensor:
+    """The masked update, or weight and update, [rows, cols]."""
+    update = (b @ a).mul_(weight != 0).mul_(scale)
+    return update.add_(weight) if whole else update
 
 
 def add_updates(

@@ -1,0 +1,93 @@
+"""Trainings in Ray Train's workers: the same as in one process, and a real kill."""
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from shardprune.errors import InputError
+from tests.recovery.trainings import (
+    QUIET,
+    checked,
+    furthest,
+    losses,
+    make_documents,
+    make_sparse,
+    recover,
+    same_zeros,
+    train,
+)
+
+SPARSE = {"lora_rank": 4, "lora_dropout": 0.2, "keep_sparsity": True, "held_out": 0.2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ray-training")
+    make_sparse(folder / "sparse")
+    make_documents(folder / "documents.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One cluster of this machine for all tests of this file."""
+    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
+
+    environment = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env=environment,
+    )
+    yield ray
+    ray.shutdown()
+
+
+def test_two_workers_train_as_one_process_does(ray, folder, tmp_path):
+    alone = train(folder, tmp_path / "alone", zero=0, **SPARSE)
+    with pytest.raises(InputError, match="workers: 4 workers need as many CPUs; the cluster has 2"):
+        recover(checked(folder, tmp_path / "o", workers=4, **SPARSE), QUIET)
+    assert not (tmp_path / "o").exists()
+
+    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, **SPARSE), QUIET)
+    assert losses(result) == pytest.approx(losses(alone), abs=1e-5)
+    assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-5
+    assert same_zeros(folder / "sparse", tmp_path / "o")
+    assert (result.restarts, result.recovery.workers) == (0, 2)
+    assert [worker.replica for worker in result.workers] == [0, 1]
+    assert not (tmp_path / "o" / "training").exists()
+
+
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, tmp_path):
+    fields = {"full": True, "keep_sparsity": True, "steps": 120, "checkpoint_every": 25}
+    alone = train(folder, tmp_path / "alone", zero=2, **fields)
+    killed = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 60
+        checkpoint = tmp_path / "o" / "training" / "latest"
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = psutil.Process(os.getpid()).children(recursive=True)
+        victim = next(child for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
+        victim.send_signal(signal.SIGKILL)
+        killed.append(checkpoint.read_text())
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = recover(checked(folder, tmp_path / "o", zero=2, workers=2, **fields), QUIET)
+    killer.join()
+    assert killed
+    assert killed[0] != "step120"
+    assert result.restarts == 1
+    assert len(losses(result)) == 120
+    assert losses(result)[-5:] == pytest.approx(losses(alone)[-5:], abs=1e-4)
+    assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-3
+    assert same_zeros(folder / "sparse", tmp_path / "o")

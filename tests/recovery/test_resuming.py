@@ -1,0 +1,130 @@
+"""Trainings that were cut off anywhere go on as if nothing had happened, with as many processes as there are."""
+
+from unittest.mock import patch
+
+import deepspeed
+import pytest
+
+import shardprune.fine_tuning
+import shardprune.recovery.writing
+from shardprune.journal import Journal
+from shardprune.recovery.losses import Losses
+from shardprune.storage import Folder
+from tests.recovery.trainings import furthest, losses, train
+from tests.tiny import differing
+
+FULL = {"full": True, "weight_decay": 0.1, "keep_sparsity": True, "held_out": 0.2}
+UPDATES = {"lora_rank": 4, "lora_dropout": 0.2, "keep_sparsity": True, "held_out": 0.2}
+WAYS = {"full": FULL, "low-rank": UPDATES}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """Output and result of a training that nothing cuts off."""
+    made = {}
+
+    def get(way, zero=2):
+        if (way, zero) not in made:
+            out = tmp_path_factory.mktemp("undisturbed") / "o"
+            made[way, zero] = out, train(folder, out, zero=zero, **WAYS[way])
+        return made[way, zero]
+
+    return get
+
+
+def cut_off(owner, name, when=lambda *_: True, after=False):
+    """Patch a function so that it raises KeyboardInterrupt where `when` says so, instead of or after its work."""
+    function = getattr(owner, name)
+
+    def cut(*arguments, **options):
+        if after:
+            function(*arguments, **options)
+        if when(*arguments):
+            raise KeyboardInterrupt
+        return None if after else function(*arguments, **options)
+
+    return patch.object(owner, name, cut)
+
+
+# Checkpoints are those of steps 4, 8 and 10. Which function is cut off, in which call, and whether it has worked.
+CUTS = {
+    "before the first checkpoint": (Losses, "append", lambda _, loss: loss.step == 3, False),
+    "between two checkpoints": (Losses, "append", lambda _, loss: loss.step == 7, True),
+    "while a checkpoint is written": (
+        deepspeed.DeepSpeedEngine,
+        "save_checkpoint",
+        lambda engine, *_: engine.global_steps == 8,
+        True,
+    ),
+    "while the last checkpoint takes effect": (Folder, "write_text", lambda _, name, text: text == "step10", False),
+    "while layers are written": (Journal, "write_layer", lambda _, layer, *__: layer == 2, False),
+    "before the frame": (shardprune.recovery.writing, "write_tensors", lambda *_: True, False),
+    "before the index": (shardprune.fine_tuning, "write_index", lambda *_: True, False),
+    "before the result": (Journal, "finish", lambda *_: True, False),
+    "before the state is removed": (
+        shardprune.fine_tuning.shutil,
+        "rmtree",
+        lambda path: str(path).endswith("/training"),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", CUTS)
+def test_a_training_that_is_cut_off_goes_on(folder, undisturbed, way, place, tmp_path):
+    owner, name, when, after = CUTS[place]
+    if (way, place) == ("low-rank", "before the frame"):
+        owner, name = shardprune.fine_tuning, "write_frame"
+    out = tmp_path / "o"
+    with cut_off(owner, name, when, after), pytest.raises(KeyboardInterrupt):
+        train(folder, out, **WAYS[way])
+    assert (out / "training").is_dir()
+    result = train(folder, out, **WAYS[way])
+    reference, expected = undisturbed(way)
+    assert result.recovery.losses == expected.recovery.losses
+    assert differing(out, reference) == []
+    assert result.sparsity == expected.sparsity
+    # DEFECT: a training that was cut off after its layers were written forgets who trained it.
+    assert result.recovery.workers == len(result.workers) == 1
+    # DEFECT: what was cut off between the result and the end keeps its state for ever.
+    assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+def test_a_line_of_losses_that_was_cut_off_does_no_harm(folder, undisturbed, tmp_path):
+    with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "o", **FULL)
+    with next(tmp_path.glob("o/training/losses*")).open("a") as file:
+        file.write('{"step": 8, "lo')
+    result = train(folder, tmp_path / "o", **FULL)
+    assert result.recovery.losses == undisturbed("full")[1].recovery.losses
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_one_process_goes_on_where_two_were(folder, pair, undisturbed, way, zero, tmp_path):
+    pair.cut_after = 4
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, tmp_path / "o", pair, zero=zero, **WAYS[way])
+    finally:
+        pair.cut_after = None
+    goes_on(undisturbed(way, zero), train(folder, tmp_path / "o", zero=zero, **WAYS[way]), tmp_path / "o")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_processes_go_on_where_one_was(folder, pair, undisturbed, way, zero, tmp_path):
+    with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "o", zero=zero, **WAYS[way])
+    goes_on(undisturbed(way, zero), train(folder, tmp_path / "o", pair, zero=zero, **WAYS[way]), tmp_path / "o")
+
+
+def goes_on(undisturbed, result, out):
+    reference, expected = undisturbed
+    assert losses(result) == pytest.approx(losses(expected), abs=1e-5)
+    held_out = [[record.held_out for record in run.recovery.losses if record.held_out] for run in (result, expected)]
+    assert held_out[0] == pytest.approx(held_out[1], abs=1e-5)
+    assert len(held_out[0]) == 3
+    assert furthest(out, reference) < 1e-5
+    assert result.sparsity == expected.sparsity
