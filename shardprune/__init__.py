@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from shardprune.evaluation.run import evaluate
     from shardprune.fine_tuning import recover
     from shardprune.mop_recipe import MopRecipe
+    from shardprune.pipeline_recipe import PipelineRecipe
+    from shardprune.pipelines import pipeline
     from shardprune.recipe import RebuildRecipe, Recipe
     from shardprune.recover_recipe import RecoverRecipe
     from shardprune.run import prune, rebuild
@@ -16,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = [
     "EvaluateRecipe",
     "MopRecipe",
+    "PipelineRecipe",
     "RebuildRecipe",
     "Recipe",
     "RecoverRecipe",
     "evaluate",
     "mop",
+    "pipeline",
     "prune",
     "rebuild",
     "recover",
@@ -31,11 +35,13 @@ __version__ = "0.1.0"
 _PLACES = {
     "EvaluateRecipe": "evaluation.recipe",
     "MopRecipe": "mop_recipe",
+    "PipelineRecipe": "pipeline_recipe",
     "RebuildRecipe": "recipe",
     "Recipe": "recipe",
     "RecoverRecipe": "recover_recipe",
     "evaluate": "evaluation.run",
     "mop": "search",
+    "pipeline": "pipelines",
     "prune": "run",
     "rebuild": "run",
     "recover": "fine_tuning",

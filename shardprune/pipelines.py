@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.backends import backend_of
 from shardprune.errors import InputError
 from shardprune.evaluation.recipe import EvaluateRecipe
@@ -63,6 +64,7 @@ def _check_ahead(recipe: PipelineRecipe, output: Output) -> None:
     Raises:
         InputError: names the step and the field.
     """
+    Checkpoint(recipe.model)
     for step in recipe.steps:
         section = recipe.section(step)
         try:
