@@ -259,6 +259,7 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
         "steps": steps,
         "precision": recipe.precision,
         "zero": recipe.zero,  # the state of one stage is not that of another
+        "offload": recipe.offload,
         "deepspeed": inputs.overrides,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

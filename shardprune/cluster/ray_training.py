@@ -19,6 +19,9 @@ from shardprune.errors import InputError, WorkerLost
 from shardprune.recovery.process import take_part
 from shardprune.recovery.spec import TrainingSpec
 
+# For a process that waits while another converts a large checkpoint; that one has died Ray says much sooner.
+PATIENCE_SECONDS = 4 * 3600
+
 
 @dataclass(frozen=True)
 class Reports:
@@ -57,7 +60,7 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
     trainer = TorchTrainer(
         _work,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE_SECONDS),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
         run_config=RunConfig(name="ray", storage_path=recipe.state, failure_config=FailureConfig(max_failures=0)),
     )

@@ -29,7 +29,10 @@ def take_part(spec: TrainingSpec) -> dict[str, Any]:
     from shardprune.recovery.training import Training
     from shardprune.recovery.writing import write_layers, write_trained_frame
 
-    device = torch.device("cuda", torch.cuda.current_device()) if spec.recipe.device == "cuda" else torch.device("cpu")
+    device = torch.device(spec.recipe.device)
+    if device.type == "cuda":  # which of a node's GPUs, as DeepSpeed chooses, too
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     training = Training(spec, device)
     loaded = time.monotonic()
     model = training.run()

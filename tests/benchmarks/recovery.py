@@ -4,12 +4,13 @@
 
 Prunes the model twice: to `--sparsity` with SparseGPT, and to `--remove` fewer parameters with MoP. Each of the two is
 then fine-tuned in every way (low-rank updates, all weights; of the sparse one with its zeros kept, and once without)
-under every stage of ZeRO in `--zero`, with the original model as a teacher where `--teacher-weight` is not 0. Prints a
-row for each: perplexity before and after, seconds of the training, zeros of the projections before and after, and how
+under every stage of ZeRO in `--zero`, with every weight of a teacher, the original model, in `--teacher-weights`. Prints
+a row for each: perplexity before and after, seconds of the training, zeros of the projections before and after, and how
 many of them stand where there was one.
 """
 
 import argparse
+import itertools
 import tempfile
 
 from shardprune import MopRecipe, Recipe, RecoverRecipe, mop, prune, recover
@@ -33,7 +34,8 @@ def row(name: str, way: str, zero: int, result: Result) -> str:
     done = result.recovery
     zeros = (f"{count:,}" for count in (done.zeros_before, done.zeros_after, done.zeros_kept))
     seconds = f"{result.seconds['train']:.0f}"
-    cells = (name, way, str(zero), f"{measured.before:.3f}", f"{measured.after:.3f}", seconds, *zeros)
+    teacher = f"{result.recipe['teacher_weight']:g}" if result.recipe["teacher"] else "0"
+    cells = (name, way, teacher, str(zero), f"{measured.before:.3f}", f"{measured.after:.3f}", seconds, *zeros)
     return f"| {' | '.join(cells)} |"
 
 
@@ -65,8 +67,8 @@ def main() -> None:
     parser.add_argument("--remove", type=float, default=0.3)
     parser.add_argument("--zero", type=int, nargs="*", default=[2, 3])
     parser.add_argument("--steps", type=int, default=96)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--teacher-weight", type=float, default=0.0)
+    parser.add_argument("--rates", type=float, nargs=2, default=[2e-3, 5e-4], help="low-rank updates, all weights")
+    parser.add_argument("--teacher-weights", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="ray")
@@ -78,24 +80,24 @@ def main() -> None:
         "seqlen": options.seqlen,
         "length": options.seqlen,
         "steps": options.steps,
-        "learning_rate": options.rate,
         "workers": options.workers,
         "threads": options.threads,
         "backend": options.backend,
     }
-    if options.teacher_weight:
-        shared |= {"teacher": options.model, "teacher_weight": options.teacher_weight, "temperature": 1.0}
-    print("| model | trained | ZeRO | before | after | seconds | zeros before | after | of them where one was |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model | trained | teacher | ZeRO | before | after | seconds | zeros before | after | where one was |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        for name, model in pruned(options, folder).items():
-            for way, fields in WAYS[name].items():
-                for zero in options.zero:
-                    with tempfile.TemporaryDirectory() as out:
-                        values = {**shared, **fields, "model": model, "out": f"{out}/out", "zero": zero}
-                        result = recover(RecoverRecipe.checked(values), QUIET)
-                    assert not fields.get("keep_sparsity") or result.recovery.zeros_kept == result.recovery.zeros_before
-                    print(row(name, way, zero, result), flush=True)
+        models = pruned(options, folder)
+        ways = [(name, way, fields) for name in models for way, fields in WAYS[name].items()]
+        for (name, way, fields), weight, zero in itertools.product(ways, options.teacher_weights, options.zero):
+            teaching = {"teacher": options.model, "teacher_weight": weight, "temperature": 1.0} if weight else {}
+            rate = options.rates["full" in fields]
+            with tempfile.TemporaryDirectory() as out:
+                values = {**shared, **fields, **teaching, "model": models[name], "out": f"{out}/out", "zero": zero}
+                result = recover(RecoverRecipe.checked({**values, "learning_rate": rate}), QUIET)
+            done = result.recovery
+            assert not fields.get("keep_sparsity") or done.zeros_kept == done.zeros_before == done.zeros_after
+            print(row(name, way, zero, result), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ SMALL = {
     "recovery": (
         *("--steps", "1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--zero", "1", "--workers", "1"),
         *("--backend", "local", "--remove", "0.1", "--data", "constraints.txt", "--eval", "constraints.txt"),
+        *("--calibration", "constraints.txt", "--teacher-weights", "1"),
     ),
     "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G"),
     "structured": (
@@ -30,7 +31,7 @@ PRINTED = {
     "layer_70b": "peak memory",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",
-    "recovery": "| MoP | all weights |",
+    "recovery": "| MoP | all weights | 1 | 1 |",
     "searching": "| obs, corrected |",
     "structured": "| 0.1 | MoP, perplexity path |",
     "streamed_memory": "peak",
