@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.recovery [--model DIR --calibration SOURCE --data SOURCE --eval SOURCE] [--workers 2]
 
-Prunes the model twice: to `--sparsity` with SparseGPT, and to `--remove` fewer parameters with MoP. Each of the two is
-then fine-tuned in every way (low-rank updates, all weights; of the sparse one with its zeros kept, and once without)
-under every stage of ZeRO in `--zero`, with every weight of a teacher, the original model, in `--teacher-weights`. Prints
-a row for each: perplexity before and after, seconds of the training, zeros of the projections before and after, and how
-many of them stand where there was one.
+Prunes the model twice: to `--sparsity` with SparseGPT, and to `--remove` fewer parameters with MoP (`--models` picks one
+of the two). Each is then fine-tuned in every way (low-rank updates, all weights; of the sparse one with its zeros kept,
+and once without) under every stage of ZeRO in `--zero`, with every weight of a teacher, the original model, in
+`--teacher-weights`. Prints a row for each: perplexity before and after, seconds of the training, zeros of the
+projections before and after, and how many of them stand where there was one.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def row(name: str, way: str, zero: int, result: Result) -> str:
 
 
 def pruned(options: argparse.Namespace, folder: str) -> dict[str, str]:
-    """The two models that are fine-tuned, by name."""
+    """The models that are fine-tuned, by name."""
     shared = {
         "model": options.model,
         "calibration": options.calibration,
@@ -48,14 +48,17 @@ def pruned(options: argparse.Namespace, folder: str) -> dict[str, str]:
         "seqlen": options.seqlen,
         "backend": "local",
     }
-    sparse, smaller = f"{folder}/sparse", f"{folder}/smaller"
-    prune(Recipe.checked({**shared, "out": sparse, "sparsity": options.sparsity, "measure_error": False}), QUIET)
-    mop(MopRecipe.checked({**shared, "out": smaller, "remove": options.remove}), QUIET)
-    return {"sparse": sparse, "MoP": smaller}
+    models = {name: f"{folder}/{name}" for name in options.models}
+    if out := models.get("sparse"):
+        prune(Recipe.checked({**shared, "out": out, "sparsity": options.sparsity, "measure_error": False}), QUIET)
+    if out := models.get("MoP"):
+        mop(MopRecipe.checked({**shared, "out": out, "remove": options.remove}), QUIET)
+    return models
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--model", default=bundled_model())
     parser.add_argument("--calibration", default="stdlib")
     parser.add_argument("--data", default="stdlib")

@@ -18,7 +18,7 @@ SMALL = {
     "recovery": (
         *("--steps", "1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--zero", "1", "--workers", "1"),
         *("--backend", "local", "--remove", "0.1", "--data", "constraints.txt", "--eval", "constraints.txt"),
-        *("--calibration", "constraints.txt", "--teacher-weights", "1"),
+        *("--calibration", "constraints.txt", "--teacher-weights", "1", "--models", "MoP"),
     ),
     "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G"),
     "structured": (
