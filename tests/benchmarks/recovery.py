@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.recovery [--model DIR --calibration SOURCE --data SOURCE --eval SOURCE] [--workers 2]
 
-Prunes the model twice: to `--sparsity` with SparseGPT, and to `--remove` fewer parameters with MoP (`--models` picks one
-of the two). Each is then fine-tuned in every way (low-rank updates, all weights; of the sparse one with its zeros kept,
+Prunes the model twice: to `--sparsity` with SparseGPT, and to `--remove` fewer parameters with MoP (`--models`: one of
+both). Each is then fine-tuned in every way (low-rank updates, all weights; of the sparse one with its zeros kept,
 and once without) under every stage of ZeRO in `--zero`, with every weight of a teacher, the original model, in
 `--teacher-weights`. Prints a row for each: perplexity before and after, seconds of the training, zeros of the
 projections before and after, and how many of them stand where there was one.

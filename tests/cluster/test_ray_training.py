@@ -21,8 +21,6 @@ from tests.recovery.trainings import (
     train,
 )
 
-SPARSE = {"lora_rank": 4, "lora_dropout": 0.2, "keep_sparsity": True, "held_out": 0.2}
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -50,24 +48,15 @@ def ray():
     ray.shutdown()
 
 
-def test_two_workers_train_as_one_process_does(ray, folder, tmp_path):
-    alone = train(folder, tmp_path / "alone", zero=0, **SPARSE)
+def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     with pytest.raises(InputError, match="workers: 4 workers need as many CPUs; the cluster has 2"):
-        recover(checked(folder, tmp_path / "o", workers=4, **SPARSE), QUIET)
+        recover(checked(folder, tmp_path / "o", workers=4), QUIET)
     assert not (tmp_path / "o").exists()
-
-    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, **SPARSE), QUIET)
-    assert losses(result) == pytest.approx(losses(alone), abs=1e-5)
-    assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-5
-    assert same_zeros(folder / "sparse", tmp_path / "o")
-    assert (result.restarts, result.recovery.workers) == (0, 2)
-    assert [worker.replica for worker in result.workers] == [0, 1]
-    assert not (tmp_path / "o" / "training").exists()
 
 
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, tmp_path):
-    fields = {"full": True, "keep_sparsity": True, "steps": 120, "checkpoint_every": 25}
-    alone = train(folder, tmp_path / "alone", zero=2, **fields)
+    fields = {"full": True, "keep_sparsity": True, "held_out": 0.2, "steps": 40, "checkpoint_every": 10}
+    alone = train(folder, tmp_path / "alone", zero=0, **fields)
     killed = []
 
     def kill() -> None:
@@ -82,12 +71,13 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, 
 
     killer = threading.Thread(target=kill)
     killer.start()
-    result = recover(checked(folder, tmp_path / "o", zero=2, workers=2, **fields), QUIET)
+    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, **fields), QUIET)
     killer.join()
     assert killed
-    assert killed[0] != "step120"
-    assert result.restarts == 1
-    assert len(losses(result)) == 120
-    assert losses(result)[-5:] == pytest.approx(losses(alone)[-5:], abs=1e-4)
-    assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-3
+    assert killed[0] != "step40"
+    assert (result.restarts, result.recovery.workers) == (1, 2)
+    assert [worker.replica for worker in result.workers] == [0, 1]
+    assert losses(result) == pytest.approx(losses(alone), abs=1e-4)
+    assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-4
     assert same_zeros(folder / "sparse", tmp_path / "o")
+    assert not (tmp_path / "o" / "training").exists()

@@ -49,10 +49,9 @@ def test_a_family_is_trained(folder, models, family, way, tmp_path):
     assert trained in (None, result.recovery.parameters_trained)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_tied_embeddings_stay_tied(folder, models, pair, zero, tmp_path):
+def test_tied_embeddings_stay_tied(folder, models, pair, tmp_path):
     fields = models("llama-grouped-tied") | {"full": True}
-    result = train(folder, tmp_path / "o", pair, zero=zero, **fields)
+    result = train(folder, tmp_path / "o", pair, zero=3, **fields)
     alone = train(folder, tmp_path / "alone", zero=0, **fields)
     assert losses(result) == pytest.approx(losses(alone), abs=1e-5)
     assert "lm_head.weight" not in load_tensors(tmp_path / "o")
@@ -64,8 +63,10 @@ def test_tied_embeddings_stay_tied(folder, models, pair, zero, tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("precision", "zero"), [("fp32", 1), ("bf16", 1), ("bf16", 3)])
+@pytest.mark.parametrize(
+    ("stored", "precision", "zero"),
+    [(torch.bfloat16, "fp32", 1), (torch.float32, "bf16", 1), (torch.bfloat16, "bf16", 3)],
+)
 def test_the_stored_dtype_stays(folder, models, way, stored, precision, zero, tmp_path):
     fields = models("llama", stored)
     result = train(folder, tmp_path / "o", precision=precision, zero=zero, **fields, **WAYS[way])
