@@ -43,7 +43,10 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
         with clock.phase("plan"):
             plan = make_recovery_plan(recipe, backend)
         done = done_already(plan.journal, plan.state, plan.inputs.evaluations, output)
-        return done or _Recovery(plan, backend, output, clock).go()
+        result = done or _Recovery(plan, backend, output, clock).go()
+    assert plan.recipe.state is not None
+    shutil.rmtree(plan.recipe.state, ignore_errors=True)
+    return result
 
 
 class _Recovery:
@@ -164,7 +167,7 @@ class _Recovery:
             self.journal.save({"recipe": self.plan.recipe.record(), **records})
 
     def _finish(self) -> Result:
-        """Write the result last, and remove the training's state."""
+        """Write the result, last of all."""
         plan = self.plan
         records = [record for _, record in sorted(self.journal.finished().items())]
         parameters = plan.skeleton.parameters()
@@ -182,8 +185,6 @@ class _Recovery:
             restarts=self.restarts,
         )
         self.journal.finish(result.as_json())
-        assert plan.recipe.state is not None
-        shutil.rmtree(plan.recipe.state, ignore_errors=True)
         return result
 
     def _recovery(self, records: list[dict[str, Any]]) -> Recovery:
@@ -196,7 +197,7 @@ class _Recovery:
             held_out_rows=len(plan.inputs.held_out),
             targets=sum(loss.targets for loss in losses),
             parameters_trained=plan.parameters_trained,
-            workers=len(self.workers),
+            workers=len(self.workers) or plan.processes.count,
             zeros_before=sum(report["zeros_before"] for report in reports),
             zeros_after=sum(report["zeros"] for report in reports),
             zeros_kept=sum(report["zeros_kept"] for report in reports),
