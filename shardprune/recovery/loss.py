@@ -13,9 +13,8 @@ def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [batch, length, vocabulary], of any dtype; the loss is computed in float32.
         labels: [batch, length], the tokens themselves, or IGNORED.
     """
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    counted = labels[:, 1:] != IGNORED
+    return nn.functional.cross_entropy(_counted(logits, counted), labels[:, 1:][counted], reduction="sum")
 
 
 def soft_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -24,7 +23,12 @@ def soft_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
 
     Shapes as in `hard_loss`.
     """
-    counts = labels[:, 1:] != IGNORED
-    student = torch.log_softmax(logits[:, :-1][counts].float() / temperature, dim=-1)
-    wanted = torch.log_softmax(teacher[:, :-1][counts].float() / temperature, dim=-1)
+    counted = labels[:, 1:] != IGNORED
+    student = torch.log_softmax(_counted(logits, counted) / temperature, dim=-1)
+    wanted = torch.log_softmax(_counted(teacher, counted) / temperature, dim=-1)
     return temperature**2 * nn.functional.kl_div(student, wanted, reduction="sum", log_target=True)
+
+
+def _counted(logits: Tensor, counted: Tensor) -> Tensor:
+    """The logits [tokens, vocabulary] of the predictions that count: in float32 the others would take gigabytes."""
+    return logits[:, :-1][counted].float()
