@@ -11,6 +11,7 @@ import pytest
 from shardprune.errors import InputError
 from tests.recovery.trainings import (
     QUIET,
+    SHALLOW,
     checked,
     furthest,
     losses,
@@ -25,7 +26,7 @@ from tests.recovery.trainings import (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ray-training")
-    make_sparse(folder / "sparse")
+    make_sparse(folder / "sparse", configs=SHALLOW)
     make_documents(folder / "documents.jsonl")
     return folder
 
