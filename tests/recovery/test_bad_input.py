@@ -27,7 +27,14 @@ def inputs(folder):
     (folder / "long.json").write_text(json.dumps([{"instruction": " ".join(WORDS * 4), "output": "two"}]))
     (folder / "one.jsonl").write_text(json.dumps({"text": "one two three"}))
     make_tokens(folder / "rows.npy", 4, 24)
-    for name, content in {"list": [1], "batch": {"train_batch_size": 3}}.items():
+    settings = {
+        "list": [1],
+        "batch": {"train_batch_size": 3},
+        "stage": {"zero_optimization": 3},
+        "nothing": {"optimizer": None},
+        "rate": {"optimizer": {"params": {"lr": 0.5}}},
+    }
+    for name, content in settings.items():
         (folder / f"{name}.ds").write_text(json.dumps(content))
     (folder / "occupied").mkdir()
     (folder / "occupied" / "thesis.txt").write_text("chapter one")
@@ -61,6 +68,13 @@ WRONG = {
     "settings of the recipe's": ("deepspeed", "train_batch_size.* use batch", {"deepspeed": "{}/batch.ds"}),
     "a URL without a state": ("state", "'memory://o' is a URL", {"out": "memory://o"}),
     "a state that is not empty": ("state", "is not empty; choose an empty", {"state": "{}/occupied"}),
+    # DEFECT: an OSError's traceback, after OUT was claimed.
+    "a state that cannot be written": ("state", "", {"state": "{}/documents.jsonl/state"}),
+    # DEFECT: TypeErrors of DeepSpeed's, after OUT was claimed.
+    "a stage in the place of an object": ("deepspeed", "", {"deepspeed": "{}/stage.ds"}),
+    "no optimizer": ("deepspeed", "", {"deepspeed": "{}/nothing.ds"}),
+    # DEFECT: accepted, and without effect, because the schedule sets the rate of every step.
+    "a rate of DeepSpeed's": ("deepspeed", "use learning_rate", {"deepspeed": "{}/rate.ds"}),
     "an output that is not empty": ("out", "is not empty and holds no run", {"out": "{}/occupied"}),
     "nothing to hold out": ("held_out", "leaves none", {"held_out": 0.5, "data": "{}/one.jsonl"}),
     "a rank of all weights": ("lora_rank", "no effect without low-rank", {"lora_rank": 8, "full": True}),
@@ -121,6 +135,14 @@ def test_a_state_of_another_training_is_left_alone(inputs, tmp_path):
         train(inputs, tmp_path / "o", state=str(state))
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     assert (state / "fingerprint").read_text() == "another's"
+
+
+# DEFECT: the state is removed at the end, and with it the finished model.
+@pytest.mark.parametrize("out", ["o", "o/model"])
+def test_the_state_is_not_the_output_nor_around_it(inputs, out, tmp_path):
+    with pytest.raises(InputError, match="^state: "):
+        train(inputs, tmp_path / out, state=str(tmp_path / "o"), lora_rank=2, steps=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_examples_cannot_be_packed_for_every_model(inputs, tmp_path, monkeypatch):

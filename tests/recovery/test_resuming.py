@@ -92,6 +92,16 @@ def test_a_training_that_is_cut_off_goes_on(folder, undisturbed, way, place, tmp
     assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
 
 
+def test_a_claim_that_a_kill_left_half_written_does_no_harm(folder, undisturbed, tmp_path):
+    with cut_off(Folder, "write_text", lambda _, name, *__: name == "fingerprint"), pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "o", **FULL)
+    (tmp_path / "o" / "training").mkdir(exist_ok=True)
+    (tmp_path / "o" / "training" / ".fingerprint.860a09b3.tmp").write_text("abc")  # which only a SIGKILL leaves
+    # DEFECT: refused for ever, as a state that is not empty.
+    result = train(folder, tmp_path / "o", **FULL)
+    assert result.recovery.losses == undisturbed("full")[1].recovery.losses
+
+
 def test_a_line_of_losses_that_was_cut_off_does_no_harm(folder, undisturbed, tmp_path):
     with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "o", **FULL)

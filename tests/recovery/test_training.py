@@ -36,7 +36,7 @@ def plain(folder):
 
 def check(result, out, expected):
     assert losses(result) == pytest.approx(expected[0], abs=1e-4)
-    assert losses(result)[-1] < losses(result)[0] - 0.1  # it learns something
+    assert losses(result)[-1] < losses(result)[0] - 0.03  # it learns something
     assert furthest(out, expected[1]) < 1e-4
 
 
