@@ -10,6 +10,7 @@ from shardprune.attempts import persevere
 from shardprune.clock import Clock
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
+from shardprune.errors import InputError
 from shardprune.evaluation.recipe import Shards
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.finishing import done_already
@@ -23,7 +24,7 @@ from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.recovery_plan import CLAIM, RecoveryPlan, make_recovery_plan
 from shardprune.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of
 from shardprune.setting_groups import Machines
-from shardprune.storage import Folder
+from shardprune.storage import Folder, first_line
 
 POLL_SECONDS = 1.0  # between two looks at the losses of a training under way
 
@@ -58,7 +59,7 @@ class _Recovery:
         self.measured = Measurements(plan.inputs.evaluations, plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
         self.previous = Result(**plan.state) if "version" in plan.state else None
-        self.workers: list[dict[str, Any]] = []
+        self.workers: list[dict[str, Any]] = plan.state.get("workers", [])  # what they took; a dict each
         assert plan.recipe.state is not None
         self.losses = Losses(plan.recipe.state)
 
@@ -83,13 +84,18 @@ class _Recovery:
             return
         self._prepare()
         persevere(self._attempt, plan.processes, plan.recipe, self.backend, self.output, self._lost)
+        self._save()
 
     def _prepare(self) -> None:
         """Put what the processes read where all of them see it."""
         plan = self.plan
         assert plan.recipe.state is not None
         folder = Folder(plan.recipe.state, "state")
-        folder.write_text(CLAIM, self.journal.fingerprint)
+        try:
+            folder.write_text(CLAIM, self.journal.fingerprint)
+        except OSError as error:
+            raise InputError("state", f"{plan.recipe.state} cannot be written: {first_line(error)}") from error
+        folder.remove_partial()
         plan.inputs.rows.save(folder, ROWS)
         if len(plan.inputs.held_out):
             plan.inputs.held_out.save(folder, HELD_OUT)
@@ -163,8 +169,8 @@ class _Recovery:
     def _save(self) -> None:
         """Record what is known, but for what a finished run's result says already."""
         if self.previous is None:
-            records = {"perplexity": self.measured.records, "restarts": self.restarts}
-            self.journal.save({"recipe": self.plan.recipe.record(), **records})
+            known = {"perplexity": self.measured.records, "restarts": self.restarts, "workers": self.workers}
+            self.journal.save({"recipe": self.plan.recipe.record(), **known})
 
     def _finish(self) -> Result:
         """Write the result, last of all."""

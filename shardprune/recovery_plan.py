@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from shardprune.recovery.rows import Rows, check_packing
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.skeleton import Skeleton, check_tensors
 from shardprune.sources import is_tokens
-from shardprune.storage import Folder, absolute, in_process_only
+from shardprune.storage import PARTIAL, Folder, absolute, in_process_only
 
 FORMAT = 1  # of what a fingerprint covers
 STATE = "training"  # folder of an output with the state of a training under way
@@ -269,11 +271,20 @@ def _check_state(recipe: RecoverRecipe, fingerprint: str) -> None:
     """Check that the place for the training's state is free, or has this training's.
 
     Raises:
-        InputError: it holds something else.
+        InputError: it holds something else, or the output, with which it must not go.
     """
     assert recipe.state is not None
+    state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
+    if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
+        raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")
+    existing = Path(state)
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError("state", f"{recipe.state} cannot be written: {existing} takes no files")
     folder = Folder(recipe.state, "state")
     claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
-    if claimed != fingerprint and folder.names():
+    names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
+    if claimed != fingerprint and names:
         held = "is not empty" if claimed is None else "holds another training"
         raise InputError("state", f"{recipe.state} {held}; choose an empty directory")

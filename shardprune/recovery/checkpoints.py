@@ -7,6 +7,8 @@ processes goes on from a universal checkpoint, which DeepSpeed makes of an ordin
 import argparse
 import re
 import shutil
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import deepspeed
@@ -78,16 +80,16 @@ class Checkpoints:
         universal = f"universal-{tag}"
         if dist.get_rank() == 0:
             shutil.rmtree(self._path / universal, ignore_errors=True)
-            ds_to_universal.main(
-                argparse.Namespace(
-                    input_folder=str(self._path / tag),
-                    output_folder=str(self._path / universal),
-                    num_extract_workers=1,
-                    num_merge_workers=1,
-                    keep_temp_folder=False,
-                    strict=True,
-                    inject_missing_state=True,
-                )
+            options = argparse.Namespace(
+                input_folder=str(self._path / tag),
+                output_folder=str(self._path / universal),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
             )
+            with redirect_stdout(sys.stderr):  # it prints what it is at
+                ds_to_universal.main(options)
         dist.barrier()
         return universal

@@ -16,6 +16,7 @@ OURS = {
     ("bf16",): "precision",
     ("fp16",): "precision",
     ("scheduler",): "schedule",
+    ("optimizer", "params", "lr"): "learning_rate",
 }
 
 
@@ -74,6 +75,9 @@ def read_overrides(file: str) -> dict[str, Any]:
         raise InputError("deepspeed", f"{file!r} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError("deepspeed", f"{file!r} must hold an object with DeepSpeed's settings")
+    for name in ("optimizer", "zero_optimization"):
+        if not isinstance(values.get(name, {}), dict):
+            raise InputError("deepspeed", f"{file!r} sets {name} to {values[name]!r}; use an object with its settings")
     for path, field in OURS.items():
         if _has(values, path):
             raise InputError("deepspeed", f"{file!r} sets {'.'.join(path)}, which the recipe says; use {field}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardprune.checkpoint import Checkpoint
+from shardprune.errors import InputError
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.loss import hard_loss, soft_loss
@@ -23,7 +24,7 @@ from shardprune.recovery.model import load_model, partition
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
-from shardprune.storage import Folder
+from shardprune.storage import Folder, first_line
 
 # DeepSpeed calls collectives by names that torch is about to change.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -103,8 +104,12 @@ class Training:
 
     def _start_engine(self) -> deepspeed.DeepSpeedEngine:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        engine, *_ = deepspeed.initialize(model=self.model, model_parameters=trained, config=self.spec.config)
-        return engine
+        try:
+            return deepspeed.initialize(model=self.model, model_parameters=trained, config=self.spec.config)[0]
+        except Exception as error:  # DeepSpeed checks settings in many ways, each with an error of its own
+            if self.recipe.deepspeed is None:
+                raise
+            raise InputError("deepspeed", f"{self.recipe.deepspeed!r} does not work: {first_line(error)}") from error
 
     # -- a step ---------------------------------------------------------------------------------------------------
 

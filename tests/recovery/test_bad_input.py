@@ -68,12 +68,9 @@ WRONG = {
     "settings of the recipe's": ("deepspeed", "train_batch_size.* use batch", {"deepspeed": "{}/batch.ds"}),
     "a URL without a state": ("state", "'memory://o' is a URL", {"out": "memory://o"}),
     "a state that is not empty": ("state", "is not empty; choose an empty", {"state": "{}/occupied"}),
-    # DEFECT: an OSError's traceback, after OUT was claimed.
     "a state that cannot be written": ("state", "", {"state": "{}/documents.jsonl/state"}),
-    # DEFECT: TypeErrors of DeepSpeed's, after OUT was claimed.
     "a stage in the place of an object": ("deepspeed", "", {"deepspeed": "{}/stage.ds"}),
     "no optimizer": ("deepspeed", "", {"deepspeed": "{}/nothing.ds"}),
-    # DEFECT: accepted, and without effect, because the schedule sets the rate of every step.
     "a rate of DeepSpeed's": ("deepspeed", "use learning_rate", {"deepspeed": "{}/rate.ds"}),
     "an output that is not empty": ("out", "is not empty and holds no run", {"out": "{}/occupied"}),
     "nothing to hold out": ("held_out", "leaves none", {"held_out": 0.5, "data": "{}/one.jsonl"}),
@@ -137,7 +134,6 @@ def test_a_state_of_another_training_is_left_alone(inputs, tmp_path):
     assert (state / "fingerprint").read_text() == "another's"
 
 
-# DEFECT: the state is removed at the end, and with it the finished model.
 @pytest.mark.parametrize("out", ["o", "o/model"])
 def test_the_state_is_not_the_output_nor_around_it(inputs, out, tmp_path):
     with pytest.raises(InputError, match="^state: "):

@@ -97,7 +97,6 @@ def test_a_claim_that_a_kill_left_half_written_does_no_harm(folder, undisturbed,
         train(folder, tmp_path / "o", **FULL)
     (tmp_path / "o" / "training").mkdir(exist_ok=True)
     (tmp_path / "o" / "training" / ".fingerprint.860a09b3.tmp").write_text("abc")  # which only a SIGKILL leaves
-    # DEFECT: refused for ever, as a state that is not empty.
     result = train(folder, tmp_path / "o", **FULL)
     assert result.recovery.losses == undisturbed("full")[1].recovery.losses
 
