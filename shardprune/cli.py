@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from shardprune.errors import InputError, SolverError, WorkerLost
+from shardprune.errors import InputError, SolverError, TrainingError, WorkerLost
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.pipeline_recipe import PipelineRecipe
@@ -194,7 +194,7 @@ def evaluate(
     _show(run(EvaluateRecipe.load(recipe, _given({"model": model, **options}))))
 
 
-@app.command(epilog="Example: shardprune pipeline jobs/recipes/pipeline-llama-2-7b-70.yaml --out OUT")
+@app.command(epilog="Example: shardprune pipeline jobs/recipes/pipeline-mop-llama-3-8b-30.yaml --out OUT")
 @_with_options(PipelineRecipe)
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step.")],
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(str(error), 2))
     except ClickException as error:
         sys.exit(_fail(error.format_message(), 2))  # type: ignore[attr-defined]
-    except (SolverError, WorkerLost) as error:
+    except (SolverError, TrainingError, WorkerLost) as error:
         sys.exit(_fail(str(error), 1))
     except typer.Exit as error:
         sys.exit(error.exit_code)

@@ -27,5 +27,9 @@ class SolverError(RuntimeError):
     """A projection cannot be solved. Its text names the projection and what was tried."""
 
 
+class TrainingError(RuntimeError):
+    """A training cannot go on. Its text names the step or what there is too little of."""
+
+
 class WorkerLost(RuntimeError):
     """A worker's process or node died. The driver places new workers and goes on."""

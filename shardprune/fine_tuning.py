@@ -1,9 +1,11 @@
 """The story of `shardprune recover`."""
 
+import os
 import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from shardprune.attempts import persevere
@@ -46,7 +48,8 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
         done = done_already(plan.journal, plan.state, plan.inputs.evaluations, output)
         result = done or _Recovery(plan, backend, output, clock).go()
     assert plan.recipe.state is not None
-    shutil.rmtree(plan.recipe.state, ignore_errors=True)
+    if os.path.isdir(plan.recipe.state):
+        shutil.rmtree(plan.recipe.state)
     return result
 
 
@@ -92,7 +95,7 @@ class _Recovery:
         assert plan.recipe.state is not None
         folder = Folder(plan.recipe.state, "state")
         try:
-            folder.write_text(CLAIM, self.journal.fingerprint)
+            folder.write_text(CLAIM, plan.claim)
         except OSError as error:
             raise InputError("state", f"{plan.recipe.state} cannot be written: {first_line(error)}") from error
         folder.remove_partial()
@@ -120,7 +123,8 @@ class _Recovery:
             return
         recipe = self.plan.recipe
         shared = recipe.model_dump(include=set(Machines.model_fields))
-        shards = Shards(**shared, shards=min(recipe.workers or 1, self.plan.skeleton.layers), replicas=1)
+        room = self.backend.slots().workers(recipe.device)  # which may be less than the training had
+        shards = Shards(**shared, shards=max(1, min(recipe.workers or 1, self.plan.skeleton.layers, room)), replicas=1)
         with closing(ShardedModel(model, shards, self.backend, self.output)) as sharded:
             for windows, record in missing:
                 with self.clock.phase("evaluate"):
@@ -131,7 +135,7 @@ class _Recovery:
 
     def _say_what_is_lost(self) -> None:
         zeros = self.plan.zeros
-        if zeros.sparse and not self.plan.recipe.keep_sparsity:
+        if zeros and zeros.sparse and not self.plan.recipe.keep_sparsity:
             share = zeros.count / zeros.weights
             self.output.say(
                 f"{zeros.count:,} zeros ({share:.1%} of the projections' weights) will be lost; "
@@ -170,6 +174,7 @@ class _Recovery:
         """Record what is known, but for what a finished run's result says already."""
         if self.previous is None:
             known = {"perplexity": self.measured.records, "restarts": self.restarts, "workers": self.workers}
+            known["zeros"] = asdict(self.plan.zeros) if self.plan.zeros else None
             self.journal.save({"recipe": self.plan.recipe.record(), **known})
 
     def _finish(self) -> Result:
@@ -186,6 +191,7 @@ class _Recovery:
             sparsity=sparsity_of(records, None),
             recovery=self.previous.recovery if self.previous else self._recovery(records),
             perplexity=self.measured.results(),
+            evaluation=self.previous.evaluation if self.previous else None,
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,

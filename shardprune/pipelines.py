@@ -1,17 +1,15 @@
 """The story of `shardprune pipeline`: a model is pruned, healed and judged as one job.
 
-Every step has a folder of its own and resumes as it does alone; `pipeline.json` says which of them are done.
+Every step that makes a model has a folder of its own and resumes as it does alone.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.backends import backend_of
-from shardprune.errors import InputError
+from shardprune.errors import InputError, without_credentials
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.run import check_evaluation, evaluate
 from shardprune.fine_tuning import recover
@@ -23,7 +21,6 @@ from shardprune.recovery_plan import open_inputs
 from shardprune.result import EvaluationResult, Result
 from shardprune.run import prune
 from shardprune.search import mop
-from shardprune.setting_groups import Machines
 from shardprune.storage import PARTIAL, Folder, absolute, first_line
 
 STATE = "pipeline.json"
@@ -36,25 +33,29 @@ RUNS: dict[str, Callable[[Any, Output], Result | EvaluationResult]] = {
 
 
 def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, Result | EvaluationResult]:
-    """Carry out all steps of a recipe that are not yet done; the results of those that were carried out now.
+    """Carry out all steps of a recipe, of which those that are finished do nothing; the results of all but an
+    evaluation that was done before.
 
     Raises:
         InputError: something in a step cannot work; no step has started then.
-        SolverError, WorkerLost: as the steps raise them.
+        SolverError, TrainingError, WorkerLost: as the steps raise them.
     """
     output = output or Output()
     recipe = recipe.model_copy(update={"out": absolute(recipe.out)})
     progress = _Progress(recipe)
     _check_ahead(recipe, output)
+    progress.save()
     results = {}
     for step in recipe.steps:
-        if step in progress.done:
+        section = recipe.section(step)
+        if isinstance(section, EvaluateRecipe) and progress.evaluated == _asked(section):
             output.say(f"{step} is done already")
             continue
-        progress.save()
         output.say(f"step {step}")
-        results[step] = RUNS[step](recipe.section(step), output)
-        progress.finish(step)
+        results[step] = RUNS[step](section, output)
+        if isinstance(section, EvaluateRecipe):
+            progress.evaluated = _asked(section)
+            progress.save()
     return results
 
 
@@ -79,7 +80,8 @@ def _check_ahead(recipe: PipelineRecipe, output: Output) -> None:
 
 
 class _Progress:
-    """What an output directory says about a pipeline.
+    """What an output directory says about a pipeline: whose it is, and what was evaluated. The other steps know
+    themselves whether they are finished, and whether they are the same as before.
 
     Raises:
         InputError: it holds something else, or may not be resumed.
@@ -88,8 +90,7 @@ class _Progress:
     def __init__(self, recipe: PipelineRecipe) -> None:
         self.folder = Folder(recipe.out, "out")
         self.recipe = recipe
-        self.fingerprint = _fingerprint(recipe)
-        self.done: list[str] = []
+        self.evaluated: dict[str, Any] | None = None
         names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
         if not names:
             return
@@ -97,36 +98,31 @@ class _Progress:
             held = "a run" if RESULT in names else "something else"
             raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
         state = self.folder.read_json(STATE)
-        if state.get("fingerprint") != self.fingerprint:
+        if [state.get("model"), state.get("steps")] != [self._model, list(recipe.steps)]:
             raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
         if not recipe.resume:
             raise InputError("out", f"{recipe.out} holds this pipeline already; resume it or choose an empty directory")
-        self.done = state["done"]
+        self.evaluated = state["evaluated"]
 
-    def finish(self, step: str) -> None:
-        self.done.append(step)
-        self.save()
+    @property
+    def _model(self) -> str:
+        return without_credentials(self.recipe.model)
 
     def save(self) -> None:
-        """Record what is done, and with the first call claim the directory."""
-        state = {"fingerprint": self.fingerprint, "recipe": _record(self.recipe), "done": self.done}
+        """Record what is known, and with the first call claim the directory."""
+        state = {
+            "model": self._model,
+            "steps": self.recipe.steps,
+            "evaluated": self.evaluated,
+            "recipe": self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
+        }
         try:
             self.folder.write_json(STATE, state)
         except OSError as error:
             raise InputError("out", f"{self.folder.url} cannot be written: {first_line(error)}") from error
 
 
-def _fingerprint(recipe: PipelineRecipe) -> str:
-    """A hash of what the steps do, wherever they do it."""
-    machines = set(Machines.model_fields)
-    content = {
-        step: {name: value for name, value in recipe.section(step).record().items() if name not in machines}
-        for step in recipe.steps
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _record(recipe: PipelineRecipe) -> dict[str, Any]:
-    """The recipe for a file that others read."""
-    steps = {step: recipe.section(step).record() for step in recipe.steps}
-    return {**recipe.record(), **steps}
+def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """What an evaluation measures, wherever it does."""
+    fields = {name for group in recipe.shaping for name in group.model_fields}
+    return {name: value for name, value in recipe.record().items() if name in fields}

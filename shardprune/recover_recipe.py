@@ -23,7 +23,9 @@ class Learning(Settings):
     epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="Passes over the data")
     steps: int | None = positive(None, "Steps, instead of epochs")
     batch: int = positive(16, "Rows of a step, over all workers")
-    micro_batch: int | None = positive(None, "Rows that pass through a worker together (default: 4096 tokens' worth)")
+    micro_batch: int | None = positive(
+        None, "Rows that pass through a worker together (default: up to 4096 tokens' worth)"
+    )
     learning_rate: float | None = Field(
         None, gt=0, allow_inf_nan=False, description=f"Highest rate (default: {LORA_RATE}, with full {FULL_RATE})"
     )
@@ -40,8 +42,8 @@ class Learning(Settings):
     @model_validator(mode="after")
     def _low_rank_options_have_an_effect(self) -> "Learning":
         self.needs("low-rank updates (no --full)", not self.full, "lora_rank", "lora_alpha", "lora_dropout")
-        if self.steps is not None:
-            self.needs("epochs, which --steps replaces", False, "epochs")
+        if self.steps is not None and self.epochs != type(self).model_fields["epochs"].default:
+            raise InputError("epochs", f"{self.epochs:g} has no effect beside steps; give one of the two")
         return self
 
 
@@ -123,6 +125,11 @@ class RecoverRecipe(Learning, Data, Teaching, Partitioned, Measuring, Trainers, 
         if stage is not None and str(stage) not in {"0", "1", "2", "3"}:
             raise InputError("zero", f"{stage} is no stage of ZeRO; use 0, 1, 2 or 3")
         return values
+
+    @model_validator(mode="after")
+    def _something_is_partitioned(self) -> "RecoverRecipe":
+        self.needs("zero 1, 2 or 3", self.zero > 0, "offload")
+        return self
 
     @model_validator(mode="after")
     def _workers_fit(self) -> "RecoverRecipe":

@@ -22,7 +22,7 @@ from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.processes import Processes, micro_batch_of
-from shardprune.recovery.rows import Rows, check_packing
+from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.skeleton import Skeleton, check_tensors
 from shardprune.sources import is_tokens
@@ -67,9 +67,14 @@ class RecoveryPlan:
 
     inputs: Inputs
     steps: int
-    zeros: Zeros
+    zeros: Zeros | None
     journal: Journal
     state: dict[str, Any]
+
+    @property
+    def claim(self) -> str:
+        """What a training's directory says about whose it is."""
+        return f"{self.journal.fingerprint} {without_credentials(self.recipe.out)}"
 
     @property
     def recipe(self) -> RecoverRecipe:
@@ -164,18 +169,20 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
         InputError: something cannot work; nothing has been written then.
     """
     inputs = open_inputs(recipe, backend)
-    recipe = inputs.recipe
-    zeros = _count_zeros(inputs.checkpoint, inputs.skeleton)
-    if recipe.keep_sparsity and not zeros.sparse:
-        raise InputError(
-            "keep_sparsity", f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
-        )
     steps = recipe.steps or max(1, round(recipe.epochs * len(inputs.rows) / recipe.batch))
     fingerprint = _fingerprint(inputs, steps)
-    journal = Journal(recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
+    journal = Journal(inputs.recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
     state = journal.check(recipe.resume) or {}
-    _check_state(recipe, fingerprint)
-    return RecoveryPlan(inputs, steps, zeros, journal, state)
+    if "version" in state:  # finished: nothing is left to train
+        return RecoveryPlan(inputs, steps, None, journal, state)
+    zeros = Zeros(**state["zeros"]) if "zeros" in state else _count_zeros(inputs.checkpoint, inputs.skeleton)
+    if recipe.keep_sparsity and not zeros.sparse:
+        dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
+        raise InputError("keep_sparsity", dense)
+    plan = RecoveryPlan(inputs, steps, zeros, journal, state)
+    _check_state(plan)
+    _check_settings(plan)
+    return plan
 
 
 def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
@@ -187,6 +194,10 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     if "://" in (recipe.state or out):
         wanted = "a directory that all nodes see, because DeepSpeed writes no URLs"
         raise InputError("state", f"{recipe.state or out!r} is a URL; use {wanted}")
+    precision = {"cuda": "bf16", "cpu": "fp32"}[device] if recipe.precision == "auto" else recipe.precision
+    if precision == "bf16" and recipe.zero == 0:
+        # DeepSpeed's optimizer of that stage takes a step with no gradients first, so that Adam counts one too many.
+        raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
     return recipe.model_copy(
         update={
             "model": place_of(recipe.model),
@@ -197,17 +208,22 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
             "workers": workers,
             "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),
             "threads": recipe.threads or threads_of(slots, workers),
-            "precision": {"cuda": "bf16", "cpu": "fp32"}[device] if recipe.precision == "auto" else recipe.precision,
+            "precision": precision,
         }
     )
 
 
 def _check_positions(recipe: RecoverRecipe, skeleton: Skeleton) -> None:
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit and recipe.length > limit:
-        raise InputError("length", f"{recipe.length} is more than the model's {limit} positions")
+    if positions := _too_long(recipe.length, skeleton):
+        raise InputError("length", f"{recipe.length} is more than the model's {positions} positions")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
+
+
+def _too_long(length: int, skeleton: Skeleton) -> int | None:
+    """The number of a model's positions where rows of `length` are longer."""
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    return limit if limit and length > limit else None
 
 
 def _check_compiler(recipe: RecoverRecipe) -> None:
@@ -226,7 +242,12 @@ def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
     """
     assert recipe.teacher is not None
     teacher = Checkpoint(recipe.teacher, "teacher")
-    check_tensors(Skeleton(teacher.config, "cpu", torch.float32), teacher)
+    skeleton = Skeleton(teacher.config, "cpu", torch.float32)
+    check_tensors(skeleton, teacher)
+    if positions := _too_long(recipe.length, skeleton):
+        raise InputError("teacher", f"{recipe.teacher} has {positions} positions, fewer than length {recipe.length}")
+    if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
+        raise InputError("teacher", f"{recipe.teacher} tells packed examples apart in another way than the model")
     sizes = teacher.config.vocab_size, student.config.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError("teacher", f"{recipe.teacher} predicts {sizes[0]} tokens, the model {sizes[1]}")
@@ -267,12 +288,13 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_state(recipe: RecoverRecipe, fingerprint: str) -> None:
+def _check_state(plan: RecoveryPlan) -> None:
     """Check that the place for the training's state is free, or has this training's.
 
     Raises:
         InputError: it holds something else, or the output, with which it must not go.
     """
+    recipe = plan.recipe
     assert recipe.state is not None
     state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
     if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
@@ -285,6 +307,25 @@ def _check_state(recipe: RecoverRecipe, fingerprint: str) -> None:
     folder = Folder(recipe.state, "state")
     claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
     names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
-    if claimed != fingerprint and names:
+    if claimed != plan.claim and names:
         held = "is not empty" if claimed is None else "holds another training"
         raise InputError("state", f"{recipe.state} {held}; choose an empty directory")
+
+
+def _check_settings(plan: RecoveryPlan) -> None:
+    """Let DeepSpeed read the user's settings, where there are some, as one process would.
+
+    Raises:
+        InputError: it does not take them.
+    """
+    recipe = plan.recipe
+    if recipe.deepspeed is None:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds
+
+    config = plan.spec(Processes(1, recipe.batch, plan.processes.micro)).config
+    try:
+        DeepSpeedConfig(config)
+    except Exception as error:  # it checks settings in many ways, each with an error of its own
+        reason = " ".join(str(error).split())
+        raise InputError("deepspeed", f"{recipe.deepspeed!r} does not work: {reason}") from error

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
-from shardprune.cli import main
+from shardprune.cli import app, main
 from tests.tiny import GROUPED, make_model, make_tokens, snapshot
 from tests.words import words_tokenizer
 
@@ -259,3 +260,10 @@ def test_help_reads_at_80_columns(command, options):
     kept = () if command == "evaluate" else ("--no-resume",)
     for option in (*options, *kept, "--shards", f"Example: shardprune {command}"):
         assert option in done.stdout
+
+
+def test_examples_name_recipes_that_exist():
+    root = Path(__file__).resolve().parents[1]
+    named = [word for command in app.registered_commands for word in (command.epilog or "").split() if ".yaml" in word]
+    assert named
+    assert all((root / file).is_file() for file in named)

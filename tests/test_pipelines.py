@@ -54,14 +54,27 @@ def test_steps_are_those_of_their_own_commands(folder, whole, tmp_path):
     assert kept["command"] == "recover"
     (measured,) = kept["evaluation"]["perplexity"].values()
     assert measured["value"] == next(iter(results["evaluate"].evaluation.perplexity.values())).value
-    assert json.loads((out / "pipeline.json").read_text())["done"] == list(STEPS)
+    assert json.loads((out / "pipeline.json").read_text())["steps"] == list(STEPS)
 
 
 def test_a_finished_pipeline_does_nothing(folder, whole):
     out, _ = whole
     before = snapshot(out)
-    assert carry_out(folder, out) == {}
+    again = carry_out(folder, out)
+    assert tuple(again) == ("prune", "recover")
     assert snapshot(out) == before
+
+
+def test_where_it_works_may_change_what_it_does_may_not(folder, whole):
+    out, results = whole
+    elsewhere = {"recover": {"checkpoint_every": 7, "threads": 1}, "prune": {"shards": 2}, "evaluate": {"shards": 2}}
+    assert carry_out(folder, out, **elsewhere)["recover"].recovery == results["recover"].recovery
+    with pytest.raises(InputError, match="out: .*pruned holds another run"):
+        carry_out(folder, out, prune={"sparsity": 0.6})
+    with pytest.raises(InputError, match="out: .*recovered holds another run"):
+        carry_out(folder, out, recover={"steps": 5})
+    again = carry_out(folder, out, evaluate={"windows": 1})
+    assert next(iter(again["evaluate"].evaluation.perplexity.values())).windows == 1
 
 
 @pytest.mark.parametrize("cut_off", STEPS)
@@ -73,7 +86,8 @@ def test_it_resumes_at_the_step_that_was_cut_off(folder, whole, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         carry_out(folder, tmp_path / "o")
     monkeypatch.undo()
-    assert tuple(carry_out(folder, tmp_path / "o")) == STEPS[STEPS.index(cut_off) :]
+    assert (tmp_path / "o" / "pruned").exists() is (cut_off != "prune")
+    assert tuple(carry_out(folder, tmp_path / "o")) == STEPS
     assert differing(whole[0] / "recovered", tmp_path / "o" / "recovered") == []
 
 
@@ -112,7 +126,7 @@ def test_what_cannot_work_is_found_before_the_first_step(folder, tmp_path, chang
 
 def test_other_outputs_are_not_overwritten(folder, whole, tmp_path):
     with pytest.raises(InputError, match="out: .* holds another pipeline"):
-        carry_out(folder, whole[0], prune={"sparsity": 0.6})
+        carry_out(folder, whole[0], evaluate=None)
     with pytest.raises(InputError, match="out: .* holds this pipeline already"):
         carry_out(folder, whole[0], resume=False)
     with pytest.raises(InputError, match="out: .* is not empty and holds a run"):
@@ -128,7 +142,7 @@ def test_the_command_reads_a_file(folder, whole, tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main(["pipeline", str(file), "--out", str(whole[0])])
     assert done.value.code == 0
-    assert "evaluate is done already" in capsys.readouterr().err
+    assert "recovered is finished already" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         main(["pipeline", str(file), "--out", str(tmp_path / "o"), "--model", str(tmp_path / "nowhere")])
     assert done.value.code == 2

@@ -1,77 +1,83 @@
 """A training's processes as Ray Train's workers, which find each other through torch's process group.
 
-Ray Train is not asked to restart them: the driver owns recovery, here as everywhere, so that a training may go on
+Ray Train is not asked to restart anything: the driver owns recovery, here as everywhere, so that a training may go on
 with fewer workers. Checkpoints go to shared storage without Ray: what is reported to Ray just before a worker dies
 may be lost.
 """
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-from shardprune.errors import InputError, WorkerLost
+from shardprune.errors import InputError, TrainingError, WorkerLost
 from shardprune.recovery.process import take_part
 from shardprune.recovery.spec import TrainingSpec
+from shardprune.storage import Folder, first_line
 
 # For a process that waits while another converts a large checkpoint; that one has died Ray says much sooner.
 PATIENCE_SECONDS = 4 * 3600
 
 
-@dataclass(frozen=True)
 class Reports:
     """What the workers of one attempt leave in the training's directory: what they took, or what went wrong.
 
     A worker that dies leaves nothing, and neither do those whose collectives end because of that.
     """
 
-    directory: Path
+    def __init__(self, spec: TrainingSpec) -> None:
+        assert spec.recipe.state is not None
+        self._folder = Folder(spec.recipe.state, "state")
 
     def clear(self) -> None:
-        for file in self.directory.glob("worker-*.json"):
-            file.unlink()
+        for name in self._names():
+            self._folder.remove(name)
 
     def write(self, rank: int, report: dict[str, Any]) -> None:
-        (self.directory / f"worker-{rank}.json").write_text(json.dumps(report))
+        self._folder.write_json(f"worker-{rank:05d}.json", report)
 
     def read(self) -> list[dict[str, Any]]:
         """In the order of the workers."""
-        files = self.directory.glob("worker-*.json")
-        return [json.loads(file.read_text()) for file in sorted(files, key=lambda file: int(file.stem.split("-")[1]))]
+        return [self._folder.read_json(name) for name in self._names()]
+
+    def _names(self) -> list[str]:
+        return [name for name in self._folder.names() if name.startswith("worker-")]
 
 
 def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, Any]]:
     """Carry out a training on the connected cluster, with so many CPUs for each worker; what each worker took.
 
     Raises:
-        InputError: what the driver checked has gone since.
+        InputError: the cluster does not free what the workers need, or as `take_part`.
+        TrainingError: as `take_part`.
         WorkerLost: a worker or its node died.
     """
-    recipe = spec.recipe
-    assert recipe.state is not None
-    gpu = recipe.device == "cuda"
-    reports = Reports(Path(recipe.state))
+    gpu = spec.recipe.device == "cuda"
+    reports = Reports(spec)
     reports.clear()
     trainer = TorchTrainer(
         _work,
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE_SECONDS),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
-        run_config=RunConfig(name="ray", storage_path=recipe.state, failure_config=FailureConfig(max_failures=0)),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=spec.recipe.state,
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        wrong = [report["error"] for report in reports.read() if "error" in report]
-        for field, problem in (entry for entry in wrong if entry):
-            raise InputError(field, problem) from error
-        if wrong:
-            raise
+        for wrong in (report["error"] for report in reports.read() if "error" in report):
+            if wrong is None:
+                raise
+            raise _named(**wrong) from error
+        if isinstance(error, ControllerError) and "Timeout" in type(error.controller_failure).__name__:
+            wanted = f"{workers} x {cpus} CPUs" + (" and a GPU" if gpu else "")
+            raise InputError("address", f"the cluster did not free {wanted} in time") from error
         raise WorkerLost("one of the training's processes died") from error
     return reports.read()
 
@@ -79,17 +85,24 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
 def _work(config: dict[str, Any]) -> None:
     """What runs in every worker."""
     spec: TrainingSpec = config["spec"]
-    assert spec.recipe.state is not None
-    reports, rank = Reports(Path(spec.recipe.state)), get_context().get_world_rank()
+    reports, rank = Reports(spec), get_context().get_world_rank()
     try:
         reports.write(rank, take_part(spec))
     except InputError as error:
-        reports.write(rank, {"error": [error.field, error.problem]})
+        reports.write(rank, {"error": {"text": error.problem, "field": error.field}})
+        raise
+    except TrainingError as error:
+        reports.write(rank, {"error": {"text": first_line(error)}})
         raise
     except Exception as error:
         if not _others_are_gone(error):
             reports.write(rank, {"error": None})
         raise
+
+
+def _named(text: str, field: str | None = None) -> InputError | TrainingError:
+    """The error that a worker raised."""
+    return TrainingError(text) if field is None else InputError(field, text)
 
 
 def _others_are_gone(error: Exception) -> bool:

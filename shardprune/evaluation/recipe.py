@@ -78,6 +78,7 @@ class EvaluateRecipe(Perplexities, Tasks, Shards, Destination):
     """Everything that `shardprune evaluate` does."""
 
     command: ClassVar[str] = "evaluate"
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Perplexities, Tasks)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 

@@ -8,8 +8,10 @@ import argparse
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -59,17 +61,22 @@ class Checkpoints:
 
     def load(self, engine: deepspeed.DeepSpeedEngine) -> int:
         """Take up the last complete state; the number of steps that it has behind it, 0 where there is none."""
-        tag = self.latest()
+        tag, convert = of_the_first(self._found if dist.get_rank() == 0 else None)  # others may see files later
         if tag is None:
             return 0
-        written_by = self._processes(tag)
-        if written_by and written_by != dist.get_world_size():
+        if convert:
             tag = self._universal(tag)
             engine._config.load_universal_checkpoint = True
         path, state = engine.load_checkpoint(str(self._path), tag=tag, load_module_strict=not self._trained_only)
         engine._config.load_universal_checkpoint = False
         assert path is not None, f"{tag} cannot be loaded"
         return state["step"]
+
+    def _found(self) -> tuple[str | None, bool]:
+        """The last complete checkpoint, and whether another number of processes wrote it."""
+        tag = self.latest()
+        written_by = self._processes(tag) if tag else 0
+        return tag, bool(written_by) and written_by != dist.get_world_size()
 
     def _processes(self, tag: str) -> int:
         """How many processes a checkpoint is partitioned over; 0 where it is not."""
@@ -93,3 +100,10 @@ class Checkpoints:
                 ds_to_universal.main(options)
         dist.barrier()
         return universal
+
+
+def of_the_first(find: Callable[[], Any] | None) -> Any:
+    """What the first process finds, in all of them; the others give None."""
+    found = [find() if find else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]

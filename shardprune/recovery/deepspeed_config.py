@@ -6,6 +6,7 @@ from typing import Any
 from shardprune.errors import InputError
 from shardprune.storage import read_file
 
+ADAM = "AdamW"
 # What the training loop relies on, which is the recipe's to say.
 OURS = {
     ("train_batch_size",): "batch",
@@ -47,9 +48,11 @@ def deepspeed_config(
         zero_optimization["offload_optimizer"] = {"device": "cpu"}
     if offload and zero == 3:
         zero_optimization["offload_param"] = {"device": "cpu"}
-    optimizer = {"lr": learning_rate, "eps": 1e-8, "weight_decay": weight_decay}
-    if not offload:  # torch's AdamW needs no compiler, and its updates are the same everywhere
-        optimizer["torch_adam"] = True
+    optimizer: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
+    if overrides.get("optimizer", {}).get("type", ADAM) == ADAM:
+        optimizer["eps"] = 1e-8
+        if not offload:  # torch's AdamW needs no compiler, and its updates are the same everywhere
+            optimizer["torch_adam"] = True
     ours = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -57,7 +60,7 @@ def deepspeed_config(
         "gradient_clipping": clip,
         "zero_optimization": zero_optimization,
         "bf16": {"enabled": bf16},
-        "optimizer": {"type": "AdamW", "params": optimizer},
+        "optimizer": {"type": ADAM, "params": optimizer},
         "steps_per_print": 2**31 - 1,
     }
     return _merged(ours, overrides)
@@ -69,8 +72,9 @@ def read_overrides(file: str) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, no JSON object, or sets what the recipe says.
     """
+    content = read_file(file, "deepspeed")
     try:
-        values = json.loads(read_file(file, "deepspeed"))
+        values = json.loads(content)
     except ValueError as error:
         raise InputError("deepspeed", f"{file!r} is not JSON: {error}") from error
     if not isinstance(values, dict):

@@ -49,7 +49,7 @@ DATA_FORMS = (
 ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
 BATCH = 1000  # texts per call of the tokenizer, which works on them in parallel
 
-# Stanford Alpaca's templates (tatsu-lab/stanford_alpaca, train.py).
+# Alpaca's two templates, with the line break after the last heading that alpaca-lora gives them.
 PROMPT_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"

@@ -49,9 +49,13 @@ class LowRankLinear(nn.Module):
             return output + _MaskedUpdate.apply(dropped, self.weight, *factors, False)
         return output + nn.functional.linear(nn.functional.linear(dropped, self.lora_A), self.lora_B) * self.scale
 
-    def merged(self) -> Tensor:
-        """The weight [rows, cols] that does the same alone, in float32; all parameters must be whole."""
-        weight = self.weight.detach().float()
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight [rows, cols] that does the same alone, in float32; A and B must be whole.
+
+        Args:
+            weight: as the checkpoint has it: what this module computes with may be rounded.
+        """
+        weight = weight.to(self.lora_A.device, torch.float32)
         update = self.scale * self.lora_B.detach().float() @ self.lora_A.detach().float()
         return weight + (update * (weight != 0) if self.masked else update)
 

@@ -1,5 +1,6 @@
 """What a process of a training does from its start to its end, wherever it was started."""
 
+import gc
 import os
 import socket
 import sys
@@ -13,17 +14,32 @@ import torch
 import torch.distributed as dist
 
 from shardprune.checkpoint import Checkpoint
+from shardprune.errors import TrainingError
 from shardprune.families import family_of
 from shardprune.journal import Journal
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.passing import peak_bytes
+from shardprune.storage import first_line
 
 
 def take_part(spec: TrainingSpec) -> dict[str, Any]:
     """Train and write the result, as one of the processes of torch's default group; what it took.
 
     Everything that fails here fails in all processes, or ends the others' collectives.
+
+    Raises:
+        InputError: what the driver checked has gone since, or DeepSpeed takes the user's settings not.
+        TrainingError: it diverges, or a GPU is too small.
     """
+    try:
+        return _take_part(spec)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"a GPU is too small ({first_line(error)}); --zero 3, --offload, --recompute and --micro-batch 1 help"
+        ) from error
+
+
+def _take_part(spec: TrainingSpec) -> dict[str, Any]:
     started = time.monotonic()
     _prepare(spec)
     from shardprune.recovery.training import Training
@@ -71,6 +87,9 @@ def alone(device: str) -> Iterator[None]:
         yield
     finally:
         _end_group()
+        gc.collect()  # the engine refers to itself, and what comes next may need its memory
+        if device == "cuda":
+            torch.cuda.empty_cache()
         torch.nn.functional.linear = linear
         torch.set_num_threads(threads)
         for name, value in before.items():

@@ -1,6 +1,7 @@
 """One process of a training under DeepSpeed: the model, the loop over its steps, what it keeps on the way."""
 
 import io
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shardprune.checkpoint import Checkpoint
-from shardprune.errors import InputError
+from shardprune.errors import InputError, TrainingError
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.loss import hard_loss, soft_loss
@@ -24,7 +25,7 @@ from shardprune.recovery.model import load_model, partition
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
-from shardprune.storage import Folder, first_line
+from shardprune.storage import Folder
 
 # DeepSpeed calls collectives by names that torch is about to change.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -109,7 +110,8 @@ class Training:
         except Exception as error:  # DeepSpeed checks settings in many ways, each with an error of its own
             if self.recipe.deepspeed is None:
                 raise
-            raise InputError("deepspeed", f"{self.recipe.deepspeed!r} does not work: {first_line(error)}") from error
+            reason = " ".join(str(error).split())
+            raise InputError("deepspeed", f"{self.recipe.deepspeed!r} does not work: {reason}") from error
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
@@ -130,8 +132,12 @@ class Training:
             self.engine.step()
             total += float(loss.detach())
         mean = float(self._sum(total)) / targets
-        norm = self.engine.get_global_grad_norm()
-        return {"loss": mean, "learning_rate": rate, "gradient_norm": float(norm or 0.0), "targets": targets}
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not (math.isfinite(mean) and math.isfinite(norm)) or self.engine.skipped_steps:
+            raise TrainingError(
+                f"step {step + 1}: the loss is {mean:g} and its gradient's norm {norm:g}; use a lower learning rate"
+            )
+        return {"loss": mean, "learning_rate": rate, "gradient_norm": norm, "targets": targets}
 
     def _loss(self, micro: MicroBatch) -> Tensor:
         torch.manual_seed(micro.seed)  # for dropout: the same whoever computes this micro-batch

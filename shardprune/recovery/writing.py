@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from shardprune.checkpoint import Checkpoint
 from shardprune.families import Family
 from shardprune.journal import Journal
+from shardprune.recovery.checkpoints import of_the_first
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.recovery.training import whole
 from shardprune.safetensors_file import write_tensors
@@ -19,7 +20,7 @@ from shardprune.safetensors_file import write_tensors
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
     """Write every layer that is not yet written, low-rank updates merged. All processes call at once."""
-    finished = _of_the_first(set(journal.finished()) if dist.get_rank() == 0 else None)
+    finished = of_the_first(journal.finished if dist.get_rank() == 0 else None)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         if index in finished:
             continue
@@ -59,7 +60,7 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
     def tensor(stored: str) -> Tensor:
         name = stored.removeprefix(prefix)
         if name in updated:
-            return updated[name].merged().to(entries[name].dtype)
+            return updated[name].merged(checkpoint.read(stored)).to(entries[name].dtype)
         if parameters[name].requires_grad:
             return parameters[name].detach().to(entries[name].dtype)
         return checkpoint.read(stored)
@@ -86,10 +87,3 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, A
         "zeros_before": zeros_before,
         "zeros_kept": int((was & zero).sum()),
     }
-
-
-def _of_the_first(value: Any) -> Any:
-    """What the first process says, in all of them."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]

@@ -18,6 +18,8 @@ def inputs(folder):
     """Files that do not fit."""
     make_model(folder / "wider", configs={"llama-3.1": _with_vocabulary(80)})
     words_tokenizer().save_pretrained(folder / "wider")
+    make_model(folder / "opt", "opt")
+    words_tokenizer().save_pretrained(folder / "opt")
     make_model(folder / "renamed")
     tokenizer = words_tokenizer()
     tokenizer.add_tokens(["eight"])
@@ -33,6 +35,7 @@ def inputs(folder):
         "stage": {"zero_optimization": 3},
         "nothing": {"optimizer": None},
         "rate": {"optimizer": {"params": {"lr": 0.5}}},
+        "misspelt": {"zero_optimization": {"overlap_com": True}},
     }
     for name, content in settings.items():
         (folder / f"{name}.ds").write_text(json.dumps(content))
@@ -72,12 +75,24 @@ WRONG = {
     "a stage in the place of an object": ("deepspeed", "", {"deepspeed": "{}/stage.ds"}),
     "no optimizer": ("deepspeed", "", {"deepspeed": "{}/nothing.ds"}),
     "a rate of DeepSpeed's": ("deepspeed", "use learning_rate", {"deepspeed": "{}/rate.ds"}),
+    "a setting nobody knows": (
+        "deepspeed",
+        "does not work: .*overlap_com",
+        {"deepspeed": "{}/misspelt.ds"},
+    ),
+    "nothing to offload": ("offload", "no effect without zero 1, 2 or 3", {"offload": True, "zero": 0}),
+    "a stage without bf16": ("zero", "0 does not go with bf16; use 1", {"zero": 0, "precision": "bf16"}),
+    "a teacher that is packed otherwise": (
+        "teacher",
+        "tells packed examples apart in another way",
+        {"teacher": "{}/opt", "packing": True},
+    ),
     "an output that is not empty": ("out", "is not empty and holds no run", {"out": "{}/occupied"}),
     "nothing to hold out": ("held_out", "leaves none", {"held_out": 0.5, "data": "{}/one.jsonl"}),
     "a rank of all weights": ("lora_rank", "no effect without low-rank", {"lora_rank": 8, "full": True}),
     "dropout of all weights": ("lora_dropout", "no effect without low-rank", {"lora_dropout": 0.1, "full": True}),
     "a temperature of nobody": ("temperature", "no effect without teacher", {"temperature": 3.0}),
-    "steps and epochs": ("epochs", "no effect without", {"epochs": 3.0}),
+    "steps and epochs": ("epochs", "3 has no effect beside steps", {"epochs": 3.0}),
     "no rate at all": ("learning_rate", "greater than 0", {"learning_rate": 0}),
     "a rate without an end": ("learning_rate", "finite", {"learning_rate": float("inf")}),
     "everything held out": ("held_out", "less than 1", {"held_out": 1.0}),

@@ -10,8 +10,9 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, TrainingError
 from shardprune.progress import Output
+from shardprune.result import TrainingLoss
 from tests.recovery.trainings import checked, loss_of, losses, rows_of, train, zeros
 from tests.tiny import load_tensors, make_tokens, snapshot
 
@@ -149,3 +150,28 @@ def test_the_state_may_lie_elsewhere(folder, tmp_path):
     train(folder, tmp_path / "o", state=str(tmp_path / "state"), steps=1, **UPDATES)
     assert not (tmp_path / "state").exists()
     assert not (tmp_path / "o" / "training").exists()
+
+
+def test_a_training_that_diverges_ends_with_one_line(folder, tmp_path):
+    with pytest.raises(TrainingError, match=r"^step \d+: the loss is .*; use a lower learning rate$"):
+        train(folder, tmp_path / "o", full=True, learning_rate=1e30)
+    assert not (tmp_path / "o" / "result.json").exists()
+
+
+def test_measuring_more_keeps_an_evaluation(folder, tmp_path):
+    make_tokens(folder / "more.npy", samples=3, seqlen=24, seed=2)
+    fields = {"lora_rank": 2, "steps": 1, "seqlen": 24}
+    train(folder, tmp_path / "o", **fields)
+    file = tmp_path / "o" / "result.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps({**stored, "evaluation": {"harness": "kept"}}))
+    result = train(folder, tmp_path / "o", eval=(str(folder / "more.npy"),), **fields)
+    assert result.evaluation.harness == "kept"
+    assert set(result.perplexity) == {str(folder / "more.npy")}
+    assert result.recovery.losses == [TrainingLoss(**loss) for loss in stored["recovery"]["losses"]]
+
+
+def test_low_rank_updates_in_bf16_do_not_round_the_weights_they_join(folder, tmp_path):
+    train(folder, tmp_path / "o", lora_rank=2, steps=1, learning_rate=1e-12, precision="bf16", zero=1)
+    before, after = load_tensors(folder / "sparse"), load_tensors(tmp_path / "o")
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-6
