@@ -188,7 +188,8 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
 def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     """Make the choices that the recipe leaves open."""
     device = device_of(recipe, slots)
-    fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % count == 0]
+    micro = recipe.micro_batch or 1
+    fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % (count * micro) == 0]
     workers = recipe.workers or (fitting[-1] if device == "cuda" and recipe.backend == "ray" else 1)
     out = absolute(recipe.out)
     if "://" in (recipe.state or out):
