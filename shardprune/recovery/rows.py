@@ -218,8 +218,8 @@ def check_packing(model_type: str) -> None:
 
 
 def needs_mask(model_type: str) -> bool:
-    """Whether packed rows of models of a `model_type` that can be packed take an attention mask."""
-    return PACKING[model_type]
+    """Whether packed rows of models of a `model_type` take an attention mask."""
+    return PACKING.get(model_type, False)
 
 
 def _block_mask(position_ids: Tensor) -> Tensor:
