@@ -16,6 +16,7 @@ from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
 from shardprune.progress import Output
+from tests.clusters import cluster
 from tests.tiny import differing, load_tensors, make_model, make_tokens
 
 QUIET = Output(quiet=True)
@@ -24,19 +25,8 @@ QUIET = Output(quiet=True)
 @pytest.fixture(scope="module")
 def ray():
     """One cluster of this machine for all tests of this file that do not start their own."""
-    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
-
-    environment = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
-    ray.init(
-        "local",
-        num_cpus=4,
-        object_store_memory=200 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=environment,
-    )
-    yield ray
-    ray.shutdown()
+    with cluster(4) as ray:
+        yield ray
 
 
 @pytest.fixture(scope="module")

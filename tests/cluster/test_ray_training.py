@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from shardprune.errors import InputError
+from tests.clusters import cluster
 from tests.recovery.trainings import (
     QUIET,
     SHALLOW,
@@ -34,19 +35,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ray():
     """One cluster of this machine for all tests of this file."""
-    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
-
-    environment = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
-    ray.init(
-        "local",
-        num_cpus=2,
-        object_store_memory=100 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=environment,
-    )
-    yield ray
-    ray.shutdown()
+    with cluster(2) as ray:
+        yield ray
 
 
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):

@@ -10,6 +10,7 @@ from shardprune import EvaluateRecipe, evaluate
 from shardprune.demo import bundled_model
 from shardprune.errors import InputError
 from shardprune.progress import Output, Step
+from tests.clusters import cluster
 from tests.evaluation.material import QUIET, write_task
 
 
@@ -30,20 +31,9 @@ class Killing(Output):
 
 @pytest.fixture(scope="module")
 def ray():
-    from shardprune.cluster.ray_backend import ray
-
-    environment = {"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}}
-    store = 200 * 2**20
-    ray.init(
-        "local",
-        num_cpus=4,
-        object_store_memory=store,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env=environment,
-    )
-    yield ray
-    ray.shutdown()
+    """One cluster of this machine for all tests of this file."""
+    with cluster(4) as ray:
+        yield ray
 
 
 @pytest.fixture(scope="module")

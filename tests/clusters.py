@@ -1,0 +1,22 @@
+"""Ray clusters for tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def cluster(cpus: int, store: int = 200 * 2**20) -> Iterator[Any]:
+    """The module `ray`, connected to a cluster of this machine with so many CPU slots and bytes of object store."""
+    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
+
+    ray.init(
+        "local",
+        num_cpus=cpus,
+        object_store_memory=store,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}},
+    )
+    yield ray
+    ray.shutdown()
