@@ -24,7 +24,8 @@ def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint,
     for index, layer in enumerate(model.get_submodule(family.layers)):
         if index in finished:
             continue
-        with whole(list(layer.parameters()), zero):
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        with whole(trained, zero):  # what is not trained comes from the checkpoint
             if dist.get_rank() == index % dist.get_world_size():
                 _write_layer(layer, index, family, checkpoint, journal)
     dist.barrier()
@@ -35,7 +36,7 @@ def write_trained_frame(
 ) -> None:
     """Write everything beside the layers, where that was trained, too. All processes call at once."""
     inside = f"{family.layers}."
-    names = {name: name for name in checkpoint.entries if not name.startswith(inside)}
+    names = [name for name in checkpoint.entries if not name.startswith(inside)]
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
     frame: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
