@@ -52,7 +52,7 @@ def threads_of(slots: Slots, workers: int) -> int:
     return max(1, min(slots.cpus // workers, slots.cpus_of_a_node))
 
 
-def check_seqlen(seqlen: int, skeleton: Skeleton) -> None:
+def check_seqlen(seqlen: int, skeleton: Skeleton, field: str = "seqlen") -> None:
     """Check that a model takes sequences of so many tokens.
 
     Raises:
@@ -60,4 +60,4 @@ def check_seqlen(seqlen: int, skeleton: Skeleton) -> None:
     """
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     if limit and seqlen > limit:
-        raise InputError("seqlen", f"{seqlen} is more than the model's {limit} positions")
+        raise InputError(field, f"{seqlen} is more than the model's {limit} positions")

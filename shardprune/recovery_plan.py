@@ -142,7 +142,9 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     checkpoint = Checkpoint(recipe.model)
     skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
     check_tensors(skeleton, checkpoint)
-    _check_positions(recipe, skeleton)
+    check_seqlen(recipe.length, skeleton, "length")
+    if recipe.eval:
+        check_seqlen(recipe.seqlen, skeleton)
     teacher = _open_teacher(recipe, checkpoint) if recipe.teacher else None
     assert recipe.workers is not None
     backend.check_room(recipe.workers, recipe.device, "workers")
@@ -214,19 +216,6 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     )
 
 
-def _check_positions(recipe: RecoverRecipe, skeleton: Skeleton) -> None:
-    if positions := _too_long(recipe.length, skeleton):
-        raise InputError("length", f"{recipe.length} is more than the model's {positions} positions")
-    if recipe.eval:
-        check_seqlen(recipe.seqlen, skeleton)
-
-
-def _too_long(length: int, skeleton: Skeleton) -> int | None:
-    """The number of a model's positions where rows of `length` are longer."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    return limit if limit and length > limit else None
-
-
 def _check_compiler(recipe: RecoverRecipe) -> None:
     """DeepSpeed builds its collectives between CPUs, and its optimizer for offloaded states, when they are used."""
     if (recipe.device == "cpu" or recipe.offload) and not (shutil.which("g++") or shutil.which("c++")):
@@ -245,8 +234,7 @@ def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
     teacher = Checkpoint(recipe.teacher, "teacher")
     skeleton = Skeleton(teacher.config, "cpu", torch.float32)
     check_tensors(skeleton, teacher)
-    if positions := _too_long(recipe.length, skeleton):
-        raise InputError("teacher", f"{recipe.teacher} has {positions} positions, fewer than length {recipe.length}")
+    check_seqlen(recipe.length, skeleton, "teacher")
     if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
         raise InputError("teacher", f"{recipe.teacher} tells packed examples apart in another way than the model")
     sizes = teacher.config.vocab_size, student.config.vocab_size
