@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.quality [--model DIR --calibration SOURCE --eval SOURCE] [--sparsity 0.7]
 
-Prunes the model once for each of {magnitude, wanda, sparsegpt} x {uniform, owl, mosaic} x {none, barber at each of
-`--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints a row for each: perplexity,
+Prunes the model once for each of `--methods` (magnitude, wanda, sparsegpt) x `--allocations` (uniform, owl, mosaic) x
+{none, barber at each of `--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints a row for each: perplexity,
 achieved sparsity, pairs of weights swapped, and the mean relative error of a block's output before and after that.
 `--jobs` runs go at the same time, each in a process of its own with `--threads` threads; `--weights streamed` keeps one
 layer of a large model in memory.
@@ -54,6 +54,8 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--allocations", nargs="*", choices=ALLOCATIONS, default=ALLOCATIONS)
     parser.add_argument("--outlier-m", type=float, default=5.0)
     parser.add_argument("--outlier-lambda", type=float, default=0.08)
     parser.add_argument("--thresholds", type=float, nargs="*", default=[0.01, 0.1, 0.5])
@@ -72,7 +74,7 @@ def main() -> None:
     outliers = {"outlier_m": args.outlier_m, "outlier_lambda": args.outlier_lambda}
     barber = {"rebuild": "barber", "rebuild_granularity": args.granularity}
     recipes = []
-    for method, allocation in itertools.product(METHODS, ALLOCATIONS):
+    for method, allocation in itertools.product(args.methods, args.allocations):
         fields = {**common, "method": method, "allocation": allocation, **(outliers if allocation != "uniform" else {})}
         recipes.append(fields)
         for corrected in (False, True) if method in CORRECTING else (False,):

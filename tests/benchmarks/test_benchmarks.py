@@ -12,7 +12,7 @@ SMALL = {
     ),
     "quality": (
         *("--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--thresholds", "0.3", "--sparsity", "0.5"),
-        *("--jobs", "1", "--threads", "2"),
+        *("--jobs", "1", "--threads", "2", "--methods", "sparsegpt", "--allocations", "mosaic"),
     ),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1"),
     "recovery": (

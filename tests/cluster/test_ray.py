@@ -72,7 +72,6 @@ def test_a_family_on_two_shards_equals_one_process(ray, folder, family, tmp_path
 
 BARBER = {"outlier_m": 3.0, "rebuild": "barber", "rebuild_threshold": 0.3}
 SCENARIOS = {
-    "four streamed shards": {"shards": 4, "weights": "streamed"},
     "parallel, more segments than shards, streamed": {
         "shards": 2,
         "segments": 4,
@@ -89,7 +88,6 @@ SCENARIOS = {
         "rebuild_granularity": "block",
         **BARBER,
     },
-    "mixed pattern on shards": {"shards": 3, "pattern": "mixed:8", "outlier_m": 3.0, "outlier_lambda": 0.3},
     "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
     "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
     "replicas of a pattern without a Hessian": {
