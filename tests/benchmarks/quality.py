@@ -3,10 +3,10 @@
     python -m tests.benchmarks.quality [--model DIR --calibration SOURCE --eval SOURCE] [--sparsity 0.7]
 
 Prunes the model once for each of `--methods` (magnitude, wanda, sparsegpt) x `--allocations` (uniform, owl, mosaic) x
-{none, barber at each of `--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints a row for each: perplexity,
-achieved sparsity, pairs of weights swapped, and the mean relative error of a block's output before and after that.
-`--jobs` runs go at the same time, each in a process of its own with `--threads` threads; `--weights streamed` keeps one
-layer of a large model in memory.
+{none, barber at each of `--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints a
+row for each: perplexity, achieved sparsity, pairs of weights swapped, and the mean relative error of a block's output
+before and after that. `--jobs` runs go at the same time, each in a process of its own with `--threads` threads;
+`--weights streamed` keeps one layer of a large model in memory.
 """
 
 import argparse
