@@ -15,7 +15,7 @@ from shardprune.cluster.group import Backend
 from shardprune.errors import InputError
 from shardprune.evaluation.recipe import Shards
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.finishing import done_already
+from shardprune.finishing import costs_of_measuring, done_already, finish
 from shardprune.measurements import Measurements
 from shardprune.output import write_frame, write_index
 from shardprune.progress import Output
@@ -191,13 +191,11 @@ class _Recovery:
             sparsity=sparsity_of(records, None),
             recovery=self.previous.recovery if self.previous else self._recovery(records),
             perplexity=self.measured.results(),
-            evaluation=self.previous.evaluation if self.previous else None,
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,
         )
-        self.journal.finish(result.as_json())
-        return result
+        return finish(self.journal, result, self.previous)
 
     def _recovery(self, records: list[dict[str, Any]]) -> Recovery:
         plan = self.plan
@@ -221,10 +219,9 @@ class _Recovery:
 
     def _costs(self) -> tuple[dict[str, float], list[WorkerResult]]:
         """What the run took by phase, and who did it."""
-        seconds = self.clock.total()
         if self.previous:
-            evaluate = seconds.get("evaluate", 0.0) + self.previous.seconds.get("evaluate", 0.0)
-            return {**self.previous.seconds, "evaluate": evaluate}, self.previous.workers
+            return costs_of_measuring(self.clock, self.previous)
+        seconds = self.clock.total()
         for phase in ("load", "train"):
             if self.workers:
                 seconds[phase] = max(worker["seconds"][phase] for worker in self.workers)

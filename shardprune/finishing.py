@@ -39,13 +39,26 @@ def costs(
         workers: what each of them says of itself.
         previous: the result of an earlier run, to which this one only added measurements.
     """
-    seconds = clock.total()
     if previous:
-        evaluate = seconds.get("evaluate", 0.0) + previous.seconds.get("evaluate", 0.0)
-        return {**previous.seconds, "evaluate": evaluate}, previous.workers
+        return costs_of_measuring(clock, previous)
+    seconds = clock.total()
     for phase, key in (("load", "load_seconds"), ("write", "write_seconds")):
         seconds[phase] = round(seconds.get(phase, 0.0) + max(worker[key] for worker in workers), 3)
     return seconds, [WorkerResult(**worker) for worker in workers]
+
+
+def costs_of_measuring(clock: Clock, previous: Result) -> tuple[dict[str, float], list[WorkerResult]]:
+    """The same of a finished run to which measurements were added."""
+    evaluate = clock.total().get("evaluate", 0.0) + previous.seconds.get("evaluate", 0.0)
+    return {**previous.seconds, "evaluate": evaluate}, previous.workers
+
+
+def finish(journal: Journal, result: Result, previous: Result | None) -> Result:
+    """Write a run's result, last of all; what `shardprune evaluate` has added to an earlier one stays."""
+    if previous:
+        result = result.model_copy(update={"evaluation": previous.evaluation})
+    journal.finish(result.as_json())
+    return result
 
 
 def with_peaks_of(workers: list[WorkerResult], earlier: list[WorkerResult]) -> list[WorkerResult]:

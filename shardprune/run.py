@@ -16,7 +16,7 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
 from shardprune.fingerprint import AnyRecipe
-from shardprune.finishing import costs, done_already, with_peaks_of
+from shardprune.finishing import costs, done_already, finish, with_peaks_of
 from shardprune.journal import Journal
 from shardprune.measurements import Measurements
 from shardprune.output import write_frame, write_index
@@ -250,13 +250,11 @@ class _Run:
             sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
             structure=self._structure(size, records),
             perplexity=self.measured.results(),
-            evaluation=self.previous.evaluation if self.previous else None,
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,
         )
-        self.journal.finish(result.as_json())
-        return result
+        return finish(self.journal, result, self.previous)
 
     def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
         base = self.plan.base

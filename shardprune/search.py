@@ -13,7 +13,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import usage
 from shardprune.cluster.searching import Searching, Shallower
 from shardprune.errors import InputError, without_credentials
-from shardprune.finishing import costs, done_already
+from shardprune.finishing import costs, done_already, finish
 from shardprune.journal import Journal
 from shardprune.measurements import Measurements
 from shardprune.mop_recipe import MopRecipe
@@ -252,12 +252,11 @@ class _Search:
                 path=self.path,
             ),
             perplexity=self.measured.results(),
-            evaluation=self.previous.evaluation if self.previous else None,
             seconds=seconds,
             workers=workers,
             restarts=self.restarts,
         )
-        self.journal.finish(result.as_json())
+        result = finish(self.journal, result, self.previous)
         self.saved = None
         self.remove_saved()
         return result

@@ -3,8 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -178,13 +177,3 @@ class Training:
         value = value.to(self.device)
         dist.all_reduce(value)
         return value
-
-
-@contextmanager
-def whole(parameters: list[nn.Parameter], zero: int) -> Iterator[None]:
-    """Have parameters whole in every process while the block lasts."""
-    if zero < 3:
-        yield
-        return
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
-        yield

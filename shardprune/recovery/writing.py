@@ -3,8 +3,11 @@
 Under ZeRO-3 the processes gather one layer at a time, and each layer is written by one of them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import deepspeed
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,7 +17,6 @@ from shardprune.families import Family
 from shardprune.journal import Journal
 from shardprune.recovery.checkpoints import of_the_first
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
-from shardprune.recovery.training import whole
 from shardprune.safetensors_file import write_tensors
 
 
@@ -25,7 +27,7 @@ def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint,
         if index in finished:
             continue
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        with whole(trained, zero):  # what is not trained comes from the checkpoint
+        with _whole(trained, zero):  # what is not trained comes from the checkpoint
             if dist.get_rank() == index % dist.get_world_size():
                 _write_layer(layer, index, family, checkpoint, journal)
     dist.barrier()
@@ -40,7 +42,7 @@ def write_trained_frame(
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
     frame: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        with whole([parameter], zero):
+        with _whole([parameter], zero):
             if dist.get_rank() == 0:
                 frame[name] = parameter.detach().to("cpu", checkpoint.entries[name].dtype, copy=True)
     if dist.get_rank() == 0:
@@ -88,3 +90,13 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, A
         "zeros_before": zeros_before,
         "zeros_kept": int((was & zero).sum()),
     }
+
+
+@contextmanager
+def _whole(parameters: list[nn.Parameter], zero: int) -> Iterator[None]:
+    """Have parameters whole in every process while the block lasts."""
+    if zero < 3:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=None):
+        yield
