@@ -15,6 +15,7 @@ from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.settings import Settings
+from shardprune.stopping import EXIT_CODE, Stopped, stoppable
 
 app = typer.Typer(
     add_completion=True,
@@ -234,15 +235,20 @@ def _show(result: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command: exit code 0 on success, 2 with one line on bad input, 1 with one line where a run
-    cannot go on, 1 with a traceback where the program is wrong."""
+    cannot go on, 143 with one line where SIGTERM ended it, 1 with a traceback where the program is wrong."""
     try:
-        code = app(arguments, standalone_mode=False)
+        with stoppable():
+            code = app(arguments, standalone_mode=False)
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except ClickException as error:
         sys.exit(_fail(error.format_message(), 2))  # type: ignore[attr-defined]
     except (SolverError, TrainingError, WorkerLost) as error:
         sys.exit(_fail(str(error), 1))
+    except Stopped:
+        sys.exit(
+            _fail("stopped by SIGTERM; what is finished is kept, and the same command goes on from there", EXIT_CODE)
+        )
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:

@@ -36,6 +36,7 @@ from shardprune.shard.passing import PassingWorker
 from shardprune.shard.search_worker import SearchWorker
 from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
+from shardprune.stopping import handlers_kept
 from shardprune.storage import first_line
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
@@ -145,10 +146,11 @@ class RayBackend:
             _check_reachable(self._address)
         environment = {"env_vars": {name: os.environ[name] for name in WORKER_ENV}}
         try:
-            if self._address:
-                ray.init(self._address, runtime_env=environment, logging_level="ERROR")
-            else:
-                ray.init("local", runtime_env=environment, logging_level="ERROR", **own_cluster)
+            with handlers_kept():
+                if self._address:
+                    ray.init(self._address, runtime_env=environment, logging_level="ERROR")
+                else:
+                    ray.init("local", runtime_env=environment, logging_level="ERROR", **own_cluster)
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not self._address:
                 raise

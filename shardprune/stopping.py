@@ -1,0 +1,42 @@
+"""How a run ends that is told to: by a scheduler's SIGTERM, it closes its workers and says so."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+EXIT_CODE = 128 + signal.SIGTERM
+
+
+class Stopped(BaseException):
+    """SIGTERM has come. Nothing but the command line catches it."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Turn the first SIGTERM into `Stopped`, and pass over those that come while the run closes down."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Keep what SIGTERM does, where the block calls a library that changes it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread has a say
+        yield
+        return
+    before: Any = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
