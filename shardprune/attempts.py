@@ -7,6 +7,7 @@ from shardprune.cluster.group import Backend
 from shardprune.errors import WorkerLost
 from shardprune.progress import Output
 from shardprune.setting_groups import Machines
+from shardprune.storage import first_line
 
 P = TypeVar("P", bound="Placement")
 
@@ -41,6 +42,7 @@ def persevere(
             return
         except WorkerLost as error:
             losses += 1
+            output.events.emit("lost", reason=first_line(error))
             lost()
             if losses > workers.max_restarts:
                 raise

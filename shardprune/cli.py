@@ -212,6 +212,23 @@ def pipeline(
         _show(result)
 
 
+@app.command(epilog="Example: shardprune status s3://bucket/llama-70b-50")
+def status(
+    out: Annotated[str, typer.Argument(help="Directory or URL of the run's result.")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each run")] = False,
+) -> None:
+    """Say where a running or dead run stands and when it will end, from anywhere that sees its output."""
+    import json
+    import time
+    from dataclasses import asdict
+
+    from shardprune.status import status_of
+
+    for found in status_of(out):
+        print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
+
+
 @app.command(epilog="Example: shardprune demo --out runs/demo")
 def demo(
     out: Annotated[str, typer.Option(help="Directory of the result")] = "runs/demo",

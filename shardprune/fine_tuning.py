@@ -41,7 +41,7 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
         WorkerLost: workers died more than `max_restarts` times.
     """
     output = output or Output()
-    clock = Clock()
+    clock = Clock(output.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             plan = make_recovery_plan(recipe, backend)
@@ -69,13 +69,14 @@ class _Recovery:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        self._measure("before", self.plan.recipe.model)
-        if self.previous is None:
-            self._say_what_is_lost()
-            self._train()
-            self._write_rest()
-        self._measure("after", self.plan.recipe.out)
-        return self._finish()
+        with self.output.events.recorded(self.journal.folder, command=self.plan.recipe.command):
+            self._measure("before", self.plan.recipe.model)
+            if self.previous is None:
+                self._say_what_is_lost()
+                self._train()
+                self._write_rest()
+            self._measure("after", self.plan.recipe.out)
+            return self._finish()
 
     # -- the steps ----------------------------------------------------------------------------------------------
 

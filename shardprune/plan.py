@@ -105,6 +105,17 @@ class Plan:
         """This run as the first of two."""
         return Base(self.recipe.model, self.weights, self.skeleton.parameters(), self.journal.fingerprint)
 
+    def facts(self) -> dict[str, Any]:
+        """What the events of an attempt begin with."""
+        return {
+            "command": self.recipe.command,
+            "fingerprint": self.journal.fingerprint,
+            "layers": self.skeleton.layers,
+            "finished": len(self.journal.finished()),
+            "shards": len(self.layout.shards),
+            "replicas": self.layout.replicas,
+        }
+
     def record(self) -> dict[str, Any]:
         """The recipe for files that others read."""
         return self.recipe.record() | ({"model": without_credentials(self.base.model)} if self.base else {})

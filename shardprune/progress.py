@@ -4,9 +4,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shardprune.events import Events
 
 QUIET_SECONDS = 5.0  # between two plain lines of one step
 
@@ -32,12 +35,23 @@ class Step:
             self.detail = detail
             self._output.show(self)
 
+    def record(self, event: str, **fields: Any) -> None:
+        """Something has happened in this step."""
+        self._output.events.emit(event, **fields)
+
+    def say(self, text: str) -> None:
+        self._output.say(text)
+
+    def position(self) -> dict[str, Any]:
+        """How far the step is."""
+        return {"label": self.label, "detail": self.detail, "done": self.done, "total": self.total}
+
     def line(self) -> str:
         elapsed = time.monotonic() - self._started
         share = self.done / self.total if self.total else 1.0
-        left = f", {_clock(elapsed * (1 - share) / share)} left" if 0 < share < 1 else ""
+        left = f", {clock_time(elapsed * (1 - share) / share)} left" if 0 < share < 1 else ""
         detail = f"  {self.detail}" if self.detail else ""
-        return f"{self.label}{detail}  {self.done}/{self.total}  {share:.0%}  {_clock(elapsed)}{left}"
+        return f"{self.label}{detail}  {self.done}/{self.total}  {share:.0%}  {clock_time(elapsed)}{left}"
 
     def due(self) -> bool:
         """Whether a plain line is due, at most one every few seconds."""
@@ -49,11 +63,12 @@ class Step:
 
 
 class Output:
-    """Where a run's progress goes."""
+    """Where a run's progress goes; `events` is for what happens in it."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True)
         self.quiet = quiet
+        self.events = Events()
         self._bars: Progress | None = None
         self._tasks: dict[int, object] = {}
 
@@ -65,6 +80,17 @@ class Output:
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
         """A step that is shown until the block ends."""
+        with self._shown(label, total) as step:
+            outer, self.events.position = self.events.position, step.position
+            step.record("progress", **step.position())
+            try:
+                yield step
+            finally:
+                self.events.position = outer
+            step.record("progress", **step.position())
+
+    @contextmanager
+    def _shown(self, label: str, total: int) -> Iterator[Step]:
         step = Step(label, total, self)
         if self.quiet:
             yield step
@@ -95,7 +121,8 @@ class Output:
             self.say(step.line())
 
 
-def _clock(seconds: float) -> str:
+def clock_time(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

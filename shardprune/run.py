@@ -64,7 +64,7 @@ def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
 
 
 def _carry_out(recipe: AnyRecipe, output: Output) -> Result:
-    clock = Clock()
+    clock = Clock(output.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             plan = make_plan(recipe, backend)
@@ -78,7 +78,7 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
     """
     if not recipe.zeroes:
         return _carry_out(narrowing, output)
-    clock = Clock()
+    clock = Clock(output.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             out = absolute(recipe.out)
@@ -86,19 +86,21 @@ def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output
             journal, state = claim_for(recipe, first)
         result = done_already(journal, state, first.evaluations, output)
         if result is None:
-            if "version" in state:  # finished, but asked to be measured on more
-                measuring = _Run(first, backend, output, clock, ("before",))
-                measuring.measure()
-                model, narrowed = out, Result(**state)
-                narrowed.perplexity = measuring.measured.results()
-            else:
-                with clock.phase("structure"):
-                    model, narrowed = first.recipe.out, _go(first, backend, output, Clock(), ("before", "prune"))
-            with clock.phase("plan"):
-                second = make_plan(follow_up(recipe, first, model), backend, first.as_base())
-            run = _Run(second, backend, output, clock)
-            run.adopt(narrowed)
-            result = run.go()
+            with output.events.recorded(journal.folder, **first.facts()):
+                if "version" in state:  # finished, but asked to be measured on more
+                    measuring = _Run(first, backend, output, clock, ("before",))
+                    measuring.measure()
+                    model, narrowed = out, Result(**state)
+                    narrowed.perplexity = measuring.measured.results()
+                else:
+                    steps = STEPS[:-1]
+                    with clock.phase("structure"):
+                        model, narrowed = first.recipe.out, _go(first, backend, output, Clock(output.events), steps)
+                with clock.phase("plan"):
+                    second = make_plan(follow_up(recipe, first, model), backend, first.as_base())
+                run = _Run(second, backend, output, clock)
+                run.adopt(narrowed)
+                result = run.go()
         journal.folder.remove_folder(NARROWED)
         return result
 
@@ -142,11 +144,12 @@ class _Run:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.output, self._lost)
-        return self._finish()
+        with self.output.events.recorded(self.journal.folder, **self.plan.facts()):
+            self.measure()
+            return self._finish()
 
     def measure(self) -> None:
-        """Measure what is not yet known, and no more."""
+        """Attempt the steps until they are done."""
         persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.output, self._lost)
 
     def _lost(self) -> None:

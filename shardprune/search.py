@@ -10,7 +10,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.judging import better
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.passes import usage
+from shardprune.cluster.passes import account, usage
 from shardprune.cluster.searching import Searching, Shallower
 from shardprune.errors import InputError, without_credentials
 from shardprune.finishing import costs, done_already, finish
@@ -51,7 +51,8 @@ def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
         SolverError: a projection cannot be corrected.
         WorkerLost: workers died more than `max_restarts` times.
     """
-    clock, output = Clock(), output or Output()
+    output = output or Output()
+    clock = Clock(output.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             plan = make_plan(recipe, backend)
@@ -118,8 +119,9 @@ class _Search:
         self.journal.folder.remove_partial()
         self._save()
         self.remove_saved()
-        persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
-        return self._finish()
+        with self.output.events.recorded(self.journal.folder, **self.plan.facts()):
+            persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
+            return self._finish()
 
     def _attempt(self, layout: Layout) -> None:
         """Measure, search, measure again: whatever of it is not yet done."""
@@ -173,6 +175,7 @@ class _Search:
                 model.adopt_narrower(after.widths)
             elif shorter is not None:
                 model.adopt_shallower(shorter.layer)
+            account(model.group, model.jury(model.all).layout, range(model.shards), step)
         entry = Iteration(
             iteration=after.iteration,
             step=chosen,
@@ -185,6 +188,7 @@ class _Search:
             entry.folder = f"iteration-{after.iteration:02d}"
             self._write(model, self._folder(entry.folder))
         self._record(model, entry)
+        self.output.events.emit("iteration", iteration=entry.iteration, step=entry.step, **self._progress(entry))
         self.output.say(_line(entry))
         return after
 
@@ -294,6 +298,11 @@ class _Search:
         kept = next((entry.iteration for entry in self.path if entry.folder == self.saved), None)
         layers = saved if kept is None else self._layers(kept)
         return Saved(self._folder(self.saved), state.widths, tuple(layers))
+
+    def _progress(self, entry: Iteration) -> dict[str, float]:
+        """The share of the parameters that an iteration has left removed, and of the request where there is one."""
+        done = {"removed": entry.removed}
+        return done | ({"share": min(1.0, entry.removed / self.recipe.remove)} if self.recipe.remove else {})
 
     def _parts(self, model: Searching, built: dict[Letter, State]) -> int:
         """The number of parts that an iteration reports to its progress step."""

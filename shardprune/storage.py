@@ -82,7 +82,7 @@ class Folder:
         object stores show nothing before the upload ends.
         """
         target = self.path(name)
-        renames = OBJECT_STORES.isdisjoint(_protocols(self.fs))
+        renames = self.appends
         path = self.path(f".{name}.{uuid.uuid4().hex[:8]}.tmp") if renames else target
         if renames:
             self.fs.makedirs(self.root, exist_ok=True)
@@ -103,6 +103,16 @@ class Folder:
         file.close()
         if renames:
             self.fs.mv(path, target)
+
+    @property
+    def appends(self) -> bool:
+        """Whether `append_text` works here; object stores take whole files only."""
+        return OBJECT_STORES.isdisjoint(_protocols(self.fs))
+
+    def append_text(self, name: str, text: str) -> None:
+        """Add to the end of a file, which readers see grow."""
+        with self.fs.open(self.path(name), "ab") as file:
+            file.write(text.encode())
 
     def write_text(self, name: str, text: str) -> None:
         self.write(name, [text.encode()])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from shardprune.cluster.group import Group, Ref, flow
 from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.passes import Waves, in_flight, layer_by_layer, pipeline, release, to_all
+from shardprune.cluster.passes import Waves, account, in_flight, layer_by_layer, pipeline, release, to_all
 from shardprune.progress import Step
 from shardprune.solvers.outliers import Outliers
 
@@ -66,6 +66,7 @@ def observe(
             ask(layer)
     outliers = [group.get(ref) for ref in refs]
     release(group, layout)
+    account(group, layout, range(len(layout.shards)), step)
     return outliers
 
 

@@ -6,7 +6,7 @@ all waves first and then read each of their layers once.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -88,6 +88,7 @@ def judged(
         yield under_way.popleft(), value
         step.advance()
     release(group, layout)
+    account(group, layout, range(len(layout.shards)), step)
 
 
 def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
@@ -110,6 +111,14 @@ def release(group: Group, layout: Layout) -> None:
     """Let every worker give back what only the pass needed."""
     for shard in range(len(layout.shards)):
         to_all(group, layout, shard, "release")
+
+
+def account(group: Group, layout: Layout, shards: Iterable[int], step: Step) -> None:
+    """Record what the workers of some shards have done since the last time."""
+    for shard in shards:
+        for replica, spans in enumerate(to_all(group, layout, shard, "account")):
+            if spans:
+                step.record("work", shard=shard, replica=replica, spans=[span.plain() for span in spans])
 
 
 def usage(group: Group, layout: Layout) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Pruning segment after segment, layer after layer, with the replicas of a shard sharing the work."""
 
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -7,7 +8,7 @@ from shardprune.cluster.group import Group
 from shardprune.cluster.layer import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.narrowing import narrow_layer
-from shardprune.cluster.passes import Waves, enter, hand_on, to_all
+from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.rebuilding import rebuild_layer
 from shardprune.cluster.work import Work
 from shardprune.progress import Step
@@ -65,13 +66,33 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
 
 def _prune_layer(work: Work, layer: LayerInWork) -> None:
     """Do what is to be done to a layer and write it: afterwards it is finished on every replica and in the output."""
+    started = time.monotonic()
     if work.widths:
         record = narrow_layer(layer, work.widths, work.passes_on_dense)
         record |= layer.group.get(layer.ask(0, "sizes"))
     else:
         record = _sparsify_layer(work, layer)
-    layer.group.get(layer.ask(0, "write", record))
+    written = layer.group.get(layer.ask(0, "write", record))
     to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
+    account(layer.group, layer.layout, [layer.shard], layer.step)
+    _announce(layer, len(work.shapes), record, time.monotonic() - started, written)
+
+
+def _announce(layer: LayerInWork, layers: int, record: dict[str, Any], seconds: float, written: int) -> None:
+    """Say and record that a layer is finished."""
+    facts = {"seconds": round(seconds, 3), "bytes": written} | _quality(record)
+    layer.step.record("layer", layer=layer.layer, shard=layer.shard, **facts, **layer.step.position())
+    found = "".join(f", {name} {facts[name]:.4f}" for name in ("sparsity", "error") if name in facts)
+    layer.step.say(f"layer {layer.layer + 1}/{layers} is finished{found}, {seconds:.1f} s")
+
+
+def _quality(record: dict[str, Any]) -> dict[str, float]:
+    """The sparsity of a finished layer and its projections' mean relative output error, as far as they are known."""
+    reports = record.get("projections", [])
+    errors = [report["error"] for report in reports if "error" in report] or list(record.get("errors", {}).values())
+    weights = sum(report["weights"] for report in reports)
+    sparsity = {"sparsity": round(sum(report["zeros"] for report in reports) / weights, 6)} if weights else {}
+    return sparsity | ({"error": round(sum(errors) / len(errors), 8)} if errors else {})
 
 
 def _sparsify_layer(work: Work, layer: LayerInWork) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
     """
     output = output or Output()
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
-        clock = Clock()
+        clock = Clock(output.events)
         with clock.phase("plan"):
             model = ShardedModel(recipe.model, recipe, backend, output)
             record = Record(model.checkpoint, recipe.out)

@@ -1,5 +1,6 @@
 """From a decoder layer in memory to its finished file."""
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ def write_layer(
     changed: set[str],
     record: dict[str, Any],
     position: int | None = None,
-) -> None:
-    """Write a layer with a record of what was done to it, in the dtypes of the checkpoint.
+) -> int:
+    """Write a layer with a record of what was done to it, in the dtypes of the checkpoint; its tensors' bytes.
 
     Parameters in `changed` and those with another shape than the checkpoint's are written as they are in memory,
     all others byte by byte as the checkpoint has them.
@@ -41,3 +42,4 @@ def write_layer(
 
     shapes = {place + name: (entry.dtype, tuple(parameters[name].shape)) for name, entry in entries.items()}
     journal.write_layer(index if position is None else position, shapes, tensor, record)
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())

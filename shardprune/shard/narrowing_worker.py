@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from shardprune.checkpoint import Checkpoint
 from shardprune.journal import Journal
 from shardprune.shard.layers import Layers, LayerStore, Version
+from shardprune.shard.ledger import timed
 from shardprune.shard.narrowing import Choice, Gathered, Narrowing, Part, gathering
-from shardprune.shard.passing import PassingWorker, timed
+from shardprune.shard.passing import PassingWorker
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton
 from shardprune.structure.shape import Widths, heads_of, reshaped

@@ -1,10 +1,8 @@
 """A worker's waves: in, through the layers of its shard, and out; what only passes through may be observed."""
 
-import functools
 import resource
 import socket
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import SolverError
 from shardprune.shard.layers import Layers, LayerStore, Version
+from shardprune.shard.ledger import Ledger, Span, timed
 from shardprune.shard.spec import PassingSpec
 from shardprune.shard.waves import Activations
 from shardprune.skeleton import Skeleton, projection_weight
@@ -48,28 +47,13 @@ class Summing(Protocol):
         """Add the inputs [..., cols] of one wave of `samples` sequences."""
 
 
-def timed(verb: Callable) -> Callable:
-    """Count a verb's time as busy, in all and under its own name."""
-
-    @functools.wraps(verb)
-    def wrapper(self: "PassingWorker", *args: Any) -> Any:
-        started = time.monotonic()
-        try:
-            with torch.no_grad():
-                return verb(self, *args)
-        finally:
-            self.seconds[verb.__name__] = self.seconds.get(verb.__name__, 0.0) + time.monotonic() - started
-
-    return wrapper
-
-
 class PassingWorker:
     """One replica of one shard, and what it does with waves that only pass through."""
 
     def __init__(self, spec: PassingSpec) -> None:
         torch.set_num_threads(spec.threads)
         self.spec = spec
-        self.seconds: dict[str, float] = {}
+        self.ledger = Ledger()
         self.checkpoint = Checkpoint(spec.model)
         self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
         self.skeleton.load_frame(self.checkpoint)
@@ -212,10 +196,14 @@ class PassingWorker:
             "layers": [self.spec.layers[0], self.spec.layers[-1]],
             "node": socket.gethostname(),
             "peak_bytes": peak_bytes(self.skeleton.device),
-            "busy_seconds": round(sum(self.seconds.values()), 3),
+            "busy_seconds": round(sum(self.ledger.seconds.values()), 3),
             "load_seconds": round(self.layers.load_seconds, 3),
-            "write_seconds": round(self.seconds.get("write", 0.0), 3),
+            "write_seconds": round(self.ledger.seconds.get("write", 0.0), 3),
         }
+
+    def account(self) -> list[Span]:
+        """What this worker did since it was last asked."""
+        return self.ledger.hand_out()
 
     # -- inside -----------------------------------------------------------------------------------------------
 

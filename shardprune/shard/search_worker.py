@@ -9,8 +9,8 @@ from shardprune.journal import Journal
 from shardprune.shard.held import Held, Saved, parameters_of
 from shardprune.shard.layer_file import write_layer
 from shardprune.shard.layers import Version
+from shardprune.shard.ledger import timed
 from shardprune.shard.narrowing_worker import NarrowingWorker
-from shardprune.shard.passing import timed
 from shardprune.shard.spec import WorkerSpec
 from shardprune.structure.shape import Widths
 

@@ -13,8 +13,9 @@ from shardprune.allocation.allocation import Share
 from shardprune.shard.blocks import Block, Squares
 from shardprune.shard.layer_file import write_layer
 from shardprune.shard.layers import Layers
+from shardprune.shard.ledger import timed
 from shardprune.shard.narrowing_worker import NarrowingWorker
-from shardprune.shard.passing import Sums, merged, timed
+from shardprune.shard.passing import Sums, merged
 from shardprune.shard.projections import Report, adopt_projection, prune_projection
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import projection_weight
@@ -147,13 +148,13 @@ class ShardWorker(NarrowingWorker):
     # -- the end of a layer -----------------------------------------------------------------------------------
 
     @timed
-    def write(self, index: int, record: dict[str, Any]) -> None:
+    def write(self, index: int, record: dict[str, Any]) -> int:
         """Write the solved layer with a record of what was done: pruned projections in their stored dtype,
-        everything else as it was."""
+        everything else as it was. Returns the bytes of its tensors."""
         projections = {self.skeleton.projection_tensor(index, name) for name in self.skeleton.family.projections}
         narrowed = self._narrowed.get(index)
         layer = narrowed or self.layers.get(index, "dense")
-        write_layer(self.journal, self.checkpoint, self.skeleton, index, layer, projections, record)
+        return write_layer(self.journal, self.checkpoint, self.skeleton, index, layer, projections, record)
 
     @timed
     def finish(self, index: int) -> None:
