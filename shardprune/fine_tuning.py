@@ -87,7 +87,10 @@ class _Recovery:
         if frame and len(self.journal.finished()) == plan.skeleton.layers:
             return
         self._prepare()
-        persevere(self._attempt, plan.processes, plan.recipe, self.backend, self.output, self._lost)
+        room = min(self.backend.room(plan.recipe.device), plan.processes.count)
+        persevere(
+            self._attempt, plan.processes.shrunk_to(int(room)), plan.recipe, self.backend, self.output, self._lost
+        )
         self._save()
 
     def _prepare(self) -> None:

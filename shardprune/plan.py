@@ -12,7 +12,7 @@ from shardprune.allocation.budget import TOLERANCE
 from shardprune.allocation.mixed import in_groups, nonzeros_in_all
 from shardprune.calibration import calibration_windows, perplexity_windows
 from shardprune.checkpoint import Checkpoint
-from shardprune.cluster.group import Backend, Slots
+from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.defaults import MIN_STORE_BYTES, check_seqlen, device_of, dtype_of, place_of, threads_of
@@ -244,11 +244,13 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, cla
     }
 
     recipe, layout = _decide(recipe, slots, skeleton.layers, claimed)
-    backend.check_room(layout.workers, recipe.device)
     identity = base.fingerprint if base else checkpoint.identity()
     fingerprint = fingerprint_of(recipe, layout, skeleton.dtype, identity, sparse, calibration)
     journal = Journal(recipe.out, fingerprint, skeleton.layers, checkpoint.stored_name)
     state = journal.check(recipe.resume) or {}
+    # What was started goes on with the workers that there are.
+    check_room(backend, 1 if state else layout.workers, recipe.device)
+    layout = layout.shrunk_to(int(min(backend.room(recipe.device), layout.workers)))
     return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state, widths, base)
 
 

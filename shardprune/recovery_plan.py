@@ -14,10 +14,10 @@ from torch import Tensor
 
 from shardprune.calibration import perplexity_windows
 from shardprune.checkpoint import Checkpoint
-from shardprune.cluster.group import Backend, Slots
+from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.defaults import check_seqlen, device_of, place_of, threads_of
 from shardprune.errors import InputError, without_credentials
-from shardprune.journal import Journal
+from shardprune.journal import Journal, recorded_recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
@@ -147,7 +147,8 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
         check_seqlen(recipe.seqlen, skeleton)
     teacher = _open_teacher(recipe, checkpoint) if recipe.teacher else None
     assert recipe.workers is not None
-    backend.check_room(recipe.workers, recipe.device, "workers")
+    # What was started goes on with the workers that there are.
+    check_room(backend, 1 if recorded_recipe(recipe.out) else recipe.workers, recipe.device, "workers")
     _check_compiler(recipe)
     if recipe.packing:
         check_packing(checkpoint.config.model_type)

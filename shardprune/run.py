@@ -145,8 +145,14 @@ class _Run:
         self.journal.folder.remove_partial()
         self._save()
         with self.output.events.recorded(self.journal.folder, **self.plan.facts()):
+            self._say_who_works()
             self.measure()
             return self._finish()
+
+    def _say_who_works(self) -> None:
+        asked, there = (self.plan.recipe.shards or 1) * (self.plan.recipe.replicas or 1), self.plan.layout.workers
+        if there < asked:
+            self.output.say(f"{asked} workers were asked for; the run goes on with {there}, for which there are slots")
 
     def measure(self) -> None:
         """Attempt the steps until they are done."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from shardprune.errors import InputError
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.passing import PassingWorker
 from shardprune.shard.spec import PassingSpec
@@ -67,11 +68,11 @@ class Backend(Protocol):
             InputError: the cluster cannot be reached.
         """
 
-    def check_room(self, workers: int, device: str, field: str = "shards") -> None:
-        """Check that so many workers, which `field` of a recipe asks for, can work at once.
+    def room(self, device: str) -> float:
+        """How many workers can work at once; infinitely many where they take turns, or get the slots that they need.
 
         Raises:
-            InputError: there are fewer slots.
+            InputError: the cluster cannot be reached.
         """
 
     def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
@@ -93,6 +94,18 @@ class Backend(Protocol):
         """After a worker was lost: wait until it is known what is left."""
 
     def close(self) -> None: ...
+
+
+def check_room(backend: Backend, workers: int, device: str, field: str = "shards") -> None:
+    """Check that so many workers, which `field` of a recipe asks for, can work at once.
+
+    Raises:
+        InputError: there are fewer slots.
+    """
+    room = backend.room(device)
+    if workers > room:
+        units = "GPUs" if device == "cuda" else "CPUs"
+        raise InputError(field, f"{workers} workers need as many {units}; the cluster has {room:g}")
 
 
 def flow(group: Group, refs: Iterable[Ref], in_flight: int) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Workers as Ray actors under one placement group, one GPU or CPU slot each."""
 
+import math
 import os
 import re
 import socket
@@ -30,8 +31,10 @@ from ray.util.scheduling_strategies import (
 )
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
+from shardprune.cluster.ray_metrics import metrics
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recovery.spec import TrainingSpec
+from shardprune.shard.ledger import Ledger
 from shardprune.shard.passing import PassingWorker
 from shardprune.shard.search_worker import SearchWorker
 from shardprune.shard.spec import PassingSpec
@@ -62,11 +65,14 @@ class _StartedLater:
     error in the constructor would look like a lost worker.
     """
 
+    ledger: Ledger
+
     def __init__(self, spec: PassingSpec) -> None:
         self.spec: Any = spec  # of the worker's own class
 
     def start(self) -> None:
         super().__init__(self.spec)  # type: ignore[call-arg]
+        self.ledger.watcher = metrics(self.spec.shard, self.spec.replica)
 
 
 class ShardActor(_StartedLater, ShardWorker):
@@ -101,14 +107,10 @@ class RayBackend:
         self._connect()
         return cluster_slots()
 
-    def check_room(self, workers: int, device: str, field: str = "shards") -> None:
+    def room(self, device: str) -> float:
         own = not self._address and not ray.is_initialized()
-        if own and device == "cpu":
-            return  # a cluster of our own gets as many slots as there are workers
-        room = self.slots().workers(device)
-        if workers > room:
-            units = "GPUs" if device == "cuda" else "CPUs"
-            raise InputError(field, f"{workers} workers need as many {units}; the cluster has {room}")
+        # A cluster of our own gets as many CPU slots as there are workers.
+        return math.inf if own and device == "cpu" else self.slots().workers(device)
 
     def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
         self._connect(

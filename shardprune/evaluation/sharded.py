@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardprune.attempts import persevere
 from shardprune.checkpoint import Checkpoint
-from shardprune.cluster.group import Backend, Group
+from shardprune.cluster.group import Backend, Group, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.likelihoods import Queries, Query, log_likelihoods
 from shardprune.cluster.passes import Waves, parts_of_pass, perplexity, usage
@@ -44,7 +44,7 @@ class ShardedModel:
         shards = settings.shards or 1
         replicas = settings.replicas or (max(1, slots.gpus // shards) if device == "cuda" else 1)
         self.layout = plan_layout(self.skeleton.layers, replicas, "exact", shards, replicas, None)
-        backend.check_room(self.layout.workers, device)
+        check_room(backend, self.layout.workers, device)
         threads = settings.threads or threads_of(slots, self.layout.workers)
         self.settings = settings.model_copy(
             update={"device": device, "shards": shards, "replicas": replicas, "threads": threads}
