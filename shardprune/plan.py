@@ -243,13 +243,14 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, cla
         for source in recipe.eval
     }
 
+    asked = (recipe.shards or 1) * (recipe.replicas or 1)
     recipe, layout = _decide(recipe, slots, skeleton.layers, claimed)
     identity = base.fingerprint if base else checkpoint.identity()
     fingerprint = fingerprint_of(recipe, layout, skeleton.dtype, identity, sparse, calibration)
     journal = Journal(recipe.out, fingerprint, skeleton.layers, checkpoint.stored_name)
     state = journal.check(recipe.resume) or {}
     # What was started goes on with the workers that there are.
-    check_room(backend, 1 if state else layout.workers, recipe.device)
+    check_room(backend, 1 if state else asked, recipe.device)
     layout = layout.shrunk_to(int(min(backend.room(recipe.device), layout.workers)))
     return Plan(recipe, checkpoint, skeleton, calibration, evaluations, layout, journal, state, widths, base)
 

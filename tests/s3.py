@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,11 +53,12 @@ class Request:
 
 @dataclass
 class Fault:
-    """What is done to the requests whose `Request.operation` the pattern finds: `times` of them, after `skip` others."""
+    """What is done to requests whose `Request.operation` the pattern finds: to `times` of them, after `skip` others."""
 
     pattern: str
     status: int | None = None  # answered instead of the server
     drop: Moment | None = None
+    action: Callable[[], None] | None = None  # called before the request goes on
     times: float = 1
     skip: int = 0
     hits: int = field(default=0, init=False)
@@ -83,6 +84,10 @@ class Faults:
     def drop(self, moment: Moment, pattern: str = "", times: float = 1, skip: int = 0) -> Fault:
         """Break the connection."""
         return self._add(Fault(pattern, drop=moment, times=times, skip=skip))
+
+    def call(self, action: Callable[[], None], pattern: str = "", skip: int = 0) -> Fault:
+        """Do something when a request comes, and let it go on then."""
+        return self._add(Fault(pattern, action=action, skip=skip))
 
     def down(self, seconds: float | None = None) -> None:
         """Break all connections and refuse new ones, for so long or until `up`."""
@@ -193,6 +198,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = urllib.parse.unquote(path).strip("/")
         seen = Request(self.command, path, query, self.headers.get("Range"), None, 0, None)
         fault = proxy.faults.pick(seen.operation)
+        if fault and fault.action:
+            fault.action()
+            fault = None
         status, sent = None, 0
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if fault and fault.status:

@@ -50,6 +50,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 CONNECT_SECONDS = 10.0
 PLACEMENT_SECONDS = 120.0
+PLACEMENT_POLL_SECONDS = 2.0  # between two looks at the nodes meanwhile
 PROBE_SECONDS = 10.0  # for a node to answer after a worker was lost
 TRAINING_STORE_BYTES = 128 * 2**20  # its processes exchange their tensors without Ray
 DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
@@ -205,9 +206,7 @@ class RayGroup:
         self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
         self._actors: dict[tuple[int, int], Any] = {}
         try:
-            if not self._placement.wait(PLACEMENT_SECONDS):
-                wanted = f"{len(specs)} x {bundle}"
-                raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
+            self._wait(len(specs), bundle, specs[0].device)
             actor_class = ray.remote(max_restarts=0, max_task_retries=0)(actor)
             streamed = specs[0].weights == "streamed"
             environment = {"env_vars": STREAMING_ENV} if streamed else None
@@ -223,6 +222,16 @@ class RayGroup:
         except BaseException:
             self.close()
             raise
+
+    def _wait(self, workers: int, bundle: dict[str, float], device: str) -> None:
+        """Wait until the cluster has freed what the workers need."""
+        deadline = time.monotonic() + PLACEMENT_SECONDS
+        while not self._placement.wait(PLACEMENT_POLL_SECONDS):
+            if cluster_slots().workers(device) < workers:
+                raise WorkerLost("a node died before workers were placed")
+            if time.monotonic() > deadline:
+                wanted = f"{workers} x {bundle}"
+                raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
 
     def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
         actor = self._actors.get((shard, replica))

@@ -88,7 +88,7 @@ def test_the_output_is_a_checkpoint_and_nothing_else(folder, done):
     out, *_ = done
     companions = {path.name for path in (folder / "sparse").iterdir()} - {"model.safetensors"}
     model = {f"model-{number:05d}-of-00003.safetensors" for number in range(1, 4)} | {"model.safetensors.index.json"}
-    assert {path.name for path in out.iterdir()} == companions | model | {"result.json"}
+    assert {path.name for path in out.iterdir()} == companions | model | {"result.json", "events.jsonl"}
 
 
 def test_a_finished_training_is_not_done_again(folder, done):

@@ -1,0 +1,66 @@
+"""Ray clusters of several nodes on this machine, whose actors and nodes can be killed."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+# Ray's own are 30 s and more until a node that is gone counts as dead, and ten seconds between two reports.
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+QUICK |= {"metrics_report_interval_ms": 500}
+
+
+class Nodes:
+    """A cluster whose head has no slot and whose nodes have one each."""
+
+    def __init__(self, cluster: Any, count: int) -> None:
+        self._cluster = cluster
+        self._nodes = [cluster.add_node(**NODE) for _ in range(count)]
+        self.count = count
+        self.address: str = cluster.address
+
+    def kill_node(self) -> None:
+        """Kill all processes of one node, which has a worker if all have."""
+        self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
+
+    def repair(self) -> None:
+        """Add nodes until there are as many as at the start."""
+        while len(self._nodes) < self.count:
+            self._nodes.append(self._cluster.add_node(**NODE))
+
+    def kill_actor(self) -> None:
+        """Kill the process of one worker."""
+        workers = self.workers()
+        assert workers, "there is no worker to kill"
+        workers[-1].send_signal(signal.SIGKILL)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of the workers on all nodes."""
+        found = []
+        for process in psutil.Process(os.getpid()).children(recursive=True):
+            try:
+                if "ray::ShardActor" in " ".join(process.cmdline()):
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+@contextmanager
+def nodes(count: int) -> Iterator[Nodes]:
+    """A cluster of so many one-slot nodes, to which this process connects run by run."""
+    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
+
+    from ray.cluster_utils import Cluster  # isort: skip
+
+    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield Nodes(cluster, count)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
