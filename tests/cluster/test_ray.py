@@ -17,7 +17,7 @@ from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
 from shardprune.progress import Output
 from tests.clusters import cluster
-from tests.tiny import differing, load_tensors, make_model, make_tokens
+from tests.tiny import differing, make_model, make_tokens
 
 QUIET = Output(quiet=True)
 
@@ -210,35 +210,6 @@ def worker_processes(parent: int) -> list[psutil.Process]:
     return [child for child in children if any(actor in " ".join(child.cmdline()) for actor in actors)]
 
 
-KILLS = {
-    "outliers and masks rebuilt": (
-        {"shards": 2, "samples": 16, "allocation": "owl", "rebuild": "barber", "rebuild_threshold": 0.1},
-        3,
-    ),
-    "parallel, streamed": ({"shards": 2, "segments": 4, "propagation": "parallel", "weights": "streamed"}, 3),
-}
-
-
-@pytest.mark.parametrize(("fields", "after"), KILLS.values(), ids=KILLS)
-def test_a_killed_worker_costs_only_the_layers_in_work(ray, undisturbed, fields, after, tmp_path):
-    finished, killed = {}, []
-
-    def kill() -> None:
-        finished.update(wait_for_layers(tmp_path / "o", after))
-        victim = worker_processes(os.getpid())[-1]
-        victim.send_signal(signal.SIGKILL)
-        killed.append(victim.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = prune(slow_recipe(tmp_path / "o", **fields), QUIET)
-    killer.join()
-    assert killed
-    assert result.restarts == 1
-    assert differing(undisturbed(**fields), tmp_path / "o") == []
-    assert finished.items() <= layer_files(tmp_path / "o").items()  # none was written again
-
-
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     values = slow_recipe("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
     fields = {**values, "samples": 32, "remove": 0.35, "criterion": "kl"}
@@ -280,56 +251,3 @@ def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
         killer.join()
     assert prune(slow_recipe(tmp_path / "o", shards=2), QUIET).restarts == 2
     assert differing(undisturbed(shards=2), tmp_path / "o") == []
-
-
-def test_a_killed_driver_is_started_again(undisturbed, tmp_path):
-    out = tmp_path / "o"
-    command = [sys.executable, "-m", "shardprune", "prune", bundled_model(), "--out", str(out), "--sparsity", "0.5"]
-    command += ["--calibration", "stdlib", "--samples", "64", "--seqlen", "256", "--threads", "1", "--shards", "2"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    finished = wait_for_layers(out, 3)
-    workers = worker_processes(driver.pid)
-    assert len(workers) == 2
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    _, alive = psutil.wait_procs(workers, timeout=60)
-    assert not alive, "workers outlived their driver"
-    assert not (out / "result.json").exists()
-
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert again.returncode == 0, again.stderr
-    assert f"{len(finished)} of 8 layers are finished already" in again.stderr or len(layer_files(out)) == 9
-    assert differing(undisturbed(shards=2), out) == []
-    assert finished.items() <= layer_files(out).items()
-    assert len(load_tensors(out)) == len(load_tensors(bundled_model()))
-
-
-def test_a_killed_node_costs_only_the_layers_in_work(undisturbed, tmp_path):
-    """Three one-slot nodes on this machine; the run goes on with two, which then own the three segments."""
-    from ray.cluster_utils import Cluster
-
-    from shardprune.cluster.ray_backend import ray
-
-    ray.shutdown()
-    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    finished = {}
-    try:
-        victim, _ = cluster.add_node(**node), cluster.add_node(**node)
-
-        def kill() -> None:
-            finished.update(wait_for_layers(tmp_path / "o", 3))
-            cluster.remove_node(victim, allow_graceful=False)
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        recipe = slow_recipe(tmp_path / "o", shards=3, propagation="parallel", address=cluster.address)
-        result = prune(recipe, QUIET)
-        killer.join()
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-    assert result.restarts == 1
-    assert len(result.workers) == 2
-    assert differing(undisturbed(shards=3, propagation="parallel"), tmp_path / "o") == []
-    assert finished.items() <= layer_files(tmp_path / "o").items()
