@@ -15,6 +15,7 @@ def cluster(cpus: int, store: int = 200 * 2**20) -> Iterator[Any]:
         num_cpus=cpus,
         object_store_memory=store,
         include_dashboard=False,
+        _system_config={"metrics_report_interval_ms": 500},
         log_to_driver=False,
         runtime_env={"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}},
     )

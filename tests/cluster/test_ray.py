@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
 from shardprune.progress import Output
 from tests.clusters import cluster
+from tests.failures.listening import Heard, Moment
 from tests.tiny import differing, make_model, make_tokens
 
 QUIET = Output(quiet=True)
@@ -141,6 +144,39 @@ def test_searches_equal_one_process(ray, folder, fields, tmp_path):
     assert (sharded.structure, sharded.perplexity) == (local.structure, local.perplexity)
     assert differing(tmp_path / "local", tmp_path / "ray") == []
     assert differing(tmp_path / "local" / "iteration-01", tmp_path / "ray" / "iteration-01") == []
+
+
+METRIC = re.compile(r'^ray_shardprune_(\w+)\{.*WorkerId="(\w+)".*shard="(\d)".*\} (\S+)$', re.MULTILINE)
+
+
+def scraped(ray) -> list[tuple[str, str, str, float]]:
+    """What Prometheus would get of our metrics now: name, process, shard, value."""
+    found = []
+    for node in ray.nodes():
+        with urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        found += [(name, process, shard, float(value)) for name, process, shard, value in METRIC.findall(text)]
+    return found
+
+
+def test_metrics_say_what_workers_do(ray, folder, tmp_path):
+    earlier = {process for _, process, _, _ in scraped(ray)}
+    found: dict[str, dict[str, float]] = {}
+
+    def scrape() -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and found.get("layers_done_total") != {"0": 2, "1": 2}:
+            time.sleep(0.3)
+            for name, process, shard, value in scraped(ray):
+                if process not in earlier:
+                    found.setdefault(name, {})[shard] = value
+
+    # While the workers wait for the driver, all layers done and one wave of the evaluation under way.
+    prune(recipe(folder, tmp_path / "o", shards=2), Heard(Moment("perplexity after", 0.3, scrape)))
+    assert found["layers_done_total"] == {"0": 2, "1": 2}
+    assert found["solver_seconds_count"] == {"0": 8, "1": 8}  # four inputs of every layer
+    assert found["waves_total"]["0"] >= 2 * 2 * 3  # three waves of statistics and propagation through two layers
+    assert found["bytes_moved_total"]["1"] >= 3 * 4 * 24 * 32 * 4  # which all came to the second shard
 
 
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
