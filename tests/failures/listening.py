@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,10 +53,13 @@ class Moment:
 
 
 def main() -> None:
-    """Prune as a recipe in JSON says, and print every name and share before going on."""
+    """Prune as a recipe in JSON says; print every name and share, and go on when a line has come back."""
+    turn = threading.Lock()
 
     def tell(name: str, share: float) -> None:
-        print(json.dumps([name, share]), flush=True)
+        with turn:
+            print(json.dumps([name, share]), flush=True)
+            sys.stdin.readline()
 
     prune(Recipe.checked(json.loads(sys.argv[1])), Heard(tell))
 
