@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -100,7 +101,7 @@ class Checkpoint:
         """A local folder with the files that transformers reads from a path."""
         with tempfile.TemporaryDirectory() as local:
             for name in self.companions():
-                self.folder.fs.get_file(self.folder.path(name), os.path.join(local, name))
+                Path(local, name).write_bytes(self.folder.read_bytes(name))
             yield local
 
     def companions(self) -> list[str]:
@@ -121,14 +122,7 @@ class Checkpoint:
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
         digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
-        middles = [(entry.start + entry.end) // 2 for _, entry in entries]
-        samples = self.folder.fs.cat_ranges(
-            [self.folder.path(entry.file) for _, entry in entries],
-            [max(entry.start, middle - SAMPLE // 2) for (_, entry), middle in zip(entries, middles, strict=True)],
-            [min(entry.end, middle + SAMPLE // 2) for (_, entry), middle in zip(entries, middles, strict=True)],
-            on_error="raise",
-        )
-        for sample in samples:
+        for sample in self.folder.read_ranges([_sample(entry) for _, entry in entries]):
             digest.update(sample)
         return digest.hexdigest()
 
@@ -153,6 +147,12 @@ class Checkpoint:
             if name not in headers[file]:
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
+
+
+def _sample(entry: Entry) -> tuple[str, int, int]:
+    """A range in the middle of a tensor."""
+    middle = (entry.start + entry.end) // 2
+    return entry.file, max(entry.start, middle - SAMPLE // 2), min(entry.end, middle + SAMPLE // 2)
 
 
 def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from shardprune.errors import InputError, SolverError, TrainingError, WorkerLost
+from shardprune.errors import InputError, SolverError, StorageError, TrainingError, WorkerLost
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.pipeline_recipe import PipelineRecipe
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_fail(str(error), 2))
     except ClickException as error:
         sys.exit(_fail(error.format_message(), 2))  # type: ignore[attr-defined]
-    except (SolverError, TrainingError, WorkerLost) as error:
+    except (SolverError, StorageError, TrainingError, WorkerLost) as error:
         sys.exit(_fail(str(error), 1))
     except Stopped:
         sys.exit(

@@ -16,7 +16,8 @@ MIN_STORE_BYTES = 128 * 2**20  # of memory for what is under way between workers
 
 def place_of(model: str) -> str:
     """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
-    return absolute(model) if os.path.isdir(model) else model
+    place = absolute(model)
+    return place if os.path.isdir(place) else model
 
 
 def device_of(workers: Machines, slots: Slots) -> str:

@@ -1,11 +1,18 @@
 """The ways a run can fail that are not a defect in the program."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def without_credentials(text: str) -> str:
     """A text whose URLs have lost user names, passwords and query strings."""
     return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1", re.sub(r"(\w+://)[^\s'\"/@]*@", r"\1", text))
+
+
+def first_line(error: BaseException) -> str:
+    """An error's text, or its first line where it has several."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class InputError(ValueError):
@@ -21,6 +28,32 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
         return InputError, (self.field, self.problem)
+
+
+class StorageError(RuntimeError):
+    """Storage that cannot be read or written, however long one waits. Its text names the field that says where it is,
+    the file and the reason."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {without_credentials(problem)}")
+        self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type["StorageError"], tuple[str, str]]:
+        return StorageError, (self.field, self.problem)
+
+
+@contextmanager
+def before_work() -> Iterator[None]:
+    """Storage that refuses what a run needs is bad input as long as nothing has begun.
+
+    Raises:
+        InputError: for a StorageError inside.
+    """
+    try:
+        yield
+    except StorageError as error:
+        raise InputError(error.field, error.problem) from error
 
 
 class SolverError(RuntimeError):

@@ -18,6 +18,9 @@ def done_already(
 
     Args:
         state: what the output directory holds.
+
+    Raises:
+        InputError: it lacks something, which cannot be written.
     """
     if "version" not in state:
         return None
@@ -25,6 +28,7 @@ def done_already(
     measured = {source: record.tokens_sha256 for source, record in result.perplexity.items()}
     wanted = {source: tokens_hash(windows) for source, windows in evaluations.items()}
     if not wanted.items() <= measured.items():
+        journal.folder.check_writable()
         return None
     output.say(f"{journal.folder.url} is finished already")
     return result

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.safetensors_file import Shapes, read_header, read_tensor, write_each
-from shardprune.storage import PARTIAL, Folder, first_line
+from shardprune.storage import PARTIAL, Folder
 
 STATE = "run.json"
 RESULT = "result.json"
@@ -51,8 +51,14 @@ class Journal:
         """The state of this run's earlier attempt, or None where the directory is free.
 
         Raises:
-            InputError: the directory holds something else, or may not be resumed.
+            InputError: the directory holds something else, may not be resumed, or cannot be written.
         """
+        state = self._found(resume)
+        if state is None or "version" not in state:  # of a finished run nothing may be left to write
+            self.folder.check_writable()
+        return state
+
+    def _found(self, resume: bool) -> dict[str, Any] | None:
         names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
         if not names:
             return None
@@ -67,15 +73,8 @@ class Journal:
         return _record(self.folder, STATE) if STATE in names else state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Record the state of the run, and with the first call claim the directory.
-
-        Raises:
-            InputError: nothing can be written there.
-        """
-        try:
-            self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
-        except OSError as error:
-            raise InputError("out", f"{self.folder.url} cannot be written: {first_line(error)}") from error
+        """Record the state of the run, and with the first call claim the directory."""
+        self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
 
     # -- layers ---------------------------------------------------------------------------------------------
 
@@ -109,8 +108,7 @@ class Journal:
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result; the state is no longer needed."""
         self.folder.write_json(RESULT, result)
-        if self.folder.is_file(STATE):
-            self.folder.remove(STATE)
+        self.folder.remove(STATE)
 
 
 def recorded_recipe(out: str) -> dict[str, Any]:

@@ -37,4 +37,4 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
             (config["text_config"] if checkpoint.has_tower else config).update(changes)
             journal.folder.write_json(CONFIG, config)
         else:
-            journal.folder.write(name, [checkpoint.folder.read_bytes(name)])
+            journal.folder.write_bytes(name, checkpoint.folder.read_bytes(name))

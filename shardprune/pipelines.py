@@ -9,7 +9,7 @@ from typing import Any
 
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.backends import backend_of
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, before_work, without_credentials
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.run import check_evaluation, evaluate
 from shardprune.fine_tuning import recover
@@ -21,7 +21,7 @@ from shardprune.recovery_plan import open_inputs
 from shardprune.result import EvaluationResult, Result
 from shardprune.run import prune
 from shardprune.search import mop
-from shardprune.storage import PARTIAL, Folder, absolute, first_line
+from shardprune.storage import PARTIAL, Folder, absolute
 
 STATE = "pipeline.json"
 RUNS: dict[str, Callable[[Any, Output], Result | EvaluationResult]] = {
@@ -38,12 +38,13 @@ def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, 
 
     Raises:
         InputError: something in a step cannot work; no step has started then.
-        SolverError, TrainingError, WorkerLost: as the steps raise them.
+        SolverError, StorageError, TrainingError, WorkerLost: as the steps raise them.
     """
     output = output or Output()
     recipe = recipe.model_copy(update={"out": absolute(recipe.out)})
-    progress = _Progress(recipe)
-    _check_ahead(recipe, output)
+    with before_work():
+        progress = _Progress(recipe)
+        _check_ahead(recipe, output)
     progress.save()
     results = {}
     for step in recipe.steps:
@@ -116,10 +117,7 @@ class _Progress:
             "evaluated": self.evaluated,
             "recipe": self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
         }
-        try:
-            self.folder.write_json(STATE, state)
-        except OSError as error:
-            raise InputError("out", f"{self.folder.url} cannot be written: {first_line(error)}") from error
+        self.folder.write_json(STATE, state)
 
 
 def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.defaults import MIN_STORE_BYTES, check_seqlen, device_of, dtype_of, place_of, threads_of
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, before_work, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.mop_recipe import MopRecipe
@@ -203,6 +203,7 @@ class Plan:
         return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 
+@before_work()
 def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, claimed: str | None = None) -> Plan:
     """Open and check everything that a recipe names, and decide what it leaves open.
 

@@ -16,7 +16,7 @@ from shardprune.calibration import perplexity_windows
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.defaults import check_seqlen, device_of, place_of, threads_of
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, before_work, without_credentials
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
@@ -128,6 +128,7 @@ class RecoveryPlan:
         return list(self.skeleton.projection_shapes(index).values())
 
 
+@before_work()
 def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
@@ -165,6 +166,7 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
 
 
+@before_work()
 def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
     """Decide everything about a training.
 
@@ -195,7 +197,8 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % (count * micro) == 0]
     workers = recipe.workers or (fitting[-1] if device == "cuda" and recipe.backend == "ray" else 1)
     out = absolute(recipe.out)
-    if "://" in (recipe.state or out):
+    state = absolute(recipe.state) if recipe.state else f"{out}/{STATE}"
+    if "://" in state:
         wanted = "a directory that all nodes see, because DeepSpeed writes no URLs"
         raise InputError("state", f"{recipe.state or out!r} is a URL; use {wanted}")
     precision = {"cuda": "bf16", "cpu": "fp32"}[device] if recipe.precision == "auto" else recipe.precision
@@ -207,7 +210,7 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
             "model": place_of(recipe.model),
             "teacher": place_of(recipe.teacher) if recipe.teacher else None,
             "out": out,
-            "state": absolute(recipe.state) if recipe.state else f"{out}/{STATE}",
+            "state": state,
             "device": device,
             "workers": workers,
             "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),

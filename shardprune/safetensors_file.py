@@ -29,6 +29,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_READ = 64 * 2**10  # bytes read at once in the hope that the header is no longer
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
@@ -50,18 +51,21 @@ def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, 
         InputError: the file is missing, no safetensors file, or truncated; names the folder's field.
     """
     where = f"{folder.url}/{name}"
-    if not folder.is_file(name):
-        raise InputError(folder.field, f"{where} does not exist")
     size = folder.size(name)
-    length = int.from_bytes(folder.read_range(name, 0, 8), "little") if size >= 8 else 0
+    if size is None:
+        raise InputError(folder.field, f"{where} does not exist")
+    start = folder.read_range(name, 0, min(size, HEADER_READ)) if size else b""
+    length = int.from_bytes(start[:8], "little") if size >= 8 else 0
     if not 2 <= length <= HEADER_LIMIT:
         raise InputError(folder.field, f"{where} is not a safetensors file")
     if 8 + length > size:
         raise InputError(
             folder.field, f"{where} is truncated or not a safetensors file: its header ends after the file"
         )
+    if 8 + length > len(start):
+        start += folder.read_range(name, len(start), 8 + length)
     try:
-        header = json.loads(folder.read_range(name, 8, 8 + length))
+        header = json.loads(start[8 : 8 + length])
         metadata = header.pop("__metadata__", {})
         entries = {key: _entry(folder, name, 8 + length, value) for key, value in header.items()}
     except InputError:
@@ -154,7 +158,7 @@ def _write(
         for key in order:
             yield from content(key)
 
-    folder.write(name, parts())
+    folder.write(name, parts)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -53,7 +53,7 @@ class Request:
 
 @dataclass
 class Fault:
-    """What is done to requests whose `Request.operation` the pattern finds: to `times` of them, after `skip` others."""
+    """What is done to the requests whose `Request.operation` the pattern finds: `times` of them after `skip`."""
 
     pattern: str
     status: int | None = None  # answered instead of the server

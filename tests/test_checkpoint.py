@@ -71,7 +71,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError("out of luck")
 
     with pytest.raises(RuntimeError, match="out of luck"):
-        folder.write("file", parts())
+        folder.write("file", parts)
     assert folder.names() == []
 
 
@@ -109,11 +109,11 @@ def test_an_upload_that_fails_never_appears(tmp_path, fails):
     Store.objects.clear()
     if fails:
         with pytest.raises(KeyboardInterrupt):
-            folder.write("x", parts())
+            folder.write("x", parts)
         gc.collect()
         assert Store.objects == {}
     else:
-        folder.write("x", parts())
+        folder.write("x", parts)
         assert Store.objects == {"bucket/run/x": bytes(9 * 2**20)}
 
 

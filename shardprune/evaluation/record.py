@@ -48,11 +48,7 @@ class Record:
         content = result.as_json()
         if not self._alone:
             content = {**_content(self.folder), "evaluation": content["evaluation"]}
-        try:
-            self.folder.write_json(RESULT, content)
-        except OSError as error:
-            reason = f"{self.folder.url}/{RESULT} cannot be written: {first_line(error)}"
-            raise InputError(self.folder.field, f"{reason}; give another place with --out") from error
+        self.folder.write_json(RESULT, content)
 
     def _claim(self, content: dict[str, Any]) -> None:
         url = self.folder.url
@@ -61,10 +57,6 @@ class Record:
                 raise InputError("out", f"{url} is not empty and holds no evaluation; choose an empty directory")
             if content.get("fingerprint") != self.fingerprint:
                 raise InputError("out", f"{url} holds the evaluation of another model; choose an empty directory")
-        try:
-            self.folder.fs.makedirs(self.folder.root, exist_ok=True)
-        except OSError as error:
-            raise InputError("out", f"{url} cannot be written: {first_line(error)}") from error
 
 
 def _content(folder: Folder) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from shardprune.clock import Clock
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.defaults import check_seqlen, place_of
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, before_work, without_credentials
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
@@ -32,7 +32,7 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
     output = output or Output()
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         clock = Clock(output.events)
-        with clock.phase("plan"):
+        with clock.phase("plan"), before_work():
             model = ShardedModel(recipe.model, recipe, backend, output)
             record = Record(model.checkpoint, recipe.out)
             windows = _windows(recipe, model)
@@ -47,6 +47,7 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
             return evaluation.result()
 
 
+@before_work()
 def check_evaluation(recipe: EvaluateRecipe, backend: Backend, output: Output) -> None:
     """Open everything that an evaluation of a model needs, and measure nothing.
 

@@ -1,0 +1,166 @@
+"""Storage that is away for a moment: what is tried again, for how long, and what is said meanwhile."""
+
+import errno
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from shardprune.errors import first_line, without_credentials
+
+T = TypeVar("T")
+
+ENVIRONMENT = "SHARDPRUNE_STORAGE_PATIENCE"  # seconds, for all processes that it is set in
+
+# Of a server's answers: what the same request may not meet again. Object stores say so by status or by code.
+STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+CODES = frozenset(
+    {
+        "BadDigest",  # damaged on the way
+        "BandwidthLimitExceeded",
+        "IncompleteBody",
+        "InternalError",
+        "NoSuchUpload",  # gone with what was uploaded: the next attempt starts another
+        "OperationAborted",
+        "RequestLimitExceeded",
+        "RequestTimeout",
+        "RequestTimeoutException",
+        "ServiceUnavailable",
+        "SlowDown",
+        "Throttling",
+        "ThrottlingException",
+        "XAmzContentSHA256Mismatch",
+    }
+)
+# Of no answer, or half of one: the classes of all clients that fsspec may use, by name, as none need be installed.
+CLASSES = frozenset(
+    {
+        "ChunkedEncodingError",  # requests
+        "ClientConnectionError",  # aiohttp
+        "ClientPayloadError",
+        "ConnectionError",  # Python, requests and botocore
+        "HTTPClientError",  # botocore
+        "IncompleteRead",  # http.client and urllib3
+        "IncompleteReadError",  # botocore and asyncio
+        "NetworkError",  # httpx
+        "RemoteProtocolError",
+        "ResponseParserError",  # botocore
+        "Timeout",  # requests
+        "TimeoutError",  # Python, asyncio and concurrent.futures
+        "TimeoutException",  # httpx
+        "TransportError",  # google.auth
+    }
+)
+# Though of those classes: a certificate stays what it is, and the hub's client may be told to stay offline.
+PERMANENT = frozenset({"ClientConnectorCertificateError", "ClientSSLError", "OfflineModeIsEnabled", "SSLError"})
+ERRNOS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ESTALE,  # a network file system's server came back
+        errno.ETIMEDOUT,
+    }
+)
+
+_logger = logging.getLogger(__name__)
+_random = random.Random()  # one of our own: the program's seeds stay as they are
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Waits double from `first` to `longest` seconds, each shortened by chance to half at most, so that many workers
+    do not come back at once. It ends `seconds` after the first failure, but not before `tries` attempts: one that
+    moves much may take longer than that."""
+
+    seconds: float = 120.0
+    first: float = 0.5
+    longest: float = 10.0
+    tries: int = 3
+
+    def waits(self, chance: Callable[[], float]) -> Iterator[float]:
+        """Seconds before each further attempt, without end. `chance` is between 0 and 1."""
+        wait = self.first
+        while True:
+            yield wait * (1 + chance()) / 2
+            wait = min(self.longest, 2 * wait)
+
+    @classmethod
+    def of_this_process(cls) -> "Patience":
+        """What the environment says, or the default."""
+        return cls(seconds=float(os.environ.get(ENVIRONMENT) or cls.seconds))
+
+
+def persist(
+    operation: Callable[[], T],
+    what: str,
+    patience: Patience | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    chance: Callable[[], float] = _random.random,
+) -> T:
+    """Call an operation on storage until it succeeds, as long as its errors are transient.
+
+    Args:
+        operation: starts from the beginning whenever it is called.
+        what: it is about, for the log.
+
+    Raises:
+        Exception: the operation's, where it is not transient or patience has ended.
+    """
+    patience = patience or Patience.of_this_process()
+    since: float | None = None
+    for tries, wait in enumerate(patience.waits(chance), 1):
+        try:
+            return operation()
+        except Exception as error:
+            now = clock()
+            since = now if since is None else since
+            left = patience.seconds - (now - since)
+            if not transient(error) or (left < wait and tries >= patience.tries):
+                raise
+            reason = f"{what}: {first_line(error)}; trying again in {wait:.1f} s, for {max(left, 0):.0f} s more"
+            _logger.warning("%s", without_credentials(reason))
+        sleep(wait)
+    raise AssertionError("waits have no end")
+
+
+def transient(error: BaseException) -> bool:
+    """Whether the same operation may succeed later. Clients wrap errors, so that causes count, too."""
+    causes = list(_causes(error))
+    for cause in causes:
+        status, code = _answer(cause)
+        if code in CODES:
+            return True
+        if status is not None:
+            return status in STATUSES
+    return any(_without_answer(cause) for cause in causes)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _answer(error: BaseException) -> tuple[int | None, str | None]:
+    """The status and the code of the server's answer that an error is about."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        code = response.get("Error", {}).get("Code")
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), code
+    values = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
+    # requests and httpx; aiohttp; gcsfs. What is no status of an error is no answer: aiohttp gives 0, others codes.
+    return next((value for value in values if isinstance(value, int) and 400 <= value < 600), None), None
+
+
+def _without_answer(error: BaseException) -> bool:
+    names = {base.__name__ for base in type(error).__mro__}
+    if names & PERMANENT:
+        return False
+    return bool(names & CLASSES) or (isinstance(error, OSError) and error.errno in ERRNOS)
