@@ -12,7 +12,6 @@ from shardprune.attempts import persevere
 from shardprune.clock import Clock
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
-from shardprune.errors import InputError
 from shardprune.evaluation.recipe import Shards
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.finishing import costs_of_measuring, done_already, finish
@@ -26,7 +25,7 @@ from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.recovery_plan import CLAIM, RecoveryPlan, make_recovery_plan
 from shardprune.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of
 from shardprune.setting_groups import Machines
-from shardprune.storage import Folder, first_line
+from shardprune.storage import Folder
 
 POLL_SECONDS = 1.0  # between two looks at the losses of a training under way
 
@@ -98,10 +97,7 @@ class _Recovery:
         plan = self.plan
         assert plan.recipe.state is not None
         folder = Folder(plan.recipe.state, "state")
-        try:
-            folder.write_text(CLAIM, plan.claim)
-        except OSError as error:
-            raise InputError("state", f"{plan.recipe.state} cannot be written: {first_line(error)}") from error
+        folder.write_text(CLAIM, plan.claim)
         folder.remove_partial()
         plan.inputs.rows.save(folder, ROWS)
         if len(plan.inputs.held_out):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.safetensors_file import Shapes, read_header, read_tensor, write_each
-from shardprune.storage import PARTIAL, Folder
+from shardprune.storage import PARTIAL, Folder, output_folder
 
 STATE = "run.json"
 RESULT = "result.json"
@@ -27,7 +27,7 @@ class Journal:
     """
 
     def __init__(self, out: str, fingerprint: str, layers: int, stored_name: Callable[[str], str] = str) -> None:
-        self.folder = Folder(out, "out")
+        self.folder = output_folder(out)
         self.fingerprint = fingerprint
         self.layers = layers
         self._stored_name = stored_name
@@ -113,7 +113,7 @@ class Journal:
 
 def recorded_recipe(out: str) -> dict[str, Any]:
     """The recipe, with all its choices made, of the run that an output directory holds; empty where it holds none."""
-    folder = Folder(out, "out")
+    folder = output_folder(out)
     for name in (STATE, RESULT):
         recipe = _record(folder, name).get("recipe") if folder.is_file(name) else None
         if isinstance(recipe, dict):

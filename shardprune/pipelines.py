@@ -21,7 +21,7 @@ from shardprune.recovery_plan import open_inputs
 from shardprune.result import EvaluationResult, Result
 from shardprune.run import prune
 from shardprune.search import mop
-from shardprune.storage import PARTIAL, Folder, absolute
+from shardprune.storage import PARTIAL, absolute, output_folder
 
 STATE = "pipeline.json"
 RUNS: dict[str, Callable[[Any, Output], Result | EvaluationResult]] = {
@@ -44,6 +44,7 @@ def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, 
     recipe = recipe.model_copy(update={"out": absolute(recipe.out)})
     with before_work():
         progress = _Progress(recipe)
+        progress.folder.check_writable()
         _check_ahead(recipe, output)
     progress.save()
     results = {}
@@ -89,7 +90,7 @@ class _Progress:
     """
 
     def __init__(self, recipe: PipelineRecipe) -> None:
-        self.folder = Folder(recipe.out, "out")
+        self.folder = output_folder(recipe.out)
         self.recipe = recipe
         self.evaluated: dict[str, Any] | None = None
         names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]

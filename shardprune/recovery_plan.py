@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -282,7 +281,7 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
 
 
 def _check_state(plan: RecoveryPlan) -> None:
-    """Check that the place for the training's state is free, or has this training's.
+    """Check that the place for the training's state is free, or has this training's, and takes files.
 
     Raises:
         InputError: it holds something else, or the output, with which it must not go.
@@ -292,17 +291,13 @@ def _check_state(plan: RecoveryPlan) -> None:
     state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
     if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
         raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")
-    existing = Path(state)
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError("state", f"{recipe.state} cannot be written: {existing} takes no files")
     folder = Folder(recipe.state, "state")
     claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
     names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
     if claimed != plan.claim and names:
         held = "is not empty" if claimed is None else "holds another training"
         raise InputError("state", f"{recipe.state} {held}; choose an empty directory")
+    folder.check_writable()
 
 
 def _check_settings(plan: RecoveryPlan) -> None:

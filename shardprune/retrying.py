@@ -123,8 +123,8 @@ def persist(
             left = patience.seconds - (now - since)
             if not transient(error) or (left < wait and tries >= patience.tries):
                 raise
-            reason = f"{what}: {first_line(error)}; trying again in {wait:.1f} s, for {max(left, 0):.0f} s more"
-            _logger.warning("%s", without_credentials(reason))
+            reason = without_credentials(f"{what}: {first_line(error)}")
+            _logger.warning("%s; trying again in %.1f s, for %.0f s more", reason, wait, max(left, 0.0))
         sleep(wait)
     raise AssertionError("waits have no end")
 

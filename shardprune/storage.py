@@ -159,7 +159,8 @@ class Folder:
 
         def upload() -> None:
             while unfinished:
-                unfinished[-1].discard()
+                with suppress(FileNotFoundError):  # it has ended after all, and what comes replaces it
+                    unfinished[-1].discard()
                 unfinished.pop()
             self._upload(name, parts(), unfinished)
 
@@ -241,8 +242,7 @@ class Folder:
         Raises:
             InputError: that cannot be.
         """
-        if self.url.startswith(READ_ONLY):
-            raise InputError(self.field, f"{self.url} cannot be written: the hub is read only here")
+        _refuse_hub(self.url, self.field)
         made = [] if self._shows_when_complete else self._missing_folders()
         name = f".probe.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -285,6 +285,16 @@ class Folder:
             raise StorageError(self.field, f"{place} cannot be {done}: {first_line(error)}") from error
 
 
+def output_folder(url: str) -> Folder:
+    """The directory of an output.
+
+    Raises:
+        InputError: as for any other, or nothing is written to such a place.
+    """
+    _refuse_hub(url, "out")
+    return Folder(url, "out")
+
+
 def in_process_only(url: str) -> bool:
     """Whether a URL lives in one process's memory, out of reach of other workers."""
     return url.startswith("memory://")
@@ -313,6 +323,11 @@ def read_file(url: str, field: str) -> bytes:
         if not _of_storage(error):
             raise
         raise InputError(field, f"{url!r} cannot be read: {first_line(error)}") from error
+
+
+def _refuse_hub(url: str, field: str) -> None:
+    if url.startswith(READ_ONLY):
+        raise InputError(field, f"{url} cannot be written: the hub is only read from")
 
 
 def _fill(file: Any, parts: Iterable[bytes | memoryview]) -> None:

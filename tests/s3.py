@@ -59,6 +59,7 @@ class Fault:
     status: int | None = None  # answered instead of the server
     drop: Moment | None = None
     action: Callable[[], None] | None = None  # called before the request goes on
+    down: float | None = None  # the seconds for which nothing answers any more
     times: float = 1
     skip: int = 0
     hits: int = field(default=0, init=False)
@@ -88,6 +89,10 @@ class Faults:
     def call(self, action: Callable[[], None], pattern: str = "", skip: int = 0) -> Fault:
         """Do something when a request comes, and let it go on then."""
         return self._add(Fault(pattern, action=action, skip=skip))
+
+    def down_at(self, pattern: str, seconds: float, skip: int = 0) -> Fault:
+        """Go down for so long when such a request comes."""
+        return self._add(Fault(pattern, down=seconds, skip=skip))
 
     def down(self, seconds: float | None = None) -> None:
         """Break all connections and refuse new ones, for so long or until `up`."""
@@ -206,6 +211,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and fault.status:
             status = fault.status
             sent = self._send(status, [("Content-Type", "application/xml")], _error(status))
+        elif fault and fault.down:
+            proxy.faults.down(fault.down)
         elif fault and fault.drop == "request":
             self._break()
         else:
@@ -214,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._break()
             else:
                 sent = self._send(status, headers, answer, whole=fault is None)
-        what = None if fault is None else str(fault.status or fault.drop)
+        what = None if fault is None else str(fault.status or fault.drop or "down")
         proxy.requests.append(Request(self.command, path, query, seen.range, status, sent, what))
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:

@@ -12,7 +12,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-from shardprune.errors import InputError, TrainingError, WorkerLost
+from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost
 from shardprune.recovery.process import take_part
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.storage import Folder, first_line
@@ -51,7 +51,7 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
 
     Raises:
         InputError: the cluster does not free what the workers need, or as `take_part`.
-        TrainingError: as `take_part`.
+        StorageError, TrainingError: as `take_part`.
         WorkerLost: a worker or its node died.
     """
     gpu = spec.recipe.device == "cuda"
@@ -88,8 +88,9 @@ def _work(config: dict[str, Any]) -> None:
     reports, rank = Reports(spec), get_context().get_world_rank()
     try:
         reports.write(rank, take_part(spec))
-    except InputError as error:
-        reports.write(rank, {"error": {"text": error.problem, "field": error.field}})
+    except (InputError, StorageError) as error:
+        told = {"text": error.problem, "field": error.field, "storage": isinstance(error, StorageError)}
+        reports.write(rank, {"error": told})
         raise
     except TrainingError as error:
         reports.write(rank, {"error": {"text": first_line(error)}})
@@ -100,9 +101,11 @@ def _work(config: dict[str, Any]) -> None:
         raise
 
 
-def _named(text: str, field: str | None = None) -> InputError | TrainingError:
+def _named(text: str, field: str | None = None, storage: bool = False) -> InputError | StorageError | TrainingError:
     """The error that a worker raised."""
-    return TrainingError(text) if field is None else InputError(field, text)
+    if field is None:
+        return TrainingError(text)
+    return StorageError(field, text) if storage else InputError(field, text)
 
 
 def _others_are_gone(error: Exception) -> bool:

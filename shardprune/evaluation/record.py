@@ -8,7 +8,7 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError
 from shardprune.journal import RESULT
 from shardprune.result import Evaluation, EvaluationResult
-from shardprune.storage import PARTIAL, Folder, absolute, first_line
+from shardprune.storage import PARTIAL, Folder, absolute, first_line, output_folder
 
 
 class Record:
@@ -18,17 +18,19 @@ class Record:
         out: a directory for the evaluation alone; None for the model's own result.json, where it has one.
 
     Raises:
-        InputError: `out` holds anything but an evaluation of the same model, or cannot be written.
+        InputError: `out` holds anything but an evaluation of the same model, or what is measured cannot be written.
     """
 
     def __init__(self, checkpoint: Checkpoint, out: str | None) -> None:
         self.fingerprint = checkpoint.identity()
-        self.folder = Folder(absolute(out), "out") if out else checkpoint.folder
+        self.folder = output_folder(absolute(out)) if out else checkpoint.folder
         self._alone = out is not None
         content = _content(self.folder)
         if self._alone:
             self._claim(content)
         self.kept = self._alone or _is_result(content)
+        if self.kept:
+            self._check_writable()
         try:
             self.known = Evaluation(**content.get("evaluation", {})) if self.kept else Evaluation()
         except (ValidationError, TypeError) as error:
@@ -38,17 +40,21 @@ class Record:
             ) from error
 
     def save(self, result: EvaluationResult) -> None:
-        """Keep a result: whole, or its evaluation in the result of the run that made the model.
-
-        Raises:
-            InputError: it cannot be written.
-        """
+        """Keep a result: whole, or its evaluation in the result of the run that made the model."""
         if not self.kept:
             return
         content = result.as_json()
         if not self._alone:
             content = {**_content(self.folder), "evaluation": content["evaluation"]}
         self.folder.write_json(RESULT, content)
+
+    def _check_writable(self) -> None:
+        try:
+            self.folder.check_writable()
+        except InputError as error:
+            if self._alone:
+                raise
+            raise InputError(error.field, f"{error.problem}; give another place with --out") from error
 
     def _claim(self, content: dict[str, Any]) -> None:
         url = self.folder.url
