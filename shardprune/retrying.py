@@ -78,7 +78,7 @@ class Patience:
     moves much may take longer than that."""
 
     seconds: float = 120.0
-    first: float = 0.5
+    first: float = 0.25
     longest: float = 10.0
     tries: int = 3
 
@@ -130,22 +130,27 @@ def persist(
 
 
 def transient(error: BaseException) -> bool:
-    """Whether the same operation may succeed later. Clients wrap errors, so that causes count, too."""
-    causes = list(_causes(error))
-    for cause in causes:
-        status, code = _answer(cause)
-        if code in CODES:
-            return True
-        if status is not None:
-            return status in STATUSES
-    return any(_without_answer(cause) for cause in causes)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Whether the same operation may succeed later: what the first of its causes says that says anything."""
     cause: BaseException | None = error
     while cause is not None:
-        yield cause
+        verdict = _verdict(cause)
+        if verdict is not None:
+            return verdict
         cause = cause.__cause__
+    return False
+
+
+def _verdict(error: BaseException) -> bool | None:
+    """The same of an error without its causes; None where it says nothing."""
+    names = {base.__name__ for base in type(error).__mro__}
+    if names & PERMANENT:
+        return False
+    if names & CLASSES or (isinstance(error, OSError) and error.errno in ERRNOS):
+        return True
+    status, code = _answer(error)
+    if code in CODES:
+        return True
+    return None if status is None else status in STATUSES
 
 
 def _answer(error: BaseException) -> tuple[int | None, str | None]:
@@ -155,12 +160,5 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
         code = response.get("Error", {}).get("Code")
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), code
     values = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
-    # requests and httpx; aiohttp; gcsfs. What is no status of an error is no answer: aiohttp gives 0, others codes.
+    # requests and httpx; aiohttp; gcsfs. Other classes have other things by these names.
     return next((value for value in values if isinstance(value, int) and 400 <= value < 600), None), None
-
-
-def _without_answer(error: BaseException) -> bool:
-    names = {base.__name__ for base in type(error).__mro__}
-    if names & PERMANENT:
-        return False
-    return bool(names & CLASSES) or (isinstance(error, OSError) and error.errno in ERRNOS)

