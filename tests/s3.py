@@ -18,7 +18,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal
@@ -40,9 +40,9 @@ class Request:
     path: str  # bucket/key
     query: str
     range: str | None
-    status: int | None
-    bytes: int
-    fault: str | None
+    status: int | None = None
+    bytes: int = 0
+    fault: str | None = None
 
     @property
     def operation(self) -> str:
@@ -198,31 +198,31 @@ class _Handler(BaseHTTPRequestHandler):
         self._pass()
 
     def _pass(self) -> None:
-        proxy = self.server.proxy
         path, _, query = self.path.partition("?")
-        path = urllib.parse.unquote(path).strip("/")
-        seen = Request(self.command, path, query, self.headers.get("Range"), None, 0, None)
-        fault = proxy.faults.pick(seen.operation)
+        seen = Request(self.command, urllib.parse.unquote(path).strip("/"), query, self.headers.get("Range"))
+        fault = self.server.proxy.faults.pick(seen.operation)
         if fault and fault.action:
             fault.action()
             fault = None
-        status, sent = None, 0
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if fault and fault.status:
-            status = fault.status
-            sent = self._send(status, [("Content-Type", "application/xml")], _error(status))
-        elif fault and fault.down:
-            proxy.faults.down(fault.down)
-        elif fault and fault.drop == "request":
+        if fault is None:
+            status, headers, answer = self._forward(body)
+            self._answer(seen, status, headers, answer)
+        elif fault.status:
+            self._answer(
+                seen, fault.status, [("Content-Type", "application/xml")], _error(fault.status), str(fault.status)
+            )
+        elif fault.drop == "body":
+            status, headers, answer = self._forward(body)
+            self._answer(seen, status, headers, answer, "body")
             self._break()
         else:
-            status, headers, answer = self._forward(body)
-            if fault and fault.drop == "answer":
-                self._break()
-            else:
-                sent = self._send(status, headers, answer, whole=fault is None)
-        what = None if fault is None else str(fault.status or fault.drop or "down")
-        proxy.requests.append(Request(self.command, path, query, seen.range, status, sent, what))
+            if fault.drop == "answer":
+                self._forward(body)
+            self.server.proxy.requests.append(replace(seen, fault=fault.drop or "down"))
+            if fault.down:
+                self.server.proxy.faults.down(fault.down)
+            self._break()
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(HOST, self.server.proxy.server, timeout=60)
@@ -233,7 +233,9 @@ class _Handler(BaseHTTPRequestHandler):
         connection.close()
         return answer.status, [pair for pair in answer.getheaders() if pair[0].lower() not in HOP_BY_HOP], content
 
-    def _send(self, status: int, headers: list[tuple[str, str]], body: bytes, whole: bool = True) -> int:
+    def _answer(
+        self, seen: Request, status: int, headers: list[tuple[str, str]], body: bytes, fault: str | None = None
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers:
             if name.lower() != "content-length" or self.command == "HEAD":
@@ -242,13 +244,12 @@ class _Handler(BaseHTTPRequestHandler):
             body = b""
         else:
             self.send_header("Content-Length", str(len(body)))
+        sent = body[: len(body) // 2] if fault == "body" else body
+        # The client may look at the list as soon as it has its answer.
+        self.server.proxy.requests.append(replace(seen, status=status, bytes=len(sent), fault=fault))
         self.end_headers()
-        sent = body if whole else body[: len(body) // 2]
         self.wfile.write(sent)
         self.wfile.flush()
-        if not whole:
-            self._break()
-        return len(sent)
 
     def _break(self) -> None:
         self.close_connection = True
