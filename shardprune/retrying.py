@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shardprune.errors import first_line, without_credentials
+from shardprune.errors import InputError, first_line, without_credentials
 
 T = TypeVar("T")
 
@@ -91,8 +91,16 @@ class Patience:
 
     @classmethod
     def of_this_process(cls) -> "Patience":
-        """What the environment says, or the default."""
-        return cls(seconds=float(os.environ.get(ENVIRONMENT) or cls.seconds))
+        """What the environment says, or the default.
+
+        Raises:
+            InputError: it says no number.
+        """
+        value = os.environ.get(ENVIRONMENT) or cls.seconds
+        try:
+            return cls(seconds=float(value))
+        except ValueError as error:
+            raise InputError(ENVIRONMENT, f"{value!r} is no number of seconds") from error
 
 
 def persist(

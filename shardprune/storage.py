@@ -259,7 +259,7 @@ class Folder:
     def _missing_folders(self) -> list[str]:
         """This folder and those above it that do not exist, from the inside out."""
         missing, folder = [], self.root
-        while folder and not self.fs.exists(folder):
+        while folder != posixpath.dirname(folder) and not self.fs.exists(folder):
             missing.append(folder)
             folder = posixpath.dirname(folder)
         return missing
@@ -342,8 +342,8 @@ def _too_short(name: str, end: int, missing: int) -> EOFError:
 
 
 def _of_storage(error: Exception) -> bool:
-    """Whether an error came from a file system, and not from what it was given."""
-    return isinstance(error, OSError) or any(
+    """Whether an error came from a file system, which may have no way to do what it is asked, and not from elsewhere."""
+    return isinstance(error, OSError | NotImplementedError) or any(
         base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
     )
 

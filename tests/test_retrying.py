@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from shardprune.errors import InputError
 from shardprune.retrying import ENVIRONMENT, Patience, persist, transient
 
 
@@ -154,3 +155,6 @@ def test_the_environment_says_how_long(monkeypatch):
     with pytest.raises(TimeoutError):
         world.persist(None)
     assert world.sleeps == [0.25, 0.5, 1]  # and 2 more would pass the third second
+    monkeypatch.setenv(ENVIRONMENT, "long")
+    with pytest.raises(InputError, match=f"^{ENVIRONMENT}: 'long' is no number of seconds$"):
+        world.persist(None)
