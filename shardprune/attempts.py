@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from shardprune.cluster.group import Backend
-from shardprune.errors import WorkerLost
+from shardprune.errors import WorkerLost, first_line
 from shardprune.progress import Output
 from shardprune.setting_groups import Machines
-from shardprune.storage import first_line
 
 P = TypeVar("P", bound="Placement")
 

@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from shardprune.errors import without_credentials
+from shardprune.errors import StorageError, first_line, without_credentials
 from shardprune.stopping import Stopped
-from shardprune.storage import Folder, first_line
+from shardprune.storage import Folder
 
 FILE = "events.jsonl"
 HEARTBEAT_SECONDS = 15.0  # between two signs of life of a run that is at work
@@ -66,23 +66,30 @@ class Events:
             self.emit("run", **facts)
             yield
             self.emit("done")
-        except (Stopped, KeyboardInterrupt):
-            self.emit("stopped")
-            raise
         except BaseException as error:
-            self.emit("failed", error=without_credentials(f"{type(error).__name__}: {first_line(error)}"))
+            with suppress(StorageError):  # the error itself says more
+                self._close(error)
             raise
+        else:
+            self._close(None)
         finally:
             over.set()
             heart.join()
-            with self._lock:
-                self._flush()
-                self._file = None
+            self._file = None
+
+    def _close(self, error: BaseException | None) -> None:
+        """Write the rest, and how the attempt has ended."""
+        if isinstance(error, Stopped | KeyboardInterrupt):
+            self.emit("stopped")
+        elif error:
+            self.emit("failed", error=without_credentials(f"{type(error).__name__}: {first_line(error)}"))
+        with self._lock:
+            self._flush()
 
     def _beat(self, over: threading.Event) -> None:
         """Say now and then that the run is alive."""
         while not over.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError):  # of a storage that is away: the run's own writes find out
+            with suppress(StorageError):  # the run's own writes find out
                 self.emit("progress", **(self.position() or {}))
 
     def _flush(self) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, before_work
 from shardprune.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
 from shardprune.pipeline_recipe import PRUNED, RECOVERED
 from shardprune.progress import clock_time
@@ -66,6 +66,7 @@ class Status:
         }.get(self.state, self.state)
 
 
+@before_work()
 def status_of(out: str, now: float | None = None) -> list[Status]:
     """The runs that an output directory holds: one, or those of a pipeline's steps that have started.
 

@@ -202,7 +202,6 @@ class Folder:
     def append_text(self, name: str, text: str) -> None:
         """Add to the end of a file, which readers see grow."""
 
-
         def append() -> None:
             with self.fs.open(self.path(name), "ab") as file:
                 file.write(text.encode())
@@ -342,7 +341,7 @@ def _too_short(name: str, end: int, missing: int) -> EOFError:
 
 
 def _of_storage(error: Exception) -> bool:
-    """Whether an error came from a file system, which may have no way to do what it is asked, and not from elsewhere."""
+    """Whether an error came from a file system, which may have no way to do what it is asked."""
     return isinstance(error, OSError | NotImplementedError) or any(
         base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
     )
