@@ -1,6 +1,7 @@
 """The `shardprune` command: options become a recipe, the recipe becomes a run. No logic here."""
 
 import inspect
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from shardprune.errors import InputError, SolverError, StorageError, TrainingErr
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.pipeline_recipe import PipelineRecipe
+from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.settings import Settings
@@ -86,10 +88,10 @@ def _metavar(annotation: Any) -> str | None:
     return {int: "N", float: "NUMBER", bool: None}.get(_plain_type(annotation), "TEXT")
 
 
-def _with_options(settings: type[Settings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command that takes `**options` the options of a recipe."""
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(command)
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         parameters = [*own, *_options(settings)]
@@ -229,6 +231,28 @@ def status(
         print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
 
 
+@app.command(
+    epilog="Example: shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8 --gpu-memory 80GB --sparsity 0.5"
+)
+@_with_options(PlanRecipe)
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="config.json, directory, URL or hub name of a checkpoint.", show_default=False)
+    ] = None,
+    *,
+    recipe: RecipeFile = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate it: timeline, idle share, growth")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
+    **options: Any,
+) -> int:
+    """Say what a run will take, and whether it fits: layout, memory, bytes, seconds. No weight is read.
+
+    Exit code 1 where nothing fits."""
+    from shardprune.planning.planned import plan as run
+
+    return _show_plan(run(PlanRecipe.load(recipe, _given({"model": model, **options})), simulate), json)
+
+
 @app.command(epilog="Example: shardprune demo --out runs/demo")
 def demo(
     out: Annotated[str, typer.Option(help="Directory of the result")] = "runs/demo",
@@ -239,6 +263,18 @@ def demo(
     from shardprune.run import prune as run
 
     _show(run(demo_recipe(out, shards)))
+
+
+def _show_plan(planned: Any, as_json: bool) -> int:
+    from rich.console import Console
+
+    from shardprune.planning.report import show
+
+    if as_json:
+        print(json.dumps(planned.as_json(), indent=1))
+    else:
+        show(planned, Console())
+    return 0 if planned.fits else 1
 
 
 def _show(result: Any) -> None:

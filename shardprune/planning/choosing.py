@@ -1,0 +1,191 @@
+"""Which layout a run should have: the fastest that fits, or what is missing and what helps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from shardprune.cluster.layout import Propagation, plan_layout
+from shardprune.errors import InputError
+from shardprune.planning.costs import Costs, Places
+from shardprune.planning.hardware import CONTEXT_BYTES, FRAGMENTED, HARDWARE, SPARE_HOST, Hardware
+from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks_of
+from shardprune.planning.quantities import gigabytes
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.seconds import Expected, Phases
+from shardprune.planning.workload import Model, Task, task_of
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to carry out a task on the machines of a recipe. Sizes are bytes."""
+
+    task: Task
+    setup: Setup
+    row: Hardware
+    gpus: int
+
+    @property
+    def costs(self) -> Costs:
+        return Costs(self.task, self.setup, self.row, Places(self.setup.layout.replicas, self.gpus))
+
+    @cached_property
+    def seconds(self) -> Phases:
+        return Expected(self.costs).phases()
+
+    @cached_property
+    def peaks(self) -> dict[str, Moment]:
+        return peaks_of(self.task, self.setup)
+
+    @cached_property
+    def worst(self) -> tuple[Moment, Moment]:
+        """The moments at which a worker holds most on its device, and on its host."""
+        return largest(self.task, self.setup)
+
+    @property
+    def device_room(self) -> int:
+        """What a worker may hold on its device."""
+        return int((self.row.bytes - CONTEXT_BYTES) * (1 - FRAGMENTED))
+
+    @property
+    def node_room(self) -> int:
+        """What the workers of a node may hold in its memory."""
+        return int(self.row.host * self.gpus * (1 - SPARE_HOST))
+
+    @cached_property
+    def node(self) -> int:
+        """What the workers of the fullest node hold in its memory."""
+        return node_bytes(self.task, self.setup, min(self.gpus, self.setup.layout.workers))
+
+    @property
+    def over(self) -> tuple[int, int]:
+        """By how much a GPU, and a node's memory, is too small."""
+        device = self.worst[0].device.peak - self.device_room if self.setup.gpu else 0
+        return max(0, device), max(0, self.node - self.node_room)
+
+    @property
+    def fits(self) -> bool:
+        return self.over == (0, 0)
+
+    @property
+    def excess(self) -> float:
+        """How far it is from fitting, as a share of what there is."""
+        device, node = self.over
+        return max(device / self.device_room, node / self.node_room)
+
+
+def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Iterator[Candidate]:
+    """Every way to use the machines that a recipe leaves open.
+
+    Raises:
+        InputError: none is possible.
+    """
+    task, row = task_of(recipe, model), recipe.row
+    workers = recipe.nodes * recipe.gpus
+    least = 2 if propagation == "parallel" and recipe.segments is None else 1
+    for count in [recipe.shards] if recipe.shards else _counts(least, min(model.layers, workers)):
+        for replicas in [recipe.replicas] if recipe.replicas else _counts(1, min(workers // count, recipe.samples)):
+            if count * replicas > workers:
+                if recipe.shards or count == least:
+                    field = "shards" if recipe.shards else "replicas"
+                    raise InputError(field, f"{count} x {replicas} workers are more than the {workers} of the machines")
+                continue
+            yield from _held(recipe, model, propagation, task, row, count, replicas)
+
+
+def _counts(least: int, most: int) -> list[int]:
+    """Powers of two from `least` to `most`, and `most` itself."""
+    return [count for count in sorted({*(2**power for power in range(most.bit_length())), most}) if least <= count]
+
+
+def _held(
+    recipe: PlanRecipe,
+    model: Model,
+    propagation: Propagation,
+    task: Task,
+    row: Hardware,
+    shards: int,
+    replicas: int,
+) -> Iterator[Candidate]:
+    """The ways in which the workers of one layout may hold weights and waves."""
+    segments = recipe.segments if propagation == "parallel" else None
+    layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments)
+    for weights in ("resident", "streamed") if recipe.weights == "auto" else (recipe.weights,):
+        places = ("device", "host") if recipe.activations == "auto" and row.gpu else (recipe.activations,)
+        for place in places:
+            on_host = place == "host" or not row.gpu
+            yield Candidate(task, Setup(layout, weights == "streamed", on_host, row.gpu), row, recipe.gpus)
+
+
+def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candidate | None:
+    """The fastest candidate that fits; else the one that is nearest to it; None where there is none.
+
+    Raises:
+        InputError: what the recipe fixes cannot be.
+    """
+    found = list(candidates(recipe, model, propagation))
+    fitting = [one for one in found if one.fits]
+    if fitting:
+        return min(fitting, key=lambda one: (round(one.seconds.total, 1), one.setup.layout.workers))
+    return min(found, key=lambda one: one.excess) if found else None
+
+
+def missing(candidate: Candidate) -> str:
+    """By how much the nearest candidate does not fit, and where."""
+    device, node = candidate.over
+    if device / candidate.device_room >= node / candidate.node_room:
+        moment = candidate.worst[0]
+        parts = {name: count for name, count in vars(moment.device).items() if count >= 10**8}
+        listed = ", ".join(f"{name} {gigabytes(count)}" for name, count in parts.items())
+        need, room, place = moment.device.peak, candidate.device_room, f"GPU of {gigabytes(candidate.row.bytes)}"
+        return (
+            f"{moment.phase}, {moment.step}: {gigabytes(need)} ({listed}), but a {place} has room for"
+            f" {gigabytes(room)}; {gigabytes(need - room)} are missing"
+        )
+    need, room = candidate.node, candidate.node_room
+    return (
+        f"the workers of a node take {gigabytes(need)} of its memory, which has room for {gigabytes(room)};"
+        f" {gigabytes(need - room)} are missing"
+    )
+
+
+def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest: Candidate) -> list[str]:
+    """Single changes of a recipe with which it fits; where none is enough, what the machines would need."""
+    changes: dict[str, dict[str, object]] = {}
+    if recipe.weights == "resident":
+        changes["--weights streamed"] = {"weights": "streamed"}
+    if recipe.activations == "device":
+        changes["--activations host"] = {"activations": "host"}
+    if recipe.shards or recipe.replicas:
+        changes["a layout of its own choice (no --shards, no --replicas)"] = {"shards": None, "replicas": None}
+    for nodes in (2, 4, 8, 16):
+        changes[f"--nodes {nodes * recipe.nodes}"] = {"nodes": nodes * recipe.nodes}
+    for part in (2, 4, 8):
+        if recipe.samples >= part:
+            changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
+    if nearest.task.wave > 1:
+        changes["--wave 1"] = {"wave": 1}
+    if recipe.measure_error and recipe.method != "sparsegpt":
+        changes["--no-measure-error"] = {"measure_error": False}
+    if recipe.method == "sparsegpt":
+        changes["--method wanda --no-measure-error"] = {"method": "wanda", "measure_error": False}
+    helping: dict[str, str] = {}
+    for label, change in changes.items():
+        kind = label.split()[0]
+        if kind not in helping:
+            other = choose(recipe.model_copy(update=change), model, propagation)
+            if other is not None and other.fits:
+                helping[kind] = label
+    return list(helping.values()) or [_larger_machines(recipe, nearest)]
+
+
+def _larger_machines(recipe: PlanRecipe, nearest: Candidate) -> str:
+    device, node = nearest.over
+    needs = []
+    if device:
+        need = nearest.worst[0].device.peak / (1 - FRAGMENTED) + CONTEXT_BYTES
+        names = [row.name for row in HARDWARE.values() if row.gpu and row.bytes >= need]
+        known = f" ({', '.join(names)})" if names else ""
+        needs.append(f"GPUs of {gigabytes(need)}{known}")
+    if node:
+        needs.append(f"nodes with {gigabytes(nearest.node / (1 - SPARE_HOST))} of memory")
+    return " and ".join(needs)

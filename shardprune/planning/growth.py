@@ -1,0 +1,55 @@
+"""How the simulated time of a run grows with nodes, samples and bandwidth."""
+
+from dataclasses import dataclass
+
+from shardprune.cluster.layout import Propagation
+from shardprune.planning.choosing import choose
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.simulation import SimulatedGroup, simulate
+from shardprune.planning.timeline import idle_share
+from shardprune.planning.workload import Model
+
+WORKERS = 1024  # at most, in a variation
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The run with one thing changed: the layout that is best then, simulated `seconds`, and the `idle` share."""
+
+    changed: str
+    shards: int
+    replicas: int
+    seconds: float
+    idle: float
+
+
+def growth(recipe: PlanRecipe, model: Model, propagation: Propagation) -> list[Growth]:
+    """The run as it is, and with more or less of the machines, the samples and the network."""
+    rows: list[Growth] = []
+    known: dict[tuple, SimulatedGroup] = {}  # more machines often change nothing
+    for label, varied in _variations(recipe):
+        best = choose(varied, model, propagation)
+        if best is None or not best.fits:
+            continue
+        setup, layout = best.setup, best.setup.layout
+        key = (varied.samples, varied.network, layout, setup.streamed, setup.waves_on_host)
+        if key not in known:
+            known[key] = simulate(best.costs)
+        group = known[key]
+        rows.append(Growth(label, len(layout.shards), layout.replicas, group.seconds, idle_share(group)))
+    return rows
+
+
+def _variations(recipe: PlanRecipe) -> list[tuple[str, PlanRecipe]]:
+    nodes = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count * recipe.gpus <= WORKERS]
+    rate = int(recipe.row.network)
+    varied = [("as it is", recipe)]
+    varied += [(f"{count} node{'s' * (count > 1)}", recipe.model_copy(update={"nodes": count})) for count in nodes]
+    for factor in (0.5, 2, 4):
+        samples = int(recipe.samples * factor)
+        if samples >= max(1, recipe.replicas or 1):
+            varied.append((f"{samples} samples", recipe.model_copy(update={"samples": samples})))
+    for factor in (0.1, 10):
+        network = f"{int(rate * factor)}B/s"
+        varied.append((f"{rate * factor / 1e9:g} GB/s network", recipe.model_copy(update={"network": network})))
+    return varied

@@ -1,0 +1,108 @@
+"""What machines reach: a small table of rates, and the shares of them that this program's steps are expected to get.
+
+The rates of GPUs are the vendors' (dense, without sparsity); what is reached of them has not been measured by us. The
+row `cpu` is one thread of the machine of docs/benchmarks.md, measured.
+"""
+
+from dataclasses import dataclass, replace
+
+GIGA = 10**9
+TERA = 10**12
+
+# Of a GPU's memory, what a plan leaves alone: CUDA's context and cuBLAS, and a share for holes between the allocator's
+# blocks and for what has not been measured.
+CONTEXT_BYTES = GIGA
+FRAGMENTED = 0.1
+SPARE_HOST = 0.05  # of a node's memory, for everything that is not ours
+
+CALL_SECONDS = 1e-3  # from the driver's call of an idle actor to its start
+SUBMIT_SECONDS = 1e-4  # of the driver, for each call
+KERNEL_SECONDS = 1e-5  # to start a small operation from Python
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One accelerator and its share of a node.
+
+    Rates are per second: `products` operations of 16-bit products (of a CPU, float32), `float32` operations, `memory`
+    and `link` bytes (of the accelerator's memory, and between it and the host), `sorted` weights sorted, `store` bytes
+    that one process puts into or takes from Ray's store. `network` and `storage` are a node's, in bytes. `bytes` is
+    the accelerator's memory, `host` the node's for each of them. `step` is the seconds of one column's own operations
+    in SparseGPT.
+    """
+
+    name: str
+    bytes: int
+    products: float
+    float32: float
+    memory: float
+    link: float
+    host: int
+    network: float
+    storage: float
+    sorted: float
+    store: float
+    step: float = 3 * KERNEL_SECONDS
+    gpu: bool = True
+
+    def attained(self) -> "Hardware":
+        """The same with the shares of the peaks that long steps are expected to reach."""
+        if not self.gpu:
+            return self
+        return replace(
+            self,
+            products=0.7 * self.products,
+            float32=0.7 * self.float32,
+            memory=0.6 * self.memory,
+            link=0.5 * self.link,
+            network=0.5 * self.network,
+        )
+
+
+def _gpu(
+    name: str, gigabytes: int, products: float, float32: float, memory: float, link: float, host: int, network: float
+) -> Hardware:
+    """A row from teraflops and gigabytes (per second), and a network in gigabits per second."""
+    return Hardware(
+        name=name,
+        bytes=gigabytes * GIGA,
+        products=products * TERA,
+        float32=float32 * TERA,
+        memory=memory * GIGA,
+        link=link * GIGA,
+        host=host * GIGA,
+        network=network * GIGA / 8,
+        storage=2 * GIGA,
+        sorted=memory * GIGA / 400,  # eight passes over keys, values and indices
+        store=10 * GIGA,
+    )
+
+
+HARDWARE: dict[str, Hardware] = {
+    row.name: row
+    for row in (
+        _gpu("b200", 180, 2250, 75, 8000, 64, 250, 400),
+        _gpu("h200", 141, 989, 67, 4800, 64, 250, 400),
+        _gpu("h100", 80, 989, 67, 3350, 64, 250, 400),
+        _gpu("a100", 80, 312, 19.5, 2039, 32, 125, 200),
+        _gpu("a100-40gb", 40, 312, 19.5, 1555, 32, 125, 200),
+        _gpu("l40s", 48, 362, 91.6, 864, 32, 96, 100),
+        _gpu("a10g", 24, 70, 31.2, 600, 32, 48, 25),
+        _gpu("l4", 24, 121, 30.3, 300, 32, 48, 25),
+        _gpu("rtx4090", 24, 165, 82.6, 1008, 32, 64, 10),
+        Hardware(
+            name="cpu",
+            bytes=6 * GIGA,
+            products=1.5e11,
+            float32=1.2e11,
+            memory=1.3e10,
+            link=1.3e10,
+            host=6 * GIGA,
+            network=10 * GIGA / 8,
+            storage=GIGA,
+            sorted=1.3e7,
+            store=2 * GIGA,
+            gpu=False,
+        ),
+    )
+}

@@ -1,0 +1,128 @@
+"""Expected seconds of a run's phases in closed form; the simulation runs the driver itself instead."""
+
+from dataclasses import dataclass
+
+from shardprune.planning.costs import Costs
+from shardprune.planning.hardware import CALL_SECONDS
+from shardprune.planning.memory import Setup
+from shardprune.planning.workload import Task
+from shardprune.shard.waves import waves_of
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Seconds of the phases of a run, each with the reading of weights that nothing hides."""
+
+    load: float
+    observe: float
+    prune: float
+    write: float
+    evaluate: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+
+class Expected:
+    """The phases of a setup.
+
+    A pass of W waves of a replica through shards that take t_k each is a pipeline, sum t_k + (W - 1) max t_k, where
+    shards are resident, and W sum t_k where each takes all waves before the next. A layer is pruned in
+
+        W (accumulate + propagate) + statistics + max over replicas of its solves + solved + install + write.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs, self.places = costs, costs.places
+        self.task: Task = costs.task
+        self.setup: Setup = costs.setup
+        self.layout = costs.setup.layout
+
+    def phases(self) -> Phases:
+        task, layout = self.task, self.layout
+        segments = len(layout.segments)
+        layers = max(len(shard) for shard in layout.shards)
+        passes = 2 * task.sources
+        evaluate = passes * self._pass(task.windows, task.model.layers, judged=True)
+        observe = 0.0
+        if task.outliers or segments > 1:
+            observed = task.model.layers if task.outliers else layout.segments[-1].start
+            observe = self._pass(task.samples, observed)
+            observe += layers * self.costs.outliers() if task.outliers else 0.0
+        length = task.model.layers if segments == 1 else layers
+        prune = length * self._layer() + self._relays()
+        prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))  # nobody needs the last image
+        reads = self._reads(passes + bool(observe))
+        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
+        return Phases(reads + frame, observe, prune, length * self.costs.write(), evaluate)
+
+    def _sizes(self, samples: int) -> list[int]:
+        """The waves of the replica that has most."""
+        share = -(-samples // self.layout.replicas)
+        return [wave.stop - wave.start for wave in waves_of(share, 1, self.task.wave)]
+
+    def _pass(self, samples: int, stop: int, judged: bool = False) -> float:
+        """All waves of a replica through the layers below `stop`."""
+        costs, sizes = self.costs, self._sizes(samples)
+        full = sizes[0]
+        reached = [shard for shard in self.layout.shards if shard[0] < stop]
+        counts = [len([layer for layer in shard if layer < stop]) for shard in reached]
+        if self.setup.streamed:
+            through = sum(costs.propagate(size) for size in sizes)
+            entering = sum(costs.embed(size) + costs.put(size) for size in sizes)
+            relays = (len(reached) - 1) * self._relay(sizes)
+            judging = sum(costs.take(size) + costs.losses(size) for size in sizes) if judged else 0.0
+            return entering + max(through, costs.read(self.task.model.layer)) * stop + relays + judging
+        stages = [costs.forward(full, count) for count in counts]
+        stages[0] += costs.embed(full)
+        if judged:
+            stages[-1] += costs.losses(full)
+        steps = sum(stages) + (len(sizes) - 1) * max(stages)
+        return steps + (len(stages) - 1) * (CALL_SECONDS + self._network(costs.wave_bytes(full)))
+
+    def _layer(self) -> float:
+        """Prune one layer, but for writing it."""
+        costs, task, replicas = self.costs, self.task, self.layout.replicas
+        sizes = self._sizes(task.samples)
+        seconds = sum(costs.accumulate(size) + costs.propagate(size) for size in sizes)
+        inputs = task.model.inputs
+        solves = sorted((costs.solve(one, replicas) for one in inputs), reverse=True)
+        load = [0.0] * min(replicas, len(inputs))
+        for solve in solves:
+            load[load.index(min(load))] += solve
+        seconds += max(load)
+        if replicas > 1:
+            arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
+            seconds += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+            seconds += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
+        return max(seconds, costs.read(task.model.layer)) if self.setup.streamed else seconds
+
+    def _relays(self) -> float:
+        """Waves enter the first shard; in exact propagation they are handed on at every boundary."""
+        sizes = self._sizes(self.task.samples)
+        entering = sum(self.costs.embed(size) + self.costs.put(size) for size in sizes)
+        boundaries = len(self.layout.shards) - 1 if len(self.layout.segments) == 1 else 0
+        return entering + boundaries * self._relay(sizes)
+
+    def _relay(self, sizes: list[int]) -> float:
+        """All waves of a replica from a shard to the next: taking one goes on while another arrives."""
+        costs = self.costs
+        stages = [
+            (costs.take(size), self._network(costs.wave_bytes(size)), costs.put(size) + CALL_SECONDS) for size in sizes
+        ]
+        return sum(stages[0]) + sum(max(stage) for stage in stages[1:])
+
+    def _network(self, count: int) -> float:
+        """Seconds of bytes between workers: none where all are on one node."""
+        if self.layout.workers <= self.places.per_node:
+            return 0.0
+        return count / self.costs.row.network
+
+    def _reads(self, passes: int) -> float:
+        """Reading that nothing hides: of streamed layers the first of each pass, of resident ones all, shard after
+        shard, because a shard reads its layers when the first wave arrives."""
+        layer = self.costs.read(self.task.model.layer)
+        if self.setup.streamed:
+            return (passes + 1) * layer
+        return self.task.model.layers * layer

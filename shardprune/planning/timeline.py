@@ -1,0 +1,76 @@
+"""What the workers of a simulated run do over time."""
+
+from typing import Any
+
+from shardprune.planning.simulation import SimulatedGroup
+
+WIDTH = 72  # columns of a timeline
+LINES = 16  # workers that are shown one by one; of more, each line is the mean of several
+
+# What a column of the timeline shows: what took most of its time.
+MARKS = {
+    "read": "r",
+    "embed": "f",
+    "forward": "f",
+    "accumulate": "a",
+    "propagate": "p",
+    "solve": "S",
+    "write": "w",
+    "losses": "l",
+    "outliers": "o",
+}
+EXCHANGE = "x"  # taking, putting, statistics, solved projections
+LEGEND = "f forward, a accumulate, S solve, p propagate, x exchange, r read weights, w write, l losses, . idle"
+
+
+def idle_share(group: SimulatedGroup) -> float:
+    """The share of all workers' time in which they neither compute nor read or exchange anything."""
+    if not group.seconds:
+        return 0.0
+    shares = [(worker.busy + worker.reading) / group.seconds for worker in group.workers.values()]
+    return 1 - sum(shares) / len(shares)
+
+
+def rows_of(group: SimulatedGroup) -> list[dict[str, Any]]:
+    """Of every worker its idle share, and how long it did what."""
+    rows = []
+    for (shard, replica), worker in group.workers.items():
+        seconds: dict[str, float] = {}
+        for start, end, verb in worker.spans:
+            seconds[verb] = seconds.get(verb, 0.0) + end - start
+        idle = 1 - (worker.busy + worker.reading) / group.seconds if group.seconds else 0.0
+        rows.append({"shard": shard, "replica": replica, "idle": idle, "seconds": seconds})
+    return rows
+
+
+def timeline(group: SimulatedGroup) -> list[tuple[str, str, float]]:
+    """Lines of a chart: which workers, what they do from left to right, and their idle share."""
+    keys = sorted(group.workers)
+    per_line = -(-len(keys) // LINES)
+    lines = []
+    for start in range(0, len(keys), per_line):
+        together = keys[start : start + per_line]
+        first, last = together[0], together[-1]
+        label = f"{first[0]}.{first[1]}" + ("" if first == last else f" to {last[0]}.{last[1]}")
+        workers = [group.workers[key] for key in together]
+        idle = 1 - sum(worker.busy + worker.reading for worker in workers) / (len(workers) * (group.seconds or 1))
+        lines.append((label, _chart([span for worker in workers for span in worker.spans], len(workers), group), idle))
+    return lines
+
+
+def _chart(spans: list[list[Any]], workers: int, group: SimulatedGroup) -> str:
+    """In each column the mark of what took most of its time; idle where nothing took half of it."""
+    column = group.seconds / WIDTH or 1.0
+    took: list[dict[str, float]] = [{} for _ in range(WIDTH)]
+    for start, end, verb in spans:
+        mark = MARKS.get(verb, EXCHANGE)
+        for place in range(int(start / column), min(WIDTH, int(end / column) + 1)):
+            share = min(end, (place + 1) * column) - max(start, place * column)
+            took[place][mark] = took[place].get(mark, 0.0) + max(0.0, share)
+    return "".join(_mark(marks, column * workers) for marks in took)
+
+
+def _mark(marks: dict[str, float], whole: float) -> str:
+    if sum(marks.values()) < whole / 2:
+        return "."
+    return max(marks, key=lambda mark: marks[mark])

@@ -1,0 +1,219 @@
+"""A model's shapes, from its config alone, and what a run does to it."""
+
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from shardprune.allocation.allocations import ALLOCATIONS
+from shardprune.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate
+from shardprune.defaults import check_seqlen, place_of
+from shardprune.errors import InputError
+from shardprune.families import TOWERS
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.skeleton import Skeleton, attention_of
+from shardprune.solvers.methods import METHODS
+from shardprune.solvers.pattern import Unstructured
+from shardprune.solvers.statistics import Kind
+from shardprune.storage import Folder, first_line, read_file
+
+EVALUATED_TOKENS = 300_000  # of a source whose windows are not limited: about WikiText-2's test text
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of a decoder layer: its `cols`, and the rows of the projections that read it."""
+
+    cols: int
+    rows: dict[str, int]
+
+    @property
+    def largest(self) -> int:
+        """The weights of the largest of its projections."""
+        return self.cols * max(self.rows.values())
+
+
+@dataclass(frozen=True)
+class Model:
+    """Numbers of elements, not bytes. `layer` are a decoder layer's parameters, `embedding` and `head` those of the
+    frame's large tensors (`tied`: they are the same), `queries` and `keys` the widths of all heads of attention."""
+
+    name: str
+    layers: int
+    hidden: int
+    vocabulary: int
+    queries: int
+    keys: int
+    heads: int
+    eager: bool
+    inputs: tuple[Input, ...]
+    layer: int
+    embedding: int
+    head: int
+    tied: bool
+    parameters: int
+    stored: torch.dtype
+    skeleton: Skeleton
+
+    @property
+    def projections(self) -> int:
+        """The weights of a layer's projections."""
+        return sum(one.cols * sum(one.rows.values()) for one in self.inputs)
+
+    @property
+    def largest(self) -> int:
+        """The elements of a layer's largest tensor."""
+        return max(one.largest for one in self.inputs)
+
+    @cached_property
+    def widest(self) -> int:
+        """Of one token, the elements that a decoder layer's forward pass holds at its peak, beside its input.
+
+        In the MLP the outputs of the projections into it, one of them through the activation function, and their
+        product; with them the residual stream and its norm. In attention queries, keys and values with their rotated
+        copies. Counted in the layers of transformers 5.
+        """
+        *_, entry, last = self.inputs
+        up, neurons = sum(entry.rows.values()), last.cols
+        fused = len(entry.rows) == 1 and up > neurons
+        gated = up > neurons
+        mlp = up + (2 if fused else 1) * neurons + (2 if gated else 1) * self.hidden
+        attention = self.hidden + int(3.5 * (self.queries + self.keys))
+        return max(mlp, attention)
+
+    def forward_bytes(self, sequences: int, seqlen: int, itemsize: int) -> int:
+        """What a decoder layer's forward pass over a wave holds at its peak, beside the wave itself."""
+        tokens = sequences * seqlen
+        # Eager attention has its scores twice, and with 16-bit numbers also in float32.
+        scores = self.heads * seqlen * tokens * (8 if itemsize == 4 else 10) if self.eager else 0
+        return tokens * self.widest * itemsize + scores
+
+    def forward_operations(self, tokens: int, seqlen: int) -> int:
+        """Of a decoder layer over so many tokens: two for each weight and token, and causal attention's."""
+        return 2 * self.projections * tokens + 2 * tokens * seqlen * self.queries
+
+
+def read_model(name: str) -> Model:
+    """A model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
+
+    Raises:
+        InputError: there is no such config, or its family is not supported.
+    """
+    config, stored = _read(name)
+    skeleton = Skeleton(config, "cpu", stored)
+    shapes = skeleton.projection_shapes(0)
+    inputs = tuple(
+        Input(shapes[names[0]][1], {projection: shapes[projection][0] for projection in names})
+        for names in skeleton.family.inputs
+    )
+    embedding, head = skeleton.model.get_input_embeddings().weight, skeleton.model.get_output_embeddings().weight
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Model(
+        name=name,
+        layers=skeleton.layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        queries=heads * width,
+        keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        heads=heads,
+        eager=attention_of(config) == "eager",
+        inputs=inputs,
+        layer=sum(math.prod(shape) for shape in skeleton.layer_tensors(0).values()),
+        embedding=embedding.numel(),
+        head=head.numel(),
+        tied=embedding is head,
+        parameters=skeleton.parameters(),
+        stored=stored,
+        skeleton=skeleton,
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is done to a model, whoever does it: all that memory and seconds depend on beside the layout.
+
+    `kind` are the statistics that accumulate (None: none do), `itemsize` is of what the workers compute in, `sources`
+    the texts on which perplexity is measured before and after, over `windows` each.
+    """
+
+    model: Model
+    solver: str
+    kind: Kind | None
+    grouped: bool
+    outliers: bool
+    errors: bool
+    samples: int
+    seqlen: int
+    wave: int
+    sources: int
+    windows: int
+    itemsize: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a stored weight."""
+        return self.model.stored.itemsize
+
+    def kept_bytes(self, sequences: int) -> int:
+        """What so many sequences take while they are kept."""
+        return sequences * self.seqlen * self.model.hidden * self.itemsize
+
+
+def task_of(recipe: PlanRecipe, model: Model) -> Task:
+    """What a recipe does to a model.
+
+    Raises:
+        InputError: the model does not take sequences of that length.
+    """
+    check_seqlen(recipe.seqlen, model.skeleton)
+    method = METHODS[recipe.solver]
+    narrow = recipe.dtype == "auto" and recipe.row.gpu
+    return Task(
+        model=model,
+        solver=recipe.solver,
+        kind="gram" if recipe.measure_error else method.needs,
+        grouped=not isinstance(recipe.zeros, Unstructured),
+        outliers=ALLOCATIONS[recipe.allocation].observes,
+        errors=recipe.measure_error,
+        samples=recipe.samples,
+        seqlen=recipe.seqlen,
+        wave=recipe.sequences_per_wave,
+        sources=len(recipe.eval),
+        windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
+        itemsize=model.stored.itemsize if narrow else 4,
+    )
+
+
+def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
+    """A config and the dtype of the weights: the stored one where there are any, else what the config says."""
+    if name.endswith(".json"):
+        return _parsed(read_file(name, "model"), name)
+    url = locate(place_of(name))
+    folder = Folder(url, "model")
+    try:
+        weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
+        if not weights and folder.is_file(CONFIG):
+            return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
+    except Exception as error:  # every file system has errors of its own
+        raise InputError("model", f"{url} cannot be reached: {first_line(error)}") from error
+    checkpoint = Checkpoint(name)
+    stored = {entry.dtype for entry in checkpoint.entries.values() if len(entry.shape) == 2}
+    return checkpoint.config, stored.pop() if len(stored) == 1 else torch.float32
+
+
+def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:
+    with tempfile.TemporaryDirectory() as local:
+        with open(os.path.join(local, CONFIG), "wb") as file:
+            file.write(content)
+        try:
+            config = AutoConfig.from_pretrained(local, trust_remote_code=False)
+        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
+            reason = first_line(error).replace(local, name)
+            raise InputError("model", f"{name} cannot be read as a config: {reason}") from error
+    config = config.get_text_config() if config.model_type in TOWERS else config
+    return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
