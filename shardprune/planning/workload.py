@@ -4,7 +4,6 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -69,28 +68,22 @@ class Model:
         """The elements of a layer's largest tensor."""
         return max(one.largest for one in self.inputs)
 
-    @cached_property
-    def widest(self) -> int:
-        """Of one token, the elements that a decoder layer's forward pass holds at its peak, beside its input.
+    def forward_bytes(self, sequences: int, seqlen: int, itemsize: int) -> int:
+        """What a decoder layer's forward pass over a wave holds at its peak, beside the wave itself.
 
-        In the MLP the outputs of the projections into it, one of them through the activation function, and their
-        product; with them the residual stream and its norm. In attention queries, keys and values with their rotated
-        copies. Counted in the layers of transformers 5.
+        In the MLP these are the outputs of the projections into it, one of them through the activation function, and
+        their product; with them the residual stream and its norm. In attention the norm, queries, keys and values
+        with their rotated copies; eager attention has its scores twice, and of 16-bit numbers a copy in float32.
+        Counted in the layers of transformers 5.
         """
+        tokens = sequences * seqlen
         *_, entry, last = self.inputs
         up, neurons = sum(entry.rows.values()), last.cols
-        fused = len(entry.rows) == 1 and up > neurons
-        gated = up > neurons
+        gated, fused = up > neurons, len(entry.rows) == 1 and up > neurons
         mlp = up + (2 if fused else 1) * neurons + (2 if gated else 1) * self.hidden
         attention = self.hidden + int(3.5 * (self.queries + self.keys))
-        return max(mlp, attention)
-
-    def forward_bytes(self, sequences: int, seqlen: int, itemsize: int) -> int:
-        """What a decoder layer's forward pass over a wave holds at its peak, beside the wave itself."""
-        tokens = sequences * seqlen
-        # Eager attention has its scores twice, and with 16-bit numbers also in float32.
         scores = self.heads * seqlen * tokens * (8 if itemsize == 4 else 10) if self.eager else 0
-        return tokens * self.widest * itemsize + scores
+        return max(tokens * itemsize * mlp, tokens * itemsize * attention + scores)
 
     def forward_operations(self, tokens: int, seqlen: int) -> int:
         """Of a decoder layer over so many tokens: two for each weight and token, and causal attention's."""
