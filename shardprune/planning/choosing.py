@@ -82,14 +82,14 @@ def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> It
     task, row = task_of(recipe, model), recipe.row
     workers = recipe.nodes * recipe.gpus
     least = 2 if propagation == "parallel" and recipe.segments is None else 1
+    asked = (recipe.shards or 1) * (recipe.replicas or 1)
+    if asked > workers:
+        field = "shards" if recipe.shards else "replicas"
+        raise InputError(field, f"{asked} workers need as many GPUs; the machines have {workers}")
     for count in [recipe.shards] if recipe.shards else _counts(least, min(model.layers, workers)):
         for replicas in [recipe.replicas] if recipe.replicas else _counts(1, min(workers // count, recipe.samples)):
-            if count * replicas > workers:
-                if recipe.shards or count == least:
-                    field = "shards" if recipe.shards else "replicas"
-                    raise InputError(field, f"{count} x {replicas} workers are more than the {workers} of the machines")
-                continue
-            yield from _held(recipe, model, propagation, task, row, count, replicas)
+            if count * replicas <= workers:
+                yield from _held(recipe, model, propagation, task, row, count, replicas)
 
 
 def _counts(least: int, most: int) -> list[int]:

@@ -41,7 +41,8 @@ def growth(recipe: PlanRecipe, model: Model, propagation: Propagation) -> list[G
 
 
 def _variations(recipe: PlanRecipe) -> list[tuple[str, PlanRecipe]]:
-    nodes = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count * recipe.gpus <= WORKERS]
+    wanted = sorted({max(1, recipe.nodes // 2), *(factor * recipe.nodes for factor in (1, 2, 4, 8))})
+    nodes = [count for count in wanted if count != recipe.nodes and count * recipe.gpus <= WORKERS]
     rate = int(recipe.row.network)
     varied = [("as it is", recipe)]
     varied += [(f"{count} node{'s' * (count > 1)}", recipe.model_copy(update={"nodes": count})) for count in nodes]

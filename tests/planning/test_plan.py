@@ -1,0 +1,196 @@
+"""`shardprune plan` as users call it: layouts that fit, what is missing where none does, bad input."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from shardprune.cli import main
+from shardprune.planning.choosing import choose, missing, remedies
+from shardprune.planning.hardware import HARDWARE
+from shardprune.planning.planned import plan
+from shardprune.planning.quantities import parse_bytes
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.workload import read_model
+from tests.planning.material import CONFIGS
+from tests.tiny import make_model
+
+SMALL = {"hardware": "rtx4090", "gpu_memory": "24GB"}
+EIGHT = {"gpus": 8, "gpu_memory": "80GB"}
+
+
+def config(size):
+    return str(CONFIGS / f"llama-3.1-{size}" / "config.json")
+
+
+def planned(size, **fields):
+    return {plan.propagation: plan for plan in plan(PlanRecipe.checked({"model": config(size), **fields})).plans}
+
+
+def printed(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("8b", 8_030_261_248), ("70b", 70_553_706_496), ("405b", 405_853_388_800)]
+)
+def test_the_configs_are_those_of_llama(size, parameters):
+    assert read_model(config(size)).parameters == parameters
+
+
+@pytest.mark.parametrize("machines", [EIGHT, {**EIGHT, "nodes": 2}, SMALL], ids=["8 x 80", "2 x 8 x 80", "24"])
+def test_70b_fits(machines):
+    plans = planned("70b", **machines)
+    assert set(plans) == ({"exact"} if machines is SMALL else {"exact", "parallel"})
+    for one in plans.values():
+        setup = one.candidate.setup
+        assert one.fits
+        assert one.missing is None
+        assert setup.layout.workers <= machines.get("nodes", 1) * machines.get("gpus", 1)
+        assert one.candidate.worst[0].device.peak < parse_bytes(machines["gpu_memory"])
+    if machines is SMALL:
+        assert setup.streamed
+        assert setup.waves_on_host
+    else:
+        assert plans["parallel"].candidate.seconds.total < plans["exact"].candidate.seconds.total / 2
+
+
+def test_405b_does_not_fit_where_its_widest_factorisation_does_not():
+    (one,) = planned("405b", **SMALL).values()
+    assert not one.fits
+    square = 53248**2
+    # Sums, Hessian, factor, and three quarters of a matrix in the recursion; float32 columns of the weight; two layers.
+    least = (4 + 4 + 4 + 3) * square + 4 * 16384 * 53248 + 2 * 2 * read_model(config("405b")).layer
+    device = one.candidate.worst[0].device
+    assert device.peak == pytest.approx(least, rel=0.01)
+    assert f"{least / 1e9:.1f} GB" in one.missing
+    assert "factor down" in one.missing
+    assert "h100" in " ".join(one.helps)
+    assert "l4" not in " ".join(one.helps)
+    assert planned("405b", **EIGHT)["exact"].fits
+
+
+@pytest.mark.parametrize(
+    ("fields", "help_"),
+    [
+        ({**SMALL, "weights": "resident"}, "--weights streamed"),
+        ({**SMALL, "activations": "device", "samples": 512, "weights": "streamed"}, "--activations host"),
+        ({**EIGHT, "weights": "resident", "replicas": 8}, "--weights streamed"),
+        ({**EIGHT, "weights": "resident", "shards": 1}, "a layout of its own choice"),
+        ({**SMALL, "wave": 64}, "--wave 1"),
+        ({**SMALL, "host_memory": "10GB", "samples": 256}, "--samples 128"),
+        ({**SMALL, "host_memory": "32GB", "samples": 1024, "method": "wanda", "measure_error": False}, "--nodes 2"),
+        ({**SMALL, "gpu_memory": "16GB"}, "--method wanda --no-measure-error"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_helps_is_named_and_does_help(fields, help_):
+    recipe = PlanRecipe.checked({"model": config("70b"), "propagation": "exact", **fields})
+    model = read_model(recipe.model)
+    nearest = choose(recipe, model, "exact")
+    assert not nearest.fits
+    assert "are missing" in missing(nearest)
+    assert any(line.startswith(help_) for line in remedies(recipe, model, "exact", nearest))
+
+
+def test_a_checkpoint_says_in_what_its_weights_are_stored(tmp_path):
+    make_model(tmp_path / "model")
+    (tmp_path / "config").mkdir()
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "config" / "config.json").write_text(json.dumps({**content, "dtype": "bfloat16"}))
+    shutil.copy(tmp_path / "config" / "config.json", tmp_path / "model" / "config.json")
+    assert str(read_model(str(tmp_path / "model")).stored) == "torch.float32"
+    assert str(read_model(str(tmp_path / "config")).stored) == "torch.bfloat16"
+
+
+def test_a_page_and_its_json_say_the_same(capsys, tmp_path):
+    arguments = (config("8b"), "--gpus", 2, "--eval", "wikitext2", "--samples", 32)
+    code, page, _ = printed(capsys, *arguments, "--simulate")
+    assert code == 0
+    for part in ("exact:", "parallel:", "factor down", "between nodes", "expected:", "simulated:", "idle", "2 nodes"):
+        assert part in page
+    code, text, _ = printed(capsys, *arguments, "--simulate", "--json")
+    content = json.loads(text)
+    assert code == 0
+    assert [plan["propagation"] for plan in content["plans"]] == ["exact", "parallel"]
+    for plan_ in content["plans"]:
+        layout = plan_["layout"]
+        assert f"--shards {layout['shards']} --replicas {layout['replicas']}" in page
+        assert set(plan_["seconds"]) == {"load", "observe", "prune", "write", "evaluate", "total"}
+        assert len(plan_["simulation"]["workers"]) == layout["shards"] * layout["replicas"]
+        assert plan_["simulation"]["seconds"]["total"] == pytest.approx(plan_["seconds"]["total"], rel=0.1)
+        assert 0 <= plan_["simulation"]["idle"] < 1
+
+
+def test_where_nothing_fits_the_exit_code_is_one(capsys):
+    code, page, _ = printed(capsys, config("405b"), "--gpu-memory", "24GB", "--hardware", "rtx4090")
+    assert code == 1
+    assert "does not fit" in page
+    assert "missing: prune, factor down" in page
+    assert "what helps: GPUs of" in page
+
+
+def test_the_recipe_of_a_run_is_planned_as_it_is(capsys, tmp_path):
+    recipe = {
+        "out": "runs/x",
+        "backend": "ray",
+        "method": "wanda",
+        "pattern": "2:4",
+        "weights": "streamed",
+        "threads": 2,
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"model": config("8b"), **recipe}))
+    code, text, _ = printed(capsys, "--recipe", tmp_path / "r.yaml", "--propagation", "exact", "--json")
+    content = json.loads(text)
+    assert code == 0
+    assert content["recipe"]["method"] == "wanda"
+    assert content["plans"][0]["layout"]["weights"] == "streamed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu-memory", "80"), "gpu_memory: '80' is not allowed; use a size such as 80GB or 640GiB"),
+        (("--network", "fast"), "network: 'fast' is not allowed; use a rate such as 25GB/s or 100Gbit/s"),
+        (("--hardware", "h1000"), f"hardware: 'h1000' is not allowed; use one of {', '.join(HARDWARE)}"),
+        (("--nodes", 0), "nodes: 0 is not allowed"),
+        (("--gpus", 2, "--shards", 4), "shards: 4 workers need as many GPUs; the machines have 2"),
+        (("--replicas", 4), "replicas: 4 workers need as many GPUs; the machines have 1"),
+        (("--structured", 0.2), "structured: 0.2 is not planned; plan the run without it"),
+        (("--seqlen", 1_000_000), "seqlen: 1000000 is more than the model's 131072 positions"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_line_and_exit_code_two(capsys, arguments, message):
+    code, _, error = printed(capsys, config("8b"), *arguments)
+    assert code == 2
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["nowhere/config.json", "no such model", "{folder}", "{folder}/broken.json"])
+def test_a_model_without_a_config_is_bad_input(capsys, tmp_path, model):
+    (tmp_path / "broken.json").write_text("{")
+    code, _, error = printed(capsys, model.format(folder=tmp_path))
+    assert code == 2
+    assert error.startswith("error: model: ")
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_field_of_a_recipe_is_named_with_the_nearest(capsys, tmp_path):
+    (tmp_path / "r.yaml").write_text("gpu: 8\n")
+    code, _, error = printed(capsys, config("8b"), "--recipe", tmp_path / "r.yaml")
+    assert code == 2
+    assert "did you mean gpus?" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "rate", "count"),
+    [("80GB", False, 80e9), ("1.5TiB", False, 1.5 * 2**40), ("25GB/s", True, 25e9), ("100Gbit/s", True, 12.5e9)],
+)
+def test_quantities(text, rate, count):
+    assert parse_bytes(text, rate) == count
