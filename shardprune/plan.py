@@ -20,6 +20,8 @@ from shardprune.errors import InputError, before_work, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.mop_recipe import MopRecipe
+from shardprune.planning.needs import needs
+from shardprune.planning.workload import model_of, stored_dtype
 from shardprune.recipe import NarrowingRecipe, Recipe
 from shardprune.setting_groups import Calibration
 from shardprune.shard.spec import WorkerSpec
@@ -148,6 +150,9 @@ class Plan:
         """What each worker of a layout must know."""
         recipe = self.recipe
         assert recipe.threads is not None
+        model = model_of(self.skeleton, recipe.model, stored_dtype(self.checkpoint))
+        windows = max(map(len, self.evaluations.values()), default=0)
+        need = needs(recipe, model, layout, self.skeleton.dtype.itemsize, windows)
         return [
             WorkerSpec(
                 model=recipe.model,
@@ -170,6 +175,7 @@ class Plan:
                 dtype=str(self.skeleton.dtype).removeprefix("torch."),
                 threads=recipe.threads,
                 finished=frozenset(finished),
+                need=need[shard],
             )
             for shard, layers in enumerate(layout.shards)
             for replica in range(layout.replicas)

@@ -12,7 +12,7 @@ from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks
 from shardprune.planning.quantities import gigabytes
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
-from shardprune.planning.workload import Model, Task, task_of
+from shardprune.planning.workload import Model, Task, planned_task
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> It
     Raises:
         InputError: none is possible.
     """
-    task, row = task_of(recipe, model), recipe.row
+    task, row = planned_task(recipe, model), recipe.row
     workers = recipe.nodes * recipe.gpus
     least = 2 if propagation == "parallel" and recipe.segments is None else 1
     asked = (recipe.shards or 1) * (recipe.replicas or 1)

@@ -14,6 +14,7 @@ from shardprune.defaults import check_seqlen, place_of
 from shardprune.errors import InputError
 from shardprune.families import TOWERS
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.recipe import Recipe
 from shardprune.skeleton import Skeleton, attention_of
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Unstructured
@@ -97,7 +98,12 @@ def read_model(name: str) -> Model:
         InputError: there is no such config, or its family is not supported.
     """
     config, stored = _read(name)
-    skeleton = Skeleton(config, "cpu", stored)
+    return model_of(Skeleton(config, "cpu", stored), name, stored)
+
+
+def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
+    """The shapes of a skeleton's model, whose weights are stored in a dtype."""
+    config = skeleton.config
     shapes = skeleton.projection_shapes(0)
     inputs = tuple(
         Input(shapes[names[0]][1], {projection: shapes[projection][0] for projection in names})
@@ -157,15 +163,20 @@ class Task:
         return sequences * self.seqlen * self.model.hidden * self.itemsize
 
 
-def task_of(recipe: PlanRecipe, model: Model) -> Task:
-    """What a recipe does to a model.
+def planned_task(recipe: PlanRecipe, model: Model) -> Task:
+    """What a recipe does to a model on the recipe's hardware.
 
     Raises:
         InputError: the model does not take sequences of that length.
     """
     check_seqlen(recipe.seqlen, model.skeleton)
-    method = METHODS[recipe.solver]
     narrow = recipe.dtype == "auto" and recipe.row.gpu
+    return task_of(recipe, model, model.stored.itemsize if narrow else 4)
+
+
+def task_of(recipe: Recipe | PlanRecipe, model: Model, itemsize: int) -> Task:
+    """What a recipe does to a model, computing in numbers of so many bytes."""
+    method = METHODS[recipe.solver]
     return Task(
         model=model,
         solver=recipe.solver,
@@ -178,7 +189,7 @@ def task_of(recipe: PlanRecipe, model: Model) -> Task:
         wave=recipe.sequences_per_wave,
         sources=len(recipe.eval),
         windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
-        itemsize=model.stored.itemsize if narrow else 4,
+        itemsize=itemsize,
     )
 
 
@@ -195,8 +206,13 @@ def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
     except Exception as error:  # every file system has errors of its own
         raise InputError("model", f"{url} cannot be reached: {first_line(error)}") from error
     checkpoint = Checkpoint(name)
+    return checkpoint.config, stored_dtype(checkpoint)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype in which a checkpoint has its weights; float32 where they differ."""
     stored = {entry.dtype for entry in checkpoint.entries.values() if len(entry.shape) == 2}
-    return checkpoint.config, stored.pop() if len(stored) == 1 else torch.float32
+    return stored.pop() if len(stored) == 1 else torch.float32
 
 
 def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:

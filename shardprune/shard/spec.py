@@ -29,13 +29,23 @@ class PassingSpec:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a worker cannot do without: `bytes` of its device's memory at the `step` that takes most, and what would
+    take less."""
+
+    bytes: int
+    step: str
+    helps: str
+
+
+@dataclass(frozen=True)
 class WorkerSpec(PassingSpec):
     """The same of a worker that changes layers.
 
     `method` prunes by `pattern`, or is None where `sparse` names a checkpoint that holds the pruned weights (their
     pattern may be `auto`, what the zeros show) or where `scoring` chooses structures that are removed, so that
     finished layers have the `widths`.
-    `finished` are the layers whose files are in `out` already.
+    `finished` are the layers whose files are in `out` already. `need` is what it takes, where that is known.
     """
 
     out: str
@@ -48,3 +58,4 @@ class WorkerSpec(PassingSpec):
     widths: Widths | None
     measure_error: bool
     finished: frozenset[int]
+    need: Need | None = None

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from shardprune.cluster.layout import plan_layout
 from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.planning.workload import read_model, task_of
+from shardprune.planning.workload import planned_task, read_model
 from shardprune.skeleton import Skeleton
 from tests.planning.material import make_llama, make_windows, peak_of_run
 from tests.tiny import CONFIGS
@@ -65,7 +65,7 @@ def test_the_predicted_peak_is_the_measured_one_within_a_fifth(runs, name):
     model = read_model(recipe.model)
     layout = plan_layout(model.layers, recipe.samples, "exact", 1, 1, None)
     setup = Setup(layout, options.get("weights") == "streamed", waves_on_host=True, gpu=False)
-    moment, _ = largest(task_of(recipe, model), setup)
+    moment, _ = largest(planned_task(recipe, model), setup)
     assert moment.step == RUNS[name][2]
     assert moment.device.peak == pytest.approx(peak, rel=0.2)
     # Not the process alone: what is predicted beside it is what is measured beside it.
@@ -109,7 +109,7 @@ def _forward_peak(config, dtype, sequences, seqlen):
 def test_what_a_worker_holds_depends_on_its_setup():
     recipe = PlanRecipe.checked({"model": "ray_configs/models/llama-3.1-8b", "eval": "wikitext2"})
     model = read_model(recipe.model)
-    task = task_of(recipe, model)
+    task = planned_task(recipe, model)
 
     def peaks(shards=1, replicas=1, propagation="exact", streamed=False, on_host=False, shard=0):
         layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, None)

@@ -13,7 +13,7 @@ from shardprune.planning.seconds import Expected
 from shardprune.planning.simulation import simulate
 from shardprune.planning.timeline import LINES, WIDTH, idle_share, rows_of, timeline
 from shardprune.planning.traffic import traffic_of
-from shardprune.planning.workload import read_model, task_of
+from shardprune.planning.workload import planned_task, read_model
 from tests.planning.material import CONFIGS
 
 SLACK = 0.02  # what calls and their sending take, of steps of ten seconds
@@ -28,7 +28,7 @@ def costs_of(
     shapes = read_model(recipe.model)
     layout = plan_layout(shapes.layers, recipe.samples, propagation, shards, replicas, None)
     setup = Setup(layout, streamed, on_host, gpu=True)
-    return kind(task_of(recipe, shapes), setup, recipe.row, Places(replicas, gpus))
+    return kind(planned_task(recipe, shapes), setup, recipe.row, Places(replicas, gpus))
 
 
 @dataclass(frozen=True)

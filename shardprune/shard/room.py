@@ -1,0 +1,53 @@
+"""Whether a worker's device has the memory that the worker will need, found before any weight is read."""
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+
+from shardprune.errors import InputError
+from shardprune.shard.spec import Need
+
+GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
+
+
+def check_room(need: Need, device: torch.device | str) -> None:
+    """Check that a device has as much memory as a worker cannot do without.
+
+    All of its memory counts, not what is free at the moment: what is refused here could never have worked.
+
+    Raises:
+        InputError: it has less; names by how much, and what would help.
+    """
+    room = memory_of(torch.device(device))
+    if need.bytes > room:
+        missing = need.bytes - room
+        raise InputError(
+            "memory",
+            f"a worker takes {_gigabytes(need.bytes)} at its peak ({need.step}), and its {torch.device(device).type} "
+            f"has {_gigabytes(room)}: {_gigabytes(missing)} are missing; {need.helps}",
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """The bytes of memory that this process may have on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = [installed, *(_limit(path) for path in GROUP_LIMITS)]
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return min([*(limit for limit in limits if limit), *([allowed] if allowed != resource.RLIM_INFINITY else [])])
+
+
+def _limit(path: str) -> int | None:
+    """The limit of this process's control group; none where there is no such file, or no limit in it."""
+    try:
+        text = Path(path).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
