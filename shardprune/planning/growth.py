@@ -46,7 +46,7 @@ def _variations(recipe: PlanRecipe) -> list[tuple[str, PlanRecipe]]:
     rate = int(recipe.row.network)
     varied = [("as it is", recipe)]
     varied += [(f"{count} node{'s' * (count > 1)}", recipe.model_copy(update={"nodes": count})) for count in nodes]
-    for factor in (0.5, 2, 4):
+    for factor in (0.5, 2):
         samples = int(recipe.samples * factor)
         if samples >= max(1, recipe.replicas or 1):
             varied.append((f"{samples} samples", recipe.model_copy(update={"samples": samples})))
