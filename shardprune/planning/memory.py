@@ -52,10 +52,6 @@ class Setup:
     waves_on_host: bool
     gpu: bool
 
-    @property
-    def propagation(self) -> str:
-        return "exact" if len(self.layout.segments) == 1 else "parallel"
-
 
 class WorkerMemory:
     """One worker of a shard: that with the most sequences."""

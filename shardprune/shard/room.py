@@ -9,19 +9,21 @@ import torch
 from shardprune.errors import InputError
 from shardprune.shard.spec import Need
 
+DOUBT = 1.2  # what is needed is known to a fifth
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
 def check_room(need: Need, device: torch.device | str) -> None:
     """Check that a device has as much memory as a worker cannot do without.
 
-    All of its memory counts, not what is free at the moment: what is refused here could never have worked.
+    All of its memory counts, not what is free at the moment, and doubt is the worker's gain: what is refused here
+    could never have worked.
 
     Raises:
         InputError: it has less; names by how much, and what would help.
     """
     room = memory_of(torch.device(device))
-    if need.bytes > room:
+    if need.bytes > DOUBT * room:
         missing = need.bytes - room
         raise InputError(
             "memory",

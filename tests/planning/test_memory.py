@@ -18,7 +18,7 @@ from tests.tiny import CONFIGS
 VOCABULARY = 1024
 MODELS = {
     "wide": (768, 4096, 2, VOCABULARY, torch.float32),
-    "stored in 16 bits": (1024, 3072, 3, VOCABULARY, torch.bfloat16),
+    "stored in 16 bits": (1024, 3072, 2, VOCABULARY, torch.bfloat16),
     "narrow": (128, 384, 1, VOCABULARY, torch.float32),
     "large vocabulary": (768, 1024, 8, 80_000, torch.float32),
 }
@@ -70,7 +70,7 @@ def test_the_predicted_peak_is_the_measured_one_within_a_fifth(runs, name):
     assert moment.device.peak == pytest.approx(peak, rel=0.2)
     # Not the process alone: what is predicted beside it is what is measured beside it.
     assert moment.device.peak - CPU_PROCESS == pytest.approx(peak - nothing, rel=0.2)
-    assert peak - nothing > nothing / 2
+    assert peak - nothing > nothing / 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
