@@ -130,7 +130,7 @@ class WorkerMemory:
             for step, workspace in self._solve(one):
                 # Replicas' sums come one after another through a copy, and add up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
-                statistics = held + exchanged
+                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one, sums))
                 label = f"{step} {'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in one.rows)}"
                 yield self._moment("prune", label, weights, 0, statistics, workspace + copied, kept=kept)
 
@@ -212,6 +212,11 @@ class WorkerMemory:
 
     def _forward(self) -> int:
         return self.model.forward_bytes(min(self.task.wave, self.sequences), self.task.seqlen, self.task.itemsize)
+
+    def _mapped(self, one: Input, sums: int) -> int:
+        """Pages of the object store that a CPU worker which solves an input has before it: the other replicas' sums
+        of that input, and its own of all others."""
+        return (self.setup.layout.replicas - 1) * self._sums(one) + sums - self._sums(one)
 
     def _sums(self, one: Input) -> int:
         """Of one input, float32."""

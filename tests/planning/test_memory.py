@@ -12,6 +12,7 @@ from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import planned_task, read_model
 from shardprune.skeleton import Skeleton
+from tests.planning.material import CONFIGS as SHAPES
 from tests.planning.material import make_llama, make_windows, peak_of_run
 from tests.tiny import CONFIGS
 
@@ -107,7 +108,7 @@ def _forward_peak(config, dtype, sequences, seqlen):
 
 
 def test_what_a_worker_holds_depends_on_its_setup():
-    recipe = PlanRecipe.checked({"model": "ray_configs/models/llama-3.1-8b", "eval": "wikitext2"})
+    recipe = PlanRecipe.checked({"model": str(SHAPES / "llama-3.1-8b"), "eval": "wikitext2"})
     model = read_model(recipe.model)
     task = planned_task(recipe, model)
 
@@ -125,6 +126,22 @@ def test_what_a_worker_holds_depends_on_its_setup():
     assert peaks(on_host=True).device.activations == 0
     assert peaks(on_host=True).host.activations >= kept
     assert "observe" in WorkerMemory(task, Setup(_parallel(model, 4), False, False, True), 1).peaks()
+
+
+def test_replicas_exchange_the_sums_of_their_inputs():
+    recipe = PlanRecipe.checked({"model": str(SHAPES / "llama-3.1-8b")})
+    model = read_model(recipe.model)
+    task = planned_task(recipe, model)
+    sums = [4 * one.cols**2 for one in model.inputs]
+
+    def statistics(replicas, gpu):
+        layout = plan_layout(model.layers, recipe.samples, "exact", 1, replicas, None)
+        moments = WorkerMemory(task, Setup(layout, True, not gpu, gpu), 0).moments()
+        return next(moment.device.statistics for moment in moments if moment.step == "factor down")
+
+    assert statistics(1, gpu=True) == statistics(1, gpu=False) == sums[-1]
+    assert statistics(4, gpu=True) == sum(sums) + sums[-1]
+    assert statistics(4, gpu=False) == sum(sums) + sums[-1] + 3 * sums[-1] + sum(sums[:-1])
 
 
 def _parallel(model, shards):
