@@ -10,23 +10,34 @@ from typing import Any
 EXIT_CODE = 128 + signal.SIGTERM
 
 
-class Stopped(BaseException):
-    """SIGTERM has come. Nothing but the command line catches it."""
+class Stopped(KeyboardInterrupt):
+    """SIGTERM has come. Nothing but the command line catches it.
+
+    It is a KeyboardInterrupt, because `ray.get` and `ray.wait` give way to no other exception of a signal's handler.
+    """
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Turn the first SIGTERM into `Stopped`, and pass over those that come while the run closes down."""
+    told = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal told
+        told = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Stopped
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except BaseException:
+        if not told:
+            raise
     finally:
         signal.signal(signal.SIGTERM, before)
+    if told:  # whatever Ray and the parser of the command line made of it
+        raise Stopped
 
 
 @contextmanager
