@@ -13,6 +13,8 @@ from typing import Any
 # starts for itself listens on loopback only. Both are read when Ray is imported.
 os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# A submitted job's own runtime environment may set what WORKER_ENV passes on, which Ray refuses otherwise.
+os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
 import ray
 from ray.exceptions import (
@@ -151,7 +153,7 @@ class RayBackend:
         try:
             with handlers_kept():
                 if self._address:
-                    ray.init(self._address, runtime_env=environment, logging_level="ERROR")
+                    ray.init(self._address, runtime_env=environment, logging_level="ERROR", log_to_driver=False)
                 else:
                     ray.init("local", runtime_env=environment, logging_level="ERROR", **own_cluster)
         except (ConnectionError, ValueError, RuntimeError) as error:
