@@ -8,6 +8,7 @@ from shardprune.errors import InputError
 from shardprune.recovery.examples import DATA_FORMS, check_data
 from shardprune.setting_groups import Machines, Perplexities, Run
 from shardprune.settings import Settings, positive
+from shardprune.working_dir import check_outlasts_job
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
 
@@ -95,6 +96,13 @@ class Partitioned(Settings):
     state: str | None = Field(
         None, description="Directory for them that all nodes see (default: OUT/training; needed where OUT is a URL)"
     )
+
+    @field_validator("state")
+    @classmethod
+    def _state_lasts(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_outlasts_job("state", value)
+        return value
 
 
 class Trainers(Machines):

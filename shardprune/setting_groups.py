@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 from shardprune.settings import Settings, positive
 from shardprune.sources import FORMS, check_source
 from shardprune.structure.scoring import Score
+from shardprune.working_dir import check_outlasts_job
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
 
@@ -110,3 +111,9 @@ class Run(Settings):
 
     out: str = Field(min_length=1, description="Directory or URL of the result; empty, or this run's own")
     resume: bool = Field(True, description="Go on where the same run was cut off")
+
+    @field_validator("out")
+    @classmethod
+    def _out_lasts(cls, value: str) -> str:
+        check_outlasts_job("out", value)
+        return value

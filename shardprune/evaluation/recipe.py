@@ -8,6 +8,7 @@ from shardprune.errors import InputError
 from shardprune.setting_groups import Workers
 from shardprune.settings import Settings, positive
 from shardprune.sources import FORMS, check_source
+from shardprune.working_dir import check_outlasts_job
 
 
 class Perplexities(Settings):
@@ -72,6 +73,13 @@ class Destination(Settings):
     out: str | None = Field(
         None, description="Directory or URL for result.json (default: the model's own, where it has a result.json)"
     )
+
+    @field_validator("out")
+    @classmethod
+    def _out_lasts(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_outlasts_job("out", value)
+        return value
 
 
 class EvaluateRecipe(Perplexities, Tasks, Shards, Destination):
