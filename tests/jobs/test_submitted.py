@@ -1,0 +1,110 @@
+"""Jobs on a standing cluster, submitted as users submit them."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from shardprune import Recipe, prune
+from shardprune.demo import bundled_model
+from shardprune.progress import Output
+from tests.jobs.head import Head, head
+from tests.tiny import differing
+
+RECIPE = {
+    "model": bundled_model(),
+    "sparsity": 0.5,
+    "calibration": "stdlib",
+    "samples": 48,
+    "seqlen": 256,
+    "device": "cpu",
+    "threads": 1,
+}
+# Whether driver and worker run what was submitted, and agree on what has to be the same.
+LOOK = """
+import os, ray
+from importlib.util import find_spec
+look = lambda: (os.getcwd(), find_spec("shardprune").origin, os.environ["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"])
+ray.init(logging_level="ERROR")
+for here, file, flag in (look(), ray.get(ray.remote(look).remote())):
+    assert "working_dir_files" in here and file == f"{here}/shardprune/__init__.py", file
+    assert flag == "1"
+print("submitted")
+"""
+BAD = f"{RECIPE | {'sparsitty': 0.5}}"
+GOOD = f"{RECIPE}"
+# What is submitted, whether it succeeds, and its last line; {folder} lies outside the working directory.
+SHORT = {
+    "a field with a typing error": (
+        ["jobs.prune", "{folder}/bad.yaml", "--out={folder}/bad"],
+        False,
+        "error: sparsitty: no field of a recipe has this name; did you mean sparsity?",
+    ),
+    "a relative output": (
+        ["jobs.prune", "{folder}/good.yaml", "--out=runs/lost"],
+        False,
+        "error: out: 'runs/lost' would be lost with this job's copy of the working directory; "
+        "use an absolute path or a URL",
+    ),
+    "GPUs to wait for": (["jobs.with_gpus", "2", "python", "-c", "print('has them')"], True, "has them"),
+    "whose code runs": (["-c", LOOK], True, "submitted"),
+}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with head() as standing:
+        yield standing
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "good.yaml").write_text(GOOD)  # which is YAML, too
+    (folder / "bad.yaml").write_text(BAD)
+    return folder
+
+
+def test_short_jobs_end_with_their_exit_code_and_last_line(cluster: Head, folder: Path):
+    started = {}
+    for name, (command, _, _) in SHORT.items():
+        words = [word.replace("{folder}", str(folder)) for word in command]
+        started[name] = cluster.submit("python", *([] if words[0] == "-c" else ["-m"]), *words)
+    for name, (_, succeeds, last) in SHORT.items():
+        output, _ = started[name].communicate()
+        said = [line for line in output.splitlines() if " cli.py:" not in line and " sdk.py:" not in line]
+        assert (started[name].returncode == 0) == succeeds, output
+        assert [line for line in said if line.strip()][-1] == last, name
+    assert not (folder / "bad").exists()
+
+
+def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, folder: Path):
+    out = folder / "out"
+    command = ["python", "-m", "jobs.prune", str(folder / "good.yaml"), "--out", str(out), "--shards=2"]
+    assert cluster.submit(*command, wait=False, name="first").wait() == 0
+    wait_until(lambda: len(layers(out)) >= 2)
+    assert cluster.job("stop", "first").wait() == 0
+    kept = layers(out)
+    assert 2 <= len(kept) < 8
+    log, _ = cluster.job("logs", "first").communicate()
+    assert "error: stopped by SIGTERM" in log.strip().splitlines()[-1]
+    wait_until(lambda: not cluster.busy())
+
+    output, _ = (second := cluster.submit(*command)).communicate()
+    assert second.returncode == 0, output
+    assert {name: time for name, time in layers(out).items() if name in kept} == kept
+    prune(Recipe.checked({**RECIPE, "out": str(folder / "local"), "backend": "local"}), Output(quiet=True))
+    assert differing(out, folder / "local") == []
+
+
+def layers(out: Path) -> dict[str, int]:
+    """When each finished layer was written, in nanoseconds."""
+    files = out.glob("model-*.safetensors")
+    return {file.name: file.stat().st_mtime_ns for file in files if "model-00001-" not in file.name}
+
+
+def wait_until(true, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
