@@ -11,15 +11,21 @@ import sys
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-QUIET_SECONDS = 60.0  # between two lines while it waits
+from shardprune.stopping import EXIT_CODE, Stopped, handlers_kept, stoppable
+
+POLL_SECONDS = 1.0  # for which Ray hears no signal
+QUIET_POLLS = 60  # between two lines while it waits
 
 
 def wait_for_gpus(count: int) -> None:
     """Return once the connected cluster has so many free GPUs."""
     group = placement_group([{"GPU": 1}] * count)
-    while not group.wait(QUIET_SECONDS):
-        present = int(ray.cluster_resources().get("GPU", 0))
-        print(f"waiting for {count} free GPUs; the cluster has {present}", flush=True)
+    polls = 0
+    while not group.wait(POLL_SECONDS):
+        if polls % QUIET_POLLS == 0:
+            present = int(ray.cluster_resources().get("GPU", 0))
+            print(f"waiting for {count} free GPUs; the cluster has {present}", flush=True)
+        polls += 1
     remove_placement_group(group)
 
 
@@ -28,17 +34,21 @@ def main() -> None:
     if not count.isdecimal() or not int(count) or not command:
         sys.exit(_fail("gpus: give a number of at least 1 and a command: python -m jobs.with_gpus 16 COMMAND"))
     try:
-        ray.init("auto", logging_level="ERROR", log_to_driver=False)
+        with stoppable():
+            with handlers_kept():
+                ray.init("auto", logging_level="ERROR", log_to_driver=False)
+            wait_for_gpus(int(count))
+            ray.shutdown()
     except ConnectionError:
         sys.exit(_fail("address: no Ray cluster is running here, and RAY_ADDRESS names none"))
-    wait_for_gpus(int(count))
-    ray.shutdown()
+    except Stopped:
+        sys.exit(_fail("stopped by SIGTERM while waiting for GPUs", EXIT_CODE))
     os.execvp(command[0], command)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == "__main__":

@@ -4,17 +4,17 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from shardprune import Recipe, prune
 from shardprune.demo import bundled_model
 from shardprune.progress import Output
 from tests.jobs.head import Head, head
-from tests.tiny import differing
+from tests.tiny import differing, make_tokens
 
 RECIPE = {
     "model": bundled_model(),
     "sparsity": 0.5,
-    "calibration": "stdlib",
     "samples": 48,
     "seqlen": 256,
     "device": "cpu",
@@ -31,8 +31,6 @@ for here, file, flag in (look(), ray.get(ray.remote(look).remote())):
     assert flag == "1"
 print("submitted")
 """
-BAD = f"{RECIPE | {'sparsitty': 0.5}}"
-GOOD = f"{RECIPE}"
 # What is submitted, whether it succeeds, and its last line; {folder} lies outside the working directory.
 SHORT = {
     "a field with a typing error": (
@@ -60,8 +58,9 @@ def cluster():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
-    (folder / "good.yaml").write_text(GOOD)  # which is YAML, too
-    (folder / "bad.yaml").write_text(BAD)
+    recipe = {**RECIPE, "calibration": make_tokens(folder / "tokens.npy", RECIPE["samples"], RECIPE["seqlen"])}
+    (folder / "good.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "bad.yaml").write_text(yaml.safe_dump({**recipe, "sparsitty": 0.5}))
     return folder
 
 
@@ -80,7 +79,7 @@ def test_short_jobs_end_with_their_exit_code_and_last_line(cluster: Head, folder
 
 def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, folder: Path):
     out = folder / "out"
-    command = ["python", "-m", "jobs.prune", str(folder / "good.yaml"), "--out", str(out), "--shards=2"]
+    command = ["python", "-m", "jobs.prune", str(folder / "good.yaml"), "--out", str(out)]
     assert cluster.submit(*command, wait=False, name="first").wait() == 0
     wait_until(lambda: len(layers(out)) >= 2)
     assert cluster.job("stop", "first").wait() == 0
@@ -93,7 +92,8 @@ def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, 
     output, _ = (second := cluster.submit(*command)).communicate()
     assert second.returncode == 0, output
     assert {name: time for name, time in layers(out).items() if name in kept} == kept
-    prune(Recipe.checked({**RECIPE, "out": str(folder / "local"), "backend": "local"}), Output(quiet=True))
+    alone = Recipe.load(folder / "good.yaml", {"out": str(folder / "local"), "backend": "local"})
+    prune(alone, Output(quiet=True))
     assert differing(out, folder / "local") == []
 
 
