@@ -221,7 +221,6 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each run")] = False,
 ) -> None:
     """Say where a running or dead run stands and when it will end, from anywhere that sees its output."""
-    import json
     import time
     from dataclasses import asdict
 
@@ -242,7 +241,7 @@ def plan(
     *,
     recipe: RecipeFile = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="Simulate it: timeline, idle share, growth")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
     **options: Any,
 ) -> int:
     """Say what a run will take, and whether it fits: layout, memory, bytes, seconds. No weight is read.
@@ -250,7 +249,7 @@ def plan(
     Exit code 1 where nothing fits."""
     from shardprune.planning.planned import plan as run
 
-    return _show_plan(run(PlanRecipe.load(recipe, _given({"model": model, **options})), simulate), json)
+    return _show_plan(run(PlanRecipe.load(recipe, _given({"model": model, **options})), simulate), as_json)
 
 
 @app.command(epilog="Example: shardprune demo --out runs/demo")
