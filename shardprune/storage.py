@@ -53,6 +53,11 @@ class Folder:
     def path(self, name: str) -> str:
         return posixpath.join(self.root, name)
 
+    @property
+    def appends(self) -> bool:
+        """Whether files show while they grow, so that `append_text` works; object stores take whole ones only."""
+        return OBJECT_STORES.isdisjoint(_protocols(self.fs))
+
     # -- looking ----------------------------------------------------------------------------------------------
 
     def size(self, name: str) -> int | None:
@@ -152,7 +157,7 @@ class Folder:
         Args:
             parts: gives them from the first on whenever it is called: an attempt that fails is made again.
         """
-        if not self._shows_when_complete:
+        if self.appends:
             self._persist("written", name, lambda: self._write_and_rename(name, parts()))
             return
         unfinished: list[Any] = []  # uploads that could not be aborted, as storage was away
@@ -193,11 +198,6 @@ class Folder:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         self.write(name, lambda: [content])
-
-    @property
-    def appends(self) -> bool:
-        """Whether `append_text` works here; object stores take whole files only."""
-        return OBJECT_STORES.isdisjoint(_protocols(self.fs))
 
     def append_text(self, name: str, text: str) -> None:
         """Add to the end of a file, which readers see grow."""
@@ -242,7 +242,7 @@ class Folder:
             InputError: that cannot be.
         """
         _refuse_hub(self.url, self.field)
-        made = [] if self._shows_when_complete else self._missing_folders()
+        made = self._missing_folders() if self.appends else []
         name = f".probe.{uuid.uuid4().hex[:8]}.tmp"
         try:
             self.write_bytes(name, b"")
@@ -264,10 +264,6 @@ class Folder:
         return missing
 
     # -- inside -----------------------------------------------------------------------------------------------
-
-    @property
-    def _shows_when_complete(self) -> bool:
-        return not OBJECT_STORES.isdisjoint(_protocols(self.fs))
 
     def _persist(self, done: str, name: str, operation: Callable[[], T]) -> T:
         """What an operation gives, tried again while storage is away.

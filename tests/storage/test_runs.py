@@ -1,15 +1,14 @@
-"""Whole commands from S3 to S3: the same to the bit as on local paths, whatever goes wrong on the way."""
+"""Whole commands from S3 to S3: the same to the bit as on local paths, whatever goes wrong on the way.
+
+tests/failures has the same over Ray, whose workers are the server's clients by their nodes' environment."""
 
 import json
 
 import pytest
 
-from shardprune import Recipe, prune
 from shardprune.cli import main
 from shardprune.errors import StorageError
-from shardprune.progress import Output
 from shardprune.retrying import ENVIRONMENT
-from tests.clusters import cluster
 from tests.evaluation.material import evaluated
 from tests.running import run, search_run
 from tests.tiny import differing
@@ -168,26 +167,6 @@ def test_what_cannot_work_is_found_before_any_weight_is_read(s3, bucket, remote,
         assert s3.names(f"{bucket}/out") == []
     samples = [request.bytes for request in s3.of("GET .*safetensors$") if not request.range.startswith("bytes=0-")]
     assert max(samples, default=0) <= 1024  # what tells models apart, and no whole tensor
-
-
-# -- Ray, and local paths that are written as URLs --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one_thread(local, tmp_path_factory):
-    out = tmp_path_factory.mktemp("one-thread")
-    return out, run(local, out, sparsity=0.5, threads=1)
-
-
-def test_two_ray_shards(one_thread, s3, bucket, remote, local, tmp_path):
-    places = {"model": f"{remote}/model", "out": f"{remote}/out", "calibration": f"file://{local}/tokens.npy"}
-    settings = {"sparsity": 0.5, "samples": 12, "seqlen": 24, "wave": 4, "threads": 1, "shards": 2}
-    s3.faults.answer(500, "PUT .*/out/model-00004", times=2)
-    s3.faults.down_at("PUT .*/out/model-00003", 1)
-    with cluster(2):  # whose workers are the server's clients by the environment alone
-        prune(Recipe.checked({**places, **settings}), Output(quiet=True))
-    assert len([request for request in s3.requests if request.fault]) == 3
-    assert differing(one_thread[0], s3.get(f"{bucket}/out", tmp_path)) == []
 
 
 def test_a_file_url_is_a_path(plain, local, tmp_path, dies_at_layer):
