@@ -115,8 +115,8 @@ class _File:
         if self._folder.appends:
             self._folder.append_text(FILE, text)
         else:
+            self._folder.write_text(FILE, self._text + text)
             self._text += text
-            self._folder.write_text(FILE, self._text)
             self._written = time.monotonic()
 
 
