@@ -16,7 +16,7 @@ def show(result: PlanResult, console: Console) -> None:
     unit = "GPU" if row.gpu else "worker"
     dtype = str(model.stored).removeprefix("torch.")
     console.print(
-        f"{model.name}: {model.parameters / 1e9:,.1f} billion parameters in {model.layers} layers, stored as {dtype}",
+        f"{model.name}: {model.parameters:,} parameters in {model.layers} layers, stored as {dtype}",
         highlight=False,
         soft_wrap=True,
     )
