@@ -14,10 +14,10 @@ from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.families import TOWERS
 from shardprune.safetensors_file import Entry, copy_tensors, read_header, read_tensor
-from shardprune.storage import Folder, first_line
+from shardprune.storage import Folder
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

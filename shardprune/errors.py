@@ -1,8 +1,6 @@
 """The ways a run can fail that are not a defect in the program."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 def without_credentials(text: str) -> str:
@@ -41,19 +39,6 @@ class StorageError(RuntimeError):
 
     def __reduce__(self) -> tuple[type["StorageError"], tuple[str, str]]:
         return StorageError, (self.field, self.problem)
-
-
-@contextmanager
-def before_work() -> Iterator[None]:
-    """Storage that refuses what a run needs is bad input as long as nothing has begun.
-
-    Raises:
-        InputError: for a StorageError inside.
-    """
-    try:
-        yield
-    except StorageError as error:
-        raise InputError(error.field, error.problem) from error
 
 
 class SolverError(RuntimeError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.backends import backend_of
-from shardprune.errors import InputError, before_work, without_credentials
+from shardprune.errors import InputError, without_credentials
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.run import check_evaluation, evaluate
 from shardprune.fine_tuning import recover
@@ -19,6 +19,7 @@ from shardprune.progress import Output
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery_plan import open_inputs
 from shardprune.result import EvaluationResult, Result
+from shardprune.retrying import before_work
 from shardprune.run import prune
 from shardprune.search import mop
 from shardprune.storage import PARTIAL, absolute, output_folder

@@ -16,13 +16,14 @@ from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.work import Shares
 from shardprune.defaults import MIN_STORE_BYTES, check_seqlen, device_of, dtype_of, place_of, threads_of
-from shardprune.errors import InputError, before_work, without_credentials
+from shardprune.errors import InputError, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, stored_dtype
 from shardprune.recipe import NarrowingRecipe, Recipe
+from shardprune.retrying import before_work
 from shardprune.setting_groups import Calibration
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton, check_sparse, check_tensors

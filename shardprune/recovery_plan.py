@@ -15,7 +15,7 @@ from shardprune.calibration import perplexity_windows
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.defaults import check_seqlen, device_of, place_of, threads_of
-from shardprune.errors import InputError, before_work, without_credentials
+from shardprune.errors import InputError, without_credentials
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
@@ -23,6 +23,7 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.processes import Processes, micro_batch_of
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import TrainingSpec
+from shardprune.retrying import before_work
 from shardprune.skeleton import Skeleton, check_tensors
 from shardprune.sources import is_tokens
 from shardprune.storage import PARTIAL, Folder, absolute, in_process_only

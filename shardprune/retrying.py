@@ -6,10 +6,12 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
-from shardprune.errors import InputError, first_line, without_credentials
+from shardprune.errors import InputError, StorageError, first_line, without_credentials
 
 T = TypeVar("T")
 
@@ -67,6 +69,7 @@ ERRNOS = frozenset(
     }
 )
 
+BEFORE_WORK = 30.0  # seconds of patience; a name that is mistyped looks like a server that is away
 _logger = logging.getLogger(__name__)
 _random = random.Random()  # one of our own: the program's seeds stay as they are
 
@@ -90,17 +93,36 @@ class Patience:
             wait = min(self.longest, 2 * wait)
 
     @classmethod
-    def of_this_process(cls) -> "Patience":
-        """What the environment says, or the default.
+    def now(cls) -> "Patience":
+        """What the environment says, or the default: less before work begins, when nothing is lost with it.
 
         Raises:
             InputError: it says no number.
         """
-        value = os.environ.get(ENVIRONMENT) or cls.seconds
+        value = os.environ.get(ENVIRONMENT) or _default.get()
         try:
             return cls(seconds=float(value))
         except ValueError as error:
             raise InputError(ENVIRONMENT, f"{value!r} is no number of seconds") from error
+
+
+_default: ContextVar[float] = ContextVar("seconds of patience", default=Patience.seconds)
+
+
+@contextmanager
+def before_work() -> Iterator[None]:
+    """Storage that refuses what a run needs, or stays away, is bad input as long as nothing has begun.
+
+    Raises:
+        InputError: for a StorageError inside.
+    """
+    token = _default.set(BEFORE_WORK)
+    try:
+        yield
+    except StorageError as error:
+        raise InputError(error.field, error.problem) from error
+    finally:
+        _default.reset(token)
 
 
 def persist(
@@ -120,7 +142,7 @@ def persist(
     Raises:
         Exception: the operation's, where it is not transient or patience has ended.
     """
-    patience = patience or Patience.of_this_process()
+    patience = patience or Patience.now()
     since: float | None = None
     for tries, wait in enumerate(patience.waits(chance), 1):
         try:

@@ -20,10 +20,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shardprune.checkpoint import Checkpoint
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.families import family_of
 from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
-from shardprune.storage import first_line
 
 SHAPES = 8  # of waves whose arguments are kept: masks take memory
 ROUNDING = 0.02  # by which norms may differ that were stored in another 16-bit dtype

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from shardprune import stdlib
-from shardprune.errors import InputError
-from shardprune.storage import first_line, read_file
+from shardprune.errors import InputError, first_line
+from shardprune.storage import read_file
 
 Role = Literal["calibration", "perplexity"]
 FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"

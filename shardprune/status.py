@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from shardprune.errors import InputError, before_work
+from shardprune.errors import InputError
 from shardprune.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
 from shardprune.pipeline_recipe import PRUNED, RECOVERED
 from shardprune.progress import clock_time
+from shardprune.retrying import before_work
 from shardprune.storage import Folder
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # after which a run counts as dead

@@ -34,7 +34,7 @@ from ray.util.scheduling_strategies import (
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.cluster.ray_metrics import metrics
-from shardprune.errors import InputError, WorkerLost
+from shardprune.errors import InputError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.ledger import Ledger
 from shardprune.shard.passing import PassingWorker
@@ -42,7 +42,6 @@ from shardprune.shard.search_worker import SearchWorker
 from shardprune.shard.spec import PassingSpec
 from shardprune.shard.worker import ShardWorker
 from shardprune.stopping import handlers_kept
-from shardprune.storage import first_line
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
 # Ray and torch say nothing new.

@@ -12,10 +12,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
-from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost
+from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
 from shardprune.recovery.process import take_part
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.storage import Folder, first_line
+from shardprune.storage import Folder
 
 # For a process that waits while another converts a large checkpoint; that one has died Ray says much sooner.
 PATIENCE_SECONDS = 4 * 3600

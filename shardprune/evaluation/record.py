@@ -5,10 +5,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from shardprune.checkpoint import Checkpoint
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.journal import RESULT
 from shardprune.result import Evaluation, EvaluationResult
-from shardprune.storage import PARTIAL, Folder, absolute, first_line, output_folder
+from shardprune.storage import PARTIAL, Folder, absolute, output_folder
 
 
 class Record:

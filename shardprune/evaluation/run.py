@@ -11,12 +11,13 @@ from shardprune.clock import Clock
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.defaults import check_seqlen, place_of
-from shardprune.errors import InputError, before_work, without_credentials
+from shardprune.errors import InputError, without_credentials
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.progress import Output
 from shardprune.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
+from shardprune.retrying import before_work
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

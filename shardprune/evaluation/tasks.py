@@ -19,10 +19,9 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.evaluation.recipe import Tasks
 from shardprune.result import Metric, TaskResult
-from shardprune.storage import first_line
 
 SETS = {  # of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")

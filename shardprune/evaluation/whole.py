@@ -4,10 +4,9 @@ import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.skeleton import attention_of
-from shardprune.storage import first_line
 
 
 def whole_model(model: ShardedModel) -> LM:

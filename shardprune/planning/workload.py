@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from shardprune.allocation.allocations import ALLOCATIONS
 from shardprune.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate
 from shardprune.defaults import check_seqlen, place_of
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.families import TOWERS
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipe import Recipe
@@ -19,7 +19,7 @@ from shardprune.skeleton import Skeleton, attention_of
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
-from shardprune.storage import Folder, first_line, read_file
+from shardprune.storage import Folder, read_file
 
 EVALUATED_TOKENS = 300_000  # of a source whose windows are not limited: about WikiText-2's test text
 

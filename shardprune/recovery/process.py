@@ -14,12 +14,11 @@ import torch
 import torch.distributed as dist
 
 from shardprune.checkpoint import Checkpoint
-from shardprune.errors import TrainingError
+from shardprune.errors import TrainingError, first_line
 from shardprune.families import family_of
 from shardprune.journal import Journal
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.passing import peak_bytes
-from shardprune.storage import first_line
 
 
 def take_part(spec: TrainingSpec) -> dict[str, Any]:
