@@ -11,6 +11,7 @@ from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.timeline import idle_share, rows_of
 from shardprune.planning.traffic import Traffic, traffic_of
 from shardprune.planning.workload import Model, read_model
+from shardprune.retrying import before_work
 
 PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
 
@@ -104,6 +105,7 @@ class PlanResult:
         }
 
 
+@before_work()
 def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
     """Plan a run; no weight is read.
 

@@ -199,12 +199,9 @@ def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
         return _parsed(read_file(name, "model"), name)
     url = locate(place_of(name))
     folder = Folder(url, "model")
-    try:
-        weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
-        if not weights and folder.is_file(CONFIG):
-            return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
-    except Exception as error:  # every file system has errors of its own
-        raise InputError("model", f"{url} cannot be reached: {first_line(error)}") from error
+    weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
+    if not weights and folder.is_file(CONFIG):
+        return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
     checkpoint = Checkpoint(name)
     return checkpoint.config, stored_dtype(checkpoint)
 
