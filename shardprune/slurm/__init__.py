@@ -1,0 +1,1 @@
+"""Runs as Slurm jobs: `batch` writes a job's script, `job` is what the script runs, `node` what runs on each node."""

@@ -1,0 +1,108 @@
+"""One of a job's processes, and what happens to it as events."""
+
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+# Its steps share the job's CPUs, memory and GPUs, none of them binds a process to a part of them, and the loss of a
+# node or the end of one process leaves the others alone.
+SHARING = ("--overlap", "--cpu-bind=quiet,none", "--mpi=none", "--ntasks-per-node=1")
+ENDURING = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A process has written a line to its standard output."""
+
+    process: "Process"
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A process has ended."""
+
+    process: "Process"
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """This process was sent a signal."""
+
+    number: signal.Signals
+
+
+Event = Line | Ended | Signalled
+Events = SimpleQueue[Event]  # its `put` may be called by a signal handler in the midst of a `get`
+
+
+class Process:
+    """A process whose end is an event."""
+
+    def __init__(self, command: Sequence[str], events: Events, environment: Mapping[str, str], piped: bool = False):
+        self._events = events
+        pipe = subprocess.PIPE if piped else None
+        self._process = subprocess.Popen(
+            command, stdin=pipe or subprocess.DEVNULL, stdout=pipe, text=True, env=environment
+        )
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        for line in self._process.stdout or ():
+            self._events.put(Line(self, line.rstrip("\n")))
+        self._process.wait()
+        self._events.put(Ended(self))
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def code(self) -> int:
+        """How it ended, as a shell says it: 128 and the signal's number where one ended it."""
+        code = self._process.wait()
+        return code if code >= 0 else 128 - code
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+class Step(Process):
+    """One process on each of some nodes of the job.
+
+    They are given a line to read, and end when nothing more can be read: when this step is closed, or this process
+    is gone. What they write comes as lines.
+    """
+
+    def __init__(
+        self,
+        where: Sequence[str],
+        command: Sequence[str],
+        line: str,
+        events: Events,
+        environment: Mapping[str, str],
+    ) -> None:
+        super().__init__(["srun", *SHARING, *ENDURING, *where, *command], events, environment, piped=True)
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended, which is an event of its own
+
+    def close(self) -> None:
+        """Let the processes end."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
