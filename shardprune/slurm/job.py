@@ -23,7 +23,7 @@ from shardprune.slurm.processes import Ended, Event, Events, Line, Process, Sign
 
 START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be read through a slow network
 STOP_SECONDS = 15.0  # for Ray to end on them
-STOPPED = frozenset({128 + signal.SIGTERM, 128 + signal.SIGKILL})  # how a command ends that was told to stop
+FINISHED = frozenset({0, 2})  # exit codes after which another attempt would do nothing, or end in the same way
 
 
 class CannotStart(RuntimeError):
@@ -63,7 +63,7 @@ class Job:
             code = self._stop_driver()
         self._stop_ray()
         # Whoever cancels the job after all, or ends it for good, sends SIGTERM.
-        if self.signals == [signal.SIGUSR1] and code in STOPPED:
+        if self.signals == [signal.SIGUSR1] and code not in FINISHED:
             return self._requeue(code)
         return code
 
