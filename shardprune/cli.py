@@ -17,6 +17,8 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.settings import Settings
+from shardprune.slurm.batch import BatchJob
+from shardprune.slurm.commands import COMMANDS, check_fit, command_of, words_of
 from shardprune.stopping import EXIT_CODE, Stopped, stoppable
 
 app = typer.Typer(
@@ -250,6 +252,52 @@ def plan(
     from shardprune.planning.planned import plan as run
 
     return _show_plan(run(PlanRecipe.load(recipe, _given({"model": model, **options})), simulate), as_json)
+
+
+@app.command(epilog="Example: shardprune slurm R.yaml --nodes 4 --gpus-per-node 8 --time 4:00:00 --submit -- --out OUT")
+@_with_options(BatchJob)
+def slurm(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of any command.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Options of that command, which override the file; after --", show_default=False),
+    ] = None,
+    *,
+    command: Annotated[
+        str | None, typer.Option(help=f"{' | '.join(COMMANDS)} (default: the one whose fields the recipe has)")
+    ] = None,
+    script: Annotated[
+        Path | None, typer.Option(help="File to write, or - to print it (default: RECIPE.sbatch here)")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch")] = False,
+    **options: Any,
+) -> None:
+    """Write, and submit, a Slurm job that runs a recipe on a Ray cluster of its own."""
+    from shardprune.slurm.submission import submit as hand_over
+    from shardprune.slurm.submission import write_script
+
+    job = BatchJob.checked({"job_name": recipe.stem, **_given(options)})
+    overrides = overrides or []
+    name, settings = command_of(recipe, lambda name: _parsed(name, recipe, overrides), command)
+    check_fit(settings, job)
+    text = job.script([*words_of(name, recipe.absolute()), *overrides], Path.cwd())
+    file = script or Path(f"{recipe.stem}.sbatch")
+    if str(file) == "-" and not submit:
+        print(text, end="")
+        return
+    write_script(file, text)
+    print(f"submitted job {hand_over(file)} ({file})" if submit else f"written {file}; submit it with: sbatch {file}")
+
+
+def _parsed(command: str, recipe: Path, overrides: list[str]) -> Settings:
+    """The settings that a command line makes of a recipe and options."""
+    parser = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    try:
+        given = _given(parser.make_context(command, words_of(command, recipe)[1:] + overrides).params)
+    except ClickException as error:
+        raise InputError(command, error.format_message()) from error  # type: ignore[attr-defined]
+    given.pop("recipe")
+    return COMMANDS[command].load(recipe, {"model" if name == "dense" else name: given[name] for name in given})
 
 
 @app.command(epilog="Example: shardprune demo --out runs/demo")

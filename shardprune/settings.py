@@ -33,7 +33,7 @@ class Settings(BaseModel):
         Raises:
             InputError: the file or a field is wrong.
         """
-        return cls.checked({**(_read_yaml(file) if file else {}), **overrides})
+        return cls.checked({**(read_yaml(file) if file else {}), **overrides})
 
     @classmethod
     def checked(cls: type[S], values: dict[str, Any]) -> S:
@@ -77,7 +77,12 @@ def checked_section(name: str, settings: type[S], values: dict[str, Any]) -> S:
         raise InputError(f"{name}.{error.field}", error.problem) from error
 
 
-def _read_yaml(file: str | Path) -> dict[str, Any]:
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """The fields of a recipe's file, as they stand there.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
     try:
         values = yaml.safe_load(Path(file).read_text())
     except OSError as error:

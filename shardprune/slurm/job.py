@@ -164,7 +164,8 @@ class Job:
         if driver is None:
             return 128 + signal.SIGTERM
         driver.terminate()
-        self._until(lambda: not driver.running, self.options.notice / 2)
+        # Slurm follows SIGTERM with SIGKILL, some 30 s later.
+        self._until(lambda: not driver.running, 10.0 if signal.SIGTERM in self.signals else self.options.notice / 2)
         driver.kill()
         return driver.code
 

@@ -24,7 +24,7 @@ from typing import Any
 TOKEN = "token"
 START_LOG = "start.log"
 ADDRESS = "ray_current_cluster"  # Ray writes it when a node is part of its cluster
-STOP_SECONDS = 10.0
+STOP_SECONDS = 3.0  # for Ray to end; what of it is left then ends with its parent
 # Of these, 0 lets the kernel choose.
 PORTS = (
     "node-manager-port",
@@ -114,6 +114,7 @@ def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> in
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "PYTHONUNBUFFERED": "1",
     }
     with (folder / START_LOG).open("w") as log:
