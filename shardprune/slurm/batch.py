@@ -121,7 +121,6 @@ class BatchJob(Nodes, Queue, Environment):
             "job-name": self.job_name,
             "chdir": chdir,
             "nodes": f"{self.min_nodes}-{self.nodes}" if self.min_nodes not in (None, self.nodes) else self.nodes,
-            "ntasks-per-node": 1,
             "gpus-per-node": self.gpus_per_node or None,
             "cpus-per-task": self.cpus_per_node,
             "exclusive": None if self.cpus_per_node else True,

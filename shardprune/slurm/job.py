@@ -10,7 +10,6 @@ import json
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 
 from shardprune.slurm.node import TOKEN
 from shardprune.slurm.processes import Ended, Event, Events, Line, Process, Signalled, Step
+from shardprune.slurm.queueing import allocated_nodes, requeue
 
 START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be read through a slow network
 STOP_SECONDS = 15.0  # for Ray to end on them
@@ -41,9 +41,15 @@ class Job:
         self.options = options
         self.id = os.environ["SLURM_JOB_ID"]
         self.head_node = os.environ["SLURMD_NODENAME"]
-        self.nodes = _node_names()
+        self.nodes = allocated_nodes()
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        self.environment = {**os.environ, "SLURM_EXPORT_ENV": "ALL"}
+        # Of another cluster, which the submitting shell may use.
+        others = {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in others} | {
+            "SLURM_EXPORT_ENV": "ALL",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # 0 keeps a cluster on loopback
+            "PYTHONUNBUFFERED": "1",
+        }
         self.events: Events = SimpleQueue()
         self.steps: list[Step] = []
         self.driver: Process | None = None
@@ -94,7 +100,11 @@ class Job:
     def _step(self, where: list[str], token: str, *arguments: str) -> Step:
         """Ray's nodes on some nodes of the job."""
         store = self.options.object_store
-        shared = [f"--tmp={self.options.tmp}", *([f"--object-store={store}"] if store else [])]
+        shared = [
+            f"--first={self.head_node}",
+            f"--tmp={self.options.tmp}",
+            *([f"--object-store={store}"] if store else []),
+        ]
         command = [sys.executable, "-m", "shardprune.slurm.node", *shared, *arguments]
         step = Step(where, command, token, self.events, self.environment)
         self.steps.append(step)
@@ -117,8 +127,6 @@ class Job:
             "RAY_ADDRESS": address,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # or this node would be looked for at 127.0.0.1
-            "PYTHONUNBUFFERED": "1",
         }
         self.driver = Process([sys.executable, "-m", "shardprune", *self.options.command], self.events, environment)
         while self.driver.running:
@@ -180,20 +188,9 @@ class Job:
         if self.restarts >= self.options.max_requeues:
             say(f"error: the job was requeued {self.restarts} times already; submit it again to go on")
             return code
-        done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True)
-        if done.returncode:
-            say(f"error: the job cannot be requeued ({done.stderr.strip()}); submit it again to go on")
-        else:
-            say("requeued")
+        refused = requeue()
+        say(f"error: the job is not requeued ({refused}); submit it again to go on" if refused else "requeued")
         return code
-
-
-def _node_names() -> list[str]:
-    """The names of the job's nodes."""
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    return names.stdout.split()
 
 
 def say(text: str) -> None:

@@ -1,8 +1,11 @@
 """What runs on every node of a job: a node of its Ray cluster, which is gone when this process ends.
 
-It reads the cluster's token from its standard input, and ends when nothing more can be read from there. Ray's files
-and the token lie in a directory of the node that nobody else can read. All ports are the kernel's choice, so that
-several jobs, and other users' clusters, share a node.
+It reads the cluster's token from its standard input, and ends when it reads that it should. Ray's files and the token
+lie in a directory of the node that nobody else can read. All ports are the kernel's choice, so that several jobs, and
+other users' clusters, share a node.
+
+A node that outlives the job's first one, and with it the command, puts the job back into the queue: Slurm, which was
+told not to end the job when it loses a node, does not.
 """
 
 import argparse
@@ -21,9 +24,14 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from shardprune.slurm.processes import END
+from shardprune.slurm.queueing import remaining_nodes, requeue
+
 TOKEN = "token"
 START_LOG = "start.log"
 ADDRESS = "ray_current_cluster"  # Ray writes it when a node is part of its cluster
+CLOSED = "closed"  # has its standard input
+WATCH_SECONDS = 10.0
 STOP_SECONDS = 3.0  # for Ray to end; what of it is left then ends with its parent
 # Of these, 0 lets the kernel choose.
 PORTS = (
@@ -48,18 +56,23 @@ LONGEST_TMP = 107 - LONGEST_SOCKET - LONGEST_NAME
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shardprune.slurm.node", description=__doc__)
     parser.add_argument("--address", help="host:port of the cluster's head (default: be the head)")
+    parser.add_argument("--first", required=True, help="name of the job's first node")
     parser.add_argument("--tmp", default="/tmp", help="directory of the node for Ray's files")
     parser.add_argument("--object-store", type=int, help="bytes of the object store")
     options = parser.parse_args(arguments)
     happened: SimpleQueue[str] = SimpleQueue()
-    signal.signal(signal.SIGTERM, lambda *_: happened.put("told to end"))
+    signal.signal(signal.SIGTERM, lambda *_: happened.put(END))
     token = sys.stdin.readline().strip()
+    threading.Thread(target=_listen, args=(happened,), daemon=True).start()
     folder = make_folder(Path(options.tmp))
     try:
         (folder / TOKEN).write_text(token)
-        return _serve(folder, start_command(folder, options.address, options.object_store), happened)
+        code, orphan = _serve(folder, start_command(folder, options.address, options.object_store), happened)
     finally:
         _remove(folder)
+    if orphan:
+        _watch(options.first, happened)
+    return code
 
 
 def make_folder(tmp: Path) -> Path:
@@ -108,42 +121,54 @@ def _free_port() -> int:
             return port
 
 
-def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> int:
+def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> tuple[int, bool]:
+    """Be a node of Ray's until it ends or is to; the exit code, and whether the job may have lost its first node."""
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "PYTHONUNBUFFERED": "1",
     }
     with (folder / START_LOG).open("w") as log:
         ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    threading.Thread(target=_tell_when_closed, args=(happened,), daemon=True).start()
-    announced = False
+    node, joined = os.environ["SLURMD_NODENAME"], False
     while ray.poll() is None:
-        if not announced and (address := _content(folder / ADDRESS)):
-            announced = True
-            print(json.dumps({"node": os.environ["SLURMD_NODENAME"], "address": address, "folder": str(folder)}))
-            sys.stdout.flush()
+        if not joined and (address := _content(folder / ADDRESS)):
+            joined = True
+            print(json.dumps({"node": node, "address": address, "folder": str(folder)}), flush=True)
         try:
-            happened.get(timeout=1.0 if announced else 0.1)
+            why = happened.get(timeout=1.0 if joined else 0.1)
         except Empty:
             continue
         _stop(ray)
-        return 0
-    print(f"error: Ray ended on {os.environ['SLURMD_NODENAME']} with code {ray.returncode}:", file=sys.stderr)
+        return 0, why == CLOSED
+    print(f"error: Ray ended on {node} with code {ray.returncode}:", file=sys.stderr)
     print(*_last_lines(folder / START_LOG), sep="\n", file=sys.stderr, flush=True)
-    return 1
+    return 1, joined
+
+
+def _watch(first: str, happened: "SimpleQueue[str]") -> None:
+    """Wait until this process is to end, or the job has lost its first node."""
+    while True:
+        nodes = remaining_nodes()
+        if nodes and first not in nodes:
+            print(f"{first}, the job's first node, is lost: {requeue() or 'requeued'}", file=sys.stderr, flush=True)
+            return
+        try:
+            if happened.get(timeout=WATCH_SECONDS) != CLOSED:
+                return
+        except Empty:
+            continue
 
 
 def _content(file: Path) -> str:
     return file.read_text().strip() if file.exists() else ""
 
 
-def _tell_when_closed(happened: "SimpleQueue[str]") -> None:
-    sys.stdin.read()
-    happened.put("closed")
+def _listen(happened: "SimpleQueue[str]") -> None:
+    """Tell what can be read: that this process is to end, or, where its job's first node is lost, nothing more."""
+    happened.put(END if sys.stdin.readline().strip() == END else CLOSED)
 
 
 def _stop(ray: "subprocess.Popen[bytes]") -> None:

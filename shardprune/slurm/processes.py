@@ -11,6 +11,7 @@ from queue import SimpleQueue
 # Its steps share the job's CPUs, memory and GPUs, none of them binds a process to a part of them, and the loss of a
 # node or the end of one process leaves the others alone.
 SHARING = ("--overlap", "--cpu-bind=quiet,none", "--mpi=none", "--ntasks-per-node=1")
+END = "end"
 ENDURING = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0")
 
 
@@ -77,8 +78,7 @@ class Process:
 class Step(Process):
     """One process on each of some nodes of the job.
 
-    They are given a line to read, and end when nothing more can be read: when this step is closed, or this process
-    is gone. What they write comes as lines.
+    They are given a line to read, and another one, END, when they are to end. What they write comes as lines.
     """
 
     def __init__(
@@ -100,6 +100,4 @@ class Step(Process):
 
     def close(self) -> None:
         """Let the processes end."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
+        self._write(END)

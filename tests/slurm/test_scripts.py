@@ -49,7 +49,6 @@ def test_a_script_asks_for_what_was_asked(recipe, capsys):
         "--job-name=r",
         f"--chdir={recipe.parent}",
         "--nodes=2-4",
-        "--ntasks-per-node=1",
         "--gpus-per-node=8",
         "--exclusive",
         "--mem=0",
