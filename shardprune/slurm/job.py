@@ -194,7 +194,7 @@ class Job:
 
 
 def say(text: str) -> None:
-    print(f"slurm: {text}", file=sys.stderr, flush=True)
+    print(f"slurm {time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ told not to end the job when it loses a node, does not.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -30,6 +32,7 @@ from shardprune.slurm.queueing import remaining_nodes, requeue
 TOKEN = "token"
 START_LOG = "start.log"
 ADDRESS = "ray_current_cluster"  # Ray writes it when a node is part of its cluster
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 CLOSED = "closed"  # has its standard input
 WATCH_SECONDS = 10.0
 STOP_SECONDS = 3.0  # for Ray to end; what of it is left then ends with its parent
@@ -62,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     happened: SimpleQueue[str] = SimpleQueue()
     signal.signal(signal.SIGTERM, lambda *_: happened.put(END))
+    _adopt_orphans()
     token = sys.stdin.readline().strip()
     threading.Thread(target=_listen, args=(happened,), daemon=True).start()
     folder = make_folder(Path(options.tmp))
@@ -69,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         (folder / TOKEN).write_text(token)
         code, orphan = _serve(folder, start_command(folder, options.address, options.object_store), happened)
     finally:
+        _end_children()
         _remove(folder)
     if orphan:
         _watch(options.first, happened)
@@ -177,6 +182,27 @@ def _stop(ray: "subprocess.Popen[bytes]") -> None:
         ray.wait(STOP_SECONDS)
     except subprocess.TimeoutExpired:
         ray.kill()
+
+
+def _adopt_orphans() -> None:
+    """Make this process the parent of Ray's that outlive theirs, such as agents of a raylet that was killed."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_children() -> None:
+    """End what is left of Ray, and what that leaves."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        children = {
+            int(pid) for task in Path("/proc/self/task").iterdir() for pid in _content(task / "children").split()
+        }
+        if not children:
+            return
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(child, 0)
 
 
 def _last_lines(log: Path, lines: int = 10) -> list[str]:

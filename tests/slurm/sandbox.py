@@ -165,8 +165,8 @@ class Sandbox:
             cpus, memory, gpus: of each node, as declared to Slurm; memory in MB. GPUs are copies of /dev/null.
             subnet: the first three numbers of addresses that nothing else on this machine uses.
             port: of slurmctld; slurmd uses the next one.
-            requeue_wait, kill_wait, node_timeout: seconds until a requeued job starts again, between TERM and KILL,
-                and until a silent node counts as down.
+            requeue_wait, kill_wait, node_timeout: seconds until a requeued job starts again (at least 5), between TERM
+                and KILL, and until a silent node counts as down.
 
         Raises:
             NotUp: with the end of the log of what did not start.

@@ -34,7 +34,7 @@ def sandbox() -> Iterator[Sandbox]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munged will not have its socket where not all users reach it
     sandbox = Sandbox(folder)
-    sandbox.up(3, cpus=2, subnet="10.97.31", port=19317, requeue_wait=1, kill_wait=15, node_timeout=8)
+    sandbox.up(3, cpus=2, subnet="10.97.31", port=19317, requeue_wait=5, kill_wait=15, node_timeout=8)
     sandbox.environment |= {"PYTHONPATH": str(ROOT), **QUICK_RAY}
     yield sandbox
     sandbox.down()
@@ -156,7 +156,7 @@ def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, tmp_path, tmp, mo
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert (job.exit_code, job.restarts, job.node_list) == ("0:0", "1", "node[1-2]"), job.log()
     assert job.nodes() == {"node1", "node2"}
-    assert "stopped by SIGTERM" in job.log()
+    assert "told to stop by SIGUSR1" in job.log()
     assert [path.stat().st_mtime_ns for path in finished] == list(finished.values())
     assert differing(job.out, undisturbed(values, tmp_path, monkeypatch)) == []
     assert cancelled.state == "CANCELLED"
