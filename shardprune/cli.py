@@ -282,7 +282,9 @@ def slurm(
     check_fit(settings, job)
     text = job.script([*words_of(name, recipe.absolute()), *overrides], Path.cwd())
     file = script or Path(f"{recipe.stem}.sbatch")
-    if str(file) == "-" and not submit:
+    if str(file) == "-":
+        if submit:
+            raise InputError("script", "'-' is printed, not submitted; name a file, or none")
         print(text, end="")
         return
     write_script(file, text)

@@ -122,6 +122,7 @@ WRONG = {
     "too little time": (PRUNE, ["--time", "3"], "time: '3' leaves no time before the notice, 120 s before the limit"),
     "no room for sockets": (PRUNE, ["--tmp", LONG], f"tmp: '{LONG}' is not allowed; use an absolute path of at most"),
     "no option of sbatch": (PRUNE, ["--sbatch", "qos=x"], "sbatch: ['qos=x'] is not allowed; 'qos=x' is no option"),
+    "printed and submitted": (PRUNE, ["--script", "-", "--submit"], "script: '-' is printed, not submitted"),
     "two lines": (PRUNE, ["--job-name", LINES], f"job_name: {LINES!r} has more than one line"),
 }
 
