@@ -11,7 +11,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
-from shardprune.cluster.passes import Waves, parts_of_pass, perplexity, usage
+from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.errors import without_credentials
@@ -169,7 +169,7 @@ class _Run:
         if finished:
             self.output.say(f"{len(finished)} of {plan.skeleton.layers} layers are finished already")
         with self.clock.phase("load"):
-            group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
+            group = self._start(layout, finished)
         try:
             if "before" in self.steps:
                 self._measure(group, layout, "before", "given" if plan.recipe.sparse else "dense")
@@ -180,6 +180,18 @@ class _Run:
             self.workers = usage(group, layout)
         finally:
             group.close()
+
+    def _start(self, layout: Layout, finished: set[int]) -> Group:
+        """Start workers, which hold their layers where these are not streamed."""
+        plan = self.plan
+        group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
+        try:
+            if not plan.streamed:
+                load(group, layout, "given" if plan.recipe.sparse and self._misses("before") else "latest")
+        except BaseException:
+            group.close()
+            raise
+        return group
 
     def _prune(self, group: Group, layout: Layout, finished: set[int]) -> None:
         plan = self.plan
@@ -219,6 +231,10 @@ class _Run:
             with self.clock.phase("evaluate"), self.output.step(f"perplexity {when}", parts) as step:
                 record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
             self._save()
+
+    def _misses(self, when: str) -> bool:
+        """Whether something is to be measured, before or after."""
+        return when in self.steps and any(True for _ in self.measured.missing(when))
 
     def _save(self) -> None:
         """Record what is known, but for what a finished run's result says already."""

@@ -96,6 +96,13 @@ def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
     return len(waves.all) * (1 + (layers if streamed else 0))
 
 
+def load(group: Group, layout: Layout, version: Version) -> None:
+    """Let all workers read their layers at the same time."""
+    workers = [(shard, replica) for shard in range(len(layout.shards)) for replica in range(layout.replicas)]
+    for ref in [group.submit(shard, replica, "load", version) for shard, replica in workers]:
+        group.get(ref)
+
+
 def enter(group: Group, layout: Layout, waves: Waves, stream: str) -> None:
     """Embed all waves and keep them on the first shard under the name of a stream."""
     _relay(group, layout, waves, stream, None, 0)

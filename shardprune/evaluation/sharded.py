@@ -10,7 +10,7 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Group, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.likelihoods import Queries, Query, log_likelihoods
-from shardprune.cluster.passes import Waves, parts_of_pass, perplexity, usage
+from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
 from shardprune.defaults import MIN_STORE_BYTES, device_of, dtype_of, place_of, threads_of
 from shardprune.errors import InputError
 from shardprune.evaluation.recipe import Shards
@@ -118,6 +118,8 @@ class ShardedModel:
             try:
                 if self._group is None:
                     self._group = self._start(wave_tokens)
+                    if not self._streamed:
+                        load(self._group, layout, "dense")
                 answer.append(ask(self._group, layout))
             except BaseException:
                 self.close()

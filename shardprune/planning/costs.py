@@ -167,9 +167,9 @@ class Costs:
 
     @property
     def crowd(self) -> int:
-        """How many workers of a node read weights at the same time: the replicas of a shard, but where several
-        streamed shards are pruned at once, all."""
-        together = self.setup.streamed and len(self.setup.layout.segments) > 1
+        """How many workers of a node read weights at the same time: all, but where streamed shards are pruned one
+        after the other, the replicas of one."""
+        together = not self.setup.streamed or len(self.setup.layout.segments) > 1
         layout = self.setup.layout
         return min(self.places.per_node, layout.workers if together else layout.replicas)
 

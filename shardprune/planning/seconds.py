@@ -120,9 +120,9 @@ class Expected:
         return count / self.costs.row.network
 
     def _reads(self, passes: int) -> float:
-        """Reading that nothing hides: of streamed layers the first of each pass, of resident ones all, shard after
-        shard, because a shard reads its layers when the first wave arrives."""
+        """Reading that nothing hides: of streamed layers the first of each pass, of resident ones all of a shard,
+        while the other shards read theirs."""
         layer = self.costs.read(self.task.model.layer)
         if self.setup.streamed:
             return (passes + 1) * layer
-        return self.task.model.layers * layer
+        return max(len(shard) for shard in self.layout.shards) * layer

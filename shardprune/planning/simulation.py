@@ -17,7 +17,7 @@ import torch
 
 from shardprune.allocation.allocation import Share
 from shardprune.cluster.observing import Observation, observe
-from shardprune.cluster.passes import Waves, perplexity
+from shardprune.cluster.passes import Waves, load, perplexity
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.work import Work
 from shardprune.planning.costs import Costs
@@ -293,6 +293,8 @@ VERBS: dict[str, Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost]] = {
 
 def _layers_of(worker: Worker, verb: str, args: tuple[Any, ...]) -> list[int]:
     """The layers that a call reads if they are not there."""
+    if verb == "load":
+        return list(worker.layers)
     if verb == "forward":
         return [layer for layer in worker.layers if layer < args[4]]
     if verb in ("accumulate", "propagate"):
@@ -321,6 +323,9 @@ def simulate(costs: Costs) -> SimulatedGroup:
             with group.phase("evaluate"), output.step("perplexity", 0) as step:
                 perplexity(group, layout, windows, "latest", setup.streamed, step)
 
+    if not setup.streamed:
+        with group.phase("load"):
+            load(group, layout, "latest")
     measure()
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
