@@ -24,7 +24,11 @@ from tests.tiny import differing, make_tokens
 ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 180.0
 # Ray's own patience with a silent node is half a minute.
-QUICK_RAY = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
+QUICK_RAY = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,20 +133,22 @@ def test_a_job_prunes_on_three_nodes(sandbox, tmp_path, monkeypatch):
     assert left_over(sandbox) == ""
 
 
-def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path) -> Job:
-    """A job that takes one of the two CPUs of each node."""
-    asked = {"nodes": 3, "min-nodes": 2, "cpus-per-node": 1, "object-store": 0.2, "time": 10, "notice": 60}
+def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int) -> Job:
+    """A job that takes one of the two CPUs of each node, for one shard."""
+    asked = {"nodes": nodes, "min-nodes": 2, "cpus-per-node": 1, "object-store": 0.2, "time": 10, "notice": 60}
     words = ["--submit", *(f"--{name}={value}" for name, value in asked.items())]
     words += ["--tmp", str(tmp), "--job-name", out, "--script", f"{out}.sbatch"]
-    return Job(sandbox, folder, out, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, "--", "--out", out)
+    overrides = ["--", "--out", out, "--shards", str(nodes)]
+    return Job(sandbox, folder, out, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, *overrides)
 
 
 def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, tmp_path, tmp, monkeypatch):
-    """Two jobs lose a node. One is cancelled then, and leaves nothing behind; the other goes on, and after Slurm's
-    notice of its time limit again, on the nodes that are left."""
+    """Of two jobs on the same nodes one is cancelled, and leaves nothing behind. The other loses a node and goes on,
+    and after Slurm's notice of its time limit again, on the nodes that are left."""
     values = recipe(tmp_path, "out", samples=128, threads=1)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    job, cancelled = (submitted(sandbox, tmp_path, out, tmp) for out in ("out", "cancelled"))
+    job = submitted(sandbox, tmp_path, "out", tmp, nodes=3)
+    cancelled = submitted(sandbox, tmp_path, "cancelled", tmp, nodes=2)
     for each in (job, cancelled):
         each.wait("the first layer", lambda: each.layers() > 0)
     finished = {path: path.stat().st_mtime_ns for path in job.out.glob("model-*.safetensors")}
@@ -153,18 +159,18 @@ def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, tmp_path, tmp, mo
     job.wait("another layer", lambda: job.layers() > layers)
     assert job.state == "RUNNING", job.log()
     sandbox.client("scancel", "--signal=USR1", "--batch", job.number)
+    local = undisturbed(values, tmp_path, monkeypatch)
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert (job.exit_code, job.restarts, job.node_list) == ("0:0", "1", "node[1-2]"), job.log()
     assert job.nodes() == {"node1", "node2"}
     assert "told to stop by SIGUSR1" in job.log()
     assert [path.stat().st_mtime_ns for path in finished] == list(finished.values())
-    assert differing(job.out, undisturbed(values, tmp_path, monkeypatch)) == []
-    assert cancelled.state == "CANCELLED"
+    assert differing(job.out, local) == []
+    assert (cancelled.state, cancelled.node_list) == ("CANCELLED", "node[1-2]")
     assert left_over(sandbox) == ""
-    lost = [path for path in tmp.iterdir() if path.name.endswith(f"{zlib.crc32(b'node3'):08x}")]
-    assert sorted(lost) == sorted(tmp.iterdir())  # nobody could clean up there
-    for path in lost:
-        shutil.rmtree(path)
+    (lost,) = tmp.iterdir()  # nobody could clean up there
+    assert lost.name == f"sp-{job.number}-{zlib.crc32(b'node3'):08x}"
+    shutil.rmtree(lost)
 
 
 def test_a_job_ends_with_the_code_of_its_command(sandbox, tmp_path):
