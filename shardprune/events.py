@@ -2,7 +2,7 @@
 
 Every line has `time` (seconds since the epoch) and `event`:
 
-    run       an attempt starts: command, layers, finished (layers that are), workers
+    run       an attempt starts: command, fingerprint, layers, finished (layers that are), shards, replicas
     begin     a phase starts: phase
     end       it ends: phase, seconds
     progress  how far a step is, at least every few seconds: label, detail, done, total
@@ -11,13 +11,16 @@ Every line has `time` (seconds since the epoch) and `event`:
     work      what one worker did since the last time: shard, replica, spans (see `shard.ledger.Span`)
     lost      workers were lost: reason
     done, stopped, failed: the attempt ends so; failed with error
+
+They are written by a thread of their own, so that nothing waits for them: what they are about is recorded elsewhere.
 """
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from shardprune.errors import StorageError, first_line, without_credentials
@@ -27,6 +30,9 @@ from shardprune.storage import Folder
 FILE = "events.jsonl"
 HEARTBEAT_SECONDS = 15.0  # between two signs of life of a run that is at work
 REWRITE_SECONDS = 10.0  # between two writings of the file where nothing can be appended to one
+CLOSE_SECONDS = 10.0  # for the last events to be written; storage may be away
+
+_logger = logging.getLogger(__name__)
 
 
 class Events:
@@ -35,16 +41,21 @@ class Events:
     def __init__(self) -> None:
         self.position: Callable[[], dict[str, Any] | None] = lambda: None  # of the step under way
         self._waiting: list[str] = []
-        self._file: _File | None = None
+        self._writer: _Writer | None = None
         self._lock = threading.Lock()
 
     def emit(self, event: str, **fields: Any) -> None:
         """Something has happened. Threads may say so at the same time."""
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
         with self._lock:
-            self._waiting.append(line)
-            if self._file and self._file.due():
-                self._flush()
+            self._waiting.append(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
+        if self._writer:
+            self._writer.wake.set()
+
+    def take(self) -> str:
+        """The lines that have come since the last time."""
+        with self._lock:
+            lines, self._waiting = self._waiting, []
+        return "".join(lines)
 
     @contextmanager
     def recorded(self, folder: Folder, **facts: Any) -> Iterator[None]:
@@ -55,76 +66,86 @@ class Events:
         Args:
             facts: of the event `run`.
         """
-        if self._file:
+        if self._writer:
             yield
             return
-        self._file = _File(folder)
-        over = threading.Event()
-        heart = threading.Thread(target=self._beat, args=(over,), daemon=True)
-        heart.start()
+        self._writer = _Writer(self, folder)
+        self._writer.start()
         try:
             self.emit("run", **facts)
             yield
             self.emit("done")
-        except BaseException as error:
-            with suppress(StorageError):  # the error itself says more
-                self._close(error)
-            raise
-        else:
-            self._close(None)
-        finally:
-            over.set()
-            heart.join()
-            self._file = None
-
-    def _close(self, error: BaseException | None) -> None:
-        """Write the rest, and how the attempt has ended."""
-        if isinstance(error, Stopped | KeyboardInterrupt):
+        except (Stopped, KeyboardInterrupt):
             self.emit("stopped")
-        elif error:
+            raise
+        except BaseException as error:
             self.emit("failed", error=without_credentials(f"{type(error).__name__}: {first_line(error)}"))
-        with self._lock:
-            self._flush()
-
-    def _beat(self, over: threading.Event) -> None:
-        """Say now and then that the run is alive."""
-        while not over.wait(HEARTBEAT_SECONDS):
-            with suppress(StorageError):  # the run's own writes find out
-                self.emit("progress", **(self.position() or {}))
-
-    def _flush(self) -> None:
-        assert self._file is not None
-        self._file.write("".join(self._waiting))
-        self._waiting.clear()
+            raise
+        finally:
+            writer, self._writer = self._writer, None
+            writer.close()
 
 
-class _File:
-    """The file, appended to where that is possible, else written anew."""
+class _Writer(threading.Thread):
+    """Writes what comes, and says now and then that the run is alive.
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._written = time.monotonic() - REWRITE_SECONDS
+    The file is appended to where that is possible, else written anew, but not all the time.
+    """
+
+    def __init__(self, events: Events, folder: Folder) -> None:
+        super().__init__(daemon=True)
+        self.wake = threading.Event()
+        self._events, self._folder = events, folder
+        self._over = threading.Event()
         self._text = _whole_lines(folder.read_text(FILE)) if folder.is_file(FILE) else ""
         if folder.appends and self._text:  # without what a killed driver left of a line
             folder.write_text(FILE, self._text)
+        self._left = ""  # could not be written yet
 
-    def due(self) -> bool:
-        return self._folder.appends or time.monotonic() - self._written >= REWRITE_SECONDS
+    def run(self) -> None:
+        while not self._over.is_set():
+            if not self.wake.wait(HEARTBEAT_SECONDS):
+                self._events.emit("progress", **(self._events.position() or {}))
+            self.wake.clear()
+            self._write()
+            if not self._folder.appends:
+                self._over.wait(REWRITE_SECONDS)
+        self._write()
 
-    def write(self, text: str) -> None:
-        if self._folder.appends:
-            self._folder.append_text(FILE, text)
-        else:
-            self._folder.write_text(FILE, self._text + text)
-            self._text += text
-            self._written = time.monotonic()
+    def close(self) -> None:
+        """Write the rest."""
+        self._over.set()
+        self.wake.set()
+        self.join(CLOSE_SECONDS)
+
+    def _write(self) -> None:
+        self._left += self._events.take()
+        try:
+            if self._folder.appends:
+                self._folder.append_text(FILE, self._left)
+            else:
+                self._folder.write_text(FILE, self._text + self._left)
+                self._text += self._left
+            self._left = ""
+        except StorageError as error:  # which ends the run if what matters cannot be written either
+            self._left = "\n" + self._left.lstrip()  # ends what may stand there of a line
+            _logger.warning("events wait: %s", error)
 
 
 def read_events(folder: Folder) -> list[dict[str, Any]]:
     """All events that a folder holds, in their order; none where it has no file of them."""
     if not folder.is_file(FILE):
         return []
-    return [json.loads(line) for line in _whole_lines(folder.read_text(FILE)).splitlines()]
+    events = (_parsed(line) for line in _whole_lines(folder.read_text(FILE)).splitlines())
+    return [event for event in events if event]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """The event of a line; None where a write that failed has left a part of one."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _whole_lines(text: str) -> str:

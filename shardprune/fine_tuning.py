@@ -68,7 +68,8 @@ class _Recovery:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        with self.output.events.recorded(self.journal.folder, command=self.plan.recipe.command):
+        recorded = self.output.events.recorded(self.journal.folder, command=self.plan.recipe.command)
+        with self.journal.claimed(self.plan.state), recorded:
             self._measure("before", self.plan.recipe.model)
             if self.previous is None:
                 self._say_what_is_lost()

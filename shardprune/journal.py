@@ -7,11 +7,13 @@ attempt must not decide anew.
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from shardprune.errors import InputError
+from shardprune.events import FILE as EVENTS
 from shardprune.safetensors_file import Shapes, read_header, read_tensor, write_each
 from shardprune.storage import PARTIAL, Folder, output_folder
 
@@ -76,6 +78,23 @@ class Journal:
         """Record the state of the run, and with the first call claim the directory."""
         self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
 
+    @contextmanager
+    def claimed(self, earlier: dict[str, Any]) -> Iterator[None]:
+        """A run at work in the directory, which is free again where bad input shows only now and nothing is done: as
+        when the cluster gives no workers, or a worker finds its device too small.
+
+        Args:
+            earlier: the state of an earlier attempt, whose directory it stays.
+        """
+        try:
+            yield
+        except InputError:
+            held = {name for name in self.folder.names() if not PARTIAL.fullmatch(name)}
+            if not earlier and held <= {STATE, EVENTS} and not _record(self.folder, STATE).get("restarts"):
+                for name in sorted(held):
+                    self.folder.remove(name)
+            raise
+
     # -- layers ---------------------------------------------------------------------------------------------
 
     def finished(self) -> dict[int, dict[str, Any]]:
@@ -84,7 +103,10 @@ class Journal:
         records = {}
         for layer in range(self.layers):
             if self.layer_file(layer) in present:
-                _, metadata = read_header(self.folder, self.layer_file(layer))
+                try:
+                    _, metadata = read_header(self.folder, self.layer_file(layer))
+                except InputError:  # damaged, as by a file system that crashed: it is made again
+                    continue
                 record = json.loads(metadata.get(KEY, "{}"))
                 if record.get("fingerprint") != self.fingerprint:
                     raise InputError("out", f"{self.layer_file(layer)} belongs to another run")

@@ -172,6 +172,8 @@ def transient(error: BaseException) -> bool:
 
 def _verdict(error: BaseException) -> bool | None:
     """The same of an error without its causes; None where it says nothing."""
+    if isinstance(error, StorageError):  # has been waited for
+        return False
     names = {base.__name__ for base in type(error).__mro__}
     if names & PERMANENT:
         return False

@@ -144,7 +144,8 @@ class _Run:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        with self.output.events.recorded(self.journal.folder, **self.plan.facts()):
+        recorded = self.output.events.recorded(self.journal.folder, **self.plan.facts())
+        with self.journal.claimed(self.plan.state), recorded:
             self._say_who_works()
             self.measure()
             return self._finish()

@@ -119,7 +119,8 @@ class _Search:
         self.journal.folder.remove_partial()
         self._save()
         self.remove_saved()
-        with self.output.events.recorded(self.journal.folder, **self.plan.facts()):
+        recorded = self.output.events.recorded(self.journal.folder, **self.plan.facts())
+        with self.journal.claimed(self.plan.state), recorded:
             persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
             return self._finish()
 

@@ -14,6 +14,7 @@ from shardprune.storage import Folder
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # after which a run counts as dead
 ENDS = ("done", "stopped", "failed")
+LONGEST = ("prune", "rebuild", "recover", "perplexity after")  # steps after which little or nothing is left
 Event = dict[str, Any]
 
 
@@ -75,7 +76,8 @@ def status_of(out: str, now: float | None = None) -> list[Status]:
         InputError: it holds none.
     """
     folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
-    found = [(folder, events) for folder in folders if (events := read_events(folder))]
+    read = [(folder, read_events(folder)) for folder in folders]
+    found = [(folder, events) for folder, events in read if any(event["event"] == "run" for event in events)]
     if not found:
         raise InputError("out", f"{out!r} holds no events of a run; give the output directory of one")
     return [_status(folder.url, events, time.time() if now is None else now) for folder, events in found]
@@ -136,6 +138,9 @@ def _finished(events: list[Event], run: Event) -> int:
 def _left(events: list[Event], attempt: list[Event]) -> float | None:
     """Seconds from the last event to the end of the run, as far as it has shown how fast it is."""
     search = _left_of_search(events, attempt)
+    structure = [event["event"] for event in attempt if event.get("phase") == "structure"]
+    if structure == ["begin"]:  # another run follows
+        return None
     step = search if search is not None else _left_of_step(attempt)
     if step is None:
         return None
@@ -148,6 +153,8 @@ def _left_of_step(attempt: list[Event]) -> float | None:
     if not positions or not positions[-1]["total"]:
         return None
     now = positions[-1]
+    if now["label"] not in LONGEST:
+        return None
     first = next(event for event in reversed(positions) if event["label"] == now["label"] and not event["done"])
     if not now["done"]:
         return None

@@ -55,7 +55,16 @@ class Folder:
 
     @property
     def appends(self) -> bool:
-        """Whether files show while they grow, so that `append_text` works; object stores take whole ones only."""
+        """Whether `append_text` works here; most storage takes whole files only."""
+        return self._local or "memory" in _protocols(self.fs)
+
+    @property
+    def _local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def _renames(self) -> bool:
+        """Whether a file shows while it is written."""
         return OBJECT_STORES.isdisjoint(_protocols(self.fs))
 
     # -- looking ----------------------------------------------------------------------------------------------
@@ -157,7 +166,7 @@ class Folder:
         Args:
             parts: gives them from the first on whenever it is called: an attempt that fails is made again.
         """
-        if self.appends:
+        if self._renames:
             self._persist("written", name, lambda: self._write_and_rename(name, parts()))
             return
         unfinished: list[Any] = []  # uploads that could not be aborted, as storage was away
@@ -190,7 +199,12 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
+                if self._local:  # or a node that loses power may leave the name without the content
+                    file.flush()
+                    os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
+            if self._local:
+                _sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # likewise
                 self.fs.rm_file(path)
@@ -202,9 +216,13 @@ class Folder:
     def append_text(self, name: str, text: str) -> None:
         """Add to the end of a file, which readers see grow."""
 
+        start = ""
+
         def append() -> None:
+            nonlocal start
+            content, start = start + text, "\n"  # ends what a failed attempt may have left of a line
             with self.fs.open(self.path(name), "ab") as file:
-                file.write(text.encode())
+                file.write(content.encode())
 
         self._persist("written", name, append)
 
@@ -242,7 +260,7 @@ class Folder:
             InputError: that cannot be.
         """
         _refuse_hub(self.url, self.field)
-        made = self._missing_folders() if self.appends else []
+        made = self._missing_folders() if self._renames else []
         name = f".probe.{uuid.uuid4().hex[:8]}.tmp"
         try:
             self.write_bytes(name, b"")
@@ -323,6 +341,15 @@ def read_file(url: str, field: str) -> bytes:
 def _refuse_hub(url: str, field: str) -> None:
     if url.startswith(READ_ONLY):
         raise InputError(field, f"{url} cannot be written: the hub is only read from")
+
+
+def _sync_folder(path: str) -> None:
+    """Make the names in a local folder durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _fill(file: Any, parts: Iterable[bytes | memoryview]) -> None:

@@ -347,14 +347,15 @@ def test_another_runs_output_is_never_touched(folder, state, changed, dies_at_la
     assert snapshot(tmp_path / "o") == before
 
 
-def test_a_damaged_layer_of_the_output_is_not_called_the_model(folder, dies_at_layer, tmp_path):
-    dies_at_layer(2)
+def test_a_layer_that_storage_has_damaged_is_made_again(folder, dies_at_layer, tmp_path):
+    run(folder, tmp_path / "whole", sparsity=0.5)
+    dies_at_layer(3)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "o", sparsity=0.5)
-    layer = tmp_path / "o" / "model-00003-of-00005.safetensors"
-    layer.write_bytes(layer.read_bytes()[:-10])
-    with pytest.raises(InputError, match=r"^out: .*model-00003-of-00005\.safetensors is truncated or damaged"):
-        run(folder, tmp_path / "o", sparsity=0.5)
+    damaged = tmp_path / "o" / "model-00003-of-00005.safetensors"  # of layer 1
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    run(folder, tmp_path / "o", sparsity=0.5)
+    assert differing(tmp_path / "whole", tmp_path / "o") == []
 
 
 def test_a_directory_of_other_things_is_never_touched(folder, tmp_path):
@@ -411,3 +412,15 @@ def test_attention_is_the_same_wherever_a_family_has_no_other():
 
     assert attention_of(LlamaConfig()) == "sdpa"
     assert attention_of(Gemma2Config()) == "eager"
+
+
+def test_an_output_is_free_again_where_no_worker_can_start(folder, tmp_path, monkeypatch):
+    def start(*_):
+        raise InputError("address", "the cluster did not free 2 x CPU")
+
+    with monkeypatch.context() as without_room:
+        without_room.setattr(LocalBackend, "start", start)
+        with pytest.raises(InputError):
+            run(folder, tmp_path / "o", sparsity=0.5)
+    assert list((tmp_path / "o").iterdir()) == []
+    assert run(folder, tmp_path / "o", method="wanda", sparsity=0.5).restarts == 0

@@ -47,6 +47,23 @@ def test_a_silent_run_is_dead_and_says_how_to_go_on(tmp_path):
     assert not any(line.startswith("ends") for line in status.lines(1200))
 
 
+def test_what_comes_before_the_longest_step_says_nothing_about_the_end(tmp_path):
+    (status,) = status_of(written(tmp_path, *HALFWAY[:3], (1010, "progress", {**BEFORE, "done": 1})), now=1011)
+    assert (status.share, status.left) == (0.5, None)
+    observing = (1005, "progress", {"label": "observe", "total": 4, "done": 0})
+    seen = (1010, "progress", {"label": "observe", "total": 4, "done": 3})
+    assert status_of(written(tmp_path, HALFWAY[0], observing, seen), now=1011)[0].left is None
+    structure = (1001, "begin", {"phase": "structure"})
+    assert status_of(written(tmp_path, HALFWAY[0], structure, *HALFWAY[5:]), now=1062)[0].left is None
+
+
+def test_lines_that_a_failed_write_has_torn_are_passed_over(tmp_path):
+    written(tmp_path, *HALFWAY)
+    whole = (tmp_path / "events.jsonl").read_text()
+    (tmp_path / "events.jsonl").write_text(whole.replace("\n", '\n{"time": 10{"ti\n', 2) + '{"time": 12')
+    assert status_of(str(tmp_path), now=1062) == status_of(written(tmp_path, *HALFWAY), now=1062)
+
+
 def test_attempts_and_losses_are_counted_and_the_last_attempt_counts(tmp_path):
     again = (
         (2000, "run", {**RUN, "finished": 3}),  # two of whose events a killed driver took with it
@@ -97,5 +114,8 @@ def test_a_composite_counts_the_layers_of_its_second_run(folder, tmp_path):
 
 
 def test_a_folder_without_a_run_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="holds no events of a run"):
+        status_of(str(tmp_path))
+    written(tmp_path, (1000, "begin", {"phase": "plan"}))
     with pytest.raises(InputError, match="holds no events of a run"):
         status_of(str(tmp_path))

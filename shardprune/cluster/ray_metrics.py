@@ -9,11 +9,11 @@ SOLVER_SECONDS = [0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]  # bounds of the
 
 
 def metrics(shard: int, replica: int) -> Watcher:
-    """Metrics of one worker, which a ledger feeds: `rate()` of the waves gives waves per second."""
+    """Metrics of one worker, which a ledger feeds; waves have the tag `verb`, by which what one takes differs."""
     tags = {"shard": str(shard), "replica": str(replica)}
     keys = tuple(tags)
     layers = Counter("shardprune_layers_done", "Layers that were solved and written", keys)
-    waves = Counter("shardprune_waves", "Waves that went through a layer or a shard", keys)
+    waves = Counter("shardprune_waves", "Waves that a worker is done with, by what it did", (*keys, "verb"))
     moved = Counter("shardprune_bytes_moved", "Bytes of tensors that came from other processes", keys)
     solving = Histogram("shardprune_solver_seconds", "Seconds to solve one input", SOLVER_SECONDS, keys)
     for metric in (layers, waves, moved, solving):
@@ -23,7 +23,7 @@ def metrics(shard: int, replica: int) -> Watcher:
         if received:
             moved.inc(received)
         if verb in WAVE_VERBS:
-            waves.inc()
+            waves.inc(tags={"verb": verb})
         elif verb == "solve":
             solving.observe(seconds)
         elif verb == "write":

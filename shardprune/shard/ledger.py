@@ -44,14 +44,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.received = 0  # bytes of tensors
         self.watcher: Watcher | None = None
         self._spans: dict[tuple[str, int | None], Span] = {}
 
     def add(self, verb: str, layer: int | None, seconds: float, received: int) -> None:
         """A call has ended."""
         self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
-        self.received += received
         now = time.time()
         span = self._spans.setdefault((verb, layer), Span(verb, layer, now - seconds, now))
         span.end = now

@@ -175,7 +175,7 @@ def test_metrics_say_what_workers_do(ray, folder, tmp_path):
     prune(recipe(folder, tmp_path / "o", shards=2), Heard(Moment("perplexity after", 0.3, scrape)))
     assert found["layers_done_total"] == {"0": 2, "1": 2}
     assert found["solver_seconds_count"] == {"0": 8, "1": 8}  # four inputs of every layer
-    assert found["waves_total"]["0"] >= 2 * 2 * 3  # three waves of statistics and propagation through two layers
+    assert found["waves_total"]["0"] >= 3  # of one verb; three waves
     assert found["bytes_moved_total"]["1"] >= 3 * 4 * 24 * 32 * 4  # which all came to the second shard
 
 
