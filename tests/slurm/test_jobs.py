@@ -38,7 +38,7 @@ def sandbox() -> Iterator[Sandbox]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munged will not have its socket where not all users reach it
     sandbox = Sandbox(folder)
-    sandbox.up(3, cpus=2, subnet="10.97.31", port=19317, requeue_wait=5, kill_wait=15, node_timeout=8)
+    sandbox.up(3, cpus=2, subnet="10.97.31", port=19317, requeue_wait=5, kill_wait=15, node_timeout=10)
     sandbox.environment |= {"PYTHONPATH": str(ROOT), **QUICK_RAY}
     yield sandbox
     sandbox.down()
