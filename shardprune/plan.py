@@ -14,8 +14,9 @@ from shardprune.calibration import calibration_windows, perplexity_windows
 from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.cluster.layout import Layout, plan_layout
+from shardprune.cluster.store import store_bytes
 from shardprune.cluster.work import Shares
-from shardprune.defaults import MIN_STORE_BYTES, check_seqlen, device_of, dtype_of, place_of, threads_of
+from shardprune.defaults import check_seqlen, device_of, dtype_of, place_of, threads_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
 from shardprune.journal import Journal, recorded_recipe
@@ -183,23 +184,18 @@ class Plan:
         ]
 
     def store_bytes(self) -> int:
-        """Memory for what is under way between workers: waves, and the sums that replicas exchange."""
-        hidden = self.skeleton.config.hidden_size
-        wave = self.wave * self.recipe.seqlen * hidden * self.skeleton.dtype.itemsize
-        waves = 4 * wave * (len(self.layout.shards) + 3 * self.layout.replicas)
-        cols = {names[0]: self.shapes[0][names[0]][1] for names in self.skeleton.family.inputs}
-        sums = (self.layout.replicas - 1) * sum(4 * width**2 for width in cols.values())
+        """Memory for what is under way between workers: waves, the sums that replicas exchange, solved projections."""
+        recipe, layout, family, itemsize = self.recipe, self.layout, self.skeleton.family, self.skeleton.dtype.itemsize
+        wave = self.wave * recipe.seqlen * self.skeleton.config.hidden_size * itemsize
         sizes = {name: rows * cols for name, (rows, cols) in self.shapes[0].items()}
-        weights = sum(sizes.values()) * self.skeleton.dtype.itemsize
-        if isinstance(self.recipe, MopRecipe):  # layers that move to another shard, or are narrowed on another replica
-            return max(MIN_STORE_BYTES, waves + sums + 2 * self.layout.replicas * weights)
-        if self.layout.replicas == 1:
-            return max(MIN_STORE_BYTES, waves)
-        gradients = 0
-        if self.recipe.rebuilding:
-            blocks = [sum(sizes[name] for name in names) for names in self.skeleton.family.blocks.values()]
-            gradients = (self.layout.replicas - 1) * 4 * max(blocks)
-        return max(MIN_STORE_BYTES, waves + sums + weights + gradients)
+        weights, sent = sum(sizes.values()) * itemsize, 0
+        if isinstance(recipe, MopRecipe):  # layers that move to another shard, or are narrowed on another replica
+            sent = 2 * layout.replicas * weights
+        elif layout.replicas > 1:
+            blocks = [sum(sizes[name] for name in names) for names in family.blocks.values()]
+            gradients = (layout.replicas - 1) * 4 * max(blocks) if recipe.rebuilding else 0
+            sent = weights + gradients
+        return store_bytes(layout, wave, (self.shapes[0][names[0]][1] for names in family.inputs), sent)
 
     def _activation_bytes(self, layout: Layout) -> int:
         """What a worker keeps of the calibration waves: its share of the samples, once for each of its segments."""

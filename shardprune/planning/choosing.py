@@ -9,10 +9,10 @@ from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.hardware import CONTEXT_BYTES, FRAGMENTED, HARDWARE, SPARE_HOST, Hardware
 from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks_of
-from shardprune.planning.quantities import gigabytes
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
+from shardprune.quantities import gigabytes
 
 
 @dataclass(frozen=True)

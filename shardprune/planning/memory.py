@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardprune.cluster.layout import Layout
-from shardprune.defaults import MIN_STORE_BYTES
+from shardprune.cluster.store import store_bytes
 from shardprune.planning.workload import Input, Task
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.sparsegpt import BLOCK
@@ -244,17 +244,9 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
-    return workers * own + store_bytes(task, setup)
-
-
-def store_bytes(task: Task, setup: Setup) -> int:
-    """What is under way between workers in a node's object store: waves, and the sums that replicas exchange."""
-    layout, model = setup.layout, task.model
-    waves = 4 * task.kept_bytes(task.wave) * (len(layout.shards) + 3 * layout.replicas)
-    if layout.replicas == 1:
-        return max(MIN_STORE_BYTES, waves)
-    sums = (layout.replicas - 1) * sum(4 * one.cols**2 for one in model.inputs)
-    return max(MIN_STORE_BYTES, waves + sums + model.projections * task.itemsize)
+    sent = task.model.projections * task.itemsize if setup.layout.replicas > 1 else 0
+    columns = (one.cols for one in task.model.inputs)
+    return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
 
 
 def _kinds(setup: Setup) -> list[int]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from shardprune.cluster.layout import Layout
 from shardprune.fingerprint import AnyRecipe
 from shardprune.planning.memory import Moment, Setup, WorkerMemory
-from shardprune.planning.quantities import gigabytes
 from shardprune.planning.workload import Model, Task, task_of
+from shardprune.quantities import gigabytes
 from shardprune.recipe import Recipe
 from shardprune.shard.spec import Need
 

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import HARDWARE, Hardware
-from shardprune.planning.quantities import parse_bytes
+from shardprune.quantities import parse_bytes
 from shardprune.recipe import OptionalBarber, Pruning, Recipe, Structured
 from shardprune.setting_groups import Calibration, Evaluation
 from shardprune.settings import Settings, positive

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from shardprune.planning.planned import Planned, PlanResult
-from shardprune.planning.quantities import duration, gigabytes
 from shardprune.planning.timeline import LEGEND, idle_share, timeline
+from shardprune.quantities import duration, gigabytes
 
 
 def show(result: PlanResult, console: Console) -> None:

@@ -14,10 +14,10 @@ from shardprune.shard.blocks import Block, Squares
 from shardprune.shard.layer_file import write_layer
 from shardprune.shard.layers import Layers
 from shardprune.shard.ledger import timed
+from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowing_worker import NarrowingWorker
 from shardprune.shard.passing import Sums, merged
 from shardprune.shard.projections import Report, adopt_projection, prune_projection
-from shardprune.shard.room import check_room
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import projection_weight
 from shardprune.solvers.methods import METHODS
@@ -32,7 +32,7 @@ class ShardWorker(NarrowingWorker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         if spec.need:
-            check_room(spec.need, spec.device)
+            check_memory(spec.need, spec.device)
         super().__init__(spec)
         self._statistics: tuple[int, list[InputStatistics]] | None = None  # of the layer in work
         self._block: tuple[int, tuple[str, ...], Block] | None = None  # of it that is being rebuilt

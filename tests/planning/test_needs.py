@@ -13,7 +13,7 @@ from shardprune.cluster.layout import plan_layout
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of
 from shardprune.recipe import Recipe
-from shardprune.shard.room import memory_of
+from shardprune.shard.memory import memory_of
 from shardprune.skeleton import Skeleton
 from tests.planning.material import make_windows
 

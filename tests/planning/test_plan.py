@@ -10,9 +10,9 @@ from shardprune.cli import main
 from shardprune.planning.choosing import choose, missing, remedies
 from shardprune.planning.hardware import HARDWARE
 from shardprune.planning.planned import plan
-from shardprune.planning.quantities import parse_bytes
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import read_model
+from shardprune.quantities import parse_bytes
 from tests.planning.material import CONFIGS
 from tests.tiny import make_model
 

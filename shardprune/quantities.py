@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: `80GB`, `1.5TiB`, `100Gbit/s`; and how plans print them."""
+"""Sizes and rates as people write them: `80GB`, `1.5TiB`, `100Gbit/s`; and how they are printed."""
 
 import re
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from shardprune.errors import InputError
+from shardprune.quantities import gigabytes
 from shardprune.shard.spec import Need
 
 DOUBT = 1.2  # what is needed is known to a fifth
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
-def check_room(need: Need, device: torch.device | str) -> None:
+def check_memory(need: Need, device: torch.device | str) -> None:
     """Check that a device has as much memory as a worker cannot do without.
 
     All of its memory counts, not what is free at the moment, and doubt is the worker's gain: what is refused here
@@ -27,8 +28,8 @@ def check_room(need: Need, device: torch.device | str) -> None:
         missing = need.bytes - room
         raise InputError(
             "memory",
-            f"a worker takes {_gigabytes(need.bytes)} at its peak ({need.step}), and its {torch.device(device).type} "
-            f"has {_gigabytes(room)}: {_gigabytes(missing)} are missing; {need.helps}",
+            f"a worker takes {gigabytes(need.bytes)} at its peak ({need.step}), and its {torch.device(device).type} "
+            f"has {gigabytes(room)}: {gigabytes(missing)} are missing; {need.helps}",
         )
 
 
@@ -49,7 +50,3 @@ def _limit(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
