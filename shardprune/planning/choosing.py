@@ -67,26 +67,28 @@ class Candidate:
         return self.over == (0, 0)
 
     @property
-    def excess(self) -> float:
-        """How far it is from fitting, as a share of what there is."""
+    def excess(self) -> tuple[float, float]:
+        """By what share of itself a GPU, and a node's memory, is too small."""
         device, node = self.over
-        return max(device / self.device_room, node / self.node_room)
+        return device / self.row.bytes, node / (self.row.host * self.gpus)
 
 
 def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Iterator[Candidate]:
-    """Every way to use the machines that a recipe leaves open.
+    """Every way to use the machines that a recipe leaves open; none where parallel propagation lacks a second shard.
 
     Raises:
-        InputError: none is possible.
+        InputError: what the recipe fixes cannot be.
     """
     task, row = planned_task(recipe, model), recipe.row
     workers = recipe.nodes * recipe.gpus
-    least = 2 if propagation == "parallel" and recipe.segments is None else 1
+    least, most = 1, min(model.layers, workers)
+    if propagation == "parallel":
+        least, most = (1, min(most, recipe.segments)) if recipe.segments else (2, most)
     asked = (recipe.shards or 1) * (recipe.replicas or 1)
     if asked > workers:
         field = "shards" if recipe.shards else "replicas"
         raise InputError(field, f"{asked} workers need as many GPUs; the machines have {workers}")
-    for count in [recipe.shards] if recipe.shards else _counts(least, min(model.layers, workers)):
+    for count in [recipe.shards] if recipe.shards else _counts(least, most):
         for replicas in [recipe.replicas] if recipe.replicas else _counts(1, min(workers // count, recipe.samples)):
             if count * replicas <= workers:
                 yield from _held(recipe, model, propagation, task, row, count, replicas)
@@ -126,13 +128,22 @@ def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candid
     fitting = [one for one in found if one.fits]
     if fitting:
         return min(fitting, key=lambda one: (round(one.seconds.total, 1), one.setup.layout.workers))
-    return min(found, key=lambda one: one.excess) if found else None
+    return min(found, key=lambda one: max(one.excess)) if found else None
+
+
+def second_shard(recipe: PlanRecipe, model: Model) -> str:
+    """Why there is no candidate for parallel propagation."""
+    if model.layers == 1:
+        return "needs two shards, and the model has one layer"
+    replicas = f" of {recipe.replicas} replicas each" if recipe.replicas else ""
+    workers, there = 2 * (recipe.replicas or 1), recipe.nodes * recipe.gpus
+    return f"needs two shards{replicas}, {workers} workers; the machines have {there}"
 
 
 def missing(candidate: Candidate) -> str:
     """By how much the nearest candidate does not fit, and where."""
-    device, node = candidate.over
-    if device / candidate.device_room >= node / candidate.node_room:
+    device, node = candidate.excess
+    if device >= node:
         moment = candidate.worst[0]
         parts = {name: count for name, count in vars(moment.device).items() if count >= 10**8}
         listed = ", ".join(f"{name} {gigabytes(count)}" for name, count in parts.items())

@@ -70,7 +70,7 @@ class WorkerMemory:
         """All steps at which something reaches its peak."""
         if self.task.sources:
             yield from self._evaluate()
-        if self.task.outliers or (len(self.setup.layout.segments) > 1 and self.model.layers > 1):
+        if self._observes():
             yield from self._observe()
         yield from self._prune()
 
@@ -90,13 +90,14 @@ class WorkerMemory:
         windows = task.kept_bytes(-(-task.windows // self.setup.layout.replicas)) if streamed else 0
         layers = self._held()
         if self.first:
-            yield self._moment("evaluate", "embed", self._frame(embedding=True), kept=windows)
+            yield from self._embed("evaluate", windows)
         frame = 0 if streamed else self._frame(embedding=self.first, head=self.last)
         yield self._moment("evaluate", "forward", layers + frame, self._forward(), kept=windows)
         if self.last:
             # The logits of one sequence in float32, and as many log-probabilities.
             logits = 8 * task.seqlen * self.model.vocabulary + self._wave()
             weights = (self._layer() + self._frame(head=True)) if streamed else layers + frame
+            yield self._reading("evaluate", "head", weights, self.model.head, self._wave(), windows)
             yield self._moment("evaluate", "logits", weights, logits, kept=windows)
 
     def _observe(self) -> Iterator[Moment]:
@@ -104,8 +105,8 @@ class WorkerMemory:
         streams = self.recorded + 1 if streamed else self.recorded
         kept = streams * task.kept_bytes(self.sequences)
         frame = 0 if streamed else self._resident_frame()
-        if self.first and streamed:
-            yield self._moment("observe", "embed", self._frame(embedding=True), kept=kept)
+        if self.first:
+            yield from self._embed("observe", kept, again=bool(task.sources))
         yield self._moment("observe", "forward", self._held() + frame, self._forward(), kept=kept)
         if task.outliers:
             # Column norms add up in float64; then a block of the metric, compared with two thresholds.
@@ -117,9 +118,7 @@ class WorkerMemory:
         kept = self.segments * task.kept_bytes(self.sequences)
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
-            layers = self._held() if not self.setup.streamed and (task.sources or task.outliers) else 0
-            embedding = self._frame(embedding=True) if self.setup.streamed else resident
-            yield self._moment("prune", "embed", layers + embedding, self._wave(), kept=kept)
+            yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
         weights = self._held() + resident
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
@@ -135,6 +134,23 @@ class WorkerMemory:
                 yield self._moment("prune", label, weights, 0, statistics, workspace + copied, kept=kept)
 
     # -- parts ------------------------------------------------------------------------------------------------
+
+    def _observes(self) -> bool:
+        return self.task.outliers or (len(self.setup.layout.segments) > 1 and self.model.layers > 1)
+
+    def _embed(self, phase: str, kept: int, again: bool = False) -> Iterator[Moment]:
+        """The first shard's start of a pass; `again` where an earlier one had the embedding, which resident shards
+        keep."""
+        weights = self._frame(embedding=True) + (0 if self.setup.streamed else self._held())
+        if self.setup.streamed or not again:
+            yield self._reading(phase, "embedding", weights, self.model.embedding)
+        yield self._moment(phase, "embed", weights, self._wave(), kept=kept)
+
+    def _reading(
+        self, phase: str, name: str, weights: int, elements: int, temporaries: int = 0, kept: int = 0
+    ) -> Moment:
+        """The embedding or the head on its way: as it is stored, beside the `weights`, of which it is one."""
+        return self._moment(phase, f"read {name}", weights, temporaries, kept=kept, elements=elements)
 
     def _solve(self, one: Input) -> Iterator[tuple[str, int]]:
         """Workspace of the steps of solving the projections that read an input, beside its sums."""
@@ -176,9 +192,10 @@ class WorkerMemory:
         statistics: int = 0,
         workspace: int = 0,
         kept: int = 0,
+        elements: int = 0,
     ) -> Moment:
         setup, task = self.setup, self.task
-        reading = self.model.largest * task.stored  # one tensor on its way
+        reading = (elements or self.model.largest) * task.stored  # one tensor on its way, else a projection
         if not setup.gpu:
             read = reading if task.stored != task.itemsize else 0
             device = Bytes(CPU_PROCESS, weights + read, kept + temporaries, statistics, workspace)

@@ -33,6 +33,23 @@ class Planned:
     def fits(self) -> bool:
         return self.candidate.fits
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `shardprune prune` that give the planned run."""
+        setup = self.candidate.setup
+        layout = setup.layout
+        options: dict[str, Any] = {
+            "propagation": self.propagation,
+            "shards": len(layout.shards),
+            "replicas": layout.replicas,
+        }
+        if len(layout.segments) not in (1, len(layout.shards)):
+            options["segments"] = len(layout.segments)
+        options["weights"] = "streamed" if setup.streamed else "resident"
+        if setup.gpu:
+            options["activations"] = "host" if setup.waves_on_host else "device"
+        return options
+
     def as_json(self, simulated: bool) -> dict[str, Any]:
         one, setup = self.candidate, self.candidate.setup
         shards = [[shard[0], shard[-1]] for shard in setup.layout.shards]
@@ -120,7 +137,7 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
     plans = []
     for propagation in asked:
         candidate = choose(recipe, model, propagation)
-        if candidate is None:  # parallel propagation needs two workers
+        if candidate is None:  # parallel propagation has no second shard
             continue
         group = simulate(candidate.costs)
         short = None if candidate.fits else missing(candidate)

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.planning.hardware import HARDWARE, Hardware
-from shardprune.quantities import parse_bytes
+from shardprune.planning.hardware import CONTEXT_BYTES, HARDWARE, Hardware
+from shardprune.quantities import gigabytes, parse_bytes
 from shardprune.recipe import OptionalBarber, Pruning, Recipe, Structured
 from shardprune.setting_groups import Calibration, Evaluation
 from shardprune.settings import Settings, positive
@@ -44,6 +44,13 @@ class Machine(Settings):
             parse_bytes(value)
         return value
 
+    @field_validator("gpu_memory")
+    @classmethod
+    def _beyond_a_context(cls, value: str | None) -> str | None:
+        if value is not None and parse_bytes(value) <= CONTEXT_BYTES:
+            raise ValueError(f"use more than the {gigabytes(CONTEXT_BYTES)} that a CUDA context takes")
+        return value
+
     @field_validator("network", "storage")
     @classmethod
     def _rate(cls, value: str | None) -> str | None:
@@ -57,7 +64,7 @@ class Machine(Settings):
         row = HARDWARE[self.hardware]
         given: dict[str, Any] = {
             "bytes": self.gpu_memory and parse_bytes(self.gpu_memory),
-            "host": self.host_memory and parse_bytes(self.host_memory) // self.gpus,
+            "host": self.host_memory and max(1, parse_bytes(self.host_memory) // self.gpus),
             "network": self.network and parse_bytes(self.network, rate=True),
             "storage": self.storage and parse_bytes(self.storage, rate=True),
         }

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from shardprune.planning.choosing import second_shard
 from shardprune.planning.planned import Planned, PlanResult
 from shardprune.planning.timeline import LEGEND, idle_share, timeline
 from shardprune.quantities import duration, gigabytes
@@ -34,23 +35,25 @@ def show(result: PlanResult, console: Console) -> None:
             _show_simulation(plan, console)
     asked = recipe.propagation in ("parallel", "both")
     if asked and not any(plan.propagation == "parallel" for plan in result.plans):
-        console.print("\nparallel: needs two workers or more", highlight=False)
+        console.print(f"\nparallel: {second_shard(recipe, model)}", highlight=False, soft_wrap=True)
 
 
 def _show_plan(plan: Planned, console: Console, unit: str) -> None:
     one, setup = plan.candidate, plan.candidate.setup
-    weights = "streamed" if setup.streamed else "resident"
-    where = f", activations on {'host' if setup.waves_on_host else 'device'}" if setup.gpu else ""
+    longest = max(len(shard) for shard in setup.layout.shards)
     console.print(
-        f"{plan.propagation}: {layout_of(plan)}, weights {weights}{where}: {'fits' if plan.fits else 'does not fit'}",
+        f"{plan.propagation}: {'fits' if plan.fits else 'does not fit'}; up to {longest} layers a shard",
         style="bold",
         highlight=False,
         soft_wrap=True,
     )
+    options = " ".join(f"--{name} {value}" for name, value in plan.options.items())
+    console.print(options, highlight=False, soft_wrap=True)
     if plan.missing:
         console.print(f"missing: {plan.missing}", highlight=False, soft_wrap=True)
         console.print(f"what helps: {'; or '.join(plan.helps)}", highlight=False, soft_wrap=True)
-    console.print(_memory_table(plan, unit))
+    console.print(f"GB of a {unit} at its peak:", highlight=False)
+    console.print(_memory_table(plan))
     if setup.gpu:
         console.print(f"room on a GPU {gigabytes(one.device_room)}", highlight=False)
     console.print(
@@ -68,19 +71,10 @@ def _show_plan(plan: Planned, console: Console, unit: str) -> None:
     console.print(f"expected: {duration(one.seconds.total)} ({phases})", highlight=False, soft_wrap=True)
 
 
-def layout_of(plan: Planned) -> str:
-    """A layout in words."""
-    layout = plan.candidate.setup.layout
-    shards, replicas = len(layout.shards), layout.replicas
-    longest = max(len(shard) for shard in layout.shards)
-    text = f"--shards {shards} --replicas {replicas}, up to {longest} layers each"
-    return text + (f", {len(layout.segments)} segments" if len(layout.segments) not in (1, shards) else "")
-
-
-def _memory_table(plan: Planned, unit: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(f"GB of a {unit}")
-    table.add_column("peak in")
+def _memory_table(plan: Planned) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are few
+    table.add_column("phase")
+    table.add_column("step")
     names = ("weights", "activations", "statistics", "workspace")
     for name in (*names, "all", "host"):
         table.add_column(name, justify="right")
@@ -96,7 +90,9 @@ def _show_simulation(plan: Planned, console: Console) -> None:
     group = plan.group
     parts = ", ".join(f"{name} {duration(value)}" for name, value in group.phases.items())
     idle = idle_share(group)
-    console.print(f"simulated: {duration(group.seconds)} ({parts}); workers idle {idle:.0%}", highlight=False)
+    console.print(
+        f"simulated: {duration(group.seconds)} ({parts}); workers idle {idle:.0%}", highlight=False, soft_wrap=True
+    )
     for line in _lines(plan):
         console.print(line, highlight=False, markup=False, no_wrap=True, crop=False, overflow="ignore")
     console.print(LEGEND, highlight=False)

@@ -4,7 +4,7 @@ from typing import Any
 
 from shardprune.planning.simulation import SimulatedGroup
 
-WIDTH = 72  # columns of a timeline
+WIDTH = 60  # columns of a timeline
 LINES = 16  # workers that are shown one by one; of more, each line is the mean of several
 
 # What a column of the timeline shows: what took most of its time.
@@ -20,7 +20,7 @@ MARKS = {
     "outliers": "o",
 }
 EXCHANGE = "x"  # taking, putting, statistics, solved projections
-LEGEND = "f forward, a accumulate, S solve, p propagate, x exchange, r read weights, w write, l losses, . idle"
+LEGEND = "f=forward a=sums S=solve p=propagate x=send r=read w=write l=loss o=ratio .=idle"
 
 
 def idle_share(group: SimulatedGroup) -> float:

@@ -219,7 +219,7 @@ def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:
         try:
             config = AutoConfig.from_pretrained(local, trust_remote_code=False)
         except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = first_line(error).replace(local, name)
+            reason = first_line(error).replace(file.name, name).replace(local, name)
             raise InputError("model", f"{name} cannot be read as a config: {reason}") from error
     config = config.get_text_config() if config.model_type in TOWERS else config
     return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16

@@ -22,18 +22,25 @@ MODELS = {
     "stored in 16 bits": (1024, 3072, 2, VOCABULARY, torch.bfloat16),
     "narrow": (128, 384, 1, VOCABULARY, torch.float32),
     "large vocabulary": (768, 1024, 8, 80_000, torch.float32),
+    "large vocabulary in 16 bits": (768, 1024, 2, 120_000, torch.bfloat16),
 }
 FEW = {"samples": 4, "seqlen": 128, "sparsity": 0.5}
 WEIGHTS_ALONE = {**FEW, "seqlen": 512, "method": "magnitude", "measure_error": False}
 
 # What dominates beside the process: the factor; errors; kept waves and the temporaries of one; all weights and logits;
-# of streamed weights, embedding and head, one after the other.
+# of streamed weights, embedding and head, one after the other; of 16-bit weights, both forms of the one being read.
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "error gate/up"),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
     "resident": ("large vocabulary", WEIGHTS_ALONE, "logits"),
     "streamed": ("large vocabulary", {**WEIGHTS_ALONE, "weights": "streamed"}, "logits"),
+    "streamed from 16 bits": (
+        "large vocabulary in 16 bits",
+        {**WEIGHTS_ALONE, "seqlen": 64, "weights": "streamed"},
+        "read head",
+    ),
+    "resident from 16 bits": ("large vocabulary in 16 bits", {**WEIGHTS_ALONE, "seqlen": 64}, "read head"),
 }
 
 
@@ -48,7 +55,7 @@ def runs(tmp_path_factory):
     def measured(name: str, model: str, fields: dict) -> tuple[int, dict]:
         windows = make_windows(folder / f"{name}.npy", fields["samples"], fields["seqlen"], VOCABULARY)
         options = {"model": str(folder / model), "calibration": windows, **fields}
-        if model == "large vocabulary":
+        if model.startswith("large vocabulary"):
             options |= {"eval": windows, "eval_windows": 2}
         return peak_of_run(folder / f"out {name}", options), options
 
@@ -59,7 +66,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_predicted_peak_is_the_measured_one_within_a_fifth(runs, name):
+def test_what_is_predicted_beside_the_process_is_what_is_measured_within_a_fifth(runs, name):
     peak, options = runs[name]
     nothing, _ = runs["nothing"]
     recipe = PlanRecipe.checked({**options, "hardware": "cpu"})
@@ -68,10 +75,14 @@ def test_the_predicted_peak_is_the_measured_one_within_a_fifth(runs, name):
     setup = Setup(layout, options.get("weights") == "streamed", waves_on_host=True, gpu=False)
     moment, _ = largest(planned_task(recipe, model), setup)
     assert moment.step == RUNS[name][2]
-    assert moment.device.peak == pytest.approx(peak, rel=0.2)
-    # Not the process alone: what is predicted beside it is what is measured beside it.
+    # Beside the process: a torch that was built with CUDA makes a larger one.
     assert moment.device.peak - CPU_PROCESS == pytest.approx(peak - nothing, rel=0.2)
-    assert peak - nothing > nothing / 3
+    assert peak - nothing > CPU_PROCESS / 3
+
+
+def test_a_process_without_weights_takes_about_as_much_as_is_reckoned(runs):
+    nothing, _ = runs["nothing"]
+    assert 0.8 * CPU_PROCESS < nothing < 3 * CPU_PROCESS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
