@@ -10,9 +10,11 @@ from shardprune.cli import main
 from shardprune.planning.choosing import choose, missing, remedies
 from shardprune.planning.hardware import HARDWARE
 from shardprune.planning.planned import plan
-from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.recipe import Machine, PlanRecipe
+from shardprune.planning.timeline import LEGEND
 from shardprune.planning.workload import read_model
 from shardprune.quantities import parse_bytes
+from shardprune.recipe import Recipe
 from tests.planning.material import CONFIGS
 from tests.tiny import make_model
 
@@ -113,6 +115,9 @@ def test_a_page_and_its_json_say_the_same(capsys, tmp_path):
     assert code == 0
     for part in ("exact:", "parallel:", "factor down", "between nodes", "expected:", "simulated:", "idle", "2 nodes"):
         assert part in page
+    assert "activations statistics workspace" in page
+    assert LEGEND in page.splitlines()
+    assert max(len(line) for line in page.splitlines() if "idle" in line and "simulated" not in line) <= 80
     code, text, _ = printed(capsys, *arguments, "--simulate", "--json")
     content = json.loads(text)
     assert code == 0
@@ -155,6 +160,8 @@ def test_the_recipe_of_a_run_is_planned_as_it_is(capsys, tmp_path):
     ("arguments", "message"),
     [
         (("--gpu-memory", "80"), "gpu_memory: '80' is not allowed; use a size such as 80GB or 640GiB"),
+        (("--gpu-memory", "1GB"), "gpu_memory: '1GB' is not allowed; use more than the 1.0 GB that a CUDA context"),
+        (("--gpus", 8, "--shards", 8, "--segments", 4), "segments: 4 is fewer than the 8 shards"),
         (("--network", "fast"), "network: 'fast' is not allowed; use a rate such as 25GB/s or 100Gbit/s"),
         (("--hardware", "h1000"), f"hardware: 'h1000' is not allowed; use one of {', '.join(HARDWARE)}"),
         (("--nodes", 0), "nodes: 0 is not allowed"),
@@ -172,12 +179,48 @@ def test_bad_input_is_one_line_and_exit_code_two(capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_a_machine_too_small_for_anything_is_planned_all_the_same():
+    (one,) = planned("8b", gpu_memory="1000000001B", host_memory="1B").values()
+    assert not one.fits
+    assert one.helps
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"gpus": 8},
+        {"gpus": 8, "segments": 4},
+        {"gpus": 8, "segments": 16, "shards": 4},
+        {"hardware": "cpu", "gpus": 2, "host_memory": "64GB"},
+        {**SMALL, "gpus": 2},
+    ],
+    ids=str,
+)
+def test_the_options_that_are_printed_give_the_planned_run(fields):
+    machines = {name: value for name, value in fields.items() if name in Machine.model_fields}
+    for propagation, one in planned("8b", **fields).items():
+        assert set(one.options) <= set(Recipe.model_fields)
+        again = planned("8b", **machines, **one.options)
+        assert list(again) == [propagation]
+        assert again[propagation].candidate.setup == one.candidate.setup
+        assert len(one.candidate.setup.layout.shards) <= fields.get("segments", 32)
+
+
+def test_why_there_is_no_parallel_plan_is_said(capsys):
+    _, page, _ = printed(capsys, config("8b"), "--gpus", 8, "--replicas", 8)
+    assert "parallel: needs two shards of 8 replicas each, 16 workers; the machines have 8" in page
+    code, page, _ = printed(capsys, config("8b"), "--propagation", "parallel")
+    assert code == 1
+    assert "parallel: needs two shards, 2 workers; the machines have 1" in page
+
+
 @pytest.mark.parametrize("model", ["nowhere/config.json", "no such model", "{folder}", "{folder}/broken.json"])
 def test_a_model_without_a_config_is_bad_input(capsys, tmp_path, model):
     (tmp_path / "broken.json").write_text("{")
     code, _, error = printed(capsys, model.format(folder=tmp_path))
     assert code == 2
     assert error.startswith("error: model: ")
+    assert "broken.json/" not in error
     assert error.count("\n") == 1
 
 
