@@ -24,9 +24,9 @@ def stoppable() -> Iterator[None]:
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         nonlocal told
-        told = True
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Stopped
+        if not told:
+            told = True
+            raise Stopped
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -42,12 +42,23 @@ def stoppable() -> Iterator[None]:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Keep what SIGTERM does, where the block calls a library that changes it."""
+    """Keep what SIGTERM does, in the block and after it, where a library would change it.
+
+    Ray gives SIGTERM a handler that ends the process while it starts, seconds in which a run is told to stop as at any
+    other time. Calls that would set one are passed over, which is what Ray itself does for SIGINT.
+    """
     if threading.current_thread() is not threading.main_thread():  # only the main thread has a say
         yield
         return
     before: Any = signal.getsignal(signal.SIGTERM)
+    set_handler = signal.signal
+
+    def set_others(number: int, handler: Any) -> Any:
+        return before if number == signal.SIGTERM else set_handler(number, handler)
+
+    signal.signal = set_others  # type: ignore[assignment]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal = set_handler
+        signal.signal(signal.SIGTERM, before)  # Ray's own library sets one, too, when it has connected

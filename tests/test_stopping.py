@@ -1,12 +1,18 @@
 """SIGTERM and what becomes of it."""
 
+import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-from shardprune.stopping import Stopped, handlers_kept, stoppable
+from shardprune.demo import bundled_model
+from shardprune.stopping import EXIT_CODE, Stopped, handlers_kept, stoppable
 
 
 def swallowed() -> None:
@@ -36,7 +42,7 @@ def failing() -> None:
 
 def told() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(60)
+    time.sleep(5)  # which the signal ends
 
 
 @pytest.mark.parametrize("work", [told, swallowed, turned, failing])
@@ -54,9 +60,48 @@ def test_other_ends_stay_what_they_are(error):
     assert raised.type is error
 
 
-def test_a_library_cannot_change_what_sigterm_does():
-    with stoppable():
-        ours = signal.getsignal(signal.SIGTERM)
-        with handlers_kept():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        assert signal.getsignal(signal.SIGTERM) == ours
+def set_from_python() -> None:
+    with handlers_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        told()
+
+
+def set_below_python() -> None:
+    """What Ray's own library does, as the last thing when it connects."""
+    with handlers_kept():
+        set_handler = ctypes.CDLL(None).signal
+        set_handler.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        set_handler(signal.SIGTERM, 1)  # which is SIG_IGN
+    told()
+
+
+@pytest.mark.parametrize("library", [set_from_python, set_below_python])
+def test_a_library_cannot_change_what_sigterm_does(library):
+    with pytest.raises(Stopped), stoppable():
+        library()
+
+
+def test_a_library_may_change_what_other_signals_do():
+    before = signal.getsignal(signal.SIGINT)
+    with handlers_kept():
+        assert signal.signal(signal.SIGINT, signal.SIG_IGN) == before
+        assert signal.signal(signal.SIGINT, before) == signal.SIG_IGN
+
+
+def test_a_run_that_is_told_while_it_starts_ray_says_so(tmp_path):
+    command = ["prune", bundled_model(), "--calibration=stdlib", "--sparsity=0.5", "--device=cpu", "--out=o"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    run = psutil.Popen(
+        [sys.executable, "-m", "shardprune", *command], cwd=tmp_path, env=environment, text=True, **pipes
+    )
+    while "gcs_server" not in [
+        child.name() for child in run.children()
+    ]:  # Ray's first process, seconds before its last
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.terminate()
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == EXIT_CODE, errors
+    assert errors.splitlines()[-1].startswith("error: stopped by SIGTERM; what is finished is kept")
