@@ -100,6 +100,16 @@ def test_ec2_would_start_the_nodes():
         assert ParamValidator().validate(wanted, shape).generate_report() == ""
 
 
+def test_aws_nodes_have_profiles_of_the_users_own():
+    """Ray would make one for a head that has none, which may not pass the nodes' role on to them."""
+    nodes = {name: node["node_config"] for name, node in read("aws")["available_node_types"].items()}
+    profiles = {name: node["IamInstanceProfile"]["Arn"] for name, node in nodes.items()}
+    assert profiles["head"] != profiles["gpus"], "GPU nodes need not start nodes"
+    header = (FOLDER / "aws.yaml").read_text().split("\n\n")[0]
+    for arn in profiles.values():
+        assert arn.split("/")[1] in header
+
+
 def test_gcp_nodes_end_with_their_disks_and_do_not_move_with_gpus():
     nodes = {name: node["node_config"] for name, node in read("gcp")["available_node_types"].items()}
     assert all(disk["autoDelete"] for node in nodes.values() for disk in node["disks"])
