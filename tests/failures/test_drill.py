@@ -86,14 +86,14 @@ def undisturbed(tmp_path_factory) -> Callable[..., tuple[Path, Result]]:
     return get
 
 
-def check(out: Path, result: Result, undisturbed: tuple[Path, Result]) -> None:
-    """What must hold after every failure."""
+def check(out: Path, result: Result, undisturbed: tuple[Path, Result], unsaid: int = 0) -> None:
+    """What must hold after every failure, when so many layers may lack their event."""
     assert differing(undisturbed[0], out) == []
     assert result.perplexity == undisturbed[1].perplexity
     assert result.sparsity == undisturbed[1].sparsity
     layers = Counter(event["layer"] for event in read_events(Folder(str(out), "out")) if event["event"] == "layer")
     assert set(layers.values()) == {1}, "a layer was done again"
-    assert 7 <= len(layers) <= 8  # a driver may die between a layer's file and its event
+    assert 8 - unsaid <= len(layers) <= 8
     assert not [name for name in Folder(str(out), "out").names() if name.endswith(".tmp")]
 
 
@@ -105,7 +105,6 @@ LOSSES = [
     ("node", "plan", PARALLEL),
     ("node", "observe", PARALLEL),
     ("node", "prune", {**PARALLEL, "weights": "streamed"}),
-    ("node", "write", PARALLEL),
     ("node", "evaluate", PARALLEL),
 ]
 
@@ -122,8 +121,8 @@ def test_workers_die(cluster: Nodes, undisturbed, victim, when, fields, tmp_path
         cluster.repair()
     assert moment.passed
     # A node that goes before a worker is on it may be missed when workers are placed, or before.
-    assert result.restarts in {"plan": (0, 1), "write": (0,)}.get(when, (1,))
-    if victim == "node" and when != "write":
+    assert result.restarts in ((0, 1) if when == "plan" else (1,))
+    if victim == "node":
         assert len(result.workers) == 1
     check(tmp_path / "o", result, undisturbed(**fields))
     assert len(written) == 9
@@ -180,7 +179,8 @@ def test_the_driver_dies(cluster: Nodes, undisturbed, when, tmp_path):
             subprocess.run(command, check=True, capture_output=True, input=b"\n" * 10_000)
             result = Result(**json.loads((tmp_path / "o" / "result.json").read_text()))
     assert before.items() <= written.items()
-    check(tmp_path / "o", result, undisturbed(**PARALLEL))
+    # A driver may die between a layer's file and its event.
+    check(tmp_path / "o", result, undisturbed(**PARALLEL), unsaid=1)
 
 
 def test_the_storage_goes_away_for_ten_seconds_in_every_phase(cluster: Nodes, s3: S3, undisturbed, tmp_path):

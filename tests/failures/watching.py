@@ -24,14 +24,14 @@ def watched(out: Path) -> Iterator[dict[str, int]]:
 
     def look() -> None:
         while not over.wait(0.002):
-            for path in out.glob("model-*"):
-                written = path.stat().st_mtime_ns
-                if seen.setdefault(path.name, written) != written:
-                    wrong.append(f"{path.name} was written again")
-                try:
+            try:
+                for path in out.glob("model-*"):
+                    written = path.stat().st_mtime_ns
+                    if seen.setdefault(path.name, written) != written:
+                        wrong.append(f"{path.name} was written again")
                     read_header(Folder(str(out), "out"), path.name)  # checks the file against its header
-                except Exception as error:  # whatever a reader would have met
-                    wrong.append(f"{path.name}: {error}")
+            except Exception as error:  # whatever a reader would have met
+                wrong.append(f"{type(error).__name__}: {error}")
 
     watcher = threading.Thread(target=look)
     watcher.start()
