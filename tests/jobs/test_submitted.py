@@ -15,7 +15,7 @@ from tests.tiny import differing, make_tokens
 RECIPE = {
     "model": bundled_model(),
     "sparsity": 0.5,
-    "samples": 48,
+    "samples": 96,  # a run is stopped in its middle: `ray job stop` takes seconds to say so
     "seqlen": 256,
     "device": "cpu",
     "threads": 1,
@@ -81,10 +81,10 @@ def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, 
     out = folder / "out"
     command = ["python", "-m", "jobs.prune", str(folder / "good.yaml"), "--out", str(out)]
     assert cluster.submit(*command, wait=False, name="first").wait() == 0
-    wait_until(lambda: len(layers(out)) >= 2)
+    wait_until(lambda: layers(out))
     assert cluster.job("stop", "first").wait() == 0
     kept = layers(out)
-    assert 2 <= len(kept) < 8
+    assert 1 <= len(kept) < 8
     log, _ = cluster.job("logs", "first").communicate()
     assert "error: stopped by SIGTERM" in log.strip().splitlines()[-1]
     wait_until(lambda: not cluster.busy())
