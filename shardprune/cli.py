@@ -254,7 +254,7 @@ def plan(
     return _show_plan(run(PlanRecipe.load(recipe, _given({"model": model, **options})), simulate), as_json)
 
 
-@app.command(epilog="Example: shardprune slurm R.yaml --nodes 4 --gpus-per-node 8 --time 4:00:00 --submit -- --out OUT")
+@app.command(epilog="Example: shardprune slurm RECIPE --nodes 4 --gpus-per-node 8 --time 4:00:00 --submit -- --out OUT")
 @_with_options(BatchJob)
 def slurm(
     recipe: Annotated[Path, typer.Argument(help="YAML file of any command.", show_default=False)],

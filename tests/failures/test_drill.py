@@ -35,6 +35,7 @@ MOMENTS = {
     "evaluate": ("perplexity after", 0.3),
     "write": ("begin write", 0.0),
 }
+pytestmark = pytest.mark.timeout(600)  # on a busy machine processes take minutes to start
 PARALLEL = {"shards": 2, "segments": 4, "propagation": "parallel", "allocation": "owl"}
 
 
