@@ -1,17 +1,16 @@
 """The `shardprune` command: options become a recipe, the recipe becomes a run. No logic here."""
 
-import inspect
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
 
 from shardprune.errors import InputError, SolverError, StorageError, TrainingError, WorkerLost
 from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.mop_recipe import MopRecipe
+from shardprune.options import given, with_options
 from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
@@ -39,77 +38,6 @@ def _commands() -> None:
     pass
 
 
-def _options(settings: type[Settings]) -> list[inspect.Parameter]:
-    """One option for every field of a recipe, in the panel of the group that declares it."""
-    parameters: dict[str, inspect.Parameter] = {}
-    groups = [group for group in settings.__bases__ if issubclass(group, Settings)]
-    panels = {name: group for group in groups for name in group.model_fields}  # the last one declares it
-    for group in (*groups[-1:], *groups[:-1]):
-        own = [name for name in group.model_fields if panels[name] is group and _is_option(settings, name)]
-        for name in sorted(own, key=lambda name: name not in group.__annotations__):
-            field = settings.model_fields[name]
-            flag = name.replace("_", "-")
-            flags = f"--{flag}/--no-{flag}" if field.default is True else f"--{flag}"
-            notes = [" | ".join(settings.choices(name))] if settings.choices(name) else []
-            if not field.is_required() and field.default not in (None, ()) and field.default is not False:
-                notes.append(f"default: {field.default}")
-            option = typer.Option(
-                flags,
-                help=(field.description or "") + (f" ({'; '.join(notes)})" if notes else ""),
-                rich_help_panel=inspect.getdoc(group),
-                metavar=_metavar(field.annotation),
-                show_default=False,
-            )
-            parameters[name] = _parameter(name, Annotated[_plain_type(field.annotation) | None, option])
-            if field.default is False:  # what a recipe sets can be taken back, which the help need not say
-                negative = Annotated[bool | None, typer.Option(f"--no-{flag}", hidden=True)]
-                parameters[f"no_{name}"] = _parameter(f"no_{name}", negative)
-    return list(parameters.values())
-
-
-def _is_option(settings: type[Settings], name: str) -> bool:
-    """Whether a field has a value that fits on a command line: sections of a recipe stand in a file."""
-    return not any(get_origin(choice) is dict for choice in get_args(settings.model_fields[name].annotation))
-
-
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type that the command line parses for a field; the recipe checks the value."""
-    if get_origin(annotation) is tuple:
-        return list[str]
-    for plain in (bool, int, float):
-        if annotation is plain or plain in get_args(annotation):
-            return plain
-    return str
-
-
-def _metavar(annotation: Any) -> str | None:
-    return {int: "N", float: "NUMBER", bool: None}.get(_plain_type(annotation), "TEXT")
-
-
-def _with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command that takes `**options` the options of a recipe."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters = [*own, *_options(settings)]
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line."""
-    given = {name: value for name, value in options.items() if value not in (None, [])}
-    return {name.removeprefix("no_"): False if name.startswith("no_") else value for name, value in given.items()}
-
-
 RecipeFile = Annotated[
     Path | None,
     typer.Option(help="YAML file with any of the fields below; options override it", show_default=False),
@@ -117,7 +45,7 @@ RecipeFile = Annotated[
 
 
 @app.command(epilog="Example: shardprune prune MODEL --out OUT --sparsity 0.5 --calibration c4 --eval wikitext2")
-@_with_options(Recipe)
+@with_options(Recipe)
 def prune(
     model: Annotated[
         str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
@@ -129,11 +57,11 @@ def prune(
     """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
     from shardprune.run import prune as run
 
-    _show(run(Recipe.load(recipe, _given({"model": model, **options}))))
+    _show(run(Recipe.load(recipe, given({"model": model, **options}))))
 
 
 @app.command(epilog="Example: shardprune rebuild DENSE SPARSE --out OUT --rebuild-threshold 0.01 --calibration c4")
-@_with_options(RebuildRecipe)
+@with_options(RebuildRecipe)
 def rebuild(
     dense: Annotated[
         str | None, typer.Argument(help="The model before it was pruned; `model` in a recipe.", show_default=False)
@@ -148,11 +76,11 @@ def rebuild(
     """Mend the masks of a pruned checkpoint with LLM-Barber. Zeros only move; their number stays."""
     from shardprune.run import rebuild as run
 
-    _show(run(RebuildRecipe.load(recipe, _given({"model": dense, "sparse": sparse, **options}))))
+    _show(run(RebuildRecipe.load(recipe, given({"model": dense, "sparse": sparse, **options}))))
 
 
 @app.command(epilog="Example: shardprune mop MODEL --out OUT --remove 0.3 --keep 0.2 --calibration c4 --eval wikitext2")
-@_with_options(MopRecipe)
+@with_options(MopRecipe)
 def mop(
     model: Annotated[
         str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
@@ -164,11 +92,11 @@ def mop(
     """Make a model shallower and narrower in turn (MoP). The result is an ordinary, smaller checkpoint."""
     from shardprune.search import mop as run
 
-    _show(run(MopRecipe.load(recipe, _given({"model": model, **options}))))
+    _show(run(MopRecipe.load(recipe, given({"model": model, **options}))))
 
 
 @app.command(epilog="Example: shardprune recover runs/llama-8b-50 --out OUT --data alpaca --zero 3 --keep-sparsity")
-@_with_options(RecoverRecipe)
+@with_options(RecoverRecipe)
 def recover(
     model: Annotated[
         str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
@@ -180,11 +108,11 @@ def recover(
     """Fine-tune a pruned checkpoint under DeepSpeed ZeRO. The result is an ordinary checkpoint again."""
     from shardprune.fine_tuning import recover as run
 
-    _show(run(RecoverRecipe.load(recipe, _given({"model": model, **options}))))
+    _show(run(RecoverRecipe.load(recipe, given({"model": model, **options}))))
 
 
 @app.command(epilog="Example: shardprune evaluate runs/llama-8b-50 --perplexity wikitext2 --tasks zeroshot --shards 2")
-@_with_options(EvaluateRecipe)
+@with_options(EvaluateRecipe)
 def evaluate(
     model: Annotated[
         str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
@@ -196,11 +124,11 @@ def evaluate(
     """Measure perplexity and lm-eval tasks over the shards of a model. Results join its result.json."""
     from shardprune.evaluation.run import evaluate as run
 
-    _show(run(EvaluateRecipe.load(recipe, _given({"model": model, **options}))))
+    _show(run(EvaluateRecipe.load(recipe, given({"model": model, **options}))))
 
 
 @app.command(epilog="Example: shardprune pipeline jobs/recipes/pipeline-mop-llama-3-8b-30.yaml --out OUT")
-@_with_options(PipelineRecipe)
+@with_options(PipelineRecipe)
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step.")],
     *,
@@ -212,7 +140,7 @@ def pipeline(
     """Prune (or mop), recover and evaluate as one job, which resumes at the step that was cut off."""
     from shardprune.pipelines import pipeline as run
 
-    for result in run(PipelineRecipe.load(recipe, _given({"model": model, **options}))).values():
+    for result in run(PipelineRecipe.load(recipe, given({"model": model, **options}))).values():
         _show(result)
 
 
@@ -235,7 +163,7 @@ def status(
 @app.command(
     epilog="Example: shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8 --gpu-memory 80GB --sparsity 0.5"
 )
-@_with_options(PlanRecipe)
+@with_options(PlanRecipe)
 def plan(
     model: Annotated[
         str | None, typer.Argument(help="config.json, directory, URL or hub name of a checkpoint.", show_default=False)
@@ -251,11 +179,11 @@ def plan(
     Exit code 1 where nothing fits."""
     from shardprune.planning.planned import plan as run
 
-    return _show_plan(run(PlanRecipe.load(recipe, _given({"model": model, **options})), simulate), as_json)
+    return _show_plan(run(PlanRecipe.load(recipe, given({"model": model, **options})), simulate), as_json)
 
 
 @app.command(epilog="Example: shardprune slurm RECIPE --nodes 4 --gpus-per-node 8 --time 4:00:00 --submit -- --out OUT")
-@_with_options(BatchJob)
+@with_options(BatchJob)
 def slurm(
     recipe: Annotated[Path, typer.Argument(help="YAML file of any command.", show_default=False)],
     overrides: Annotated[
@@ -276,7 +204,7 @@ def slurm(
     from shardprune.slurm.submission import submit as hand_over
     from shardprune.slurm.submission import write_script
 
-    job = BatchJob.checked({"job_name": recipe.stem, **_given(options)})
+    job = BatchJob.checked({"job_name": recipe.stem, **given(options)})
     overrides = overrides or []
     name, settings = command_of(recipe, lambda name: _parsed(name, recipe, overrides), command)
     check_fit(settings, job)
@@ -295,11 +223,11 @@ def _parsed(command: str, recipe: Path, overrides: list[str]) -> Settings:
     """The settings that a command line makes of a recipe and options."""
     parser = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
     try:
-        given = _given(parser.make_context(command, words_of(command, recipe)[1:] + overrides).params)
+        values = given(parser.make_context(command, words_of(command, recipe)[1:] + overrides).params)
     except ClickException as error:
         raise InputError(command, error.format_message()) from error  # type: ignore[attr-defined]
-    given.pop("recipe")
-    return COMMANDS[command].load(recipe, {"model" if name == "dense" else name: given[name] for name in given})
+    values.pop("recipe")
+    return COMMANDS[command].load(recipe, {"model" if name == "dense" else name: values[name] for name in values})
 
 
 @app.command(epilog="Example: shardprune demo --out runs/demo")
