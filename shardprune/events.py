@@ -2,7 +2,8 @@
 
 Every line has `time` (seconds since the epoch) and `event`:
 
-    run       an attempt starts: command, fingerprint, layers, finished (layers that are), shards, replicas
+    run       the command starts: command, fingerprint, layers
+    attempt   workers are about to start: finished (the layers that are), shards, replicas
     begin     a phase starts: phase
     end       it ends: phase, seconds
     progress  how far a step is, at least every few seconds: label, detail, done, total
@@ -10,7 +11,7 @@ Every line has `time` (seconds since the epoch) and `event`:
     iteration one of `mop` is finished: iteration, step, removed, share (of what was asked for)
     work      what one worker did since the last time: shard, replica, spans (see `shard.ledger.Span`)
     lost      workers were lost: reason
-    done, stopped, failed: the attempt ends so; failed with error
+    done, stopped, failed: the command ends so; failed with error
 
 They are written by a thread of their own, so that nothing waits for them: what they are about is recorded elsewhere.
 """

@@ -110,14 +110,11 @@ class Plan:
         return Base(self.recipe.model, self.weights, self.skeleton.parameters(), self.journal.fingerprint)
 
     def facts(self) -> dict[str, Any]:
-        """What the events of an attempt begin with."""
+        """What the events of a run begin with."""
         return {
             "command": self.recipe.command,
             "fingerprint": self.journal.fingerprint,
             "layers": self.skeleton.layers,
-            "finished": len(self.journal.finished()),
-            "shards": len(self.layout.shards),
-            "replicas": self.layout.replicas,
         }
 
     def record(self) -> dict[str, Any]:

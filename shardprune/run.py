@@ -167,6 +167,8 @@ class _Run:
     def _attempt(self, layout: Layout) -> None:
         """Measure, observe, prune, measure again: whatever of it is not yet done."""
         plan, finished = self.plan, set(self.journal.finished())
+        placed = {"shards": len(layout.shards), "replicas": layout.replicas}
+        self.output.events.emit("attempt", finished=sorted(finished), **placed)
         if finished:
             self.output.say(f"{len(finished)} of {plan.skeleton.layers} layers are finished already")
         with self.clock.phase("load"):

@@ -101,7 +101,7 @@ def _status(folder: str, events: list[Event], now: float) -> Status:
         detail=position.get("detail"),
         share=position["done"] / position["total"] if position.get("total") else None,
         layers=run.get("layers"),
-        finished=_finished(events, run) if "layers" in run and run["command"] != "mop" else None,
+        finished=_finished(events),
         attempts=len(runs),
         lost=sum(event["event"] == "lost" for event in events),
         started=run["time"],
@@ -123,16 +123,13 @@ def _phase(attempt: list[Event]) -> str | None:
     return open_phases[-1] if open_phases else latest
 
 
-def _finished(events: list[Event], run: Event) -> int:
-    """Finished layers: those whose events are there, or more where a killed driver's last events are not."""
-    structured = [
-        place for place, event in enumerate(events) if event["event"] == "end" and event["phase"] == "structure"
-    ]
-    if structured:  # what follows is another run over the layers
-        return len({event["layer"] for event in events[structured[-1] :] if event["event"] == "layer"})
-    layers = {event["layer"] for event in events if event["event"] == "layer"}
-    since = {event["layer"] for event in events if event["event"] == "layer" and event["time"] >= run["time"]}
-    return max(len(layers), run["finished"] + len(since))
+def _finished(events: list[Event]) -> int | None:
+    """Finished layers: those that the last attempt has found, and its own; None of commands that make none singly."""
+    attempts = [place for place, event in enumerate(events) if event["event"] == "attempt"]
+    if not attempts:
+        return None
+    own = {event["layer"] for event in events[attempts[-1] :] if event["event"] == "layer"}
+    return len(own.union(events[attempts[-1]]["finished"]))
 
 
 def _left(events: list[Event], attempt: list[Event]) -> float | None:

@@ -17,11 +17,12 @@ def written(folder, *events):
     return str(folder)
 
 
-RUN = {"command": "prune", "layers": 8, "finished": 0}
+RUN = {"command": "prune", "layers": 8}
 BEFORE = {"label": "perplexity before", "total": 2}
 PRUNE = {"label": "prune", "total": 100}
 HALFWAY = (
     (1000, "run", RUN),
+    (1000, "attempt", {"finished": []}),
     (1000, "begin", {"phase": "evaluate"}),
     (1000, "progress", {**BEFORE, "done": 0}),
     (1030, "progress", {**BEFORE, "done": 2}),
@@ -48,13 +49,13 @@ def test_a_silent_run_is_dead_and_says_how_to_go_on(tmp_path):
 
 
 def test_what_comes_before_the_longest_step_says_nothing_about_the_end(tmp_path):
-    (status,) = status_of(written(tmp_path, *HALFWAY[:3], (1010, "progress", {**BEFORE, "done": 1})), now=1011)
+    (status,) = status_of(written(tmp_path, *HALFWAY[:4], (1010, "progress", {**BEFORE, "done": 1})), now=1011)
     assert (status.share, status.left) == (0.5, None)
     observing = (1005, "progress", {"label": "observe", "total": 4, "done": 0})
     seen = (1010, "progress", {"label": "observe", "total": 4, "done": 3})
     assert status_of(written(tmp_path, HALFWAY[0], observing, seen), now=1011)[0].left is None
     structure = (1001, "begin", {"phase": "structure"})
-    assert status_of(written(tmp_path, HALFWAY[0], structure, *HALFWAY[5:]), now=1062)[0].left is None
+    assert status_of(written(tmp_path, HALFWAY[0], structure, *HALFWAY[6:]), now=1062)[0].left is None
 
 
 def test_lines_that_a_failed_write_has_torn_are_passed_over(tmp_path):
@@ -66,17 +67,19 @@ def test_lines_that_a_failed_write_has_torn_are_passed_over(tmp_path):
 
 def test_attempts_and_losses_are_counted_and_the_last_attempt_counts(tmp_path):
     again = (
-        (2000, "run", {**RUN, "finished": 3}),  # two of whose events a killed driver took with it
+        (2000, "run", RUN),
+        (2000, "attempt", {"finished": [0, 1, 2]}),  # two of whose events a killed driver took with it
         (2000, "begin", {"phase": "prune"}),
         (2000, "progress", {"label": "prune", "total": 60, "done": 0}),
         (2010, "lost", {"reason": "a worker died"}),
         (2010, "end", {"phase": "prune", "seconds": 10}),
+        (2015, "attempt", {"finished": [0, 1, 2, 4]}),  # one of which a lost worker did
         (2020, "begin", {"phase": "prune"}),
         (2020, "progress", {"label": "prune", "total": 50, "done": 0}),
         (2030, "layer", {"label": "prune", "layer": 3, "total": 50, "done": 10}),
     )
     (status,) = status_of(written(tmp_path, *HALFWAY, *again), now=2031)
-    assert (status.attempts, status.lost, status.finished) == (2, 1, 4)
+    assert (status.attempts, status.lost, status.finished) == (2, 1, 5)
     assert status.left == pytest.approx(10 * 40 / 10 + 30)
 
 
@@ -88,7 +91,7 @@ def test_a_failed_run_names_its_error(tmp_path):
 
 def test_a_search_ends_when_all_is_removed(tmp_path):
     events = (
-        (1000, "run", {"command": "mop", "layers": 8, "finished": 0}),
+        (1000, "run", {"command": "mop", "layers": 8}),
         (1000, "begin", {"phase": "search"}),
         (1100, "iteration", {"iteration": 1, "step": "L", "removed": 0.1, "share": 0.25}),
         (1120, "progress", {"label": "iteration 2", "done": 1, "total": 4}),
