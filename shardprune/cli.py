@@ -57,7 +57,8 @@ def prune(
     """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
     from shardprune.run import prune as run
 
-    _show(run(Recipe.load(recipe, given({"model": model, **options}))))
+    settings = Recipe.load(recipe, given({"model": model, **options}))
+    _show(run(settings), settings)
 
 
 @app.command(epilog="Example: shardprune rebuild DENSE SPARSE --out OUT --rebuild-threshold 0.01 --calibration c4")
@@ -76,7 +77,8 @@ def rebuild(
     """Mend the masks of a pruned checkpoint with LLM-Barber. Zeros only move; their number stays."""
     from shardprune.run import rebuild as run
 
-    _show(run(RebuildRecipe.load(recipe, given({"model": dense, "sparse": sparse, **options}))))
+    settings = RebuildRecipe.load(recipe, given({"model": dense, "sparse": sparse, **options}))
+    _show(run(settings), settings)
 
 
 @app.command(epilog="Example: shardprune mop MODEL --out OUT --remove 0.3 --keep 0.2 --calibration c4 --eval wikitext2")
@@ -92,7 +94,8 @@ def mop(
     """Make a model shallower and narrower in turn (MoP). The result is an ordinary, smaller checkpoint."""
     from shardprune.search import mop as run
 
-    _show(run(MopRecipe.load(recipe, given({"model": model, **options}))))
+    settings = MopRecipe.load(recipe, given({"model": model, **options}))
+    _show(run(settings), settings)
 
 
 @app.command(epilog="Example: shardprune recover runs/llama-8b-50 --out OUT --data alpaca --zero 3 --keep-sparsity")
@@ -108,7 +111,8 @@ def recover(
     """Fine-tune a pruned checkpoint under DeepSpeed ZeRO. The result is an ordinary checkpoint again."""
     from shardprune.fine_tuning import recover as run
 
-    _show(run(RecoverRecipe.load(recipe, given({"model": model, **options}))))
+    settings = RecoverRecipe.load(recipe, given({"model": model, **options}))
+    _show(run(settings), settings)
 
 
 @app.command(epilog="Example: shardprune evaluate runs/llama-8b-50 --perplexity wikitext2 --tasks zeroshot --shards 2")
@@ -124,7 +128,8 @@ def evaluate(
     """Measure perplexity and lm-eval tasks over the shards of a model. Results join its result.json."""
     from shardprune.evaluation.run import evaluate as run
 
-    _show(run(EvaluateRecipe.load(recipe, given({"model": model, **options}))))
+    settings = EvaluateRecipe.load(recipe, given({"model": model, **options}))
+    _show(run(settings), settings)
 
 
 @app.command(epilog="Example: shardprune pipeline jobs/recipes/pipeline-mop-llama-3-8b-30.yaml --out OUT")
@@ -140,8 +145,10 @@ def pipeline(
     """Prune (or mop), recover and evaluate as one job, which resumes at the step that was cut off."""
     from shardprune.pipelines import pipeline as run
 
-    for result in run(PipelineRecipe.load(recipe, given({"model": model, **options}))).values():
+    settings = PipelineRecipe.load(recipe, given({"model": model, **options}))
+    for result in run(settings).values():
         _show(result)
+    _show_report(settings.report, settings.out)
 
 
 @app.command(epilog="Example: shardprune status s3://bucket/llama-70b-50")
@@ -158,6 +165,23 @@ def status(
 
     for found in status_of(out):
         print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
+
+
+@app.command(epilog="Example: shardprune report --compare runs/wanda runs/sparsegpt runs/owl")
+def report(
+    outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Outputs of finished runs or pipelines.")],
+    *,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One page: perplexity against compression and seconds of all of them")
+    ] = False,
+    file: Annotated[str, typer.Option(help="File of the comparison")] = "comparison.html",
+) -> None:
+    """Write OUT/report.html: what a run achieved, as one page that needs no network. Runs do so at their end."""
+    from shardprune.report.report import write_comparison, write_report
+
+    places = [write_comparison(outs, file)] if compare else [write_report(out) for out in outs]
+    for place in places:
+        print(f"report: {place}")
 
 
 @app.command(
@@ -239,7 +263,8 @@ def demo(
     from shardprune.demo import demo_recipe
     from shardprune.run import prune as run
 
-    _show(run(demo_recipe(out, shards)))
+    settings = demo_recipe(out, shards)
+    _show(run(settings), settings)
 
 
 def _show_plan(planned: Any, as_json: bool) -> int:
@@ -254,13 +279,23 @@ def _show_plan(planned: Any, as_json: bool) -> int:
     return 0 if planned.fits else 1
 
 
-def _show(result: Any) -> None:
+def _show(result: Any, settings: Any = None) -> None:
+    """Print what a run achieved and, with its settings, where its report is."""
     from rich.console import Console
 
     from shardprune.result import EvaluationResult
     from shardprune.summary import evaluation_summary, summary
 
     Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
+    if settings:
+        _show_report(settings.report, settings.out or result.recipe["out"])
+
+
+def _show_report(written: bool, out: str | None) -> None:
+    from shardprune.report.report import place_of_report
+
+    if written and out:
+        print(f"report: {place_of_report(out)}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,6 +41,7 @@ class Events:
 
     def __init__(self) -> None:
         self.position: Callable[[], dict[str, Any] | None] = lambda: None  # of the step under way
+        self.recorded_any = False  # whether a run did anything, or was finished already
         self._waiting: list[str] = []
         self._writer: _Writer | None = None
         self._lock = threading.Lock()
@@ -70,6 +71,7 @@ class Events:
         if self._writer:
             yield
             return
+        self.recorded_any = True
         self._writer = _Writer(self, folder)
         self._writer.start()
         try:

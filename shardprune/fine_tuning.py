@@ -23,7 +23,8 @@ from shardprune.recovery.losses import Losses
 from shardprune.recovery.processes import Processes
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.recovery_plan import CLAIM, RecoveryPlan, make_recovery_plan
-from shardprune.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of
+from shardprune.report.report import leave_report
+from shardprune.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of, zeros_of
 from shardprune.setting_groups import Machines
 from shardprune.storage import Folder
 
@@ -49,6 +50,7 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
     assert plan.recipe.state is not None
     if os.path.isdir(plan.recipe.state):
         shutil.rmtree(plan.recipe.state)
+    leave_report(recipe, output)
     return result
 
 
@@ -188,7 +190,7 @@ class _Recovery:
             command=plan.recipe.command,
             fingerprint=self.journal.fingerprint,
             recipe=plan.recipe.record(),
-            model=ModelSize(parameters_before=parameters, parameters_after=parameters),
+            model=ModelSize(parameters_before=parameters, parameters_after=parameters, zeros_after=zeros_of(records)),
             sparsity=sparsity_of(records, None),
             recovery=self.previous.recovery if self.previous else self._recovery(records),
             perplexity=self.measured.results(),

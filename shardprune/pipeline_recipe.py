@@ -61,7 +61,8 @@ class PipelineRecipe(Steps, Machines, Run):
             InputError: names the step and the field that is wrong.
         """
         given = getattr(self, step)
-        shared = {name: getattr(self, name) for name in Machines.model_fields if name in self.model_fields_set}
+        names = {*Machines.model_fields, "report"} & self.model_fields_set
+        shared = {name: getattr(self, name) for name in names}
         for name in ("model", "out", "resume"):
             if name in given:
                 raise InputError(f"{step}.{name}", "stands beside the steps, not within one")

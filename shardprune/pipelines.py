@@ -18,6 +18,7 @@ from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.progress import Output
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery_plan import open_inputs
+from shardprune.report.report import write_report
 from shardprune.result import EvaluationResult, Result
 from shardprune.retrying import before_work
 from shardprune.run import prune
@@ -59,6 +60,8 @@ def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, 
         if isinstance(section, EvaluateRecipe):
             progress.evaluated = _asked(section)
             progress.save()
+    if recipe.report:
+        write_report(recipe.out)
     return results
 
 

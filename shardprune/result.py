@@ -9,8 +9,11 @@ from shardprune.structure.shape import Widths, reshaped, widths_of
 
 
 class ModelSize(BaseModel):
+    """`zeros_after` of the parameters that are left are zeros of projections, where they were counted."""
+
     parameters_before: int
     parameters_after: int
+    zeros_after: int | None = None
 
     @property
     def removed(self) -> float:
@@ -246,6 +249,13 @@ class EvaluationResult(BaseModel):
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def zeros_of(records: list[dict[str, Any]]) -> int:
+    """The zeros of all projections from the records of finished layers: those of whole layers that lost structures, or
+    those of their projections."""
+    reports = [report for record in records for report in record.get("projections", (record,))]
+    return sum(report["zeros"] for report in reports)
 
 
 def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:

@@ -23,6 +23,7 @@ from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
 from shardprune.progress import Output
 from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
+from shardprune.report.report import leave_report
 from shardprune.result import (
     CalibrationResult,
     ModelSize,
@@ -32,6 +33,7 @@ from shardprune.result import (
     removal_of,
     sparsity_of,
     structure_of,
+    zeros_of,
 )
 from shardprune.second_run import claim_for, follow_up
 from shardprune.shard.layers import Version
@@ -53,14 +55,21 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
         SolverError: a projection cannot be solved.
         WorkerLost: workers died more than `max_restarts` times.
     """
+    output = output or Output()
     if recipe.narrowing is not None:
-        return _prune_structured(recipe, recipe.narrowing, output or Output())
-    return _carry_out(recipe, output or Output())
+        result = _prune_structured(recipe, recipe.narrowing, output)
+    else:
+        result = _carry_out(recipe, output)
+    leave_report(recipe, output)
+    return result
 
 
 def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
     """Rebuild the masks of a pruned model with the help of its dense original; otherwise as `prune`."""
-    return _carry_out(recipe, output or Output())
+    output = output or Output()
+    result = _carry_out(recipe, output)
+    leave_report(recipe, output)
+    return result
 
 
 def _carry_out(recipe: AnyRecipe, output: Output) -> Result:
@@ -260,6 +269,7 @@ class _Run:
         size = ModelSize(
             parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
             parameters_after=plan.parameters_after,
+            zeros_after=zeros_of(records),
         )
         seconds, workers = costs(self.clock, self.workers, self.previous)
         if self.narrowed:

@@ -20,6 +20,7 @@ from shardprune.mop_recipe import MopRecipe
 from shardprune.output import write_frame, write_index
 from shardprune.plan import Plan, make_plan
 from shardprune.progress import Output, Step
+from shardprune.report.report import leave_report
 from shardprune.result import (
     CalibrationResult,
     Iteration,
@@ -62,8 +63,9 @@ def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
         search.check_kept()
         if done := done_already(plan.journal, plan.state, plan.evaluations, output):
             search.remove_saved()
-            return done
-        return search.go()
+        result = done or search.go()
+    leave_report(recipe, output)
+    return result
 
 
 def plot(recipe: MopRecipe, skeleton: Skeleton) -> Course:

@@ -111,6 +111,7 @@ class Run(Settings):
 
     out: str = Field(min_length=1, description="Directory or URL of the result; empty, or this run's own")
     resume: bool = Field(True, description="Go on where the same run was cut off")
+    report: bool = Field(True, description="Write OUT/report.html at the end")
 
     @field_validator("out")
     @classmethod

@@ -73,6 +73,7 @@ class Destination(Settings):
     out: str | None = Field(
         None, description="Directory or URL for result.json (default: the model's own, where it has a result.json)"
     )
+    report: bool = Field(True, description="Write report.html beside result.json")
 
     @field_validator("out")
     @classmethod

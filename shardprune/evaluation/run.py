@@ -16,6 +16,7 @@ from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.progress import Output
+from shardprune.report.report import write_report
 from shardprune.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
 from shardprune.retrying import before_work
 
@@ -45,7 +46,10 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
                 evaluation.evaluate_tasks(opened)
             if not record.kept:
                 output.say(f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)")
-            return evaluation.result()
+            result = evaluation.result()
+    if record.kept and recipe.report:
+        write_report(record.folder.url)
+    return result
 
 
 @before_work()
@@ -86,7 +90,8 @@ class _Evaluation:
 
     def result(self) -> EvaluationResult:
         """What is known by now, of this evaluation and of earlier ones."""
-        settings = self.model.settings.model_copy(update={"model": place_of(self.recipe.model)})
+        places = {"model": place_of(self.recipe.model), "out": self.record.folder.url if self.record.kept else None}
+        settings = self.model.settings.model_copy(update=places)
         return EvaluationResult(
             fingerprint=self.record.fingerprint,
             recipe=settings.record(),

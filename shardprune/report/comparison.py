@@ -1,0 +1,139 @@
+"""Several runs side by side: what perplexity they have for what compression, and for how many seconds."""
+
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+
+from shardprune.errors import InputError
+from shardprune.report.finished import FinishedRun
+from shardprune.report.plot import COLORS, SYMBOLS, Plot, figure
+from shardprune.result import EvaluationResult, Result
+
+DENSE = "before any run"
+HEADINGS = ("run", "text", "perplexity", "compression", "seconds")
+
+
+@dataclass(frozen=True)
+class Text:
+    """What perplexity was measured on: two measurements compare only where all of it is the same."""
+
+    source: str
+    seqlen: int
+    windows: int
+    tokens_sha256: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.rsplit('/', 1)[-1]}, {self.windows:,} x {self.seqlen:,} tokens"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model: `compression` is the share of the original's parameters that are gone or zero, `seconds` are those of
+    all its runs together."""
+
+    name: str
+    text: Text
+    perplexity: float
+    compression: float
+    seconds: float
+
+
+def points_of(runs: list[FinishedRun]) -> list[Point]:
+    """The models that runs made, and the originals that they were given.
+
+    Args:
+        runs: one, or the steps of a pipeline, in their order.
+
+    Raises:
+        InputError: a run was only an evaluation.
+    """
+    points = []
+    lineage = _lineage(runs)
+    for run in runs:
+        if run not in lineage:
+            raise InputError("compare", f"{run.folder} holds only an evaluation; give outputs that hold a model")
+    original, seconds = lineage[0], 0.0
+    assert isinstance(original.result, Result)
+    for source, measured in original.result.perplexity.items():
+        text = Text(source, measured.seqlen, measured.windows, measured.tokens_sha256)
+        if original.result.sparsity is None or not original.result.sparsity.before:
+            points.append(Point(DENSE, text, measured.before, 0.0, 0.0))
+    for run in lineage:
+        assert isinstance(run.result, Result)
+        seconds += run.result.seconds["total"]
+        if run in runs:
+            left = run.result.model.parameters_after - (run.result.model.zeros_after or 0)
+            compression = 1 - left / original.result.model.parameters_before
+            points += [Point(run.name, text, value, compression, seconds) for text, value in _measured(run.result)]
+    return points
+
+
+def _lineage(runs: list[FinishedRun]) -> list[FinishedRun]:
+    """Runs after those that made the models they were given, as far as these are known."""
+    found = [run for run in runs if not isinstance(run.result, EvaluationResult)]
+    while found and found[0].command == "recover" and found[0].parent is not None:
+        found.insert(0, found[0].parent)
+    return found
+
+
+def _measured(result: Result) -> list[tuple[Text, float]]:
+    """Perplexities of the model that a run made, the run's own and those of later evaluations."""
+    found: dict[Text, float] = {}
+    for source, measured in result.perplexity.items():
+        if measured.after is not None:
+            found[Text(source, measured.seqlen, measured.windows, measured.tokens_sha256)] = measured.after
+    for source, later in (result.evaluation.perplexity if result.evaluation else {}).items():
+        found.setdefault(Text(source, later.seqlen, later.windows, later.tokens_sha256), later.value)
+    return list(found.items())
+
+
+def comparisons(points: list[Point]) -> list[Plot]:
+    """Two plots for each text: perplexity against compression and against seconds."""
+    plots = []
+    names = list(dict.fromkeys(point.name for point in points))
+    for text in dict.fromkeys(point.text for point in points):
+        own = list(dict.fromkeys(point for point in points if point.text == text))
+        plots.append(
+            Plot(
+                f"Perplexity on {text.name} against compression (% of the original's parameters)",
+                _scatter(own, names, [100 * point.compression for point in own], "parameters gone or zero (%)"),
+                "Down and to the right is better: fewer parameters that are not zero, lower perplexity.",
+            )
+        )
+        plots.append(
+            Plot(
+                f"Perplexity on {text.name} against time (s)",
+                _scatter(own, names, [point.seconds for point in own], "wall-clock seconds of all runs of a model"),
+                "Wall-clock seconds from the first run of a model to its last one, planning and measuring included; "
+                "other machines take other times.",
+            )
+        )
+    return plots
+
+
+def _scatter(points: list[Point], names: list[str], x: list[float], title: str) -> go.Figure:
+    traces = []
+    for point, place in zip(points, x, strict=True):
+        number = names.index(point.name)
+        traces.append(
+            go.Scatter(
+                x=[place],
+                y=[point.perplexity],
+                name=point.name,
+                mode="markers+text",
+                text=[point.name],
+                textposition="top center",
+                marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "color": COLORS[number % len(COLORS)], "size": 11},
+                hovertemplate=f"%{{y:.3f}} at %{{x:.4g}}<extra>{point.name}</extra>",
+            )
+        )
+    return figure(traces, xaxis={"title": title, "rangemode": "tozero"}, yaxis_title="perplexity", showlegend=False)
+
+
+def comparison_rows(points: list[Point]) -> list[tuple[str, ...]]:
+    """The same in numbers, under HEADINGS."""
+    return [
+        (point.name, point.text.name, f"{point.perplexity:.3f}", f"{point.compression:.1%}", f"{point.seconds:,.1f}")
+        for point in dict.fromkeys(points)
+    ]

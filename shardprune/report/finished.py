@@ -1,0 +1,62 @@
+"""The finished runs that an output holds, as a report sees them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from shardprune.errors import InputError, without_credentials
+from shardprune.events import read_events
+from shardprune.journal import RESULT
+from shardprune.pipeline_recipe import PRUNED, RECOVERED
+from shardprune.result import EvaluationResult, Result
+from shardprune.storage import READ_ONLY, Folder
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's result and events, which are in their order and may be none."""
+
+    folder: str
+    result: Result | EvaluationResult
+    events: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The last part of the output's name, that of a pipeline's step with the pipeline's."""
+        parts = without_credentials(self.folder).rstrip("/").split("/")
+        return "/".join(parts[-2:]) if parts[-1] in (PRUNED, RECOVERED) else parts[-1]
+
+    @property
+    def command(self) -> str:
+        return self.result.command
+
+    @property
+    def model(self) -> str:
+        return self.result.recipe["model"]
+
+    @cached_property
+    def parent(self) -> "FinishedRun | None":
+        """The run that made the model this one was given, where that is known."""
+        if self.model.startswith(READ_ONLY):
+            return None
+        folder = Folder(self.model, "model")
+        return _finished(folder) if folder.is_file(RESULT) else None
+
+
+def finished_runs(out: str) -> list[FinishedRun]:
+    """The run of an output, or those of a pipeline's steps.
+
+    Raises:
+        InputError: none is finished.
+    """
+    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    found = [_finished(folder) for folder in folders if folder.is_file(RESULT)]
+    if not found:
+        raise InputError("out", f"{out!r} holds no finished run; `shardprune status` says where one stands")
+    return found
+
+
+def _finished(folder: Folder) -> FinishedRun:
+    record = folder.read_json(RESULT)
+    kind = EvaluationResult if record.get("command") == "evaluate" else Result
+    return FinishedRun(folder.url, kind(**record), read_events(folder))

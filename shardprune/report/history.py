@@ -1,0 +1,137 @@
+"""The time of a run as its events tell it: attempts, phases, and what every worker did."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from shardprune.status import SILENCE_SECONDS
+
+Event = dict[str, Any]
+Key = tuple[int, int]  # shard, replica
+
+TRAINING = "recover"  # the phase whose processes keep no account of their own
+
+
+@dataclass(frozen=True)
+class Work:
+    """The calls of one verb: `start` and `end` are seconds since the epoch, of which `busy` were at work."""
+
+    verb: str
+    start: float
+    end: float
+    busy: float
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A place where a run was cut off: `silent` seconds passed before a driver was there again."""
+
+    time: float
+    what: str
+    silent: float
+
+
+@dataclass(frozen=True)
+class Stint:
+    """What one worker did from its start until it ended or was lost, in the order of time; `end` is when the run was
+    done with its workers."""
+
+    key: Key
+    work: tuple[Work, ...]
+    end: float
+
+    @property
+    def start(self) -> float:
+        return min(entry.start for entry in self.work)
+
+
+class History:
+    """A run's events, in their order, seen as stretches of time.
+
+    Args:
+        trainers: the workers of a training, which took part in the whole phase.
+    """
+
+    def __init__(self, events: list[Event], trainers: Iterable[Key] = ()) -> None:
+        self.events = events
+        self.interruptions = [*self._losses(), *self._restarts()]
+        self.interruptions.sort(key=lambda entry: entry.time)
+        self.phases = self._phases()
+        self.stints = [*self._stints(), *self._training(tuple(trainers))]
+
+    @property
+    def start(self) -> float:
+        return self.events[0]["time"]
+
+    @property
+    def end(self) -> float:
+        return self.events[-1]["time"]
+
+    def at(self, time: float) -> float:
+        """Seconds of the run's own time: without those between a driver's end and the next one's start."""
+        silent = sum(entry.silent for entry in self.interruptions if entry.time < time)
+        return max(0.0, time - self.start - silent)
+
+    def _losses(self) -> list[Interruption]:
+        return [
+            Interruption(event["time"], f"workers lost: {event['reason']}", 0.0)
+            for event in self.events
+            if event["event"] == "lost"
+        ]
+
+    def _restarts(self) -> list[Interruption]:
+        """Where a new driver goes on: every one begins by planning."""
+        found = []
+        seen_run = False
+        for before, event in zip(self.events, self.events[1:], strict=False):
+            seen_run = seen_run or before["event"] == "run"
+            gap = event["time"] - before["time"]
+            planning = event["event"] == "begin" and event["phase"] == "plan"
+            if seen_run and planning and (gap > SILENCE_SECONDS or before["event"] in ("stopped", "failed", "done")):
+                found.append(Interruption(before["time"], "the command started again", gap))
+        return found
+
+    def _phases(self) -> list[tuple[str, float, float]]:
+        """Name, start and end of the innermost phases."""
+        found: list[tuple[str, float, float]] = []
+        stack: list[str] = []
+        since = self.start
+        ends = iter(entry.time for entry in self.interruptions if entry.silent)
+        cut = next(ends, None)
+        for event in self.events:
+            if cut is not None and event["time"] > cut:
+                if stack:
+                    found.append((stack[-1], since, cut))
+                stack, since, cut = [], event["time"], next(ends, None)
+            if event["event"] not in ("begin", "end"):
+                continue
+            if stack:
+                found.append((stack[-1], since, event["time"]))
+            since = event["time"]
+            if event["event"] == "begin":
+                stack.append(event["phase"])
+            elif event["phase"] in stack:
+                del stack[stack.index(event["phase"]) :]
+        return [(name, start, end) for name, start, end in found if end > start]
+
+    def _stints(self) -> list[Stint]:
+        """Workers are new after every interruption."""
+        bounds = [*(entry.time for entry in self.interruptions), float("inf")]
+        spans: dict[tuple[int, Key], list[Work]] = {}
+        for event in self.events:
+            if event["event"] == "work":
+                for verb, _, start, end, busy, *_ in event["spans"]:
+                    part = next(place for place, bound in enumerate(bounds) if start <= bound)
+                    key = (event["shard"], event["replica"])
+                    spans.setdefault((part, key), []).append(Work(verb, start, end, busy))
+        ends: dict[int, float] = {}
+        for (part, _), work in spans.items():
+            ends[part] = max(ends.get(part, 0.0), *(entry.end for entry in work))
+        return [
+            Stint(key, tuple(sorted(work, key=lambda entry: entry.start)), ends[part])
+            for (part, key), work in spans.items()
+        ]
+
+    def _training(self, trainers: tuple[Key, ...]) -> list[Stint]:
+        phases = [(start, end) for name, start, end in self.phases if name == TRAINING]
+        return [Stint(key, (Work("train", start, end, end - start),), end) for key in trainers for start, end in phases]

@@ -1,0 +1,163 @@
+"""The report of a run, and the comparison of several."""
+
+from typing import Any
+
+import yaml
+
+from shardprune.errors import InputError
+from shardprune.progress import Output
+from shardprune.report.comparison import HEADINGS, comparison_rows, comparisons, points_of
+from shardprune.report.course import path_of_search
+from shardprune.report.finished import FinishedRun, finished_runs
+from shardprune.report.heat_maps import outlier_map, sparsity_map
+from shardprune.report.history import History
+from shardprune.report.memory import memory_of_workers
+from shardprune.report.output_errors import block_errors, narrowing_errors, projection_errors
+from shardprune.report.page import Grid, Section, render
+from shardprune.report.plot import Plot
+from shardprune.report.timeline import timeline
+from shardprune.report.training import loss_curve
+from shardprune.result import Evaluation, EvaluationResult, Result
+from shardprune.setting_groups import Run
+from shardprune.storage import Folder, absolute, output_folder
+from shardprune.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
+
+FILE = "report.html"
+
+
+def write_report(out: str) -> str:
+    """Write the report of an output, a run's or a pipeline's, into it, and return where it is.
+
+    Raises:
+        InputError: the output holds no finished run.
+        StorageError: it cannot be read or written.
+    """
+    folder = output_folder(absolute(out))
+    runs = finished_runs(folder.url)
+    folder.write_text(FILE, render(_title(runs), [_section(run) for run in runs]))
+    return place_of_report(folder.url)
+
+
+def leave_report(recipe: Run, output: Output) -> None:
+    """Write the report of a run that has ended, if its recipe wants one, and it is new or was never written."""
+    if recipe.report and (output.events.recorded_any or not output_folder(absolute(recipe.out)).is_file(FILE)):
+        write_report(recipe.out)
+
+
+def place_of_report(out: str) -> str:
+    """Where the report of an output is."""
+    return f"{absolute(out).rstrip('/')}/{FILE}"
+
+
+def write_comparison(outs: list[str], file: str) -> str:
+    """Write a page that compares the perplexities of several outputs, and return where it is.
+
+    Raises:
+        InputError: there are fewer than two, or one holds no finished run that made a model.
+        StorageError: something cannot be read or written.
+    """
+    if len(outs) < 2:
+        raise InputError("compare", f"{', '.join(outs)!r} is one output; give two or more")
+    points = [point for out in outs for point in points_of(finished_runs(absolute(out)))]
+    if not points:
+        raise InputError("compare", "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`")
+    grid = Grid(HEADINGS, comparison_rows(points), numbers=2)
+    place = absolute(file)
+    where, _, name = place.rpartition("/")
+    section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points))
+    Folder(where or "/", "file").write_text(name, render(f"{len(outs)} runs compared", [section]))
+    return place
+
+
+def _title(runs: list[FinishedRun]) -> str:
+    return f"{runs[0].model.rstrip('/').rsplit('/', 1)[-1]}: {', '.join(run.command for run in runs)}"
+
+
+def _section(run: FinishedRun) -> Section:
+    recipe = yaml.safe_dump(run.result.recipe, sort_keys=False, allow_unicode=True)
+    if isinstance(run.result, EvaluationResult):
+        grids = [_evaluation_grid(run.result.evaluation)]
+        return Section("evaluate", _costs(run.result), grids, _work(run), recipe=recipe)
+    result = run.result
+    grids = [Grid(("", "before", "after"), list(summary_rows(result)))]
+    if result.evaluation:
+        grids.append(_evaluation_grid(result.evaluation))
+    plots = [plot for plot in _plots(result) if plot]
+    return Section(
+        ", ".join((result.command, *what_was_done(result))),
+        [*_facts(run, result), *_costs(result)],
+        grids,
+        [*plots, *_work(run)],
+        _remarks(result),
+        recipe,
+    )
+
+
+def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
+    facts = [("model", run.model), ("output", run.folder)]
+    if result.sparsity:
+        facts.append(("sparsity: target", f"{result.sparsity.target:.2%}"))
+        facts.append(("sparsity: achieved", f"{result.sparsity.achieved:.4%}"))
+    elif result.structure and result.recipe.get("remove") is not None:
+        facts.append(("parameters to remove: target", f"{result.recipe['remove']:.2%}"))
+    if result.model.removed:
+        facts.append(("parameters removed: achieved", f"{result.model.removed:.4%}"))
+    for source, measured in result.perplexity.items():
+        after = "-" if measured.after is None else f"{measured.after:.3f}"
+        facts.append((f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f} → {after}"))
+    return facts
+
+
+def _costs(result: Result | EvaluationResult) -> list[tuple[str, str]]:
+    nodes = len({worker.node for worker in result.workers})
+    return [
+        ("time", f"{result.seconds['total']:,.1f} s"),
+        ("workers", f"{len(result.workers)} on {nodes} node{'s' if nodes > 1 else ''}"),
+        ("restarts", str(result.restarts)),
+    ]
+
+
+def _evaluation_grid(evaluation: Evaluation) -> Grid:
+    return Grid(EVALUATION_HEADINGS, list(evaluation_rows(evaluation)), numbers=2)
+
+
+def _plots(result: Result) -> list[Plot | None]:
+    plots: list[Plot | None] = []
+    if result.sparsity and result.sparsity.projections:
+        plots += [sparsity_map(result.sparsity), outlier_map(result.sparsity)]
+        plots.append(projection_errors(result.sparsity.projections))
+        plots.append(block_errors(result.sparsity.blocks or ()))
+    if result.structure:
+        plots.append(narrowing_errors(result.structure.layers or ()))
+        if result.structure.path:
+            plots.append(path_of_search(result.structure.path, result.recipe))
+    if result.recovery:
+        plots.append(loss_curve(result.recovery))
+    return plots
+
+
+def _work(run: FinishedRun) -> list[Plot]:
+    """What the workers did and took."""
+    plots = [memory_of_workers(run.result.workers)] if run.result.workers else []
+    if run.events:
+        trainers = [(worker.shard, worker.replica) for worker in run.result.workers]
+        history = History(run.events, trainers if run.command == "recover" else ())
+        plots.append(timeline(history))
+    return plots
+
+
+def _remarks(result: Result) -> list[str]:
+    """Why something that one might look for is not there."""
+    remarks: list[str] = []
+    zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
+    if zeroed and result.sparsity and result.sparsity.projections:
+        if all(layer.outliers is None for layer in result.sparsity.layers):
+            remarks.append(
+                f"Outlier ratios were not measured: allocation {zeroed['allocation']} does not need them (owl and "
+                "mosaic do)."
+            )
+        if all(entry.error is None for entry in result.sparsity.projections):
+            remarks.append("Output errors were not measured (--no-measure-error).")
+    if not result.perplexity:
+        remarks.append("Perplexity was not measured (--eval).")
+    return remarks
