@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,9 @@ import typer
 
 from shardprune.errors import InputError, SolverError, StorageError, TrainingError, WorkerLost
 from shardprune.evaluation.recipe import EvaluateRecipe
+from shardprune.help_text import HEAL, LOOK, PLAN, PRUNE, START, HelpfulCommand, HelpfulGroup
 from shardprune.mop_recipe import MopRecipe
-from shardprune.options import given, with_options
+from shardprune.options import completion, given, with_options
 from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipe import RebuildRecipe, Recipe
@@ -20,13 +22,23 @@ from shardprune.slurm.batch import BatchJob
 from shardprune.slurm.commands import COMMANDS, check_fit, command_of, words_of
 from shardprune.stopping import EXIT_CODE, Stopped, stoppable
 
+FIRST_STEPS = """First steps:
+
+  shardprune demo                       # a small model, no GPU, no network
+  shardprune plan meta-llama/Llama-3.1-8B --gpus 1 --gpu-memory 80GB
+  shardprune prune meta-llama/Llama-3.1-8B --out runs/llama-8b-50 \\
+    --sparsity 0.5 --calibration c4 --eval wikitext2
+  shardprune status runs/llama-8b-50    # while it runs, from anywhere"""
+
 app = typer.Typer(
+    cls=HelpfulGroup,
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune large language models on all the GPUs there are.",
+    epilog=FIRST_STEPS,
 )
 
 # Some versions of typer carry a click of their own; this is the base of whichever they raise.
@@ -38,13 +50,25 @@ def _commands() -> None:
     pass
 
 
+def _command(panel: str, *example: str) -> Callable[..., Any]:
+    """A command in a panel of the help, with an example of one line or more."""
+    lines = " \\\n    ".join(example)
+    return app.command(cls=HelpfulCommand, rich_help_panel=panel, epilog=f"Example:\n\n  {lines}")
+
+
 RecipeFile = Annotated[
     Path | None,
-    typer.Option(help="YAML file with any of the fields below; options override it", show_default=False),
+    typer.Option(
+        help="YAML file with any of the fields below; options override it", metavar="FILE", show_default=False
+    ),
 ]
 
 
-@app.command(epilog="Example: shardprune prune MODEL --out OUT --sparsity 0.5 --calibration c4 --eval wikitext2")
+@_command(
+    PRUNE,
+    "shardprune prune meta-llama/Llama-3.1-8B --out runs/llama-8b-50",
+    "--sparsity 0.5 --calibration c4 --eval wikitext2",
+)
 @with_options(Recipe)
 def prune(
     model: Annotated[
@@ -61,7 +85,11 @@ def prune(
     _show(run(settings), settings)
 
 
-@app.command(epilog="Example: shardprune rebuild DENSE SPARSE --out OUT --rebuild-threshold 0.01 --calibration c4")
+@_command(
+    PRUNE,
+    "shardprune rebuild meta-llama/Llama-3.1-8B runs/llama-8b-50",
+    "--out runs/llama-8b-50-rebuilt --rebuild-threshold 0.01 --calibration c4",
+)
 @with_options(RebuildRecipe)
 def rebuild(
     dense: Annotated[
@@ -81,7 +109,11 @@ def rebuild(
     _show(run(settings), settings)
 
 
-@app.command(epilog="Example: shardprune mop MODEL --out OUT --remove 0.3 --keep 0.2 --calibration c4 --eval wikitext2")
+@_command(
+    PRUNE,
+    "shardprune mop meta-llama/Llama-3.1-8B --out runs/llama-8b-mop",
+    "--remove 0.3 --keep 0.2 --calibration c4 --eval wikitext2",
+)
 @with_options(MopRecipe)
 def mop(
     model: Annotated[
@@ -98,7 +130,11 @@ def mop(
     _show(run(settings), settings)
 
 
-@app.command(epilog="Example: shardprune recover runs/llama-8b-50 --out OUT --data alpaca --zero 3 --keep-sparsity")
+@_command(
+    HEAL,
+    "shardprune recover runs/llama-8b-50 --out runs/llama-8b-50-healed",
+    "--data alpaca --zero 3 --workers 8 --keep-sparsity",
+)
 @with_options(RecoverRecipe)
 def recover(
     model: Annotated[
@@ -115,7 +151,11 @@ def recover(
     _show(run(settings), settings)
 
 
-@app.command(epilog="Example: shardprune evaluate runs/llama-8b-50 --perplexity wikitext2 --tasks zeroshot --shards 2")
+@_command(
+    HEAL,
+    "shardprune evaluate runs/llama-8b-50 --perplexity wikitext2",
+    "--tasks zeroshot --shards 2",
+)
 @with_options(EvaluateRecipe)
 def evaluate(
     model: Annotated[
@@ -132,7 +172,11 @@ def evaluate(
     _show(run(settings), settings)
 
 
-@app.command(epilog="Example: shardprune pipeline jobs/recipes/pipeline-mop-llama-3-8b-30.yaml --out OUT")
+@_command(
+    HEAL,
+    "shardprune pipeline jobs/recipes/pipeline-mop-llama-3-8b-30.yaml",
+    "--out runs/llama-8b-mop-healed",
+)
 @with_options(PipelineRecipe)
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step.")],
@@ -151,7 +195,7 @@ def pipeline(
     _show_report(settings.report, settings.out)
 
 
-@app.command(epilog="Example: shardprune status s3://bucket/llama-70b-50")
+@_command(LOOK, "shardprune status s3://bucket/llama-70b-50")
 def status(
     out: Annotated[str, typer.Argument(help="Directory or URL of the run's result.")],
     *,
@@ -167,9 +211,9 @@ def status(
         print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
 
 
-@app.command(epilog="Example: shardprune report --compare runs/wanda runs/sparsegpt runs/owl")
+@_command(LOOK, "shardprune report --compare runs/wanda runs/sparsegpt runs/owl")
 def report(
-    outs: Annotated[list[str], typer.Argument(metavar="OUT...", help="Outputs of finished runs or pipelines.")],
+    outs: Annotated[list[str], typer.Argument(metavar="OUT", help="Outputs of finished runs or pipelines.")],
     *,
     compare: Annotated[
         bool, typer.Option("--compare", help="One page: perplexity against compression and seconds of all of them")
@@ -184,8 +228,10 @@ def report(
         print(f"report: {place}")
 
 
-@app.command(
-    epilog="Example: shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8 --gpu-memory 80GB --sparsity 0.5"
+@_command(
+    PLAN,
+    "shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8",
+    "--gpu-memory 80GB --sparsity 0.5",
 )
 @with_options(PlanRecipe)
 def plan(
@@ -206,20 +252,35 @@ def plan(
     return _show_plan(run(PlanRecipe.load(recipe, given({"model": model, **options})), simulate), as_json)
 
 
-@app.command(epilog="Example: shardprune slurm RECIPE --nodes 4 --gpus-per-node 8 --time 4:00:00 --submit -- --out OUT")
+@_command(
+    PLAN,
+    "shardprune slurm jobs/recipes/owl-sparsegpt-70.yaml --nodes 4",
+    "--gpus-per-node 8 --time 4:00:00 --submit",
+    "-- /shared/Llama-3.1-70B --out /shared/llama-70b-owl",
+)
 @with_options(BatchJob)
 def slurm(
     recipe: Annotated[Path, typer.Argument(help="YAML file of any command.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Options of that command, which override the file; after --", show_default=False),
+        typer.Argument(
+            help="Model and options of that command, which override the file",
+            metavar="-- OVERRIDES",
+            show_default=False,
+        ),
     ] = None,
     *,
     command: Annotated[
-        str | None, typer.Option(help=f"{' | '.join(COMMANDS)} (default: the one whose fields the recipe has)")
+        str | None,
+        typer.Option(
+            help=f"{' | '.join(COMMANDS)} (default: the one whose fields the recipe has)",
+            metavar="NAME",
+            autocompletion=completion(tuple(COMMANDS)),
+        ),
     ] = None,
     script: Annotated[
-        Path | None, typer.Option(help="File to write, or - to print it (default: RECIPE.sbatch here)")
+        Path | None,
+        typer.Option(help="File to write, or - to print it (default: RECIPE.sbatch here)", metavar="FILE"),
     ] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch")] = False,
     **options: Any,
@@ -254,10 +315,10 @@ def _parsed(command: str, recipe: Path, overrides: list[str]) -> Settings:
     return COMMANDS[command].load(recipe, {"model" if name == "dense" else name: values[name] for name in values})
 
 
-@app.command(epilog="Example: shardprune demo --out runs/demo")
+@_command(START, "shardprune demo --out runs/demo")
 def demo(
-    out: Annotated[str, typer.Option(help="Directory of the result")] = "runs/demo",
-    shards: Annotated[int, typer.Option(help="Shards, one Ray actor each")] = 2,
+    out: Annotated[str, typer.Option(help="Directory of the result", metavar="TEXT")] = "runs/demo",
+    shards: Annotated[int, typer.Option(help="Shards, one Ray actor each", metavar="N")] = 2,
 ) -> None:
     """Prune the bundled model to half its weights on Ray shards. Needs no network."""
     from shardprune.demo import demo_recipe
@@ -307,7 +368,8 @@ def main(arguments: list[str] | None = None) -> None:
     except InputError as error:
         sys.exit(_fail(str(error), 2))
     except ClickException as error:
-        sys.exit(_fail(error.format_message(), 2))  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        sys.exit(_fail(message, 2) if message else 2)  # without one the help was shown, as nothing was asked for
     except (SolverError, StorageError, TrainingError, WorkerLost) as error:
         sys.exit(_fail(str(error), 1))
     except Stopped:

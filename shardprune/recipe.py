@@ -199,7 +199,7 @@ class OptionalBarber(Barber):
         return self.swapping if self.rebuild == "barber" else None
 
 
-class Recipe(Pruning, Structured, OptionalBarber, Calibration, Evaluation, Cluster, Run):
+class Recipe(Pruning, Calibration, Evaluation, Structured, OptionalBarber, Cluster, Run):
     """Everything that `shardprune prune` does."""
 
     command: ClassVar[str] = "prune"

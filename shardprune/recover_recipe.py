@@ -111,10 +111,14 @@ class Trainers(Machines):
     workers: int | None = positive(None, "Processes that train together (default: one per GPU; on CPUs 1)")
 
 
-class Measuring(Perplexities):
+class Windows(Settings):
     """Evaluation"""
 
     seqlen: int = Field(2048, ge=2, description="Tokens of a window of perplexity")
+
+
+class Measuring(Perplexities, Windows):
+    """Evaluation"""
 
 
 class RecoverRecipe(Learning, Data, Teaching, Partitioned, Measuring, Trainers, Run):

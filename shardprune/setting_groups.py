@@ -63,12 +63,16 @@ class Perplexities(Settings):
         return value
 
 
-class Evaluation(Perplexities):
+class OutputErrors(Settings):
     """Evaluation"""
 
     measure_error: bool = Field(
         True, description="Report output errors; costs magnitude and wanda a Gram matrix per input"
     )
+
+
+class Evaluation(Perplexities, OutputErrors):
+    """Evaluation"""
 
 
 class Machines(Settings):

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,7 @@ class Settings(BaseModel):
     """What every group of settings has in common: unknown fields are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    unlisted: ClassVar[tuple[type["Settings"], ...]] = ()  # groups that a command reads past, so as to take a recipe
 
     def record(self) -> dict[str, Any]:
         """All fields as plain values, for files that others read: URLs without credentials."""
@@ -50,7 +51,9 @@ class Settings(BaseModel):
     @classmethod
     def choices(cls, field: str) -> list[str]:
         """The values that a field of fixed choices takes; none for other fields."""
-        annotation = cls.model_fields[field].annotation
+        annotation, extra = cls.model_fields[field].annotation, cls.model_fields[field].json_schema_extra
+        if isinstance(extra, dict) and "choices" in extra:  # that stand in a table
+            return [str(choice) for choice in cast(list[str], extra["choices"])]
         return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
 
     def needs(self, reason: str, met: bool, *fields: str) -> None:

@@ -4,12 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-from shardprune.cli import app, main
+from shardprune.cli import main
 from tests.tiny import GROUPED, make_model, make_tokens, snapshot
 from tests.words import words_tokenizer
 
@@ -29,8 +28,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def shardprune(*arguments, columns: int = 200) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1", "TERM": "dumb"}
+def shardprune(*arguments) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
     command = [sys.executable, "-m", "shardprune", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -243,27 +242,3 @@ def test_bad_input_ends_the_process_with_code_2(folder, tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"error: model: {folder / 'broken'}/model.safetensors is not a safetensors file\n"
-
-
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("prune", ("--sparsity", "--pattern", "--allocation", "--structured", "--score", "--keep-corrected")),
-        ("rebuild", ("SPARSE", "--rebuild-threshold")),
-        ("evaluate", ("--perplexity", "--tasks-dir", "--limit", "--num-fewshot", "--engine", "--weights")),
-    ],
-)
-def test_help_reads_at_80_columns(command, options):
-    done = shardprune(command, "--help", columns=80)
-    assert done.returncode == 0
-    assert max(len(line) for line in done.stdout.splitlines()) <= 80
-    kept = () if command == "evaluate" else ("--no-resume",)
-    for option in (*options, *kept, "--shards", f"Example: shardprune {command}"):
-        assert option in done.stdout
-
-
-def test_examples_name_recipes_that_exist():
-    root = Path(__file__).resolve().parents[1]
-    named = [word for command in app.registered_commands for word in (command.epilog or "").split() if ".yaml" in word]
-    assert named
-    assert all((root / file).is_file() for file in named)

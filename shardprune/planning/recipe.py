@@ -21,7 +21,9 @@ class Machine(Settings):
     nodes: int = Field(1, ge=1, description="Machines with the same GPUs")
     gpus: int = Field(1, ge=1, description="GPUs of a node; with hardware cpu, workers of a node")
     gpu_memory: str | None = Field(None, description="Memory of a GPU, such as 80GB (default: the hardware's)")
-    hardware: str = Field("h100", description=f"Whose rates to reckon with: {', '.join(HARDWARE)}")
+    hardware: str = Field(
+        "h100", json_schema_extra={"choices": list(HARDWARE)}, description="Whose rates to reckon with"
+    )
     host_memory: str | None = Field(None, description="Memory of a node, such as 1TB (default: the hardware's)")
     network: str | None = Field(
         None, description="What a node sends and receives, such as 25GB/s or 100Gbit/s (default: the hardware's)"
@@ -86,10 +88,11 @@ class Choices(Settings):
     dtype: Literal["auto", "float32"] = Field("auto", description="What the workers compute in")
 
 
-class PlanRecipe(Machine, Choices, Pruning, Structured, OptionalBarber, Calibration, Evaluation):
+class PlanRecipe(Machine, Choices, Pruning, Calibration, Evaluation, Structured, OptionalBarber):
     """Everything that `shardprune plan` looks at; it takes the recipes of `shardprune prune`."""
 
     ignored: ClassVar[frozenset[str]] = frozenset(Recipe.model_fields) - {*Choices.model_fields}
+    unlisted: ClassVar[tuple[type[Settings], ...]] = (Structured, OptionalBarber)
 
     model: str = Field(min_length=1, description="config.json, or the directory, URL or hub name of a checkpoint")
 
