@@ -9,8 +9,8 @@ from shardprune.allocation.budget import HIGHEST
 from shardprune.errors import InputError
 from shardprune.setting_groups import Calibration, Cluster, Evaluation, Run, Width
 from shardprune.settings import Settings
-from shardprune.solvers.barber import Granularity, Metric, Rebuilding
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
+from shardprune.solvers.rebuilding import Granularity, Metric, Rebuilding
 from shardprune.structure.scoring import Scoring
 
 MethodName = Literal["magnitude", "wanda", "sparsegpt"]

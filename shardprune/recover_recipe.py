@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recovery.examples import DATA_FORMS, check_data
+from shardprune.recovery.data import DATA_FORMS, check_data
 from shardprune.setting_groups import Machines, Perplexities, Run
 from shardprune.settings import Settings, positive
 from shardprune.working_dir import check_outlasts_job

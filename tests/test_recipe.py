@@ -11,8 +11,8 @@ from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.search import plot
 from shardprune.skeleton import Skeleton
-from shardprune.solvers.barber import Rebuilding
 from shardprune.solvers.pattern import NM, Mixed
+from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.structure.path import walk
 
 RECIPES = Path(__file__).resolve().parents[1] / "jobs" / "recipes"

@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from shardprune.solvers.outliers import Outliers
+if TYPE_CHECKING:
+    from shardprune.solvers.outliers import Outliers
+
 
 Sparsities = dict[tuple[int, str], float]  # of each projection by layer and name
 
@@ -35,6 +38,6 @@ class Allocation:
     which the sparsities lie. An `exact` allocation has the target as the mean over all weights.
     """
 
-    allocate: Callable[[list[Projection], list[Outliers], float, float], Sparsities]
+    allocate: Callable[[list[Projection], "list[Outliers]", float, float], Sparsities]
     observes: bool
     exact: bool = True

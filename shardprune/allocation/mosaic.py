@@ -1,15 +1,19 @@
 """Mosaic (arXiv 2504.06323): the projection outlier distribution, as published and as released."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from shardprune.allocation.allocation import Projection, Sparsities
 from shardprune.allocation.budget import HIGHEST, meet, spread_over
-from shardprune.solvers.outliers import Outliers
+
+if TYPE_CHECKING:
+    from shardprune.solvers.outliers import Outliers
 
 LOWEST_RELEASED = 0.01
 
 
-def allocate(projections: list[Projection], outliers: list[Outliers], target: float, spread: float) -> Sparsities:
+def allocate(projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float) -> Sparsities:
     """One sparsity per projection: the ratios of all (layer, projection) pairs mapped to [0, 2 lambda], more
     outliers giving up less, centred with the projections' numbers of weights."""
     ratios = [outliers[projection.layer].projections[projection.name] for projection in projections]
@@ -22,7 +26,7 @@ def allocate(projections: list[Projection], outliers: list[Outliers], target: fl
 
 
 def allocate_as_released(
-    projections: list[Projection], outliers: list[Outliers], target: float, spread: float
+    projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float
 ) -> Sparsities:
     """What the authors' code computes, whose mean is not the target.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from shardprune.allocation.allocation import Share
 from shardprune.families import Family
-from shardprune.solvers.barber import Rebuilding
+from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.structure.shape import Widths
 
 Shares = dict[tuple[int, str], Share]  # of each projection by layer and name

@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from shardprune.calibration import Tokenizer
 from shardprune.errors import InputError
+from shardprune.recovery.data import check_data
 from shardprune.recovery.rows import Example, Rows, pack
 from shardprune.sources import (
     Corpus,
     HubSplit,
-    is_source,
     is_tokens,
     json_texts,
     load_corpus,
@@ -42,10 +42,6 @@ from shardprune.sources import (
     split_jsonl,
 )
 
-DATA_FORMS = (
-    "alpaca, FILE.json, FILE.jsonl[:FIELD], FILE.txt, FILE.npy, stdlib, wikitext2, ptb, c4 "
-    "or hf:NAME[:CONFIG]:SPLIT:FIELD"
-)
 ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
 BATCH = 1000  # texts per call of the tokenizer, which works on them in parallel
 
@@ -69,16 +65,6 @@ class Exchange(NamedTuple):
 
     prompt: str
     response: str
-
-
-def check_data(source: str) -> None:
-    """Check the form of a source of training data without reading it.
-
-    Raises:
-        InputError: it has none of the known forms.
-    """
-    if source != "alpaca" and not source.endswith(".json") and not is_source(source):
-        raise InputError("data", f"{source!r} is no known source; use {DATA_FORMS}")
 
 
 def load_rows(

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardprune.errors import SolverError
 from shardprune.skeleton import projection_weight
-from shardprune.solvers.barber import Masked, Rebuilding, rebuild, scores
+from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.pattern import Pattern
+from shardprune.solvers.rebuilding import Rebuilding
 
 Squares = tuple[dict[str, Tensor], int]  # of gradients by projection, summed over some sequences, and their number
 

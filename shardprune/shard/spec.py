@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shardprune.solvers.barber import Rebuilding
+from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.structure.scoring import Scoring
 from shardprune.structure.shape import Widths
 

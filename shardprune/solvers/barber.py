@@ -9,32 +9,15 @@ number of zeros is what it was.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from shardprune.solvers.pattern import NM, Pattern
+from shardprune.solvers.rebuilding import Granularity, Metric
 from shardprune.solvers.selection import kth_value, smallest, smallest_per_row
 
-Granularity = Literal["row", "column", "projection", "block"]
-Metric = Literal["weight-gradient", "weight", "gradient"]
 LINES = 2**24  # entries of the rows that are sorted at once
-
-
-@dataclass(frozen=True)
-class Rebuilding:
-    """How masks are rebuilt: within what weights are paired, by which score, and the fraction of the pairs
-    to swap. Where `keep_corrected`, weights that stay keep the values that the pruning method gave them."""
-
-    threshold: float
-    granularity: Granularity
-    metric: Metric
-    keep_corrected: bool
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.threshold > 0 and self.metric != "weight"
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 What a recipe names holds for the whole model; `at` gives the pattern of a projection with a certain
 sparsity, which differs between projections where N is mixed.
+
+A recipe is read, and a command line completed, without torch: only what works on tensors imports it.
 """
 
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_ROWS = 512  # of a weight, in which the pattern of its zeros is looked for
 BROKEN = 10.0  # groups that chance would break, where unbroken ones are taken for a pattern
@@ -29,8 +30,10 @@ class Unstructured:
     def at(self, sparsity: float) -> "Unstructured":
         return self
 
-    def mask(self, scores: Tensor, sparsity: float, per_row: bool) -> Tensor:
+    def mask(self, scores: "Tensor", sparsity: float, per_row: bool) -> "Tensor":
         """True where `scores` [rows, cols] are pruned: the smallest, within each row or over all."""
+        from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
+
         rows, cols = scores.shape
         if per_row:
             return smallest_per_row(scores, cumulative_counts(rows, cols, sparsity))
@@ -40,7 +43,7 @@ class Unstructured:
         """The number of zeros that a mask of this pattern has."""
         return int(rows * cols * sparsity + 0.5)
 
-    def holds(self, weight: Tensor) -> bool:
+    def holds(self, weight: "Tensor") -> bool:
         return True
 
     def __str__(self) -> str:
@@ -65,28 +68,23 @@ class NM:
     def at(self, sparsity: float) -> "NM":
         return self
 
-    def mask(self, scores: Tensor, sparsity: float, per_row: bool) -> Tensor:
+    def mask(self, scores: "Tensor", sparsity: float, per_row: bool) -> "Tensor":
         """True where `scores` [rows, cols] are pruned: the smallest of every group of a row."""
-        rows, cols = scores.shape
-        whole = cols // self.m * self.m
-        mask = torch.zeros_like(scores, dtype=torch.bool)
-        if whole:
-            groups = scores[:, :whole].reshape(rows, -1, self.m)
-            mask[:, :whole] = _smallest_of_each(groups, self.m - self.n).reshape(rows, whole)
-        if cols - whole > self.n:
-            mask[:, whole:] = _smallest_of_each(scores[:, whole:], cols - whole - self.n)
-        return mask
+        from shardprune.solvers.selection import smallest_per_group
+
+        return smallest_per_group(scores, self.n, self.m)
 
     def zeros(self, rows: int, cols: int, sparsity: float) -> int:
         """The number of zeros that a mask of this pattern has."""
         groups, rest = divmod(cols, self.m)
         return rows * (groups * (self.m - self.n) + max(0, rest - self.n))
 
-    def holds(self, weight: Tensor) -> bool:
+    def holds(self, weight: "Tensor") -> bool:
         """Whether `weight` [rows, cols] has at most `n` nonzeros in every group."""
         rows, cols = weight.shape
-        padded = torch.nn.functional.pad((weight != 0).to(torch.int32), (0, -cols % self.m))
-        return bool((padded.view(rows, -1, self.m).sum(-1) <= self.n).all())
+        whole = cols // self.m * self.m
+        full, rest = (weight != 0).split([whole, cols - whole], dim=1)
+        return bool((full.reshape(rows, -1, self.m).sum(-1) <= self.n).all() and (rest.sum(-1) <= self.n).all())
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -114,12 +112,6 @@ class Mixed:
         return f"mixed:{self.m}"
 
 
-def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` smallest along the last dimension."""
-    order = groups.sort(dim=-1, stable=True).indices
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :count], True)
-
-
 def parse_pattern(text: str) -> Pattern | Mixed:
     """`unstructured`, `N:M` with 0 < N < M, or `mixed:M` with M > 1.
 
@@ -136,7 +128,7 @@ def parse_pattern(text: str) -> Pattern | Mixed:
     raise ValueError("use 'unstructured', N:M with 0 < N < M such as 2:4, or mixed:M such as mixed:8")
 
 
-def pattern_of(weight: Tensor) -> Pattern:
+def pattern_of(weight: "Tensor") -> Pattern:
     """The pattern that the zeros of a pruned `weight` [rows, cols] show.
 
     Of the M up to 32 that divide the inputs, the one with the smallest N/M such that no group of M has more

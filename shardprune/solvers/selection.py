@@ -40,6 +40,26 @@ def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
 
 
+def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
+    """Boolean mask of all but the `n` largest in every `m` consecutive columns of `scores` [rows, cols]; the last
+    columns of a row may be fewer."""
+    rows, cols = scores.shape
+    whole = cols // m * m
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    if whole:
+        groups = scores[:, :whole].reshape(rows, -1, m)
+        mask[:, :whole] = _smallest_of_each(groups, m - n).reshape(rows, whole)
+    if cols - whole > n:
+        mask[:, whole:] = _smallest_of_each(scores[:, whole:], cols - whole - n)
+    return mask
+
+
+def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
+    """Boolean mask of the `count` smallest along the last dimension."""
+    order = groups.sort(dim=-1, stable=True).indices
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+
+
 def cumulative_counts(parts: int, size: int, fraction: float) -> Tensor:
     """How many of each of `parts` equal parts of `size` entries to take, int64 [parts].
 

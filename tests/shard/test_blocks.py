@@ -9,8 +9,8 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.errors import SolverError
 from shardprune.shard.blocks import Block
 from shardprune.skeleton import Skeleton, projection_weight
-from shardprune.solvers.barber import Rebuilding
 from shardprune.solvers.pattern import Unstructured
+from shardprune.solvers.rebuilding import Rebuilding
 from tests.tiny import CONFIGS, make_model
 
 LAYER = 1
