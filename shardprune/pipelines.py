@@ -18,7 +18,7 @@ from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.progress import Output
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.recovery_plan import open_inputs
-from shardprune.report.report import write_report
+from shardprune.report.report import leave_report
 from shardprune.result import EvaluationResult, Result
 from shardprune.retrying import before_work
 from shardprune.run import prune
@@ -60,8 +60,7 @@ def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, 
         if isinstance(section, EvaluateRecipe):
             progress.evaluated = _asked(section)
             progress.save()
-    if recipe.report:
-        write_report(recipe.out)
+    leave_report(recipe, output, evaluated="evaluate" in results)
     return results
 
 

@@ -178,7 +178,7 @@ class _Search:
                 model.adopt_narrower(after.widths)
             elif shorter is not None:
                 model.adopt_shallower(shorter.layer)
-            account(model.group, model.jury(model.all).layout, range(model.shards), step)
+            self._account(model)
         entry = Iteration(
             iteration=after.iteration,
             step=chosen,
@@ -323,6 +323,10 @@ class _Search:
         teams = {team.members: team for team in (model.narrowing, model.shortening)}
         return sum(model.waves_of(team) for team in teams.values())
 
+    def _account(self, model: Searching) -> None:
+        """Record what the workers have done since the last time."""
+        account(model.group, model.jury(model.all).layout, range(model.shards), self.output.events.emit)
+
     # -- what is kept -----------------------------------------------------------------------------------------
 
     def _measure(self, model: Searching, when: str) -> None:
@@ -332,6 +336,7 @@ class _Search:
             label, parts = f"perplexity {when}", len(jury.waves.all)
             with self.clock.phase("evaluate"), self.output.step(label, parts) as step:
                 (record[when],) = jury.scores("perplexity", [None], "dense", step)
+            self._account(model)
             self._save()
 
     def _write(self, model: Searching, folder: str) -> None:
@@ -339,6 +344,7 @@ class _Search:
         checkpoint, layers = self.plan.checkpoint, model.layers
         journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.stored_name)
         model.write(folder, layers)
+        self._account(model)
         with self.clock.phase("write"):
             write_frame(checkpoint, self.plan.skeleton, journal)
             write_index(checkpoint, journal, changes(self.plan.skeleton.config, model.widths, layers))

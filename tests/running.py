@@ -1,4 +1,4 @@
-"""Runs over tiny models in this process."""
+"""Runs over tiny models in this process. They leave reports to the tests of these."""
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.progress import Output
@@ -30,5 +30,6 @@ def _values(folder, out, model, fields):
         "wave": 4,
         "backend": "local",
         "threads": 2,
+        "report": False,
         **fields,
     }

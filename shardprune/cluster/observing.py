@@ -66,7 +66,7 @@ def observe(
             ask(layer)
     outliers = [group.get(ref) for ref in refs]
     release(group, layout)
-    account(group, layout, range(len(layout.shards)), step)
+    account(group, layout, range(len(layout.shards)), step.record)
     return outliers
 
 

@@ -88,7 +88,7 @@ def judged(
         yield under_way.popleft(), value
         step.advance()
     release(group, layout)
-    account(group, layout, range(len(layout.shards)), step)
+    account(group, layout, range(len(layout.shards)), step.record)
 
 
 def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
@@ -120,12 +120,16 @@ def release(group: Group, layout: Layout) -> None:
         to_all(group, layout, shard, "release")
 
 
-def account(group: Group, layout: Layout, shards: Iterable[int], step: Step) -> None:
-    """Record what the workers of some shards have done since the last time."""
+def account(group: Group, layout: Layout, shards: Iterable[int], record: Callable[..., None]) -> None:
+    """Record what the workers of some shards have done since the last time.
+
+    Args:
+        record: takes the event `work` and its fields.
+    """
     for shard in shards:
         for replica, spans in enumerate(to_all(group, layout, shard, "account")):
             if spans:
-                step.record("work", shard=shard, replica=replica, spans=[span.plain() for span in spans])
+                record("work", shard=shard, replica=replica, spans=[span.plain() for span in spans])
 
 
 def usage(group: Group, layout: Layout) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def _prune_layer(work: Work, layer: LayerInWork) -> None:
         record = _sparsify_layer(work, layer)
     written = layer.group.get(layer.ask(0, "write", record))
     to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
-    account(layer.group, layer.layout, [layer.shard], layer.step)
+    account(layer.group, layer.layout, [layer.shard], layer.step.record)
     _announce(layer, len(work.shapes), record, time.monotonic() - started, written)
 
 

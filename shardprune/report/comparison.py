@@ -63,10 +63,18 @@ def points_of(runs: list[FinishedRun]) -> list[Point]:
         assert isinstance(run.result, Result)
         seconds += run.result.seconds["total"]
         if run in runs:
-            left = run.result.model.parameters_after - (run.result.model.zeros_after or 0)
+            left = run.result.model.parameters_after - _zeros(run)
             compression = 1 - left / original.result.model.parameters_before
             points += [Point(run.name, text, value, compression, seconds) for text, value in _measured(run.result)]
     return points
+
+
+def _zeros(run: FinishedRun) -> int:
+    """The zeros of the model that a run made; a search that only removes structures counts none."""
+    assert isinstance(run.result, Result)
+    if run.result.model.zeros_after is None and run.result.sparsity is not None:
+        raise InputError("compare", f"{run.folder} was written before zeros were counted; start its command again")
+    return run.result.model.zeros_after or 0
 
 
 def _lineage(runs: list[FinishedRun]) -> list[FinishedRun]:
@@ -123,12 +131,13 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
                 name=point.name,
                 mode="markers+text",
                 text=[point.name],
-                textposition="top center",
+                textposition="middle right" if place <= max(x) / 2 else "middle left",
+                cliponaxis=False,
                 marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "color": COLORS[number % len(COLORS)], "size": 11},
                 hovertemplate=f"%{{y:.3f}} at %{{x:.4g}}<extra>{point.name}</extra>",
             )
         )
-    return figure(traces, xaxis={"title": title, "rangemode": "tozero"}, yaxis_title="perplexity", showlegend=False)
+    return figure(traces, xaxis_title=title, yaxis_title="perplexity", showlegend=False)
 
 
 def comparison_rows(points: list[Point]) -> list[tuple[str, ...]]:

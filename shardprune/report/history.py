@@ -1,6 +1,6 @@
 """The time of a run as its events tell it: attempts, phases, and what every worker did."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class History:
         self.interruptions = [*self._losses(), *self._restarts()]
         self.interruptions.sort(key=lambda entry: entry.time)
         self.phases = self._phases()
-        self.stints = [*self._stints(), *self._training(tuple(trainers))]
+        self.stints = self._stints(tuple(trainers))
 
     @property
     def start(self) -> float:
@@ -114,24 +114,27 @@ class History:
                 del stack[stack.index(event["phase"]) :]
         return [(name, start, end) for name, start, end in found if end > start]
 
-    def _stints(self) -> list[Stint]:
+    def _stints(self, trainers: tuple[Key, ...]) -> list[Stint]:
         """Workers are new after every interruption."""
         bounds = [*(entry.time for entry in self.interruptions), float("inf")]
         spans: dict[tuple[int, Key], list[Work]] = {}
-        for event in self.events:
-            if event["event"] == "work":
-                for verb, _, start, end, busy, *_ in event["spans"]:
-                    part = next(place for place, bound in enumerate(bounds) if start <= bound)
-                    key = (event["shard"], event["replica"])
-                    spans.setdefault((part, key), []).append(Work(verb, start, end, busy))
         ends: dict[int, float] = {}
-        for (part, _), work in spans.items():
-            ends[part] = max(ends.get(part, 0.0), *(entry.end for entry in work))
+        for key, work in self._work(trainers):
+            part = next(place for place, bound in enumerate(bounds) if work.start <= bound)
+            spans.setdefault((part, key), []).append(work)
+            ends[part] = max(ends.get(part, 0.0), work.end)
         return [
             Stint(key, tuple(sorted(work, key=lambda entry: entry.start)), ends[part])
             for (part, key), work in spans.items()
         ]
 
-    def _training(self, trainers: tuple[Key, ...]) -> list[Stint]:
-        phases = [(start, end) for name, start, end in self.phases if name == TRAINING]
-        return [Stint(key, (Work("train", start, end, end - start),), end) for key in trainers for start, end in phases]
+    def _work(self, trainers: tuple[Key, ...]) -> Iterator[tuple[Key, Work]]:
+        """What every worker did, in no order."""
+        for event in self.events:
+            if event["event"] == "work":
+                for verb, _, start, end, busy, *_ in event["spans"]:
+                    yield (event["shard"], event["replica"]), Work(verb, start, end, busy)
+        for name, start, end in self.phases:
+            if name == TRAINING:
+                for key in trainers:
+                    yield key, Work("train", start, end, end - start)

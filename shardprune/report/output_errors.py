@@ -7,6 +7,8 @@ import plotly.graph_objects as go
 from shardprune.report.plot import Plot, figure, series
 from shardprune.result import BlockResult, NarrowedLayer, ProjectionResult
 
+TICKS = 12  # of the axis of layers
+
 Point = tuple[int, str, float]  # layer, series, error
 
 
@@ -62,7 +64,8 @@ def _errors(points: list[Point], title: str, text: str) -> Plot | None:
                 **series(place),
             )
         )
-    drawn = figure(traces, xaxis_title="layer", yaxis_title="relative error")
+    layers = 1 + max(layer for layer, _, _ in points)
+    drawn = figure(traces, xaxis={"title": "layer", "dtick": -(-layers // TICKS)}, yaxis_title="relative error")
     if all(error > 0 for _, _, error in points):  # a projection that lost nothing has none
         drawn.update_yaxes(type="log")
     return Plot(title, drawn, text)

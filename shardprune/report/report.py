@@ -38,9 +38,14 @@ def write_report(out: str) -> str:
     return place_of_report(folder.url)
 
 
-def leave_report(recipe: Run, output: Output) -> None:
-    """Write the report of a run that has ended, if its recipe wants one, and it is new or was never written."""
-    if recipe.report and (output.events.recorded_any or not output_folder(absolute(recipe.out)).is_file(FILE)):
+def leave_report(recipe: Run, output: Output, evaluated: bool = False) -> None:
+    """Write the report of a run that has ended, if its recipe wants one, and it is new or was never written.
+
+    Args:
+        evaluated: something was measured, which leaves no events.
+    """
+    new = evaluated or output.events.recorded_any
+    if recipe.report and (new or not output_folder(absolute(recipe.out)).is_file(FILE)):
         write_report(recipe.out)
 
 

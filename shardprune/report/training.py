@@ -32,8 +32,8 @@ def loss_curve(recovery: Recovery) -> Plot:
     if held_out:
         x, y = zip(*held_out, strict=True)
         traces.append(go.Scatter(x=x, y=y, name="held-out loss", mode="lines+markers", **series(3)))
-    right = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "exponentformat": "e"}
-    drawn = figure(traces, hovermode="x unified", yaxis2=right | {"rangemode": "tozero"})
+    right = {"title": "learning rate", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"}
+    drawn = figure(traces, hovermode="x unified", yaxis2=right | {"tickformat": ".1e", "nticks": 5})
     drawn.update_xaxes(title="step")
     drawn.update_layout(yaxis={"title": "loss (nats per token)"})
     return Plot(

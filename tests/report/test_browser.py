@@ -1,0 +1,127 @@
+"""Reports as people open them: in a browser, without network. Screenshots are kept in build/screenshots."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from shardprune.report.report import write_comparison
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
+OPTIONS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
+
+TIME = ("Timeline of the workers (s)",)
+WORK = ("Peak memory of each worker (GiB)", *TIME)
+SPARSITY, ERROR = "Sparsity by layer and projection (% of weights)", "Output error by layer (relative, no unit)"
+LOSSES = "Losses of the fine-tuning (nats per token) and learning rate, by step"
+PAGES = {  # the plots of each page, in their order
+    "owl": (SPARSITY, "Outlier ratios by layer and projection (% of weights)", ERROR, *WORK),
+    "wanda": (SPARSITY, *WORK),
+    "rebuilt": (SPARSITY, ERROR, "Error of rebuilt blocks by layer (relative, no unit)", *WORK),
+    "composite": (SPARSITY, ERROR, "Output error of narrowed blocks by layer (relative, no unit)", *WORK),
+    "mop": ("Path of the search (score: perplexity on the calibration data)", *WORK),
+    "interrupted": (SPARSITY, ERROR, *WORK),
+    "pipeline": (SPARSITY, ERROR, *WORK, SPARSITY, LOSSES, *WORK),
+}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        yield browser
+        browser.close()
+
+
+def opened(browser, file, scheme="light", size=DESK):
+    """A page, which has drawn its plots, said nothing on the console, and asked for no other file."""
+    context = browser.new_context(viewport=size, color_scheme=scheme, offline=True)
+    page = context.new_page()
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    page.wait_for_function(
+        "document.querySelectorAll('.plot').length === document.querySelectorAll('.main-svg').length / 3"
+    )
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
+    return page
+
+
+def shot(page, name):
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_plot_is_there(browser, runs, name):
+    page = opened(browser, runs.folder / name / "report.html")
+    assert tuple(page.locator("figure h3").all_inner_texts()) == PAGES[name]
+    for plot in page.locator(".plot").all():
+        assert plot.locator("svg.main-svg").first.bounding_box()["height"] > 60
+        assert plot.locator(".point, .points path, .hm image, .js-line").count() > 0, "it shows no data"
+    shot(page, name)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_can_be_read_on_a_phone(browser, runs, scheme):
+    page = opened(browser, runs.folder / "owl" / "report.html", scheme, PHONE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    cell = page.locator(".plot .heatmap-label, .hm text, .hmlabels text, .textpoint text").first
+    assert cell.bounding_box()["width"] > 10
+    shot(page, f"phone-{scheme}")
+
+
+def luminance(color):
+    """The relative luminance of a CSS colour `rgb(r, g, b)` (WCAG 2.2)."""
+    parts = [int(part) / 255 for part in color[color.index("(") + 1 : -1].split(",")[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one, other):
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("first", ["light", "dark"])
+def test_text_and_axes_stand_out_in_either_scheme(browser, runs, first):
+    """Also where the scheme changes while the page is open."""
+    page = opened(browser, runs.folder / "owl" / "report.html", first)
+    for scheme in (first, "dark" if first == "light" else "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.wait_for_timeout(300)
+        behind = page.evaluate("getComputedStyle(document.querySelector('figure')).backgroundColor")
+        assert (luminance(behind) > 0.5) == (scheme == "light")
+        texts = page.evaluate(
+            "[...document.querySelectorAll('.xtick text, .ytick text')].map(t => getComputedStyle(t).fill)"
+        )
+        assert len(texts) > 10
+        assert all(contrast(text, behind) >= 4.5 for text in texts)
+        words = page.evaluate(
+            "[...document.querySelectorAll('h3, dt, dd, td, figcaption')].map(t => getComputedStyle(t).color)"
+        )
+        assert all(contrast(word, behind) >= 4.5 for word in words)
+
+
+def test_runs_are_compared(browser, runs):
+    outs = [str(runs.folder / name) for name in ("owl", "wanda", "mop", "pipeline")]
+    page = opened(browser, Path(write_comparison(outs, str(runs.folder / "all.html"))))
+    titles = page.locator("figure h3").all_inner_texts()
+    assert len(titles) == 4  # the pipeline was evaluated on fewer windows, which compare with no other
+    assert all("(% of the original's parameters)" in title for title in titles[::2])
+    assert all(title.endswith("against time (s)") for title in titles[1::2])
+    labels = set(page.locator(".plot").first.locator(".textpoint text").all_text_contents())
+    assert labels == {"before any run", "owl", "wanda", "mop", "pipeline/pruned", "pipeline/recovered"}
+    shot(page, "comparison")

@@ -1,0 +1,236 @@
+"""What stands on a report, against the tensors and events that it is about; when one is written, and when not."""
+
+import html
+import json
+import re
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from shardprune import EvaluateRecipe, evaluate
+from shardprune.cli import main
+from shardprune.errors import InputError
+from shardprune.progress import Output
+from shardprune.report.comparison import DENSE, points_of
+from shardprune.report.finished import finished_runs
+from shardprune.report.report import write_comparison, write_report
+from shardprune.storage import Folder
+from tests.running import run, search_run
+from tests.tiny import make_model, snapshot
+
+
+def page_of(out):
+    return (out / "report.html").read_text()
+
+
+def figures(page):
+    """The figures on a page by title, and what its tables and facts say."""
+    titles = [html.unescape(title) for title in re.findall(r"<h3>(.*?)</h3>", page)]
+    found = re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)
+    return dict(zip(titles, (json.loads(text) for text in found), strict=True))
+
+
+def cells(page):
+    return [html.unescape(cell) for cell in re.findall(r"<(?:td|dd)[^>]*>(.*?)</(?:td|dd)>", page)]
+
+
+def projections(out):
+    """All weights of projections by layer and name, from the files of a checkpoint."""
+    tensors = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.*_proj)\.weight", name):
+            yield int(match[1]), match[2].rsplit(".", 1)[-1].removesuffix("_proj"), value
+
+
+def test_the_map_of_sparsity_counts_the_zeros_that_were_written(runs):
+    (trace,) = figures(page_of(runs.folder / "owl"))["Sparsity by layer and projection (% of weights)"]["data"]
+    rows = dict(zip(map(int, trace["y"]), trace["z"], strict=True))
+    found = {(layer, name): z for layer in rows for name, z in zip(trace["x"], rows[layer], strict=True)}
+    counted = list(projections(runs.folder / "owl"))
+    assert len(counted) == 28
+    for layer, name, weight in counted:
+        assert found.pop((layer, name)) == pytest.approx(100 * (weight == 0).float().mean().item(), abs=1e-4)
+    for layer in range(4):
+        whole = [weight for of, _, weight in counted if of == layer]
+        zeros = sum((weight == 0).sum().item() for weight in whole) / sum(weight.numel() for weight in whole)
+        assert found.pop((layer, "layer")) == pytest.approx(100 * zeros, abs=1e-4)
+    assert found == {}
+
+
+def test_the_other_plots_have_the_result_s_numbers(runs):
+    page = figures(page_of(runs.folder / "owl"))
+    result = runs.results["owl"]
+    (trace,) = page["Outlier ratios by layer and projection (% of weights)"]["data"]
+    assert [row[0] for row in trace["z"]] == [layer.outliers for layer in result.sparsity.layers]
+    errors = {entry["name"]: entry["y"] for entry in page["Output error by layer (relative, no unit)"]["data"]}
+    assert errors["mlp.down_proj"] == [
+        entry.error for entry in result.sparsity.projections if entry.name == "mlp.down_proj"
+    ]
+    (memory,) = page["Peak memory of each worker (GiB)"]["data"]
+    assert memory["x"] == [worker.peak_bytes / 2**30 for worker in result.workers]
+    path = runs.results["mop"].structure.path
+    search = figures(page_of(runs.folder / "mop"))["Path of the search (score: perplexity on the calibration data)"]
+    layer, narrower, chosen = search["data"]
+    assert layer["y"] == [entry.scores["L"] for entry in path]
+    assert narrower["y"] == [entry.scores["G"] for entry in path]
+    assert chosen["y"] == [path[0].scores["L"], path[1].scores["G"]]
+    losses, rate, held_out = figures(page_of(runs.folder / "pipeline"))[
+        "Losses of the fine-tuning (nats per token) and learning rate, by step"
+    ]["data"]
+    recovery = runs.results["recover"].recovery
+    assert losses["y"] == [loss.loss for loss in recovery.losses]
+    assert rate["y"] == [loss.learning_rate for loss in recovery.losses]
+    assert held_out["x"] == [2, 4]
+    assert held_out["y"] == [loss.held_out for loss in recovery.losses if loss.held_out is not None]
+
+
+def test_the_summary_says_what_was_achieved(runs):
+    said = cells(page_of(runs.folder / "composite"))
+    result = runs.results["composite"]
+    assert str(runs.folder / "model") in said
+    assert f"{result.sparsity.target:.2%}" in said
+    assert f"{result.sparsity.achieved:.4%}" in said
+    (measured,) = result.perplexity.values()
+    assert f"{measured.before:.3f} → {measured.after:.3f}" in said
+    assert f"{result.seconds['total']:,.1f} s" in said
+    assert "1 on 1 node" in said
+    assert yaml.safe_dump(result.recipe, sort_keys=False) in html.unescape(page_of(runs.folder / "composite"))
+
+
+def test_what_is_not_there_is_said(runs):
+    page = page_of(runs.folder / "wanda")
+    assert "Output errors were not measured (--no-measure-error)." in page
+    assert "Outlier ratios were not measured: allocation uniform does not need them" in page
+    assert "were not measured" not in page_of(runs.folder / "owl")
+
+
+def test_names_are_text(runs, tmp_path):
+    """Whatever a model is called, the page has no other element and no other script for it."""
+    name = "<i>&amp;</i"
+    make_model(tmp_path / name.replace("/", "_"), "llama")
+    run(tmp_path, "out", name.replace("/", "_"), sparsity=0.5, calibration=str(runs.folder / "tokens.npy"), report=True)
+    page = page_of(tmp_path / "out")
+    assert "<i>" not in page[: page.index("<script>")]
+    assert "&lt;i&gt;&amp;amp;&lt;_i" in page
+
+
+def test_points_of_a_comparison_count_parameters(runs):
+    for name in ("owl", "composite", "mop"):
+        dense, point = points_of(finished_runs(str(runs.folder / name)))
+        (measured,) = runs.results[name].perplexity.values()
+        assert (dense.name, dense.perplexity, dense.compression) == (DENSE, measured.before, 0)
+        assert (point.name, point.perplexity) == (name, measured.after)
+        original = sum(value.numel() for value in load_file(runs.folder / "model" / "model.safetensors").values())
+        files = [load_file(file) for file in (runs.folder / name).glob("*.safetensors")]
+        left = sum(value.numel() for file in files for value in file.values())
+        zeros = sum((weight == 0).sum().item() for _, _, weight in projections(runs.folder / name))
+        assert point.compression == pytest.approx(1 - (left - zeros) / original)
+        assert point.seconds == runs.results[name].seconds["total"]
+
+
+def test_a_recovered_model_is_compared_with_the_original(runs):
+    """Whether the output of the pipeline is given, or that of its last step."""
+    whole = points_of(finished_runs(str(runs.folder / "pipeline")))
+    alone = points_of(finished_runs(str(runs.folder / "pipeline" / "recovered")))
+    results = [runs.results[step] for step in ("prune", "recover")]
+    assert [point.name for point in whole] == [DENSE, "pipeline/pruned", *2 * ["pipeline/recovered"]]
+    assert alone == [whole[0], *whole[2:]]
+    assert whole[-1].seconds == pytest.approx(sum(result.seconds["total"] for result in results))
+    model = results[1].model
+    assert whole[-1].compression == pytest.approx(model.zeros_after / model.parameters_before)
+
+
+# -- when it is written ------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_written_unless_it_is_not_wanted(runs, tmp_path):
+    fields = {"sparsity": 0.5, "samples": 4}
+    assert run(runs.folder, tmp_path / "without", **fields, report=False)
+    assert not (tmp_path / "without" / "report.html").exists()
+    run(runs.folder, tmp_path / "with", **fields, report=True)
+    before = snapshot(tmp_path / "with")
+    run(runs.folder, tmp_path / "with", **fields, report=True)
+    assert snapshot(tmp_path / "with") == before, "a finished run does nothing"
+    (tmp_path / "with" / "report.html").unlink()
+    run(runs.folder, tmp_path / "with", **fields, report=True)
+    assert page_of(tmp_path / "with").startswith("<!DOCTYPE html>")
+
+
+def test_an_evaluation_joins_the_report(runs, tmp_path):
+    tokens = str(runs.folder / "tokens.npy")
+    run(runs.folder, tmp_path / "out", sparsity=0.5, samples=4, report=True)
+    fields = {"model": str(tmp_path / "out"), "perplexity": tokens, "seqlen": 24, "backend": "local"}
+    result = evaluate(EvaluateRecipe.checked(fields), Output(quiet=True))
+    (measured,) = result.evaluation.perplexity.values()
+    assert f"{measured.value:.3f}" in cells(page_of(tmp_path / "out"))
+    evaluate(EvaluateRecipe.checked({**fields, "out": str(tmp_path / "alone")}), Output(quiet=True))
+    assert f"{measured.value:.3f}" in cells(page_of(tmp_path / "alone"))
+    assert result.recipe["out"] == str(tmp_path / "out")
+
+
+def test_the_command_line_says_where_reports_are(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["prune", str(runs.folder / "model"), "--out", str(out), "--sparsity", "0.5", "--backend", "local"]
+    words += ["--calibration", str(runs.folder / "tokens.npy"), "--samples", "4", "--seqlen", "24"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out}/report.html"
+    with pytest.raises(SystemExit):
+        main([*words, "--no-report"])
+    assert "report:" not in capsys.readouterr().out
+    first = page_of(out)
+    (out / "report.html").unlink()
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(out), str(runs.folder / "owl")])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"report: {place}/report.html" for place in (out, runs.folder / "owl")
+    ]
+    assert page_of(out) == first
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["report", "--compare", str(runs.folder / "owl"), str(runs.folder / "mop"), "--file", f"{tmp_path}/x.html"]
+        )
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"report: {tmp_path}/x.html\n"
+    assert (tmp_path / "x.html").is_file()
+
+
+def test_a_report_lies_where_the_output_does(runs):
+    out = "memory://reports/out"
+    run(runs.folder, out, sparsity=0.5, samples=4, report=True)
+    assert Folder(out, "out").read_text("report.html").startswith("<!DOCTYPE html>")
+
+
+def test_there_is_none_of_what_is_not_finished(runs, tmp_path, dies_at_layer):
+    dies_at_layer(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.folder, tmp_path / "cut", sparsity=0.5, report=True)
+    for out in ("cut", "nothing"):
+        with pytest.raises(InputError, match="out: .*holds no finished run; `shardprune status` says where one stands"):
+            write_report(str(tmp_path / out))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["owl"], "is one output; give two or more"),
+        (["owl", "nothing"], "holds no finished run"),
+        (["owl", "old"], "was written before zeros were counted; start its command again"),
+        (["unmeasured", "also"], "none of the runs measured a perplexity"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(runs, tmp_path, names, problem):
+    if "old" in names:
+        (runs.folder / "old").mkdir()
+        result = json.loads((runs.folder / "owl" / "result.json").read_text())
+        del result["model"]["zeros_after"]
+        (runs.folder / "old" / "result.json").write_text(json.dumps(result))
+    if "also" in names:
+        for name in names:
+            search_run(runs.folder, name, path="L")
+    with pytest.raises(InputError, match=problem):
+        write_comparison([str(runs.folder / name) for name in names], str(tmp_path / "x.html"))
+    assert not (tmp_path / "x.html").exists()
