@@ -1,7 +1,7 @@
 PYTHON ?= python3
 
 # The tests' environment has the development tools; the demo's has what a user gets.
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/ready
 	.venv/bin/shardprune demo
@@ -14,6 +14,10 @@ lint: .venv-test/ready
 	.venv-test/bin/ruff check .
 	.venv-test/bin/ruff format --check .
 	.venv-test/bin/mypy
+
+# The pages that are made from the code.
+docs: .venv-test/ready
+	.venv-test/bin/python -m shardprune.reference docs/reference.md
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -72,7 +72,7 @@ RecipeFile = Annotated[
 @with_options(Recipe)
 def prune(
     model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
     ] = None,
     *,
     recipe: RecipeFile = None,
@@ -93,11 +93,9 @@ def prune(
 @with_options(RebuildRecipe)
 def rebuild(
     dense: Annotated[
-        str | None, typer.Argument(help="The model before it was pruned; `model` in a recipe.", show_default=False)
+        str | None, typer.Argument(help="The model before it was pruned; `model` in a recipe", show_default=False)
     ] = None,
-    sparse: Annotated[
-        str | None, typer.Argument(help="The same model, pruned by any tool.", show_default=False)
-    ] = None,
+    sparse: Annotated[str | None, typer.Argument(help="The same model, pruned by any tool", show_default=False)] = None,
     *,
     recipe: RecipeFile = None,
     **options: Any,
@@ -117,7 +115,7 @@ def rebuild(
 @with_options(MopRecipe)
 def mop(
     model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
     ] = None,
     *,
     recipe: RecipeFile = None,
@@ -138,7 +136,7 @@ def mop(
 @with_options(RecoverRecipe)
 def recover(
     model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
     ] = None,
     *,
     recipe: RecipeFile = None,
@@ -159,7 +157,7 @@ def recover(
 @with_options(EvaluateRecipe)
 def evaluate(
     model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe.", show_default=False)
+        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
     ] = None,
     *,
     recipe: RecipeFile = None,
@@ -179,10 +177,11 @@ def evaluate(
 )
 @with_options(PipelineRecipe)
 def pipeline(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step")],
     *,
     model: Annotated[
-        str | None, typer.Option(help="Directory, URL or hub name; overrides the recipe's.", show_default=False)
+        str | None,
+        typer.Option(help="Directory, URL or hub name; overrides the recipe's", metavar="TEXT", show_default=False),
     ] = None,
     **options: Any,
 ) -> None:
@@ -197,7 +196,7 @@ def pipeline(
 
 @_command(LOOK, "shardprune status s3://bucket/llama-70b-50")
 def status(
-    out: Annotated[str, typer.Argument(help="Directory or URL of the run's result.")],
+    out: Annotated[str, typer.Argument(help="Directory or URL of the run's result")],
     *,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each run")] = False,
 ) -> None:
@@ -236,7 +235,7 @@ def report(
 @with_options(PlanRecipe)
 def plan(
     model: Annotated[
-        str | None, typer.Argument(help="config.json, directory, URL or hub name of a checkpoint.", show_default=False)
+        str | None, typer.Argument(help="config.json, directory, URL or hub name of a checkpoint", show_default=False)
     ] = None,
     *,
     recipe: RecipeFile = None,
@@ -260,7 +259,7 @@ def plan(
 )
 @with_options(BatchJob)
 def slurm(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of any command.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="YAML file of any command", show_default=False)],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(

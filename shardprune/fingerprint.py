@@ -11,6 +11,7 @@ from shardprune.checkpoint import Checkpoint
 from shardprune.cluster.layout import Layout
 from shardprune.mop_recipe import MopRecipe
 from shardprune.recipe import NarrowingRecipe, RebuildRecipe, Recipe
+from shardprune.setting_groups import Calibration
 
 AnyRecipe = Recipe | NarrowingRecipe | RebuildRecipe | MopRecipe
 FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
@@ -48,6 +49,12 @@ def fingerprint_of(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def shaping_fields(recipe: AnyRecipe) -> set[str]:
+def shaping_fields(recipe: AnyRecipe | type[AnyRecipe]) -> set[str]:
     """The fields of a recipe that shape what the layer files hold, beside model and text."""
     return {name for group in recipe.shaping for name in group.model_fields} | {"measure_error"}
+
+
+def identifying_fields(recipe: type[AnyRecipe]) -> set[str]:
+    """The fields of a recipe that say which run it is, as far as they do not depend on machines."""
+    named = {*shaping_fields(recipe), *Calibration.model_fields, "model", "sparse", "propagation"}
+    return named & set(recipe.model_fields)

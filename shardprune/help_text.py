@@ -34,7 +34,7 @@ class HelpfulCommand(TyperCommand):
     """A command whose help has its panels in line."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        arguments = [(Text(_placeholder(p), OPTION), p.help or "") for p in _arguments(self, ctx)]
+        arguments = [(Text(placeholder_of(p), OPTION), p.help or "") for p in _arguments(self, ctx)]
         _show(self, ctx, [("Arguments", arguments), *_option_panels(self.get_params(ctx))])
 
 
@@ -55,7 +55,8 @@ def _arguments(command: Any, ctx: Any) -> list[Any]:
     return [p for p in command.get_params(ctx) if p.param_type_name == "argument" and not p.hidden]
 
 
-def _placeholder(argument: Any) -> str:
+def placeholder_of(argument: Any) -> str:
+    """What stands for an argument in a help text."""
     return argument.metavar or argument.name.upper()
 
 
@@ -64,11 +65,13 @@ def _option_panels(parameters: Iterable[Any]) -> list[tuple[str, list[Row]]]:
     panels: dict[str, list[Row]] = {"Options": []}
     for parameter in parameters:
         if parameter.param_type_name == "option" and not parameter.hidden:
-            panels.setdefault(parameter.rich_help_panel or "Options", []).append((_name(parameter), _help(parameter)))
+            panels.setdefault(parameter.rich_help_panel or "Options", []).append(
+                (name_of(parameter), help_of(parameter))
+            )
     return list(panels.items())
 
 
-def _name(option: Any) -> Text:
+def name_of(option: Any) -> Text:
     """An option with what stands for its value."""
     names = sorted(option.opts, key=len)
     if option.secondary_opts:  # --x/--no-x
@@ -77,7 +80,8 @@ def _name(option: Any) -> Text:
     return name.append(f" {option.metavar}", VALUE) if option.metavar and not option.is_flag else name
 
 
-def _help(option: Any) -> str:
+def help_of(option: Any) -> str:
+    """An option's text with its default."""
     shown = option.show_default and option.default not in (None, False)
     return f"{option.help or ''} (default: {option.default})" if shown else option.help or ""
 
@@ -101,7 +105,7 @@ def _show(command: Any, ctx: Any, panels: list[tuple[str, list[Row]]]) -> None:
 def _usage(command: Any, ctx: Any) -> str:
     pieces = [ctx.command_path, "[OPTIONS]"]
     for argument in _arguments(command, ctx):
-        name = _placeholder(argument) + ("..." if argument.nargs == -1 else "")
+        name = placeholder_of(argument) + ("..." if argument.nargs == -1 else "")
         pieces.append(name if argument.required else f"[{name}]")
     return " ".join([*pieces, "COMMAND ..."] if isinstance(command, TyperGroup) else pieces)
 

@@ -16,7 +16,8 @@ BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at mos
 @dataclass(frozen=True)
 class DescribedField:
     """One field: `group` is the class that declares it, `type` what the command line reads (list[str] where an option
-    is repeatable, dict for a section of a recipe, which is no option), `default` as text (None: there is none)."""
+    is repeatable, dict for a section of a recipe, which is no option), `value` what the field is where it is not given,
+    `default` the same in words (None: there is none)."""
 
     name: str
     group: type[Settings]
@@ -24,6 +25,7 @@ class DescribedField:
     description: str
     choices: tuple[str, ...]
     bounds: str | None
+    value: Any
     default: str | None
     required: bool
 
@@ -69,13 +71,6 @@ def panels_of(settings: type[Settings]) -> list[FieldPanel]:
     return panels
 
 
-def arguments_of(settings: type[Settings]) -> tuple[DescribedField, ...]:
-    """The fields that belong to no group: what a command works on."""
-    return tuple(
-        _described(settings, name, settings) for name in settings.__annotations__ if name in settings.model_fields
-    )
-
-
 def _described(settings: type[Settings], name: str, group: type[Settings]) -> DescribedField:
     field = settings.model_fields[name]
     description, default = _split_default(field.description or "")
@@ -88,6 +83,7 @@ def _described(settings: type[Settings], name: str, group: type[Settings]) -> De
         description=description,
         choices=tuple(settings.choices(name)),
         bounds=_bounds(field.metadata),
+        value=None if field.is_required() else field.default,
         default=default,
         required=field.is_required(),
     )

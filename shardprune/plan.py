@@ -18,14 +18,13 @@ from shardprune.cluster.store import store_bytes
 from shardprune.cluster.work import Shares
 from shardprune.defaults import check_seqlen, device_of, dtype_of, place_of, threads_of
 from shardprune.errors import InputError, without_credentials
-from shardprune.fingerprint import AnyRecipe, fingerprint_of, shaping_fields
+from shardprune.fingerprint import AnyRecipe, fingerprint_of, identifying_fields
 from shardprune.journal import Journal, recorded_recipe
 from shardprune.mop_recipe import MopRecipe
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, stored_dtype
 from shardprune.recipe import NarrowingRecipe, Recipe
 from shardprune.retrying import before_work
-from shardprune.setting_groups import Calibration
 from shardprune.shard.spec import WorkerSpec
 from shardprune.skeleton import Skeleton, check_sparse, check_tensors
 from shardprune.solvers.outliers import Outliers
@@ -298,10 +297,8 @@ def _recorded(recipe: AnyRecipe, out: str) -> dict[str, Any]:
         return {}
     recorded = recorded_recipe(out)
     asked = recipe.record()
-    same = {*shaping_fields(recipe), *Calibration.model_fields, "model", "propagation"}
-    same |= {"sparse"} if recipe.sparse else set()
-    same &= set(type(recipe).model_fields)
-    return recorded if all(recorded.get(name) == asked[name] for name in same) else {}
+    same = all(recorded.get(name) == asked[name] for name in identifying_fields(type(recipe)))
+    return recorded if same else {}
 
 
 def _check_layout(recipe: AnyRecipe, layers: int) -> None:

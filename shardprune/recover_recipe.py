@@ -130,6 +130,12 @@ class RecoverRecipe(Learning, Data, Teaching, Partitioned, Measuring, Trainers, 
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the pruned checkpoint")
 
+    @classmethod
+    def identifying_fields(cls) -> set[str]:
+        """The fields that say which training it is: the state of one stage of ZeRO is not that of another."""
+        shaping = {name for group in cls.shaping for name in group.model_fields} - {"micro_batch"}
+        return shaping | {"model", "zero", "offload", "precision", "deepspeed"}
+
     @model_validator(mode="before")
     @classmethod
     def _zero_is_a_stage(cls, values: Any) -> Any:

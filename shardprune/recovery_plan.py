@@ -263,19 +263,15 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> Zeros:
 def _fingerprint(inputs: Inputs, steps: int) -> str:
     """A hash of everything that shapes the weights but for rounding: a training goes on with other workers."""
     recipe, teacher = inputs.recipe, inputs.teacher
-    fields = {name for group in recipe.shaping for name in group.model_fields}
     content = {
         "format": FORMAT,
         "command": recipe.command,
         "model": inputs.checkpoint.identity(),
         "rows": inputs.rows.digest(),
         "held_out_rows": inputs.held_out.digest(),
-        **recipe.model_dump(include=fields - {"data", "epochs", "micro_batch"}),
+        **recipe.model_dump(include=recipe.identifying_fields() - {"model", "data", "epochs"}),
         "teacher": teacher.identity() if teacher else None,
         "steps": steps,
-        "precision": recipe.precision,
-        "zero": recipe.zero,  # the state of one stage is not that of another
-        "offload": recipe.offload,
         "deepspeed": inputs.overrides,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -89,7 +89,11 @@ class Choices(Settings):
 
 
 class PlanRecipe(Machine, Choices, Pruning, Calibration, Evaluation, Structured, OptionalBarber):
-    """Everything that `shardprune plan` looks at; it takes the recipes of `shardprune prune`."""
+    """Everything that `shardprune plan` looks at.
+
+    It takes the recipes of `shardprune prune` and passes over what a plan does not depend on; structured pruning and
+    mask rebuilding are not planned, and refused.
+    """
 
     ignored: ClassVar[frozenset[str]] = frozenset(Recipe.model_fields) - {*Choices.model_fields}
     unlisted: ClassVar[tuple[type[Settings], ...]] = (Structured, OptionalBarber)
