@@ -212,12 +212,12 @@ def status(
 
 @_command(LOOK, "shardprune report --compare runs/wanda runs/sparsegpt runs/owl")
 def report(
-    outs: Annotated[list[str], typer.Argument(metavar="OUT", help="Outputs of finished runs or pipelines.")],
+    outs: Annotated[list[str], typer.Argument(metavar="OUT", help="Outputs of finished runs or pipelines")],
     *,
     compare: Annotated[
         bool, typer.Option("--compare", help="One page: perplexity against compression and seconds of all of them")
     ] = False,
-    file: Annotated[str, typer.Option(help="File of the comparison")] = "comparison.html",
+    file: Annotated[str, typer.Option(help="File of the comparison", metavar="FILE")] = "comparison.html",
 ) -> None:
     """Write OUT/report.html: what a run achieved, as one page that needs no network. Runs do so at their end."""
     from shardprune.report.report import write_comparison, write_report

@@ -62,6 +62,7 @@ def test_help_names_every_option_and_its_default(command, capsys, monkeypatch):
     for parameter in GROUP.commands[command].params:
         if parameter.param_type_name == "option" and not parameter.hidden:
             assert texts[parameter.opts[0]]
+            assert parameter.is_flag or parameter.metavar
     titles = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
     for panel in panels_of(SETTINGS[command]) if command in SETTINGS else ():
         options = [field for field in panel.fields if field.type is not dict]
