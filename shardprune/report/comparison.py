@@ -1,10 +1,12 @@
 """Several runs side by side: what perplexity they have for what compression, and for how many seconds."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, without_credentials
+from shardprune.pipeline_recipe import PRUNED, RECOVERED
 from shardprune.report.finished import FinishedRun
 from shardprune.report.plot import COLORS, SYMBOLS, Plot, figure
 from shardprune.result import EvaluationResult, Result
@@ -39,11 +41,25 @@ class Point:
     seconds: float
 
 
-def points_of(runs: list[FinishedRun]) -> list[Point]:
+def names_of(folders: Iterable[str]) -> dict[str, str]:
+    """As many of the last parts of each folder's name as tell it from the others, of a pipeline's step two at least."""
+    parts = {folder: without_credentials(folder).rstrip("/").split("/") for folder in folders}
+    names = {}
+    for folder, own in parts.items():
+        others = [of for other, of in parts.items() if other != folder]
+        count = 2 if own[-1] in (PRUNED, RECOVERED) else 1
+        while count < len(own) and any(of[-count:] == own[-count:] for of in others):
+            count += 1
+        names[folder] = "/".join(own[-count:])
+    return names
+
+
+def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
     """The models that runs made, and the originals that they were given.
 
     Args:
         runs: one, or the steps of a pipeline, in their order.
+        names: what to call their outputs.
 
     Raises:
         InputError: a run was only an evaluation.
@@ -65,7 +81,9 @@ def points_of(runs: list[FinishedRun]) -> list[Point]:
         if run in runs:
             left = run.result.model.parameters_after - _zeros(run)
             compression = 1 - left / original.result.model.parameters_before
-            points += [Point(run.name, text, value, compression, seconds) for text, value in _measured(run.result)]
+            points += [
+                Point(names[run.folder], text, value, compression, seconds) for text, value in _measured(run.result)
+            ]
     return points
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError
 from shardprune.events import read_events
 from shardprune.journal import RESULT
 from shardprune.pipeline_recipe import PRUNED, RECOVERED
@@ -19,12 +19,6 @@ class FinishedRun:
     folder: str
     result: Result | EvaluationResult
     events: list[dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        """The last part of the output's name, that of a pipeline's step with the pipeline's."""
-        parts = without_credentials(self.folder).rstrip("/").split("/")
-        return "/".join(parts[-2:]) if parts[-1] in (PRUNED, RECOVERED) else parts[-1]
 
     @property
     def command(self) -> str:

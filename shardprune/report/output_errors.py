@@ -7,7 +7,8 @@ import plotly.graph_objects as go
 from shardprune.report.plot import Plot, figure, series
 from shardprune.result import BlockResult, NarrowedLayer, ProjectionResult
 
-TICKS = 12  # of the axis of layers
+TICKS = 12  # of the axis of layers, at most
+STEPS = (1, 2, 5, 10, 20, 50, 100)
 
 Point = tuple[int, str, float]  # layer, series, error
 
@@ -65,7 +66,11 @@ def _errors(points: list[Point], title: str, text: str) -> Plot | None:
             )
         )
     layers = 1 + max(layer for layer, _, _ in points)
-    drawn = figure(traces, xaxis={"title": "layer", "dtick": -(-layers // TICKS)}, yaxis_title="relative error")
+    drawn = figure(
+        traces,
+        xaxis={"title": "layer", "dtick": next(step for step in STEPS if step * TICKS >= layers)},
+        yaxis_title="relative error",
+    )
     if all(error > 0 for _, _, error in points):  # a projection that lost nothing has none
         drawn.update_yaxes(type="log")
     return Plot(title, drawn, text)

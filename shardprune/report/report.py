@@ -6,7 +6,7 @@ import yaml
 
 from shardprune.errors import InputError
 from shardprune.progress import Output
-from shardprune.report.comparison import HEADINGS, comparison_rows, comparisons, points_of
+from shardprune.report.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.course import path_of_search
 from shardprune.report.finished import FinishedRun, finished_runs
 from shardprune.report.heat_maps import outlier_map, sparsity_map
@@ -63,7 +63,9 @@ def write_comparison(outs: list[str], file: str) -> str:
     """
     if len(outs) < 2:
         raise InputError("compare", f"{', '.join(outs)!r} is one output; give two or more")
-    points = [point for out in outs for point in points_of(finished_runs(absolute(out)))]
+    runs = [finished_runs(absolute(out)) for out in outs]
+    names = names_of(run.folder for of_one in runs for run in of_one)
+    points = [point for of_one in runs for point in points_of(of_one, names)]
     if not points:
         raise InputError("compare", "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`")
     grid = Grid(HEADINGS, comparison_rows(points), numbers=2)

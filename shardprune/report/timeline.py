@@ -114,7 +114,7 @@ def _columns(start: float, end: float, column: float) -> Iterator[tuple[int, flo
 
 
 def _kind(took: dict[str, float], there: float, column: float) -> str | None:
-    """What took most of a column; idle where nothing took half of the time that the workers were there."""
+    """What took most of a column; idle where they were at work for less than half of the time that they were there."""
     if there < column / 2 and not took:
         return None
     if sum(took.values()) < there / 2:
@@ -181,7 +181,7 @@ def _unit(seconds: float) -> tuple[float, str]:
 def _text(history: History) -> str:
     told = (
         "Each line is a worker, named shard.replica: what took most of its time in each of "
-        f"{COLUMNS} stretches, and idle where nothing took half of it."
+        f"{COLUMNS} stretches, and idle where it was at work for less than half of it."
     )
     if any(work.verb == "train" for stint in history.stints for work in stint.work):
         told += " Processes of a training keep no account of their own and count as busy throughout."

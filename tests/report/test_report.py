@@ -12,7 +12,7 @@ from shardprune import EvaluateRecipe, evaluate
 from shardprune.cli import main
 from shardprune.errors import InputError
 from shardprune.progress import Output
-from shardprune.report.comparison import DENSE, points_of
+from shardprune.report.comparison import DENSE, names_of, points_of
 from shardprune.report.finished import finished_runs
 from shardprune.report.report import write_comparison, write_report
 from shardprune.storage import Folder
@@ -115,9 +115,24 @@ def test_names_are_text(runs, tmp_path):
     assert "&lt;i&gt;&amp;amp;&lt;_i" in page
 
 
+def points(out):
+    found = finished_runs(str(out))
+    return points_of(found, names_of(run.folder for run in found))
+
+
+def test_outputs_have_names_that_differ():
+    assert names_of(["/a/x", "/b/x", "/b/y", "s3://c/x", "/p/pruned"]) == {
+        "/a/x": "a/x",
+        "/b/x": "b/x",
+        "/b/y": "y",
+        "s3://c/x": "c/x",
+        "/p/pruned": "p/pruned",
+    }
+
+
 def test_points_of_a_comparison_count_parameters(runs):
     for name in ("owl", "composite", "mop"):
-        dense, point = points_of(finished_runs(str(runs.folder / name)))
+        dense, point = points(runs.folder / name)
         (measured,) = runs.results[name].perplexity.values()
         assert (dense.name, dense.perplexity, dense.compression) == (DENSE, measured.before, 0)
         assert (point.name, point.perplexity) == (name, measured.after)
@@ -131,8 +146,8 @@ def test_points_of_a_comparison_count_parameters(runs):
 
 def test_a_recovered_model_is_compared_with_the_original(runs):
     """Whether the output of the pipeline is given, or that of its last step."""
-    whole = points_of(finished_runs(str(runs.folder / "pipeline")))
-    alone = points_of(finished_runs(str(runs.folder / "pipeline" / "recovered")))
+    whole = points(runs.folder / "pipeline")
+    alone = points(runs.folder / "pipeline" / "recovered")
     results = [runs.results[step] for step in ("prune", "recover")]
     assert [point.name for point in whole] == [DENSE, "pipeline/pruned", *2 * ["pipeline/recovered"]]
     assert alone == [whole[0], *whole[2:]]
