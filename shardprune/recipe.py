@@ -1,6 +1,6 @@
 """One recipe says everything a run does: a YAML file, overridden by the command line's options."""
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -9,12 +9,17 @@ from shardprune.allocation.budget import HIGHEST
 from shardprune.errors import InputError
 from shardprune.setting_groups import Calibration, Cluster, Evaluation, Run, Width
 from shardprune.settings import Settings
+from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
 from shardprune.solvers.rebuilding import Granularity, Metric, Rebuilding
 from shardprune.structure.scoring import Scoring
 
-MethodName = Literal["magnitude", "wanda", "sparsegpt"]
-AllocationName = Literal["uniform", "owl", "mosaic", "mosaic-released"]
+if TYPE_CHECKING:
+    MethodName = str
+    AllocationName = str
+else:
+    MethodName = Literal[tuple(name for name, method in METHODS.items() if method.named)]
+    AllocationName = Literal[tuple(ALLOCATIONS)]
 
 
 class Structured(Width):

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -51,9 +51,7 @@ class Settings(BaseModel):
     @classmethod
     def choices(cls, field: str) -> list[str]:
         """The values that a field of fixed choices takes; none for other fields."""
-        annotation, extra = cls.model_fields[field].annotation, cls.model_fields[field].json_schema_extra
-        if isinstance(extra, dict) and "choices" in extra:  # that stand in a table
-            return [str(choice) for choice in cast(list[str], extra["choices"])]
+        annotation = cls.model_fields[field].annotation
         return [str(choice) for choice in get_args(annotation)] if get_origin(annotation) is Literal else []
 
     def needs(self, reason: str, met: bool, *fields: str) -> None:

@@ -1,7 +1,7 @@
 """What is planned: the run, as `shardprune prune` is told it, and the machines."""
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -12,6 +12,11 @@ from shardprune.recipe import OptionalBarber, Pruning, Recipe, Structured
 from shardprune.setting_groups import Calibration, Evaluation
 from shardprune.settings import Settings, positive
 
+if TYPE_CHECKING:
+    HardwareName = str
+else:
+    HardwareName = Literal[tuple(HARDWARE)]
+
 ANY_SPARSITY = 0.5  # where none is given: no size depends on it
 
 
@@ -21,9 +26,7 @@ class Machine(Settings):
     nodes: int = Field(1, ge=1, description="Machines with the same GPUs")
     gpus: int = Field(1, ge=1, description="GPUs of a node; with hardware cpu, workers of a node")
     gpu_memory: str | None = Field(None, description="Memory of a GPU, such as 80GB (default: the hardware's)")
-    hardware: str = Field(
-        "h100", json_schema_extra={"choices": list(HARDWARE)}, description="Whose rates to reckon with"
-    )
+    hardware: HardwareName = Field("h100", description="Whose rates to reckon with")
     host_memory: str | None = Field(None, description="Memory of a node, such as 1TB (default: the hardware's)")
     network: str | None = Field(
         None, description="What a node sends and receives, such as 25GB/s or 100Gbit/s (default: the hardware's)"
@@ -31,13 +34,6 @@ class Machine(Settings):
     storage: str | None = Field(
         None, description="What a node reads from where the weights lie, such as 5GB/s (default: the hardware's)"
     )
-
-    @field_validator("hardware")
-    @classmethod
-    def _known_hardware(cls, value: str) -> str:
-        if value not in HARDWARE:
-            raise ValueError(f"use one of {', '.join(HARDWARE)}")
-        return value
 
     @field_validator("gpu_memory", "host_memory")
     @classmethod

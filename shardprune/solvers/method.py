@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from shardprune.solvers.pattern import Pattern
-from shardprune.solvers.statistics import InputStatistics, Kind
+    from shardprune.solvers.pattern import Pattern
+    from shardprune.solvers.statistics import InputStatistics, Kind
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,8 @@ class Solution:
     """A pruned projection: `weight` [rows, cols] float32, `mask` [rows, cols] True where pruned, how
     many `retries` the factorisation needed and the `damping` it ended with (None: no factorisation)."""
 
-    weight: Tensor
-    mask: Tensor
+    weight: "Tensor"
+    mask: "Tensor"
     retries: int = 0
     damping: float | None = None
 
@@ -24,9 +27,17 @@ class Solution:
 class Method:
     """A row of the table of methods.
 
-    `prune(weight, statistics, pattern, sparsity)` takes a float32 weight [rows, cols] that it leaves
-    as it is; `needs` is the kind of statistics it cannot do without (None: the weights are enough).
+    `solver` is the module and function that prune, imported when they are first used: recipes are read without
+    torch. `needs` is the kind of statistics it cannot do without (None: the weights are enough). A recipe's
+    `method` is a row that is `named`.
     """
 
-    prune: Callable[[Tensor, InputStatistics, Pattern, float], Solution]
-    needs: Kind | None
+    solver: str
+    needs: "Kind | None"
+    named: bool = True
+
+    @property
+    def prune(self) -> "Callable[[Tensor, InputStatistics, Pattern, float], Solution]":
+        """`prune(weight, statistics, pattern, sparsity)` takes a float32 weight [rows, cols] and leaves it as it is."""
+        module, function = self.solver.split(".")
+        return getattr(import_module(f"shardprune.solvers.{module}"), function)
