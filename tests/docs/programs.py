@@ -187,8 +187,21 @@ def _ray(shell: Shell, words: list[str], command: Command) -> None:
         run_words(shell, given["entrypoint"], command)
 
 
-def _sbatch(shell: Shell, words: list[str], command: Command) -> None:
+def _sbatch(shell: Shell, words: list[str], shown: Command) -> None:
     """Check sbatch's options, and run here what the script runs."""
+    job = job_of_script(words)
+    if job:
+        command, *rest = job
+        recipe = rest if command == "pipeline" else rest[1:]
+        run_words(shell, ["python", "-m", f"jobs.{command}", *recipe], shown)
+
+
+def job_of_script(words: Sequence[str]) -> list[str]:
+    """What `sbatch WORDS` runs if its script is one of cluster/slurm: words of shardprune's command line; else none.
+
+    Raises:
+        Wrong: an option is none that pages use, or there is no such script.
+    """
     rest = list(words)
     while rest and rest[0].startswith("-"):
         name, equals, _ = rest.pop(0).lstrip("-").partition("=")
@@ -198,9 +211,8 @@ def _sbatch(shell: Shell, words: list[str], command: Command) -> None:
             rest.pop(0)
     if not rest or not Path(rest[0]).is_file():
         raise Wrong(f"no script {' '.join(rest[:1])!r}")
-    script = Path(rest[0]).read_text()
-    if standing := re.search(r' -- (\w+) (--recipe )?"\$\{@', script):
-        run_words(shell, ["python", "-m", f"jobs.{standing[1]}", *rest[1:]], command)
+    standing = re.search(r' -- (\w+) (--recipe )?"\$\{@', Path(rest[0]).read_text())
+    return [standing[1], *(standing[2] or "").split(), *rest[1:]] if standing else []
 
 
 def _make(shell: Shell, words: list[str], command: Command) -> None:

@@ -133,8 +133,9 @@ class Shell:
         if command == "demo":
             return None  # Ray shards of the bundled model: tests/test_demo.py prunes it, CI runs the command
         if settings is None:
-            for out in _listed(parsed(command, rest).get("out")):
-                self.material.provide_model(out)
+            values = parsed(command, rest)
+            for out in values.get("outs") or [values["out"]]:
+                self.material.provide_model(str(out))
         else:
             self.clear(getattr(settings, "out", None))
             self.material.provide(settings)
@@ -167,8 +168,10 @@ class Shell:
             small = Path(f"small-{Path(recipe).name}")
             small.write_text(yaml.safe_dump(small_pipeline(settings, values)))
             kept[kept.index(str(recipe))] = str(small)
-        options = ((f"--{name.replace('_', '-')}", str(value)) for name, value in small_of(command, settings).items())
-        return [*kept, *(word for option in options for word in option)]
+        for name, value in small_of(command, settings).items():
+            option = name.replace("_", "-")
+            kept += [f"--no-{option}"] if value is False else [f"--{option}", str(value)]
+        return kept
 
     def clear(self, out: str | None) -> None:
         """Remove what another command has written to OUT, which stands for any directory."""
@@ -282,7 +285,3 @@ def compare(shown: str | None, said: str) -> None:
 
 def squeezed(text: str) -> str:
     return "".join(text.split())
-
-
-def _listed(value: Any) -> list[str]:
-    return [] if value is None else [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]

@@ -48,7 +48,7 @@ FAMILIES = {
     "opt": "opt",
     "": "llama-3.1",
 }
-LAYERS, POSITIONS = 8, 4096
+LAYERS, POSITIONS = 6, 4096
 PRUNED = re.compile(r"SPARSE|OUT\w*|.*(^|/)(runs|pruned|out)(/.*|$)|.*-(50|60|70|2of4|owl|pruned)\b.*")  # not dense
 CONFIG_OF = {  # what `plan` reads: the real ones
     "meta-llama/Llama-3.1-8B": "ray_configs/models/llama-3.1-8b/config.json",
@@ -65,7 +65,7 @@ PLACEHOLDER = re.compile(r"(OUT|DIR)\w*$")  # another directory each time that i
 COLUMNS = ("text", "content", "good", "bad", "sentence_good", "sentence_bad")  # of a FILE.jsonl, beside instructions
 
 # -- sizes --------------------------------------------------------------------------------------------------------
-LOCAL = {"backend": "local", "device": "cpu", "threads": 2}
+LOCAL = {"backend": "local", "device": "cpu", "threads": 1, "report": False}
 CALIBRATED = {"samples": 8, "seqlen": 24, "eval_windows": 2, **LOCAL}
 SMALL: dict[str, dict[str, Any]] = {
     "prune": CALIBRATED,

@@ -18,6 +18,7 @@ from tests.docs.shell import COMMANDS
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 OF_THE_REPOSITORY = re.compile(r"(docs|shardprune|tests|jobs|ray_configs|cluster)/[\w./-]*[\w/]")
 ARXIV = re.compile(r"arXiv[: ]+(\S+?)[\s,;:)\]]|arxiv\.org/\w+/([^\s)]+)", re.IGNORECASE)
+OF_OTHER_TOOLS = ("coming-from.md",)  # whose options stand there; tests/docs/test_coming_from.py tells ours apart
 # Options of other programs, in the text of pages about them; `_` is in none of ours.
 FOREIGN = re.compile(
     r"--\w+_\w*.*|--(exclusive|no-kill|gres|constraint|requeue|signal|parallel-sampling|num-cpus|generate|batch-size)"
@@ -96,7 +97,9 @@ def all_options() -> frozenset[str]:
     return own | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', benchmarks)) | {"--install-completion"}
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if path.name not in OF_OTHER_TOOLS], ids=lambda path: path.name
+)
 def test_options_that_the_text_names_exist(path):
     page = page_of(path)
     wrong = []
