@@ -15,6 +15,7 @@ from shardprune.mop_recipe import MopRecipe
 from shardprune.options import completion, given, with_options
 from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.printed import print_place_of_report, print_plan, print_result
 from shardprune.recipe import RebuildRecipe, Recipe
 from shardprune.recover_recipe import RecoverRecipe
 from shardprune.settings import Settings
@@ -56,6 +57,9 @@ def _command(panel: str, *example: str) -> Callable[..., Any]:
     return app.command(cls=HelpfulCommand, rich_help_panel=panel, epilog=f"Example:\n\n  {lines}")
 
 
+Model = Annotated[
+    str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
+]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
@@ -71,9 +75,7 @@ RecipeFile = Annotated[
 )
 @with_options(Recipe)
 def prune(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
-    ] = None,
+    model: Model = None,
     *,
     recipe: RecipeFile = None,
     **options: Any,
@@ -82,7 +84,7 @@ def prune(
     from shardprune.run import prune as run
 
     settings = Recipe.load(recipe, given({"model": model, **options}))
-    _show(run(settings), settings)
+    print_result(run(settings), settings)
 
 
 @_command(
@@ -104,7 +106,7 @@ def rebuild(
     from shardprune.run import rebuild as run
 
     settings = RebuildRecipe.load(recipe, given({"model": dense, "sparse": sparse, **options}))
-    _show(run(settings), settings)
+    print_result(run(settings), settings)
 
 
 @_command(
@@ -114,9 +116,7 @@ def rebuild(
 )
 @with_options(MopRecipe)
 def mop(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
-    ] = None,
+    model: Model = None,
     *,
     recipe: RecipeFile = None,
     **options: Any,
@@ -125,7 +125,7 @@ def mop(
     from shardprune.search import mop as run
 
     settings = MopRecipe.load(recipe, given({"model": model, **options}))
-    _show(run(settings), settings)
+    print_result(run(settings), settings)
 
 
 @_command(
@@ -135,9 +135,7 @@ def mop(
 )
 @with_options(RecoverRecipe)
 def recover(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
-    ] = None,
+    model: Model = None,
     *,
     recipe: RecipeFile = None,
     **options: Any,
@@ -146,7 +144,7 @@ def recover(
     from shardprune.fine_tuning import recover as run
 
     settings = RecoverRecipe.load(recipe, given({"model": model, **options}))
-    _show(run(settings), settings)
+    print_result(run(settings), settings)
 
 
 @_command(
@@ -156,9 +154,7 @@ def recover(
 )
 @with_options(EvaluateRecipe)
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
-    ] = None,
+    model: Model = None,
     *,
     recipe: RecipeFile = None,
     **options: Any,
@@ -167,7 +163,7 @@ def evaluate(
     from shardprune.evaluation.run import evaluate as run
 
     settings = EvaluateRecipe.load(recipe, given({"model": model, **options}))
-    _show(run(settings), settings)
+    print_result(run(settings), settings)
 
 
 @_command(
@@ -190,8 +186,9 @@ def pipeline(
 
     settings = PipelineRecipe.load(recipe, given({"model": model, **options}))
     for result in run(settings).values():
-        _show(result)
-    _show_report(settings.report, settings.out)
+        print_result(result)
+    if settings.report:
+        print_place_of_report(settings.out)
 
 
 @_command(LOOK, "shardprune status s3://bucket/llama-70b-50")
@@ -248,7 +245,7 @@ def plan(
     Exit code 1 where nothing fits."""
     from shardprune.planning.planned import plan as run
 
-    return _show_plan(run(PlanRecipe.load(recipe, given({"model": model, **options})), simulate), as_json)
+    return print_plan(run(PlanRecipe.load(recipe, given({"model": model, **options})), simulate), as_json)
 
 
 @_command(
@@ -324,38 +321,7 @@ def demo(
     from shardprune.run import prune as run
 
     settings = demo_recipe(out, shards)
-    _show(run(settings), settings)
-
-
-def _show_plan(planned: Any, as_json: bool) -> int:
-    from rich.console import Console
-
-    from shardprune.planning.report import show
-
-    if as_json:
-        print(json.dumps(planned.as_json(), indent=1))
-    else:
-        show(planned, Console())
-    return 0 if planned.fits else 1
-
-
-def _show(result: Any, settings: Any = None) -> None:
-    """Print what a run achieved and, with its settings, where its report is."""
-    from rich.console import Console
-
-    from shardprune.result import EvaluationResult
-    from shardprune.summary import evaluation_summary, summary
-
-    Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
-    if settings:
-        _show_report(settings.report, settings.out or result.recipe["out"])
-
-
-def _show_report(written: bool, out: str | None) -> None:
-    from shardprune.report.report import place_of_report
-
-    if written and out:
-        print(f"report: {place_of_report(out)}")
+    print_result(run(settings), settings)
 
 
 def main(arguments: list[str] | None = None) -> None:
