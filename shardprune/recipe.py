@@ -148,7 +148,7 @@ class Pruning(Structured):
                 f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
                 f"use less than {HIGHEST}, or allocation uniform",
             )
-        self.needs("an allocation by outliers (owl, mosaic)", observes, "outlier_lambda")
+        self.needs("an allocation other than uniform", self.allocation != "uniform", "outlier_lambda")
         looks = observes or (self.structured is not None and self.score == "outlier")
         self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")
         varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)
