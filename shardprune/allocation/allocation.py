@@ -33,9 +33,9 @@ class Share:
 class Allocation:
     """A row of the table of allocations.
 
-    `allocate(projections, outliers, target, spread)` gives each projection its sparsity; `outliers` has one
-    entry per layer where the allocation `observes` and none else, and `spread` (lambda) is half the width of the range in
-    which the sparsities lie. An `exact` allocation has the target as the mean over all weights.
+    `allocate(projections, outliers, target, spread)` gives each projection its sparsity; `outliers` has one entry per
+    layer where the allocation `observes` and none else, and `spread` (lambda) is half the width of the range in which
+    the sparsities lie. An `exact` allocation has the target as the mean over all weights.
     """
 
     allocate: Callable[[list[Projection], "list[Outliers]", float, float], Sparsities]
