@@ -30,8 +30,9 @@ LANGUAGES: dict[str, Kind] = {
 FILE_NAME = re.compile(r"[\w./-]+\.(yaml|yml|json|jsonl|py)")
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=")
 OPERATORS = frozenset({"|", "&&", "||", ";", "&"})
-# What the first line of a block without a language looks like that is no command: not a lower-case word by itself.
-NO_COMMAND = re.compile(r"[^a-z.]|\S+:( |$)|\S+ = ")
+# How the first line of a block without a language begins or reads that is no command: no lower-case word alone at its
+# beginning, or punctuation, arrows or columns of a text.
+NO_COMMAND = re.compile(r"[^a-z.]|\S+:( |$)|\S+ = |[^'\"]*(, | -> | \()|\S+  +[^#\s]")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,11 @@ def kind_of(text: str) -> Kind:
         return "json"
     if _is_yaml(text):
         return "yaml"
-    return "output" if NO_COMMAND.match(first) and not ASSIGNMENT.match(first) else "commands"
+    return "output" if _is_output(first) else "commands"
+
+
+def _is_output(line: str) -> bool:
+    return NO_COMMAND.match(line) is not None and not line.startswith("$ ") and not ASSIGNMENT.match(line)
 
 
 def _is_python(text: str) -> bool:
@@ -195,6 +200,9 @@ def commands_of(block: Block) -> Iterator[Command]:
         text = lines[at]
         at += 1
         if not text.strip() or text.lstrip().startswith("#"):
+            continue
+        if not (start and lines[start - 1].strip()) and _is_output(text):  # Markdown joins neighbouring blocks
+            at = next((later for later in range(at, len(lines)) if not lines[later].strip()), len(lines))
             continue
         prompted = text.startswith("$ ")
         text = text.removeprefix("$ ")

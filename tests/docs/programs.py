@@ -27,6 +27,7 @@ OTHERS = {
     "squeue": ".*",  # tests/slurm/test_jobs.py works with a real Slurm
     "scancel": ".*",
     "sinfo": ".*",
+    "hf": "download|auth",  # no network
     "git": "clone|switch|checkout",
     "ssh": "-.*|.*@.*|HEAD.*",
     "tail": "-f|-n|.*",

@@ -5,7 +5,7 @@ import doctest
 from pathlib import Path
 from typing import Any
 
-from tests.docs.standins import CLASSES, Material, small_of
+from tests.docs.standins import CLASSES, Material, made_small
 
 COMMAND_OF = {cls.__name__: command for command, cls in CLASSES.items()}
 READ = {
@@ -35,11 +35,9 @@ def run_python(text: str, names: dict[str, Any], material: Material) -> None:
 
 def _small(command: str, values: dict[str, Any], material: Material) -> dict[str, Any]:
     """The fields of a recipe, made small; what they name is provided."""
-    cls = CLASSES[command]
-    settings = cls.checked(values)
-    small = {**values, **small_of(command, settings)}
+    settings = CLASSES[command].checked(values)
     material.provide(settings)
-    return small
+    return made_small(command, values, settings)
 
 
 class _Recipes(ast.NodeTransformer):

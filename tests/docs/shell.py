@@ -33,6 +33,7 @@ from tests.docs.standins import (
     RECIPE_OF,
     RECIPES,
     SCHEMES,
+    SOURCES,
     Material,
     small_of,
     small_pipeline,
@@ -139,6 +140,8 @@ class Shell:
         else:
             self.clear(getattr(settings, "out", None))
             self.material.provide(settings)
+            for source in SOURCES.values():
+                self.material.provide_source(source)
         return self.expect(*self.call(main, [command, *self.small(command, rest, settings)]))
 
     def expect(self, code: int, said: str, error: str | None = None) -> None:
@@ -158,7 +161,7 @@ class Shell:
             return list(words)
         kept: list[str] = []
         skip = False
-        for word in words:
+        for word in (SOURCES.get(word, word) for word in words):
             if not skip and word not in DROPPED and not word.startswith(tuple(f"{name}=" for name in DROPPED)):
                 kept.append(word)
             skip = word in DROPPED

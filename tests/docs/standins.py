@@ -48,7 +48,8 @@ FAMILIES = {
     "opt": "opt",
     "": "llama-3.1",
 }
-LAYERS, POSITIONS = 6, 4096
+POSITIONS = 4096
+DEEP = re.compile("70b|405b")  # names of models with more layers, for more shards
 PRUNED = re.compile(r"SPARSE|OUT\w*|.*(^|/)(runs|pruned|out)(/.*|$)|.*-(50|60|70|2of4|owl|pruned)\b.*")  # not dense
 CONFIG_OF = {  # what `plan` reads: the real ones
     "meta-llama/Llama-3.1-8B": "ray_configs/models/llama-3.1-8b/config.json",
@@ -58,6 +59,7 @@ CONFIG_OF = {  # what `plan` reads: the real ones
 
 # -- words of a page that mean something else here ----------------------------------------------------------------
 PLACES = ("shared", "data", "scratch", "lustre", "path")  # first parts of absolute paths: below the page's directory
+SOURCES = {"stdlib": "stdlib.txt"}  # which takes seconds to be tokenised
 SCHEMES = {"gs://": "memory://gs/", "hf://": ""}
 KEPT = re.compile(r"AWS_\w+|GOOGLE_\w+|HF_\w+|PATH|RAY_(ADDRESS|AUTH_\w+)|CUDA_\w+|SLURM_\w+")  # never exported
 PLACEHOLDER = re.compile(r"(OUT|DIR)\w*$")  # another directory each time that it is written
@@ -71,12 +73,12 @@ SMALL: dict[str, dict[str, Any]] = {
     "prune": CALIBRATED,
     "rebuild": CALIBRATED,
     "mop": CALIBRATED,
-    "recover": {"workers": 1, "seqlen": 24, "eval_windows": 2, **LOCAL},
+    "recover": {"steps": 2, "batch": 4, "workers": 1, "seqlen": 24, "eval_windows": 2, **LOCAL},
     "evaluate": LOCAL,
     "pipeline": LOCAL,
 }
 MEASURED = {"seqlen": 24, "windows": 2}  # of `evaluate`, where it measures perplexity
-DROPPED = ("--address", "--micro-batch", "--wave")  # with their values
+DROPPED = ("--address", "--micro-batch", "--wave", "--epochs")  # with their values
 
 # -- recipes ------------------------------------------------------------------------------------------------------
 RECIPES = re.compile(r"RECIPE(\.yaml)?|r(ecipe)?\.yaml")
@@ -113,16 +115,21 @@ def small_of(command: str, settings: Settings) -> dict[str, Any]:
         small |= MEASURED
     if getattr(settings, "tasks", ()) and not settings.tasks_dir:  # type: ignore[attr-defined]
         small["tasks_dir"] = "lm-eval-tasks"
-    if isinstance(settings, RecoverRecipe) and settings.steps:
-        small["steps"] = 2
     return small
+
+
+def made_small(command: str, values: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """The fields of a recipe, made small."""
+    dropped = {option.removeprefix("--").replace("-", "_") for option in DROPPED}
+    kept = {name: value for name, value in values.items() if name not in dropped}
+    return kept | small_of(command, settings)
 
 
 def small_pipeline(recipe: PipelineRecipe, values: dict[str, Any]) -> dict[str, Any]:
     """A pipeline's recipe with small steps."""
     small = dict(values)
     for step in recipe.steps:
-        section = {**values[step], **small_of(step, recipe.section(step))}
+        section = made_small(step, values[step], recipe.section(step))
         if step == "mop" and "path" in section:
             section["path"] = section["path"][:3]
         small[step] = section
@@ -142,22 +149,21 @@ class Material:
     def model(self, name: str, pruned: bool = False) -> Path:
         """The tiny model that stands in for the one of a name; pruned if the name says so, too."""
         family = next(family for part, family in FAMILIES.items() if part in name.lower())
-        dense = self.folder / "models" / family
+        layers = 16 if DEEP.search(name.lower()) else 6
+        dense = self.folder / "models" / f"{family}-{layers}"
         if not dense.exists():
             words_tokenizer().save_pretrained(dense)
             if family == "llava":
                 make_llava(dense)
             else:
-                make_model(dense, family, configs=_deep(family))
+                make_model(dense, family, configs=_with_layers(family, layers))
         if not pruned and not PRUNED.match(name):
             return dense
-        sparse = self.folder / "pruned" / family
+        sparse = self.folder / "pruned" / dense.name
         if not sparse.exists():
             tokens = self.file("tokens.npy")
-            recipe = Recipe.checked(
-                {"model": str(dense), "out": str(sparse), "sparsity": 0.5, "calibration": str(tokens), **CALIBRATED}
-            )
-            prune(recipe, Output(quiet=True))
+            fields = {"sparsity": 0.5, "calibration": str(tokens), "eval": str(tokens), **CALIBRATED}
+            prune(Recipe.checked({"model": str(dense), "out": str(sparse), **fields}), Output(quiet=True))
         return sparse
 
     def provide_model(self, name: str, pruned: bool = False) -> None:
@@ -257,10 +263,10 @@ class Material:
             (folder / owner.name).symlink_to(owner)
 
 
-def _deep(family: str) -> dict[str, tuple[str, dict]]:
+def _with_layers(family: str, layers: int) -> dict[str, tuple[str, dict]]:
     """The configs of tiny models, with enough layers for a search and groups of heads that can go."""
     name, values = (GROUPED if family != "opt-350m" else CONFIGS)[family]
-    return {family: (name, {**values, "num_hidden_layers": LAYERS, "max_position_embeddings": POSITIONS})}
+    return {family: (name, {**values, "num_hidden_layers": layers, "max_position_embeddings": POSITIONS})}
 
 
 def _lines(rows: list[dict[str, str]]) -> str:

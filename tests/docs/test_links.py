@@ -21,7 +21,7 @@ ARXIV = re.compile(r"arXiv[: ]+(\S+?)[\s,;:)\]]|arxiv\.org/\w+/([^\s)]+)", re.IG
 OF_OTHER_TOOLS = ("coming-from.md",)  # whose options stand there; tests/docs/test_coming_from.py tells ours apart
 # Options of other programs, in the text of pages about them; `_` is in none of ours.
 FOREIGN = re.compile(
-    r"--\w+_\w*.*|--(exclusive|no-kill|gres|constraint|requeue|signal|parallel-sampling|num-cpus|generate|batch-size)"
+    r"--\w+_\w*.*|--(exclusive|no-kill|gres|constraint|requeue|signal|num-cpus|generate|batch-size|name|no-name)"
 )
 
 
@@ -107,7 +107,7 @@ def test_options_that_the_text_names_exist(path):
         words = code.split()
         named = [word.split("=")[0].strip("[]") for word in words if re.match(r"\[?--[a-z]", word)]
         if words[:1] == ["shardprune"] and len(words) > 1 and words[1] in COMMANDS:
-            known = options(words[1])
+            known = all_options() if "--" in words else options(words[1])
         elif words[:1] == ["shardprune"] and len(words) > 1 and not words[1].startswith("-"):
             wrong.append(f"{page.name}:{line}: {code}: no command {words[1]!r}")
             continue
