@@ -65,5 +65,5 @@ def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Cal
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that stand on the command line."""
-    values = {name: value for name, value in options.items() if value not in (None, [])}
+    values = {name: value for name, value in options.items() if value not in (None, [], ())}
     return {name.removeprefix("no_"): False if name.startswith("no_") else value for name, value in values.items()}

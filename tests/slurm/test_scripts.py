@@ -76,6 +76,14 @@ def test_a_part_of_each_node_is_shared_with_other_jobs():
     assert "--exclusive" not in script
 
 
+def test_lists_of_a_recipe_count_where_no_option_replaces_them(recipe, capsys):
+    recipe.write_text("perplexity: [wikitext2, ptb]\n")
+    assert run("r.yaml", "--", "m") == 0
+    recipe.write_text(f"{PRUNE}eval: [nowhere]\n")
+    assert run("r.yaml") == 2
+    assert capsys.readouterr().err.startswith("error: eval: 'nowhere' is no known source")
+
+
 def test_a_script_is_printed_or_written_but_not_over_something_else(recipe, capsys):
     assert run("r.yaml", "--script", "-") == 0
     printed = capsys.readouterr().out
