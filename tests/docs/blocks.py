@@ -20,14 +20,17 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[2]
-Kind = Literal["commands", "python", "yaml", "json", "output"]
+Kind = Literal["commands", "python", "yaml", "json", "output", "unknown"]
 LANGUAGES: dict[str, Kind] = {
     "bash": "commands", "sh": "commands", "shell": "commands", "console": "commands",
     "python": "python", "py": "python", "pycon": "python",
     "yaml": "yaml", "json": "json", "jsonl": "json",
-    "text": "output", "dockerfile": "output", "html": "output",
+    "text": "output", "dockerfile": "output", "html": "output", "diff": "output",
 }  # fmt: skip
-FILE_NAME = re.compile(r"[\w./-]+\.(yaml|yml|json|jsonl|py)")
+FILE_NAMES = {
+    kind: re.compile(rf"[\w./-]+\.({suffixes})")
+    for kind, suffixes in {"yaml": "yaml|yml", "json": "jsonl?", "python": "py"}.items()
+}
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=")
 OPERATORS = frozenset({"|", "&&", "||", ";", "&"})
 # How the first line of a block without a language begins or reads that is no command: no lower-case word alone at its
@@ -125,11 +128,11 @@ class Page:
         assert token.map
         text = textwrap.dedent(token.content)
         language = token.info.split()[0].lower() if token.info.strip() else ""
-        kind = LANGUAGES[language] if language else kind_of(text)
+        kind = LANGUAGES.get(language, "unknown") if language else kind_of(text)
         file = None
-        if kind in ("yaml", "json", "python") and before and before.content.rstrip().endswith(":"):
-            names = [child.content for child in before.children or [] if child.type == "code_inline"]
-            file = next((name for name in reversed(names) if FILE_NAME.fullmatch(name)), None)
+        if kind in FILE_NAMES and before and before.content.rstrip().endswith(":"):
+            name = [child.content for child in before.children or [] if child.type == "code_inline"][-1:]
+            file = name[0] if name and FILE_NAMES[kind].fullmatch(name[0]) else None
         self.blocks.append(Block(kind, text, token.map[0] + 1 + (token.type == "fence"), file))
 
 

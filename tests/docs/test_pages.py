@@ -5,7 +5,8 @@ import pytest
 from tests.docs.blocks import ROOT, Page
 from tests.docs.walking import walk
 
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("ray_configs/*.yaml")])
+OF_THEIR_OWN = {ROOT / "docs" / "extending.md"}  # changes the package: test_extending.py runs it on a copy
+PAGES = sorted({ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("ray_configs/*.yaml")} - OF_THEIR_OWN)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -104,7 +104,11 @@ def _output(shell: Shell, block: Block) -> None:
     pass  # numbers that were measured elsewhere, with real models
 
 
-CHECKS = {"python": _python, "yaml": _yaml, "json": _json, "output": _output}
+def _unknown(shell: Shell, block: Block) -> None:
+    raise Wrong("a fence of a language that LANGUAGES in tests/docs/blocks.py does not have")
+
+
+CHECKS = {"unknown": _unknown, "python": _python, "yaml": _yaml, "json": _json, "output": _output}
 
 
 def _write(block: Block) -> None:
