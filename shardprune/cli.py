@@ -90,7 +90,7 @@ def prune(
 @_command(
     PRUNE,
     "shardprune rebuild meta-llama/Llama-3.1-8B runs/llama-8b-50",
-    "--out runs/llama-8b-50-rebuilt --rebuild-threshold 0.01 --calibration c4",
+    "--out runs/llama-8b-50-rebuilt --calibration c4 --eval wikitext2",
 )
 @with_options(RebuildRecipe)
 def rebuild(
@@ -207,7 +207,7 @@ def status(
         print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
 
 
-@_command(LOOK, "shardprune report --compare runs/wanda runs/sparsegpt runs/owl")
+@_command(LOOK, "shardprune report --compare runs/llama-8b-50 runs/llama-8b-50-rebuilt")
 def report(
     outs: Annotated[list[str], typer.Argument(metavar="OUT", help="Outputs of finished runs or pipelines")],
     *,

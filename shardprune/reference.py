@@ -31,9 +31,9 @@ Every command, and every field of its recipe. `make docs` writes this page from 
 
 A field is given in a YAML file (`--recipe FILE`), as an option of the command, or in Python as an argument of the
 recipe's class; an option overrides the file. Names differ only in their dashes: `outlier_m`, `--outlier-m`. An option
-that is repeated is a list in the file. A field that takes `true` or `false` is switched on by `--name` and off by
-`--no-name`. A value that does not fit ends the command with exit code 2 and one line that names the field, the value
-and what is allowed, before any work.
+that is repeated is a list in the file. A field that takes `true` or `false` is switched on by its option, and off by
+the option with `no-` before its name: `--resume`, `--no-resume`. A value that does not fit ends the command with exit
+code 2 and one line that names the field, the value and what is allowed, before any work.
 
 **Same run**: the fields with a `yes` in this column, the model, and the sparse model of `rebuild` say which run it is.
 An output directory is resumed by a command that has the same values there, and refused to one whose values make another
@@ -111,7 +111,8 @@ def _own(name: str, command: Any) -> Iterator[str]:
         is_argument = parameter.param_type_name == "argument"
         shown = placeholder_of(parameter) if is_argument else name_of(parameter)
         field = f" (`{parameter.name}`)" if parameter.name in fields else ""
-        yield f"- `{shown}`{field}: {_cell(help_of(parameter))}"
+        text = f"- `{shown}`{field}: {_cell(help_of(parameter))}"
+        yield textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _panel(panel: FieldPanel, identity: set[str], shared: set[Group]) -> Iterator[str]:
@@ -144,7 +145,8 @@ def _declared(group: Group) -> list[str]:
 def _shared_group(group: Group, commands: list[str]) -> Iterator[str]:
     """The section of a group, with what is the same in all commands that have it."""
     yield f"### {group.__name__}\n"
-    yield f'"{group.__doc__}" of {_listed([f"[{name}](#{name})" for name in commands])}.\n'
+    text = f'"{group.__doc__}" of {_listed([f"[{name}](#{name})" for name in commands])}.'
+    yield textwrap.fill(text, WIDTH) + "\n"
     fields = {
         field.name: field
         for name in commands
