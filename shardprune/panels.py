@@ -78,7 +78,7 @@ def _described(settings: type[Settings], name: str, group: type[Settings]) -> De
         default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else str(field.default)
     return DescribedField(
         name=name,
-        group=next(owner for owner in group.__mro__ if name in vars(owner).get("__annotations__", {})),
+        group=next(owner for owner in group.__mro__ if name in inspect.get_annotations(owner)),
         type=_plain_type(field.annotation),
         description=description,
         choices=tuple(settings.choices(name)),
