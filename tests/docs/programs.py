@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from shardprune.evaluation.recipe import Shards
 from tests.docs.blocks import ASSIGNMENT, ROOT, Command
 from tests.docs.shell import Shell, Wrong
 from tests.docs.standins import KEPT
@@ -113,6 +114,8 @@ def _module(shell: Shell, name: str, words: list[str], command: Command) -> None
         return run_words(shell, words[1:], command)
     if name.startswith("jobs.") and name != "jobs.train_demo_model":
         return _job(shell, name, words)
+    if name == "shardprune.evaluation.lm_eval":
+        _model_arguments(words)
     if any(re.fullmatch(pattern, name) for pattern in PARSED):
         return _only_parsed(name, words)
     if name == "pip":
@@ -142,6 +145,14 @@ def _job(shell: Shell, module: str, words: list[str]) -> None:
     shell.material.provide(settings)
     small = shell.small(name, [*first, *words], settings)
     shell.expect(*shell.module(module, small[len(first) :]))
+
+
+def _model_arguments(words: list[str]) -> None:
+    """lm-eval hands what `--model_args` says to the model, which takes the settings of its workers."""
+    given = words[words.index("--model_args") + 1] if "--model_args" in words else ""
+    names = {pair.partition("=")[0] for pair in given.split(",")}
+    if unknown := names - {"", "pretrained", "max_length", *Shards.model_fields}:
+        raise Wrong(f"--model_args: shardprune knows no {', '.join(unknown)}")
 
 
 class _Parsed(Exception):

@@ -8,14 +8,7 @@ from typing import Any
 from tests.docs.standins import CLASSES, Material, made_small
 
 COMMAND_OF = {cls.__name__: command for command, cls in CLASSES.items()}
-READ = {
-    "from_pretrained",
-    "open",
-    "Path",
-    "status_of",
-    "read",
-    "load_file",
-}  # their first argument is read, not written
+READ = {"from_pretrained", "open", "Path", "status_of", "load_file"}  # whose first argument is read, not written
 
 
 def run_python(text: str, names: dict[str, Any], material: Material) -> None:
@@ -46,7 +39,8 @@ class _Recipes(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id in COMMAND_OF:
-            node.keywords = [_unpacked(node.func.id, ast.Call(ast.Name("dict", ast.Load()), [], node.keywords))]
+            values = ast.Call(ast.Name("dict", ast.Load()), [], node.keywords)
+            node.keywords = [ast.keyword(None, _made_small(node.func.id, values))]
         elif (
             isinstance(node.func, ast.Attribute)
             and isinstance(node.func.value, ast.Name)
@@ -60,10 +54,6 @@ class _Recipes(ast.NodeTransformer):
 
 def _made_small(cls: str, values: ast.expr) -> ast.Call:
     return ast.Call(ast.Name("_small", ast.Load()), [ast.Constant(COMMAND_OF[cls]), values], [])
-
-
-def _unpacked(cls: str, values: ast.expr) -> ast.keyword:
-    return ast.keyword(None, _made_small(cls, values))
 
 
 def _provide_read(node: ast.AST, material: Material) -> None:

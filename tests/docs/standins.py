@@ -5,9 +5,9 @@ small data sets under those of the papers' (`datasets` and `shardprune` both tak
 the words of a command stay what they are; only sizes are made smaller, by the options of SMALL at its end.
 
 A new page needs a line here if it
-- names a model of a family that FAMILIES does not find in its name, a hub data set, or a new PLACE of absolute paths,
-- reads a recipe by a name that is in RECIPES' pattern but is no recipe for that command, or
-- uses an option that must be smaller in a test: SMALL, or DROPPED where no value of it can be.
+- names a model of the hub that is not in HUB, a data set of the hub (`Material._hub`), or another of the PLACES,
+- calls a recipe that it does not show by a name that RECIPES does not match, or
+- uses an option that must be smaller in a test (SMALL), or that must not be used (DROPPED).
 """
 
 import gzip
@@ -48,8 +48,15 @@ FAMILIES = {
     "opt": "opt",
     "": "llama-3.1",
 }
+HUB = {  # the hub names that pages use, so that a mistyped one is found
+    "huggyllama/llama-7b",
+    "meta-llama/Llama-2-7b-hf",
+    "meta-llama/Llama-3.1-8B",
+    "meta-llama/Llama-3.1-70B",
+    "meta-llama/Meta-Llama-3-8B",
+}
 POSITIONS = 4096
-DEEP = re.compile("70b|405b")  # names of models with more layers, for more shards
+LAYERS = {"70b": 8, "405b": 8, "": 6}  # by what a name contains: ZeRO-3 takes its time for every layer
 PRUNED = re.compile(r"SPARSE|OUT\w*|.*(^|/)(runs|pruned|out)(/.*|$)|.*-(50|60|70|2of4|owl|pruned)\b.*")  # not dense
 CONFIG_OF = {  # what `plan` reads: the real ones
     "meta-llama/Llama-3.1-8B": "ray_configs/models/llama-3.1-8b/config.json",
@@ -111,6 +118,8 @@ MODEL_FIELDS, SOURCE_FIELDS = ("model", "sparse", "teacher"), ("calibration", "e
 def small_of(command: str, settings: Settings) -> dict[str, Any]:
     """The fields that make a command small."""
     small = dict(SMALL.get(command, {}))
+    if (getattr(settings, "shards", None) or 1) > max(LAYERS.values()):
+        small["shards"] = max(LAYERS.values())
     if getattr(settings, "perplexity", ()):
         small |= MEASURED
     if getattr(settings, "tasks", ()) and not settings.tasks_dir:  # type: ignore[attr-defined]
@@ -141,6 +150,8 @@ class Material:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+        self._outputs = set(re.findall(r"\bout(?:[ =]|: )\"?([\w./:-]+)", "".join(page.read_text() for page in pages)))
         self._draw = random.Random(0)
         self._hub()
 
@@ -149,7 +160,7 @@ class Material:
     def model(self, name: str, pruned: bool = False) -> Path:
         """The tiny model that stands in for the one of a name; pruned if the name says so, too."""
         family = next(family for part, family in FAMILIES.items() if part in name.lower())
-        layers = 16 if DEEP.search(name.lower()) else 6
+        layers = next(LAYERS[part] for part in LAYERS if part in name.lower())
         dense = self.folder / "models" / f"{family}-{layers}"
         if not dense.exists():
             words_tokenizer().save_pretrained(dense)
@@ -181,6 +192,19 @@ class Material:
         if not Path(name).exists():
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(self.model(name, pruned), name)
+
+    def _check_known(self, name: str) -> None:
+        """Check that a model is one that a page makes, or one of the hub.
+
+        Raises:
+            LookupError: it is neither.
+        """
+        if "://" in name or Path(name).exists():
+            return
+        if (made := re.search(r"(^|/)(runs/.*)", name)) and not any(out.endswith(made[2]) for out in self._outputs):
+            raise LookupError(f"no page makes {made[2]!r}")
+        if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not made and name not in HUB:
+            raise LookupError(f"{name!r} is not in HUB of tests/docs/standins.py")
 
     # -- text -----------------------------------------------------------------------------------------------------
 
@@ -238,6 +262,7 @@ class Material:
         """Put models, data and tasks where the settings of a command say that they are."""
         for name in MODEL_FIELDS:
             if value := getattr(settings, name, None):
+                self._check_known(value)
                 self.provide_model(value, pruned=name == "model" and isinstance(settings, RecoverRecipe))
         for name in SOURCE_FIELDS:
             value = getattr(settings, name, None) or ()

@@ -16,6 +16,9 @@ PAGE = """\
     shardprune prune meta-llama/Llama-3.1-8B --out runs/a --sparsity 0.6
     shardprnue prune MODEL --out OUT --sparsity 0.5
     shardprune trim MODEL
+    shardprune evaluate runs/c --perplexity c4
+    shardprune prune meta-lama/Llama-3.1-8B --out runs/b --sparsity 0.5
+    python -m shardprune.evaluation.lm_eval --model shardprune --model_args pretrained=runs/a,shard=2 --tasks piqa
 
     $ shardprune plan ray_configs/models/llama-3.1-8b/config.json --gpu-memory 80GB
     ray_configs/models/llama-3.1-8b/config.json: 8,030,261,248 parameters in 32 layers, stored as bfloat16
@@ -72,19 +75,22 @@ FOUND = {
     8: "runs/a holds another run",
     9: "unknown program 'shardprnue'",
     10: "shardprune has no command 'trim'",
-    12: "shown, but not printed: 'exact: does not fit'",
-    19: "without 'error: sparsity: 2.0 is too much'",
-    22: "rebuild_granularity: 'cell' is not allowed",
-    23: "no file 'nowhere.yaml'",
-    24: "No such option: --ouput",
-    25: "sbatch: unknown option --nods",
-    26: "refuses --thread 2 --row",
-    27: "shardprune has no extra s4",
-    28: "the Makefile has no 'tset'",
-    29: "export: 'COLUMNS' is not NAME=VALUE",
-    38: "AssertionError",
-    51: "no recipe: alocation: no field of a recipe has this name",
-    56: "JSONDecodeError",
+    11: "no page makes 'runs/c'",
+    12: "'meta-lama/Llama-3.1-8B' is not in HUB",
+    13: "--model_args: shardprune knows no shard",
+    15: "shown, but not printed: 'exact: does not fit'",
+    22: "without 'error: sparsity: 2.0 is too much'",
+    25: "rebuild_granularity: 'cell' is not allowed",
+    26: "no file 'nowhere.yaml'",
+    27: "No such option: --ouput",
+    28: "sbatch: unknown option --nods",
+    29: "refuses --thread 2 --row",
+    30: "shardprune has no extra s4",
+    31: "the Makefile has no 'tset'",
+    32: "export: 'COLUMNS' is not NAME=VALUE",
+    41: "AssertionError",
+    54: "no recipe: alocation: no field of a recipe has this name",
+    59: "JSONDecodeError",
 }
 
 
