@@ -69,6 +69,8 @@ class Shell:
         for name in os.environ.keys() - self._environment.keys():
             del os.environ[name]
         os.environ.update(self._environment)
+        if self._buckets:
+            self._forget_storage()
 
     # -- words ----------------------------------------------------------------------------------------------------
 
@@ -83,9 +85,16 @@ class Shell:
         """The bucket that a page calls so: one of its own."""
         if name not in self._buckets:
             server = self._storage()
+            self._forget_storage()
             os.environ.update(server.environment)
             self._buckets[name] = server.bucket(f"{name.lower()}-{uuid.uuid4().hex[:8]}")
         return self._buckets[name]
+
+    def _forget_storage(self) -> None:
+        """Let no client go on that has read another environment."""
+        import s3fs
+
+        s3fs.S3FileSystem.clear_instance_cache()
 
     # -- shardprune -----------------------------------------------------------------------------------------------
 

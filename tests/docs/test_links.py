@@ -19,7 +19,6 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
 OF_THE_REPOSITORY = re.compile(r"(docs|shardprune|tests|jobs|ray_configs|cluster)/[\w./-]*[\w/]")
 ARXIV = re.compile(r"arXiv[: ]+(\S+?)[\s,;:)\]]|arxiv\.org/\w+/([^\s)]+)", re.IGNORECASE)
 OF_OTHER_TOOLS = ("coming-from.md",)  # whose options stand there; tests/docs/test_coming_from.py tells ours apart
-OF_EXAMPLES = ("extending.md",)  # whose files tests/docs/test_extending.py adds to a copy of the repository
 # Options of other programs, in the text of pages about them; `_` is in none of ours.
 FOREIGN = re.compile(
     r"--\w+_\w*.*|--(exclusive|no-kill|gres|constraint|requeue|signal|num-cpus|generate|batch-size|name|no-name)"
@@ -65,7 +64,7 @@ def test_links_lead_somewhere(path):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path.name not in OF_EXAMPLES], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_files_that_the_text_names_are_there(path):
     """Or come to be by a block of the page, or stand for any name."""
     page = page_of(path)
