@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, first_line
 from shardprune.events import read_events
 from shardprune.journal import RESULT
 from shardprune.pipeline_recipe import PRUNED, RECOVERED
@@ -41,7 +41,7 @@ def finished_runs(out: str) -> list[FinishedRun]:
     """The run of an output, or those of a pipeline's steps.
 
     Raises:
-        InputError: none is finished.
+        InputError: none is finished, or the result of one cannot be read.
     """
     folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
     found = [_finished(folder) for folder in folders if folder.is_file(RESULT)]
@@ -51,6 +51,9 @@ def finished_runs(out: str) -> list[FinishedRun]:
 
 
 def _finished(folder: Folder) -> FinishedRun:
-    record = folder.read_json(RESULT)
-    kind = EvaluationResult if record.get("command") == "evaluate" else Result
-    return FinishedRun(folder.url, kind(**record), read_events(folder))
+    try:
+        record = folder.read_json(RESULT)
+        kind = EvaluationResult if record["command"] == "evaluate" else Result
+        return FinishedRun(folder.url, kind(**record), read_events(folder))
+    except (ValueError, TypeError, KeyError) as error:  # pydantic's and json's are ValueErrors
+        raise InputError(folder.field, f"{folder.url}/{RESULT} is no result of a run: {first_line(error)}") from error

@@ -84,11 +84,14 @@ def test_perplexity_is_measured_before_and_after(folder, done):
     assert (record.windows, record.seqlen) == (5, 24)
 
 
+RECORDS = {"result.json", "events.jsonl", "report.html"}
+
+
 def test_the_output_is_a_checkpoint_and_nothing_else(folder, done):
     out, *_ = done
     companions = {path.name for path in (folder / "sparse").iterdir()} - {"model.safetensors"}
     model = {f"model-{number:05d}-of-00003.safetensors" for number in range(1, 4)} | {"model.safetensors.index.json"}
-    assert {path.name for path in out.iterdir()} == companions | model | {"result.json", "events.jsonl"}
+    assert {path.name for path in out.iterdir()} == companions | model | RECORDS
 
 
 def test_a_finished_training_is_not_done_again(folder, done):
