@@ -4,20 +4,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tests.forking import forks
+
+# Those that Ray starts with a node have no job's runtime environment, so that no job of ours would take them.
+NO_SPARE_WORKERS = {"prestart_worker_first_driver": False}
+
 
 @contextmanager
 def cluster(cpus: int, store: int = 200 * 2**20) -> Iterator[Any]:
     """The module `ray`, connected to a cluster of this machine with so many CPU slots and bytes of object store."""
     from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
 
-    ray.init(
-        "local",
-        num_cpus=cpus,
-        object_store_memory=store,
-        include_dashboard=False,
-        _system_config={"metrics_report_interval_ms": 500},
-        log_to_driver=False,
-        runtime_env={"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}},
-    )
-    yield ray
-    ray.shutdown()
+    with forks():
+        ray.init(
+            "local",
+            num_cpus=cpus,
+            object_store_memory=store,
+            include_dashboard=False,
+            _system_config={"metrics_report_interval_ms": 500, **NO_SPARE_WORKERS},
+            log_to_driver=False,
+            runtime_env={"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}},
+        )
+        yield ray
+        ray.shutdown()

@@ -8,10 +8,13 @@ from typing import Any
 
 import psutil
 
+from tests.clusters import NO_SPARE_WORKERS
+from tests.forking import forks
+
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 # Ray's own are 30 s and more until a node that is gone counts as dead, and ten seconds between two reports.
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-QUICK |= {"metrics_report_interval_ms": 500}
+QUICK |= {"metrics_report_interval_ms": 500, **NO_SPARE_WORKERS}
 
 
 class Nodes:
@@ -58,9 +61,10 @@ def nodes(count: int) -> Iterator[Nodes]:
     from ray.cluster_utils import Cluster  # isort: skip
 
     head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        yield Nodes(cluster, count)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    with forks():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield Nodes(cluster, count)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
