@@ -34,6 +34,21 @@ def shardprune(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Run a command in this process, which has to succeed; what it printed."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*arguments) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        output = capsys.readouterr()
+        assert ended.value.code == 0, output.err
+        return output.out
+
+    return call
+
+
 def test_a_run_from_a_recipe_and_options(folder, tmp_path):
     recipe = {
         "calibration": str(folder / "tokens.npy"),
@@ -57,47 +72,41 @@ def test_a_run_from_a_recipe_and_options(folder, tmp_path):
     assert (tmp_path / "o" / "tokenizer.json").exists()
 
 
-def test_a_checkpoint_is_rebuilt_by_the_command(folder, tmp_path):
+def test_a_checkpoint_is_rebuilt_by_the_command(folder, tmp_path, called):
     common = ("--backend", "local", "--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24")
-    pruned = shardprune(
+    called(
         *("prune", folder / "model", "--out", tmp_path / "s", "--method", "wanda", "--sparsity", "0.6", *common),
         *("--allocation", "owl", "--outlier-m", "3", "--outlier-lambda", "0.1"),
     )
-    assert pruned.returncode == 0, pruned.stderr
-    done = shardprune(
+    printed = called(
         *("rebuild", folder / "model", tmp_path / "s", "--out", tmp_path / "o", *common),
         *("--rebuild-threshold", "0.3", "--rebuild-granularity", "projection", "--keep-corrected"),
     )
-    assert done.returncode == 0, done.stderr
-    assert "pairs of weights swapped" in done.stdout
+    assert "pairs of weights swapped" in printed
     achieved = json.loads((tmp_path / "s" / "result.json").read_text())["sparsity"]["achieved"]
-    assert f"{achieved:.4f}" in done.stdout
+    assert f"{achieved:.4f}" in printed
     stored = json.loads((tmp_path / "o" / "result.json").read_text())
     assert stored["command"] == "rebuild"
     assert stored["recipe"]["sparse"] == str(tmp_path / "s")
     assert stored["recipe"]["keep_corrected"] is True
 
 
-def test_a_flag_of_a_recipe_can_be_taken_back(folder, tmp_path):
+def test_a_flag_of_a_recipe_can_be_taken_back(folder, tmp_path, called):
     (tmp_path / "r.yaml").write_text("method: wanda\nsparsity: 0.6\nwanda_variant: true\n")
     common = ("--backend", "local", "--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24")
     for flag, expected in ((), True), (("--no-wanda-variant",), False):
         out = tmp_path / f"o{len(flag)}"
-        done = shardprune("prune", folder / "model", "--out", out, "--recipe", tmp_path / "r.yaml", *common, *flag)
-        assert done.returncode == 0, done.stderr
+        called("prune", folder / "model", "--out", out, "--recipe", tmp_path / "r.yaml", *common, *flag)
         assert json.loads((out / "result.json").read_text())["recipe"]["wanda_variant"] is expected
 
 
-def test_a_composite_by_the_command(folder, tmp_path, capsys):
+def test_a_composite_by_the_command(folder, tmp_path, called):
     make_model(tmp_path / "grouped", "llama", configs=GROUPED)
     arguments = ["prune", tmp_path / "grouped", "--out", tmp_path / "o", "--backend", "local", "--eval-windows", "2"]
     arguments += ["--calibration", folder / "tokens.npy", "--samples", "4", "--seqlen", "24"]
     arguments += ["--eval", folder / "tokens.npy"]
     arguments += ["--structured", "0.3", "--score", "amp", "--no-correction", "--sparsity", "0.5", "--method", "wanda"]
-    with pytest.raises(SystemExit) as ended:
-        main(list(map(str, arguments)))
-    assert ended.value.code == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.replace("│", " ").splitlines()]
+    lines = [" ".join(line.split()) for line in called(*arguments).replace("│", " ").splitlines()]
     assert lines[0].startswith("0.3 removed by amp, wanda unstructured,")
     for row in ("of it removed; zeros 0.3000 0.2", "key/value groups of a layer 4 3", "neurons of a layer 48 32"):
         assert any(line.startswith(row) for line in lines), row

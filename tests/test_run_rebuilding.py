@@ -1,5 +1,6 @@
 """Runs that rebuild masks, of this tool's own pruning and of other checkpoints."""
 
+import functools
 import io
 import shutil
 
@@ -27,22 +28,32 @@ def zeros_of(folder, result) -> dict[str, int]:
     return {name: int((tensors[name] == 0).sum()) for name in names}
 
 
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """Outputs and results of runs that rebuild nothing, by their method and pattern."""
+
+    @functools.cache
+    def get(method: str, pattern: str):
+        out = tmp_path_factory.mktemp("plain") / "o"
+        return out, run(folder, out, method=method, pattern=pattern, sparsity=0.5)
+
+    return get
+
+
 @pytest.mark.parametrize("granularity", ["row", "column", "projection", "block"])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_zeros_stay_as_many(folder, method, pattern, granularity, tmp_path):
-    fields = {"method": method, "pattern": pattern, "sparsity": 0.5}
-    plain = run(folder, tmp_path / "plain", **fields)
-    result = run(
-        folder, tmp_path / "o", **fields, rebuild="barber", rebuild_threshold=0.5, rebuild_granularity=granularity
-    )
-    before, after = zeros_of(tmp_path / "plain", plain), zeros_of(tmp_path / "o", result)
+def test_zeros_stay_as_many(folder, plain, method, pattern, granularity, tmp_path):
+    barber = {"rebuild": "barber", "rebuild_threshold": 0.5, "rebuild_granularity": granularity}
+    result = run(folder, tmp_path / "o", method=method, pattern=pattern, sparsity=0.5, **barber)
+    unchanged, expected = plain(method, pattern)
+    before, after = zeros_of(unchanged, expected), zeros_of(tmp_path / "o", result)
     if granularity == "block" and pattern == "unstructured":  # pairs lie across a block's projections
         assert sum(before.values()) == sum(after.values())
         assert before != after
     else:
         assert before == after
-    assert result.sparsity.achieved == plain.sparsity.achieved
+    assert result.sparsity.achieved == expected.sparsity.achieved
     tensors, dense = load_tensors(tmp_path / "o"), load_tensors(folder / "model")
     for report in result.sparsity.projections:
         name = PROJECTION.format(report.layer, report.name)

@@ -19,6 +19,7 @@ def watched(out: Path) -> Iterator[dict[str, int]]:
         AssertionError: one of them was not whole, or was written again.
     """
     seen: dict[str, int] = {}
+    whole: dict[str, tuple[int, int, int]] = {}
     wrong: list[str] = []
     over = threading.Event()
 
@@ -26,10 +27,13 @@ def watched(out: Path) -> Iterator[dict[str, int]]:
         while not over.wait(0.002):
             try:
                 for path in out.glob("model-*"):
-                    written = path.stat().st_mtime_ns
-                    if seen.setdefault(path.name, written) != written:
+                    found = path.stat()
+                    if seen.setdefault(path.name, found.st_mtime_ns) != found.st_mtime_ns:
                         wrong.append(f"{path.name} was written again")
-                    read_header(Folder(str(out), "out"), path.name)  # checks the file against its header
+                    # Looking at what has not changed would take a core of its own.
+                    if whole.get(path.name) != (found.st_mtime_ns, found.st_size, found.st_ino):
+                        read_header(Folder(str(out), "out"), path.name)  # checks the file against its header
+                        whole[path.name] = found.st_mtime_ns, found.st_size, found.st_ino
             except Exception as error:  # whatever a reader would have met
                 wrong.append(f"{type(error).__name__}: {error}")
 
