@@ -148,13 +148,14 @@ class RayBackend:
             return
         if self._address:
             _check_reachable(self._address)
-        environment = {"env_vars": {name: os.environ[name] for name in WORKER_ENV}}
         try:
             with handlers_kept():
                 if self._address:
+                    environment = {"env_vars": {name: os.environ[name] for name in WORKER_ENV}}
                     ray.init(self._address, runtime_env=environment, logging_level="ERROR", log_to_driver=False)
                 else:
-                    ray.init("local", runtime_env=environment, logging_level="ERROR", **own_cluster)
+                    # Its processes have this one's environment; with another, those that start with it would be idle.
+                    ray.init("local", logging_level="ERROR", **own_cluster)
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not self._address:
                 raise
