@@ -8,7 +8,7 @@ demo: .venv/ready
 
 # Half of the tests' time is spent waiting for processes to start: two files at a time are done sooner.
 test: .venv-test/ready
-	.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .

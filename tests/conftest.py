@@ -15,6 +15,16 @@ from shardprune.shard.worker import ShardWorker
 from tests.tiny import make_model, make_tokens
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# Files of which one takes minutes come first, so that no process of several is left alone with one of them at the end.
+LONG = ("slurm/test_jobs", "failures", "docs", "cluster", "report", "planning/test_memory", "jobs", "benchmarks")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((index for index, long in enumerate(LONG) if name.startswith(long)), len(LONG))
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)
