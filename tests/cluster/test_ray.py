@@ -248,7 +248,7 @@ def worker_processes(parent: int) -> list[psutil.Process]:
 
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     values = slow_recipe("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
-    fields = {**values, "samples": 32, "remove": 0.35, "criterion": "kl"}
+    fields = {**values, "samples": 32, "seqlen": 128, "remove": 0.35, "criterion": "kl"}
     undisturbed = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "local"), "backend": "local"}), QUIET)
     states = []
 
