@@ -54,7 +54,8 @@ def test_removed_and_zeroed_make_up_the_target(folder, fields, tmp_path):
     assert all(parse_pattern(fields.get("pattern", "unstructured")).holds(after[name]) for name in projections)
 
     assert result.structure == narrow.structure
-    assert result.model == narrow.model
+    assert result.model.zeros_after == zeros
+    assert result.model.model_copy(update={"zeros_after": 0}) == narrow.model
     assert result.perplexity[source].before == narrow.perplexity[source].before
     assert result.perplexity[source].after not in (narrow.perplexity[source].after, narrow.perplexity[source].before)
     assert result.recipe["model"] == str(folder / "model")
