@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 
 import plotly.graph_objects as go
 
@@ -146,13 +147,13 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
             go.Scatter(
                 x=[place],
                 y=[point.perplexity],
-                name=point.name,
+                name=escape(point.name),  # plotly takes names for markup
                 mode="markers+text",
-                text=[point.name],
+                text=[escape(point.name)],
                 textposition="middle right" if place <= max(x) / 2 else "middle left",
                 cliponaxis=False,
                 marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "color": COLORS[number % len(COLORS)], "size": 11},
-                hovertemplate=f"%{{y:.3f}} at %{{x:.4g}}<extra>{point.name}</extra>",
+                hovertemplate="%{y:.3f} at %{x:.4g}<extra>%{fullData.name}</extra>",
             )
         )
     return figure(traces, xaxis_title=title, yaxis_title="perplexity", showlegend=False)

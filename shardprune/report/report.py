@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, without_credentials
 from shardprune.progress import Output
 from shardprune.report.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.course import path_of_search
@@ -50,8 +50,8 @@ def leave_report(recipe: Run, output: Output, evaluated: bool = False) -> None:
 
 
 def place_of_report(out: str) -> str:
-    """Where the report of an output is."""
-    return f"{absolute(out).rstrip('/')}/{FILE}"
+    """Where the report of an output is, for people."""
+    return f"{without_credentials(absolute(out)).rstrip('/')}/{FILE}"
 
 
 def write_comparison(outs: list[str], file: str) -> str:
@@ -101,7 +101,7 @@ def _section(run: FinishedRun) -> Section:
 
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
-    facts = [("model", run.model), ("output", run.folder)]
+    facts = [("model", run.model), ("output", without_credentials(run.folder))]
     if result.sparsity:
         facts.append(("sparsity: target", f"{result.sparsity.target:.2%}"))
         facts.append(("sparsity: achieved", f"{result.sparsity.achieved:.4%}"))
