@@ -1,8 +1,11 @@
 """Ray clusters for tests."""
 
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+import psutil
 
 from tests.forking import forks
 
@@ -27,3 +30,20 @@ def cluster(cpus: int, store: int = 200 * 2**20) -> Iterator[Any]:
         )
         yield ray
         ray.shutdown()
+
+
+def processes_of(*actors: str) -> list[psutil.Process]:
+    """The processes of actors of these classes in all clusters that this process started; others come and go."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if any(f"ray::{actor}" in title for actor in actors):
+                found.append(process)
+    return found
+
+
+def kill(process: psutil.Process) -> None:
+    """Kill a process, which may be gone by itself."""
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(signal.SIGKILL)

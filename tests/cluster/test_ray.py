@@ -1,7 +1,6 @@
 """Real Ray actors: the same tensors as in one process, and real kills."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,14 +10,13 @@ import time
 import urllib.request
 from pathlib import Path
 
-import psutil
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
 from shardprune.progress import Output
-from tests.clusters import cluster
+from tests.clusters import cluster, kill, processes_of
 from tests.failures.listening import Heard, Moment
 from tests.tiny import differing, make_model, make_tokens
 
@@ -240,12 +238,6 @@ def wait_for_layers(out: Path, count: int) -> dict[str, int]:
     return layer_files(out)
 
 
-def worker_processes(parent: int) -> list[psutil.Process]:
-    children = psutil.Process(parent).children(recursive=True)
-    actors = ("ray::ShardActor", "ray::SearchActor")
-    return [child for child in children if any(actor in " ".join(child.cmdline()) for actor in actors)]
-
-
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     values = slow_recipe("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
     fields = {**values, "samples": 32, "seqlen": 128, "remove": 0.35, "criterion": "kl"}
@@ -258,7 +250,7 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
             assert not (tmp_path / "o" / "result.json").exists(), "the search was over before its third iteration"
             if (tmp_path / "o" / "run.json").exists():
                 states.append(json.loads((tmp_path / "o" / "run.json").read_text()))
-        worker_processes(os.getpid())[-1].send_signal(signal.SIGKILL)
+        processes_of("SearchActor")[-1].send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -274,8 +266,8 @@ def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
 
     def kill_all() -> None:
         while not stop.wait(0.2):
-            for process in worker_processes(os.getpid()):
-                process.send_signal(signal.SIGKILL)
+            for process in processes_of("ShardActor"):
+                kill(process)
 
     killer = threading.Thread(target=kill_all)
     killer.start()

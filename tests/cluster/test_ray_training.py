@@ -1,15 +1,13 @@
 """Trainings in Ray Train's workers: the same as in one process, and a real kill."""
 
-import os
 import signal
 import threading
 import time
 
-import psutil
 import pytest
 
 from shardprune.errors import InputError
-from tests.clusters import cluster
+from tests.clusters import cluster, processes_of
 from tests.recovery.trainings import (
     QUIET,
     SHALLOW,
@@ -55,9 +53,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, 
         checkpoint = tmp_path / "o" / "training" / "latest"
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        children = psutil.Process(os.getpid()).children(recursive=True)
-        victim = next(child for child in children if "RayTrainWorker" in " ".join(child.cmdline()))
-        victim.send_signal(signal.SIGKILL)
+        processes_of("RayTrainWorker")[0].send_signal(signal.SIGKILL)
         killed.append(checkpoint.read_text())
 
     killer = threading.Thread(target=kill)

@@ -1,16 +1,14 @@
 """Evaluation on real Ray actors: the same numbers as in one process, whatever happens to a worker."""
 
-import os
 import signal
 
-import psutil
 import pytest
 
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.demo import bundled_model
 from shardprune.errors import InputError
 from shardprune.progress import Output, Step
-from tests.clusters import cluster
+from tests.clusters import cluster, processes_of
 from tests.evaluation.material import QUIET, write_task
 
 
@@ -23,8 +21,7 @@ class Killing(Output):
 
     def show(self, step: Step) -> None:
         if step.label == self.label and step.done == 1 and not self.killed:
-            children = psutil.Process(os.getpid()).children(recursive=True)
-            victim = [child for child in children if "ray::PassingActor" in " ".join(child.cmdline())][-1]
+            victim = processes_of("PassingActor")[-1]
             victim.send_signal(signal.SIGKILL)
             self.killed = victim.pid
 

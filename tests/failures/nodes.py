@@ -1,6 +1,5 @@
 """Ray clusters of several nodes on this machine, whose actors and nodes can be killed."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from tests.clusters import NO_SPARE_WORKERS
+from tests.clusters import NO_SPARE_WORKERS, processes_of
 from tests.forking import forks
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -43,14 +42,7 @@ class Nodes:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the workers on all nodes."""
-        found = []
-        for process in psutil.Process(os.getpid()).children(recursive=True):
-            try:
-                if "ray::ShardActor" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return processes_of("ShardActor")
 
 
 @contextmanager
