@@ -84,7 +84,7 @@ def timeline(history: History) -> Plot:
 def _rows(history: History, column: float) -> list[Row]:
     """Lines for all workers, in the order of shards and replicas."""
     keys = sorted({stint.key for stint in history.stints})
-    per_line = -(-len(keys) // LINES)
+    per_line = max(1, -(-len(keys) // LINES))
     return [_row(keys[start : start + per_line], history, column) for start in range(0, len(keys), per_line)]
 
 

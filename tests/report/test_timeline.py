@@ -78,6 +78,14 @@ def test_the_time_between_two_drivers_is_left_out():
     assert [shape.x0 for shape in plot.figure.layout.shapes] == [40.0]
 
 
+@pytest.mark.parametrize("events", [[event(5.0, "run")], attempt(0.0, end=20.0), [event(1.0, "lost", reason="all")]])
+def test_there_may_be_no_worker_to_show(events):
+    """As where a driver was killed between the last layer and the index, and was started again."""
+    plot = timeline(History(events))
+    assert list(plot.figure.layout.yaxis.categoryarray) == ["phases"]
+    assert len(plot.figure.data) == 1
+
+
 def test_lost_workers_are_marked():
     lost = event(50.0, "lost", reason="node2 is gone")
     events = attempt(0.0, work(40.0, 0, ("solve", 20.0, 40.0, 20.0)), lost, end=None)
