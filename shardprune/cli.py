@@ -214,12 +214,16 @@ def report(
     compare: Annotated[
         bool, typer.Option("--compare", help="One page: perplexity against compression and seconds of all of them")
     ] = False,
-    file: Annotated[str, typer.Option(help="File of the comparison", metavar="FILE")] = "comparison.html",
+    file: Annotated[
+        str | None, typer.Option(help="File of the comparison (default: comparison.html)", metavar="FILE")
+    ] = None,
 ) -> None:
     """Write OUT/report.html: what a run achieved, as one page that needs no network. Runs do so at their end."""
     from shardprune.report.report import write_comparison, write_report
 
-    places = [write_comparison(outs, file)] if compare else [write_report(out) for out in outs]
+    if file and not compare:
+        raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
+    places = [write_comparison(outs, file or "comparison.html")] if compare else [write_report(out) for out in outs]
     for place in places:
         print(f"report: {place}")
 

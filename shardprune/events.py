@@ -146,9 +146,10 @@ def read_events(folder: Folder) -> list[dict[str, Any]]:
 def _parsed(line: str) -> dict[str, Any] | None:
     """The event of a line; None where a write that failed has left a part of one."""
     try:
-        return json.loads(line)
+        event = json.loads(line)
     except ValueError:
         return None
+    return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None
 
 
 def _whole_lines(text: str) -> str:

@@ -50,7 +50,8 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
     assert plan.recipe.state is not None
     if os.path.isdir(plan.recipe.state):
         shutil.rmtree(plan.recipe.state)
-    leave_report(recipe, output)
+    if recipe.report:
+        leave_report(recipe.out, output)
     return result
 
 

@@ -60,7 +60,8 @@ def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, 
         if isinstance(section, EvaluateRecipe):
             progress.evaluated = _asked(section)
             progress.save()
-    leave_report(recipe, output, evaluated="evaluate" in results)
+    if recipe.report:
+        leave_report(recipe.out, output, new="evaluate" in results)
     return results
 
 

@@ -17,11 +17,11 @@ def print_result(result: Any, settings: Any = None) -> None:
 
 
 def print_place_of_report(out: str | None) -> None:
-    """Where the report of an output is; nothing where there is no output."""
-    from shardprune.report.report import place_of_report
+    """Where the report of an output is; nothing where there is no output, or it has none."""
+    from shardprune.report.report import report_of
 
-    if out:
-        print(f"report: {place_of_report(out)}")
+    if out and (place := report_of(out)):
+        print(f"report: {place}")
 
 
 def print_plan(planned: Any, as_json: bool) -> int:

@@ -60,7 +60,8 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
         result = _prune_structured(recipe, recipe.narrowing, output)
     else:
         result = _carry_out(recipe, output)
-    leave_report(recipe, output)
+    if recipe.report:
+        leave_report(recipe.out, output)
     return result
 
 
@@ -68,7 +69,8 @@ def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
     """Rebuild the masks of a pruned model with the help of its dense original; otherwise as `prune`."""
     output = output or Output()
     result = _carry_out(recipe, output)
-    leave_report(recipe, output)
+    if recipe.report:
+        leave_report(recipe.out, output)
     return result
 
 

@@ -64,7 +64,8 @@ def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
         if done := done_already(plan.journal, plan.state, plan.evaluations, output):
             search.remove_saved()
         result = done or search.go()
-    leave_report(recipe, output)
+    if recipe.report:
+        leave_report(recipe.out, output)
     return result
 
 

@@ -16,7 +16,7 @@ from shardprune.evaluation.recipe import EvaluateRecipe
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.progress import Output
-from shardprune.report.report import write_report
+from shardprune.report.report import leave_report
 from shardprune.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
 from shardprune.retrying import before_work
 
@@ -48,7 +48,7 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
                 output.say(f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)")
             result = evaluation.result()
     if record.kept and recipe.report:
-        write_report(record.folder.url)
+        leave_report(record.folder.url, output, new=True)
     return result
 
 

@@ -12,8 +12,7 @@ from shardprune.report.finished import FinishedRun
 from shardprune.report.plot import COLORS, SYMBOLS, Plot, figure
 from shardprune.result import EvaluationResult, Result
 
-DENSE = "before any run"
-HEADINGS = ("run", "text", "perplexity", "compression", "seconds")
+HEADINGS = ("", "run", "text", "perplexity", "compression", "seconds")
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,24 @@ def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
             raise InputError("compare", f"{run.folder} holds only an evaluation; give outputs that hold a model")
     original, seconds = lineage[0], 0.0
     assert isinstance(original.result, Result)
-    for source, measured in original.result.perplexity.items():
-        text = Text(source, measured.seqlen, measured.windows, measured.tokens_sha256)
-        if original.result.sparsity is None or not original.result.sparsity.before:
-            points.append(Point(DENSE, text, measured.before, 0.0, 0.0))
+    if _was_dense(original.result):
+        for source, measured in original.result.perplexity.items():
+            text = Text(source, measured.seqlen, measured.windows, measured.tokens_sha256)
+            points.append(Point(original.model.rstrip("/").rsplit("/", 1)[-1], text, measured.before, 0.0, 0.0))
     for run in lineage:
         assert isinstance(run.result, Result)
-        seconds += run.result.seconds["total"]
+        seconds += run.seconds
         if run in runs:
             left = run.result.model.parameters_after - _zeros(run)
             compression = 1 - left / original.result.model.parameters_before
-            points += [
-                Point(names[run.folder], text, value, compression, seconds) for text, value in _measured(run.result)
-            ]
+            name = names[run.folder]
+            points += [Point(name, text, value, compression, seconds) for text, value in _measured(run.result)]
     return points
+
+
+def _was_dense(result: Result) -> bool:
+    """Whether what a run measured before it began was a dense model."""
+    return result.command != "rebuild" and not (result.sparsity and result.sparsity.before)
 
 
 def _zeros(run: FinishedRun) -> int:
@@ -99,7 +102,7 @@ def _zeros(run: FinishedRun) -> int:
 def _lineage(runs: list[FinishedRun]) -> list[FinishedRun]:
     """Runs after those that made the models they were given, as far as these are known."""
     found = [run for run in runs if not isinstance(run.result, EvaluationResult)]
-    while found and found[0].command == "recover" and found[0].parent is not None:
+    while found and found[0].parent is not None:
         found.insert(0, found[0].parent)
     return found
 
@@ -124,16 +127,17 @@ def comparisons(points: list[Point]) -> list[Plot]:
         plots.append(
             Plot(
                 f"Perplexity on {text.name} against compression (% of the original's parameters)",
-                _scatter(own, names, [100 * point.compression for point in own], "parameters gone or zero (%)"),
-                "Down and to the right is better: fewer parameters that are not zero, lower perplexity.",
+                _scatter(own, names, [100 * point.compression for point in own], "compression (%)"),
+                "The share of the original's parameters that are gone or zero. Down and to the right is better. The "
+                "numbers are those of the table.",
             )
         )
         plots.append(
             Plot(
                 f"Perplexity on {text.name} against time (s)",
-                _scatter(own, names, [point.seconds for point in own], "wall-clock seconds of all runs of a model"),
-                "Wall-clock seconds from the first run of a model to its last one, planning and measuring included; "
-                "other machines take other times.",
+                _scatter(own, names, [point.seconds for point in own], "time (s)"),
+                "Wall-clock seconds of all runs that made a model and all their attempts, planning and measuring "
+                "included; other machines take other times. The numbers are those of the table.",
             )
         )
     return plots
@@ -149,8 +153,8 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
                 y=[point.perplexity],
                 name=escape(point.name),  # plotly takes names for markup
                 mode="markers+text",
-                text=[escape(point.name)],
-                textposition="middle right" if place <= max(x) / 2 else "middle left",
+                text=[str(number + 1)],
+                textposition="top center",
                 cliponaxis=False,
                 marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "color": COLORS[number % len(COLORS)], "size": 11},
                 hovertemplate="%{y:.3f} at %{x:.4g}<extra>%{fullData.name}</extra>",
@@ -160,8 +164,12 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
 
 
 def comparison_rows(points: list[Point]) -> list[tuple[str, ...]]:
-    """The same in numbers, under HEADINGS."""
+    """The same in numbers, under HEADINGS; each name has a number of its own."""
+    names = list(dict.fromkeys(point.name for point in points))
     return [
-        (point.name, point.text.name, f"{point.perplexity:.3f}", f"{point.compression:.1%}", f"{point.seconds:,.1f}")
+        (
+            *(str(names.index(point.name) + 1), point.name, point.text.name),
+            *(f"{point.perplexity:.3f}", f"{point.compression:.1%}", f"{point.seconds:,.1f}"),
+        )
         for point in dict.fromkeys(points)
     ]

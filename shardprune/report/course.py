@@ -31,7 +31,7 @@ def path_of_search(path: list[Iteration], recipe: dict[str, Any]) -> Plot | None
     ]
     ring = {"symbol": "circle-open", "color": COLORS[3], "size": 18, "line": {"width": 2}}
     traces.append(_points(chosen, "what it became", ring))
-    drawn = figure(traces, xaxis={"title": "iteration and step; share of the parameters removed", "type": "category"})
+    drawn = figure(traces, xaxis={"title": "iteration: step, share removed", "type": "category"})
     drawn.update_xaxes(categoryorder="array", categoryarray=ticks)
     drawn.update_yaxes(title=f"score ({criterion})")
     return Plot(

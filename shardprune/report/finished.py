@@ -8,6 +8,7 @@ from shardprune.errors import InputError, first_line
 from shardprune.events import read_events
 from shardprune.journal import RESULT
 from shardprune.pipeline_recipe import PRUNED, RECOVERED
+from shardprune.report.history import History
 from shardprune.result import EvaluationResult, Result
 from shardprune.storage import READ_ONLY, Folder
 
@@ -28,13 +29,27 @@ class FinishedRun:
     def model(self) -> str:
         return self.result.recipe["model"]
 
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all attempts as the events tell them, without those in which none ran; of the attempt
+        that finished where there are no events."""
+        if not self.events:
+            return self.result.seconds["total"]
+        history = History(self.events)
+        return history.at(history.end)
+
     @cached_property
     def parent(self) -> "FinishedRun | None":
         """The run that made the model this one was given, where that is known."""
-        if self.model.startswith(READ_ONLY):
+        given = self.result.recipe["sparse" if self.command == "rebuild" else "model"]
+        if given.startswith(READ_ONLY):
             return None
-        folder = Folder(self.model, "model")
-        return _finished(folder) if folder.is_file(RESULT) else None
+        folder = Folder(given, "model")
+        try:
+            found = _finished(folder) if folder.is_file(RESULT) else None
+        except InputError:  # another program's file
+            return None
+        return found if found and isinstance(found.result, Result) else None
 
 
 def finished_runs(out: str) -> list[FinishedRun]:

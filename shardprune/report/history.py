@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from shardprune.status import SILENCE_SECONDS
+from shardprune.report.workers import Key
 
 Event = dict[str, Any]
-Key = tuple[int, int]  # shard, replica
 
 TRAINING = "recover"  # the phase whose processes keep no account of their own
 
@@ -24,11 +24,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A place where a run was cut off: `silent` seconds passed before a driver was there again."""
+    """A place where a run was cut off: `silent` seconds passed before a driver was there again, where it was a new
+    one."""
 
     time: float
     what: str
-    silent: float
+    silent: float = 0.0
+    new_driver: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,26 +71,25 @@ class History:
 
     def at(self, time: float) -> float:
         """Seconds of the run's own time: without those between a driver's end and the next one's start."""
-        silent = sum(entry.silent for entry in self.interruptions if entry.time < time)
+        silent = sum(min(entry.silent, time - entry.time) for entry in self.interruptions if entry.time < time)
         return max(0.0, time - self.start - silent)
 
     def _losses(self) -> list[Interruption]:
         return [
-            Interruption(event["time"], f"workers lost: {event['reason']}", 0.0)
+            Interruption(event["time"], f"workers lost: {event['reason']}")
             for event in self.events
             if event["event"] == "lost"
         ]
 
     def _restarts(self) -> list[Interruption]:
-        """Where a new driver goes on: every one begins by planning."""
+        """Where a new driver goes on: each records itself once, after it has planned."""
         found = []
-        seen_run = False
-        for before, event in zip(self.events, self.events[1:], strict=False):
-            seen_run = seen_run or before["event"] == "run"
-            gap = event["time"] - before["time"]
-            planning = event["event"] == "begin" and event["phase"] == "plan"
-            if seen_run and planning and (gap > SILENCE_SECONDS or before["event"] in ("stopped", "failed", "done")):
-                found.append(Interruption(before["time"], "the command started again", gap))
+        runs = [place for place, event in enumerate(self.events) if event["event"] == "run"]
+        for earlier, run in pairwise(runs):
+            begin = next((at for at in range(run, earlier, -1) if _plans(self.events[at])), run)
+            before, event = self.events[begin - 1], self.events[begin]
+            silent = max(0.0, event["time"] - before["time"])
+            found.append(Interruption(before["time"], "the command started again", silent, new_driver=True))
         return found
 
     def _phases(self) -> list[tuple[str, float, float]]:
@@ -96,7 +97,7 @@ class History:
         found: list[tuple[str, float, float]] = []
         stack: list[str] = []
         since = self.start
-        ends = iter(entry.time for entry in self.interruptions if entry.silent)
+        ends = iter(entry.time for entry in self.interruptions if entry.new_driver)
         cut = next(ends, None)
         for event in self.events:
             if cut is not None and event["time"] > cut:
@@ -138,3 +139,7 @@ class History:
             if name == TRAINING:
                 for key in trainers:
                     yield key, Work("train", start, end, end - start)
+
+
+def _plans(event: Event) -> bool:
+    return event["event"] == "begin" and event["phase"] == "plan"

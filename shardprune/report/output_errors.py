@@ -1,5 +1,6 @@
 """By how much the layers' outputs changed."""
 
+import math
 from collections.abc import Iterable
 
 import plotly.graph_objects as go
@@ -72,5 +73,11 @@ def _errors(points: list[Point], title: str, text: str) -> Plot | None:
         yaxis_title="relative error",
     )
     if all(error > 0 for _, _, error in points):  # a projection that lost nothing has none
-        drawn.update_yaxes(type="log")
+        drawn.update_yaxes(type="log", tickvals=_ticks([error for _, _, error in points]), tickformat="~g")
     return Plot(title, drawn, text)
+
+
+def _ticks(errors: list[float]) -> list[float]:
+    """1, 2 and 5 of every power of ten around some numbers above 0; of more than three powers the 1 alone."""
+    powers = range(math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors))) + 1)
+    return [digit * 10.0**power for power in powers for digit in ((1, 2, 5) if len(powers) <= 4 else (1,))]

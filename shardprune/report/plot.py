@@ -12,6 +12,8 @@ import plotly.graph_objects as go
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+# Below the plot, and as high as it takes: on a phone it would be scrolled else.
+LEGEND = {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom", "maxheight": 1.0}
 LINE_HEIGHT = 340  # pixels of a plot of lines
 
 
@@ -26,8 +28,8 @@ class Plot:
     wide: bool = False
 
     def as_json(self) -> str:
-        """The figure for the page's script, safe inside a `script` element."""
-        return self.figure.to_json().replace("</", "<\\/")
+        """The figure for the page's script; plotly escapes what would end a `script` element."""
+        return self.figure.to_json()
 
 
 def figure(traces: list[Any], **layout: Any) -> go.Figure:
@@ -36,7 +38,7 @@ def figure(traces: list[Any], **layout: Any) -> go.Figure:
     drawn.update_layout(
         template="none",
         margin={"l": 8, "r": 8, "t": 8, "b": 8},
-        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+        legend=LEGEND,
         **layout,
     )
     drawn.update_xaxes(automargin=True)

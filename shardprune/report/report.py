@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, first_line, without_credentials
 from shardprune.progress import Output
 from shardprune.report.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.course import path_of_search
@@ -18,13 +18,14 @@ from shardprune.report.plot import Plot
 from shardprune.report.timeline import timeline
 from shardprune.report.training import loss_curve
 from shardprune.result import Evaluation, EvaluationResult, Result
-from shardprune.setting_groups import Run
+from shardprune.retrying import before_work
 from shardprune.storage import Folder, absolute, output_folder
 from shardprune.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
 
 FILE = "report.html"
 
 
+@before_work()
 def write_report(out: str) -> str:
     """Write the report of an output, a run's or a pipeline's, into it, and return where it is.
 
@@ -32,21 +33,36 @@ def write_report(out: str) -> str:
         InputError: the output holds no finished run.
         StorageError: it cannot be read or written.
     """
-    folder = output_folder(absolute(out))
+    _write(absolute(out))
+    return place_of_report(out)
+
+
+def _write(out: str) -> None:
+    folder = output_folder(out)
     runs = finished_runs(folder.url)
     folder.write_text(FILE, render(_title(runs), [_section(run) for run in runs]))
-    return place_of_report(folder.url)
 
 
-def leave_report(recipe: Run, output: Output, evaluated: bool = False) -> None:
-    """Write the report of a run that has ended, if its recipe wants one, and it is new or was never written.
+def leave_report(out: str, output: Output, new: bool = False) -> None:
+    """Write the report of an output at the end of a run, if anything in it is new or it was never written.
+
+    The run has made what it was to make: whatever keeps the report from being written is said, and ends nothing.
 
     Args:
-        evaluated: something was measured, which leaves no events.
+        new: something was measured, which leaves no events.
     """
-    new = evaluated or output.events.recorded_any
-    if recipe.report and (new or not output_folder(absolute(recipe.out)).is_file(FILE)):
-        write_report(recipe.out)
+    try:
+        folder = output_folder(absolute(out))
+        if new or output.events.recorded_any or not folder.is_file(FILE):
+            _write(folder.url)
+    except Exception as error:
+        place = without_credentials(out)
+        output.say(f"no report was written: {first_line(error)}; `shardprune report {place}` tries again")
+
+
+def report_of(out: str) -> str | None:
+    """Where the report of an output is, if it has one."""
+    return place_of_report(out) if output_folder(absolute(out)).is_file(FILE) else None
 
 
 def place_of_report(out: str) -> str:
@@ -54,6 +70,7 @@ def place_of_report(out: str) -> str:
     return f"{without_credentials(absolute(out)).rstrip('/')}/{FILE}"
 
 
+@before_work()
 def write_comparison(outs: list[str], file: str) -> str:
     """Write a page that compares the perplexities of several outputs, and return where it is.
 
@@ -61,6 +78,7 @@ def write_comparison(outs: list[str], file: str) -> str:
         InputError: there are fewer than two, or one holds no finished run that made a model.
         StorageError: something cannot be read or written.
     """
+    outs = list(dict.fromkeys(outs))
     if len(outs) < 2:
         raise InputError("compare", f"{', '.join(outs)!r} is one output; give two or more")
     runs = [finished_runs(absolute(out)) for out in outs]
@@ -68,7 +86,7 @@ def write_comparison(outs: list[str], file: str) -> str:
     points = [point for of_one in runs for point in points_of(of_one, names)]
     if not points:
         raise InputError("compare", "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`")
-    grid = Grid(HEADINGS, comparison_rows(points), numbers=2)
+    grid = Grid(HEADINGS, comparison_rows(points), numbers=3)
     place = absolute(file)
     where, _, name = place.rpartition("/")
     section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points))
@@ -84,7 +102,7 @@ def _section(run: FinishedRun) -> Section:
     recipe = yaml.safe_dump(run.result.recipe, sort_keys=False, allow_unicode=True)
     if isinstance(run.result, EvaluationResult):
         grids = [_evaluation_grid(run.result.evaluation)]
-        return Section("evaluate", _costs(run.result), grids, _work(run), recipe=recipe)
+        return Section("evaluate", _costs(run), grids, _work(run), recipe=recipe)
     result = run.result
     grids = [Grid(("", "before", "after"), list(summary_rows(result)))]
     if result.evaluation:
@@ -92,7 +110,7 @@ def _section(run: FinishedRun) -> Section:
     plots = [plot for plot in _plots(result) if plot]
     return Section(
         ", ".join((result.command, *what_was_done(result))),
-        [*_facts(run, result), *_costs(result)],
+        [*_facts(run, result), *_costs(run)],
         grids,
         [*plots, *_work(run)],
         _remarks(result),
@@ -102,7 +120,9 @@ def _section(run: FinishedRun) -> Section:
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
     facts = [("model", run.model), ("output", without_credentials(run.folder))]
-    if result.sparsity:
+    if result.sparsity and result.recovery:  # which has no target
+        facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
+    elif result.sparsity:
         facts.append(("sparsity: target", f"{result.sparsity.target:.2%}"))
         facts.append(("sparsity: achieved", f"{result.sparsity.achieved:.4%}"))
     elif result.structure and result.recipe.get("remove") is not None:
@@ -115,11 +135,12 @@ def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
     return facts
 
 
-def _costs(result: Result | EvaluationResult) -> list[tuple[str, str]]:
+def _costs(run: FinishedRun) -> list[tuple[str, str]]:
+    result = run.result
     nodes = len({worker.node for worker in result.workers})
     return [
-        ("time", f"{result.seconds['total']:,.1f} s"),
-        ("workers", f"{len(result.workers)} on {nodes} node{'s' if nodes > 1 else ''}"),
+        ("time, all attempts" if run.events else "time of the attempt that finished", f"{run.seconds:,.1f} s"),
+        ("workers", f"{len(result.workers)} on {nodes} node{'s' if nodes != 1 else ''}"),
         ("restarts", str(result.restarts)),
     ]
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from shardprune.report.history import History, Key, Stint
-from shardprune.report.memory import worker_name
+from shardprune.report.history import History, Stint
 from shardprune.report.plot import Plot, figure
+from shardprune.report.workers import Key, lines_of
 
 COLUMNS = 240  # of the timeline; in each, a worker does what took most of its time
-LINES = 32  # workers that are shown one by one; of more, each line is the mean of several
 ROW_HEIGHT = 30  # pixels
-FRAME_HEIGHT = 190
+FRAME_HEIGHT = 230
 PHASES = "phases"
 
 IDLE = "idle"
@@ -36,7 +35,7 @@ STYLES = {  # colour and pattern
     "write": ("#E69F00", "x"),
     "train": ("#D55E00", "+"),
     EXCHANGE: ("#8C8C8C", "|"),
-    IDLE: ("rgba(140,140,140,0.18)", ""),
+    IDLE: ("rgba(140,140,140,0.18)", ""),  # and outlined
 }
 PATTERN = {"fillmode": "overlay", "size": 5, "solidity": 0.2, "fgcolor": "white"}
 PHASE_COLORS = ("#BFE3F7", "#F5D9A0")  # in turn: their names stand in them
@@ -83,13 +82,10 @@ def timeline(history: History) -> Plot:
 
 def _rows(history: History, column: float) -> list[Row]:
     """Lines for all workers, in the order of shards and replicas."""
-    keys = sorted({stint.key for stint in history.stints})
-    per_line = max(1, -(-len(keys) // LINES))
-    return [_row(keys[start : start + per_line], history, column) for start in range(0, len(keys), per_line)]
+    return [_row(name, keys, history, column) for name, keys in lines_of(list({stint.key for stint in history.stints}))]
 
 
-def _row(keys: list[Key], history: History, column: float) -> Row:
-    first, last = worker_name(*keys[0]), worker_name(*keys[-1])
+def _row(name: str, keys: list[Key], history: History, column: float) -> Row:
     stints = [stint for stint in history.stints if stint.key in keys]
     busy: list[dict[str, float]] = [{} for _ in range(COLUMNS)]
     there = [0.0] * COLUMNS
@@ -102,7 +98,7 @@ def _row(keys: list[Key], history: History, column: float) -> Row:
             for place, seconds in _columns(start, end, column):
                 busy[place][kind] = busy[place].get(kind, 0.0) + min(1.0, share) * seconds
     kinds = [_kind(took, present, column) for took, present in zip(busy, there, strict=True)]
-    return Row(first if first == last else f"{first} to {last}", kinds, _idle(stints))
+    return Row(name, kinds, _idle(stints))
 
 
 def _columns(start: float, end: float, column: float) -> Iterator[tuple[int, float]]:
@@ -149,7 +145,11 @@ def _bars(kind: str, bars: list[tuple[str, int, int]], column: float, unit: str)
         y=[label for label, _, _ in bars],
         base=[first * column for _, first, _ in bars],
         x=[(last - first) * column for _, first, last in bars],
-        marker={"color": color, "line_width": 0, "pattern": PATTERN | {"shape": pattern}},
+        marker={
+            "color": color,
+            "line": {"color": "#8C8C8C", "width": int(kind == IDLE)},
+            "pattern": PATTERN | {"shape": pattern},
+        },
         hovertemplate=f"{kind}: %{{x:.3g}} {unit} from %{{base:.3g}}<extra></extra>",
     )
 
@@ -187,6 +187,6 @@ def _text(history: History) -> str:
         told += " Processes of a training keep no account of their own and count as busy throughout."
     marks = []
     for number, entry in enumerate(history.interruptions, 1):
-        silent = f" after {entry.silent:,.0f} s, which are left out" if entry.silent else ""
+        silent = f" after {entry.silent:,.0f} s, which are left out" if entry.new_driver else ""
         marks.append(f" ↻{number}: {entry.what}{silent}.")
     return told + "".join(marks)

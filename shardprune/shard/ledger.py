@@ -10,10 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+PAUSE_SECONDS = 1.0  # in a verb's calls, after which they are told apart
+
 
 @dataclass
 class Span:
-    """The calls of one verb for one layer (None: for none in particular) between two accounts.
+    """The calls of one verb for one layer (None: for none in particular) between two accounts, with no pause between
+    them that is longer than PAUSE_SECONDS.
 
     `start` and `end` are seconds since the epoch on the worker's clock, `busy` the seconds of the calls alone, `bytes`
     what tensors the calls brought to the worker.
@@ -45,13 +48,18 @@ class Ledger:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.watcher: Watcher | None = None
-        self._spans: dict[tuple[str, int | None], Span] = {}
+        self._spans: dict[tuple[str, int | None], Span] = {}  # to which calls may be added
+        self._closed: list[Span] = []
 
     def add(self, verb: str, layer: int | None, seconds: float, received: int) -> None:
         """A call has ended."""
         self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
         now = time.time()
-        span = self._spans.setdefault((verb, layer), Span(verb, layer, now - seconds, now))
+        span = self._spans.get((verb, layer))
+        if span is None or now - seconds - span.end > PAUSE_SECONDS:
+            if span:
+                self._closed.append(span)
+            span = self._spans[verb, layer] = Span(verb, layer, now - seconds, now)
         span.end = now
         span.busy += seconds
         span.calls += 1
@@ -61,8 +69,9 @@ class Ledger:
 
     def hand_out(self) -> list[Span]:
         """The spans since the last time, in the order of their starts."""
-        spans, self._spans = self._spans, {}
-        return list(spans.values())
+        spans = sorted([*self._closed, *self._spans.values()], key=lambda span: span.start)
+        self._spans, self._closed = {}, []
+        return spans
 
 
 class Accounting(Protocol):

@@ -4,7 +4,8 @@ import pytest
 
 from shardprune.events import read_events
 from shardprune.report.history import History, Work
-from shardprune.report.timeline import COLUMNS, IDLE, LINES, _rows, timeline
+from shardprune.report.timeline import COLUMNS, IDLE, _rows, timeline
+from shardprune.report.workers import LINES
 from shardprune.storage import Folder
 
 
@@ -61,20 +62,21 @@ def test_phases_are_the_innermost():
     assert History(events).phases == [("structure", 0.0, 2.0), ("load", 2.0, 5.0), ("structure", 5.0, 6.0)]
 
 
-def test_the_time_between_two_drivers_is_left_out():
-    killed = attempt(0.0, work(40.0, 0, ("solve", 20.0, 40.0, 20.0)), end=None)
-    again = attempt(1000.0, work(1030.0, 0, ("solve", 1020.0, 1030.0, 10.0)), end=1040.0)
+@pytest.mark.parametrize("silent", [1.0, 960.0])
+def test_the_time_between_two_drivers_is_left_out(silent):
+    killed, later = attempt(0.0, work(40.0, 0, ("solve", 20.0, 40.0, 20.0)), end=None), 40.0 + silent
+    again = attempt(later, work(later + 30, 0, ("solve", later + 20, later + 30, 10.0)), end=later + 40)
     history = History([*killed, *again])
     (cut,) = history.interruptions
-    assert (cut.time, cut.silent) == (40.0, 960.0)
-    assert [history.at(time) for time in (0, 40, 1000, 1040)] == [0, 40, 40, 80]
-    phases = [("plan", 0, 10), ("prune", 10, 40), ("plan", 1000, 1010), ("prune", 1010, 1040)]
+    assert (cut.time, cut.silent) == (40.0, silent)
+    assert [history.at(time) for time in (0, 40, 40 + silent / 2, later, later + 40)] == [0, 40, 40, 40, 80]
+    phases = [("plan", 0, 10), ("prune", 10, 40), ("plan", later, later + 10), ("prune", later + 10, later + 40)]
     assert history.phases == phases
     (row,) = _rows(history, 80.0 / COLUMNS)
     assert [at(row, seconds / 80) for seconds in (10, 30, 50, 65)] == [None, "solve", None, "solve"]
     assert row.idle == 0
     plot = timeline(history)
-    assert "↻1: the command started again after 960 s, which are left out." in plot.text
+    assert f"↻1: the command started again after {silent:.0f} s, which are left out." in plot.text
     assert [shape.x0 for shape in plot.figure.layout.shapes] == [40.0]
 
 
