@@ -30,8 +30,7 @@ def write_report(out: str) -> str:
     """Write the report of an output, a run's or a pipeline's, into it, and return where it is.
 
     Raises:
-        InputError: the output holds no finished run.
-        StorageError: it cannot be read or written.
+        InputError: the output holds no finished run, or cannot be read or written.
     """
     _write(absolute(out))
     return place_of_report(out)
@@ -75,8 +74,8 @@ def write_comparison(outs: list[str], file: str) -> str:
     """Write a page that compares the perplexities of several outputs, and return where it is.
 
     Raises:
-        InputError: there are fewer than two, or one holds no finished run that made a model.
-        StorageError: something cannot be read or written.
+        InputError: there are fewer than two, one holds no finished run that made a model, or cannot be read, or the page
+            cannot be written.
     """
     outs = list(dict.fromkeys(outs))
     if len(outs) < 2:
