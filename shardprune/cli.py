@@ -348,7 +348,9 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as error:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(
+            _fail("stopped by Ctrl-C; what a run has finished is kept, and the same command goes on from there", 130)
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 

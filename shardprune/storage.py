@@ -31,7 +31,9 @@ PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, which install what a protocol needs
 READ_ONLY = "hf://"
 # Errors of these packages are storage's, like Python's OSError.
-CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "requests"})
+CLIENTS = frozenset(
+    {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
+)
 
 Parts = Callable[[], Iterable[bytes | memoryview]]
 

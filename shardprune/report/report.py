@@ -74,8 +74,8 @@ def write_comparison(outs: list[str], file: str) -> str:
     """Write a page that compares the perplexities of several outputs, and return where it is.
 
     Raises:
-        InputError: there are fewer than two, one holds no finished run that made a model, or cannot be read, or the page
-            cannot be written.
+        InputError: there are fewer than two, one holds no finished run that made a model, or something cannot be read
+            or written.
     """
     outs = list(dict.fromkeys(outs))
     if len(outs) < 2:

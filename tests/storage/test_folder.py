@@ -6,12 +6,13 @@ import pickle
 
 import pytest
 import torch
+from huggingface_hub.utils import get_session
 
 from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError, StorageError
 from shardprune.retrying import ENVIRONMENT
 from shardprune.safetensors_file import read_header, read_tensor, write_tensors
-from shardprune.storage import REQUEST, Folder
+from shardprune.storage import CLIENTS, REQUEST, Folder
 from tests.tiny import load_tensors
 
 MIB = 2**20
@@ -234,3 +235,9 @@ def test_a_storage_without_credentials(s3, bucket, monkeypatch, tmp_path):
 def test_a_missing_package_is_named():
     with pytest.raises(InputError, match=r"^out: 'gs://b/x' needs .*: pip install 'shardprune\[gcs\]'$"):
         Folder("gs://b/x", "out")
+
+
+def test_what_the_hub_is_asked_with_is_a_client_of_storage():
+    """Whose errors are told in one line: huggingface_hub has changed it before."""
+    packages = {base.__module__.partition(".")[0] for base in type(get_session()).__mro__}
+    assert packages & CLIENTS
