@@ -41,7 +41,7 @@ class Events:
 
     def __init__(self) -> None:
         self.position: Callable[[], dict[str, Any] | None] = lambda: None  # of the step under way
-        self.recorded_any = False  # whether a run did anything, or was finished already
+        self.recorded_any = False  # whether a run has done anything; of one that was finished already nothing is
         self._waiting: list[str] = []
         self._writer: _Writer | None = None
         self._lock = threading.Lock()

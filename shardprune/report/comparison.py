@@ -102,8 +102,8 @@ def _zeros(run: FinishedRun) -> int:
 def _lineage(runs: list[FinishedRun]) -> list[FinishedRun]:
     """Runs after those that made the models they were given, as far as these are known."""
     found = [run for run in runs if not isinstance(run.result, EvaluationResult)]
-    while found and found[0].parent is not None:
-        found.insert(0, found[0].parent)
+    while found and (parent := found[0].parent) and parent.folder not in {run.folder for run in found}:
+        found.insert(0, parent)  # none is its own: an output may have been moved to where its model was
     return found
 
 

@@ -5,9 +5,10 @@ import doctest
 from pathlib import Path
 from typing import Any
 
-from tests.docs.standins import CLASSES, Material, made_small
+from shardprune.slurm.commands import COMMANDS
+from tests.docs.standins import Material, made_small
 
-COMMAND_OF = {cls.__name__: command for command, cls in CLASSES.items()}
+COMMAND_OF = {cls.__name__: command for command, cls in COMMANDS.items()}
 READ = {"from_pretrained", "open", "Path", "status_of", "load_file"}  # whose first argument is read, not written
 
 
@@ -28,7 +29,7 @@ def run_python(text: str, names: dict[str, Any], material: Material) -> None:
 
 def _small(command: str, values: dict[str, Any], material: Material) -> dict[str, Any]:
     """The fields of a recipe, made small; what they name is provided."""
-    settings = CLASSES[command].checked(values)
+    settings = COMMANDS[command].checked(values)
     material.provide(settings)
     return made_small(command, values, settings)
 

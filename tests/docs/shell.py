@@ -22,9 +22,9 @@ from shardprune.options import given
 from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.settings import Settings
+from shardprune.slurm.commands import COMMANDS as RECIPES_OF
 from tests.docs.python import run_python
 from tests.docs.standins import (
-    CLASSES,
     CONFIG_OF,
     DROPPED,
     PLACEHOLDER,
@@ -105,7 +105,7 @@ class Shell:
             Wrong: there is no such command or option, or a value is not allowed.
         """
         values = parsed(command, words)
-        cls = {**CLASSES, "plan": PlanRecipe}.get(command)
+        cls = {**RECIPES_OF, "plan": PlanRecipe}.get(command)
         if cls is None:
             return None
         recipe = values.pop("recipe", None)

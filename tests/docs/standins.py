@@ -23,8 +23,7 @@ import fsspec
 import numpy as np
 import yaml
 
-from shardprune import MopRecipe, RebuildRecipe, Recipe, RecoverRecipe, prune
-from shardprune.evaluation.recipe import EvaluateRecipe
+from shardprune import Recipe, RecoverRecipe, prune
 from shardprune.evaluation.tasks import SETS
 from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.progress import Output
@@ -103,15 +102,6 @@ RECIPE_OF: dict[str, dict[str, Any]] = {
         "evaluate": {"perplexity": "wikitext2"},
     },
 }
-CLASSES: dict[str, type[Settings]] = {
-    "prune": Recipe,
-    "mop": MopRecipe,
-    "rebuild": RebuildRecipe,
-    "recover": RecoverRecipe,
-    "evaluate": EvaluateRecipe,
-    "pipeline": PipelineRecipe,
-}
-
 MODEL_FIELDS, SOURCE_FIELDS = ("model", "sparse", "teacher"), ("calibration", "eval", "perplexity", "data")
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 import yaml
 
 from shardprune.errors import InputError
-from shardprune.slurm.commands import command_of
+from shardprune.slurm.commands import COMMANDS, command_of
 from tests.docs.blocks import ROOT, Block, Page, commands_of, json_values
 from tests.docs.programs import run_command
 from tests.docs.shell import Shell, Wrong
-from tests.docs.standins import CLASSES
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def _yaml(shell: Shell, block: Block) -> None:
     file = Path("block.yaml")
     file.write_text(text)
     try:
-        command_of(file, lambda name: CLASSES[name].checked(_named(name, values)), None)
+        command_of(file, lambda name: COMMANDS[name].checked(_named(name, values)), None)
     except InputError as error:
         raise Wrong(f"no recipe: {error}") from error
     return None
@@ -79,7 +78,7 @@ def _yaml(shell: Shell, block: Block) -> None:
 def _named(command: str, values: dict) -> dict:
     """A recipe's values, with what may stand on the command line instead."""
     open_fields = {"model": "MODEL", "sparse": "SPARSE", "out": "OUT", "data": "alpaca"}
-    fields = CLASSES[command].model_fields
+    fields = COMMANDS[command].model_fields
     given = {name: value for name, value in open_fields.items() if name in fields and fields[name].is_required()}
     return {**given, **values}
 

@@ -8,17 +8,8 @@ import pytest
 import yaml
 
 import jobs
-from shardprune import EvaluateRecipe, MopRecipe, RebuildRecipe, Recipe, RecoverRecipe
-from shardprune.pipeline_recipe import PipelineRecipe
+from shardprune.slurm.commands import COMMANDS
 
-RECIPES = {
-    "prune": Recipe,
-    "mop": MopRecipe,
-    "rebuild": RebuildRecipe,
-    "recover": RecoverRecipe,
-    "evaluate": EvaluateRecipe,
-    "pipeline": PipelineRecipe,
-}
 WITHOUT_RECIPE = {
     "missing": ([], "recipe: missing; use python -m jobs.prune RECIPE [OPTIONS]"),
     "options first": (
@@ -45,12 +36,12 @@ def fails(monkeypatch, capsys):
 
 def test_all_jobs_are_listed_here():
     files = Path(jobs.__file__).parent.glob("*.py")
-    assert {file.stem for file in files if "from jobs.entry import run" in file.read_text()} == set(RECIPES)
+    assert {file.stem for file in files if "from jobs.entry import run" in file.read_text()} == set(COMMANDS)
 
 
-@pytest.mark.parametrize("job", RECIPES)
+@pytest.mark.parametrize("job", COMMANDS)
 def test_a_job_reads_the_recipe_of_its_command(job, tmp_path, fails):
-    fields = RECIPES[job].model_fields
+    fields = COMMANDS[job].model_fields
     required = {name: "stdlib" for name, field in fields.items() if field.is_required()}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({**required, "zzzz": 1}))

@@ -175,6 +175,16 @@ def test_models_are_compared_with_the_first_of_their_line(runs):
     assert then.compression == pytest.approx(1 - (model.parameters_after - zeros) / model.parameters_before)
 
 
+def test_an_output_may_lie_where_its_model_was(runs, tmp_path):
+    shutil.copytree(runs.folder / "model", tmp_path / "m")
+    run(tmp_path, "o", "m", sparsity=0.5, calibration=str(runs.folder / "tokens.npy"))
+    shutil.rmtree(tmp_path / "m")
+    (tmp_path / "o").rename(tmp_path / "m")
+    (alone,) = finished_runs(str(tmp_path / "m"))
+    assert alone.model == alone.folder
+    assert points(tmp_path / "m") == []  # measured on nothing, and in the end
+
+
 def test_a_sparse_model_of_unknown_origin_is_no_dense_one(runs, tmp_path):
     """Nor is a folder that holds another program's result.json the run that made it."""
     shutil.copytree(runs.folder / "wanda", tmp_path / "sparse")
