@@ -17,7 +17,7 @@ lint: .venv-test/ready
 
 # The pages that are made from the code.
 docs: .venv-test/ready
-	.venv-test/bin/python -m shardprune.reference docs/reference.md
+	.venv-test/bin/python -m docs.make_reference docs/reference.md
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

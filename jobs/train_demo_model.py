@@ -1,8 +1,8 @@
 """Train the bundled demo model on the standard library's own sources.
 
-    python -m jobs.train_demo_model --out shardprune/models/stdlib-4m
+    python -m jobs.train_demo_model --out shardprune/assets/stdlib-4m
 
-The training split of `shardprune.stdlib` gives the tokenizer and the model their text; the held-out
+The training split of `shardprune.storage.stdlib` gives the tokenizer and the model their text; the held-out
 split gives the curve that is printed and kept in training.json beside the weights. Some 12 million
 tokens take an hour and a half on two CPU cores, minutes on a GPU.
 """
@@ -18,7 +18,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from shardprune import stdlib
+from shardprune.storage import stdlib
 
 VOCABULARY = 2048
 BEGIN, END = "<s>", "</s>"

@@ -11,7 +11,8 @@ import sys
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from shardprune.stopping import EXIT_CODE, Stopped, handlers_kept, stoppable
+from shardprune.cluster.signals import EXIT_CODE, handlers_kept, stoppable
+from shardprune.errors import Stopped
 
 POLL_SECONDS = 1.0  # for which Ray hears no signal
 QUIET_POLLS = 60  # between two lines while it waits

@@ -4,16 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shardprune.evaluation.recipe import EvaluateRecipe
-    from shardprune.evaluation.run import evaluate
-    from shardprune.fine_tuning import recover
-    from shardprune.mop_recipe import MopRecipe
-    from shardprune.pipeline_recipe import PipelineRecipe
-    from shardprune.pipelines import pipeline
-    from shardprune.recipe import RebuildRecipe, Recipe
-    from shardprune.recover_recipe import RecoverRecipe
-    from shardprune.run import prune, rebuild
-    from shardprune.search import mop
+    from shardprune.commands.evaluate import evaluate
+    from shardprune.commands.mop import mop
+    from shardprune.commands.pipeline import pipeline
+    from shardprune.commands.prune import prune, rebuild
+    from shardprune.commands.recover import recover
+    from shardprune.recipes.evaluate import EvaluateRecipe
+    from shardprune.recipes.mop import MopRecipe
+    from shardprune.recipes.pipeline import PipelineRecipe
+    from shardprune.recipes.prune import RebuildRecipe, Recipe
+    from shardprune.recipes.recover import RecoverRecipe
 
 __all__ = [
     "EvaluateRecipe",
@@ -33,18 +33,18 @@ __version__ = "0.1.0"
 
 
 _PLACES = {
-    "EvaluateRecipe": "evaluation.recipe",
-    "MopRecipe": "mop_recipe",
-    "PipelineRecipe": "pipeline_recipe",
-    "RebuildRecipe": "recipe",
-    "Recipe": "recipe",
-    "RecoverRecipe": "recover_recipe",
-    "evaluate": "evaluation.run",
-    "mop": "search",
-    "pipeline": "pipelines",
-    "prune": "run",
-    "rebuild": "run",
-    "recover": "fine_tuning",
+    "EvaluateRecipe": "recipes.evaluate",
+    "MopRecipe": "recipes.mop",
+    "PipelineRecipe": "recipes.pipeline",
+    "RebuildRecipe": "recipes.prune",
+    "Recipe": "recipes.prune",
+    "RecoverRecipe": "recipes.recover",
+    "evaluate": "commands.evaluate",
+    "mop": "commands.mop",
+    "pipeline": "commands.pipeline",
+    "prune": "commands.prune",
+    "rebuild": "commands.prune",
+    "recover": "commands.recover",
 }
 
 

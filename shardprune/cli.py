@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from shardprune.errors import InputError, SolverError, StorageError, TrainingError, WorkerLost
-from shardprune.evaluation.recipe import EvaluateRecipe
-from shardprune.help_text import HEAL, LOOK, PLAN, PRUNE, START, HelpfulCommand, HelpfulGroup
-from shardprune.mop_recipe import MopRecipe
-from shardprune.options import completion, given, with_options
-from shardprune.pipeline_recipe import PipelineRecipe
+from shardprune.cluster.signals import EXIT_CODE, stoppable
+from shardprune.cluster.slurm.batch import BatchJob
+from shardprune.cluster.slurm.commands import COMMANDS, check_fit, command_of, words_of
+from shardprune.errors import InputError, SolverError, Stopped, StorageError, TrainingError, WorkerLost
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.printed import print_place_of_report, print_plan, print_result
-from shardprune.recipe import RebuildRecipe, Recipe
-from shardprune.recover_recipe import RecoverRecipe
-from shardprune.settings import Settings
-from shardprune.slurm.batch import BatchJob
-from shardprune.slurm.commands import COMMANDS, check_fit, command_of, words_of
-from shardprune.stopping import EXIT_CODE, Stopped, stoppable
+from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.help_text import HEAL, LOOK, PLAN, PRUNE, START, HelpfulCommand, HelpfulGroup
+from shardprune.recipes.mop import MopRecipe
+from shardprune.recipes.options import completion, given, with_options
+from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recipes.settings import Settings
 
 FIRST_STEPS = """First steps:
 
@@ -81,7 +81,7 @@ def prune(
     **options: Any,
 ) -> None:
     """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
-    from shardprune.run import prune as run
+    from shardprune.commands.prune import prune as run
 
     settings = Recipe.load(recipe, given({"model": model, **options}))
     print_result(run(settings), settings)
@@ -103,7 +103,7 @@ def rebuild(
     **options: Any,
 ) -> None:
     """Mend the masks of a pruned checkpoint with LLM-Barber. Zeros only move; their number stays."""
-    from shardprune.run import rebuild as run
+    from shardprune.commands.prune import rebuild as run
 
     settings = RebuildRecipe.load(recipe, given({"model": dense, "sparse": sparse, **options}))
     print_result(run(settings), settings)
@@ -122,7 +122,7 @@ def mop(
     **options: Any,
 ) -> None:
     """Make a model shallower and narrower in turn (MoP). The result is an ordinary, smaller checkpoint."""
-    from shardprune.search import mop as run
+    from shardprune.commands.mop import mop as run
 
     settings = MopRecipe.load(recipe, given({"model": model, **options}))
     print_result(run(settings), settings)
@@ -141,7 +141,7 @@ def recover(
     **options: Any,
 ) -> None:
     """Fine-tune a pruned checkpoint under DeepSpeed ZeRO. The result is an ordinary checkpoint again."""
-    from shardprune.fine_tuning import recover as run
+    from shardprune.commands.recover import recover as run
 
     settings = RecoverRecipe.load(recipe, given({"model": model, **options}))
     print_result(run(settings), settings)
@@ -160,7 +160,7 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Measure perplexity and lm-eval tasks over the shards of a model. Results join its result.json."""
-    from shardprune.evaluation.run import evaluate as run
+    from shardprune.commands.evaluate import evaluate as run
 
     settings = EvaluateRecipe.load(recipe, given({"model": model, **options}))
     print_result(run(settings), settings)
@@ -182,7 +182,7 @@ def pipeline(
     **options: Any,
 ) -> None:
     """Prune (or mop), recover and evaluate as one job, which resumes at the step that was cut off."""
-    from shardprune.pipelines import pipeline as run
+    from shardprune.commands.pipeline import pipeline as run
 
     settings = PipelineRecipe.load(recipe, given({"model": model, **options}))
     for result in run(settings).values():
@@ -201,7 +201,7 @@ def status(
     import time
     from dataclasses import asdict
 
-    from shardprune.status import status_of
+    from shardprune.report.status import status_of
 
     for found in status_of(out):
         print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
@@ -219,7 +219,7 @@ def report(
     ] = None,
 ) -> None:
     """Write OUT/report.html: what a run achieved, as one page that needs no network. Runs do so at their end."""
-    from shardprune.report.report import write_comparison, write_report
+    from shardprune.report.page.write import write_comparison, write_report
 
     if file and not compare:
         raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
@@ -247,7 +247,7 @@ def plan(
     """Say what a run will take, and whether it fits: layout, memory, bytes, seconds. No weight is read.
 
     Exit code 1 where nothing fits."""
-    from shardprune.planning.planned import plan as run
+    from shardprune.planning.plan import plan as run
 
     return print_plan(run(PlanRecipe.load(recipe, given({"model": model, **options})), simulate), as_json)
 
@@ -286,8 +286,8 @@ def slurm(
     **options: Any,
 ) -> None:
     """Write, and submit, a Slurm job that runs a recipe on a Ray cluster of its own."""
-    from shardprune.slurm.submission import submit as hand_over
-    from shardprune.slurm.submission import write_script
+    from shardprune.cluster.slurm.submission import submit as hand_over
+    from shardprune.cluster.slurm.submission import write_script
 
     job = BatchJob.checked({"job_name": recipe.stem, **given(options)})
     overrides = overrides or []
@@ -321,8 +321,8 @@ def demo(
     shards: Annotated[int, typer.Option(help="Shards, one Ray actor each", metavar="N")] = 2,
 ) -> None:
     """Prune the bundled model to half its weights on Ray shards. Needs no network."""
-    from shardprune.demo import demo_recipe
-    from shardprune.run import prune as run
+    from shardprune.commands.prune import prune as run
+    from shardprune.recipes.demo import demo_recipe
 
     settings = demo_recipe(out, shards)
     print_result(run(settings), settings)
@@ -361,3 +361,32 @@ def _fail(message: str, code: int) -> int:
 
 if __name__ == "__main__":
     main()
+
+
+def print_result(result: Any, settings: Any = None) -> None:
+    """What a run achieved and, with its settings, where its report is."""
+    from shardprune.report.result import EvaluationResult
+    from shardprune.report.summary import evaluation_summary, summary
+
+    Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
+    if settings and settings.report:
+        print_place_of_report(settings.out or result.recipe["out"])
+
+
+def print_place_of_report(out: str | None) -> None:
+    """Where the report of an output is; nothing where there is no output, or it has none."""
+    from shardprune.report.page.write import report_of
+
+    if out and (place := report_of(out)):
+        print(f"report: {place}")
+
+
+def print_plan(planned: Any, as_json: bool) -> int:
+    """What a run will take; the exit code."""
+    from shardprune.planning.printing import show
+
+    if as_json:
+        print(json.dumps(planned.as_json(), indent=1))
+    else:
+        show(planned, Console())
+    return 0 if planned.fits else 1

@@ -51,3 +51,10 @@ class TrainingError(RuntimeError):
 
 class WorkerLost(RuntimeError):
     """A worker's process or node died. The driver places new workers and goes on."""
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM has come. Nothing but the command line catches it.
+
+    It is a KeyboardInterrupt, because `ray.get` and `ray.wait` give way to no other exception of a signal's handler.
+    """

@@ -11,12 +11,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from shardprune.shard.worker import ShardWorker
-from tests.tiny import make_model, make_tokens
+from shardprune.shard.prune_worker import ShardWorker
+from tests.support.tiny import make_model, make_tokens
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Files of which one takes minutes come first, so that no process of several is left alone with one of them at the end.
-LONG = ("slurm/test_jobs", "failures", "docs", "cluster", "report", "planning/test_memory", "jobs", "benchmarks")
+LONG = (
+    "cluster/slurm/test_jobs",
+    "failures",
+    "docs",
+    "cluster",
+    "report",
+    "planning/test_memory",
+    "jobs",
+    "benchmarks",
+)
 
 
 def pytest_collection_modifyitems(items):

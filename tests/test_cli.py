@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from shardprune.cli import main
-from tests.tiny import GROUPED, make_model, make_tokens, snapshot
-from tests.words import words_tokenizer
+from tests.support.tiny import GROUPED, make_model, make_tokens, snapshot
+from tests.support.words import words_tokenizer
 
 
 @pytest.fixture(scope="module")

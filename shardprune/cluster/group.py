@@ -10,9 +10,9 @@ import torch
 
 from shardprune.errors import InputError
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.shard.passing import PassingWorker
+from shardprune.shard.forward_worker import PassingWorker
+from shardprune.shard.prune_worker import ShardWorker
 from shardprune.shard.spec import PassingSpec
-from shardprune.shard.worker import ShardWorker
 
 Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
 
@@ -121,3 +121,21 @@ def flow(group: Group, refs: Iterable[Ref], in_flight: int) -> Iterator[Any]:
             yield group.get(window.popleft())
     while window:
         yield group.get(window.popleft())
+
+
+class Team:
+    """Workers [shard][member], the members being some of the replicas; calls go to the whole group."""
+
+    def __init__(self, group: Group, members: Sequence[int]) -> None:
+        self.concurrent = group.concurrent
+        self.members = tuple(members)
+        self._group = group
+
+    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
+        return self._group.submit(shard, self.members[replica], verb, *args)
+
+    def get(self, ref: Ref) -> Any:
+        return self._group.get(ref)
+
+    def close(self) -> None:
+        self._group.close()

@@ -9,8 +9,8 @@ from torch import Tensor
 from shardprune.cluster.group import Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, judged, through_all_layers
-from shardprune.progress import Step
-from shardprune.shard.passing import LogLikelihood, Targets
+from shardprune.report.progress import Step
+from shardprune.shard.likelihoods import LogLikelihood, Targets
 from shardprune.shard.waves import Wave
 
 MULTIPLE = 8  # to which waves are padded, so that there are fewer shapes of them

@@ -9,11 +9,11 @@ import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
-from shardprune.recovery.process import alone, take_part
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.shard.passing import PassingWorker
+from shardprune.recovery.worker import alone, take_part
+from shardprune.shard.forward_worker import PassingWorker
+from shardprune.shard.prune_worker import ShardWorker
 from shardprune.shard.spec import PassingSpec
-from shardprune.shard.worker import ShardWorker
 
 
 class LocalGroup:

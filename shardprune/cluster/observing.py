@@ -7,10 +7,10 @@ shard that holds it. Only the ratios travel to the driver.
 from dataclasses import dataclass
 
 from shardprune.cluster.group import Group, Ref, flow
-from shardprune.cluster.layer import LayerInWork
+from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, account, in_flight, layer_by_layer, pipeline, release, to_all
-from shardprune.progress import Step
+from shardprune.report.progress import Step
 from shardprune.solvers.outliers import Outliers
 
 

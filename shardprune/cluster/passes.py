@@ -13,9 +13,9 @@ from torch import Tensor
 
 from shardprune.cluster.group import Group, Ref, flow
 from shardprune.cluster.layout import Layout
-from shardprune.progress import Step
+from shardprune.report.progress import Step
+from shardprune.shard.forward_worker import segment_stream
 from shardprune.shard.layers import Version
-from shardprune.shard.passing import segment_stream
 from shardprune.shard.waves import Wave, waves_of
 
 IN_FLIGHT = 3  # waves under way to or on a worker, at most

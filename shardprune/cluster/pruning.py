@@ -5,14 +5,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from shardprune.cluster.group import Group
-from shardprune.cluster.layer import LayerInWork
+from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.narrowing import narrow_layer
+from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
-from shardprune.cluster.rebuilding import rebuild_layer
-from shardprune.cluster.work import Work
-from shardprune.progress import Step
-from shardprune.shard.passing import segment_stream
+from shardprune.cluster.pruning_job import Work
+from shardprune.cluster.width_pruning import narrow_layer
+from shardprune.report.progress import Step
+from shardprune.shard.forward_worker import segment_stream
 
 
 def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step: Step) -> None:

@@ -34,14 +34,14 @@ from ray.util.scheduling_strategies import (
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.cluster.ray_metrics import metrics
+from shardprune.cluster.signals import handlers_kept
 from shardprune.errors import InputError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
+from shardprune.shard.forward_worker import PassingWorker
 from shardprune.shard.ledger import Ledger
-from shardprune.shard.passing import PassingWorker
-from shardprune.shard.search_worker import SearchWorker
+from shardprune.shard.mop_worker import SearchWorker
+from shardprune.shard.prune_worker import ShardWorker
 from shardprune.shard.spec import PassingSpec
-from shardprune.shard.worker import ShardWorker
-from shardprune.stopping import handlers_kept
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
 # Ray and torch say nothing new.
@@ -124,7 +124,7 @@ class RayBackend:
         return RayGroup(specs, ACTORS[worker])
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
-        from shardprune.cluster.ray_training import train_on_ray  # Ray Train takes seconds to import
+        from shardprune.cluster.ray_training import train_on_ray
 
         threads = spec.recipe.threads or 1
         self._connect(

@@ -13,9 +13,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
-from shardprune.recovery.process import take_part
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.storage import Folder
+from shardprune.recovery.worker import take_part
+from shardprune.storage.folder import Folder
 
 # For a process that waits while another converts a large checkpoint; that one has died Ray says much sooner.
 PATIENCE_SECONDS = 4 * 3600

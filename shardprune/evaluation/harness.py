@@ -14,9 +14,9 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.cluster.likelihoods import Query
 from shardprune.errors import InputError
-from shardprune.evaluation.recipe import Shards
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.progress import Output
+from shardprune.recipes.evaluate import Shards
+from shardprune.report.progress import Output
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
 

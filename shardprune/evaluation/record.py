@@ -4,11 +4,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError, first_line
-from shardprune.journal import RESULT
-from shardprune.result import Evaluation, EvaluationResult
-from shardprune.storage import PARTIAL, Folder, absolute, output_folder
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.report.result import Evaluation, EvaluationResult
+from shardprune.storage.folder import PARTIAL, Folder, absolute, output_folder
+from shardprune.storage.output_names import RESULT
 
 
 class Record:

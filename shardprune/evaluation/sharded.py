@@ -5,21 +5,24 @@ from typing import Any
 
 from torch import Tensor
 
-from shardprune.attempts import persevere
-from shardprune.checkpoint import Checkpoint
+from shardprune.cluster.defaults import device_of, dtype_of, threads_of
 from shardprune.cluster.group import Backend, Group, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.likelihoods import Queries, Query, log_likelihoods
+from shardprune.cluster.object_store import MIN_STORE_BYTES
 from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
-from shardprune.defaults import MIN_STORE_BYTES, device_of, dtype_of, place_of, threads_of
+from shardprune.cluster.restarts import persevere
 from shardprune.errors import InputError
-from shardprune.evaluation.recipe import Shards
-from shardprune.progress import Output
-from shardprune.setting_groups import WAVE_TOKENS
-from shardprune.shard.passing import LogLikelihood, PassingWorker
+from shardprune.model.checkpoint import Checkpoint, place_of
+from shardprune.model.checks import check_tensors
+from shardprune.model.skeleton import Skeleton
+from shardprune.recipes.evaluate import Shards
+from shardprune.recipes.groups import WAVE_TOKENS
+from shardprune.report.progress import Output
+from shardprune.shard.forward_worker import PassingWorker
+from shardprune.shard.likelihoods import LogLikelihood
 from shardprune.shard.spec import PassingSpec
-from shardprune.skeleton import Skeleton, check_tensors
-from shardprune.storage import in_process_only
+from shardprune.storage.folder import in_process_only
 
 
 class ShardedModel:

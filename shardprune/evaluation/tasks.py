@@ -20,8 +20,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from shardprune.errors import InputError, first_line
-from shardprune.evaluation.recipe import Tasks
-from shardprune.result import Metric, TaskResult
+from shardprune.recipes.evaluate import Tasks
+from shardprune.report.result import Metric, TaskResult
 
 SETS = {  # of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")

@@ -6,7 +6,7 @@ from lm_eval.models.huggingface import HFLM
 
 from shardprune.errors import InputError, first_line
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.skeleton import attention_of
+from shardprune.model.skeleton import attention_of
 
 
 def whole_model(model: ShardedModel) -> LM:

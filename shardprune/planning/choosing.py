@@ -12,7 +12,7 @@ from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
-from shardprune.quantities import gigabytes
+from shardprune.storage.quantities import gigabytes
 
 
 @dataclass(frozen=True)

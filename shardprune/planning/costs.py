@@ -1,7 +1,7 @@
 """Seconds and bytes of every call that the driver makes of a worker, from operations and bytes.
 
-`Costs` knows the verbs of `shardprune.shard.worker`; a call's seconds are without waiting, without reading weights, and
-without the driver. docs/planning.md has the formulae.
+`Costs` knows the verbs of `shardprune.shard.prune_worker`; a call's seconds are without waiting, without reading
+weights, and without the driver. docs/planning.md has the formulae.
 """
 
 from dataclasses import dataclass

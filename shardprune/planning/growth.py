@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from shardprune.cluster.layout import Propagation
+from shardprune.planning.chart import idle_share
 from shardprune.planning.choosing import choose
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
-from shardprune.planning.timeline import idle_share
 from shardprune.planning.workload import Model
 
 WORKERS = 1024  # at most, in a variation

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.store import store_bytes
+from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.sparsegpt import BLOCK

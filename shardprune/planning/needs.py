@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 from shardprune.cluster.layout import Layout
-from shardprune.fingerprint import AnyRecipe
 from shardprune.planning.memory import Moment, Setup, WorkerMemory
 from shardprune.planning.workload import Model, Task, task_of
-from shardprune.quantities import gigabytes
-from shardprune.recipe import Recipe
+from shardprune.recipes.identity import AnyRecipe
+from shardprune.recipes.prune import Recipe
 from shardprune.shard.spec import Need
+from shardprune.storage.quantities import gigabytes
 
 
 def needs(recipe: AnyRecipe, model: Model, layout: Layout, itemsize: int, windows: int) -> list[Need | None]:

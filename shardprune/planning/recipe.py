@@ -7,10 +7,10 @@ from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import CONTEXT_BYTES, HARDWARE, Hardware
-from shardprune.quantities import gigabytes, parse_bytes
-from shardprune.recipe import OptionalBarber, Pruning, Recipe, Structured
-from shardprune.setting_groups import Calibration, Evaluation
-from shardprune.settings import Settings, positive
+from shardprune.recipes.groups import Calibration, Evaluation
+from shardprune.recipes.prune import OptionalBarber, Pruning, Recipe, Structured
+from shardprune.recipes.settings import Settings, positive
+from shardprune.storage.quantities import gigabytes, parse_bytes
 
 if TYPE_CHECKING:
     HardwareName = str

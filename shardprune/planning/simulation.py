@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from shardprune.allocation.allocation import Share
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
 from shardprune.cluster.pruning import prune_segments
-from shardprune.cluster.work import Work
+from shardprune.cluster.pruning_job import Work
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
-from shardprune.progress import Output
+from shardprune.report.progress import Output
+from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.outliers import Outliers
 
 

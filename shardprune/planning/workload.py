@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from shardprune.allocation.allocations import ALLOCATIONS
-from shardprune.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate
-from shardprune.defaults import check_seqlen, place_of
 from shardprune.errors import InputError, first_line
-from shardprune.families import TOWERS
+from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, place_of
+from shardprune.model.checks import check_seqlen
+from shardprune.model.families import TOWERS
+from shardprune.model.skeleton import Skeleton, attention_of
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.recipe import Recipe
-from shardprune.skeleton import Skeleton, attention_of
+from shardprune.recipes.prune import Recipe
+from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
-from shardprune.storage import Folder, read_file
+from shardprune.storage.folder import Folder, read_file
 
 EVALUATED_TOKENS = 300_000  # of a source whose windows are not limited: about WikiText-2's test text
 

@@ -17,7 +17,7 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
-from shardprune.storage import Folder
+from shardprune.storage.folder import Folder
 
 LATEST = "latest"
 PARTITION = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")

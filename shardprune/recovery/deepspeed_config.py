@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from shardprune.errors import InputError
-from shardprune.storage import read_file
+from shardprune.storage.folder import read_file
 
 ADAM = "AdamW"
 # What the training loop relies on, which is the recipe's to say.

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from shardprune.calibration import Tokenizer
 from shardprune.errors import InputError
-from shardprune.recovery.data import check_data
 from shardprune.recovery.rows import Example, Rows, pack
-from shardprune.sources import (
+from shardprune.storage.sources import (
     Corpus,
     HubSplit,
+    check_data,
     is_tokens,
     json_texts,
     load_corpus,
@@ -41,6 +40,7 @@ from shardprune.sources import (
     read_text,
     split_jsonl,
 )
+from shardprune.storage.windows import Tokenizer
 
 ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
 BATCH = 1000  # texts per call of the tokenizer, which works on them in parallel

@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shardprune.checkpoint import Checkpoint
-from shardprune.skeleton import attention_of
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import attention_of
 
 
 def load_model(

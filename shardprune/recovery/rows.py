@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.safetensors_file import read_header, read_tensor, write_tensors
-from shardprune.storage import Folder
+from shardprune.storage.folder import Folder
+from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
 
 IGNORED = -100  # a label that the loss does not count
 

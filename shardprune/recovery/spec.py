@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from shardprune.recover_recipe import RecoverRecipe
+from shardprune.recipes.recover import RecoverRecipe
 
 ROWS = "rows.safetensors"  # in the training's directory: what is learned from
 HELD_OUT = "held-out.safetensors"  # and what is not

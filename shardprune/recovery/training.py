@@ -12,19 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError, TrainingError
+from shardprune.model.checkpoint import Checkpoint
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.loss import hard_loss, soft_loss
-from shardprune.recovery.losses import Loss, Losses
+from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.lowrank import add_updates
 from shardprune.recovery.masks import freeze_zeros
 from shardprune.recovery.model import load_model, partition
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
-from shardprune.storage import Folder
+from shardprune.storage.folder import Folder
 
 # DeepSpeed calls collectives by names that torch is about to change.
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

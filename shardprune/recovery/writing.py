@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from shardprune.checkpoint import Checkpoint
-from shardprune.families import Family
-from shardprune.journal import Journal
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.families import Family
 from shardprune.recovery.checkpoints import of_the_first
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
-from shardprune.safetensors_file import write_tensors
+from shardprune.storage.journal import Journal
+from shardprune.storage.safetensors_file import write_tensors
 
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:

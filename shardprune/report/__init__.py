@@ -1,1 +1,1 @@
-"""What a run achieved as one page of HTML, from `result.json` and `events.jsonl` alone."""
+"""What a run says of itself: progress, events, result, status, and the page."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardprune.errors import SolverError
-from shardprune.skeleton import projection_weight
+from shardprune.model.skeleton import projection_weight
 from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.rebuilding import Rebuilding

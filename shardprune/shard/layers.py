@@ -7,9 +7,9 @@ from typing import Literal, Protocol
 
 from torch import nn
 
-from shardprune.checkpoint import Checkpoint
-from shardprune.journal import Journal
-from shardprune.skeleton import Skeleton
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton
+from shardprune.storage.journal import Journal
 
 # latest: the pruned layer where it is finished, else the dense one; given: with the sparse checkpoint's projections;
 # narrowed: made narrower, but not finished yet

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from shardprune.errors import InputError
-from shardprune.quantities import gigabytes
 from shardprune.shard.spec import Need
+from shardprune.storage.quantities import gigabytes
 
 DOUBT = 1.2  # what is needed is known to a fifth
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
@@ -50,3 +50,14 @@ def _limit(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike getrusage, this does not count what the process was before exec
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shardprune.allocation.allocation import Share
 from shardprune.errors import SolverError
-from shardprune.solvers.method import Method
+from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.methods import Method
 from shardprune.solvers.pattern import NM, Pattern
 from shardprune.solvers.statistics import InputStatistics
 

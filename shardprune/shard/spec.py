@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from shardprune.model.structure.shape import Widths
 from shardprune.solvers.rebuilding import Rebuilding
-from shardprune.structure.scoring import Scoring
-from shardprune.structure.shape import Widths
+from shardprune.solvers.scoring import Scoring
 
 
 @dataclass(frozen=True)

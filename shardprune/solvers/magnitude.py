@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from shardprune.solvers.method import Solution
+from shardprune.solvers.methods import Solution
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.statistics import InputStatistics
 

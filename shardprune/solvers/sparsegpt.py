@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shardprune.solvers.factor import Factor
-from shardprune.solvers.method import Solution
+from shardprune.solvers.methods import Solution
 from shardprune.solvers.pattern import NM, Pattern
 from shardprune.solvers.selection import cumulative_counts, smallest
 from shardprune.solvers.statistics import InputStatistics

@@ -1,5 +1,6 @@
 """What a pruning method knows of a projection's input: sums over the calibration tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -93,3 +94,16 @@ def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> 
     norm = ((dense @ gram) * dense).sum(dtype=torch.float64)
     lost = ((change @ gram) * change).sum(dtype=torch.float64)
     return float(lost / norm) if norm > 0 else 0.0
+
+
+Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
+
+
+def merged(own: InputStatistics, parts: Sequence[Sums | None]) -> InputStatistics:
+    """The sums of all replicas in their order, None in the worker's own place; its own where it is the only one."""
+    if not parts:
+        return own
+    total = InputStatistics(own.kind, torch.zeros_like(own.sums))
+    for part in parts:
+        total.merge(*(part or (own.sums, own.samples)))
+    return total

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from shardprune.solvers.method import Solution
+from shardprune.solvers.methods import Solution
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.statistics import InputStatistics
 

@@ -16,13 +16,13 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig
 
-from shardprune.allocation.allocation import Share
-from shardprune.checkpoint import SINGLE
-from shardprune.safetensors_file import write_tensors
+from shardprune.model.checkpoint import SINGLE
+from shardprune.model.skeleton import Skeleton
+from shardprune.shard.prune_worker import ShardWorker
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.worker import ShardWorker
-from shardprune.skeleton import Skeleton
-from shardprune.storage import Folder
+from shardprune.solvers.allocation.allocation import Share
+from shardprune.storage.folder import Folder
+from shardprune.storage.safetensors_file import write_tensors
 
 STREAM = "calibration"
 

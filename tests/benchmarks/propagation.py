@@ -10,9 +10,9 @@ import argparse
 import tempfile
 
 from shardprune import Recipe, prune
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
-from shardprune.result import Result
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
+from shardprune.report.result import Result
 
 
 def run(args: argparse.Namespace, out: str, **fields) -> Result:

@@ -16,9 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 from shardprune import Recipe, prune
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
-from shardprune.result import Result
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
+from shardprune.report.result import Result
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 CORRECTING = ("sparsegpt",)

@@ -10,8 +10,8 @@ import argparse
 import tempfile
 
 from shardprune import Recipe, prune
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
 
 BARBER = {"rebuild": "barber", "rebuild_threshold": 0.1}
 RUNS = {

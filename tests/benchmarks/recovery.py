@@ -14,9 +14,9 @@ import itertools
 import tempfile
 
 from shardprune import MopRecipe, Recipe, RecoverRecipe, mop, prune, recover
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
-from shardprune.result import Result
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
+from shardprune.report.result import Result
 
 WAYS = {
     "sparse": {

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from shardprune import MopRecipe, Recipe, mop, prune
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
 
 LAYOUTS = {
     "1 worker": {},

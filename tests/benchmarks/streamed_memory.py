@@ -15,10 +15,10 @@ import torch
 from transformers import LlamaConfig
 
 from shardprune import Recipe, prune
-from shardprune.checkpoint import INDEX
-from shardprune.safetensors_file import write_tensors
-from shardprune.skeleton import Skeleton
-from shardprune.storage import Folder
+from shardprune.model.checkpoint import INDEX
+from shardprune.model.skeleton import Skeleton
+from shardprune.storage.folder import Folder
+from shardprune.storage.safetensors_file import write_tensors
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 4096, 4096
 REBUILT = {"rebuild": "barber", "rebuild_threshold": 0.1, "allocation": "owl"}

@@ -20,12 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardprune import MopRecipe, Recipe, mop, prune
-from shardprune.checkpoint import Checkpoint
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
-from shardprune.result import Result
-from shardprune.skeleton import Skeleton
-from shardprune.structure.shape import costs_of
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton
+from shardprune.model.structure.shape import costs_of
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
+from shardprune.report.result import Result
 
 PROMPT = 16  # tokens
 DEPTH = {f"depth, {rule}": {"path": "L", "depth_rule": rule} for rule in ("third-last", "cosine", "perplexity")}

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
-from shardprune.demo import bundled_model
 from shardprune.errors import InputError, WorkerLost
-from shardprune.progress import Output
-from tests.clusters import cluster, kill, processes_of
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
 from tests.failures.listening import Heard, Moment
-from tests.tiny import differing, make_model, make_tokens
+from tests.support.clusters import cluster, kill, processes_of
+from tests.support.tiny import differing, make_model, make_tokens
 
 QUIET = Output(quiet=True)
 
@@ -56,7 +56,7 @@ def recipe(folder, out, model="llama-3.1", **fields) -> Recipe:
     return Recipe.checked(values)
 
 
-# The other families differ from these in nothing that a worker's process could change; tests/test_run.py
+# The other families differ from these in nothing that a worker's process could change; tests/commands/test_prune.py
 # has them all on several shards of one process.
 FAMILIES = ("llama-3.1", "gemma2")
 

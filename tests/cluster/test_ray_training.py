@@ -7,7 +7,6 @@ import time
 import pytest
 
 from shardprune.errors import InputError
-from tests.clusters import cluster, processes_of
 from tests.recovery.trainings import (
     QUIET,
     SHALLOW,
@@ -20,6 +19,7 @@ from tests.recovery.trainings import (
     same_zeros,
     train,
 )
+from tests.support.clusters import cluster, processes_of
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs.shell import Shell
 from tests.docs.standins import Material
-from tests.s3 import serve
+from tests.support.s3 import serve
 
 
 @pytest.fixture(scope="session")

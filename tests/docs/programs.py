@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from shardprune.evaluation.recipe import Shards
+from shardprune.recipes.evaluate import Shards
 from tests.docs.blocks import ASSIGNMENT, ROOT, Command
 from tests.docs.shell import Shell, Wrong
 from tests.docs.standins import KEPT
@@ -25,7 +25,7 @@ Program = Callable[[Shell, list[str], Command], None]
 # Programs of others, which are not here: the first words that pages may use, and what tries the same.
 OTHERS = {
     "kubectl": "apply|logs|patch|get|delete",  # tests/test_ray_configs.py checks the file by KubeRay's own schema
-    "squeue": ".*",  # tests/slurm/test_jobs.py works with a real Slurm
+    "squeue": ".*",  # tests/cluster/slurm/test_jobs.py works with a real Slurm
     "scancel": ".*",
     "sinfo": ".*",
     "hf": "download|auth",  # no network
@@ -44,8 +44,8 @@ OTHERS = {
 # Modules with a command line of argparse whose words are only parsed, and what runs them.
 PARSED = {
     r"tests\.benchmarks\.\w+": "tests/benchmarks/test_benchmarks.py runs each at a small size",
-    r"tests\.slurm\.sandbox": "tests/slurm/test_jobs.py starts one",
-    r"jobs\.train_demo_model": "it made shardprune/models, which tests/test_demo.py reads",
+    r"tests\.slurm\.sandbox": "tests/cluster/slurm/test_jobs.py starts one",
+    r"jobs\.train_demo_model": "it made shardprune/assets, which tests/commands/test_demo.py reads",
     r"shardprune\.evaluation\.lm_eval": "tests/evaluation/test_lm_eval_command.py runs it",
 }
 SBATCH = ("nodes", "gpus-per-node", "cpus-per-task", "time", "partition", "account", "qos", "mem", "job-name", "output")

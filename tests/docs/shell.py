@@ -17,12 +17,12 @@ import typer
 import yaml
 
 from shardprune.cli import ClickException, app, main
+from shardprune.cluster.slurm.commands import COMMANDS as RECIPES_OF
 from shardprune.errors import InputError
-from shardprune.options import given
-from shardprune.pipeline_recipe import PipelineRecipe
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.settings import Settings
-from shardprune.slurm.commands import COMMANDS as RECIPES_OF
+from shardprune.recipes.options import given
+from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.settings import Settings
 from tests.docs.python import run_python
 from tests.docs.standins import (
     CONFIG_OF,
@@ -142,7 +142,7 @@ class Shell:
         except Wrong as wrong:
             return self.expect(2, f"error: {wrong}", error)
         if command == "demo":
-            return None  # Ray shards of the bundled model: tests/test_demo.py prunes it, CI runs the command
+            return None  # Ray shards of the bundled model: tests/commands/test_demo.py prunes it, CI runs the command
         if settings is None:
             values = parsed(command, rest)
             for out in values.get("outs") or [values["out"]]:
@@ -217,7 +217,7 @@ class Shell:
         compare(shown, said)
 
     def _slurm(self, words: list[str]) -> None:
-        """Write the script, without handing it to a Slurm; tests/slurm hands scripts to a real one."""
+        """Write the script, without handing it to a Slurm; tests/cluster/slurm hands scripts to a real one."""
         values = parsed("slurm", words)
         recipe = Path(values["recipe"])
         script = Path(values.get("script") or f"{recipe.stem}.sbatch")

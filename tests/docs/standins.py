@@ -25,13 +25,13 @@ import yaml
 
 from shardprune import Recipe, RecoverRecipe, prune
 from shardprune.evaluation.tasks import SETS
-from shardprune.pipeline_recipe import PipelineRecipe
-from shardprune.progress import Output
-from shardprune.settings import Settings
-from shardprune.sources import split_jsonl
+from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.settings import Settings
+from shardprune.report.progress import Output
+from shardprune.storage.sources import split_jsonl
 from tests.evaluation.material import write_task
-from tests.tiny import CONFIGS, GROUPED, VOCABULARY, make_llava, make_model
-from tests.words import WORDS, words_tokenizer
+from tests.support.tiny import CONFIGS, GROUPED, VOCABULARY, make_llava, make_model
+from tests.support.words import WORDS, words_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 import typer
 
-from shardprune.allocation import mosaic, owl
-from shardprune.allocation.allocation import Projection
-from shardprune.allocation.mixed import in_groups
-from shardprune.calibration import calibration_windows
 from shardprune.cli import app
-from shardprune.evaluation.recipe import EvaluateRecipe
-from shardprune.mop_recipe import MopRecipe
-from shardprune.recipe import RebuildRecipe, Recipe
-from shardprune.recover_recipe import RecoverRecipe
+from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.mop import MopRecipe
+from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.recover import RecoverRecipe
 from shardprune.solvers import barber, magnitude, sparsegpt, wanda
+from shardprune.solvers.allocation import mosaic, owl
+from shardprune.solvers.allocation.allocation import Projection
+from shardprune.solvers.allocation.mixed import in_groups
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import NM, Unstructured
 from shardprune.solvers.statistics import InputStatistics
+from shardprune.storage.windows import calibration_windows
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
 RECIPES = {recipe.command: recipe for recipe in (Recipe, RebuildRecipe, MopRecipe, RecoverRecipe)} | {

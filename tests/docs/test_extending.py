@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.docs.blocks import ROOT, Page, commands_of
-from tests.tiny import load_tensors
+from tests.support.tiny import load_tensors
 
 PAGE = ROOT / "docs" / "extending.md"
 SMALLER = {
     "shardprune": ["--samples", "4", "--seqlen", "32", "--eval-windows", "2", "--no-report"],
-    "olmo2": ["tests/test_skeleton.py", "tests/structure"],  # of all the tests that know families
+    "olmo2": ["tests/model/test_skeleton.py", "tests/model/structure"],  # of all the tests that know families
 }
 RUN = """
 import json, sys

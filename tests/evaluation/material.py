@@ -10,11 +10,11 @@ from lm_eval.api.instance import Instance
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.evaluation.harness import ShardedLM
-from shardprune.evaluation.recipe import Shards
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.progress import Output
-from tests.tiny import make_model
-from tests.words import WORDS, words_tokenizer
+from shardprune.recipes.evaluate import Shards
+from shardprune.report.progress import Output
+from tests.support.tiny import make_model
+from tests.support.words import WORDS, words_tokenizer
 
 QUIET = Output(quiet=True)
 

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 
 from shardprune.cli import main
 from shardprune.errors import InputError
-from shardprune.result import Result
+from shardprune.report.result import Result
 from tests.evaluation.material import evaluated, make_readable, write_task
-from tests.running import run
-from tests.tiny import make_tokens, snapshot
+from tests.support.running import run
+from tests.support.tiny import make_tokens, snapshot
 
 
 @pytest.fixture(scope="module")

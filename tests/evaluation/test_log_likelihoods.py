@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from shardprune.errors import InputError
 from shardprune.evaluation.whole import whole_model
 from tests.evaluation.material import make_readable, reading, requests_of, sharded, text
-from tests.tiny import CONFIGS
-from tests.words import words_tokenizer
+from tests.support.tiny import CONFIGS
+from tests.support.words import words_tokenizer
 
 POSITIONS = 64  # of the tiny models
 

@@ -5,11 +5,11 @@ import signal
 import pytest
 
 from shardprune import EvaluateRecipe, evaluate
-from shardprune.demo import bundled_model
 from shardprune.errors import InputError
-from shardprune.progress import Output, Step
-from tests.clusters import cluster, processes_of
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output, Step
 from tests.evaluation.material import QUIET, write_task
+from tests.support.clusters import cluster, processes_of
 
 
 class Killing(Output):

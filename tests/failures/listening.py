@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardprune import Recipe, prune
-from shardprune.events import Events
-from shardprune.progress import Output, Step
+from shardprune.report.events import Events
+from shardprune.report.progress import Output, Step
 
 Listener = Callable[[str, float], None]  # of the name of a phase that begins or of a step, and the step's share
 

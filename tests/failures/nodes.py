@@ -7,8 +7,8 @@ from typing import Any
 
 import psutil
 
-from tests.clusters import NO_SPARE_WORKERS, processes_of
-from tests.forking import forks
+from tests.support.clusters import NO_SPARE_WORKERS, processes_of
+from tests.support.forking import forks
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 # Ray's own are 30 s and more until a node that is gone counts as dead, and ten seconds between two reports.
@@ -48,7 +48,7 @@ class Nodes:
 @contextmanager
 def nodes(count: int) -> Iterator[Nodes]:
     """A cluster of so many one-slot nodes, to which this process connects run by run."""
-    from shardprune.cluster.ray_backend import ray  # which sets what Ray reads when it is imported
+    from shardprune.cluster.ray_backend import ray
 
     from ray.cluster_utils import Cluster  # isort: skip
 

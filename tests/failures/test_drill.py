@@ -16,16 +16,16 @@ import psutil
 import pytest
 
 from shardprune import Recipe, prune
-from shardprune.demo import bundled_model
-from shardprune.events import read_events
-from shardprune.progress import Output
-from shardprune.result import Result
-from shardprune.storage import Folder
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.events import read_events
+from shardprune.report.progress import Output
+from shardprune.report.result import Result
+from shardprune.storage.folder import Folder
 from tests.failures.listening import Heard, Moment
 from tests.failures.nodes import Nodes, nodes
 from tests.failures.watching import watched
-from tests.s3 import S3, client_of, serve
-from tests.tiny import differing, load_tensors
+from tests.support.s3 import S3, client_of, serve
+from tests.support.tiny import differing, load_tensors
 
 # When it happens: in which step and at which share of it, or as a phase begins.
 MOMENTS = {

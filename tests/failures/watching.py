@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shardprune.journal import KEY
-from shardprune.safetensors_file import read_header
-from shardprune.storage import Folder
+from shardprune.storage.folder import Folder
+from shardprune.storage.journal import KEY
+from shardprune.storage.safetensors_file import read_header
 
 
 @contextmanager

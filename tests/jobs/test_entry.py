@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import jobs
-from shardprune.slurm.commands import COMMANDS
+from shardprune.cluster.slurm.commands import COMMANDS
 
 WITHOUT_RECIPE = {
     "missing": ([], "recipe: missing; use python -m jobs.prune RECIPE [OPTIONS]"),

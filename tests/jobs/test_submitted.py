@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from shardprune import Recipe, prune
-from shardprune.demo import bundled_model
-from shardprune.progress import Output
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
 from tests.jobs.head import Head, head
-from tests.tiny import differing, make_tokens
+from tests.support.tiny import differing, make_tokens
 
 RECIPE = {
     "model": bundled_model(),

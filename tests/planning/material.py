@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import LlamaConfig
 
-from shardprune.checkpoint import SINGLE
-from shardprune.safetensors_file import write_tensors
-from shardprune.skeleton import Skeleton
-from shardprune.storage import Folder
+from shardprune.model.checkpoint import SINGLE
+from shardprune.model.skeleton import Skeleton
+from shardprune.storage.folder import Folder
+from shardprune.storage.safetensors_file import write_tensors
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ray_configs" / "models"
 

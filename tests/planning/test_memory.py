@@ -8,13 +8,13 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 from shardprune.cluster.layout import plan_layout
+from shardprune.model.skeleton import Skeleton
 from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import planned_task, read_model
-from shardprune.skeleton import Skeleton
 from tests.planning.material import CONFIGS as SHAPES
 from tests.planning.material import make_llama, make_windows, peak_of_run
-from tests.tiny import CONFIGS
+from tests.support.tiny import CONFIGS
 
 VOCABULARY = 1024
 MODELS = {

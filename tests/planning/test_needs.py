@@ -10,11 +10,11 @@ import torch
 from transformers import LlamaConfig
 
 from shardprune.cluster.layout import plan_layout
+from shardprune.model.skeleton import Skeleton
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of
-from shardprune.recipe import Recipe
+from shardprune.recipes.prune import Recipe
 from shardprune.shard.memory import memory_of
-from shardprune.skeleton import Skeleton
 from tests.planning.material import make_windows
 
 LIMIT = 8 * 10**9  # address space, of which a process with torch takes some before it reads anything

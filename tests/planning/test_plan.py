@@ -7,16 +7,16 @@ import pytest
 import yaml
 
 from shardprune.cli import main
+from shardprune.planning.chart import LEGEND
 from shardprune.planning.choosing import choose, missing, remedies
 from shardprune.planning.hardware import HARDWARE
-from shardprune.planning.planned import plan
+from shardprune.planning.plan import plan
 from shardprune.planning.recipe import Machine, PlanRecipe
-from shardprune.planning.timeline import LEGEND
 from shardprune.planning.workload import read_model
-from shardprune.quantities import parse_bytes
-from shardprune.recipe import Recipe
+from shardprune.recipes.prune import Recipe
+from shardprune.storage.quantities import parse_bytes
 from tests.planning.material import CONFIGS
-from tests.tiny import make_model
+from tests.support.tiny import make_model
 
 SMALL = {"hardware": "rtx4090", "gpu_memory": "24GB"}
 EIGHT = {"gpus": 8, "gpu_memory": "80GB"}

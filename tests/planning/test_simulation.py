@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import pytest
 
 from shardprune.cluster.layout import plan_layout
+from shardprune.planning.chart import LINES, WIDTH, idle_share, rows_of, timeline
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.memory import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
 from shardprune.planning.simulation import simulate
-from shardprune.planning.timeline import LINES, WIDTH, idle_share, rows_of, timeline
 from shardprune.planning.traffic import traffic_of
 from shardprune.planning.workload import planned_task, read_model
 from tests.planning.material import CONFIGS

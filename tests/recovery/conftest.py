@@ -7,8 +7,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 
 from tests.recovery.trainings import SHALLOW, Pair, make_documents, make_sparse
-from tests.tiny import make_model
-from tests.words import words_tokenizer
+from tests.support.tiny import make_model
+from tests.support.words import words_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from shardprune.cli import main
 from shardprune.errors import InputError
 from shardprune.recovery.rows import PACKING
 from tests.recovery.trainings import make_sparse, train
-from tests.tiny import CONFIGS, make_model, make_tokens, snapshot
-from tests.words import WORDS, words_tokenizer
+from tests.support.tiny import CONFIGS, make_model, make_tokens, snapshot
+from tests.support.words import WORDS, words_tokenizer
 
 
 @pytest.fixture(scope="module")

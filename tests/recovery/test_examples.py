@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from shardprune import stdlib
 from shardprune.errors import InputError
 from shardprune.recovery.examples import check_data, load_rows
+from shardprune.storage import stdlib
 from tests.conftest import SHARED
-from tests.words import words_tokenizer
+from tests.support.words import words_tokenizer
 
 VOCABULARY = 300
 BOS, EOS = 256, 257  # of the tokenizer of bytes

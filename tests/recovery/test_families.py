@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from tests.recovery.trainings import furthest, losses, make_sparse, same_zeros, train
-from tests.tiny import CONFIGS, LLAVA_LAYOUTS, VOCABULARY, load_tensors, make_llava, make_tokens
+from tests.support.tiny import CONFIGS, LLAVA_LAYOUTS, VOCABULARY, load_tensors, make_llava, make_tokens
 
 WAYS = {"full": {"full": True}, "low-rank": {"lora_rank": 4}}
 TWO_STEPS = {"steps": 2, "keep_sparsity": True, "data": "tokens.npy", "length": 12}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from shardprune.recovery.processes import Processes, micro_batch_of
+from shardprune.recovery.batches import Processes, micro_batch_of
 
 
 @pytest.mark.parametrize(("slots", "left"), [(9, 8), (8, 8), (7, 4), (5, 4), (3, 2), (1, 1)])

@@ -11,10 +11,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError, TrainingError
-from shardprune.progress import Output
-from shardprune.result import TrainingLoss
+from shardprune.report.progress import Output
+from shardprune.report.result import TrainingLoss
 from tests.recovery.trainings import checked, loss_of, losses, rows_of, train, zeros
-from tests.tiny import load_tensors, make_tokens, snapshot
+from tests.support.tiny import load_tensors, make_tokens, snapshot
 
 UPDATES = {"lora_rank": 4, "keep_sparsity": True}
 

@@ -5,13 +5,13 @@ from unittest.mock import patch
 import deepspeed
 import pytest
 
-import shardprune.fine_tuning
+import shardprune.commands.recover
 import shardprune.recovery.writing
-from shardprune.journal import Journal
-from shardprune.recovery.losses import Losses
-from shardprune.storage import Folder
+from shardprune.recovery.loss_log import Losses
+from shardprune.storage.folder import Folder
+from shardprune.storage.journal import Journal
 from tests.recovery.trainings import furthest, losses, train
-from tests.tiny import differing
+from tests.support.tiny import differing
 
 STEPS = {"steps": 5, "checkpoint_every": 2, "keep_sparsity": True, "held_out": 0.2}
 FULL = {**STEPS, "full": True, "weight_decay": 0.1}
@@ -60,10 +60,10 @@ CUTS = {
     "while the last checkpoint takes effect": (Folder, "write_text", lambda _, name, text: text == "step5", False),
     "while layers are written": (Journal, "write_layer", lambda _, layer, *__: layer == 1, False),
     "before the frame": (shardprune.recovery.writing, "write_tensors", lambda *_: True, False),
-    "before the index": (shardprune.fine_tuning, "write_index", lambda *_: True, False),
+    "before the index": (shardprune.commands.recover, "write_index", lambda *_: True, False),
     "before the result": (Journal, "finish", lambda *_: True, False),
     "before the state is removed": (
-        shardprune.fine_tuning.shutil,
+        shardprune.commands.recover.shutil,
         "rmtree",
         lambda path: str(path).endswith("/training"),
         False,
@@ -78,7 +78,7 @@ CUTS = {
 def test_a_training_that_is_cut_off_goes_on(folder, undisturbed, way, place, tmp_path):
     owner, name, when, after = CUTS[place]
     if (way, place) == ("low-rank", "before the frame"):
-        owner, name = shardprune.fine_tuning, "write_frame"
+        owner, name = shardprune.commands.recover, "write_frame"
     out = tmp_path / "o"
     with cut_off(owner, name, when, after), pytest.raises(KeyboardInterrupt):
         train(folder, out, **WAYS[way])

@@ -8,11 +8,11 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.errors import InputError
-from shardprune.families import FAMILIES
+from shardprune.model.families import FAMILIES
+from shardprune.model.skeleton import attention_of
 from shardprune.recovery.rows import PACKING, Example, Rows, check_packing, needs_mask, pack
-from shardprune.skeleton import attention_of
-from shardprune.storage import Folder
-from tests.tiny import CONFIGS, VOCABULARY, make_model
+from shardprune.storage.folder import Folder
+from tests.support.tiny import CONFIGS, VOCABULARY, make_model
 
 
 def example(tokens, learned=None):

@@ -2,17 +2,8 @@
 
 import pytest
 
-from tests.recovery.trainings import (
-    checked,
-    furthest,
-    loss_of,
-    losses,
-    plain_training,
-    rows_of,
-    same_zeros,
-    train,
-)
-from tests.tiny import load_tensors
+from tests.recovery.trainings import checked, furthest, loss_of, losses, plain_training, rows_of, same_zeros, train
+from tests.support.tiny import load_tensors
 
 FULL = {"full": True, "weight_decay": 0.1, "clip": 0.7}
 UPDATES = {"lora_rank": 4, "lora_dropout": 0.0, "weight_decay": 0.1, "clip": 0.7}

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardprune import RecoverRecipe, recover
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import WorkerLost
-from shardprune.progress import Output
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows
 from shardprune.recovery.schedule import learning_rate
-from tests.tiny import CONFIGS, VOCABULARY, load_tensors, make_model
-from tests.words import WORDS, words_tokenizer
+from shardprune.report.progress import Output
+from tests.support.tiny import CONFIGS, VOCABULARY, load_tensors, make_model
+from tests.support.words import WORDS, words_tokenizer
 
 QUIET = Output(quiet=True)
 LONGEST = 16  # tokens of the longest document
@@ -79,7 +79,7 @@ def train(folder, out, pair=None, output=QUIET, **fields):
     """`recover` in this process, or in two others."""
     if pair is None:
         return recover(checked(folder, out, **fields), output)
-    with patch("shardprune.fine_tuning.backend_of", lambda *_: pair):
+    with patch("shardprune.commands.recover.backend_of", lambda *_: pair):
         return recover(checked(folder, out, **{"workers": 2, **fields}), output)
 
 
@@ -133,7 +133,7 @@ def _serve(rank, end) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401  now, while other tests run
 
-    from shardprune.recovery.process import _end_group, take_part
+    from shardprune.recovery.worker import _end_group, take_part
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     linear = torch.nn.functional.linear  # which ZeRO-3 replaces by its own

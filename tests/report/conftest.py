@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import pytest
 
 from shardprune import PipelineRecipe, pipeline
-from shardprune.progress import Output
-from shardprune.shard.worker import ShardWorker
-from tests.running import rebuild_run, run, search_run
+from shardprune.report.progress import Output
+from shardprune.shard.prune_worker import ShardWorker
+from tests.support.running import rebuild_run, run, search_run
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A folder with outputs, and the results of what made them by name."""
-    from tests.tiny import make_model, make_tokens
+    from tests.support.tiny import make_model, make_tokens
 
     folder = tmp_path_factory.mktemp("reports")
     make_model(folder / "model", "llama-3.1")

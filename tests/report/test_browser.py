@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shardprune.report.report import write_comparison
+from shardprune.report.page.write import write_comparison
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"

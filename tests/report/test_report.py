@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.cli import main
 from shardprune.errors import InputError, StorageError
-from shardprune.progress import Output
-from shardprune.report.comparison import names_of, points_of
-from shardprune.report.finished import finished_runs
-from shardprune.report.report import place_of_report, write_comparison, write_report
-from shardprune.storage import Folder
-from tests.running import run, search_run
-from tests.tiny import make_model, snapshot
+from shardprune.report.page.comparison import names_of, points_of
+from shardprune.report.page.finished_run import finished_runs
+from shardprune.report.page.write import place_of_report, write_comparison, write_report
+from shardprune.report.progress import Output
+from shardprune.storage.folder import Folder
+from tests.support.running import run, search_run
+from tests.support.tiny import make_model, snapshot
 
 
 def page_of(out):

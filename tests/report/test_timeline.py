@@ -2,11 +2,11 @@
 
 import pytest
 
-from shardprune.events import read_events
-from shardprune.report.history import History, Work
-from shardprune.report.timeline import COLUMNS, IDLE, _rows, timeline
-from shardprune.report.workers import LINES
-from shardprune.storage import Folder
+from shardprune.report.events import read_events
+from shardprune.report.page.history import History, Work
+from shardprune.report.page.timeline import COLUMNS, IDLE, _rows, timeline
+from shardprune.report.page.workers import LINES
+from shardprune.storage.folder import Folder
 
 
 def event(time, name, **fields):

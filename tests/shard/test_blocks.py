@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from shardprune.checkpoint import Checkpoint
 from shardprune.errors import SolverError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.blocks import Block
-from shardprune.skeleton import Skeleton, projection_weight
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.rebuilding import Rebuilding
-from tests.tiny import CONFIGS, make_model
+from tests.support.tiny import CONFIGS, make_model
 
 LAYER = 1
 

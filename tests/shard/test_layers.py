@@ -6,12 +6,12 @@ import weakref
 import pytest
 import torch
 
-from shardprune.checkpoint import Checkpoint
-from shardprune.journal import Journal
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.layers import Layers
 from shardprune.shard.waves import Activations
-from shardprune.skeleton import Skeleton, projection_weight
-from tests.tiny import make_model
+from shardprune.storage.journal import Journal
+from tests.support.tiny import make_model
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import uuid
 
 import pytest
 
-from tests.s3 import client_of, serve
-from tests.tiny import make_model, make_tokens
-from tests.words import words_tokenizer
+from tests.support.s3 import client_of, serve
+from tests.support.tiny import make_model, make_tokens
+from tests.support.words import words_tokenizer
 
 
 @pytest.fixture(scope="session")

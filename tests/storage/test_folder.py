@@ -8,12 +8,12 @@ import pytest
 import torch
 from huggingface_hub.utils import get_session
 
-from shardprune.checkpoint import Checkpoint
 from shardprune.errors import InputError, StorageError
-from shardprune.retrying import ENVIRONMENT
-from shardprune.safetensors_file import read_header, read_tensor, write_tensors
-from shardprune.storage import CLIENTS, REQUEST, Folder
-from tests.tiny import load_tensors
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.storage.folder import CLIENTS, REQUEST, Folder
+from shardprune.storage.retrying import ENVIRONMENT
+from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
+from tests.support.tiny import load_tensors
 
 MIB = 2**20
 

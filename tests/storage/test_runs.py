@@ -8,10 +8,10 @@ import pytest
 
 from shardprune.cli import main
 from shardprune.errors import StorageError
-from shardprune.retrying import ENVIRONMENT
+from shardprune.storage.retrying import ENVIRONMENT
 from tests.evaluation.material import evaluated
-from tests.running import run, search_run
-from tests.tiny import differing
+from tests.support.running import run, search_run
+from tests.support.tiny import differing
 
 SEARCH = {"path": "GL", "remove": 0.3, "depth_rule": "third-last"}
 

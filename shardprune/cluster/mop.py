@@ -1,0 +1,238 @@
+"""One iteration after another on the workers of a search: candidates built and scored, one of them adopted.
+
+Where a shard has several replicas, half of them build and score the narrower candidate while the other half scores
+the shallower one; else the waves of both go through the same shards, at different ones at the same time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from shardprune.cluster.group import Group, Ref, Team
+from shardprune.cluster.layer_in_work import LayerInWork
+from shardprune.cluster.layout import Layout
+from shardprune.cluster.passes import Waves, enter, hand_on, to_all
+from shardprune.cluster.scoring import Jury
+from shardprune.cluster.width_pruning import cut_layer, narrow_layer
+from shardprune.model.structure.shape import Widths
+from shardprune.report.progress import Step
+from shardprune.shard.current_layers import Saved
+from shardprune.shard.waves import split
+from shardprune.solvers.scoring import Criterion, Scoring
+
+STREAM = "narrowing"
+THIRD = -3  # the published rule: MoP always removes the third layer from the end
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class Shallower:
+    """A candidate without one layer; `score` where it was asked for."""
+
+    layer: int
+    score: float | None
+
+
+class Searching:
+    """The current model on the workers [shard][replica] of a group.
+
+    Args:
+        tokens: calibration windows [samples, seqlen]; `wave` of them move together.
+        layers: the current ones, by their index in the checkpoint.
+        scoring: how their structures are chosen.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        shards: int,
+        replicas: int,
+        tokens: Tensor,
+        wave: int,
+        layers: Sequence[int],
+        widths: Widths,
+        scoring: Scoring,
+    ) -> None:
+        self.group = group
+        self.shards, self.replicas = shards, replicas
+        self.tokens, self.wave = tokens, wave
+        self.layers, self.widths, self.scoring = tuple(layers), widths, scoring
+        halves = (range(0, replicas, 2), range(1, replicas, 2)) if replicas > 1 else (range(1), range(1))
+        self.narrowing, self.shortening = (Team(group, members) for members in halves)
+        self.all = Team(group, range(replicas))
+
+    # -- juries -----------------------------------------------------------------------------------------------
+
+    @property
+    def placement(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of each shard."""
+        parts = split(len(self.layers), self.shards)
+        return tuple(tuple(self.layers[part.start : part.stop]) for part in parts)
+
+    def jury(self, team: Team, tokens: Tensor | None = None) -> Jury:
+        """A team at work on the current model, with the calibration windows or others."""
+        layout = Layout((), self.placement, len(team.members))
+        waves = Waves(self.tokens if tokens is None else tokens, len(team.members), self.wave)
+        return Jury(team, layout, waves)
+
+    def waves_of(self, team: Team) -> int:
+        """The number of calibration waves of a team."""
+        return len(self.jury(team).waves.all)
+
+    # -- the model --------------------------------------------------------------------------------------------
+
+    def read(self, saved: Saved | None) -> None:
+        """Let the workers read the current layers."""
+        self._wait(
+            self.group.submit(shard, replica, "read", layers, saved)
+            for shard, layers in enumerate(self.placement)
+            for replica in range(self.replicas)
+        )
+
+    def refer(self, step: Step) -> None:
+        """Keep the outputs of the original model, which the workers hold now, on every team's last shard."""
+        self.jury(self.narrowing).refer(step)
+        if self.replicas > 1:
+            self.jury(self.shortening).refer(step)
+
+    def write(self, folder: str, layers: Sequence[int]) -> None:
+        """Write the current layers into a folder, each in the place that its index has among `layers`."""
+        self._wait(
+            self.group.submit(shard, 0, "write", folder, len(layers), layer, layers.index(layer))
+            for shard, held in enumerate(self.placement)
+            for layer in held
+        )
+
+    # -- candidates -------------------------------------------------------------------------------------------
+
+    def shallower(self, rule: str, criterion: Criterion | None, step: Step) -> Shallower:
+        """The candidate without the layer that a rule chooses.
+
+        Args:
+            criterion: what it is scored by; None where it is not.
+        """
+        jury, score = self.jury(self.shortening), None
+        if rule == "third-last":
+            layer = self.layers[THIRD]
+        elif rule == "cosine":
+            means = jury.angles(step)
+            layer = max(self.layers, key=lambda index: means[index])
+        else:
+            perplexities = jury.scores("perplexity", self.layers, "dense", step)
+            least = min(perplexities)
+            layer = self.layers[perplexities.index(least)]
+            score = least if criterion == "perplexity" else None
+        if criterion and score is None:
+            (score,) = jury.scores(criterion, [layer], "dense", step)
+        return Shallower(layer, score)
+
+    def narrower(self, widths: Widths, criterion: Criterion | None, step: Step) -> float | None:
+        """Build the candidate with other widths beside the current model; its score where it is asked for."""
+        jury = self.jury(self.narrowing)
+        if self.scoring.needs_gram(False):
+            self._narrow_one_by_one(jury, widths, step)
+        else:
+            jury.gather(step)
+            in_work = [LayerInWork(jury.team, jury.layout, jury.waves, STREAM, index, step) for index in self.layers]
+            self._wait(ref for layer in in_work for ref in cut_layer(layer, widths))
+        return None if criterion is None else jury.scores(criterion, [None], "narrowed", step)[0]
+
+    def passes_to_narrow(self) -> int:
+        """How often all waves of a team go through a layer (or the model) while the narrower candidate is built."""
+        if not self.scoring.needs_gram(False):
+            return 1
+        return 2 * len(self.layers) - 1 if self.scoring.correction else len(self.layers)
+
+    def _narrow_one_by_one(self, jury: Jury, widths: Widths, step: Step) -> None:
+        """Make one layer after another narrower: whole second moments of all at once would not fit, and where they are
+        corrected, each sees what the ones before it give."""
+        layout, at = jury.layout, 0
+        enter(jury.team, layout, jury.waves, STREAM)
+        for index in self.layers:
+            while at < layout.shard_of(index):
+                hand_on(jury.team, layout, jury.waves, STREAM, at)
+                at += 1
+            layer = LayerInWork(jury.team, layout, jury.waves, STREAM, index, step)
+            narrow_layer(layer, widths, not self.scoring.correction)
+            if index != self.layers[-1] and self.scoring.correction:
+                for _ in layer.over_waves("propagate", "narrowed", False):
+                    pass
+        to_all(jury.team, layout, at, "drop", STREAM)
+
+    def both(self, shallower: Callable[[], T], narrower: Callable[[], U]) -> tuple[T, U]:
+        """Two candidates at the same time.
+
+        Raises:
+            WorkerLost: a worker died. All workers are closed then, so that neither goes on alone.
+        """
+        if not self.group.concurrent:
+            return shallower(), narrower()
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            first, second = pool.submit(shallower), pool.submit(narrower)
+            try:
+                for future in as_completed((first, second)):
+                    future.result()
+            except BaseException:
+                self.group.close()
+                raise
+            return first.result(), second.result()
+
+    # -- adopting one of them ---------------------------------------------------------------------------------
+
+    def adopt_shallower(self, layer: int) -> None:
+        """Take the layer out, and move others so that the shards stay equally long."""
+        self._on_all("discard_narrowed")
+        for replica in range(self.replicas):
+            self.group.get(self.group.submit(self._shard_of(layer), replica, "remove", layer))
+        before = {index: shard for shard, held in enumerate(self.placement) for index in held}
+        self.layers = tuple(index for index in self.layers if index != layer)
+        moves = [(index, before[index], self._shard_of(index)) for index in self.layers]
+        for index, source, target in moves:
+            if source != target:
+                self._move(index, source, target)
+
+    def adopt_narrower(self, widths: Widths) -> None:
+        """Let the narrowed layers take the place of the current ones on all replicas."""
+        self.widths = widths
+        others = [replica for replica in range(self.replicas) if replica not in self.narrowing.members]
+        self._wait(
+            self.group.submit(shard, replica, "install_narrowed", layer, widths, choice)
+            for shard, layers in enumerate(self.placement)
+            for layer in (layers if others else ())
+            for choice in [self.narrowing.submit(shard, layer % len(self.narrowing.members), "choice", layer)]
+            for replica in others
+        )
+        self._on_all("adopt")
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _shard_of(self, layer: int) -> int:
+        return next(shard for shard, held in enumerate(self.placement) if layer in held)
+
+    def _move(self, layer: int, source: int, target: int) -> None:
+        """Let another shard hold a layer; it goes from worker to worker."""
+        self._wait(
+            self.group.submit(
+                target,
+                replica,
+                "take_over",
+                layer,
+                self.widths,
+                self.group.submit(source, replica, "hand_over", layer),
+            )
+            for replica in range(self.replicas)
+        )
+
+    def _on_all(self, verb: str) -> None:
+        self._wait(
+            self.group.submit(shard, replica, verb) for shard in range(self.shards) for replica in range(self.replicas)
+        )
+
+    def _wait(self, refs: Iterable[Ref]) -> None:
+        """Wait for calls, all of which are submitted first."""
+        for ref in list(refs):
+            self.group.get(ref)

@@ -1,0 +1,60 @@
+"""What is to be done to a model's layers."""
+
+from dataclasses import dataclass
+
+from shardprune.model.families import Family
+from shardprune.model.structure.shape import Widths
+from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.rebuilding import Rebuilding
+
+Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done.
+
+    `shares` says what each projection gives up (empty where a sparse checkpoint says it), `finished` are the
+    layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
+    layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
+    Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does.
+    """
+
+    shares: Shares
+    finished: frozenset[int]
+    family: Family
+    shapes: list[dict[str, tuple[int, int]]]
+    layer_outliers: list[float]
+    rebuilding: Rebuilding | None
+    measure_error: bool
+    widths: Widths | None = None
+    passes_on_dense: bool = False
+
+    def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
+        """The shares of some of a layer's projections."""
+        return {name: self.shares[layer, name] for name in names if (layer, name) in self.shares}
+
+    def pending(self, segment: range) -> range:
+        """The layers of a segment up to its last unfinished one: nothing waits for the image of a later one."""
+        unfinished = [layer for layer in segment if layer not in self.finished]
+        return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
+
+    def parts(self, segments: tuple[range, ...], waves: int) -> int:
+        """The number of parts that pruning reports to its progress step: the passes over every unfinished
+        layer and one over every finished one, but none beyond the pruning of the last."""
+        passes = 0
+        extra = self.comparing_passes * len(self.family.blocks)
+        for segment in segments:
+            pending = self.pending(segment)
+            own = 1 if self.passes_on_dense else 2 + extra
+            passes += sum(1 if layer in self.finished else own for layer in pending)
+            passes -= bool(pending) and not self.passes_on_dense
+        return waves * passes
+
+    @property
+    def comparing_passes(self) -> int:
+        """How often all waves go through a block that is rebuilt: for gradients, and for errors before and after."""
+        if self.rebuilding is None:
+            return 0
+        return max(self.rebuilding.needs_gradients, self.measure_error) + self.measure_error

@@ -1,0 +1,109 @@
+"""How good a model is that lies on many workers: waves through some of its layers, and what comes out judged."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from shardprune.cluster.group import Ref, Team, flow
+from shardprune.cluster.layout import Layout
+from shardprune.cluster.passes import Waves, in_flight
+from shardprune.report.progress import Step
+from shardprune.shard.layers import Version
+from shardprune.shard.mop_worker import REFERENCE, Watched
+from shardprune.shard.waves import Wave
+from shardprune.solvers.scoring import Criterion
+
+
+@dataclass(frozen=True)
+class Jury:
+    """The workers that carry waves through a model, and the waves."""
+
+    team: Team
+    layout: Layout
+    waves: Waves
+
+    @property
+    def last(self) -> int:
+        """The shard that has the head and the reference, whichever layers it holds."""
+        return len(self.layout.shards) - 1
+
+    def through(
+        self, without: int | None = None, version: Version = "dense", watched: Watched = "nothing"
+    ) -> Iterator[Ref]:
+        """Every wave through all layers but one, one wave behind the other; yields what comes out."""
+        for wave in self.waves.in_turn():
+            hidden = self.team.submit(0, wave.replica, "embed", self.waves.windows(wave))
+            for shard, layers in enumerate(self.layout.shards):
+                if kept := tuple(layer for layer in layers if layer != without):
+                    hidden = self.team.submit(shard, wave.replica, "run", wave.index, hidden, kept, version, watched)
+            yield hidden
+
+    def refer(self, step: Step) -> None:
+        """Keep what the original model's last layer gives: later candidates are compared with it."""
+        self._at_the_end("put", step, lambda wave, hidden: (REFERENCE, wave.index, hidden))
+
+    def angles(self, step: Step) -> dict[int, float]:
+        """The mean cosine between the input and the output of each current layer."""
+        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), "angles")
+        tokens = self.waves.tokens.numel()
+        means = {}
+        for shard, layers in enumerate(self.layout.shards):
+            for layer in layers:
+                refs = [self.team.submit(shard, replica, "angles", layer) for replica in range(self.layout.replicas)]
+                sums = {wave: total for ref in refs for wave, total in self.team.get(ref).items()}
+                means[layer] = sum(sums[wave] for wave in sorted(sums)) / tokens
+        return means
+
+    def gather(self, step: Step) -> None:
+        """Sum up the inputs of all layers of the current model, which takes one pass."""
+        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), "inputs")
+
+    def scores(self, criterion: Criterion, without: Sequence[int | None], version: Version, step: Step) -> list[float]:
+        """How good the model is without each of some layers (None: with all), by one criterion.
+
+        The waves of one candidate follow those of the one before it, so that different ones are at different shards
+        at the same time. Perplexity and `kl` (mean divergence from the original model over all tokens) are the better
+        the lower, `cosine` (mean over tokens, of the logits) the higher.
+        """
+        order = self.waves.in_turn()
+
+        def judged() -> Iterator[Ref]:
+            for layer in without:
+                for wave, hidden in zip(order, self.through(layer, version), strict=True):
+                    if criterion == "perplexity":
+                        windows = self.waves.windows(wave)
+                        yield self.team.submit(self.last, wave.replica, "losses", hidden, windows)
+                    else:
+                        yield self.team.submit(self.last, wave.replica, "judge", wave.index, hidden, criterion)
+
+        values = flow(self.team, judged(), in_flight(self.layout))
+        scores = []
+        samples, seqlen = self.waves.tokens.shape
+        for _ in without:
+            sums: dict[int, list[float]] = {}
+            for wave in order:
+                sums[wave.index] = next(values)
+                step.advance()
+            total = sum(value for index in sorted(sums) for value in sums[index])
+            if criterion == "perplexity":
+                scores.append(math.exp(total / (samples * (seqlen - 1))))
+            else:
+                scores.append(total / (samples * seqlen))
+        return scores
+
+    def _at_the_end(
+        self, verb: str, step: Step, arguments: Callable[[Wave, Ref], tuple], watched: Watched = "nothing"
+    ) -> None:
+        """Call a verb of the last shard's workers for everything that comes out of the current model."""
+        order = self.waves.in_turn()
+        refs = (
+            self.team.submit(self.last, wave.replica, verb, *arguments(wave, hidden))
+            for wave, hidden in zip(order, self.through(watched=watched), strict=True)
+        )
+        for _ in flow(self.team, refs, in_flight(self.layout)):
+            step.advance()
+
+
+def better(criterion: Criterion, one: float, other: float) -> bool:
+    """Whether one score is better than another."""
+    return one > other if criterion == "cosine" else one < other

@@ -1,0 +1,188 @@
+"""A job as Slurm is asked for it, and the script that asks."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from shardprune.cluster.slurm.node import LONGEST_TMP
+from shardprune.errors import InputError
+from shardprune.recipes.settings import Settings, positive
+
+# Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
+TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
+TIME_FORMS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]"
+EARLY_SECONDS = 60  # by which Slurm may send a signal before its time
+
+
+class Nodes(Settings):
+    """Nodes"""
+
+    nodes: int = positive(1, "Nodes of the job")
+    min_nodes: int | None = positive(None, "Start, and start again, on so few if no more are free (default: all)")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of each node")
+    cpus_per_node: int | None = positive(None, "CPUs of each node (default: all of it, and no other job on it)")
+    mem: str | None = Field(
+        None, description="Memory of each node, such as 500G (default: all of a whole node, else the partition's)"
+    )
+    object_store: float | None = Field(
+        None, gt=0, description="GiB of each node for what is under way between workers (default: Ray's, 30 %)"
+    )
+    tmp: str = Field("/tmp", description=f"Directory of every node for Ray's files, {LONGEST_TMP} characters at most")
+
+    @field_validator("tmp")
+    @classmethod
+    def _sockets_have_room(cls, value: str) -> str:
+        if not value.startswith("/") or len(value.encode()) > LONGEST_TMP:
+            raise ValueError(f"use an absolute path of at most {LONGEST_TMP} characters, for the sockets in it")
+        return value
+
+    @model_validator(mode="after")
+    def _range_of_nodes(self) -> "Nodes":
+        if self.min_nodes and self.min_nodes > self.nodes:
+            raise InputError("min_nodes", f"{self.min_nodes} is more than nodes, {self.nodes}")
+        return self
+
+
+class Queue(Settings):
+    """Queue"""
+
+    time: str | None = Field(None, description=f"Limit of one attempt: {TIME_FORMS} (default: the partition's)")
+    notice: int = Field(
+        120, ge=10, le=65535, description="Seconds before the limit at which the job stops and goes back into the queue"
+    )
+    max_requeues: int = Field(50, ge=0, description="How often it goes back")
+    partition: str | None = Field(None, description="Partition (default: Slurm's)")
+    account: str | None = Field(None, description="Account that pays")
+    qos: str | None = Field(None, description="Quality of service")
+    job_name: str | None = Field(None, description="Name of the job (default: the recipe's)")
+    output: str = Field("%x-%j.log", description="File for what the job says; %x is its name, %j its number")
+    sbatch: tuple[str, ...] = Field((), description="Further option of sbatch, such as --constraint=a100; repeatable")
+
+    @field_validator("time")
+    @classmethod
+    def _time_parses(cls, value: str | None) -> str | None:
+        if value is not None and not _seconds(value):
+            raise ValueError(f"use {TIME_FORMS}")
+        return value
+
+    @field_validator("sbatch")
+    @classmethod
+    def _options_are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            if not option.startswith("-"):
+                raise ValueError(f"{option!r} is no option of sbatch; use one that starts with -")
+        return value
+
+    @model_validator(mode="after")
+    def _time_for_the_notice(self) -> "Queue":
+        if self.time is not None and (_seconds(self.time) or 0) <= self.notice + EARLY_SECONDS:
+            raise InputError(
+                "time",
+                f"{self.time!r} leaves no time before the notice, {self.notice} s before the limit and up to "
+                f"{EARLY_SECONDS} s early",
+            )
+        return self
+
+
+class Environment(Settings):
+    """Environment"""
+
+    setup: tuple[str, ...] = Field(
+        (), description="Line of shell to run first, such as 'source /opt/env/bin/activate'; repeatable"
+    )
+
+
+class BatchJob(Nodes, Queue, Environment):
+    """A job that runs one command of shardprune on a Ray cluster of its own."""
+
+    @model_validator(mode="after")
+    def _each_on_a_line(self) -> "BatchJob":
+        for name, value in self.model_dump().items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and "\n" in text:
+                    raise InputError(name, f"{text!r} has more than one line")
+        return self
+
+    def script(self, command: Sequence[str], folder: Path) -> str:
+        """The script that runs a command and its options in a directory."""
+        head = ("Written by `shardprune slurm`; docs/slurm.md explains it. Submit it again to go on after a failure.",)
+        # Without lines that set up an environment it is the one that writes the script.
+        python = "python" if self.setup else shlex.quote(sys.executable)
+        return self.render(head, shlex.join(command), python, chdir=str(folder))
+
+    def render(self, head: Sequence[str], command: str, python: str, chdir: str | None = None) -> str:
+        """The script, where the command is what a shell reads."""
+        wants = {
+            "job-name": self.job_name,
+            "chdir": chdir,
+            "nodes": f"{self.min_nodes}-{self.nodes}" if self.min_nodes not in (None, self.nodes) else self.nodes,
+            "gpus-per-node": self.gpus_per_node or None,
+            "cpus-per-task": self.cpus_per_node,
+            "exclusive": None if self.cpus_per_node else True,
+            "mem": self.mem or (None if self.cpus_per_node else 0),
+            "time": self.time,
+            "partition": self.partition,
+            "account": self.account,
+            "qos": self.qos,
+            "output": self.output,
+            "open-mode": "append",
+            "signal": f"B:USR1@{self.notice}",
+            "requeue": True,  # when its first node is lost
+            "no-kill": True,  # when another one is: the command goes on without it
+        }
+        options = [_option(name, value) for name, value in wants.items() if value is not None]
+        own = {
+            "min-nodes": self.min_nodes,
+            "notice": self.notice,
+            "max-requeues": self.max_requeues,
+            "object-store": self.object_store and int(self.object_store * 2**30),
+            "tmp": self.tmp,
+        }
+        words = [_option(name, value) for name, value in own.items() if value is not None]
+        lines = [
+            "#!/bin/bash",
+            *(f"# {line}".rstrip() for line in head),
+            *(f"#SBATCH {option}" for option in (*options, *self.sbatch)),
+            "",
+            "trap '' USR1  # comes before the time limit; until Python listens to it, it must not end this shell",
+            *self.setup,
+            f"exec {python} -m shardprune.cluster.slurm.job {' '.join(words)} -- {command}",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def standing_script(command: str) -> str:
+    """The script of `cluster/slurm` for a command: what it runs comes from sbatch's command line."""
+    head = (
+        f"sbatch --nodes 4 --gpus-per-node 8 --time 04:00:00 cluster/slurm/{command}.sbatch RECIPE --out OUT",
+        "",
+        f"Runs `shardprune {command}` on a Ray cluster of the job's own; docs/slurm.md explains it. What stands before",
+        "the script's name overrides the options below, what stands after RECIPE overrides the recipe. Python is that",
+        "of the shell which submits; lines that set up another one belong above the last line.",
+    )
+    first = "" if command == "pipeline" else "--recipe "
+    return BatchJob.checked({"job_name": command}).render(
+        head, f'{command} {first}"${{@:?RECIPE is missing}}"', "python"
+    )
+
+
+def _option(name: str, value: Any) -> str:
+    return f"--{name}" if value is True else shlex.quote(f"--{name}={value}")
+
+
+def _seconds(time: str) -> int | None:
+    """The seconds of a time as Slurm writes it; None where it is not one."""
+    match = TIME.fullmatch(time)
+    if not match:
+        return None
+    days, first, second, third = (None if part is None else int(part) for part in match.groups())
+    if days is not None:
+        return ((days * 24 + (first or 0)) * 60 + (second or 0)) * 60 + (third or 0)
+    if third is not None:
+        return ((first or 0) * 60 + (second or 0)) * 60 + third
+    return (first or 0) * 60 + (second or 0)

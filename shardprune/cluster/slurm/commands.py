@@ -1,0 +1,84 @@
+"""Which command a recipe is for, and whether a job can carry it out."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shardprune.cluster.slurm.batch import BatchJob
+from shardprune.errors import InputError
+from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.groups import Machines, Workers
+from shardprune.recipes.mop import MopRecipe
+from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recipes.settings import Settings, read_yaml
+
+COMMANDS: dict[str, type[Settings]] = {
+    recipe.command: recipe
+    for recipe in (Recipe, MopRecipe, RebuildRecipe, RecoverRecipe, EvaluateRecipe, PipelineRecipe)
+}
+
+
+def words_of(command: str, recipe: Path | str) -> list[str]:
+    """A command that reads a recipe, as words of a command line."""
+    return [command, str(recipe)] if command == PipelineRecipe.command else [command, "--recipe", str(recipe)]
+
+
+def command_of(recipe: Path, load: Callable[[str], Settings], asked: str | None) -> tuple[str, Settings]:
+    """The command that a recipe is for, and its settings.
+
+    Args:
+        load: the settings that a command makes of the recipe and of what overrides it; raises InputError.
+        asked: the command, where somebody has said it.
+
+    Raises:
+        InputError: no command can work with the recipe.
+    """
+    if asked is not None and asked not in COMMANDS:
+        raise InputError("command", f"{asked!r} is not allowed; use one of {', '.join(COMMANDS)}")
+    errors = []
+    for command in [asked] if asked else _candidates(read_yaml(recipe)):
+        try:
+            return command, load(command)
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _candidates(values: dict[str, Any]) -> list[str]:
+    """The commands that know most of a recipe's fields."""
+    unknown = {name: len(values.keys() - recipe.model_fields.keys()) for name, recipe in COMMANDS.items()}
+    return [name for name in unknown if unknown[name] == min(unknown.values())]
+
+
+def check_fit(settings: Settings, job: BatchJob) -> None:
+    """Check what waiting in a queue would only delay.
+
+    Raises:
+        InputError: the command would not use the job's nodes, or needs more than they have.
+    """
+    if not isinstance(settings, PipelineRecipe):
+        return _check_fit(settings, job)
+    for step in settings.steps:
+        try:
+            _check_fit(settings.section(step), job)
+        except InputError as error:
+            raise InputError(f"{step}.{error.field}", error.problem) from error
+    return None
+
+
+def _check_fit(settings: Settings, job: BatchJob) -> None:
+    assert isinstance(settings, Machines)
+    if settings.address is not None:
+        raise InputError("address", f"{settings.address!r} is not the job's own Ray cluster; leave it out")
+    if settings.backend != "ray":
+        raise InputError("backend", f"{settings.backend!r} would leave the job's nodes alone; use ray")
+    if isinstance(settings, Workers):
+        field, workers = "shards", (settings.shards or 1) * (settings.replicas or 1)
+    else:
+        field, workers = "workers", getattr(settings, "workers", None) or 1
+    gpu = job.gpus_per_node > 0 and settings.device != "cpu"
+    units, each = ("GPUs", job.gpus_per_node) if gpu else ("CPUs", job.cpus_per_node)
+    if each is not None and workers > job.nodes * each:
+        raise InputError(field, f"{workers} workers need as many {units}; the job asks for {job.nodes} x {each}")

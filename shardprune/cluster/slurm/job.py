@@ -1,0 +1,212 @@
+"""What a job's batch script runs: a Ray cluster of the job's own, and on it one command of shardprune.
+
+The head and the other nodes of the cluster are steps of the job; the command is their driver and runs beside the head,
+on the job's first node. Its exit code is the job's. Shortly before the time limit Slurm sends SIGUSR1: the command
+stops, which keeps what it has finished, and the job goes back into the queue, where the same command goes on.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from shardprune.cluster.slurm.node import TOKEN
+from shardprune.cluster.slurm.processes import Ended, Event, Events, Line, Process, Signalled, Step
+from shardprune.cluster.slurm.queueing import allocated_nodes, requeue
+
+START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be read through a slow network
+STOP_SECONDS = 15.0  # for Ray to end on them
+FINISHED = frozenset({0, 2})  # exit codes after which another attempt would do nothing, or end in the same way
+
+
+class CannotStart(RuntimeError):
+    """The cluster does not come up."""
+
+
+class Told(Exception):
+    """This job was told to stop."""
+
+
+class Job:
+    """One attempt at a job."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.id = os.environ["SLURM_JOB_ID"]
+        self.head_node = os.environ["SLURMD_NODENAME"]
+        self.nodes = allocated_nodes()
+        self.restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        # Of another cluster, which the submitting shell may use.
+        others = {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in others} | {
+            "SLURM_EXPORT_ENV": "ALL",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # 0 keeps a cluster on loopback
+            "PYTHONUNBUFFERED": "1",
+        }
+        self.events: Events = SimpleQueue()
+        self.steps: list[Step] = []
+        self.driver: Process | None = None
+        self.signals: list[signal.Signals] = []
+
+    def run(self) -> int:
+        """Carry out the attempt; the job's exit code."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self.events.put(Signalled(signal.Signals(number))))
+        say(f"job {self.id}, attempt {self.restarts + 1} on {len(self.nodes)} nodes: {', '.join(self.nodes)}")
+        try:
+            code = self._drive(*self._start_ray())
+        except CannotStart as error:
+            say(f"error: {error}")
+            code = 1
+        except Told:
+            code = self._stop_driver()
+        self._stop_ray()
+        # Whoever cancels the job after all, or ends it for good, sends SIGTERM.
+        if self.signals == [signal.SIGUSR1] and code not in FINISHED:
+            return self._requeue(code)
+        return code
+
+    def _start_ray(self) -> tuple[str, Path]:
+        """Start the cluster; its address, and the directory of its files on this node.
+
+        Raises:
+            CannotStart: the head did not come up, or too many of the other nodes did not.
+        """
+        token = secrets.token_hex(32)
+        head = self._step(["--nodes=1", "--ntasks=1", f"--nodelist={self.head_node}"], token)
+        deadline = time.monotonic() + START_SECONDS
+        joined = self._joined(head, 1, deadline)
+        if not joined:
+            raise CannotStart(f"Ray's head did not come up on {self.head_node}")
+        address = joined[0]["address"]
+        others = len(self.nodes) - 1
+        if others:
+            where = [f"--nodes={others}", f"--ntasks={others}", f"--exclude={self.head_node}"]
+            joined += self._joined(self._step(where, token, f"--address={address}"), others, deadline)
+        missing = sorted(set(self.nodes) - {node["node"] for node in joined})
+        if missing:
+            say(f"Ray did not come up on {', '.join(missing)}")
+        if len(joined) < min(self.options.min_nodes or len(self.nodes), len(self.nodes)):
+            raise CannotStart(f"Ray came up on {len(joined)} of {len(self.nodes)} nodes")
+        return address, Path(joined[0]["folder"])
+
+    def _step(self, where: list[str], token: str, *arguments: str) -> Step:
+        """Ray's nodes on some nodes of the job."""
+        store = self.options.object_store
+        shared = [
+            f"--first={self.head_node}",
+            f"--tmp={self.options.tmp}",
+            *([f"--object-store={store}"] if store else []),
+        ]
+        command = [sys.executable, "-m", "shardprune.cluster.slurm.node", *shared, *arguments]
+        step = Step(where, command, token, self.events, self.environment)
+        self.steps.append(step)
+        return step
+
+    def _joined(self, step: Step, nodes: int, deadline: float) -> list[dict[str, Any]]:
+        """What the nodes of a step say when they have joined the cluster: as many as do in time."""
+        joined: list[dict[str, Any]] = []
+        while len(joined) < nodes:
+            event = self._next(deadline)
+            if event is None or (isinstance(event, Ended) and not step.running):
+                break
+            if isinstance(event, Line):
+                joined.append(json.loads(event.text))
+        return joined
+
+    def _drive(self, address: str, folder: Path) -> int:
+        """Run the command; its exit code."""
+        environment = self.environment | {
+            "RAY_ADDRESS": address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
+        }
+        self.driver = Process([sys.executable, "-m", "shardprune", *self.options.command], self.events, environment)
+        while self.driver.running:
+            event = self._next()
+            if isinstance(event, Ended) and event.process is self.steps[0]:
+                say("error: Ray's head ended before the command did")
+                self._stop_driver()
+                return 1
+            if isinstance(event, Ended) and event.process in self.steps:
+                say("Ray has ended on all nodes but the first")
+        return self.driver.code
+
+    def _next(self, deadline: float | None = None) -> Event | None:
+        """What happens next; None where nothing does in time.
+
+        Raises:
+            Told: it is a signal.
+        """
+        event = self._event(deadline)
+        if isinstance(event, Signalled):
+            say(f"told to stop by {event.number.name}")
+            raise Told
+        return event
+
+    def _event(self, deadline: float | None) -> Event | None:
+        try:
+            event = self.events.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except Empty:
+            return None
+        if isinstance(event, Signalled):
+            self.signals.append(event.number)
+        return event
+
+    def _until(self, done: Callable[[], bool], seconds: float) -> None:
+        """Wait, whatever signals come."""
+        deadline = time.monotonic() + seconds
+        while not done() and self._event(deadline) is not None:
+            pass
+
+    def _stop_driver(self) -> int:
+        """Let the command end; its exit code, which is that of a command that was told to stop if it had not begun."""
+        driver = self.driver
+        if driver is None:
+            return 128 + signal.SIGTERM
+        driver.terminate()
+        # Slurm follows SIGTERM with SIGKILL, some 30 s later.
+        self._until(lambda: not driver.running, 10.0 if signal.SIGTERM in self.signals else self.options.notice / 2)
+        driver.kill()
+        return driver.code
+
+    def _stop_ray(self) -> None:
+        for step in reversed(self.steps):
+            step.close()
+        self._until(lambda: not any(step.running for step in self.steps), STOP_SECONDS)
+        for step in self.steps:
+            step.kill()
+
+    def _requeue(self, code: int) -> int:
+        if self.restarts >= self.options.max_requeues:
+            say(f"error: the job was requeued {self.restarts} times already; submit it again to go on")
+            return code
+        refused = requeue()
+        say(f"error: the job is not requeued ({refused}); submit it again to go on" if refused else "requeued")
+        return code
+
+
+def say(text: str) -> None:
+    print(f"slurm {time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shardprune.cluster.slurm.job", description=__doc__)
+    parser.add_argument("--min-nodes", type=int, help="go on with so few nodes, if Ray does not come up on others")
+    parser.add_argument("--notice", type=int, default=120, help="seconds from SIGUSR1 to the time limit")
+    parser.add_argument("--max-requeues", type=int, default=50, help="how often the job may go back into the queue")
+    parser.add_argument("--object-store", type=int, help="bytes of each node's object store")
+    parser.add_argument("--tmp", default="/tmp", help="directory of every node for Ray's files")
+    parser.add_argument("command", nargs="+", help="a command of shardprune and its options, after --")
+    return Job(parser.parse_args(arguments)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

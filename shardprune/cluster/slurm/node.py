@@ -1,0 +1,222 @@
+"""What runs on every node of a job: a node of its Ray cluster, which is gone when this process ends.
+
+It reads the cluster's token from its standard input, and ends when it reads that it should. Ray's files and the token
+lie in a directory of the node that nobody else can read. All ports are the kernel's choice, so that several jobs, and
+other users' clusters, share a node.
+
+A node that outlives the job's first one, and with it the command, puts the job back into the queue: Slurm, which was
+told not to end the job when it loses a node, does not.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from shardprune.cluster.slurm.processes import END
+from shardprune.cluster.slurm.queueing import remaining_nodes, requeue
+
+TOKEN = "token"
+START_LOG = "start.log"
+ADDRESS = "ray_current_cluster"  # Ray writes it when a node is part of its cluster
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
+CLOSED = "closed"  # has its standard input
+WATCH_SECONDS = 10.0
+STOP_SECONDS = 3.0  # for Ray to end; what of it is left then ends with its parent
+# Of these, 0 lets the kernel choose.
+PORTS = (
+    "node-manager-port",
+    "object-manager-port",
+    "min-worker-port",
+    "max-worker-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+)
+# Ray's client server, which nothing here uses, starts all the same and must be given a port: one below those that the
+# kernel gives to whoever asks for any, and above those of Ray's own choice.
+CLIENT_PORTS = range(20000, 32768)
+# What Ray appends to its directory for the longest name of a socket, which Linux limits to 107 characters.
+LONGEST_SOCKET = len("/session_2026-11-22_12-00-00_000000_1234567/sockets/plasma_store")
+LONGEST_NAME = len("/sp-123456789-01234567")
+LONGEST_TMP = 107 - LONGEST_SOCKET - LONGEST_NAME
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m shardprune.cluster.slurm.node", description=__doc__)
+    parser.add_argument("--address", help="host:port of the cluster's head (default: be the head)")
+    parser.add_argument("--first", required=True, help="name of the job's first node")
+    parser.add_argument("--tmp", default="/tmp", help="directory of the node for Ray's files")
+    parser.add_argument("--object-store", type=int, help="bytes of the object store")
+    options = parser.parse_args(arguments)
+    happened: SimpleQueue[str] = SimpleQueue()
+    signal.signal(signal.SIGTERM, lambda *_: happened.put(END))
+    _adopt_orphans()
+    token = sys.stdin.readline().strip()
+    threading.Thread(target=_listen, args=(happened,), daemon=True).start()
+    folder = make_folder(Path(options.tmp))
+    try:
+        (folder / TOKEN).write_text(token)
+        code, orphan = _serve(folder, start_command(folder, options.address, options.object_store), happened)
+    finally:
+        _end_children()
+        _remove(folder)
+    if orphan:
+        _watch(options.first, happened)
+    return code
+
+
+def make_folder(tmp: Path) -> Path:
+    """A directory for this job on this node; what an earlier attempt left there is gone."""
+    node = zlib.crc32(os.environ["SLURMD_NODENAME"].encode())
+    folder = tmp / f"sp-{os.environ['SLURM_JOB_ID']}-{node:08x}"
+    _remove(folder)
+    folder.mkdir(mode=0o700)
+    return folder
+
+
+def start_command(folder: Path, address: str | None, object_store: int | None) -> list[str]:
+    """The command that makes this node one of Ray's, with the CPUs and GPUs that the job has of it."""
+    role = {"address": address} if address else _head_options()
+    options = {
+        **role,
+        **dict.fromkeys(PORTS, 0),
+        "num-cpus": os.environ["SLURM_CPUS_ON_NODE"],
+        "num-gpus": os.environ.get("SLURM_GPUS_ON_NODE") or 0,
+        "temp-dir": folder,
+        **({"object-store-memory": object_store} if object_store else {}),
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    kind = [] if address else ["--head"]
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", *kind, "--block", "--disable-usage-stats", *flags]
+
+
+def _head_options() -> dict[str, Any]:
+    """What only the head is told: above all the address under which other nodes know it, where its name says so."""
+    options = {"port": 0, "ray-client-server-port": _free_port(), "include-dashboard": "false"}
+    try:
+        address = socket.gethostbyname(os.environ["SLURMD_NODENAME"])
+    except OSError:
+        return options  # Ray looks for one
+    return options if address.startswith("127.") else options | {"node-ip-address": address}
+
+
+def _free_port() -> int:
+    while True:
+        port = random.choice(CLIENT_PORTS)
+        with socket.socket() as trial:
+            try:
+                trial.bind(("", port))
+            except OSError:
+                continue
+            return port
+
+
+def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> tuple[int, bool]:
+    """Be a node of Ray's until it ends or is to; the exit code, and whether the job may have lost its first node."""
+    environment = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
+        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+    }
+    with (folder / START_LOG).open("w") as log:
+        ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    node, joined = os.environ["SLURMD_NODENAME"], False
+    while ray.poll() is None:
+        if not joined and (address := _content(folder / ADDRESS)):
+            joined = True
+            print(json.dumps({"node": node, "address": address, "folder": str(folder)}), flush=True)
+        try:
+            why = happened.get(timeout=1.0 if joined else 0.1)
+        except Empty:
+            continue
+        _stop(ray)
+        return 0, why == CLOSED
+    print(f"error: Ray ended on {node} with code {ray.returncode}:", file=sys.stderr)
+    print(*_last_lines(folder / START_LOG), sep="\n", file=sys.stderr, flush=True)
+    return 1, joined
+
+
+def _watch(first: str, happened: "SimpleQueue[str]") -> None:
+    """Wait until this process is to end, or the job has lost its first node."""
+    while True:
+        nodes = remaining_nodes()
+        if nodes and first not in nodes:
+            print(f"{first}, the job's first node, is lost: {requeue() or 'requeued'}", file=sys.stderr, flush=True)
+            return
+        try:
+            if happened.get(timeout=WATCH_SECONDS) != CLOSED:
+                return
+        except Empty:
+            continue
+
+
+def _content(file: Path) -> str:
+    return file.read_text().strip() if file.exists() else ""
+
+
+def _listen(happened: "SimpleQueue[str]") -> None:
+    """Tell what can be read: that this process is to end, or, where its job's first node is lost, nothing more."""
+    happened.put(END if sys.stdin.readline().strip() == END else CLOSED)
+
+
+def _stop(ray: "subprocess.Popen[bytes]") -> None:
+    ray.terminate()
+    try:
+        ray.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        ray.kill()
+
+
+def _adopt_orphans() -> None:
+    """Make this process the parent of Ray's that outlive theirs, such as agents of a raylet that was killed."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _end_children() -> None:
+    """End what is left of Ray, and what that leaves."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < deadline:
+        children = {
+            int(pid) for task in Path("/proc/self/task").iterdir() for pid in _content(task / "children").split()
+        }
+        if not children:
+            return
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(child, 0)
+
+
+def _last_lines(log: Path, lines: int = 10) -> list[str]:
+    return [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-lines:]
+
+
+def _remove(folder: Path) -> None:
+    """Remove a directory, in which processes that are ending may still write."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

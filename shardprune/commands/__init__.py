@@ -1,0 +1,1 @@
+"""The story of every command that makes or measures a model."""

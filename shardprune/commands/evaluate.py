@@ -1,0 +1,143 @@
+"""The story of `shardprune evaluate`."""
+
+from contextlib import closing
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from shardprune.cluster.backends import backend_of
+from shardprune.cluster.group import Backend
+from shardprune.errors import InputError, without_credentials
+from shardprune.evaluation.record import Record
+from shardprune.evaluation.sharded import ShardedModel
+from shardprune.model.checkpoint import place_of
+from shardprune.model.checks import check_seqlen
+from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.report.clock import Clock
+from shardprune.report.page.write import leave_report
+from shardprune.report.progress import Output
+from shardprune.report.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
+from shardprune.storage.retrying import before_work
+from shardprune.storage.windows import perplexity_windows, tokens_hash
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+
+def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> EvaluationResult:
+    """Measure a model as a recipe says; what is measured joins what its result.json has already.
+
+    Raises:
+        InputError: something in the recipe cannot work; nothing has been measured then.
+        WorkerLost: workers died more than `max_restarts` times.
+    """
+    output = output or Output()
+    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+        clock = Clock(output.events)
+        with clock.phase("plan"), before_work():
+            model = ShardedModel(recipe.model, recipe, backend, output)
+            record = Record(model.checkpoint, recipe.out)
+            windows = _windows(recipe, model)
+            opened = _open_tasks(recipe)
+        with closing(model):
+            evaluation = _Evaluation(recipe, model, record, clock)
+            evaluation.measure_perplexities(windows)
+            if opened:
+                evaluation.evaluate_tasks(opened)
+            if not record.kept:
+                output.say(f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)")
+            result = evaluation.result()
+    if record.kept and recipe.report:
+        leave_report(record.folder.url, output, new=True)
+    return result
+
+
+@before_work()
+def check_evaluation(recipe: EvaluateRecipe, backend: Backend, output: Output) -> None:
+    """Open everything that an evaluation of a model needs, and measure nothing.
+
+    Raises:
+        InputError: something in the recipe cannot work.
+    """
+    _windows(recipe, ShardedModel(recipe.model, recipe, backend, output))
+    _open_tasks(recipe)
+
+
+class _Evaluation:
+    """Measurements that are kept as soon as they are made."""
+
+    def __init__(self, recipe: EvaluateRecipe, model: ShardedModel, record: Record, clock: Clock) -> None:
+        self.recipe, self.model, self.record, self.clock = recipe, model, record, clock
+        self.found: Evaluation = record.known
+        self._workers: list[dict[str, Any]] = []
+
+    def measure_perplexities(self, windows: dict[str, Tensor]) -> None:
+        for source, tokens in windows.items():
+            with self.clock.phase("perplexity"):
+                value = self.model.perplexity(tokens)
+            measured = MeasuredPerplexity(
+                value=value, seqlen=tokens.shape[1], windows=len(tokens), tokens_sha256=tokens_hash(tokens)
+            )
+            self._keep(perplexity={**self.found.perplexity, source: measured})
+
+    def evaluate_tasks(self, opened: list[Any]) -> None:
+        from shardprune.evaluation.tasks import evaluate_tasks
+
+        with self.clock.phase("tasks"):
+            results = evaluate_tasks(self._answering(), opened, self.recipe)
+        tasks = {**self.found.tasks, **results}
+        self._keep(tasks=tasks, harness=version("lm-eval"), engine=self.recipe.engine)
+
+    def result(self) -> EvaluationResult:
+        """What is known by now, of this evaluation and of earlier ones."""
+        places = {"model": place_of(self.recipe.model), "out": self.record.folder.url if self.record.kept else None}
+        settings = self.model.settings.model_copy(update=places)
+        return EvaluationResult(
+            fingerprint=self.record.fingerprint,
+            recipe=settings.record(),
+            evaluation=self.found,
+            seconds=self.clock.total(),
+            workers=[WorkerResult(**worker) for worker in self._workers],
+            restarts=self.model.restarts,
+        )
+
+    def _answering(self) -> "LM":
+        """What answers the tasks."""
+        if self.recipe.engine == "hf":
+            from shardprune.evaluation.whole import whole_model
+
+            self.model.close()  # which leaves its memory to the model in this process
+            return whole_model(self.model)
+        from shardprune.evaluation.harness import ShardedLM
+
+        return ShardedLM(self.model)
+
+    def _keep(self, **measured: Any) -> None:
+        self.found = self.found.model_copy(update=measured)
+        self._workers = self.model.usage() or self._workers
+        self.record.save(self.result())
+
+
+def _windows(recipe: EvaluateRecipe, model: ShardedModel) -> dict[str, Tensor]:
+    """Windows [windows, seqlen] of every source."""
+    if recipe.perplexity:
+        check_seqlen(recipe.seqlen, model.skeleton)
+    vocabulary = model.skeleton.config.vocab_size
+    return {
+        without_credentials(source): perplexity_windows(
+            source, model.checkpoint.tokenizer, recipe.seqlen, vocabulary, recipe.windows, "perplexity"
+        )
+        for source in recipe.perplexity
+    }
+
+
+def _open_tasks(recipe: EvaluateRecipe) -> list[Any]:
+    """The tasks of a recipe; lm-eval is imported only where there are some."""
+    if not recipe.tasks:
+        return []
+    try:
+        from shardprune.evaluation.tasks import load_tasks
+    except ImportError as error:
+        raise InputError("tasks", f"lm-eval cannot be imported: {error}") from error
+    return load_tasks(recipe)

@@ -1,0 +1,131 @@
+"""The story of `shardprune pipeline`: a model is pruned, healed and judged as one job.
+
+Every step that makes a model has a folder of its own and resumes as it does alone.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any
+
+from shardprune.cluster.backends import backend_of
+from shardprune.commands.evaluate import check_evaluation, evaluate
+from shardprune.commands.mop import mop
+from shardprune.commands.prepare_recovery import open_inputs
+from shardprune.commands.prune import prune
+from shardprune.commands.recover import recover
+from shardprune.errors import InputError, without_credentials
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.recover import RecoverRecipe
+from shardprune.report.page.write import leave_report
+from shardprune.report.progress import Output
+from shardprune.report.result import EvaluationResult, Result
+from shardprune.storage.folder import PARTIAL, absolute, output_folder
+from shardprune.storage.output_names import RESULT
+from shardprune.storage.retrying import before_work
+
+STATE = "pipeline.json"
+RUNS: dict[str, Callable[[Any, Output], Result | EvaluationResult]] = {
+    "prune": prune,
+    "mop": mop,
+    "recover": recover,
+    "evaluate": evaluate,
+}
+
+
+def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, Result | EvaluationResult]:
+    """Carry out all steps of a recipe, of which those that are finished do nothing; the results of all but an
+    evaluation that was done before.
+
+    Raises:
+        InputError: something in a step cannot work; no step has started then.
+        SolverError, StorageError, TrainingError, WorkerLost: as the steps raise them.
+    """
+    output = output or Output()
+    recipe = recipe.model_copy(update={"out": absolute(recipe.out)})
+    with before_work():
+        progress = _Progress(recipe)
+        progress.folder.check_writable()
+        _check_ahead(recipe, output)
+    progress.save()
+    results = {}
+    for step in recipe.steps:
+        section = recipe.section(step)
+        if isinstance(section, EvaluateRecipe) and progress.evaluated == _asked(section):
+            output.say(f"{step} is done already")
+            continue
+        output.say(f"step {step}")
+        results[step] = RUNS[step](section, output)
+        if isinstance(section, EvaluateRecipe):
+            progress.evaluated = _asked(section)
+            progress.save()
+    if recipe.report:
+        leave_report(recipe.out, output, new="evaluate" in results)
+    return results
+
+
+def _check_ahead(recipe: PipelineRecipe, output: Output) -> None:
+    """Open what later steps read, as far as that does not wait for the steps before them.
+
+    Raises:
+        InputError: names the step and the field.
+    """
+    Checkpoint(recipe.model)
+    for step in recipe.steps:
+        section = recipe.section(step)
+        try:
+            with closing(backend_of(section.backend, section.address)) as backend:
+                unpruned = section.model_copy(update={"model": recipe.model})
+                if isinstance(unpruned, RecoverRecipe):
+                    open_inputs(unpruned, backend)
+                if isinstance(unpruned, EvaluateRecipe):
+                    check_evaluation(unpruned, backend, output)
+        except InputError as error:
+            raise InputError(f"{step}.{error.field}", error.problem) from error
+
+
+class _Progress:
+    """What an output directory says about a pipeline: whose it is, and what was evaluated. The other steps know
+    themselves whether they are finished, and whether they are the same as before.
+
+    Raises:
+        InputError: it holds something else, or may not be resumed.
+    """
+
+    def __init__(self, recipe: PipelineRecipe) -> None:
+        self.folder = output_folder(recipe.out)
+        self.recipe = recipe
+        self.evaluated: dict[str, Any] | None = None
+        names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
+        if not names:
+            return
+        if STATE not in names:
+            held = "a run" if RESULT in names else "something else"
+            raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
+        state = self.folder.read_json(STATE)
+        if [state.get("model"), state.get("steps")] != [self._model, list(recipe.steps)]:
+            raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
+        if not recipe.resume:
+            raise InputError("out", f"{recipe.out} holds this pipeline already; resume it or choose an empty directory")
+        self.evaluated = state["evaluated"]
+
+    @property
+    def _model(self) -> str:
+        return without_credentials(self.recipe.model)
+
+    def save(self) -> None:
+        """Record what is known, and with the first call claim the directory."""
+        state = {
+            "model": self._model,
+            "steps": self.recipe.steps,
+            "evaluated": self.evaluated,
+            "recipe": self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
+        }
+        self.folder.write_json(STATE, state)
+
+
+def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:
+    """What an evaluation measures, wherever it does."""
+    fields = {name for group in recipe.shaping for name in group.model_fields}
+    return {name: value for name, value in recipe.record().items() if name in fields}

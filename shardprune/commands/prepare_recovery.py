@@ -1,0 +1,317 @@
+"""Everything that is decided before a training starts: inputs opened and checked, data prepared, output claimed."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardprune.cluster.defaults import device_of, threads_of
+from shardprune.cluster.group import Backend, Slots, check_room
+from shardprune.errors import InputError, without_credentials
+from shardprune.model.checkpoint import Checkpoint, place_of
+from shardprune.model.checks import check_seqlen, check_tensors
+from shardprune.model.skeleton import Skeleton
+from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recovery.batches import Processes, micro_batch_of
+from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
+from shardprune.recovery.examples import load_rows
+from shardprune.recovery.rows import Rows, check_packing, needs_mask
+from shardprune.recovery.spec import TrainingSpec
+from shardprune.storage.folder import PARTIAL, Folder, absolute, in_process_only
+from shardprune.storage.journal import Journal, recorded_recipe
+from shardprune.storage.retrying import before_work
+from shardprune.storage.sources import is_tokens
+from shardprune.storage.windows import perplexity_windows
+
+FORMAT = 1  # of what a fingerprint covers
+STATE = "training"  # folder of an output with the state of a training under way
+CLAIM = "fingerprint"  # file of a state that says whose it is
+SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense one has a few by rounding
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """How many of the projections' weights are zero."""
+
+    count: int
+    weights: int
+
+    @property
+    def sparse(self) -> bool:
+        """Whether they are there on purpose."""
+        return self.count > SPARSE * self.weights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, opened and checked, with every choice made that the user left open."""
+
+    recipe: RecoverRecipe
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    teacher: Checkpoint | None
+    rows: Rows
+    held_out: Rows
+    evaluations: dict[str, Tensor]
+    overrides: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """A training that can start."""
+
+    inputs: Inputs
+    steps: int
+    zeros: Zeros | None
+    journal: Journal
+    state: dict[str, Any]
+
+    @property
+    def claim(self) -> str:
+        """What a training's directory says about whose it is."""
+        return f"{self.journal.fingerprint} {without_credentials(self.recipe.out)}"
+
+    @property
+    def recipe(self) -> RecoverRecipe:
+        """With every choice made."""
+        return self.inputs.recipe
+
+    @property
+    def skeleton(self) -> Skeleton:
+        return self.inputs.skeleton
+
+    @property
+    def processes(self) -> Processes:
+        """How many share the training, as planned."""
+        assert self.recipe.workers is not None
+        assert self.recipe.micro_batch is not None
+        return Processes(self.recipe.workers, self.recipe.batch, self.recipe.micro_batch)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The paths of all projections."""
+        family = self.skeleton.family
+        layers = range(self.skeleton.layers)
+        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.projections)
+
+    @property
+    def parameters_trained(self) -> int:
+        """The number of parameters that have a gradient."""
+        if self.recipe.full:
+            return self.skeleton.parameters()
+        shapes = [shape for index in range(self.skeleton.layers) for shape in self._shapes(index)]
+        return sum(self.recipe.lora_rank * (rows + cols) for rows, cols in shapes)
+
+    def spec(self, processes: Processes) -> TrainingSpec:
+        """What so many processes are told."""
+        recipe = self.recipe
+        config = deepspeed_config(
+            zero=recipe.zero,
+            offload=recipe.offload,
+            bf16=recipe.precision == "bf16",
+            batch=recipe.batch,
+            micro=processes.micro,
+            processes=processes.count,
+            clip=recipe.clip,
+            learning_rate=recipe.highest_rate,
+            weight_decay=recipe.weight_decay,
+            overrides=self.inputs.overrides,
+        )
+        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps)
+
+    def _shapes(self, index: int) -> list[tuple[int, int]]:
+        return list(self.skeleton.projection_shapes(index).values())
+
+
+@before_work()
+def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
+    """Open and check everything that a recipe names, and decide what it leaves open.
+
+    Raises:
+        InputError: something cannot work.
+    """
+    overrides = read_overrides(recipe.deepspeed) if recipe.deepspeed else {}
+    recipe = _decide(recipe, backend.slots())
+    for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
+        if url and in_process_only(url) and recipe.backend != "local":
+            raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
+    checkpoint = Checkpoint(recipe.model)
+    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
+    check_tensors(skeleton, checkpoint)
+    check_seqlen(recipe.length, skeleton, "length")
+    if recipe.eval:
+        check_seqlen(recipe.seqlen, skeleton)
+    teacher = _open_teacher(recipe, checkpoint) if recipe.teacher else None
+    assert recipe.workers is not None
+    # What was started goes on with the workers that there are.
+    check_room(backend, 1 if recorded_recipe(recipe.out) else recipe.workers, recipe.device, "workers")
+    _check_compiler(recipe)
+    if recipe.packing:
+        check_packing(checkpoint.config.model_type)
+    tokenizer = cache(checkpoint.tokenizer)
+    vocabulary = skeleton.config.vocab_size
+    rows = load_rows(recipe.data, tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, vocabulary)
+    learned, held_out = rows.split(recipe.held_out, recipe.seed)
+    evaluations = {
+        without_credentials(source): perplexity_windows(
+            source, tokenizer, recipe.seqlen, vocabulary, recipe.eval_windows
+        )
+        for source in recipe.eval
+    }
+    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
+
+
+@before_work()
+def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
+    """Decide everything about a training.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    inputs = open_inputs(recipe, backend)
+    steps = recipe.steps or max(1, round(recipe.epochs * len(inputs.rows) / recipe.batch))
+    fingerprint = _fingerprint(inputs, steps)
+    journal = Journal(inputs.recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
+    state = journal.check(recipe.resume) or {}
+    if "version" in state:  # finished: nothing is left to train
+        return RecoveryPlan(inputs, steps, None, journal, state)
+    zeros = Zeros(**state["zeros"]) if "zeros" in state else _count_zeros(inputs.checkpoint, inputs.skeleton)
+    if recipe.keep_sparsity and not zeros.sparse:
+        dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
+        raise InputError("keep_sparsity", dense)
+    plan = RecoveryPlan(inputs, steps, zeros, journal, state)
+    _check_state(plan)
+    _check_settings(plan)
+    return plan
+
+
+def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
+    """Make the choices that the recipe leaves open."""
+    device = device_of(recipe, slots)
+    micro = recipe.micro_batch or 1
+    fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % (count * micro) == 0]
+    workers = recipe.workers or (fitting[-1] if device == "cuda" and recipe.backend == "ray" else 1)
+    out = absolute(recipe.out)
+    state = absolute(recipe.state) if recipe.state else f"{out}/{STATE}"
+    if "://" in state:
+        wanted = "a directory that all nodes see, because DeepSpeed writes no URLs"
+        raise InputError("state", f"{recipe.state or out!r} is a URL; use {wanted}")
+    precision = {"cuda": "bf16", "cpu": "fp32"}[device] if recipe.precision == "auto" else recipe.precision
+    if precision == "bf16" and recipe.zero == 0:
+        # DeepSpeed's optimizer of that stage takes a step with no gradients first, so that Adam counts one too many.
+        raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
+    return recipe.model_copy(
+        update={
+            "model": place_of(recipe.model),
+            "teacher": place_of(recipe.teacher) if recipe.teacher else None,
+            "out": out,
+            "state": state,
+            "device": device,
+            "workers": workers,
+            "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),
+            "threads": recipe.threads or threads_of(slots, workers),
+            "precision": precision,
+        }
+    )
+
+
+def _check_compiler(recipe: RecoverRecipe) -> None:
+    """DeepSpeed builds its collectives between CPUs, and its optimizer for offloaded states, when they are used."""
+    if (recipe.device == "cpu" or recipe.offload) and not (shutil.which("g++") or shutil.which("c++")):
+        raise InputError(
+            "device", f"{recipe.device!r} needs a C++ compiler, with which DeepSpeed builds what it needs; install g++"
+        )
+
+
+def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
+    """The teacher, whose predictions must be of the same tokens.
+
+    Raises:
+        InputError: they are not.
+    """
+    assert recipe.teacher is not None
+    teacher = Checkpoint(recipe.teacher, "teacher")
+    skeleton = Skeleton(teacher.config, "cpu", torch.float32)
+    check_tensors(skeleton, teacher)
+    check_seqlen(recipe.length, skeleton, "teacher")
+    if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
+        raise InputError("teacher", f"{recipe.teacher} tells packed examples apart in another way than the model")
+    sizes = teacher.config.vocab_size, student.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError("teacher", f"{recipe.teacher} predicts {sizes[0]} tokens, the model {sizes[1]}")
+    if not is_tokens(recipe.data) and teacher.tokenizer().get_vocab() != student.tokenizer().get_vocab():
+        raise InputError("teacher", f"{recipe.teacher} has another tokenizer than the model")
+    return teacher
+
+
+def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> Zeros:
+    """The zeros of all projections, which are read one after the other."""
+    names = [
+        skeleton.projection_tensor(index, name)
+        for index in range(skeleton.layers)
+        for name in skeleton.family.projections
+    ]
+    counts = [(int((weight == 0).sum()), weight.numel()) for weight in map(checkpoint.read, names)]
+    return Zeros(sum(count for count, _ in counts), sum(weights for _, weights in counts))
+
+
+def _fingerprint(inputs: Inputs, steps: int) -> str:
+    """A hash of everything that shapes the weights but for rounding: a training goes on with other workers."""
+    recipe, teacher = inputs.recipe, inputs.teacher
+    content = {
+        "format": FORMAT,
+        "command": recipe.command,
+        "model": inputs.checkpoint.identity(),
+        "rows": inputs.rows.digest(),
+        "held_out_rows": inputs.held_out.digest(),
+        **recipe.model_dump(include=recipe.identifying_fields() - {"model", "data", "epochs"}),
+        "teacher": teacher.identity() if teacher else None,
+        "steps": steps,
+        "deepspeed": inputs.overrides,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_state(plan: RecoveryPlan) -> None:
+    """Check that the place for the training's state is free, or has this training's, and takes files.
+
+    Raises:
+        InputError: it holds something else, or the output, with which it must not go.
+    """
+    recipe = plan.recipe
+    assert recipe.state is not None
+    state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
+    if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
+        raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")
+    folder = Folder(recipe.state, "state")
+    claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
+    names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
+    if claimed != plan.claim and names:
+        held = "is not empty" if claimed is None else "holds another training"
+        raise InputError("state", f"{recipe.state} {held}; choose an empty directory")
+    folder.check_writable()
+
+
+def _check_settings(plan: RecoveryPlan) -> None:
+    """Let DeepSpeed read the user's settings, where there are some, as one process would.
+
+    Raises:
+        InputError: it does not take them.
+    """
+    recipe = plan.recipe
+    if recipe.deepspeed is None:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds
+
+    config = plan.spec(Processes(1, recipe.batch, plan.processes.micro)).config
+    try:
+        DeepSpeedConfig(config)
+    except Exception as error:  # it checks settings in many ways, each with an error of its own
+        reason = " ".join(str(error).split())
+        raise InputError("deepspeed", f"{recipe.deepspeed!r} does not work: {reason}") from error

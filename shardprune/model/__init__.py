@@ -1,0 +1,1 @@
+"""Hugging Face models: checkpoints, families, one layer at a time."""

@@ -1,0 +1,200 @@
+"""Hugging Face checkpoints anywhere fsspec reaches, read tensor by tensor from their headers."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import TypeAdapter
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from shardprune.errors import InputError, first_line
+from shardprune.model.families import TOWERS
+from shardprune.storage.folder import Folder, absolute
+from shardprune.storage.safetensors_file import Entry, copy_tensors, read_header, read_tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+# Everything beside the weights that a checkpoint may carry: configuration, tokenizer, chat template.
+COMPANION = re.compile(
+    r"(config|generation_config|preprocessor_config|processor_config|.*token.*|chat_template.*|vocab|merges)"
+    r"\.(json|txt|model|jinja)"
+)
+SAMPLE = 1024  # bytes read in the middle of every tensor to tell models apart
+
+
+class Checkpoint:
+    """A checkpoint's config and the place of each of its tensors; no weight is read before it is asked for.
+
+    Of a model with a language tower (LLaVA) `config` is the tower's, and the tower's tensors have the names that
+    they have in a causal language model of its own; `stored_name` says what the files call them.
+
+    Args:
+        model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
+        field: the recipe's field that names it, for errors.
+
+    Raises:
+        InputError: there is no such checkpoint, or its files are damaged.
+    """
+
+    def __init__(self, model: str, field: str = "model") -> None:
+        self.folder = Folder(locate(model, field), field)
+        if not self.folder.is_file(CONFIG):
+            raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
+        stored = self._entries()
+        prefixes = self._tower_prefixes(stored)
+        self._stored = {_replace_prefix(name, prefixes): name for name in stored}
+        self.entries = {name: stored[self._stored[name]] for name in self._stored}
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the language model, as transformers reads it."""
+        return self._whole_config.get_text_config() if self.has_tower else self._whole_config
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether the language model is a part of a larger one."""
+        return self._whole_config.model_type in TOWERS
+
+    def stored_name(self, name: str) -> str:
+        """What files call the tensor `name` of the causal language model."""
+        return self._stored[name]
+
+    def _tower_prefixes(self, stored: dict[str, Entry]) -> dict[str, str]:
+        """The prefixes of the language tower's tensors and what stands for them here; none without a tower."""
+        layouts = TOWERS[self._whole_config.model_type] if self.has_tower else ()
+        return next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
+
+    @cached_property
+    def _whole_config(self) -> PretrainedConfig:
+        with self._local_companions() as local:
+            try:
+                return AutoConfig.from_pretrained(local, trust_remote_code=False)
+            except Exception as error:  # transformers checks a config in many ways, each with an error of its own
+                reason = first_line(error).replace(local, self.folder.url)
+                raise InputError(self.folder.field, f"{self.folder.url}/{CONFIG} cannot be read: {reason}") from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            InputError: there is none.
+        """
+        with self._local_companions() as local:
+            try:
+                return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
+            except Exception as error:  # likewise
+                reason = first_line(error).replace(local, self.folder.url)
+                raise InputError(
+                    self.folder.field, f"{self.folder.url} holds no tokenizer that loads: {reason}"
+                ) from error
+
+    @contextmanager
+    def _local_companions(self) -> Iterator[str]:
+        """A local folder with the files that transformers reads from a path."""
+        with tempfile.TemporaryDirectory() as local:
+            for name in self.companions():
+                Path(local, name).write_bytes(self.folder.read_bytes(name))
+            yield local
+
+    def companions(self) -> list[str]:
+        """Names of the files beside the weights that belong to an ordinary checkpoint."""
+        return [name for name in self.folder.names() if COMPANION.fullmatch(name) and name != INDEX]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype."""
+        return read_tensor(self.folder, self.entries[name])
+
+    def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
+        """Copy tensors into a file of another folder, byte by byte."""
+        entries = {self.stored_name(name): self.entries[name] for name in names}
+        copy_tensors(self.folder, entries, target, file, metadata)
+
+    def identity(self) -> str:
+        """A hash that tells this checkpoint from others: config, headers, and a sample of every tensor."""
+        digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
+        entries = sorted(self.entries.items())
+        digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
+        for sample in self.folder.read_ranges([_sample(entry) for _, entry in entries]):
+            digest.update(sample)
+        return digest.hexdigest()
+
+    def _entries(self) -> dict[str, Entry]:
+        if self.folder.is_file(INDEX):
+            return self._indexed_entries()
+        if self.folder.is_file(SINGLE):
+            return read_header(self.folder, SINGLE)[0]
+        raise InputError(
+            self.folder.field,
+            f"{self.folder.url} holds neither {SINGLE} nor {INDEX}; other weight formats are not read",
+        )
+
+    def _indexed_entries(self) -> dict[str, Entry]:
+        where = f"{self.folder.url}/{INDEX}"
+        try:
+            placed = TypeAdapter(dict[str, str]).validate_python(self.folder.read_json(INDEX)["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(self.folder.field, f"{where} cannot be read as an index of tensors") from error
+        headers = {file: read_header(self.folder, file)[0] for file in sorted(set(placed.values()))}
+        for name, file in placed.items():
+            if name not in headers[file]:
+                raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
+        return {name: headers[file][name] for name, file in placed.items()}
+
+
+def _sample(entry: Entry) -> tuple[str, int, int]:
+    """A range in the middle of a tensor."""
+    middle = (entry.start + entry.end) // 2
+    return entry.file, max(entry.start, middle - SAMPLE // 2), min(entry.end, middle + SAMPLE // 2)
+
+
+def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:
+    for prefix, other in prefixes.items():
+        if name.startswith(prefix):
+            return other + name.removeprefix(prefix)
+    return name
+
+
+def locate(model: str, field: str = "model") -> str:
+    """The URL or path of a checkpoint; a hub name becomes its cached snapshot, or `hf://` when there is none.
+
+    Raises:
+        InputError: it is neither a directory, a URL, nor the form of a hub name.
+    """
+    if "://" in model or os.path.isdir(model):
+        return model
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
+        raise InputError(field, f"{model!r} is no directory, no URL and no hub name (organisation/name)")
+    return _cached_snapshot(model) or f"hf://{model}"
+
+
+def _cached_snapshot(name: str) -> str | None:
+    """The folder of a hub model that lies complete in the local cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(name, local_files_only=True)
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    index = os.path.join(folder, INDEX)
+    if os.path.isfile(index):
+        with open(index) as file:
+            files = set(json.load(file)["weight_map"].values())
+    else:
+        files = {SINGLE}
+    complete = all(os.path.isfile(os.path.join(folder, name)) for name in {CONFIG, *files})
+    return folder if complete else None
+
+
+def place_of(model: str) -> str:
+    """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
+    place = absolute(model)
+    return place if os.path.isdir(place) else model

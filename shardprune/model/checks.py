@@ -1,0 +1,82 @@
+"""TODO."""
+
+from collections.abc import Mapping
+
+import torch
+
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton
+from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
+
+ROUNDING = 0.02  # by which norms may differ that were stored in another 16-bit dtype
+
+
+def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint has every tensor that its config implies, in its shape.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or no floating dtype that is pruned.
+    """
+    _check(checkpoint, skeleton.tensors(), "the config implies")
+
+
+def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, pattern: str) -> None:
+    """Check that a checkpoint is a pruned form of a dense one.
+
+    It has the same tensors; those of the layers that are no projections (norms, biases) are the same up to
+    16-bit rounding; some projection has a zero, and where a `pattern` is given, all projections hold it. Its
+    projections are read up to the first zero, or all of them for the pattern.
+
+    Raises:
+        InputError: names the tensor that does not fit.
+    """
+    url = sparse.folder.url
+    _check(sparse, skeleton.tensors(), f"the dense model {dense.folder.url} has")
+    projections = {
+        skeleton.projection_tensor(index, name)
+        for index in range(skeleton.layers)
+        for name in skeleton.family.projections
+    }
+    inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
+    for name in sparse.entries:
+        if name.startswith(f"{skeleton.family.layers}.") and name not in inside and not name.endswith("inv_freq"):
+            raise InputError("sparse", f"{url} has a tensor {name}, which the dense model {dense.folder.url} has not")
+    for name in sorted(inside - projections):
+        if not torch.allclose(sparse.read(name).float(), dense.read(name).float(), rtol=ROUNDING, atol=ROUNDING):
+            raise InputError("sparse", f"tensor {name} is not that of {dense.folder.url}: more than pruning was done")
+    wanted = None if pattern == "auto" else parse_pattern(pattern)
+    zeros = False
+    for name in sorted(projections):
+        weight = sparse.read(name)
+        zeros = zeros or bool((weight == 0).any())
+        if wanted is None or isinstance(wanted, Unstructured):
+            if zeros:
+                return
+        elif isinstance(wanted, NM) and not wanted.holds(weight):
+            raise InputError("pattern", f"the zeros of {name} in {url} are not {pattern}; use auto or unstructured")
+    if not zeros:
+        raise InputError("sparse", f"{url} has no zeros in its projections; give a pruned checkpoint")
+
+
+def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reason: str) -> None:
+    field, url = checkpoint.folder.field, checkpoint.folder.url
+    for name, shape in tensors.items():
+        if name not in checkpoint.entries:
+            raise InputError(field, f"{url} has no tensor {name}, which {reason}")
+        found = checkpoint.entries[name]
+        if found.shape != shape:
+            raise InputError(field, f"tensor {name} is {list(found.shape)}; {reason} {list(shape)}")
+        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(field, f"tensor {name} is {found.dtype}; use float32, float16 or bfloat16")
+
+
+def check_seqlen(seqlen: int, skeleton: Skeleton, field: str = "seqlen") -> None:
+    """Check that a model takes sequences of so many tokens.
+
+    Raises:
+        InputError: it has fewer positions.
+    """
+    limit = getattr(skeleton.config, "max_position_embeddings", None)
+    if limit and seqlen > limit:
+        raise InputError(field, f"{seqlen} is more than the model's {limit} positions")

@@ -1,0 +1,147 @@
+"""The plan of a run: for each propagation a layout, its memory, traffic and seconds, and whether it fits."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from shardprune.cluster.layout import Propagation
+from shardprune.planning.chart import idle_share, rows_of
+from shardprune.planning.choosing import Candidate, choose, missing, remedies
+from shardprune.planning.growth import Growth, growth
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.simulation import SimulatedGroup, simulate
+from shardprune.planning.traffic import Traffic, traffic_of
+from shardprune.planning.workload import Model, read_model
+from shardprune.storage.retrying import before_work
+
+PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One propagation: the layout, `missing` and `helps` where it does not fit, and the simulation's growth where it
+    was asked for."""
+
+    propagation: Propagation
+    candidate: Candidate
+    traffic: Traffic
+    group: SimulatedGroup
+    missing: str | None
+    helps: list[str]
+    growth: list[Growth]
+
+    @property
+    def fits(self) -> bool:
+        return self.candidate.fits
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `shardprune prune` that give the planned run."""
+        setup = self.candidate.setup
+        layout = setup.layout
+        options: dict[str, Any] = {
+            "propagation": self.propagation,
+            "shards": len(layout.shards),
+            "replicas": layout.replicas,
+        }
+        if len(layout.segments) not in (1, len(layout.shards)):
+            options["segments"] = len(layout.segments)
+        options["weights"] = "streamed" if setup.streamed else "resident"
+        if setup.gpu:
+            options["activations"] = "host" if setup.waves_on_host else "device"
+        return options
+
+    def as_json(self, simulated: bool) -> dict[str, Any]:
+        one, setup = self.candidate, self.candidate.setup
+        shards = [[shard[0], shard[-1]] for shard in setup.layout.shards]
+        phases = {
+            phase: {
+                "step": moment.step,
+                "device": {**asdict(moment.device), "peak": moment.device.peak},
+                "host": {**asdict(moment.host), "peak": moment.host.peak},
+            }
+            for phase, moment in one.peaks.items()
+        }
+        content: dict[str, Any] = {
+            "propagation": self.propagation,
+            "fits": self.fits,
+            "missing": self.missing,
+            "helps": self.helps,
+            "layout": {
+                "shards": len(setup.layout.shards),
+                "replicas": setup.layout.replicas,
+                "segments": len(setup.layout.segments),
+                "layers": shards,
+                "weights": "streamed" if setup.streamed else "resident",
+                "activations": "host" if setup.waves_on_host else "device",
+            },
+            "memory": {
+                "device_room": one.device_room if setup.gpu else None,
+                "node_room": one.node_room,
+                "node": one.node,
+                "phases": phases,
+            },
+            "bytes": asdict(self.traffic),
+            "seconds": {**asdict(one.seconds), "total": one.seconds.total},
+        }
+        if simulated:
+            content["simulation"] = {
+                "seconds": {**self.group.phases, "total": self.group.seconds},
+                "idle": idle_share(self.group),
+                "workers": rows_of(self.group),
+                "growth": [asdict(row) for row in self.growth],
+            }
+        return content
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """What `shardprune plan` says."""
+
+    recipe: PlanRecipe
+    model: Model
+    plans: list[Planned]
+    simulated: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits in some way that was asked for."""
+        return any(plan.fits for plan in self.plans)
+
+    def as_json(self) -> dict[str, Any]:
+        model, row = self.model, self.recipe.row
+        return {
+            "version": 1,
+            "recipe": self.recipe.record(),
+            "model": {
+                "parameters": model.parameters,
+                "layers": model.layers,
+                "stored": str(model.stored).removeprefix("torch."),
+            },
+            "machines": {"nodes": self.recipe.nodes, "gpus": self.recipe.gpus, "attained": vars(row)},
+            "plans": [plan.as_json(self.simulated) for plan in self.plans],
+        }
+
+
+@before_work()
+def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
+    """Plan a run; no weight is read.
+
+    Args:
+        simulated: also say how the simulated time grows.
+
+    Raises:
+        InputError: the model cannot be read, or the recipe asks for what cannot be.
+    """
+    model = read_model(recipe.model)
+    asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
+    plans = []
+    for propagation in asked:
+        candidate = choose(recipe, model, propagation)
+        if candidate is None:  # parallel propagation has no second shard
+            continue
+        group = simulate(candidate.costs)
+        short = None if candidate.fits else missing(candidate)
+        helps = remedies(recipe, model, propagation, candidate) if short else []
+        grown = growth(recipe, model, propagation) if simulated and candidate.fits else []
+        plans.append(Planned(propagation, candidate, traffic_of(group), group, short, helps, grown))
+    return PlanResult(recipe, model, plans, simulated)

@@ -1,0 +1,113 @@
+"""The recipe of `shardprune mop`."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shardprune.errors import InputError
+from shardprune.model.structure.kept_iterations import parse_keep
+from shardprune.recipes.groups import Calibration, Perplexities, Run, Width, Workers
+from shardprune.recipes.settings import Settings
+from shardprune.solvers.scoring import Criterion, Score, Scoring
+
+
+class Search(Settings):
+    """Path"""
+
+    remove: float | None = Field(None, description="Share of the model's parameters to remove; not needed with a path")
+    path: str | None = Field(
+        None, description="L (a layer goes) and G (groups and neurons of every layer), a letter for each iteration"
+    )
+    criterion: Literal["cosine", "kl", "perplexity", "random"] = Field(
+        "perplexity", description="What chooses between the two candidates of an iteration"
+    )
+    depth_rule: Literal["third-last", "cosine", "perplexity"] = Field(
+        "third-last", description="Which layer goes: third from the end, smallest angle, or what perplexity can spare"
+    )
+    mlp_only: bool = Field(False, description="Leave the attention its key/value groups")
+
+    @field_validator("remove")
+    @classmethod
+    def _remove_in_range(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError("use a number above 0 and below 1")
+        return value
+
+    @field_validator("path")
+    @classmethod
+    def _letters(cls, value: str | None) -> str | None:
+        if value is not None and (not value or set(value) - {"L", "G"}):
+            raise ValueError("use the letters L (a layer) and G (groups and neurons)")
+        return value
+
+    @model_validator(mode="after")
+    def _path_fits(self) -> "Search":
+        if self.remove is None and self.path is None:
+            raise InputError("remove", "missing; give the share of parameters to remove, or a path")
+        self.needs("a path that is searched for", self.path is None, "criterion")
+        return self
+
+    @property
+    def scored_by(self) -> Criterion:
+        """What candidates are scored by, whether or not the score decides."""
+        return "perplexity" if self.criterion == "random" else self.criterion
+
+
+class ActiveWidth(Width):
+    """Key/value groups and neurons"""
+
+    score: Score = Field("amp", description=Width.model_fields["score"].description)
+    outlier_m: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
+    )
+
+
+class Kept(Settings):
+    """What is kept"""
+
+    keep: str | None = Field(
+        None, description="Iterations to keep as checkpoints: their numbers (8,12), or shares removed (0.2,0.3)"
+    )
+    scores: bool = Field(True, description="Score both candidates also where the path is given or random")
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return ",".join(map(str, value)) if isinstance(value, list | tuple) else value if value is None else str(value)
+
+    @field_validator("keep")
+    @classmethod
+    def _keep_parses(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_keep(value)
+        return value
+
+
+class MopRecipe(Search, ActiveWidth, Kept, Calibration, Perplexities, Workers, Run):
+    """Everything that `shardprune mop` does."""
+
+    command: ClassVar[str] = "mop"
+    sparse: ClassVar[None] = None
+    solver: ClassVar[None] = None
+    rebuilding: ClassVar[None] = None
+    observed_m: ClassVar[None] = None
+    target: ClassVar[None] = None
+    pattern: ClassVar[str] = "unstructured"
+    measure_error: ClassVar[bool] = False
+    propagation: ClassVar[Literal["exact"]] = "exact"
+    segments: ClassVar[None] = None
+    weights: ClassVar[Literal["resident"]] = "resident"
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Search, ActiveWidth)
+
+    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> "MopRecipe":
+        self.needs("score outlier", self.score == "outlier", "outlier_m")
+        self.needs("a path that is given or random", self.path is not None or self.criterion == "random", "scores")
+        return self
+
+    @property
+    def scoring(self) -> Scoring:
+        """How structures are chosen."""
+        return Scoring(self.score, self.correction, self.outlier_m)

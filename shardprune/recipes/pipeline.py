@@ -1,0 +1,83 @@
+"""The recipe of `shardprune pipeline`: those of its steps in one file."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from shardprune.errors import InputError
+from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.groups import Machines, Run
+from shardprune.recipes.mop import MopRecipe
+from shardprune.recipes.prune import Recipe
+from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recipes.settings import Settings, checked_section
+from shardprune.storage.output_names import PRUNED, RECOVERED
+
+
+class Steps(Settings):
+    """Steps"""
+
+    prune: dict[str, Any] | None = Field(None, description="Options of `shardprune prune`")
+    mop: dict[str, Any] | None = Field(None, description="Options of `shardprune mop`, instead of prune")
+    recover: dict[str, Any] | None = Field(None, description="Options of `shardprune recover`")
+    evaluate: dict[str, Any] | None = Field(None, description="Options of `shardprune evaluate`")
+
+
+class PipelineRecipe(Steps, Machines, Run):
+    """Everything that `shardprune pipeline` does.
+
+    What stands beside the steps (backend, device, threads, ...) holds for all of them that do not say otherwise.
+    """
+
+    command: ClassVar[str] = "pipeline"
+
+    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> "PipelineRecipe":
+        if (self.prune is None) == (self.mop is None):
+            raise InputError("prune", "give one of the sections prune and mop")
+        if self.recover is None and self.evaluate is None:
+            raise InputError("recover", "missing; give a section recover, evaluate, or both")
+        for step in self.steps:
+            self.section(step)
+        recovery = self.section("recover") if self.recover is not None else None
+        pruning = self.section("prune") if self.prune is not None else None
+        zeroes = isinstance(pruning, Recipe) and pruning.zeroes
+        if isinstance(recovery, RecoverRecipe) and recovery.keep_sparsity and not zeroes:
+            raise InputError("recover.keep_sparsity", "the step before leaves no zeros to keep")
+        return self
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The names of the steps, in their order."""
+        return tuple(name for name in Steps.model_fields if getattr(self, name) is not None)
+
+    def section(self, step: str) -> Recipe | MopRecipe | RecoverRecipe | EvaluateRecipe:
+        """The recipe of one step: model and output are the pipeline's to say.
+
+        Raises:
+            InputError: names the step and the field that is wrong.
+        """
+        given = getattr(self, step)
+        names = {*Machines.model_fields, "report"} & self.model_fields_set
+        shared = {name: getattr(self, name) for name in names}
+        for name in ("model", "out", "resume"):
+            if name in given:
+                raise InputError(f"{step}.{name}", "stands beside the steps, not within one")
+        last = RECOVERED if self.recover is not None else PRUNED
+        places = {
+            "prune": {"model": self.model, "out": f"{self.out}/{PRUNED}"},
+            "mop": {"model": self.model, "out": f"{self.out}/{PRUNED}"},
+            "recover": {"model": f"{self.out}/{PRUNED}", "out": f"{self.out}/{RECOVERED}"},
+            "evaluate": {"model": f"{self.out}/{last}"},
+        }
+        return checked_section(step, RECIPES[step], {**shared, **given, **places[step]})
+
+
+RECIPES: dict[str, type[Recipe | MopRecipe | RecoverRecipe | EvaluateRecipe]] = {
+    "prune": Recipe,
+    "mop": MopRecipe,
+    "recover": RecoverRecipe,
+    "evaluate": EvaluateRecipe,
+}

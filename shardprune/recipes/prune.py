@@ -1,0 +1,291 @@
+"""One recipe says everything a run does: a YAML file, overridden by the command line's options."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from shardprune.errors import InputError
+from shardprune.recipes.groups import Calibration, Cluster, Evaluation, Run, Width
+from shardprune.recipes.settings import Settings
+from shardprune.solvers.allocation.allocations import ALLOCATIONS
+from shardprune.solvers.allocation.budget import HIGHEST
+from shardprune.solvers.methods import METHODS
+from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
+from shardprune.solvers.rebuilding import Granularity, Metric, Rebuilding
+from shardprune.solvers.scoring import Scoring
+
+if TYPE_CHECKING:
+    MethodName = str
+    AllocationName = str
+else:
+    MethodName = Literal[tuple(name for name, method in METHODS.items() if method.named)]
+    AllocationName = Literal[tuple(ALLOCATIONS)]
+
+
+class Structured(Width):
+    """Structured pruning"""
+
+    structured: float | None = Field(
+        None, description="Share of the layers' weights to remove first, as key/value groups and neurons"
+    )
+
+    @field_validator("structured")
+    @classmethod
+    def _structured_in_range(cls, value: float | None) -> float | None:
+        if value is not None and not 0 < value < 1:
+            raise ValueError("use a number above 0 and below 1")
+        return value
+
+
+class Pruning(Structured):
+    """What to prune"""
+
+    method: MethodName = Field("sparsegpt", description="How the zeros are chosen and the rest corrected")
+    sparsity: float | None = Field(
+        None, description="Fraction of zeros, from 0 to below 1, what is removed included; not needed with N:M"
+    )
+    pattern: str = Field(
+        "unstructured",
+        description="unstructured, N:M (at most N nonzeros in every M inputs), or mixed:M (N differs by layer)",
+    )
+    allocation: AllocationName = Field(
+        "uniform", description="Which projection gets which sparsity; with mixed:M it is owl"
+    )
+    outlier_m: float = Field(
+        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
+    )
+    outlier_lambda: float = Field(
+        0.08, ge=0, le=0.5, description="Half the width over which an allocation spreads sparsities, from 0 to 0.5"
+    )
+    wanda_variant: bool = Field(
+        False, description="Let rows differ in their zeros: each gives up one share of its summed metric"
+    )
+
+    @field_validator("sparsity")
+    @classmethod
+    def _sparsity_in_range(cls, value: float | None) -> float | None:
+        if value is not None and not 0 <= value < 1:
+            raise ValueError("use a number from 0 to below 1")
+        return value
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, value: str) -> str:
+        parse_pattern(value)
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _mixed_is_allocated_by_owl(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(values.get("pattern")).startswith("mixed"):
+            return {"allocation": "owl", **values}
+        return values
+
+    @property
+    def zeros(self) -> Pattern | Mixed:
+        """Where zeros may stand."""
+        return parse_pattern(self.pattern)
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether any weights become zero, or structures go and nothing else."""
+        return self.sparsity is not None or self.zeros.sparsity is not None
+
+    @property
+    def target(self) -> float:
+        """The fraction of the projections' weights that become zero or are removed."""
+        removed, fixed = self.structured or 0.0, self.zeros.sparsity
+        if fixed is not None:
+            return removed + (1 - removed) * fixed
+        return removed if self.sparsity is None else self.sparsity
+
+    def zeroed(self, removed: float) -> float:
+        """The fraction of the weights that remain which becomes zero, where a fraction `removed` is gone."""
+        fixed = self.zeros.sparsity  # structures are whole: they may have met the target alone
+        return fixed if fixed is not None else max(0.0, (self.target - removed) / (1 - removed))
+
+    @property
+    def observed_m(self) -> float | None:
+        """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
+        return self.outlier_m if ALLOCATIONS[self.allocation].observes else None
+
+    @property
+    def solver(self) -> str:
+        """The method's name in the table of methods."""
+        return f"{self.method}-variant" if self.wanda_variant else self.method
+
+    @model_validator(mode="after")
+    def _sparsity_fits_pattern(self) -> "Pruning":
+        zeros = self.zeros
+        if not self.zeroes and (self.structured is None or isinstance(zeros, Mixed)):
+            raise InputError("sparsity", "missing; give a number from 0 to below 1, or a pattern such as 2:4")
+        if zeros.sparsity is not None and self.sparsity is not None and abs(self.sparsity - self.target) > 1e-9:
+            raise InputError(
+                "sparsity", f"{self.sparsity} does not fit the pattern {self.pattern}, which is {self.target:g}"
+            )
+        if isinstance(zeros, Mixed) and self.target > 1 - 1 / zeros.m:
+            raise InputError(
+                "sparsity",
+                f"{self.sparsity} is more than {self.pattern} can have, which keeps at least 1 of {zeros.m}; "
+                f"use at most {1 - 1 / zeros.m:g}",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _allocation_fits(self) -> "Pruning":
+        observes = ALLOCATIONS[self.allocation].observes
+        if isinstance(self.zeros, Mixed) and self.allocation != "owl":
+            raise InputError("allocation", f"{self.allocation!r} does not fit the pattern {self.pattern}; use owl")
+        if observes and self.zeros.sparsity is not None:
+            raise InputError(
+                "allocation",
+                f"{self.allocation!r} needs a sparsity to share out; {self.pattern} gives every projection "
+                f"{self.zeros.sparsity:g}: use uniform, or the pattern mixed:M",
+            )
+        if observes and self.zeroed(self.structured or 0.0) >= HIGHEST:
+            raise InputError(
+                "sparsity",
+                f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
+                f"use less than {HIGHEST}, or allocation uniform",
+            )
+        self.needs("an allocation other than uniform", self.allocation != "uniform", "outlier_lambda")
+        looks = observes or (self.structured is not None and self.score == "outlier")
+        self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")
+        varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)
+        self.needs("method wanda and pattern unstructured", varies, "wanda_variant")
+        return self
+
+    @model_validator(mode="after")
+    def _structure_fits(self) -> "Pruning":
+        self.needs("structured", self.structured is not None, *Width.model_fields)
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation")
+        if self.structured is None:
+            return self
+        if isinstance(self.zeros, Mixed):
+            raise InputError(
+                "pattern", f"{self.pattern!r} does not go with structured, after which N cannot average to the target"
+            )
+        if self.sparsity is not None and self.sparsity < self.structured:
+            raise InputError("sparsity", f"{self.sparsity} is less than structured removes, {self.structured}")
+        return self
+
+
+class Barber(Settings):
+    """Mask rebuilding"""
+
+    rebuild_threshold: float = Field(
+        0.01, ge=0, le=1, description="Fraction to swap of the pairs that would gain, from 0 to 1"
+    )
+    rebuild_granularity: Granularity = Field("row", description="Within what pruned weights are paired with kept ones")
+    rebuild_metric: Metric = Field("weight-gradient", description="What a weight is judged by")
+    keep_corrected: bool = Field(
+        False, description="Start from the corrected weights where they are kept, instead of the dense ones"
+    )
+
+    @property
+    def swapping(self) -> Rebuilding:
+        """How masks are rebuilt."""
+        return Rebuilding(self.rebuild_threshold, self.rebuild_granularity, self.rebuild_metric, self.keep_corrected)
+
+
+class OptionalBarber(Barber):
+    """Mask rebuilding"""
+
+    rebuild: Literal["none", "barber"] = Field("none", description="Mend each layer's masks after it is pruned")
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> "OptionalBarber":
+        self.needs("rebuild barber", self.rebuild == "barber", *Barber.model_fields)
+        return self
+
+    @property
+    def rebuilding(self) -> Rebuilding | None:
+        """How masks are rebuilt, if they are."""
+        return self.swapping if self.rebuild == "barber" else None
+
+
+class Recipe(Pruning, Calibration, Evaluation, Structured, OptionalBarber, Cluster, Run):
+    """Everything that `shardprune prune` does."""
+
+    command: ClassVar[str] = "prune"
+    sparse: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruning, OptionalBarber)  # every field of them shapes the tensors
+
+    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+
+    @model_validator(mode="after")
+    def _masks_are_made_before_they_are_rebuilt(self) -> "Recipe":
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
+        return self
+
+    @property
+    def narrowing(self) -> "NarrowingRecipe | None":
+        """The run that removes structures, where some are to go before weights become zero."""
+        if self.structured is None:
+            return None
+        shared = set(NarrowingRecipe.model_fields) & set(Recipe.model_fields)
+        return NarrowingRecipe(**self.model_dump(include=shared))
+
+
+class Removal(Structured):
+    """Structured pruning"""
+
+    outlier_m: float = 5.0
+
+    @property
+    def scoring(self) -> Scoring:
+        """How structures are chosen."""
+        return Scoring(self.score, self.correction, self.outlier_m)
+
+
+class NarrowingRecipe(Removal, Calibration, Evaluation, Cluster, Run):
+    """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
+
+    command: ClassVar[str] = "prune"
+    sparse: ClassVar[None] = None
+    solver: ClassVar[None] = None
+    rebuilding: ClassVar[None] = None
+    observed_m: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Removal,)
+    pattern: ClassVar[str] = "unstructured"
+
+    model: str
+
+    @property
+    def target(self) -> float:
+        """The fraction of the projections' weights that are removed."""
+        assert self.structured is not None
+        return self.structured
+
+
+class Pruned(Settings):
+    """What was pruned"""
+
+    pattern: str = Field(
+        "auto", description="auto (of each projection what its zeros show), unstructured, or N:M, which is then checked"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_parses(cls, value: str) -> str:
+        if value != "auto" and isinstance(parse_pattern(value), Mixed):
+            raise ValueError("use auto, which finds N of every layer")
+        return value
+
+
+class RebuildRecipe(Pruned, Barber, Calibration, Evaluation, Cluster, Run):
+    """Everything that `shardprune rebuild` does."""
+
+    command: ClassVar[str] = "rebuild"
+    solver: ClassVar[None] = None
+    target: ClassVar[None] = None
+    observed_m: ClassVar[None] = None
+    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruned, Barber)
+
+    model: str = Field(min_length=1, description="Directory, URL or hub name of the dense checkpoint")
+    sparse: str = Field(min_length=1, description="Directory, URL or hub name of the same model, pruned")
+
+    @property
+    def rebuilding(self) -> Rebuilding:
+        """How masks are rebuilt."""
+        return self.swapping

@@ -1,0 +1,113 @@
+"""What a process of a training does from its start to its end, wherever it was started."""
+
+import gc
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shardprune.errors import TrainingError, first_line
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.families import family_of
+from shardprune.recovery.spec import TrainingSpec
+from shardprune.shard.memory import peak_bytes
+from shardprune.storage.journal import Journal
+
+
+def take_part(spec: TrainingSpec) -> dict[str, Any]:
+    """Train and write the result, as one of the processes of torch's default group; what it took.
+
+    Everything that fails here fails in all processes, or ends the others' collectives.
+
+    Raises:
+        InputError: what the driver checked has gone since, or DeepSpeed takes the user's settings not.
+        TrainingError: it diverges, or a GPU is too small.
+    """
+    try:
+        return _take_part(spec)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"a GPU is too small ({first_line(error)}); --zero 3, --offload, --recompute and --micro-batch 1 help"
+        ) from error
+
+
+def _take_part(spec: TrainingSpec) -> dict[str, Any]:
+    started = time.monotonic()
+    _prepare(spec)
+    from shardprune.recovery.training import Training
+    from shardprune.recovery.writing import write_layers, write_trained_frame
+
+    device = torch.device(spec.recipe.device)
+    if device.type == "cuda":  # which of a node's GPUs, as DeepSpeed chooses, too
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    training = Training(spec, device)
+    loaded = time.monotonic()
+    model = training.run()
+    trained = time.monotonic()
+    checkpoint = Checkpoint(spec.recipe.model)
+    family = family_of(checkpoint.config.model_type)
+    journal = Journal(spec.recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.stored_name)
+    write_layers(model, family, checkpoint, journal, spec.recipe.zero)
+    if spec.recipe.full:
+        write_trained_frame(model, family, checkpoint, journal, spec.recipe.zero)
+    ended = time.monotonic()
+    return {
+        "shard": 0,
+        "replica": dist.get_rank(),
+        "node": socket.gethostname(),
+        "peak_bytes": peak_bytes(device),
+        "busy_seconds": round(ended - started, 3),
+        "seconds": {
+            "load": round(loaded - started, 3),
+            "train": round(trained - loaded, 3),
+            "write": round(ended - trained, 3),
+        },
+    }
+
+
+@contextmanager
+def alone(device: str) -> Iterator[None]:
+    """A group of one process, this one, while the block lasts."""
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    before = {name: os.environ.get(name) for name in variables}
+    linear = torch.nn.functional.linear  # which ZeRO-3 replaces by its own
+    threads = torch.get_num_threads()
+    os.environ |= variables
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        _end_group()
+        gc.collect()  # the engine refers to itself, and what comes next may need its memory
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        torch.nn.functional.linear = linear
+        torch.set_num_threads(threads)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _prepare(spec: TrainingSpec) -> None:
+    """What must be so before DeepSpeed is imported."""
+    assert spec.recipe.threads is not None
+    torch.set_num_threads(spec.recipe.threads)
+    os.environ.setdefault("DS_ACCELERATOR", spec.recipe.device)
+    # DeepSpeed builds what it needs for collectives on CPUs with ninja, which lies beside the interpreter.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+
+
+def _end_group() -> None:
+    """End DeepSpeed's group, and torch's with it."""
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()

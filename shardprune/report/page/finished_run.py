@@ -1,0 +1,73 @@
+"""The finished runs that an output holds, as a report sees them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from shardprune.errors import InputError, first_line
+from shardprune.report.events import read_events
+from shardprune.report.page.history import History
+from shardprune.report.result import EvaluationResult, Result
+from shardprune.storage.folder import READ_ONLY, Folder
+from shardprune.storage.output_names import PRUNED, RECOVERED, RESULT
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's result and events, which are in their order and may be none."""
+
+    folder: str
+    result: Result | EvaluationResult
+    events: list[dict[str, Any]]
+
+    @property
+    def command(self) -> str:
+        return self.result.command
+
+    @property
+    def model(self) -> str:
+        return self.result.recipe["model"]
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all attempts as the events tell them, without those in which none ran; of the attempt
+        that finished where there are no events."""
+        if not self.events:
+            return self.result.seconds["total"]
+        history = History(self.events)
+        return history.at(history.end)
+
+    @cached_property
+    def parent(self) -> "FinishedRun | None":
+        """The run that made the model this one was given, where that is known."""
+        given = self.result.recipe["sparse" if self.command == "rebuild" else "model"]
+        if given.startswith(READ_ONLY):
+            return None
+        folder = Folder(given, "model")
+        try:
+            found = _finished(folder) if folder.is_file(RESULT) else None
+        except InputError:  # another program's file
+            return None
+        return found if found and isinstance(found.result, Result) else None
+
+
+def finished_runs(out: str) -> list[FinishedRun]:
+    """The run of an output, or those of a pipeline's steps.
+
+    Raises:
+        InputError: none is finished, or the result of one cannot be read.
+    """
+    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    found = [_finished(folder) for folder in folders if folder.is_file(RESULT)]
+    if not found:
+        raise InputError("out", f"{out!r} holds no finished run; `shardprune status` says where one stands")
+    return found
+
+
+def _finished(folder: Folder) -> FinishedRun:
+    try:
+        record = folder.read_json(RESULT)
+        kind = EvaluationResult if record["command"] == "evaluate" else Result
+        return FinishedRun(folder.url, kind(**record), read_events(folder))
+    except (ValueError, TypeError, KeyError) as error:  # pydantic's and json's are ValueErrors
+        raise InputError(folder.field, f"{folder.url}/{RESULT} is no result of a run: {first_line(error)}") from error

@@ -1,0 +1,69 @@
+"""Heat maps over layers and projections: how sparse they became, and their outliers."""
+
+from collections.abc import Callable
+
+import plotly.graph_objects as go
+
+from shardprune.report.page.plot import Plot, figure
+from shardprune.report.result import LayerResult, ProjectionResult, Sparsity
+
+ROW_HEIGHT = 22  # pixels: a number in a cell can be read
+FRAME_HEIGHT = 120  # of the axes' labels
+WHOLE = "layer"  # the column of all projections of a layer together
+
+Value = Callable[[LayerResult | ProjectionResult], float | None]
+
+
+def sparsity_map(sparsity: Sparsity) -> Plot:
+    """Percentage of zeros of each projection, counted on what was written."""
+    return _heat_map(
+        sparsity,
+        lambda entry: 100 * entry.achieved,
+        "Sparsity by layer and projection (% of weights)",
+        "Each cell is the percentage of zeros of one projection, counted on the weights that were written; the first "
+        "column is that of the whole layer.",
+        "%{z:.1f}",
+        span=5.0,
+    )
+
+
+def outlier_map(sparsity: Sparsity) -> Plot | None:
+    """Percentage of outliers of each projection of the dense model; None where the run did not look for them."""
+    if all(layer.outliers is None for layer in sparsity.layers):
+        return None
+    return _heat_map(
+        sparsity,
+        lambda entry: entry.outliers,
+        "Outlier ratios by layer and projection (% of weights)",
+        "Each cell is the percentage of a projection's weights whose metric lies far above the mean, in the dense "
+        "model; the first column takes the mean over the whole layer. Where there are more, less was pruned.",
+        "%{z:.2f}",
+        span=0.5,
+    )
+
+
+def _heat_map(sparsity: Sparsity, value: Value, title: str, text: str, template: str, span: float) -> Plot:
+    """`span` is the least difference of two values that have the colours of both ends."""
+    layers = [entry.layer for entry in sparsity.layers]
+    names = list(dict.fromkeys(entry.name for entry in sparsity.projections))
+    values = {(entry.layer, entry.name): value(entry) for entry in sparsity.projections}
+    values |= {(entry.layer, WHOLE): value(entry) for entry in sparsity.layers}
+    rows = [[values.get((layer, name)) for name in (WHOLE, *names)] for layer in layers]
+    known = [number for row in rows for number in row if number is not None]
+    labels = [name.rsplit(".", 1)[-1].removesuffix("_proj") for name in (WHOLE, *names)]
+    trace = go.Heatmap(
+        z=rows,
+        x=labels,
+        y=[str(layer) for layer in layers],
+        texttemplate=template,
+        colorscale="Cividis",
+        zmin=min(known),
+        zmax=max(*known, min(known) + span),
+        showscale=False,  # the numbers stand in the cells
+        xgap=1,
+        ygap=1,
+        hovertemplate=f"layer %{{y}}, %{{x}}: {template} %<extra></extra>",
+    )
+    drawn = figure([trace], xaxis={"side": "top", "type": "category", "tickangle": -45})
+    drawn.update_yaxes(autorange="reversed", type="category", title="layer")
+    return Plot(title, drawn, text, FRAME_HEIGHT + ROW_HEIGHT * len(layers))

@@ -1,0 +1,145 @@
+"""The time of a run as its events tell it: attempts, phases, and what every worker did."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from shardprune.report.page.workers import Key
+
+Event = dict[str, Any]
+
+TRAINING = "recover"  # the phase whose processes keep no account of their own
+
+
+@dataclass(frozen=True)
+class Work:
+    """The calls of one verb: `start` and `end` are seconds since the epoch, of which `busy` were at work."""
+
+    verb: str
+    start: float
+    end: float
+    busy: float
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A place where a run was cut off: `silent` seconds passed before a driver was there again, where it was a new
+    one."""
+
+    time: float
+    what: str
+    silent: float = 0.0
+    new_driver: bool = False
+
+
+@dataclass(frozen=True)
+class Stint:
+    """What one worker did from its start until it ended or was lost, in the order of time; `end` is when the run was
+    done with its workers."""
+
+    key: Key
+    work: tuple[Work, ...]
+    end: float
+
+    @property
+    def start(self) -> float:
+        return min(entry.start for entry in self.work)
+
+
+class History:
+    """A run's events, in their order, seen as stretches of time.
+
+    Args:
+        trainers: the workers of a training, which took part in the whole phase.
+    """
+
+    def __init__(self, events: list[Event], trainers: Iterable[Key] = ()) -> None:
+        self.events = events
+        self.interruptions = [*self._losses(), *self._restarts()]
+        self.interruptions.sort(key=lambda entry: entry.time)
+        self.phases = self._phases()
+        self.stints = self._stints(tuple(trainers))
+
+    @property
+    def start(self) -> float:
+        return self.events[0]["time"]
+
+    @property
+    def end(self) -> float:
+        return self.events[-1]["time"]
+
+    def at(self, time: float) -> float:
+        """Seconds of the run's own time: without those between a driver's end and the next one's start."""
+        silent = sum(min(entry.silent, time - entry.time) for entry in self.interruptions if entry.time < time)
+        return max(0.0, time - self.start - silent)
+
+    def _losses(self) -> list[Interruption]:
+        return [
+            Interruption(event["time"], f"workers lost: {event['reason']}")
+            for event in self.events
+            if event["event"] == "lost"
+        ]
+
+    def _restarts(self) -> list[Interruption]:
+        """Where a new driver goes on: each records itself once, after it has planned."""
+        found = []
+        runs = [place for place, event in enumerate(self.events) if event["event"] == "run"]
+        for earlier, run in pairwise(runs):
+            begin = next((at for at in range(run, earlier, -1) if _plans(self.events[at])), run)
+            before, event = self.events[begin - 1], self.events[begin]
+            silent = max(0.0, event["time"] - before["time"])
+            found.append(Interruption(before["time"], "the command started again", silent, new_driver=True))
+        return found
+
+    def _phases(self) -> list[tuple[str, float, float]]:
+        """Name, start and end of the innermost phases."""
+        found: list[tuple[str, float, float]] = []
+        stack: list[str] = []
+        since = self.start
+        ends = iter(entry.time for entry in self.interruptions if entry.new_driver)
+        cut = next(ends, None)
+        for event in self.events:
+            if cut is not None and event["time"] > cut:
+                if stack:
+                    found.append((stack[-1], since, cut))
+                stack, since, cut = [], event["time"], next(ends, None)
+            if event["event"] not in ("begin", "end"):
+                continue
+            if stack:
+                found.append((stack[-1], since, event["time"]))
+            since = event["time"]
+            if event["event"] == "begin":
+                stack.append(event["phase"])
+            elif event["phase"] in stack:
+                del stack[stack.index(event["phase"]) :]
+        return [(name, start, end) for name, start, end in found if end > start]
+
+    def _stints(self, trainers: tuple[Key, ...]) -> list[Stint]:
+        """Workers are new after every interruption."""
+        bounds = [*(entry.time for entry in self.interruptions), float("inf")]
+        spans: dict[tuple[int, Key], list[Work]] = {}
+        ends: dict[int, float] = {}
+        for key, work in self._work(trainers):
+            part = next(place for place, bound in enumerate(bounds) if work.start <= bound)
+            spans.setdefault((part, key), []).append(work)
+            ends[part] = max(ends.get(part, 0.0), work.end)
+        return [
+            Stint(key, tuple(sorted(work, key=lambda entry: entry.start)), ends[part])
+            for (part, key), work in spans.items()
+        ]
+
+    def _work(self, trainers: tuple[Key, ...]) -> Iterator[tuple[Key, Work]]:
+        """What every worker did, in no order."""
+        for event in self.events:
+            if event["event"] == "work":
+                for verb, _, start, end, busy, *_ in event["spans"]:
+                    yield (event["shard"], event["replica"]), Work(verb, start, end, busy)
+        for name, start, end in self.phases:
+            if name == TRAINING:
+                for key in trainers:
+                    yield key, Work("train", start, end, end - start)
+
+
+def _plans(event: Event) -> bool:
+    return event["event"] == "begin" and event["phase"] == "plan"

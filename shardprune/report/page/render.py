@@ -1,0 +1,46 @@
+"""A page: tables and plots in one file that needs nothing else."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+
+from jinja2 import Environment, Template
+from plotly.offline import get_plotlyjs
+
+from shardprune.report.page.plot import Plot
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of texts: `numbers` says from which column on they are numbers."""
+
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    numbers: int = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, facts in pairs, tables, plots, remarks about what is not there, and the recipe as YAML."""
+
+    title: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    recipe: str | None = None
+
+
+def render(title: str, sections: Iterable[Section]) -> str:
+    """The page as HTML. Nothing in it is fetched: its policy forbids it."""
+    return _template().render(
+        title=title, sections=list(sections), plotly=get_plotlyjs(), version=version("shardprune")
+    )
+
+
+@cache
+def _template() -> Template:
+    source = (files("shardprune.report.page") / "page.html").read_text("utf-8")
+    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)

@@ -1,0 +1,190 @@
+"""The report of a run, and the comparison of several."""
+
+from typing import Any
+
+import yaml
+
+from shardprune.errors import InputError, first_line, without_credentials
+from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
+from shardprune.report.page.finished_run import FinishedRun, finished_runs
+from shardprune.report.page.heat_maps import outlier_map, sparsity_map
+from shardprune.report.page.history import History
+from shardprune.report.page.memory import memory_of_workers
+from shardprune.report.page.mop_path import path_of_search
+from shardprune.report.page.output_errors import block_errors, narrowing_errors, projection_errors
+from shardprune.report.page.plot import Plot
+from shardprune.report.page.render import Grid, Section, render
+from shardprune.report.page.timeline import timeline
+from shardprune.report.page.training import loss_curve
+from shardprune.report.progress import Output
+from shardprune.report.result import Evaluation, EvaluationResult, Result
+from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
+from shardprune.storage.folder import Folder, absolute, output_folder
+from shardprune.storage.retrying import before_work
+
+FILE = "report.html"
+
+
+@before_work()
+def write_report(out: str) -> str:
+    """Write the report of an output, a run's or a pipeline's, into it, and return where it is.
+
+    Raises:
+        InputError: the output holds no finished run, or cannot be read or written.
+    """
+    _write(absolute(out))
+    return place_of_report(out)
+
+
+def _write(out: str) -> None:
+    folder = output_folder(out)
+    runs = finished_runs(folder.url)
+    folder.write_text(FILE, render(_title(runs), [_section(run) for run in runs]))
+
+
+def leave_report(out: str, output: Output, new: bool = False) -> None:
+    """Write the report of an output at the end of a run, if anything in it is new or it was never written.
+
+    The run has made what it was to make: whatever keeps the report from being written is said, and ends nothing.
+
+    Args:
+        new: something was measured, which leaves no events.
+    """
+    try:
+        folder = output_folder(absolute(out))
+        if new or output.events.recorded_any or not folder.is_file(FILE):
+            _write(folder.url)
+    except Exception as error:
+        place = without_credentials(out)
+        output.say(f"no report was written: {first_line(error)}; `shardprune report {place}` tries again")
+
+
+def report_of(out: str) -> str | None:
+    """Where the report of an output is, if it has one."""
+    return place_of_report(out) if output_folder(absolute(out)).is_file(FILE) else None
+
+
+def place_of_report(out: str) -> str:
+    """Where the report of an output is, for people."""
+    return f"{without_credentials(absolute(out)).rstrip('/')}/{FILE}"
+
+
+@before_work()
+def write_comparison(outs: list[str], file: str) -> str:
+    """Write a page that compares the perplexities of several outputs, and return where it is.
+
+    Raises:
+        InputError: there are fewer than two, one holds no finished run that made a model, or something cannot be read
+            or written.
+    """
+    outs = list(dict.fromkeys(outs))
+    if len(outs) < 2:
+        raise InputError("compare", f"{', '.join(outs)!r} is one output; give two or more")
+    runs = [finished_runs(absolute(out)) for out in outs]
+    names = names_of(run.folder for of_one in runs for run in of_one)
+    points = [point for of_one in runs for point in points_of(of_one, names)]
+    if not points:
+        raise InputError("compare", "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`")
+    grid = Grid(HEADINGS, comparison_rows(points), numbers=3)
+    place = absolute(file)
+    where, _, name = place.rpartition("/")
+    section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points))
+    Folder(where or "/", "file").write_text(name, render(f"{len(outs)} runs compared", [section]))
+    return place
+
+
+def _title(runs: list[FinishedRun]) -> str:
+    return f"{runs[0].model.rstrip('/').rsplit('/', 1)[-1]}: {', '.join(run.command for run in runs)}"
+
+
+def _section(run: FinishedRun) -> Section:
+    recipe = yaml.safe_dump(run.result.recipe, sort_keys=False, allow_unicode=True)
+    if isinstance(run.result, EvaluationResult):
+        grids = [_evaluation_grid(run.result.evaluation)]
+        return Section("evaluate", _costs(run), grids, _work(run), recipe=recipe)
+    result = run.result
+    grids = [Grid(("", "before", "after"), list(summary_rows(result)))]
+    if result.evaluation:
+        grids.append(_evaluation_grid(result.evaluation))
+    plots = [plot for plot in _plots(result) if plot]
+    return Section(
+        ", ".join((result.command, *what_was_done(result))),
+        [*_facts(run, result), *_costs(run)],
+        grids,
+        [*plots, *_work(run)],
+        _remarks(result),
+        recipe,
+    )
+
+
+def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
+    facts = [("model", run.model), ("output", without_credentials(run.folder))]
+    if result.sparsity and result.recovery:  # which has no target
+        facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
+    elif result.sparsity:
+        facts.append(("sparsity: target", f"{result.sparsity.target:.2%}"))
+        facts.append(("sparsity: achieved", f"{result.sparsity.achieved:.4%}"))
+    elif result.structure and result.recipe.get("remove") is not None:
+        facts.append(("parameters to remove: target", f"{result.recipe['remove']:.2%}"))
+    if result.model.removed:
+        facts.append(("parameters removed: achieved", f"{result.model.removed:.4%}"))
+    for source, measured in result.perplexity.items():
+        after = "-" if measured.after is None else f"{measured.after:.3f}"
+        facts.append((f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f} → {after}"))
+    return facts
+
+
+def _costs(run: FinishedRun) -> list[tuple[str, str]]:
+    result = run.result
+    nodes = len({worker.node for worker in result.workers})
+    return [
+        ("time, all attempts" if run.events else "time of the attempt that finished", f"{run.seconds:,.1f} s"),
+        ("workers", f"{len(result.workers)} on {nodes} node{'s' if nodes != 1 else ''}"),
+        ("restarts", str(result.restarts)),
+    ]
+
+
+def _evaluation_grid(evaluation: Evaluation) -> Grid:
+    return Grid(EVALUATION_HEADINGS, list(evaluation_rows(evaluation)), numbers=2)
+
+
+def _plots(result: Result) -> list[Plot | None]:
+    plots: list[Plot | None] = []
+    if result.sparsity and result.sparsity.projections:
+        plots += [sparsity_map(result.sparsity), outlier_map(result.sparsity)]
+        plots.append(projection_errors(result.sparsity.projections))
+        plots.append(block_errors(result.sparsity.blocks or ()))
+    if result.structure:
+        plots.append(narrowing_errors(result.structure.layers or ()))
+        if result.structure.path:
+            plots.append(path_of_search(result.structure.path, result.recipe))
+    if result.recovery:
+        plots.append(loss_curve(result.recovery))
+    return plots
+
+
+def _work(run: FinishedRun) -> list[Plot]:
+    """What the workers did and took."""
+    plots = [memory_of_workers(run.result.workers)] if run.result.workers else []
+    if run.events:
+        trainers = [(worker.shard, worker.replica) for worker in run.result.workers]
+        history = History(run.events, trainers if run.command == "recover" else ())
+        plots.append(timeline(history))
+    return plots
+
+
+def _remarks(result: Result) -> list[str]:
+    """Why something that one might look for is not there."""
+    remarks: list[str] = []
+    zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
+    if zeroed and result.sparsity and result.sparsity.projections:
+        if all(layer.outliers is None for layer in result.sparsity.layers):
+            remarks.append(
+                f"Outlier ratios were not measured: allocation {zeroed['allocation']} does not need them (owl and "
+                "mosaic do)."
+            )
+        if all(entry.error is None for entry in result.sparsity.projections):
+            remarks.append("Output errors were not measured (--no-measure-error).")
+    if not result.perplexity:
+        remarks.append("Perplexity was not measured (--eval).")
+    return remarks

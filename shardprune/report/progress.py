@@ -1,0 +1,128 @@
+"""Progress of long steps: a bar on a terminal, plain lines elsewhere."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shardprune.report.events import Events
+
+QUIET_SECONDS = 5.0  # between two plain lines of one step
+
+
+class Step:
+    """One long step of a known number of parts. Threads may advance it at the same time."""
+
+    def __init__(self, label: str, total: int, output: "Output") -> None:
+        self.label, self.total, self.done = label, total, 0
+        self.detail = ""
+        self._output = output
+        self._lock = threading.Lock()
+        self._started = self._spoke = time.monotonic()
+
+    def advance(self, count: int = 1) -> None:
+        with self._lock:
+            self.done += count
+            self._output.show(self)
+
+    def describe(self, detail: str) -> None:
+        """Say what the step is at, such as `layer 3/8`."""
+        with self._lock:
+            self.detail = detail
+            self._output.show(self)
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Something has happened in this step."""
+        self._output.events.emit(event, **fields)
+
+    def say(self, text: str) -> None:
+        self._output.say(text)
+
+    def position(self) -> dict[str, Any]:
+        """How far the step is."""
+        return {"label": self.label, "detail": self.detail, "done": self.done, "total": self.total}
+
+    def line(self) -> str:
+        elapsed = time.monotonic() - self._started
+        share = self.done / self.total if self.total else 1.0
+        left = f", {clock_time(elapsed * (1 - share) / share)} left" if 0 < share < 1 else ""
+        detail = f"  {self.detail}" if self.detail else ""
+        return f"{self.label}{detail}  {self.done}/{self.total}  {share:.0%}  {clock_time(elapsed)}{left}"
+
+    def due(self) -> bool:
+        """Whether a plain line is due, at most one every few seconds."""
+        now = time.monotonic()
+        if now - self._spoke < QUIET_SECONDS:
+            return False
+        self._spoke = now
+        return True
+
+
+class Output:
+    """Where a run's progress goes; `events` is for what happens in it."""
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True)
+        self.quiet = quiet
+        self.events = Events()
+        self._bars: Progress | None = None
+        self._tasks: dict[int, object] = {}
+
+    def say(self, text: str) -> None:
+        """One line about what happens."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, label: str, total: int) -> Iterator[Step]:
+        """A step that is shown until the block ends."""
+        with self._shown(label, total) as step:
+            outer, self.events.position = self.events.position, step.position
+            step.record("progress", **step.position())
+            try:
+                yield step
+            finally:
+                self.events.position = outer
+            step.record("progress", **step.position())
+
+    @contextmanager
+    def _shown(self, label: str, total: int) -> Iterator[Step]:
+        step = Step(label, total, self)
+        if self.quiet:
+            yield step
+        elif self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console) as self._bars:
+                self._tasks[id(step)] = self._bars.add_task(label, total=total)
+                try:
+                    yield step
+                finally:
+                    self._bars = None
+        else:
+            yield step
+            self.say(step.line())
+
+    def show(self, step: Step) -> None:
+        if self._bars is not None:
+            label = f"{step.label}  {step.detail}" if step.detail else step.label
+            self._bars.update(self._tasks[id(step)], completed=step.done, description=label)  # type: ignore[arg-type]
+        elif not self.quiet and step.due():
+            self.say(step.line())
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,333 @@
+"""What a run achieved: `result.json`, the contract between the commands and with everybody's scripts."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+from transformers import PretrainedConfig
+
+from shardprune.model.structure.shape import Widths, reshaped, widths_of
+
+
+class ModelSize(BaseModel):
+    """`zeros_after` of the parameters that are left are zeros of projections, where they were counted."""
+
+    parameters_before: int
+    parameters_after: int
+    zeros_after: int | None = None
+
+    @property
+    def removed(self) -> float:
+        """The share of the parameters that is gone."""
+        return 1 - self.parameters_after / self.parameters_before
+
+
+class ProjectionResult(BaseModel):
+    """`target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers` the
+    percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M."""
+
+    layer: int
+    name: str
+    target: float
+    achieved: float
+    retries: int = 0
+    damping: float | None = None
+    error: float | None = None
+    outliers: float | None = None
+    pattern: str | None = None
+
+
+class LayerResult(BaseModel):
+    """The same over all projections of a layer."""
+
+    layer: int
+    target: float
+    achieved: float
+    outliers: float | None = None
+
+
+class BlockResult(BaseModel):
+    """A block whose masks were rebuilt: the pairs of weights swapped, and ||dense - sparse||^2 / ||dense||^2 of
+    its output over the calibration data before and after."""
+
+    layer: int
+    block: str
+    swaps: int
+    error_before: float | None = None
+    error_after: float | None = None
+
+
+class Sparsity(BaseModel):
+    """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
+    the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
+    `before` on those of the dense model.
+
+    Where structures were removed, these four are over the original model's weights and count what is gone
+    like zeros, and `achieved` is the sum of `removed` and `zeroed`; the entries of `layers` and `projections` are
+    over what remains."""
+
+    target: float
+    allocated: float
+    before: float
+    achieved: float
+    removed: float | None = None
+    zeroed: float | None = None
+    layers: list[LayerResult]
+    projections: list[ProjectionResult]
+    blocks: list[BlockResult] | None = None
+
+
+class Shape(BaseModel):
+    """Layers, and what each of them has: key/value groups (a key/value head with its query heads), query heads, and
+    neurons of the MLP."""
+
+    layers: int
+    groups: int
+    heads: int
+    neurons: int
+
+
+class NarrowedLayer(BaseModel):
+    """A layer that lost structures: which groups stayed, and the relative output errors of its output projections
+    (||XW - X'W'||^2 / ||XW||^2) where they were measured. `retries` are those of the solver."""
+
+    layer: int
+    groups: list[int]
+    errors: dict[str, float]
+    retries: int = 0
+
+
+class Iteration(BaseModel):
+    """One iteration of a path: `step` is L (the `layer` went, by its index in the original model), G (groups and
+    neurons of every layer) or g (the same for what the request left); `shape` and the share of the parameters
+    `removed` are those after it; `scores` are the candidates', `folder` has it where it was kept."""
+
+    iteration: int
+    step: Literal["L", "G", "g"]
+    layer: int | None = None
+    shape: Shape
+    removed: float
+    scores: dict[str, float] = {}
+    folder: str | None = None
+
+
+class Structure(BaseModel):
+    """What was removed as a whole: `layers` are those that became narrower, `kept` the layers of the original model
+    that are left where some went, `removed` the share of all parameters that is gone."""
+
+    before: Shape
+    after: Shape
+    removed: float
+    kept: list[int] | None = None
+    layers: list[NarrowedLayer] | None = None
+    path: list[Iteration] | None = None
+
+
+class Perplexity(BaseModel):
+    """`after` is missing while a run is under way."""
+
+    before: float
+    after: float | None = None
+    seqlen: int
+    windows: int
+    tokens_sha256: str
+
+
+class MeasuredPerplexity(BaseModel):
+    """Of one model."""
+
+    value: float
+    seqlen: int
+    windows: int
+    tokens_sha256: str
+
+
+class Metric(BaseModel):
+    """`stderr` is missing where the harness knows none."""
+
+    value: float
+    stderr: float | None = None
+
+
+class TaskResult(BaseModel):
+    """`samples` were evaluated, each after `num_fewshot` examples; a metric that has a filter is called
+    `metric,filter`."""
+
+    metrics: dict[str, Metric]
+    samples: int
+    num_fewshot: int
+
+
+class Evaluation(BaseModel):
+    """What `shardprune evaluate` measured: perplexities by source, and tasks by name. `harness` is the version of
+    lm-eval, `engine` what answered it, both when tasks were evaluated last."""
+
+    perplexity: dict[str, MeasuredPerplexity] = {}
+    tasks: dict[str, TaskResult] = {}
+    harness: str | None = None
+    engine: str | None = None
+
+
+class CalibrationResult(BaseModel):
+    source: str
+    samples: int
+    seqlen: int
+    tokens_sha256: str
+
+
+class WorkerResult(BaseModel):
+    """`layers` are the first and last of the shard, if it has any; `peak_bytes` is resident memory, on a GPU allocated
+    memory."""
+
+    shard: int
+    replica: int
+    layers: tuple[int, int] | None = None
+    node: str
+    peak_bytes: int
+    busy_seconds: float
+
+
+class TrainingLoss(BaseModel):
+    """After a step of a training: the mean loss of its tokens as the weights were before the step, and that of the
+    held-out rows after it, where it was measured."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    held_out: float | None = None
+
+
+class Recovery(BaseModel):
+    """What a training did. `rows` were learned from, `targets` counts the tokens whose predictions were, `zeros` are
+    those of the projections: `kept` stand where there was one before."""
+
+    steps: int
+    rows: int
+    held_out_rows: int
+    targets: int
+    parameters_trained: int
+    workers: int
+    zeros_before: int
+    zeros_after: int
+    zeros_kept: int
+    losses: list[TrainingLoss]
+
+
+class Result(BaseModel):
+    """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished."""
+
+    version: int = 1
+    command: str
+    fingerprint: str
+    recipe: dict[str, Any]
+    model: ModelSize
+    calibration: CalibrationResult | None = None
+    sparsity: Sparsity | None = None
+    structure: Structure | None = None
+    recovery: Recovery | None = None
+    perplexity: dict[str, Perplexity]
+    evaluation: Evaluation | None = None
+    seconds: dict[str, float]
+    workers: list[WorkerResult]
+    restarts: int
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class EvaluationResult(BaseModel):
+    """What `shardprune evaluate` returns, and the content of `result.json` in a directory of its own; `fingerprint`
+    is the model's."""
+
+    version: int = 1
+    command: Literal["evaluate"] = "evaluate"
+    fingerprint: str
+    recipe: dict[str, Any]
+    evaluation: Evaluation
+    seconds: dict[str, float]
+    workers: list[WorkerResult]
+    restarts: int
+
+    def as_json(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+def zeros_of(records: list[dict[str, Any]]) -> int:
+    """The zeros of all projections from the records of finished layers: those of whole layers that lost structures, or
+    those of their projections."""
+    reports = [report for record in records for report in record.get("projections", (record,))]
+    return sum(report["zeros"] for report in reports)
+
+
+def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:
+    """The sparsity of a model from the records of its finished layers.
+
+    Args:
+        target: what was asked for; None where that is what a sparse checkpoint had.
+        original: the weights of the model from which structures had been removed, if any had.
+    """
+
+    def over(reports: list[dict[str, Any]], key: str) -> float:
+        """The mean of a fraction over all weights."""
+        return sum(report[key] * report["weights"] for report in reports) / sum(report["weights"] for report in reports)
+
+    def zeros(reports: list[dict[str, Any]], key: str = "zeros") -> float:
+        return sum(report[key] for report in reports) / sum(report["weights"] for report in reports)
+
+    reports = [report for record in records for report in record["projections"]]
+    allocated = over(reports, "target")
+    blocks = [BlockResult(**block) for record in records for block in record.get("blocks", ())]
+    layers = [
+        LayerResult(
+            layer=record["layer"],
+            target=over(record["projections"], "target"),
+            achieved=zeros(record["projections"]),
+            outliers=record.get("outliers"),
+        )
+        for record in records
+    ]
+    remaining = 1.0 if original is None else sum(report["weights"] for report in reports) / original
+    removed = 1 - remaining
+    return Sparsity(
+        target=allocated if target is None else target,
+        allocated=removed + remaining * allocated,
+        before=zeros(reports, "zeros_before"),
+        achieved=removed + remaining * zeros(reports),
+        removed=None if original is None else removed,
+        zeroed=None if original is None else remaining * zeros(reports),
+        layers=layers,
+        projections=[ProjectionResult(**report) for report in reports],
+        blocks=blocks or None,
+    )
+
+
+def removal_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
+    """The same of a model that only lost structures."""
+    assert target is not None
+    weights, left = (sum(record[key] for record in records) for key in ("weights_before", "weights"))
+    zeros = sum(record["zeros"] for record in records) / weights
+    removed = 1 - left / weights
+    return Sparsity(
+        target=target,
+        allocated=target,
+        before=sum(record["zeros_before"] for record in records) / weights,
+        achieved=removed + zeros,
+        removed=removed,
+        zeroed=zeros,
+        layers=[],
+        projections=[],
+    )
+
+
+def structure_of(config: PretrainedConfig, widths: Widths, size: ModelSize, records: list[dict[str, Any]]) -> Structure:
+    """What a run removed that made the layers of a model narrower."""
+    layers = [NarrowedLayer(**{name: record[name] for name in NarrowedLayer.model_fields}) for record in records]
+    return Structure(
+        before=shape_of(config), after=shape_of(reshaped(config, widths)), removed=size.removed, layers=layers
+    )
+
+
+def shape_of(config: PretrainedConfig) -> Shape:
+    """The shape that a config says."""
+    widths = widths_of(config)
+    heads = config.num_attention_heads
+    return Shape(layers=config.num_hidden_layers, groups=widths.groups, heads=heads, neurons=widths.neurons)

@@ -1,0 +1,190 @@
+"""Where a run stands, from the events in its output: it may be running, on any machine, or dead."""
+
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from shardprune.errors import InputError
+from shardprune.report.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
+from shardprune.report.progress import clock_time
+from shardprune.storage.folder import Folder
+from shardprune.storage.output_names import PRUNED, RECOVERED
+from shardprune.storage.retrying import before_work
+
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # after which a run counts as dead
+ENDS = ("done", "stopped", "failed")
+LONGEST = ("prune", "rebuild", "recover", "perplexity after")  # steps after which little or nothing is left
+Event = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Status:
+    """One run. Times are seconds since the epoch; `left` are seconds, counted from its last event, where the run has
+    shown how fast it is; `state` is running, done, stopped, failed or dead (silent)."""
+
+    folder: str
+    command: str
+    state: str
+    error: str | None
+    phase: str | None
+    label: str | None
+    detail: str | None
+    share: float | None
+    layers: int | None
+    finished: int | None
+    attempts: int
+    lost: int
+    started: float
+    last: float
+    left: float | None
+
+    def lines(self, now: float) -> list[str]:
+        """For people."""
+        lines = [f"{self.folder}: {self.command}, {self._state(now)}"]
+        if self.finished is not None:
+            lines.append(f"layers    {self.finished} of {self.layers} finished")
+        if self.state != "done" and self.phase:
+            parts = [self.phase, *(text for text in (self.label, self.detail) if text and text != self.phase)]
+            lines.append(f"{'at' if self.state == 'running' else 'was at':<9} {', '.join(parts)}{self._share()}")
+        lost = f", workers lost {self.lost} times" if self.lost else ""
+        lines.append(f"attempt   {self.attempts}{lost}; started {_utc(self.started)}")
+        lines.append(f"last sign {_utc(self.last)}, {clock_time(max(0.0, now - self.last))} ago")
+        if self.state == "running" and self.left is not None:
+            ends = self.last + self.left
+            lines.append(f"ends      about {_utc(ends)}, in {clock_time(max(0.0, ends - now))}")
+        return lines
+
+    def _share(self) -> str:
+        return "" if self.share is None else f", {self.share:.0%}"
+
+    def _state(self, now: float) -> str:
+        again = "the same command goes on from there"
+        if self.state == "dead":
+            return f"no sign of life for {clock_time(now - self.last)}: if it is not running, {again}"
+        return {
+            "stopped": f"stopped; {again}",
+            "failed": f"failed: {self.error}",
+        }.get(self.state, self.state)
+
+
+@before_work()
+def status_of(out: str, now: float | None = None) -> list[Status]:
+    """The runs that an output directory holds: one, or those of a pipeline's steps that have started.
+
+    Raises:
+        InputError: it holds none.
+    """
+    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    read = [(folder, read_events(folder)) for folder in folders]
+    found = [(folder, events) for folder, events in read if any(event["event"] == "run" for event in events)]
+    if not found:
+        raise InputError("out", f"{out!r} holds no events of a run; give the output directory of one")
+    return [_status(folder.url, events, time.time() if now is None else now) for folder, events in found]
+
+
+def _status(folder: str, events: list[Event], now: float) -> Status:
+    runs = [place for place, event in enumerate(events) if event["event"] == "run"]
+    run, attempt, last = events[runs[-1]], events[runs[-1] :], events[-1]
+    state = last["event"] if last["event"] in ENDS else "running"
+    if state == "running" and now - last["time"] > SILENCE_SECONDS:
+        state = "dead"
+    position = next((event for event in reversed(attempt) if "total" in event), {})
+    phase = _phase(attempt)
+    return Status(
+        folder=folder,
+        command=run["command"],
+        state=state,
+        error=last.get("error"),
+        phase=phase,
+        label=position.get("label"),
+        detail=position.get("detail"),
+        share=position["done"] / position["total"] if position.get("total") else None,
+        layers=run.get("layers"),
+        finished=_finished(events),
+        attempts=len(runs),
+        lost=sum(event["event"] == "lost" for event in events),
+        started=run["time"],
+        last=last["time"],
+        left=_left(events, attempt),
+    )
+
+
+def _phase(attempt: list[Event]) -> str | None:
+    """The phase under way, or the last one that was."""
+    open_phases: list[str] = []
+    latest = None
+    for event in attempt:
+        if event["event"] == "begin":
+            open_phases.append(event["phase"])
+        elif event["event"] == "end" and event["phase"] in open_phases:
+            latest = event["phase"]
+            open_phases.remove(latest)
+    return open_phases[-1] if open_phases else latest
+
+
+def _finished(events: list[Event]) -> int | None:
+    """Finished layers: those that the last attempt has found, and its own; None of commands that make none singly."""
+    attempts = [place for place, event in enumerate(events) if event["event"] == "attempt"]
+    if not attempts:
+        return None
+    own = {event["layer"] for event in events[attempts[-1] :] if event["event"] == "layer"}
+    return len(own.union(events[attempts[-1]]["finished"]))
+
+
+def _left(events: list[Event], attempt: list[Event]) -> float | None:
+    """Seconds from the last event to the end of the run, as far as it has shown how fast it is."""
+    search = _left_of_search(events, attempt)
+    structure = [event["event"] for event in attempt if event.get("phase") == "structure"]
+    if structure == ["begin"]:  # another run follows
+        return None
+    step = search if search is not None else _left_of_step(attempt)
+    if step is None:
+        return None
+    return step + _evaluation_ahead(events, attempt)
+
+
+def _left_of_step(attempt: list[Event]) -> float | None:
+    """Of the step that the attempt is at, by the parts that are done."""
+    positions = [event for event in attempt if "total" in event]
+    if not positions or not positions[-1]["total"]:
+        return None
+    now = positions[-1]
+    if now["label"] not in LONGEST:
+        return None
+    first = next(event for event in reversed(positions) if event["label"] == now["label"] and not event["done"])
+    if not now["done"]:
+        return None
+    elapsed = now["time"] - first["time"]
+    left = elapsed * (now["total"] - now["done"]) / now["done"]
+    return max(0.0, left - (attempt[-1]["time"] - now["time"]))
+
+
+def _left_of_search(events: list[Event], attempt: list[Event]) -> float | None:
+    """Of a search, by the share of the request that its iterations have removed."""
+    shares = [event["share"] for event in events if "share" in event]
+    own = [event for event in attempt if "share" in event]
+    if not own:
+        return None
+    before = shares[-len(own) - 1] if len(shares) > len(own) else 0.0
+    rate = (own[-1]["share"] - before) / (own[-1]["time"] - attempt[0]["time"])
+    return max(0.0, (1 - own[-1]["share"]) / rate - (attempt[-1]["time"] - own[-1]["time"])) if rate > 0 else None
+
+
+def _evaluation_ahead(events: list[Event], attempt: list[Event]) -> float:
+    """The seconds that perplexity will take at the end: what it took before."""
+    if any(str(event.get("label", "")) == "perplexity after" for event in attempt):
+        return 0.0
+    started: dict[str, float] = {}
+    seconds = 0.0
+    for event in events:
+        if event.get("label") == "perplexity before":
+            if not event["done"]:
+                started["at"] = event["time"]
+            elif event["done"] == event["total"] and "at" in started:
+                seconds += event["time"] - started.pop("at")
+    return seconds
+
+
+def _utc(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,117 @@
+"""What a run achieved in a few rows: the table at its end, and the head of its report."""
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity
+
+LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
+EVALUATION_HEADINGS = ("", "metric", "value", "±", "samples", "shots")
+
+Row = tuple[str, str, str]  # of what, before, after
+
+
+def summary(result: Result) -> Table:
+    """Perplexity, sparsity, size, seconds and memory of a run."""
+    table = Table(title=", ".join((*what_was_done(result), result.recipe["out"])), title_justify="left")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for row in summary_rows(result):
+        table.add_row(*row)
+    return table
+
+
+def evaluation_summary(result: EvaluationResult) -> Table:
+    """Perplexities and the metrics of tasks with their standard errors, those measured earlier included."""
+    table = Table(title=result.recipe["model"], title_justify="left")
+    table.add_column("", overflow="fold")
+    for heading in EVALUATION_HEADINGS[1:]:
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for row in evaluation_rows(result.evaluation):
+        table.add_row(*row)
+    return table
+
+
+def what_was_done(result: Result) -> list[str]:
+    """The steps of a run in the words of its recipe."""
+    recipe = result.recipe
+    done = []
+    if recipe.get("structured"):
+        done.append(f"{recipe['structured']:g} removed by {recipe['score']}")
+    if result.command == "mop" and result.structure:
+        done.append(f"path {''.join(entry.step for entry in result.structure.path or ())}")
+    if "method" in recipe and (result.sparsity is None or result.sparsity.projections):
+        done.append(f"{recipe['method']} {recipe['pattern']}")
+    if "rebuild_granularity" in recipe and "method" not in recipe:
+        done.append(f"rebuilt by {recipe['rebuild_granularity']}")
+    return done
+
+
+def summary_rows(result: Result) -> Iterator[Row]:
+    """Rows of what is counted and measured."""
+    for source, measured in result.perplexity.items():
+        after = f"{measured.after:.3f}" if measured.after is not None else "-"
+        yield f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after
+    if result.sparsity:
+        yield from _sparsity_rows(result.sparsity)
+    if result.recovery:
+        yield from _recovery_rows(result.recovery)
+    if result.structure:
+        shapes = result.structure.before, result.structure.after
+        for name in ("layers", "groups", "neurons"):
+            before, after = (getattr(shape, name) for shape in shapes)
+            if before != after:
+                yield LABELS[name], f"{before:,}", f"{after:,}"
+    yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
+    for phase in ("structure", "search", "observe", "prune", "recover", "evaluate", "total"):
+        if phase in result.seconds:
+            yield f"seconds, {phase}", "", f"{result.seconds[phase]:.1f}"
+    yield "workers", "", str(len(result.workers))
+    peak = max((worker.peak_bytes for worker in result.workers), default=0)
+    yield "peak memory of a worker", "", f"{peak / 2**20:,.0f} MiB"
+    if result.restarts:
+        yield "restarts", "", str(result.restarts)
+
+
+def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+    """Rows under EVALUATION_HEADINGS."""
+    for source, measured in evaluation.perplexity.items():
+        windows = f"{measured.windows:,} x {measured.seqlen:,}"
+        yield source.rsplit("/", 1)[-1], "perplexity", f"{measured.value:.3f}", "", windows, ""
+    for name, task in evaluation.tasks.items():
+        for metric, found in task.metrics.items():
+            stderr = "" if found.stderr is None else f"{found.stderr:.4f}"
+            yield name, metric, f"{found.value:.4f}", stderr, f"{task.samples:,}", str(task.num_fewshot)
+            name = ""
+
+
+def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
+    first, last = recovery.losses[0], recovery.losses[-1]
+    yield "training loss", f"{first.loss:.4f}", f"{last.loss:.4f}"
+    held_out = [loss.held_out for loss in recovery.losses if loss.held_out is not None]
+    if held_out:
+        yield "held-out loss, first and last", f"{held_out[0]:.4f}", f"{held_out[-1]:.4f}"
+    if recovery.zeros_before:
+        yield "zeros of the projections", f"{recovery.zeros_before:,}", f"{recovery.zeros_after:,}"
+        yield "zeros that stayed", "", f"{recovery.zeros_kept:,}"
+    yield "steps; parameters trained", f"{recovery.steps:,}", f"{recovery.parameters_trained:,}"
+
+
+def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:
+    yield "sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}"
+    if sparsity.removed is not None and sparsity.zeroed:
+        yield "of it removed; zeros", f"{sparsity.removed:.4f}", f"{sparsity.zeroed:.4f}"
+    if abs(sparsity.allocated - sparsity.target) > 1e-4:
+        yield "sparsity asked for; allocated", f"{sparsity.target:.4f}", f"{sparsity.allocated:.4f}"
+    if sparsity.blocks:
+        yield "pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}"
+        errors = [
+            (block.error_before, block.error_after)
+            for block in sparsity.blocks
+            if block.error_before is not None and block.error_after is not None
+        ]
+        if errors:
+            before, after = (sum(pair[place] for pair in errors) / len(errors) for place in (0, 1))
+            yield "error of a block, mean", f"{before:.4f}", f"{after:.4f}"

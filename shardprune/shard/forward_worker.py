@@ -1,0 +1,239 @@
+"""A worker's waves: in, through the layers of its shard, and out; what only passes through may be observed."""
+
+import socket
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shardprune.errors import SolverError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton, projection_weight
+from shardprune.shard.layers import Layers, LayerStore, Version
+from shardprune.shard.ledger import Ledger, Span, timed
+from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
+from shardprune.shard.memory import peak_bytes
+from shardprune.shard.spec import PassingSpec
+from shardprune.shard.waves import Activations
+from shardprune.solvers.outliers import Outliers, outlier_ratios
+from shardprune.solvers.statistics import InputStatistics, Sums, merged
+
+ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
+LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
+
+
+class Summing(Protocol):
+    """Sums over an input of a layer."""
+
+    def add(self, inputs: Tensor, samples: int) -> None:
+        """Add the inputs [..., cols] of one wave of `samples` sequences."""
+
+
+class PassingWorker:
+    """One replica of one shard, and what it does with waves that only pass through."""
+
+    def __init__(self, spec: PassingSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        self.spec = spec
+        self.ledger = Ledger()
+        self.checkpoint = Checkpoint(spec.model)
+        self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
+        self.skeleton.load_frame(self.checkpoint)
+        self.activations = Activations(self.skeleton.device, self._place())
+        self.layers = self._open_layers()
+        self._observed: dict[int, list[InputStatistics]] = {}
+        if self.skeleton.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _open_layers(self) -> LayerStore:
+        """The decoder layers of the shard."""
+        return Layers(
+            self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.weights == "streamed"
+        )
+
+    @timed
+    def load(self, version: Version) -> None:
+        """Read all layers of the shard ahead of the first wave, so that shards read theirs at the same time."""
+        for index in self.spec.layers:
+            self.layers.get(index, version)
+
+    # -- waves in and out -----------------------------------------------------------------------------------
+
+    @timed
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The hidden states [wave, seqlen, hidden] that enter the first layer."""
+        self.skeleton.load_frame(self.checkpoint, embedding=True)
+        return self.skeleton.embed(tokens).cpu().contiguous()
+
+    @timed
+    def put(self, stream: str, wave: int, hidden: Tensor) -> None:
+        """Keep a wave that has arrived."""
+        self.activations.put(stream, wave, hidden)
+
+    @timed
+    def take(self, stream: str, wave: int) -> Tensor:
+        """Hand a kept wave on."""
+        return self.activations.take(stream, wave).contiguous()
+
+    @timed
+    def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
+        """The summed token loss of each sequence, from the last layer's output [wave, seqlen, hidden]."""
+        self.skeleton.load_frame(self.checkpoint, head=True)
+        sums = []
+        for sequence, targets in zip(hidden, tokens, strict=True):
+            # One sequence at a time: its logits alone can be a gigabyte.
+            logits = self.skeleton.logits(sequence.unsqueeze(0).to(self.skeleton.device))[0, :-1].float()
+            targets = targets[1:].to(logits.device)
+            sums.append(float(nn.functional.cross_entropy(logits, targets, reduction="sum")))
+        return sums
+
+    @timed
+    def log_likelihoods(self, hidden: Tensor, targets: Sequence[Targets]) -> list[list[LogLikelihood]]:
+        """How likely the model finds continuations of sequences, from the last layer's output [wave, seqlen, hidden]
+        for sequences that are padded on their right.
+
+        Args:
+            targets: of each sequence.
+        """
+        self.skeleton.load_frame(self.checkpoint, head=True)
+        found: list[list[LogLikelihood]] = []
+        for part in runs_of(targets, LOGITS // self.skeleton.config.vocab_size):
+            # Only what predicts a token becomes logits; position by position, because that is all the head looks at.
+            predicting = [hidden[place, targets[place].predicting] for place in part]
+            states = torch.cat(predicting).unsqueeze(1).to(self.skeleton.device)
+            logs = self.skeleton.logits(states)[:, 0].float().log_softmax(-1)
+            counts = [len(rows) for rows in predicting]
+            found += [scores_of(own, targets[place]) for own, place in zip(logs.split(counts), part, strict=True)]
+        return found
+
+    # -- passing through ------------------------------------------------------------------------------------
+
+    @timed
+    def forward(
+        self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int, observed: bool
+    ) -> Tensor:
+        """One wave through all layers of the shard below `stop`.
+
+        Before each layer in `record` the wave is kept in the stream that starts there. Where `observed`, what
+        the layers' projections read adds to the sums that `outliers` needs.
+        """
+        hidden = hidden.to(self.skeleton.device)
+        for index in self.spec.layers:
+            if index in record:
+                self.activations.put(segment_stream(index), wave, hidden)
+            if index < stop:
+                hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
+        return hidden.cpu().contiguous()
+
+    @timed
+    def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
+        """Replace one kept wave by its image under one layer, which may be observed as in `forward`."""
+        hidden = self.activations.get(stream, wave)
+        observing = self._observing(index) if observed else None
+        self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
+
+    @timed
+    def observed(self, index: int) -> list[Sums]:
+        """Hand out the sums of a layer's inputs over the observed waves of this replica."""
+        return [(statistics.sums.cpu(), statistics.samples) for statistics in self._observed.pop(index)]
+
+    @timed
+    def outliers(self, index: int, m: float, *parts: list[Sums] | None) -> Outliers:
+        """The outlier ratios of a dense layer whose inputs were observed.
+
+        `parts` are the replicas' sums in their order, None in this worker's own place.
+        """
+        layer = self.layers.get(index, "dense")
+        squares: dict[str, Tensor] = {}
+        for group, own in enumerate(self._observed.pop(index)):
+            total = merged(own, [part[group] if part else None for part in parts])
+            squares |= dict.fromkeys(self.skeleton.family.inputs[group], total.mean_squares)
+        weights = {name: projection_weight(layer, name) for name in self.skeleton.family.projections}
+        if not all(bool(torch.isfinite(square).all()) for square in squares.values()):
+            raise SolverError(f"layer {index}: its inputs are not finite: the activations overflow")
+        return outlier_ratios({name: (weights[name], squares[name]) for name in weights}, m)
+
+    @timed
+    def fork(self, stream: str, into: str) -> None:
+        """Keep a copy of all waves of a stream under another name."""
+        self.activations.fork(stream, into)
+
+    @timed
+    def discard(self, hidden: Tensor) -> None:
+        """The end of a wave that nobody needs any more."""
+
+    @timed
+    def drop(self, stream: str) -> None:
+        """Forget the waves of a stream."""
+        self.activations.drop(stream)
+
+    @timed
+    def release(self) -> None:
+        """Give back what only a finished pass needed: the embedding, the head, streamed layers."""
+        if self.spec.weights == "streamed":
+            self.skeleton.drop_embeddings()
+            self.layers.release()
+
+    # -- what it cost -----------------------------------------------------------------------------------------
+
+    def usage(self) -> dict[str, Any]:
+        """Where this worker ran, its peak memory in bytes and its busy seconds; `load_seconds` are those of reading
+        layers after `load`."""
+        return {
+            "shard": self.spec.shard,
+            "replica": self.spec.replica,
+            "layers": [self.spec.layers[0], self.spec.layers[-1]],
+            "node": socket.gethostname(),
+            "peak_bytes": peak_bytes(self.skeleton.device),
+            "busy_seconds": round(sum(self.ledger.seconds.values()), 3),
+            "load_seconds": round(max(0.0, self.layers.load_seconds - self.ledger.seconds.get("load", 0.0)), 3),
+            "write_seconds": round(self.ledger.seconds.get("write", 0.0), 3),
+        }
+
+    def account(self) -> list[Span]:
+        """What this worker did since it was last asked."""
+        return self.ledger.hand_out()
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _run(self, index: int, version: Version, hidden: Tensor, statistics: Sequence[Summing] | None = None) -> Tensor:
+        """One wave through one layer; what its projections read adds to `statistics`, one for each input."""
+        return self._through(self.layers.get(index, version), index, hidden, statistics)
+
+    def _through(self, layer: nn.Module, index: int, hidden: Tensor, statistics: Sequence[Summing] | None) -> Tensor:
+        arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
+        hooks = [
+            layer.get_submodule(names[0]).register_forward_pre_hook(
+                lambda _module, inputs, target=target: target.add(inputs[0], len(hidden))
+            )
+            for names, target in zip(self.skeleton.family.inputs, statistics or (), strict=bool(statistics))
+        ]
+        try:
+            return self.skeleton.forward_layer(layer, hidden, arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _observing(self, index: int) -> list[InputStatistics]:
+        if index not in self._observed:
+            shapes = self.skeleton.projection_shapes(index)
+            self._observed[index] = [
+                InputStatistics.empty("squares", shapes[names[0]][1], self.skeleton.device)
+                for names in self.skeleton.family.inputs
+            ]
+        return self._observed[index]
+
+    def _place(self) -> Literal["device", "host"]:
+        """Where waves are kept: in host memory where they would not leave a GPU room for the work."""
+        if self.spec.activations != "auto":
+            return self.spec.activations
+        if self.skeleton.device.type == "cpu":
+            return "host"
+        memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory
+        return "device" if self.spec.activation_bytes <= ACTIVATIONS_SHARE * memory else "host"
+
+
+def segment_stream(first_layer: int) -> str:
+    """The name of the calibration waves that enter the segment starting at a layer."""
+    return f"segment from layer {first_layer}"

@@ -1,0 +1,130 @@
+"""The worker of a search: it keeps the current layers of its shard and builds candidates beside them."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from shardprune.model.saving import write_layer
+from shardprune.model.structure.shape import Widths
+from shardprune.shard.current_layers import Held, Saved, parameters_of
+from shardprune.shard.layers import Version
+from shardprune.shard.ledger import timed
+from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.width_worker import NarrowingWorker
+from shardprune.storage.journal import Journal
+
+Watched = Literal["nothing", "angles", "inputs"]
+REFERENCE = "reference"  # stream of what comes out of the original model's last layer
+
+
+class SearchWorker(NarrowingWorker):
+    """One replica of one shard, whose layers may become narrower, go, or move to another shard."""
+
+    layers: Held
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        super().__init__(spec)
+        self._angles: dict[int, dict[int, Tensor]] = {}
+
+    def _open_layers(self) -> Held:
+        return Held(self.skeleton, self.checkpoint)
+
+    # -- the current layers -----------------------------------------------------------------------------------
+
+    @timed
+    def read(self, indices: tuple[int, ...], saved: Saved | None) -> None:
+        """Hold these layers and no others, read from the checkpoint or from what an iteration saved."""
+        if saved is None:
+            self.layers.read(indices)
+        else:
+            journal = Journal(saved.folder, self.spec.fingerprint, len(saved.layers), self.checkpoint.stored_name)
+            self.layers.read_saved(indices, journal, saved.layers, self._skeleton_of(saved.widths))
+        self._narrowed.clear()
+
+    @timed
+    def adopt(self) -> None:
+        """The narrowed layers are the current ones from now on."""
+        self.layers.put(self._narrowed)
+        self._narrowed, self._choices = {}, {}
+
+    @timed
+    def discard_narrowed(self) -> None:
+        """Forget the narrowed layers."""
+        self._narrowed, self._choices = {}, {}
+
+    @timed
+    def remove(self, index: int) -> None:
+        """A layer has gone."""
+        self.layers.pop(index)
+
+    @timed
+    def hand_over(self, index: int) -> dict[str, Tensor]:
+        """Give a layer up to another shard."""
+        return parameters_of(self.layers.pop(index))
+
+    @timed
+    def take_over(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:
+        """Hold a layer that another shard has given up."""
+        self._take(index, widths, parameters)
+        self.layers.put({index: self._narrowed.pop(index)})
+
+    @timed
+    def write(self, folder: str, layers: int, index: int, position: int) -> None:
+        """Write a current layer as the one at `position` of a model of `layers` layers."""
+        journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
+        layer = self.layers.get(index, "dense")
+        # From memory, but for what memory does not hold exactly: norms may be stored wider than they compute.
+        entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
+        exact = {name for name, entry in entries.items() if self.skeleton.dtype in (entry.dtype, torch.float32)}
+        write_layer(journal, self.checkpoint, self.skeleton, index, layer, exact, {}, position)
+
+    # -- what candidates are judged by --------------------------------------------------------------------------
+
+    @timed
+    def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, watched: Watched) -> Tensor:
+        """One wave through some of the shard's layers.
+
+        Of each layer may be `watched`: its `angles`, the sum over tokens of the cosine between its input and output,
+        or its `inputs`, which add to the sums that narrowing needs.
+        """
+        hidden = hidden.to(self.skeleton.device)
+        for index in layers:
+            sums = self._gathered_of(index) if watched == "inputs" else None
+            before, hidden = hidden, self._run(index, version, hidden, sums)
+            if watched == "angles":
+                cosines = nn.functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
+                self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
+        return hidden.cpu().contiguous()
+
+    @timed
+    def angles(self, index: int) -> dict[int, float]:
+        """Hand out a layer's sums of cosines by wave."""
+        return {wave: float(total) for wave, total in self._angles.pop(index, {}).items()}
+
+    @timed
+    def judge(self, wave: int, hidden: Tensor, criterion: str) -> list[float]:
+        """How near the logits of each sequence are to those of the original model, summed over tokens: the cosine
+        of the angle between them, or the divergence KL(original || this) of the tokens that they predict.
+
+        Args:
+            hidden: the last layer's output [wave, seqlen, hidden].
+            criterion: `cosine` or `kl`.
+        """
+        self.skeleton.load_frame(self.checkpoint, head=True)
+        reference = self.activations.get(REFERENCE, wave)
+        sums = []
+        for sequence, original in zip(hidden.to(self.skeleton.device), reference, strict=True):
+            now, then = (self.skeleton.logits(states.unsqueeze(0))[0].float() for states in (sequence, original))
+            if criterion == "cosine":
+                values = nn.functional.cosine_similarity(now, then, dim=-1)
+            else:
+                logs, targets = now.log_softmax(-1), then.log_softmax(-1)
+                values = nn.functional.kl_div(logs, targets, reduction="none", log_target=True).sum(-1)
+            sums.append(float(values.sum(dtype=torch.float64)))
+        return sums
+
+    def usage(self) -> dict[str, Any]:
+        """As of every worker; the layers are the first and last of those that it holds now."""
+        held = self.layers.indices
+        return super().usage() | {"layers": [held[0], held[-1]] if held else None}

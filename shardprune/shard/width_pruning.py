@@ -1,0 +1,218 @@
+"""Making one decoder layer narrower: which groups and neurons stay, and what its projections become."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shardprune.errors import SolverError
+from shardprune.model.families import Family, Unit
+from shardprune.model.skeleton import projection_weight
+from shardprune.model.structure.shape import Heads, Widths
+from shardprune.solvers.factor import factorise
+from shardprune.solvers.scoring import Scoring
+from shardprune.solvers.statistics import InputStatistics, Kind, output_error
+from shardprune.solvers.structures import (
+    Owned,
+    columns_of,
+    correct,
+    head_contributions,
+    keep_by_error,
+    keep_largest,
+    mean_metric,
+    neuron_activity,
+    outlier_shares,
+)
+
+DAMPING = 0.01
+Part = tuple[Tensor, int, Tensor]  # of an input: sums, number of sequences, activity
+
+
+class Gathered:
+    """Sums over one input of a layer; for AMP of an output projection's input also how active its heads or neurons
+    are, float32 [structures], empty where it is not wanted."""
+
+    def __init__(self, statistics: InputStatistics, weight: Tensor | None = None, size: int = 1) -> None:
+        self.statistics = statistics
+        self._weight, self._size = weight, size
+        active = 0 if weight is None else weight.shape[1] // size
+        self.activity = torch.zeros(active, device=statistics.sums.device)
+
+    def add(self, inputs: Tensor, samples: int) -> None:
+        """Add the inputs [..., cols] of one wave of `samples` sequences."""
+        self.statistics.add(inputs, samples)
+        if self._weight is not None and self._size == 1:
+            self.activity += neuron_activity(inputs)
+        elif self._weight is not None:
+            self.activity += head_contributions(inputs, self._weight, self._size)
+
+    def part(self) -> Part:
+        """What travels to the replica that narrows."""
+        return self.statistics.sums.cpu(), self.statistics.samples, self.activity.cpu()
+
+    def merge(self, parts: Sequence[Part | None]) -> None:
+        """Become the sums of all replicas, added in their order; None stands for these here."""
+        own = (self.statistics.sums, self.statistics.samples, self.activity)
+        self.statistics = InputStatistics(self.statistics.kind, torch.zeros_like(own[0]))
+        self.activity = torch.zeros_like(own[2])
+        for part in parts:
+            sums, samples, activity = part or own
+            self.statistics.merge(sums, samples)
+            self.activity += activity.to(self.activity.device)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The structures of a layer that stay, by what they are made of, and the corrected weights [rows, kept columns] of
+    its output projections: all that another replica needs to cut the same layer."""
+
+    kept: dict[Unit, Tensor]
+    corrected: dict[str, Tensor]
+
+    def cpu(self) -> "Choice":
+        """On the CPU, ready to travel."""
+        kept = {unit: indices.cpu() for unit, indices in self.kept.items()}
+        return Choice(kept, {name: weight.cpu() for name, weight in self.corrected.items()})
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """One layer that is to have other widths.
+
+    `stored` has the dtypes to which corrected weights are rounded, by projection; `label` names the layer in errors.
+    """
+
+    layer: nn.Module
+    family: Family
+    heads: Heads
+    widths: Widths
+    scoring: Scoring
+    stored: Mapping[str, torch.dtype]
+    label: str
+
+    def choose(self, gathered: list[Gathered]) -> tuple["Choice", dict[str, Any]]:
+        """Choose the structures that stay, and correct the output projections.
+
+        Args:
+            gathered: of each input of the layer.
+
+        Returns the choice and a report: indices of the `groups` and `neurons` that stay, relative output `errors` of
+        the output projections where the second moments are known, and the solver's `retries`.
+
+        Raises:
+            SolverError: names the projection.
+        """
+        sums = {name: of for names, of in zip(self.family.inputs, gathered, strict=True) for name in names}
+        report: dict[str, Any] = {"errors": {}, "retries": 0}
+        choice = Choice({}, {})
+        for name, unit in self.family.columns.items():
+            if not sums[name].statistics.finite:
+                raise SolverError(f"{self.label} {name}: its inputs are not finite: the activations overflow")
+            try:
+                kept = self._choose(name, unit, sums)
+                if len(kept) < self._count_before(name, unit):
+                    self._correct(name, kept, sums[name].statistics, choice, report)
+            except SolverError as error:
+                raise SolverError(f"{self.label} {name}: {error}") from error
+            choice.kept[unit] = kept
+            report["neurons" if unit == "neuron" else "groups"] = kept.tolist()
+        return choice, report
+
+    def cut(self, choice: "Choice") -> dict[str, Tensor]:
+        """The parameters of the layer that change, by their names within it."""
+        device = projection_weight(self.layer, self.family.projections[0]).device
+        kept = {unit: indices.to(device) for unit, indices in choice.kept.items()}
+        kept["key"] = kept["query"]
+        changed: dict[str, Tensor] = {}
+        for name, unit in self.family.columns.items():
+            if name in choice.corrected:
+                changed[f"{name}.weight"] = choice.corrected[name]
+            elif len(kept[unit]) < self._count_before(name, unit):
+                columns = columns_of(kept[unit], self.heads.rows(unit))
+                changed[f"{name}.weight"] = projection_weight(self.layer, name)[:, columns]
+        for name, units in self.family.rows.items():
+            rows = self._rows(name, units, kept)
+            if len(rows) < len(projection_weight(self.layer, name)):
+                for leaf, parameter in self.layer.get_submodule(name).named_parameters():
+                    changed[f"{name}.{leaf}"] = parameter[rows]
+        return changed
+
+    def _choose(self, name: str, unit: Unit, sums: dict[str, Gathered]) -> Tensor:
+        """Indices of the structures that stay of those that own an output projection's columns."""
+        weight, count = projection_weight(self.layer, name), self._count(unit)
+        if count == self._count_before(name, unit):
+            return torch.arange(count, device=weight.device)
+        if self.scoring.score == "amp":
+            activity = sums[name].activity
+            return keep_largest(activity if unit == "neuron" else activity.view(-1, self.heads.queries).sum(1), count)
+        if self.scoring.score == "obs":
+            factor = factorise(sums[name].statistics.hessian, DAMPING)  # as large as H: given back at once
+            return keep_by_error(weight.float(), factor, self.heads.rows(unit), count)
+        shares, means = self._outliers(name, unit, sums)
+        return keep_largest(shares, count, ties=means).to(weight.device)
+
+    def _outliers(self, name: str, unit: Unit, sums: dict[str, Gathered]) -> tuple[Tensor, Tensor]:
+        """The share of outliers among the weights that each structure owns, and the mean of their metric."""
+        squares = {name: of.statistics.mean_squares for name, of in sums.items()}
+        weights = {name: projection_weight(self.layer, name) for name in self.family.projections}
+        threshold = self.scoring.outlier_m * mean_metric((weights[name], squares[name]) for name in weights)
+        count = self._count_before(name, unit)
+        everything: dict[Unit, Tensor] = dict.fromkeys(("query", "key", "neuron"), torch.arange(count))
+        owned = [Owned(weights[name], squares[name], everything[unit].repeat_interleave(self.heads.rows(unit)), 1)]
+        kinds = ("neuron",) if unit == "neuron" else ("query", "key")
+        for projection, units in self.family.rows.items():
+            if units[0] in kinds:
+                owners = torch.cat([everything[of].repeat_interleave(self.heads.rows(of)) for of in units])
+                owned.append(Owned(weights[projection], squares[projection], owners, 0))
+        return outlier_shares(owned, count, threshold)
+
+    def _correct(
+        self, name: str, kept: Tensor, statistics: InputStatistics, choice: "Choice", report: dict[str, Any]
+    ) -> None:
+        """Correct the columns of an output projection that stay, if they are to be, and report the error."""
+        weight = projection_weight(self.layer, name)
+        columns = columns_of(kept, self.heads.rows(self.family.columns[name]))
+        cut = weight[:, columns]
+        if self.scoring.correction:
+            correction = correct(weight.float(), statistics, columns, DAMPING)
+            cut = choice.corrected[name] = correction.weight.to(self.stored[name]).to(weight.dtype)
+            report["retries"] += correction.retries
+            if not bool(torch.isfinite(cut).all()):
+                raise SolverError("the corrected weight is not finite")
+        if statistics.kind == "gram":
+            whole = torch.zeros_like(weight, dtype=torch.float32)
+            whole[:, columns] = cut.float()
+            report["errors"][name] = output_error(weight.float(), whole, statistics)
+
+    def _rows(self, name: str, units: Sequence[Unit], kept: dict[Unit, Tensor]) -> Tensor:
+        """The rows of a projection that stay, part after part."""
+        rows = len(projection_weight(self.layer, name))
+        before = rows // sum(self.heads.rows(unit) for unit in units)
+        parts, offset = [], 0
+        for unit in units:
+            size = self.heads.rows(unit)
+            parts.append(offset + columns_of(kept[unit], size))
+            offset += before * size
+        return torch.cat(parts)
+
+    def _count(self, unit: Unit) -> int:
+        return self.widths.neurons if unit == "neuron" else self.widths.groups
+
+    def _count_before(self, name: str, unit: Unit) -> int:
+        return projection_weight(self.layer, name).shape[1] // self.heads.rows(unit)
+
+
+def gathering(layer: nn.Module, family: Family, heads: Heads, scoring: Scoring, measure_error: bool) -> list[Gathered]:
+    """Empty sums for each input of a layer: what the score, the correction and the output errors need."""
+    gathered = []
+    for names in family.inputs:
+        weight, unit = projection_weight(layer, names[0]), family.columns.get(names[0])
+        kind: Kind = "gram" if unit and scoring.needs_gram(measure_error) else "squares"
+        statistics = InputStatistics.empty(kind, weight.shape[1], weight.device)
+        if unit and scoring.score == "amp":
+            gathered.append(Gathered(statistics, weight, heads.dim if unit == "query" else 1))
+        else:
+            gathered.append(Gathered(statistics))
+    return gathered

@@ -1,0 +1,11 @@
+"""The table of allocations. A new allocation is one file beside this one and one line here."""
+
+from shardprune.solvers.allocation import mosaic, owl, uniform
+from shardprune.solvers.allocation.allocation import Allocation
+
+ALLOCATIONS: dict[str, Allocation] = {
+    "uniform": Allocation(uniform.allocate, observes=False),
+    "owl": Allocation(owl.allocate, observes=True),
+    "mosaic": Allocation(mosaic.allocate, observes=True),
+    "mosaic-released": Allocation(mosaic.allocate_as_released, observes=True, exact=False),
+}

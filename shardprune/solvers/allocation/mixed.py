@@ -1,0 +1,44 @@
+"""Mixed N:M (OWL's structured form): N of every layer out of a common M."""
+
+import numpy as np
+
+from shardprune.solvers.allocation.allocation import Sparsities
+from shardprune.solvers.allocation.budget import TOLERANCE
+
+
+def nonzeros_in_all(target: float, layers: int, m: int) -> int:
+    """The sum of N over all layers whose mean N of `m` is the target.
+
+    Raises:
+        ValueError: no whole numbers of `m` have that mean; names the nearest targets that have.
+    """
+    total = (1 - target) * m * layers
+    nearest = min(max(round(total), layers), m * layers)
+    if abs(total - nearest) > TOLERANCE * m * layers:
+        around = sorted({min(max(count, layers), m * layers) for count in (int(total), int(total) + 1)}, reverse=True)
+        near = " or ".join(f"{1 - count / (m * layers):.4f}" for count in around)
+        raise ValueError(f"N of {m} over {layers} layers cannot average to it; the nearest is {near}")
+    return nearest
+
+
+def in_groups(sparsities: Sparsities, target: float, m: int) -> Sparsities:
+    """The sparsities 1 - N/m that come nearest to those given, which are one per layer.
+
+    N lies in [1, m], and its mean over the layers is `(1 - target) * m`: whole numbers below the wanted
+    ones first, then one more for the layers that are furthest below theirs.
+
+    Raises:
+        ValueError: no whole numbers have that mean.
+    """
+    layers = sorted({layer for layer, _ in sparsities})
+    of_layer = {layer: sparsity for (layer, _), sparsity in sparsities.items()}
+    wanted = np.array([(1 - of_layer[layer]) * m for layer in layers])
+    total = nonzeros_in_all(target, len(layers), m)
+    counts = np.clip(np.floor(wanted), 1, m)
+    while counts.sum() != total:
+        short = counts.sum() < total
+        room = counts < m if short else counts > 1
+        missing = np.where(room, wanted - counts if short else counts - wanted, -np.inf)
+        counts[int(missing.argmax())] += 1 if short else -1
+    chosen = dict(zip(layers, counts, strict=True))
+    return {(layer, name): float(1 - chosen[layer] / m) for layer, name in sparsities}

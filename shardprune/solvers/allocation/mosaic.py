@@ -1,0 +1,44 @@
+"""Mosaic (arXiv 2504.06323): the projection outlier distribution, as published and as released."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardprune.solvers.allocation.allocation import Projection, Sparsities
+from shardprune.solvers.allocation.budget import HIGHEST, meet, spread_over
+
+if TYPE_CHECKING:
+    from shardprune.solvers.outliers import Outliers
+
+LOWEST_RELEASED = 0.01
+
+
+def allocate(projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float) -> Sparsities:
+    """One sparsity per projection: the ratios of all (layer, projection) pairs mapped to [0, 2 lambda], more
+    outliers giving up less, centred with the projections' numbers of weights."""
+    ratios = [outliers[projection.layer].projections[projection.name] for projection in projections]
+    weights = [projection.weights for projection in projections]
+    sparsities = meet(-spread_over(ratios, spread), weights, target)
+    return {
+        (projection.layer, projection.name): float(sparsity)
+        for projection, sparsity in zip(projections, sparsities, strict=True)
+    }
+
+
+def allocate_as_released(
+    projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float
+) -> Sparsities:
+    """What the authors' code computes, whose mean is not the target.
+
+    A layer's ratios and each projection's ratios over the layers are mapped to [0, 2 lambda] apart from each
+    other; the sparsity is 1 - (layer's value - mean over layers of the projection's values + 1 - target), at
+    least 0.01. Above `HIGHEST`, where the released code would empty a projection, it is cut off.
+    """
+    of_layers = spread_over([layer.layer for layer in outliers], spread)
+    names = {projection.name for projection in projections}
+    means = {name: np.mean(spread_over([layer.projections[name] for layer in outliers], spread)) for name in names}
+    sparsities = {}
+    for projection in projections:
+        density = of_layers[projection.layer] - means[projection.name] + 1 - target
+        sparsities[projection.layer, projection.name] = float(np.clip(1 - density, LOWEST_RELEASED, HIGHEST))
+    return sparsities

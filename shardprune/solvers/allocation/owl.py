@@ -1,0 +1,19 @@
+"""OWL (Yin et al., arXiv 2310.05175): layers with more outliers keep more weights."""
+
+from typing import TYPE_CHECKING
+
+from shardprune.solvers.allocation.allocation import Projection, Sparsities
+from shardprune.solvers.allocation.budget import meet, spread_over
+
+if TYPE_CHECKING:
+    from shardprune.solvers.outliers import Outliers
+
+
+def allocate(projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float) -> Sparsities:
+    """One sparsity per layer (section 3.3): 1 - S is the layers' outlier ratios mapped to [0, 2 lambda] and
+    centred, so that S lies within the target +- 2 lambda and its mean is the target."""
+    weights = [0] * len(outliers)
+    for projection in projections:
+        weights[projection.layer] += projection.weights
+    sparsities = meet(-spread_over([layer.layer for layer in outliers], spread), weights, target)
+    return {(projection.layer, projection.name): float(sparsities[projection.layer]) for projection in projections}

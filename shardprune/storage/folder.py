@@ -1,0 +1,390 @@
+"""Files anywhere fsspec reaches: local paths and URLs, read by ranges, written whole or not at all.
+
+Every operation waits for storage that is away for a moment, as `shardprune.storage.retrying` says.
+"""
+
+import json
+import os
+import posixpath
+import re
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from shardprune.errors import InputError, StorageError, first_line
+from shardprune.storage.retrying import persist
+
+T = TypeVar("T")
+
+CHUNK = 64 * 2**20  # bytes per read or write call
+REQUEST = 16 * 2**20  # bytes of one of several requests at a time
+REQUESTS = 8  # at a time
+# Where a file shows only when its upload ends. Everywhere else it is written under another name and renamed.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, which install what a protocol needs
+READ_ONLY = "hf://"
+# Errors of these packages are storage's, like Python's OSError.
+CLIENTS = frozenset(
+    {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
+)
+
+Parts = Callable[[], Iterable[bytes | memoryview]]
+
+
+class Folder:
+    """A directory on any file system. Every path given to its methods is relative to it.
+
+    All methods raise StorageError, which names `field`, where storage refuses or stays away.
+
+    Raises:
+        InputError: the URL's file system is not known or lacks its package; names `field`.
+    """
+
+    def __init__(self, url: str, field: str) -> None:
+        self.url = url
+        self.field = field  # of the recipe, for errors about what lies inside
+        self.fs, self.root = _resolve(url, field)
+
+    def path(self, name: str) -> str:
+        return posixpath.join(self.root, name)
+
+    @property
+    def appends(self) -> bool:
+        """Whether `append_text` works here; most storage takes whole files only."""
+        return self._local or "memory" in _protocols(self.fs)
+
+    @property
+    def _local(self) -> bool:
+        return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def _renames(self) -> bool:
+        """Whether a file shows while it is written."""
+        return OBJECT_STORES.isdisjoint(_protocols(self.fs))
+
+    # -- looking ----------------------------------------------------------------------------------------------
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is no such file."""
+
+        def look() -> int | None:
+            try:
+                info = self.fs.info(self.path(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return int(info["size"]) if info["type"] == "file" else None
+
+        return self._persist("read", name, look)
+
+    def is_file(self, name: str) -> bool:
+        return self.size(name) is not None
+
+    def names(self) -> list[str]:
+        """Names of the files and folders directly inside; none where the folder does not exist."""
+
+        def look() -> list[str]:
+            try:
+                return self.fs.ls(self.root, detail=False, refresh=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+        entries = {entry.rstrip("/") for entry in self._persist("listed", "", look)}
+        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
+
+    # -- reading ----------------------------------------------------------------------------------------------
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """The bytes [start, end) of each (name, start, end), one request each, several at a time."""
+        names, starts, ends = ([*column] for column in zip(*ranges, strict=True))
+        paths = [self.path(name) for name in names]
+
+        def read() -> list[bytes]:
+            parts = self.fs.cat_ranges(paths, starts, ends, on_error="return")
+            if error := next((part for part in parts if isinstance(part, BaseException)), None):
+                raise error
+            return parts
+
+        return self._persist("read", names[0] if len(set(names)) == 1 else "", read)
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        return self.read_ranges([(name, start, end)])[0]
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on.
+
+        Raises:
+            EOFError: the file ends first.
+        """
+        if isinstance(self.fs, AsyncFileSystem):
+            self._read_by_requests(name, start, buffer)
+        else:
+            self._persist("read", name, lambda: self._read_as_stream(name, start, buffer))
+
+    def _read_by_requests(self, name: str, start: int, buffer: memoryview) -> None:
+        for done in range(0, len(buffer), REQUESTS * REQUEST):
+            wanted = min(REQUESTS * REQUEST, len(buffer) - done)
+            offsets = range(start + done, start + done + wanted, REQUEST)
+            parts = self.read_ranges([(name, at, min(at + REQUEST, start + done + wanted)) for at in offsets])
+            if (found := sum(map(len, parts))) < wanted:
+                raise _too_short(name, start + done + found, len(buffer) - done - found)
+            for part in parts:
+                buffer[done : done + len(part)] = part
+                done += len(part)
+
+    def _read_as_stream(self, name: str, start: int, buffer: memoryview) -> None:
+        with self.fs.open(self.path(name), "rb", cache_type="none") as file:
+            file.seek(start)
+            done = 0
+            while done < len(buffer):
+                count = file.readinto(buffer[done : done + CHUNK])
+                if not count:
+                    raise _too_short(name, start + done, len(buffer) - done)
+                done += count
+
+    def read_bytes(self, name: str) -> bytes:
+        return self._persist("read", name, lambda: self.fs.cat_file(self.path(name)))
+
+    def read_text(self, name: str) -> str:
+        return self.read_bytes(name).decode()
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read_text(name))
+
+    # -- writing ----------------------------------------------------------------------------------------------
+
+    def write(self, name: str, parts: Parts) -> None:
+        """Write a file from its parts. No reader ever sees it before it is complete.
+
+        Where a file shows while it is written, it is written under a temporary name and renamed;
+        object stores show nothing before the upload ends.
+
+        Args:
+            parts: gives them from the first on whenever it is called: an attempt that fails is made again.
+        """
+        if self._renames:
+            self._persist("written", name, lambda: self._write_and_rename(name, parts()))
+            return
+        unfinished: list[Any] = []  # uploads that could not be aborted, as storage was away
+
+        def upload() -> None:
+            while unfinished:
+                with suppress(FileNotFoundError):  # it has ended after all, and what comes replaces it
+                    unfinished[-1].discard()
+                unfinished.pop()
+            self._upload(name, parts(), unfinished)
+
+        self._persist("written", name, upload)
+
+    def _upload(self, name: str, parts: Iterable[bytes | memoryview], unfinished: list[Any]) -> None:
+        file = self.fs.open(self.path(name), "wb")
+        try:
+            _fill(file, parts)
+            file.close()
+        except BaseException:
+            file.closed = True  # closing would complete the upload, and so would the destructor of an open file
+            unfinished.append(file)
+            with suppress(Exception):  # the first error says more
+                file.discard()
+                unfinished.pop()
+            raise
+
+    def _write_and_rename(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        path = self.path(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
+        self.fs.makedirs(self.root, exist_ok=True)
+        try:
+            with self.fs.open(path, "wb") as file:
+                _fill(file, parts)
+                if self._local:  # or a node that loses power may leave the name without the content
+                    file.flush()
+                    os.fsync(file.fileno())
+            self.fs.mv(path, self.path(name))
+            if self._local:
+                _sync_folder(self.root)
+        except BaseException:
+            with suppress(Exception):  # likewise
+                self.fs.rm_file(path)
+            raise
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        self.write(name, lambda: [content])
+
+    def append_text(self, name: str, text: str) -> None:
+        """Add to the end of a file, which readers see grow."""
+
+        start = ""
+
+        def append() -> None:
+            nonlocal start
+            content, start = start + text, "\n"  # ends what a failed attempt may have left of a line
+            with self.fs.open(self.path(name), "ab") as file:
+                file.write(content.encode())
+
+        self._persist("written", name, append)
+
+    def write_text(self, name: str, text: str) -> None:
+        self.write_bytes(name, text.encode())
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        self._remove(name, lambda: self.fs.rm_file(self.path(name)))
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder with all that it holds, if it is there."""
+        self._remove(name, lambda: self.fs.rm(self.path(name), recursive=True))
+
+    def _remove(self, name: str, operation: Callable[[], None]) -> None:
+        def remove() -> None:
+            with suppress(FileNotFoundError):  # gone, perhaps by an attempt whose answer was lost
+                operation()
+
+        self._persist("removed", name, remove)
+
+    def remove_partial(self) -> None:
+        """Remove what an interrupted `write` left behind."""
+        for name in self.names():
+            if PARTIAL.fullmatch(name):
+                self.remove(name)
+
+    def check_writable(self) -> None:
+        """Write a file and remove it again; folders that this takes go, too.
+
+        Raises:
+            InputError: that cannot be.
+        """
+        _refuse_hub(self.url, self.field)
+        made = self._missing_folders() if self._renames else []
+        name = f".probe.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            self.write_bytes(name, b"")
+            self.remove(name)
+        except StorageError as error:
+            reason = first_line(error.__cause__ or error)
+            raise InputError(self.field, f"{self.url} cannot be written: {reason}") from error
+        finally:
+            with suppress(Exception):  # another run may have written there
+                for folder in made:
+                    self.fs.rmdir(folder)
+
+    def _missing_folders(self) -> list[str]:
+        """This folder and those above it that do not exist, from the inside out."""
+        missing, folder = [], self.root
+        while folder != posixpath.dirname(folder) and not self.fs.exists(folder):
+            missing.append(folder)
+            folder = posixpath.dirname(folder)
+        return missing
+
+    # -- inside -----------------------------------------------------------------------------------------------
+
+    def _persist(self, done: str, name: str, operation: Callable[[], T]) -> T:
+        """What an operation gives, tried again while storage is away.
+
+        Args:
+            done: what could not be `done` to the file, for the error.
+        """
+        place = f"{self.url}/{name}" if name else self.url
+        try:
+            return persist(operation, place)
+        except Exception as error:
+            if not _of_storage(error):
+                raise
+            raise StorageError(self.field, f"{place} cannot be {done}: {first_line(error)}") from error
+
+
+def output_folder(url: str) -> Folder:
+    """The directory of an output.
+
+    Raises:
+        InputError: as for any other, or nothing is written to such a place.
+    """
+    _refuse_hub(url, "out")
+    return Folder(url, "out")
+
+
+def in_process_only(url: str) -> bool:
+    """Whether a URL lives in one process's memory, out of reach of other workers."""
+    return url.startswith("memory://")
+
+
+def absolute(url: str) -> str:
+    """A local path, also one that is written as `file://`, as an absolute one, so that it means the same to every
+    process; any other URL as it is."""
+    if url.startswith("file://"):
+        return LocalFileSystem._strip_protocol(url)
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+
+
+def read_file(url: str, field: str) -> bytes:
+    """The bytes of one file.
+
+    Raises:
+        InputError: it cannot be read; names `field`.
+    """
+    fs, path = _resolve(url, field)
+    try:
+        return persist(lambda: fs.cat_file(path), url)
+    except FileNotFoundError as error:
+        raise InputError(field, f"{url!r} does not exist") from error
+    except Exception as error:
+        if not _of_storage(error):
+            raise
+        raise InputError(field, f"{url!r} cannot be read: {first_line(error)}") from error
+
+
+def _refuse_hub(url: str, field: str) -> None:
+    if url.startswith(READ_ONLY):
+        raise InputError(field, f"{url} cannot be written: the hub is only read from")
+
+
+def _sync_folder(path: str) -> None:
+    """Make the names in a local folder durable."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _fill(file: Any, parts: Iterable[bytes | memoryview]) -> None:
+    for part in parts:
+        view = memoryview(part).cast("B")
+        for start in range(0, len(view), CHUNK):
+            file.write(view[start : start + CHUNK])
+
+
+def _too_short(name: str, end: int, missing: int) -> EOFError:
+    return EOFError(f"{name} ends at byte {end}, {missing} bytes early")
+
+
+def _of_storage(error: Exception) -> bool:
+    """Whether an error came from a file system, which may have no way to do what it is asked."""
+    return isinstance(error, OSError | NotImplementedError) or any(
+        base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
+    )
+
+
+def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
+    # Other workers write, too: a listing is old at once. What the hub has of a model never changes.
+    options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
+    try:
+        fs, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = EXTRAS.get(url.partition("://")[0])
+        hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
+        raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
+    except (ValueError, OSError) as error:
+        raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    return fs, root.rstrip("/") or root
+
+
+def _protocols(fs: AbstractFileSystem) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)

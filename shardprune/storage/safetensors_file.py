@@ -1,0 +1,166 @@
+"""The safetensors format, read and written tensor by tensor on any file system.
+
+A file is eight bytes with the header's length (little-endian), the header in JSON, then the tensors'
+bytes in C order without holes. The library reads whole local files only; one tensor of a remote shard
+is one ranged read here.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shardprune.errors import InputError
+from shardprune.storage.folder import CHUNK, Folder
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+HEADER_READ = 64 * 2**10  # bytes read at once in the hope that the header is no longer
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies: bytes [start, end) of `file`."""
+
+    file: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The entries and the metadata of a file, checked against its size.
+
+    Raises:
+        InputError: the file is missing, no safetensors file, or truncated; names the folder's field.
+    """
+    where = f"{folder.url}/{name}"
+    size = folder.size(name)
+    if size is None:
+        raise InputError(folder.field, f"{where} does not exist")
+    start = folder.read_range(name, 0, min(size, HEADER_READ)) if size else b""
+    length = int.from_bytes(start[:8], "little") if size >= 8 else 0
+    if not 2 <= length <= HEADER_LIMIT:
+        raise InputError(folder.field, f"{where} is not a safetensors file")
+    if 8 + length > size:
+        raise InputError(
+            folder.field, f"{where} is truncated or not a safetensors file: its header ends after the file"
+        )
+    if 8 + length > len(start):
+        start += folder.read_range(name, len(start), 8 + length)
+    try:
+        header = json.loads(start[8 : 8 + length])
+        metadata = header.pop("__metadata__", {})
+        entries = {key: _entry(folder, name, 8 + length, value) for key, value in header.items()}
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(folder.field, f"{where} is not a safetensors file: its header cannot be read") from error
+    expected = max((entry.end for entry in entries.values()), default=8 + length)
+    if expected != size:
+        raise InputError(
+            folder.field, f"{where} is truncated or damaged: it has {size} bytes, its header says {expected}"
+        )
+    return entries, metadata
+
+
+def _entry(folder: Folder, file: str, offset: int, value: dict) -> Entry:
+    start, end = value["data_offsets"]
+    if value["dtype"] not in DTYPES:
+        raise InputError(folder.field, f"{file} holds {value['dtype']} tensors; use one of {', '.join(DTYPES)}")
+    entry = Entry(file, DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + end)
+    if end - start != math.prod(entry.shape) * entry.dtype.itemsize:
+        raise ValueError("a tensor's bytes do not match its shape")
+    return entry
+
+
+def read_tensor(folder: Folder, entry: Entry) -> Tensor:
+    """One tensor, in memory of its own."""
+    tensor = torch.empty(entry.shape, dtype=entry.dtype)
+    if tensor.numel():
+        folder.read_into(entry.file, entry.start, _bytes(tensor))
+    return tensor
+
+
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file of tensors."""
+    shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    write_each(folder, name, shapes, lambda key: tensors[key], metadata)
+
+
+def write_each(
+    folder: Folder, name: str, shapes: Shapes, tensor: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors that are made one at a time, when each one's turn comes."""
+
+    def content(key: str) -> Iterator[memoryview]:
+        yield _bytes(tensor(key).detach().cpu().contiguous())
+
+    _write(folder, name, shapes, metadata, content)
+
+
+def copy_tensors(
+    source: Folder, entries: Mapping[str, Entry], target: Folder, name: str, metadata: Mapping[str, str]
+) -> None:
+    """Write a file of tensors copied byte by byte from other files, never holding a whole one."""
+    shapes = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+
+    def content(key: str) -> Iterator[memoryview]:
+        entry = entries[key]
+        for start in range(entry.start, entry.end, CHUNK):
+            buffer = bytearray(min(CHUNK, entry.end - start))
+            source.read_into(entry.file, start, memoryview(buffer))
+            yield memoryview(buffer)
+
+    _write(target, name, shapes, metadata, content)
+
+
+def _write(
+    folder: Folder,
+    name: str,
+    shapes: Shapes,
+    metadata: Mapping[str, str],
+    content: Callable[[str], Iterable[memoryview]],
+) -> None:
+    # Wide dtypes first, so that every tensor is aligned to its own item size.
+    order = sorted(shapes, key=lambda key: (-shapes[key][0].itemsize, key))
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for key in order:
+        dtype, shape = shapes[key]
+        size = math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
+        for key in order:
+            yield from content(key)
+
+    folder.write(name, parts)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

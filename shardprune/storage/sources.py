@@ -1,0 +1,241 @@
+"""Where text and tokens come from: files anywhere fsspec reaches, the hub, or the standard library.
+
+stdlib                        the running Python's own library: training modules for calibration,
+                              held-out modules for perplexity
+FILE.txt                      one text
+FILE.jsonl[:FIELD]            one document a line, its text in FIELD (default: text)
+FILE.npy                      int64 token ids [samples, seqlen], used as they are
+wikitext2, ptb, c4            the papers' data sets, from the hub
+hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by NAME
+"""
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from shardprune.errors import InputError, first_line
+from shardprune.storage import stdlib
+from shardprune.storage.folder import read_file
+
+Role = Literal["calibration", "perplexity"]
+FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents and how they become one text.
+
+    `separator` joins them. Where `by_document` is set, a calibration window lies inside one document,
+    drawn among those that are long enough: so the papers draw from C4, and only what is drawn is tokenised.
+    `windows` is how many windows perplexity is measured on at most.
+    """
+
+    documents: list[str]
+    separator: str = "\n\n"
+    by_document: bool = False
+    windows: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self.separator.join(self.documents)
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """One split of a hub data set; `files` picks part of a huge one, `rows` the first ones of it, and
+    `windows` limits how many windows perplexity is measured on."""
+
+    name: str
+    config: str | None
+    split: str
+    field: str
+    separator: str = "\n\n"
+    files: str | None = None
+    rows: int | None = None
+    windows: int | None = None
+    revision: str | None = None
+    by_document: bool = False
+
+
+# The splits, separators and amounts of SparseGPT's and Wanda's data loaders.
+PAPERS: dict[str, dict[Role, HubSplit]] = {
+    "wikitext2": {
+        "calibration": HubSplit("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", separator=" "),
+        "perplexity": HubSplit("Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+    },
+    "ptb": {
+        "calibration": HubSplit(
+            "ptb-text-only/ptb_text_only", "penn_treebank", "train", "sentence", " ", revision="refs/convert/parquet"
+        ),
+        "perplexity": HubSplit(
+            "ptb-text-only/ptb_text_only", "penn_treebank", "test", "sentence", " ", revision="refs/convert/parquet"
+        ),
+    },
+    "c4": {
+        "calibration": HubSplit(
+            "allenai/c4", None, "train", "text", files="en/c4-train.00000-of-01024.json.gz", by_document=True
+        ),
+        "perplexity": HubSplit(
+            "allenai/c4", None, "train", "text", " ", "en/c4-validation.00000-of-00008.json.gz", rows=1100, windows=256
+        ),
+    },
+}
+
+
+def check_source(field: str, source: str) -> None:
+    """Check the form of a source without reading it.
+
+    Raises:
+        InputError: it has none of the known forms.
+    """
+    if not is_source(source):
+        raise InputError(field, f"{source!r} is no known source; use {FORMS}")
+
+
+def is_source(source: str) -> bool:
+    """Whether a source has one of the known forms."""
+    if source == "stdlib" or source in PAPERS or split_jsonl(source) or source.endswith((".txt", ".npy")):
+        return True
+    return source.startswith("hf:") and len(source.split(":")) in (4, 5)
+
+
+def is_tokens(source: str) -> bool:
+    """Whether a source holds token ids instead of text."""
+    return source.endswith(".npy")
+
+
+def load_tokens(field: str, source: str) -> np.ndarray:
+    """The int64 array [samples, seqlen] of a `.npy` source.
+
+    Raises:
+        InputError: it is missing or no such array.
+    """
+    content = read_file(source, field)
+    try:
+        tokens = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(field, f"{source!r} is not a .npy array of numbers") from error
+    if not isinstance(tokens, np.ndarray):
+        raise InputError(field, f"{source!r} is an archive of arrays; use a .npy file of one")
+    if tokens.ndim != 2 or tokens.dtype != np.int64:
+        raise InputError(field, f"{source!r} is {tokens.dtype} {list(tokens.shape)}; use int64 [samples, seqlen]")
+    return tokens
+
+
+def load_corpus(field: str, source: str, role: Role) -> Corpus:
+    """The documents of a text source.
+
+    Raises:
+        InputError: it is missing, or not what its form says.
+    """
+    if source == "stdlib":
+        return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"), by_document=True)
+    if source in PAPERS:
+        return _hub(field, source, PAPERS[source][role])
+    if parts := split_jsonl(source):
+        url, text_field = parts
+        return Corpus(json_texts(field, url, read_json_lines(field, url), text_field or "text"))
+    if source.startswith("hf:"):
+        return _hub(field, source, parse_hub(source))
+    return Corpus([read_text(field, source)])
+
+
+def split_jsonl(source: str) -> tuple[str, str | None] | None:
+    """The URL and the field, if one is named, of a source FILE.jsonl[:FIELD]; None of any other source."""
+    match = re.fullmatch(r"(.*\.jsonl)(?::([\w.-]+))?", source)
+    return (match[1], match[2]) if match else None
+
+
+def parse_hub(source: str) -> HubSplit:
+    """What a source hf:NAME[:CONFIG]:SPLIT:FIELD names."""
+    name, *config, split, text_field = source.removeprefix("hf:").split(":")
+    return HubSplit(name, (config or [""])[0] or None, split, text_field)
+
+
+def read_text(field: str, url: str) -> str:
+    """A file as UTF-8 text.
+
+    Raises:
+        InputError: it is missing, or no such text.
+    """
+    try:
+        return read_file(url, field).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(field, f"{url!r} is not UTF-8 text") from error
+
+
+def read_json_lines(field: str, url: str) -> list[tuple[int, Any]]:
+    """The number, from 1 on, and the value of every line that is not blank; None where it is not JSON.
+
+    Raises:
+        InputError: the file is missing, or no text.
+    """
+    values = []
+    for number, line in enumerate(read_text(field, url).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values.append((number, json.loads(line)))
+        except ValueError:
+            values.append((number, None))
+    return values
+
+
+def json_texts(field: str, url: str, lines: list[tuple[int, Any]], text_field: str) -> list[str]:
+    """The texts in one field of the lines that `read_json_lines` gave.
+
+    Raises:
+        InputError: a line is no object with such a text.
+    """
+    documents = []
+    for number, value in lines:
+        document = value.get(text_field) if isinstance(value, dict) else None
+        if not isinstance(document, str):
+            raise InputError(field, f"{url!r} line {number} is no JSON object with a text {text_field!r}")
+        documents.append(document)
+    return documents
+
+
+def load_hub(field: str, source: str, hub: HubSplit, columns: Sequence[str]) -> Any:
+    """The rows of a hub split, a `datasets.Dataset` that has these columns.
+
+    Raises:
+        InputError: it cannot be loaded, or lacks a column.
+    """
+    from datasets import load_dataset
+
+    files = {hub.split: hub.files} if hub.files else None
+    try:
+        rows = load_dataset(hub.name, hub.config, split=hub.split, data_files=files, revision=hub.revision)
+    except Exception as error:  # `datasets` raises its own, the hub's, and the network's errors
+        raise InputError(field, f"{source!r} cannot be loaded as a data set: {first_line(error)}") from error
+    for column in columns:
+        if column not in rows.column_names:
+            raise InputError(field, f"{source!r} has no field {column!r}; use one of {', '.join(rows.column_names)}")
+    return rows.select(range(min(hub.rows or len(rows), len(rows))))
+
+
+def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
+    rows = load_hub(field, source, hub, [hub.field])
+    return Corpus(list(rows[hub.field]), hub.separator, hub.by_document, hub.windows)
+
+
+DATA_FORMS = (
+    "alpaca, FILE.json, FILE.jsonl[:FIELD], FILE.txt, FILE.npy, stdlib, wikitext2, ptb, c4 "
+    "or hf:NAME[:CONFIG]:SPLIT:FIELD"
+)
+
+
+def check_data(source: str) -> None:
+    """Check the form of a source of training data without reading it.
+
+    Raises:
+        InputError: it has none of the known forms.
+    """
+    if source != "alpaca" and not source.endswith(".json") and not is_source(source):
+        raise InputError("data", f"{source!r} is no known source; use {DATA_FORMS}")

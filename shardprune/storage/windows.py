@@ -1,0 +1,99 @@
+"""Token windows [samples, seqlen] for calibration and for perplexity."""
+
+import hashlib
+import random
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from shardprune.errors import InputError
+from shardprune.storage.sources import Corpus, is_tokens, load_corpus, load_tokens
+
+Tokenizer = Callable[[], PreTrainedTokenizerBase]  # loads it when text must be tokenised
+
+
+def calibration_windows(
+    source: str, tokenizer: Tokenizer, samples: int, seqlen: int, seed: int, vocabulary: int
+) -> Tensor:
+    """Windows drawn with the seed from a source's token stream, int64 [samples, seqlen].
+
+    Raises:
+        InputError: the source is shorter than one window, or holds too few samples.
+    """
+    if is_tokens(source):
+        tokens = _stored_windows("calibration", source, seqlen, vocabulary)
+        if len(tokens) < samples:
+            raise InputError("samples", f"{samples} is more than the {len(tokens)} rows of {source!r}")
+        return tokens[:samples]
+    corpus = load_corpus("calibration", source, "calibration")
+    if corpus.by_document:
+        return _draw_from_documents(corpus, tokenizer(), samples, seqlen, seed, source)
+    stream = _tokenise(tokenizer(), corpus.text)
+    _check_length("calibration", source, stream, seqlen)
+    draw = random.Random(seed)
+    starts = [draw.randint(0, len(stream) - seqlen) for _ in range(samples)]
+    return torch.stack([stream[start : start + seqlen] for start in starts])
+
+
+def perplexity_windows(
+    source: str, tokenizer: Tokenizer, seqlen: int, vocabulary: int, limit: int | None, field: str = "eval"
+) -> Tensor:
+    """Non-overlapping windows of a source's token stream, int64 [windows, seqlen]; the rest is dropped.
+
+    The text is tokenised as one stream, as SparseGPT and Wanda do; `limit` keeps the first windows only.
+    `field` is the recipe's that names the source.
+
+    Raises:
+        InputError: the source is shorter than one window.
+    """
+    if is_tokens(source):
+        return _stored_windows(field, source, seqlen, vocabulary)[:limit]
+    corpus = load_corpus(field, source, "perplexity")
+    stream = _tokenise(tokenizer(), corpus.text)
+    _check_length(field, source, stream, seqlen)
+    return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[: corpus.windows][:limit].clone()
+
+
+def tokens_hash(tokens: Tensor) -> str:
+    """SHA-256 of the int64 token ids in C order."""
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+
+
+def _check_length(field: str, source: str, stream: Tensor, seqlen: int) -> None:
+    if len(stream) < seqlen:
+        raise InputError(field, f"{source!r} has {len(stream)} tokens, too short for one window of seqlen {seqlen}")
+
+
+def _stored_windows(field: str, source: str, seqlen: int, vocabulary: int) -> Tensor:
+    tokens = torch.from_numpy(load_tokens(field, source))
+    if tokens.shape[1] != seqlen:
+        raise InputError("seqlen", f"{seqlen} is not the row length {tokens.shape[1]} of {source!r}")
+    if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise InputError(field, f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
+    return tokens
+
+
+def _draw_from_documents(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, source: str
+) -> Tensor:
+    """One window from each long enough document in an order drawn with the seed, over again if they run out."""
+    draw = random.Random(seed)
+    order = draw.sample(corpus.documents, len(corpus.documents))
+    windows: list[Tensor] = []
+    while True:
+        before = len(windows)
+        for document in order:
+            tokens = _tokenise(tokenizer, document)
+            if len(tokens) >= seqlen:
+                start = draw.randint(0, len(tokens) - seqlen)
+                windows.append(tokens[start : start + seqlen])
+            if len(windows) == samples:
+                return torch.stack(windows)
+        if len(windows) == before:
+            raise InputError("calibration", f"{source!r} has no document of {seqlen} tokens, one window of seqlen")

@@ -1,0 +1,182 @@
+"""Real jobs of a real Slurm with three nodes: they end, are cancelled, lose a node, are told that their time is up."""
+
+import json
+import re
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shardprune import Recipe, prune
+from shardprune.cluster.slurm.node import LONGEST_TMP
+from shardprune.recipes.demo import bundled_model
+from shardprune.report.progress import Output
+from tests.cluster.slurm.sandbox import Sandbox, why_not
+from tests.support.tiny import differing, make_tokens
+
+ROOT = Path(__file__).resolve().parents[3]
+WAIT_SECONDS = 180.0
+# Ray's own patience with a silent node is half a minute.
+QUICK_RAY = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    if lacks := why_not():
+        pytest.skip(f"no Slurm to test with: {lacks}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)  # munged will not have its socket where not all users reach it
+    sandbox = Sandbox(folder)
+    sandbox.up(3, cpus=2, subnet="10.97.31", port=19317, requeue_wait=5, kill_wait=15, node_timeout=10)
+    sandbox.environment |= {"PYTHONPATH": str(ROOT), **QUICK_RAY}
+    yield sandbox
+    sandbox.down()
+
+
+@pytest.fixture(scope="module")
+def tmp() -> Iterator[Path]:
+    """Where Ray's files lie on the nodes: the longest path in which its sockets have room."""
+    tmp = Path("/tmp", secrets.token_hex(LONGEST_TMP)[: LONGEST_TMP - len("/tmp/")])
+    tmp.mkdir()
+    yield tmp
+    tmp.rmdir()
+
+
+def recipe(folder: Path, out: str, samples: int, threads: int) -> dict:
+    """One shard for each node. Paths are relative to the directory that a job is submitted from."""
+    make_tokens(folder / f"{samples}.npy", samples=samples, seqlen=256)
+    return {
+        "model": bundled_model(),
+        "out": out,
+        "calibration": f"{samples}.npy",
+        "samples": samples,
+        "seqlen": 256,
+        "wave": 4,
+        "sparsity": 0.5,
+        "shards": 3,
+        "threads": threads,
+    }
+
+
+def undisturbed(values: dict, folder: Path, monkeypatch) -> Path:
+    """The output of the same recipe in one process."""
+    monkeypatch.chdir(folder)
+    prune(Recipe.checked({**values, "out": str(folder / "local"), "backend": "local"}), Output(quiet=True))
+    return folder / "local"
+
+
+def until(what: str, true: Callable[[], bool], log: Callable[[], str]) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < end, f"{what} did not happen in {WAIT_SECONDS:g} s:\n{log()}"
+        time.sleep(0.2)
+
+
+def left_over(sandbox: Sandbox) -> str:
+    """Processes that Slurm found after the end of jobs."""
+    return sandbox.leftovers.read_text() if sandbox.leftovers.exists() else ""
+
+
+class Job:
+    """A job of the sandbox, submitted from a directory."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path, out: str, *command: str) -> None:
+        self._sandbox = sandbox
+        self.folder, self.out = folder, folder / out
+        said = sandbox.client(*command, cwd=folder).stdout
+        self.number = re.search(r"job (\d+)", said)[1]
+
+    def wait(self, what: str, true: Callable[[], bool]) -> None:
+        ended = ("COMPLETED", "FAILED", "TIMEOUT")
+        until(f"{what} of job {self.number}", lambda: true() or self.state in ended, self.log)
+        assert true(), self.log()
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in self.folder.glob(f"*-{self.number}.log"))
+
+    def layers(self) -> int:
+        """How many files of layers there are."""
+        return len(list(self.out.glob("model-*.safetensors")))
+
+    def nodes(self) -> set[str]:
+        return {worker["node"] for worker in json.loads((self.out / "result.json").read_text())["workers"]}
+
+    def __getattr__(self, name: str) -> str:
+        """A field of what Slurm says about the job: JobState is `state`, ExitCode `exit_code`, ..."""
+        fields = {"state": "JobState", "exit_code": "ExitCode", "restarts": "Restarts", "node_list": "NodeList"}
+        said = self._sandbox.client("scontrol", "show", "job", "-o", self.number).stdout
+        return dict(word.split("=", 1) for word in said.split() if "=" in word)[fields[name]]
+
+
+def test_a_job_prunes_on_three_nodes(sandbox, tmp_path, monkeypatch):
+    values = recipe(tmp_path, "out", samples=48, threads=2)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    script = str(ROOT / "cluster" / "slurm" / "prune.sbatch")
+    python = f"PATH={Path(sys.executable).parent}:{sandbox.environment['PATH']}"
+    job = Job(sandbox, tmp_path, "out", "env", python, "sbatch", "--nodes=3", "--time=10", script, "r.yaml")
+    local = undisturbed(values, tmp_path, monkeypatch)
+    job.wait("the end", lambda: job.state == "COMPLETED")
+    assert job.exit_code == "0:0"
+    assert job.nodes() == {"node1", "node2", "node3"}
+    assert differing(job.out, local) == []
+    assert left_over(sandbox) == ""
+
+
+def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int) -> Job:
+    """A job that takes one of the two CPUs of each node, for one shard."""
+    asked = {"nodes": nodes, "min-nodes": 2, "cpus-per-node": 1, "object-store": 0.2, "time": 10, "notice": 60}
+    words = ["--submit", *(f"--{name}={value}" for name, value in asked.items())]
+    words += ["--tmp", str(tmp), "--job-name", out, "--script", f"{out}.sbatch"]
+    overrides = ["--", "--out", out, "--shards", str(nodes)]
+    return Job(sandbox, folder, out, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, *overrides)
+
+
+def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, tmp_path, tmp, monkeypatch):
+    """Of two jobs on the same nodes one is cancelled, and leaves nothing behind. The other loses a node and goes on,
+    and after Slurm's notice of its time limit again, on the nodes that are left."""
+    values = recipe(tmp_path, "out", samples=128, threads=1)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    job = submitted(sandbox, tmp_path, "out", tmp, nodes=3)
+    cancelled = submitted(sandbox, tmp_path, "cancelled", tmp, nodes=2)
+    for each in (job, cancelled):
+        each.wait("the first layer", lambda: each.layers() > 0)
+    finished = {path: path.stat().st_mtime_ns for path in job.out.glob("model-*.safetensors")}
+    sandbox.kill_node("node3")
+    sandbox.client("scancel", cancelled.number)
+    job.wait("going on", lambda: "going on with what is left" in job.log())
+    layers = job.layers()
+    job.wait("another layer", lambda: job.layers() > layers)
+    assert job.state == "RUNNING", job.log()
+    sandbox.client("scancel", "--signal=USR1", "--batch", job.number)
+    local = undisturbed(values, tmp_path, monkeypatch)
+    job.wait("the end", lambda: job.state == "COMPLETED")
+    assert (job.exit_code, job.restarts, job.node_list) == ("0:0", "1", "node[1-2]"), job.log()
+    assert job.nodes() == {"node1", "node2"}
+    assert "told to stop by SIGUSR1" in job.log()
+    assert [path.stat().st_mtime_ns for path in finished] == list(finished.values())
+    assert differing(job.out, local) == []
+    assert (cancelled.state, cancelled.node_list) == ("CANCELLED", "node[1-2]")
+    assert left_over(sandbox) == ""
+    (lost,) = tmp.iterdir()  # nobody could clean up there
+    assert lost.name == f"sp-{job.number}-{zlib.crc32(b'node3'):08x}"
+    shutil.rmtree(lost)
+
+
+def test_a_job_ends_with_the_code_of_its_command(sandbox, tmp_path):
+    (tmp_path / "r.yaml").write_text("model: nowhere\nout: out\nsparsity: 0.5\n")
+    words = ["--cpus-per-node", "1", "--object-store", "0.2", "--time", "10", "--submit"]
+    job = Job(sandbox, tmp_path, "out", sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words)
+    until("its end", lambda: job.state == "FAILED", job.log)
+    assert job.exit_code == "2:0"
+    assert "error: model: 'nowhere'" in job.log()

@@ -1,0 +1,151 @@
+"""Scripts of Slurm jobs, and what is wrong before there is one."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shardprune.cli import main
+from shardprune.cluster.slurm.batch import BatchJob, standing_script
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
+PRUNE = "model: m\nout: o\nsparsity: 0.5\ncalibration: stdlib\n"
+PIPELINE = "model: m\nprune: {sparsity: 0.5}\nevaluate: {perplexity: stdlib, shards: 9}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Path:
+    """A recipe in a directory, whose name no shell leaves alone, that is the current one."""
+    folder = tmp_path / "a folder's #1"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    path = folder / "r.yaml"
+    path.write_text(PRUNE)
+    return path
+
+
+def run(*words: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["slurm", *words])
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("command", ["prune", "recover", "pipeline"])
+def test_the_scripts_of_the_repository_are_those_of_the_command(command):
+    path = ROOT / "cluster" / "slurm" / f"{command}.sbatch"
+    assert path.read_text() == standing_script(command), f"write standing_script({command!r}) into {path}"
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+def test_a_script_asks_for_what_was_asked(recipe, capsys):
+    words = "r.yaml --nodes 4 --min-nodes 2 --gpus-per-node 8 --time 1-12 --account lab --sbatch --constraint=a100"
+    options = [*words.split(), "--setup", "source '/opt/env 1/bin/activate'", "--object-store", "1.5"]
+    assert run(*options, "--", "--out", "it's here", "--sparsity", "0.6") == 0
+    assert "sbatch r.sbatch" in capsys.readouterr().out
+    lines = Path("r.sbatch").read_text().splitlines()
+    wanted = {
+        "--job-name=r",
+        f"--chdir={recipe.parent}",
+        "--nodes=2-4",
+        "--gpus-per-node=8",
+        "--exclusive",
+        "--mem=0",
+        "--time=1-12",
+        "--account=lab",
+        "--output=%x-%j.log",
+        "--open-mode=append",
+        "--signal=B:USR1@120",
+        "--requeue",
+        "--no-kill",
+        "--constraint=a100",
+    }
+    asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert {word for option in asked for word in shlex.split(option)} == wanted
+    assert lines[-2] == "source '/opt/env 1/bin/activate'"
+    job, command = " ".join(shlex.split(lines[-1])).split(" -- ")
+    assert job.startswith("exec python -m shardprune.cluster.slurm.job --min-nodes=2 --notice=120")
+    assert "--object-store=1610612736" in job.split()
+    assert command == f"prune --recipe {recipe} --out it's here --sparsity 0.6"
+
+
+def test_a_part_of_each_node_is_shared_with_other_jobs():
+    script = BatchJob(cpus_per_node=2, mem="4G").script(["prune"], Path("/x"))
+    assert "#SBATCH --cpus-per-task=2\n#SBATCH --mem=4G\n" in script
+    assert "--exclusive" not in script
+
+
+def test_lists_of_a_recipe_count_where_no_option_replaces_them(recipe, capsys):
+    recipe.write_text("perplexity: [wikitext2, ptb]\n")
+    assert run("r.yaml", "--", "m") == 0
+    recipe.write_text(f"{PRUNE}eval: [nowhere]\n")
+    assert run("r.yaml") == 2
+    assert capsys.readouterr().err.startswith("error: eval: 'nowhere' is no known source")
+
+
+def test_a_script_is_printed_or_written_but_not_over_something_else(recipe, capsys):
+    assert run("r.yaml", "--script", "-") == 0
+    printed = capsys.readouterr().out
+    assert [path.name for path in recipe.parent.iterdir()] == ["r.yaml"]
+    assert run("r.yaml") == run("r.yaml") == 0
+    assert Path("r.sbatch").read_text() == printed
+    capsys.readouterr()
+    assert run("r.yaml", "--nodes", "2") == 2
+    assert capsys.readouterr().err.startswith("error: script: 'r.sbatch' exists and holds something else")
+    assert Path("r.sbatch").read_text() == printed
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_recipe_finds_its_command(path, capsys):
+    command = next(line for line in path.read_text().splitlines() if line.startswith("# shardprune ")).split()[2]
+    model = [] if command == "pipeline" else ["m"]
+    assert run(str(path), "--script", "-", "--", *model, "--out", "o") == 0
+    assert f"-- {command} " in capsys.readouterr().out.splitlines()[-1]
+
+
+LINES = "a\n#SBATCH --uid=0"
+LONG = "/scratch/of/this/cluster"
+WRONG = {
+    "unknown field": (
+        PRUNE + "sparsty: 0.5\n",
+        [],
+        "sparsty: no field of a recipe has this name; did you mean spars",
+    ),
+    "wrong value": (PRUNE, ["--", "--sparsity", "2"], "sparsity: 2.0 is not allowed"),
+    "unknown option of the command": (PRUNE, ["--", "--spasity", "0.5"], "prune: No such option: --spasity"),
+    "something missing": ("sparsity: 0.5\nout: o\n", [], "model: missing"),
+    "fields of every command": ("model: m\nout: o\n", [], "sparsity: missing"),
+    "no such command": (PRUNE, ["--command", "prun"], "command: 'prun' is not allowed; use one of prune, mop"),
+    "another command": (PRUNE, ["--command", "mop"], "sparsity: no field of a recipe has this name"),
+    "another cluster": (PRUNE + "address: a:1\n", [], "address: 'a:1' is not the job's own Ray cluster"),
+    "no cluster": (PRUNE, ["--", "--backend", "local"], "backend: 'local' would leave the job's nodes alone"),
+    "too few GPUs": (PRUNE, ["--gpus-per-node", "2", "--", "--shards", "3"], "shards: 3 workers need as many GPUs"),
+    "too few CPUs": (PRUNE, ["--cpus-per-node", "1", "--", "--replicas", "2"], "shards: 2 workers need as many CPUs"),
+    "too few for a step": (PIPELINE, ["--gpus-per-node", "8", "--", "--out", "o"], "evaluate.shards: 9 workers need"),
+    "no nodes": (PRUNE, ["--nodes", "0"], "nodes: 0 is not allowed"),
+    "fewer than no GPUs": (PRUNE, ["--gpus-per-node", "-1"], "gpus_per_node: -1 is not allowed"),
+    "more than all nodes": (PRUNE, ["--min-nodes", "2"], "min_nodes: 2 is more than nodes, 1"),
+    "no time": (PRUNE, ["--time", "4h"], "time: '4h' is not allowed; use minutes, minutes:seconds, hours:minutes"),
+    "too little time": (PRUNE, ["--time", "3"], "time: '3' leaves no time before the notice, 120 s before the limit"),
+    "no room for sockets": (PRUNE, ["--tmp", LONG], f"tmp: '{LONG}' is not allowed; use an absolute path of at most"),
+    "no option of sbatch": (PRUNE, ["--sbatch", "qos=x"], "sbatch: ['qos=x'] is not allowed; 'qos=x' is no option"),
+    "printed and submitted": (PRUNE, ["--script", "-", "--submit"], "script: '-' is printed, not submitted"),
+    "two lines": (PRUNE, ["--job-name", LINES], f"job_name: {LINES!r} has more than one line"),
+}
+
+
+@pytest.mark.parametrize(("text", "words", "said"), WRONG.values(), ids=WRONG)
+def test_bad_input_is_one_line_and_no_script(recipe, capsys, text, words, said):
+    recipe.write_text(text)
+    assert run("r.yaml", *words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {said}")
+    assert captured.err.count("\n") == 1
+    assert [path.name for path in recipe.parent.iterdir()] == ["r.yaml"]
+
+
+def test_a_machine_without_slurm(recipe, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert run("r.yaml", "--submit") == 2
+    assert capsys.readouterr().err == "error: submit: sbatch is not installed here; 'r.sbatch' is written\n"

@@ -1,0 +1,219 @@
+"""Checkpoints on any file system, and the damage that is found before any work."""
+
+import gc
+import json
+import shutil
+from typing import ClassVar
+
+import fsspec
+import pytest
+import torch
+from fsspec.spec import AbstractBufferedFile
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import INDEX, Checkpoint
+from shardprune.storage.folder import Folder
+from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
+from tests.support.tiny import load_tensors, make_model
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory) -> str:
+    return make_model(tmp_path_factory.mktemp("sharded"), max_shard_size="20KB")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shards", ["one", "several"])
+@pytest.mark.parametrize("place", ["path", "file", "memory"])
+def test_tensors_are_read_as_the_library_reads_them(tmp_path, dtype, shards, place):
+    make_model(tmp_path, dtype=dtype, **({"max_shard_size": "20KB"} if shards == "several" else {}))
+    assert (tmp_path / INDEX).exists() == (shards == "several")
+    url = {"path": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}[place]
+    if place == "memory":
+        fsspec.filesystem("memory").put(f"{tmp_path}/", f"/{tmp_path.name}/", recursive=True)
+    checkpoint = Checkpoint(url)
+    expected = load_tensors(tmp_path)
+    assert checkpoint.entries.keys() == expected.keys()
+    for name, tensor in expected.items():
+        read = checkpoint.read(name)
+        assert read.dtype == dtype
+        assert torch.equal(read, tensor)
+
+
+def test_written_files_are_read_by_the_library(tmp_path):
+    tensors = {
+        "b": torch.randn(3, 5).bfloat16(),
+        "a": torch.randn(2, 2, 2),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.5),
+        "transposed": torch.randn(4, 6).t(),
+        "flags": torch.tensor([True, False]),
+    }
+    folder = Folder(str(tmp_path / "new"), "out")
+    write_tensors(folder, "x.safetensors", tensors, {"note": "kept"})
+    found = load_file(tmp_path / "new" / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    with safe_open(tmp_path / "new" / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "note": "kept"}
+    entries, metadata = read_header(folder, "x.safetensors")
+    assert metadata["note"] == "kept"
+    assert torch.equal(read_tensor(folder, entries["transposed"]), tensors["transposed"])
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    folder = Folder(str(tmp_path), "out")
+
+    def parts():
+        yield b"half"
+        raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        folder.write("file", parts)
+    assert folder.names() == []
+
+
+class Store(fsspec.AbstractFileSystem):
+    """An object store's manners: a file appears when its upload ends, and closing it ends the upload."""
+
+    protocol = "s3"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def _open(self, path, mode="rb", **kwargs):
+        return Upload(self, path, mode, **kwargs)
+
+
+class Upload(AbstractBufferedFile):
+    def _initiate_upload(self):
+        self.parts = []
+
+    def _upload_chunk(self, final=False):
+        self.parts.append(self.buffer.getvalue())
+        if final:
+            Store.objects[self.path] = b"".join(self.parts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_upload_that_fails_never_appears(tmp_path, fails):
+    folder = Folder(str(tmp_path), "out")
+    folder.fs, folder.root = Store(), "bucket/run"
+
+    def parts():
+        for _ in range(3):
+            yield bytes(3 * 2**20)
+        if fails:
+            raise KeyboardInterrupt
+
+    Store.objects.clear()
+    if fails:
+        with pytest.raises(KeyboardInterrupt):
+            folder.write("x", parts)
+        gc.collect()
+        assert Store.objects == {}
+    else:
+        folder.write("x", parts)
+        assert Store.objects == {"bucket/run/x": bytes(9 * 2**20)}
+
+
+def test_identity_tells_models_apart_but_not_copies(tmp_path, sharded):
+    copy = tmp_path / "copy"
+    shutil.copytree(sharded, copy)
+    assert Checkpoint(sharded).identity() == Checkpoint(str(copy)).identity()
+    for file in copy.glob("*.safetensors"):  # one tensor in one of the files
+        tensors = load_file(file)
+        if "model.layers.2.mlp.up_proj.weight" in tensors:
+            tensors["model.layers.2.mlp.up_proj.weight"] *= 1.01
+            save_file(tensors, file, {"format": "pt"})
+    assert Checkpoint(sharded).identity() != Checkpoint(str(copy)).identity()
+
+
+def damaged(sharded: str, tmp_path, damage) -> str:
+    copy = tmp_path / "damaged"
+    shutil.copytree(sharded, copy)
+    damage(copy)
+    return str(copy)
+
+
+def truncate(copy):
+    file = max(copy.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def truncate_header(copy):
+    file = next(copy.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:50])
+
+
+def replace(copy):
+    next(copy.glob("*.safetensors")).write_bytes(b"this is no safetensors file, but it is long enough to be one")
+
+
+def empty(copy):
+    next(copy.glob("*.safetensors")).write_bytes(b"")
+
+
+def misplace(copy):
+    index = json.loads((copy / INDEX).read_text())
+    index["weight_map"]["model.layers.9.ghost"] = next(iter(index["weight_map"].values()))
+    (copy / INDEX).write_text(json.dumps(index))
+
+
+def remove_shard(copy):
+    next(copy.glob("*.safetensors")).unlink()
+
+
+def break_index(copy):
+    (copy / INDEX).write_text("{")
+
+
+def index_of_lists(copy):
+    (copy / INDEX).write_text('{"weight_map": ["a"]}')
+
+
+def index_of_numbers(copy):
+    (copy / INDEX).write_text('{"weight_map": {"a": 1}}')
+
+
+def remove_config(copy):
+    (copy / "config.json").unlink()
+
+
+def remove_weights(copy):
+    for file in copy.glob("model*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "is truncated or damaged: it has"),
+        (truncate_header, "is truncated or not a safetensors file"),
+        (replace, "is not a safetensors file"),
+        (empty, "is not a safetensors file"),
+        (misplace, "places model.layers.9.ghost in .*, which has no such tensor"),
+        (remove_shard, "does not exist"),
+        (break_index, "cannot be read as an index"),
+        (index_of_lists, "cannot be read as an index"),
+        (index_of_numbers, "cannot be read as an index"),
+        (remove_config, "holds no config.json"),
+        (remove_weights, "holds neither model.safetensors nor"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_damage_is_an_input_error(tmp_path, sharded, damage, message):
+    with pytest.raises(InputError, match=message) as caught:
+        Checkpoint(damaged(sharded, tmp_path, damage))
+    assert caught.value.field == "model"
+
+
+@pytest.mark.parametrize("model", ["missing", "../missing/model", "/no/such/place"])
+def test_a_missing_model_is_an_input_error(model):
+    with pytest.raises(InputError, match="is no directory, no URL and no hub name"):
+        Checkpoint(model)
+
+
+def test_a_checkpoint_without_tokenizer_says_so(sharded):
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        Checkpoint(sharded).tokenizer()

@@ -1,0 +1,31 @@
+"""The file of losses: repeated steps, and a line that a kill cut off."""
+
+from shardprune.recovery.loss_log import Loss, Losses
+
+
+def loss(step, value=1.0, held_out=None):
+    return Loss(step, value, learning_rate=0.1, gradient_norm=2.0, targets=7, held_out=held_out)
+
+
+def test_the_last_record_of_a_step_counts(tmp_path):
+    losses = Losses(str(tmp_path))
+    assert losses.read() == []
+    for record in (loss(1), loss(2), loss(3), loss(2, 5.0), loss(3, 6.0, held_out=0.5)):
+        losses.append(record)
+    assert losses.read() == [loss(1), loss(2, 5.0), loss(3, 6.0, held_out=0.5)]
+
+
+def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+    losses = Losses(str(tmp_path))
+    losses.mend()
+    losses.append(loss(1))
+    file = next(tmp_path.iterdir())
+    whole = file.read_bytes()
+    losses.append(loss(2))
+    for size in (len(whole), len(whole) + 1, len(file.read_bytes()) - 1):
+        file.write_bytes(file.read_bytes()[:size])
+        assert losses.read() == [loss(1)]
+        losses.mend()
+        assert file.read_bytes() == whole
+        losses.append(loss(2))
+    assert losses.read() == [loss(1), loss(2)]

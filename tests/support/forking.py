@@ -1,0 +1,106 @@
+"""Ray's worker processes as forks of one process that has imported torch, transformers and shardprune.
+
+These imports take every worker of a run more than four seconds of a core: most of the time of the tests that start
+Ray. A hook, which Ray calls for each job, says with which command its workers start; that command hands what Ray gave
+it to a process that was started once, and a fork of this becomes the worker. All else stays: a fork is a process of its
+own, which imports Ray, registers with its node, and is killed and dies as others are and do.
+
+tests/cluster/slurm, tests/jobs and the commands that tests run as users do have workers that Ray starts by itself.
+"""
+
+import gc
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+COMMAND = "SHARDPRUNE_TEST_WORKER_COMMAND"
+# What Ray starts in the place of an interpreter; it lives as long as the worker.
+ASKING = """
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as asking:
+    asking.connect(sys.argv[1])
+    wanted = {"words": sys.argv[2:], "environment": dict(os.environ), "folder": os.getcwd()}
+    socket.send_fds(asking, [b"*"], [0, 1, 2])
+    asking.sendall(json.dumps(wanted).encode() + b"\\n")
+    asking.recv(1)
+"""
+
+
+@contextmanager
+def forks() -> Iterator[dict[str, str]]:
+    """In the block the workers of this process and of others with the environment that it yields are forks."""
+    with tempfile.TemporaryDirectory(prefix="forks-") as folder, socket.socket(socket.AF_UNIX) as listener:
+        Path(folder, "asking.py").write_text(ASKING)
+        listener.bind(f"{folder}/socket")
+        listener.listen(64)
+        server = psutil.Popen(
+            [sys.executable, "-m", "tests.support.forking", str(listener.fileno())],
+            pass_fds=[listener.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # which Ray sets for a worker of one CPU
+        )
+        environment = {
+            "RAY_RUNTIME_ENV_HOOK": "tests.support.forking.hook",
+            COMMAND: f"{sys.executable} -I -S {folder}/asking.py {folder}/socket",
+        }
+        os.environ |= environment
+        try:
+            yield environment
+        finally:
+            for name in environment:
+                del os.environ[name]
+            for process in (*server.children(recursive=True), server):
+                process.kill()
+            server.wait()
+
+
+def hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
+    """The runtime environment of a job, with the command that its workers start with."""
+    return {**(runtime_env or {}), "py_executable": os.environ[COMMAND]}
+
+
+def main() -> None:
+    """Import, then fork for whoever asks. Nothing here may start a thread, which a fork would not have."""
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    import transformers.models.llama.modeling_llama  # noqa: F401  and torch
+
+    import shardprune.cluster.local_backend  # noqa: F401  all that a worker needs but Ray
+
+    assert "ray" not in sys.modules, "Ray reads the job and the node that a worker belongs to when it is imported"
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork's end
+    while True:
+        asking, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            become_worker(asking)
+            return  # only now the connection closes, which tells the other end
+        asking.close()
+
+
+def become_worker(asking: socket.socket) -> None:
+    """Be the process that is asked for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, streams, _, _ = socket.recv_fds(asking, 1, 3)
+    wanted = json.loads(asking.makefile().readline())
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
+    os.environ.clear()
+    os.environ |= wanted["environment"]
+    os.chdir(wanted["folder"])
+    sys.argv = wanted["words"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
