@@ -20,7 +20,7 @@ from shardprune.recipes.help_text import help_of, name_of, placeholder_of
 from shardprune.recipes.identity import AnyRecipe, identifying_fields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.panels import DescribedField, FieldPanel, panels_of
-from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings
 
@@ -80,7 +80,7 @@ def _panels(command: str) -> list[FieldPanel]:
 def _identity(command: str) -> set[str]:
     """The fields that make two runs of a command the same; none where it has no runs that go on."""
     settings = SETTINGS.get(command)
-    if settings in (Recipe, RebuildRecipe, MopRecipe):
+    if settings in (PruneRecipe, RebuildRecipe, MopRecipe):
         return identifying_fields(cast(type[AnyRecipe], settings)) | {"segments", "dtype"}
     return RecoverRecipe.identifying_fields() if settings is RecoverRecipe else set()
 

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from shardprune.recipes.evaluate import EvaluateRecipe
     from shardprune.recipes.mop import MopRecipe
     from shardprune.recipes.pipeline import PipelineRecipe
-    from shardprune.recipes.prune import RebuildRecipe, Recipe
+    from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
+    from shardprune.recipes.prune import PruneRecipe as Recipe
     from shardprune.recipes.recover import RecoverRecipe
 
 __all__ = [
     "EvaluateRecipe",
     "MopRecipe",
     "PipelineRecipe",
+    "PruneRecipe",
     "RebuildRecipe",
     "Recipe",
     "RecoverRecipe",
@@ -37,7 +39,8 @@ _PLACES = {
     "MopRecipe": "recipes.mop",
     "PipelineRecipe": "recipes.pipeline",
     "RebuildRecipe": "recipes.prune",
-    "Recipe": "recipes.prune",
+    "PruneRecipe": "recipes.prune",
+    "Recipe": "recipes.prune",  # the short name of the most used one
     "RecoverRecipe": "recipes.recover",
     "evaluate": "commands.evaluate",
     "mop": "commands.mop",
@@ -52,4 +55,4 @@ def __getattr__(name: str) -> Any:
     # Imported on first use: whoever wants a solver alone needs neither transformers nor Ray.
     if name not in _PLACES:
         raise AttributeError(f"module 'shardprune' has no attribute {name!r}")
-    return getattr(import_module(f"shardprune.{_PLACES[name]}"), name)
+    return getattr(import_module(f"shardprune.{_PLACES[name]}"), "PruneRecipe" if name == "Recipe" else name)

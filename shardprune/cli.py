@@ -19,7 +19,7 @@ from shardprune.recipes.help_text import HEAL, LOOK, PLAN, PRUNE, START, Helpful
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.options import completion, given, with_options
 from shardprune.recipes.pipeline import PipelineRecipe
-from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings
 
@@ -73,7 +73,7 @@ RecipeFile = Annotated[
     "shardprune prune meta-llama/Llama-3.1-8B --out runs/llama-8b-50",
     "--sparsity 0.5 --calibration c4 --eval wikitext2",
 )
-@with_options(Recipe)
+@with_options(PruneRecipe)
 def prune(
     model: Model = None,
     *,
@@ -83,7 +83,7 @@ def prune(
     """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
     from shardprune.commands.prune import prune as run
 
-    settings = Recipe.load(recipe, given({"model": model, **options}))
+    settings = PruneRecipe.load(recipe, given({"model": model, **options}))
     print_result(run(settings), settings)
 
 

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from shardprune.shard.prune_worker import ShardWorker
+from shardprune.shard.prune_worker import PruneWorker
 from tests.support.tiny import make_model, make_tokens
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -75,14 +75,14 @@ def dies_at_layer(monkeypatch):
     """Make the writing of one layer fail, once."""
 
     def arm(layer: int) -> None:
-        write = ShardWorker.write
+        write = PruneWorker.write
 
         def failing(self, index, record):
             if index == layer:
-                monkeypatch.setattr(ShardWorker, "write", write)
+                monkeypatch.setattr(PruneWorker, "write", write)
                 raise KeyboardInterrupt
             return write(self, index, record)
 
-        monkeypatch.setattr(ShardWorker, "write", failing)
+        monkeypatch.setattr(PruneWorker, "write", failing)
 
     return arm

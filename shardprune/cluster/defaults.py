@@ -5,10 +5,10 @@ import torch
 from shardprune.cluster.group import Slots
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.recipes.groups import Machines, Workers
+from shardprune.recipes.groups import BackendFields, WorkerFields
 
 
-def device_of(workers: Machines, slots: Slots) -> str:
+def device_of(workers: BackendFields, slots: Slots) -> str:
     """The device of the computation.
 
     Raises:
@@ -19,7 +19,7 @@ def device_of(workers: Machines, slots: Slots) -> str:
     return workers.device if workers.device != "auto" else ("cuda" if slots.gpus else "cpu")
 
 
-def dtype_of(workers: Workers, checkpoint: Checkpoint, whole: bool = False) -> torch.dtype:
+def dtype_of(workers: WorkerFields, checkpoint: Checkpoint, whole: bool = False) -> torch.dtype:
     """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
     for; else the dtype in which the model's weights are stored, if it is one.
 

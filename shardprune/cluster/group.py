@@ -10,9 +10,9 @@ import torch
 
 from shardprune.errors import InputError
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.shard.forward_worker import PassingWorker
-from shardprune.shard.prune_worker import ShardWorker
-from shardprune.shard.spec import PassingSpec
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.spec import ForwardSpec
 
 Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
 
@@ -75,7 +75,7 @@ class Backend(Protocol):
             InputError: the cluster cannot be reached.
         """
 
-    def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
+    def start(self, specs: Sequence[ForwardSpec], store_bytes: int, worker: type[ForwardWorker] = PruneWorker) -> Group:
         """Start workers of a class; `store_bytes` is the memory for what is under way between them.
 
         Raises:
@@ -123,7 +123,7 @@ def flow(group: Group, refs: Iterable[Ref], in_flight: int) -> Iterator[Any]:
         yield group.get(window.popleft())
 
 
-class Team:
+class ReplicaSubset:
     """Workers [shard][member], the members being some of the replicas; calls go to the whole group."""
 
     def __init__(self, group: Group, members: Sequence[int]) -> None:

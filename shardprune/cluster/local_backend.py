@@ -10,10 +10,10 @@ import torch
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
 from shardprune.errors import WorkerLost
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.recovery.worker import alone, take_part
-from shardprune.shard.forward_worker import PassingWorker
-from shardprune.shard.prune_worker import ShardWorker
-from shardprune.shard.spec import PassingSpec
+from shardprune.recovery.worker import alone, train_worker
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.spec import ForwardSpec
 
 
 class LocalGroup:
@@ -21,7 +21,7 @@ class LocalGroup:
 
     concurrent = False
 
-    def __init__(self, specs: Sequence[PassingSpec], worker: type[PassingWorker]) -> None:
+    def __init__(self, specs: Sequence[ForwardSpec], worker: type[ForwardWorker]) -> None:
         self._threads = torch.get_num_threads()  # the caller's, which workers change
         self._workers = {(spec.shard, spec.replica): worker(spec) for spec in specs}
 
@@ -46,12 +46,12 @@ class LocalBackend:
     def room(self, device: str) -> float:
         return math.inf
 
-    def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
+    def start(self, specs: Sequence[ForwardSpec], store_bytes: int, worker: type[ForwardWorker] = PruneWorker) -> Group:
         return LocalGroup(specs, worker)
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
         with alone(spec.recipe.device):
-            return [take_part(spec)]
+            return [train_worker(spec)]
 
     def settle(self) -> Slots:
         raise WorkerLost("a worker of this process cannot be replaced")

@@ -11,11 +11,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from shardprune.cluster.group import Group, Ref, Team
+from shardprune.cluster.group import Group, Ref, ReplicaSubset
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
-from shardprune.cluster.scoring import Jury
+from shardprune.cluster.scoring import CandidateScorer
 from shardprune.cluster.width_pruning import cut_layer, narrow_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.report.progress import Step
@@ -37,7 +37,7 @@ class Shallower:
     score: float | None
 
 
-class Searching:
+class ModelOnWorkers:
     """The current model on the workers [shard][replica] of a group.
 
     Args:
@@ -62,8 +62,8 @@ class Searching:
         self.tokens, self.wave = tokens, wave
         self.layers, self.widths, self.scoring = tuple(layers), widths, scoring
         halves = (range(0, replicas, 2), range(1, replicas, 2)) if replicas > 1 else (range(1), range(1))
-        self.narrowing, self.shortening = (Team(group, members) for members in halves)
-        self.all = Team(group, range(replicas))
+        self.narrowing, self.shortening = (ReplicaSubset(group, members) for members in halves)
+        self.all = ReplicaSubset(group, range(replicas))
 
     # -- juries -----------------------------------------------------------------------------------------------
 
@@ -73,13 +73,13 @@ class Searching:
         parts = split(len(self.layers), self.shards)
         return tuple(tuple(self.layers[part.start : part.stop]) for part in parts)
 
-    def jury(self, team: Team, tokens: Tensor | None = None) -> Jury:
+    def jury(self, team: ReplicaSubset, tokens: Tensor | None = None) -> CandidateScorer:
         """A team at work on the current model, with the calibration windows or others."""
         layout = Layout((), self.placement, len(team.members))
         waves = Waves(self.tokens if tokens is None else tokens, len(team.members), self.wave)
-        return Jury(team, layout, waves)
+        return CandidateScorer(team, layout, waves)
 
-    def waves_of(self, team: Team) -> int:
+    def waves_of(self, team: ReplicaSubset) -> int:
         """The number of calibration waves of a team."""
         return len(self.jury(team).waves.all)
 
@@ -147,7 +147,7 @@ class Searching:
             return 1
         return 2 * len(self.layers) - 1 if self.scoring.correction else len(self.layers)
 
-    def _narrow_one_by_one(self, jury: Jury, widths: Widths, step: Step) -> None:
+    def _narrow_one_by_one(self, jury: CandidateScorer, widths: Widths, step: Step) -> None:
         """Make one layer after another narrower: whole second moments of all at once would not fit, and where they are
         corrected, each sees what the ones before it give."""
         layout, at = jury.layout, 0

@@ -37,11 +37,11 @@ from shardprune.cluster.ray_metrics import metrics
 from shardprune.cluster.signals import handlers_kept
 from shardprune.errors import InputError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.shard.forward_worker import PassingWorker
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Ledger
-from shardprune.shard.mop_worker import SearchWorker
-from shardprune.shard.prune_worker import ShardWorker
-from shardprune.shard.spec import PassingSpec
+from shardprune.shard.mop_worker import MopWorker
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.spec import ForwardSpec
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
 # Ray and torch say nothing new.
@@ -69,7 +69,7 @@ class _StartedLater:
 
     ledger: Ledger
 
-    def __init__(self, spec: PassingSpec) -> None:
+    def __init__(self, spec: ForwardSpec) -> None:
         self.spec: Any = spec  # of the worker's own class
 
     def start(self) -> None:
@@ -77,22 +77,22 @@ class _StartedLater:
         self.ledger.watcher = metrics(self.spec.shard, self.spec.replica)
 
 
-class ShardActor(_StartedLater, ShardWorker):
+class PruneActor(_StartedLater, PruneWorker):
     """A worker that prunes."""
 
 
-class SearchActor(_StartedLater, SearchWorker):
+class MopActor(_StartedLater, MopWorker):
     """A worker of a search."""
 
 
-class PassingActor(_StartedLater, PassingWorker):
+class ForwardActor(_StartedLater, ForwardWorker):
     """A worker of an evaluation."""
 
 
-ACTORS: dict[type[PassingWorker], type] = {
-    ShardWorker: ShardActor,
-    SearchWorker: SearchActor,
-    PassingWorker: PassingActor,
+ACTORS: dict[type[ForwardWorker], type] = {
+    PruneWorker: PruneActor,
+    MopWorker: MopActor,
+    ForwardWorker: ForwardActor,
 }
 
 
@@ -114,7 +114,7 @@ class RayBackend:
         # A cluster of our own gets as many CPU slots as there are workers.
         return math.inf if own and device == "cpu" else self.slots().workers(device)
 
-    def start(self, specs: Sequence[PassingSpec], store_bytes: int, worker: type[PassingWorker] = ShardWorker) -> Group:
+    def start(self, specs: Sequence[ForwardSpec], store_bytes: int, worker: type[ForwardWorker] = PruneWorker) -> Group:
         self._connect(
             num_cpus=max(len(specs), this_machine().cpus),
             object_store_memory=store_bytes,
@@ -201,7 +201,7 @@ class RayGroup:
 
     concurrent = True
 
-    def __init__(self, specs: Sequence[PassingSpec], actor: type) -> None:
+    def __init__(self, specs: Sequence[ForwardSpec], actor: type) -> None:
         gpu = specs[0].device == "cuda"
         cpus = cpus_of(len(specs), specs[0].threads, gpu)
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}

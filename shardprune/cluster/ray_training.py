@@ -14,7 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.recovery.worker import take_part
+from shardprune.recovery.worker import train_worker
 from shardprune.storage.folder import Folder
 
 # For a process that waits while another converts a large checkpoint; that one has died Ray says much sooner.
@@ -50,8 +50,8 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
     """Carry out a training on the connected cluster, with so many CPUs for each worker; what each worker took.
 
     Raises:
-        InputError: the cluster does not free what the workers need, or as `take_part`.
-        StorageError, TrainingError: as `take_part`.
+        InputError: the cluster does not free what the workers need, or as `train_worker`.
+        StorageError, TrainingError: as `train_worker`.
         WorkerLost: a worker or its node died.
     """
     gpu = spec.recipe.device == "cuda"
@@ -87,7 +87,7 @@ def _work(config: dict[str, Any]) -> None:
     spec: TrainingSpec = config["spec"]
     reports, rank = Reports(spec), get_context().get_world_rank()
     try:
-        reports.write(rank, take_part(spec))
+        reports.write(rank, train_worker(spec))
     except (InputError, StorageError) as error:
         told = {"text": error.problem, "field": error.field, "storage": isinstance(error, StorageError)}
         reports.write(rank, {"error": told})

@@ -5,8 +5,8 @@ from typing import Protocol, TypeVar
 
 from shardprune.cluster.group import Backend
 from shardprune.errors import WorkerLost, first_line
-from shardprune.recipes.groups import Machines
-from shardprune.report.progress import Output
+from shardprune.recipes.groups import BackendFields
+from shardprune.report.progress import Reporter
 
 P = TypeVar("P", bound="Placement")
 
@@ -21,9 +21,9 @@ class Placement(Protocol):
 def persevere(
     attempt: Callable[[P], None],
     planned: P,
-    workers: Machines,
+    workers: BackendFields,
     backend: Backend,
-    output: Output,
+    reporter: Reporter,
     lost: Callable[[], None],
 ) -> None:
     """Call `attempt` with a placement until it succeeds; after workers were lost, with one for those that are left.
@@ -41,11 +41,11 @@ def persevere(
             return
         except WorkerLost as error:
             losses += 1
-            output.events.emit("lost", reason=first_line(error))
+            reporter.events.emit("lost", reason=first_line(error))
             lost()
             if losses > workers.max_restarts:
                 raise
-            output.say(f"a worker was lost ({error}); going on with what is left")
+            reporter.say(f"a worker was lost ({error}); going on with what is left")
             left = backend.settle().workers(workers.device)
             if not left:
                 raise

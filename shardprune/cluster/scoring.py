@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from shardprune.cluster.group import Ref, Team, flow
+from shardprune.cluster.group import Ref, ReplicaSubset, flow
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, in_flight
 from shardprune.report.progress import Step
@@ -15,10 +15,10 @@ from shardprune.solvers.scoring import Criterion
 
 
 @dataclass(frozen=True)
-class Jury:
+class CandidateScorer:
     """The workers that carry waves through a model, and the waves."""
 
-    team: Team
+    team: ReplicaSubset
     layout: Layout
     waves: Waves
 

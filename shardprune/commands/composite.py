@@ -4,19 +4,19 @@ from typing import Any
 
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.commands.prepare import Plan
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.storage.folder import absolute
 from shardprune.storage.journal import Journal
 
 
-def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
+def claim_output(recipe: PruneRecipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
     """The output directory of the second of two runs before the first one starts, and its state; it is claimed
     where it was free.
 
     Raises:
         InputError: the directory holds something else, or may not be resumed.
     """
-    second, identity = follow_up(recipe, first, first.recipe.out), first.journal.fingerprint
+    second, identity = second_recipe(recipe, first, first.recipe.out), first.journal.fingerprint
     fingerprint = fingerprint_of(second, first.layout, first.skeleton.dtype, identity, None, first.calibration)
     journal = Journal(second.out, fingerprint, first.skeleton.layers)
     state = journal.check(recipe.resume)
@@ -25,7 +25,7 @@ def claim_for(recipe: Recipe, first: Plan) -> tuple[Journal, dict[str, Any]]:
     return journal, state or {}
 
 
-def follow_up(recipe: Recipe, first: Plan, model: str) -> Recipe:
+def second_recipe(recipe: PruneRecipe, first: Plan, model: str) -> PruneRecipe:
     """The recipe of the second of two runs, with what was decided for the first one.
 
     Args:

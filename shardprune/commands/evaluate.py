@@ -16,27 +16,27 @@ from shardprune.model.checks import check_seqlen
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.page.write import leave_report
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import perplexity_windows, tokens_hash
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
 
-def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> EvaluationResult:
+def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> EvaluationResult:
     """Measure a model as a recipe says; what is measured joins what its result.json has already.
 
     Raises:
         InputError: something in the recipe cannot work; nothing has been measured then.
         WorkerLost: workers died more than `max_restarts` times.
     """
-    output = output or Output()
+    reporter = reporter or Reporter()
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
-        clock = Clock(output.events)
-        with clock.phase("plan"), before_work():
-            model = ShardedModel(recipe.model, recipe, backend, output)
+        clock = Clock(reporter.events)
+        with clock.phase("plan"), preflight():
+            model = ShardedModel(recipe.model, recipe, backend, reporter)
             record = Record(model.checkpoint, recipe.out)
             windows = _windows(recipe, model)
             opened = _open_tasks(recipe)
@@ -46,21 +46,23 @@ def evaluate(recipe: EvaluateRecipe, output: Output | None = None) -> Evaluation
             if opened:
                 evaluation.evaluate_tasks(opened)
             if not record.kept:
-                output.say(f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)")
+                reporter.say(
+                    f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)"
+                )
             result = evaluation.result()
     if record.kept and recipe.report:
-        leave_report(record.folder.url, output, new=True)
+        leave_report(record.folder.url, reporter, new=True)
     return result
 
 
-@before_work()
-def check_evaluation(recipe: EvaluateRecipe, backend: Backend, output: Output) -> None:
+@preflight()
+def check_evaluation(recipe: EvaluateRecipe, backend: Backend, reporter: Reporter) -> None:
     """Open everything that an evaluation of a model needs, and measure nothing.
 
     Raises:
         InputError: something in the recipe cannot work.
     """
-    _windows(recipe, ShardedModel(recipe.model, recipe, backend, output))
+    _windows(recipe, ShardedModel(recipe.model, recipe, backend, reporter))
     _open_tasks(recipe)
 
 

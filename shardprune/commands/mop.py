@@ -6,27 +6,27 @@ from typing import Any
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.mop import Searching, Shallower
+from shardprune.cluster.mop import ModelOnWorkers, Shallower
 from shardprune.cluster.passes import account, usage
 from shardprune.cluster.restarts import persevere
 from shardprune.cluster.scoring import better
-from shardprune.commands.prepare import Plan, make_plan
+from shardprune.commands.prepare import Plan, prepare
 from shardprune.commands.state import Measurements, costs, done_already, finish
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import Budget
-from shardprune.model.structure.kept_iterations import Keeping, parse_keep
+from shardprune.model.structure.kept_iterations import KeptIterations, parse_keep
 from shardprune.model.structure.path import Letter, State
-from shardprune.model.structure.path_plan import Course
+from shardprune.model.structure.path_plan import PathPlan
 from shardprune.model.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
 from shardprune.recipes.mop import MopRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.page.write import leave_report
-from shardprune.report.progress import Output, Step
+from shardprune.report.progress import Reporter, Step
 from shardprune.report.result import CalibrationResult, Iteration, ModelSize, Result, Structure, shape_of
 from shardprune.shard.current_layers import Saved
-from shardprune.shard.mop_worker import SearchWorker
+from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion
 from shardprune.storage.journal import Journal
 from shardprune.storage.windows import tokens_hash
@@ -34,7 +34,7 @@ from shardprune.storage.windows import tokens_hash
 SAVED = "layers-"  # how folders begin that hold the layers of the last iteration which changed them
 
 
-def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
+def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     """Make a model shallower and narrower as a recipe says, and return what `result.json` in the output holds.
 
     Where the output holds the same run unfinished, it goes on after the last finished iteration.
@@ -44,47 +44,47 @@ def mop(recipe: MopRecipe, output: Output | None = None) -> Result:
         SolverError: a projection cannot be corrected.
         WorkerLost: workers died more than `max_restarts` times.
     """
-    output = output or Output()
-    clock = Clock(output.events)
+    reporter = reporter or Reporter()
+    clock = Clock(reporter.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
-            plan = make_plan(recipe, backend)
-            course = plot(recipe, plan.skeleton)
+            plan = prepare(recipe, backend)
+            course = path_plan_of(recipe, plan.skeleton)
             course.check()
-        search = _Search(plan, course, backend, output, clock)
+        search = _Search(plan, course, backend, reporter, clock)
         search.check_kept()
-        if done := done_already(plan.journal, plan.state, plan.evaluations, output):
+        if done := done_already(plan.journal, plan.state, plan.evaluations, reporter):
             search.remove_saved()
         result = done or search.go()
     if recipe.report:
-        leave_report(recipe.out, output)
+        leave_report(recipe.out, reporter)
     return result
 
 
-def plot(recipe: MopRecipe, skeleton: Skeleton) -> Course:
+def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
     """The course that a recipe asks for."""
     prefix = f"{skeleton.family.layers}.0."
     tensors = {name.removeprefix(prefix): shape for name, shape in skeleton.layer_tensors(0).items()}
     config, parameters = skeleton.config, skeleton.parameters()
     widths = widths_of(config)
     groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
-    return Course(
+    return PathPlan(
         start=State(skeleton.layers, widths, Budget(costs_of(config, tensors), groups, recipe.neuron_multiple)),
         parameters=parameters,
         request=None if recipe.remove is None else round(recipe.remove * parameters),
         letters=recipe.path,
         seed=recipe.seed if recipe.criterion == "random" else None,
-        keeping=parse_keep(recipe.keep) if recipe.keep else Keeping(),
+        keeping=parse_keep(recipe.keep) if recipe.keep else KeptIterations(),
     )
 
 
 class _Search:
     """One search over as many attempts as it takes; each goes on after the last finished iteration."""
 
-    def __init__(self, plan: Plan, course: Course, backend: Backend, output: Output, clock: Clock) -> None:
+    def __init__(self, plan: Plan, course: PathPlan, backend: Backend, reporter: Reporter, clock: Clock) -> None:
         assert isinstance(plan.recipe, MopRecipe)
         self.plan, self.recipe, self.course = plan, plan.recipe, course
-        self.backend, self.output, self.clock = backend, output, clock
+        self.backend, self.reporter, self.clock = backend, reporter, clock
         self.journal = plan.journal
         self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
@@ -114,16 +114,16 @@ class _Search:
         self.journal.folder.remove_partial()
         self._save()
         self.remove_saved()
-        recorded = self.output.events.recorded(self.journal.folder, **self.plan.facts())
+        recorded = self.reporter.events.recorded(self.journal.folder, **self.plan.facts())
         with self.journal.claimed(self.plan.state), recorded:
-            persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.output, self._lost)
+            persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.reporter, self._lost)
             return self._finish()
 
     def _attempt(self, layout: Layout) -> None:
         """Measure, search, measure again: whatever of it is not yet done."""
         plan = self.plan
         with self.clock.phase("load"):
-            group = self.backend.start(plan.worker_specs(layout, set()), plan.store_bytes(), SearchWorker)
+            group = self.backend.start(plan.worker_specs(layout, set()), plan.store_bytes(), MopWorker)
         try:
             model = self._current(group, layout)
             state = self._state()
@@ -136,32 +136,32 @@ class _Search:
         finally:
             group.close()
 
-    def _current(self, group: Group, layout: Layout) -> Searching:
+    def _current(self, group: Group, layout: Layout) -> ModelOnWorkers:
         """The model after the last finished iteration on the workers, which have measured the original before."""
         plan, state = self.plan, self._state()
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, plan.calibration, plan.wave
         start = self.course.start
         scoring = self.recipe.scoring
-        model = Searching(group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring)
+        model = ModelOnWorkers(group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring)
         compared = self._criterion if self._criterion != "perplexity" and self.course.candidates(state) else None
         if compared or not self.path or any(self.measured.missing("before")):
             model.read(None)
             self._measure(model, "before")
         if compared:
-            with self.clock.phase("search"), self.output.step("original", self._refer_parts(model)) as step:
+            with self.clock.phase("search"), self.reporter.step("original", self._refer_parts(model)) as step:
                 model.refer(step)
         if self.path:
-            self.output.say(f"{len(self.path)} iterations are finished already")
-            model = Searching(group, shards, replicas, tokens, wave, self._layers(), state.widths, scoring)
+            self.reporter.say(f"{len(self.path)} iterations are finished already")
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, self._layers(), state.widths, scoring)
             model.read(self._saved(state))
         return model
 
-    def _iterate(self, model: Searching, state: State, candidates: dict[Letter, State]) -> State:
+    def _iterate(self, model: ModelOnWorkers, state: State, candidates: dict[Letter, State]) -> State:
         """Build and score candidates, adopt one, and record it."""
         chosen = self.course.choice(state, candidates)
         built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
         label, parts = f"iteration {state.iteration + 1}", self._parts(model, built)
-        with self.clock.phase("search"), self.output.step(label, parts) as step:
+        with self.clock.phase("search"), self.reporter.step(label, parts) as step:
             shorter, scores = self._build(model, built, step)
             if chosen is None:
                 assert self._criterion is not None
@@ -184,12 +184,12 @@ class _Search:
             entry.folder = f"iteration-{after.iteration:02d}"
             self._write(model, self._folder(entry.folder))
         self._record(model, entry)
-        self.output.events.emit("iteration", iteration=entry.iteration, step=entry.step, **self._progress(entry))
-        self.output.say(_line(entry))
+        self.reporter.events.emit("iteration", iteration=entry.iteration, step=entry.step, **self._progress(entry))
+        self.reporter.say(_line(entry))
         return after
 
     def _build(
-        self, model: Searching, built: dict[Letter, State], step: Step
+        self, model: ModelOnWorkers, built: dict[Letter, State], step: Step
     ) -> tuple[Shallower | None, dict[str, float]]:
         """Build candidates, two of them at the same time; the shallower one, and the scores by letter."""
         recipe, criterion = self.recipe, self._criterion
@@ -205,7 +205,7 @@ class _Search:
         scores = {"L": shorter.score if shorter else None, "G": score}
         return shorter, {letter: value for letter, value in scores.items() if value is not None}
 
-    def _record(self, model: Searching, entry: Iteration) -> None:
+    def _record(self, model: ModelOnWorkers, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
         saved = self.saved
         if entry.step != "L":
@@ -300,7 +300,7 @@ class _Search:
         done = {"removed": entry.removed}
         return done | ({"share": min(1.0, entry.removed / self.recipe.remove)} if self.recipe.remove else {})
 
-    def _parts(self, model: Searching, built: dict[Letter, State]) -> int:
+    def _parts(self, model: ModelOnWorkers, built: dict[Letter, State]) -> int:
         """The number of parts that an iteration reports to its progress step."""
         parts, scored, layers = 0, self._criterion is not None, len(model.layers)
         for letter in built:
@@ -312,27 +312,27 @@ class _Search:
                 parts += model.waves_of(model.narrowing) * (model.passes_to_narrow() + scored)
         return parts
 
-    def _refer_parts(self, model: Searching) -> int:
+    def _refer_parts(self, model: ModelOnWorkers) -> int:
         teams = {team.members: team for team in (model.narrowing, model.shortening)}
         return sum(model.waves_of(team) for team in teams.values())
 
-    def _account(self, model: Searching) -> None:
+    def _account(self, model: ModelOnWorkers) -> None:
         """Record what the workers have done since the last time."""
-        account(model.group, model.jury(model.all).layout, range(model.shards), self.output.events.emit)
+        account(model.group, model.jury(model.all).layout, range(model.shards), self.reporter.events.emit)
 
     # -- what is kept -----------------------------------------------------------------------------------------
 
-    def _measure(self, model: Searching, when: str) -> None:
+    def _measure(self, model: ModelOnWorkers, when: str) -> None:
         """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
         for windows, record in self.measured.missing(when):
             jury = model.jury(model.all, windows)
             label, parts = f"perplexity {when}", len(jury.waves.all)
-            with self.clock.phase("evaluate"), self.output.step(label, parts) as step:
+            with self.clock.phase("evaluate"), self.reporter.step(label, parts) as step:
                 (record[when],) = jury.scores("perplexity", [None], "dense", step)
             self._account(model)
             self._save()
 
-    def _write(self, model: Searching, folder: str) -> None:
+    def _write(self, model: ModelOnWorkers, folder: str) -> None:
         """Write the current model as an ordinary checkpoint."""
         checkpoint, layers = self.plan.checkpoint, model.layers
         journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.stored_name)

@@ -19,14 +19,14 @@ from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.page.write import leave_report
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.storage.folder import PARTIAL, absolute, output_folder
 from shardprune.storage.output_names import RESULT
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 
 STATE = "pipeline.json"
-RUNS: dict[str, Callable[[Any, Output], Result | EvaluationResult]] = {
+RUNS: dict[str, Callable[[Any, Reporter], Result | EvaluationResult]] = {
     "prune": prune,
     "mop": mop,
     "recover": recover,
@@ -34,7 +34,7 @@ RUNS: dict[str, Callable[[Any, Output], Result | EvaluationResult]] = {
 }
 
 
-def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, Result | EvaluationResult]:
+def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[str, Result | EvaluationResult]:
     """Carry out all steps of a recipe, of which those that are finished do nothing; the results of all but an
     evaluation that was done before.
 
@@ -42,30 +42,30 @@ def pipeline(recipe: PipelineRecipe, output: Output | None = None) -> dict[str, 
         InputError: something in a step cannot work; no step has started then.
         SolverError, StorageError, TrainingError, WorkerLost: as the steps raise them.
     """
-    output = output or Output()
+    reporter = reporter or Reporter()
     recipe = recipe.model_copy(update={"out": absolute(recipe.out)})
-    with before_work():
+    with preflight():
         progress = _Progress(recipe)
         progress.folder.check_writable()
-        _check_ahead(recipe, output)
+        _check_ahead(recipe, reporter)
     progress.save()
     results = {}
     for step in recipe.steps:
         section = recipe.section(step)
         if isinstance(section, EvaluateRecipe) and progress.evaluated == _asked(section):
-            output.say(f"{step} is done already")
+            reporter.say(f"{step} is done already")
             continue
-        output.say(f"step {step}")
-        results[step] = RUNS[step](section, output)
+        reporter.say(f"step {step}")
+        results[step] = RUNS[step](section, reporter)
         if isinstance(section, EvaluateRecipe):
             progress.evaluated = _asked(section)
             progress.save()
     if recipe.report:
-        leave_report(recipe.out, output, new="evaluate" in results)
+        leave_report(recipe.out, reporter, new="evaluate" in results)
     return results
 
 
-def _check_ahead(recipe: PipelineRecipe, output: Output) -> None:
+def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
     """Open what later steps read, as far as that does not wait for the steps before them.
 
     Raises:
@@ -80,7 +80,7 @@ def _check_ahead(recipe: PipelineRecipe, output: Output) -> None:
                 if isinstance(unpruned, RecoverRecipe):
                     open_inputs(unpruned, backend)
                 if isinstance(unpruned, EvaluateRecipe):
-                    check_evaluation(unpruned, backend, output)
+                    check_evaluation(unpruned, backend, reporter)
         except InputError as error:
             raise InputError(f"{step}.{error.field}", error.problem) from error
 

@@ -22,7 +22,7 @@ from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, stored_dtype
 from shardprune.recipes.identity import AnyRecipe, identifying_fields
 from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.prune import NarrowingRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, WidthRecipe
 from shardprune.shard.spec import WorkerSpec
 from shardprune.solvers.allocation.allocation import Projection, Share
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
@@ -33,7 +33,7 @@ from shardprune.solvers.pattern import Mixed
 from shardprune.solvers.scoring import Scoring
 from shardprune.storage.folder import absolute, in_process_only
 from shardprune.storage.journal import Journal, recorded_recipe
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import calibration_windows, perplexity_windows
 
 
@@ -92,7 +92,7 @@ class Plan:
     @property
     def scoring(self) -> Scoring | None:
         """How the structures are chosen that go, if any are."""
-        return self.recipe.scoring if isinstance(self.recipe, NarrowingRecipe | MopRecipe) else None
+        return self.recipe.scoring if isinstance(self.recipe, WidthRecipe | MopRecipe) else None
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class Plan:
             outliers: by layer, where the allocation looks at them.
         """
         recipe = self.recipe
-        if not isinstance(recipe, Recipe):
+        if not isinstance(recipe, PruneRecipe):
             return {}
         projections = [
             Projection(index, name, rows * cols)
@@ -204,8 +204,8 @@ class Plan:
         return held * samples * self.recipe.seqlen * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
 
 
-@before_work()
-def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, claimed: str | None = None) -> Plan:
+@preflight()
+def prepare(recipe: AnyRecipe, backend: Backend, base: Base | None = None, claimed: str | None = None) -> Plan:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Args:
@@ -222,7 +222,7 @@ def make_plan(recipe: AnyRecipe, backend: Backend, base: Base | None = None, cla
     slots = backend.slots()
     recipe = recipe.model_copy(update={"device": device_of(recipe, slots)})
     # Where structures go, all that is cut passes through memory: biases and norms, too.
-    whole = isinstance(recipe, NarrowingRecipe | MopRecipe)
+    whole = isinstance(recipe, WidthRecipe | MopRecipe)
     skeleton = Skeleton(checkpoint.config, "cpu", dtype_of(recipe, checkpoint, whole))
     check_tensors(skeleton, checkpoint)
     check_seqlen(recipe.seqlen, skeleton)
@@ -316,7 +316,7 @@ def _widths(recipe: AnyRecipe, skeleton: Skeleton) -> Widths | None:
     Raises:
         InputError: the model cannot give so much.
     """
-    if not isinstance(recipe, NarrowingRecipe):
+    if not isinstance(recipe, WidthRecipe):
         return None
     assert recipe.structured is not None
     try:
@@ -331,7 +331,7 @@ def _widths(recipe: AnyRecipe, skeleton: Skeleton) -> Widths | None:
 
 def _check_mixed(recipe: AnyRecipe, skeleton: Skeleton) -> None:
     """Check that N of M can have the recipe's sparsity as their mean over the layers, in whole groups."""
-    if isinstance(recipe, Recipe) and isinstance(recipe.zeros, Mixed):
+    if isinstance(recipe, PruneRecipe) and isinstance(recipe.zeros, Mixed):
         for name, (_, cols) in skeleton.projection_shapes(0).items():
             if cols % recipe.zeros.m:
                 raise InputError("pattern", f"{recipe.pattern} does not fit {name}, which has {cols} inputs")

@@ -25,7 +25,7 @@ from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.storage.folder import PARTIAL, Folder, absolute, in_process_only
 from shardprune.storage.journal import Journal, recorded_recipe
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 from shardprune.storage.windows import perplexity_windows
 
@@ -63,7 +63,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class RecoveryPlan:
+class PreparedRecovery:
     """A training that can start."""
 
     inputs: Inputs
@@ -129,7 +129,7 @@ class RecoveryPlan:
         return list(self.skeleton.projection_shapes(index).values())
 
 
-@before_work()
+@preflight()
 def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
@@ -167,8 +167,8 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
 
 
-@before_work()
-def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
+@preflight()
+def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> PreparedRecovery:
     """Decide everything about a training.
 
     Raises:
@@ -180,12 +180,12 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> RecoveryPlan:
     journal = Journal(inputs.recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
     state = journal.check(recipe.resume) or {}
     if "version" in state:  # finished: nothing is left to train
-        return RecoveryPlan(inputs, steps, None, journal, state)
+        return PreparedRecovery(inputs, steps, None, journal, state)
     zeros = Zeros(**state["zeros"]) if "zeros" in state else _count_zeros(inputs.checkpoint, inputs.skeleton)
     if recipe.keep_sparsity and not zeros.sparse:
         dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
         raise InputError("keep_sparsity", dense)
-    plan = RecoveryPlan(inputs, steps, zeros, journal, state)
+    plan = PreparedRecovery(inputs, steps, zeros, journal, state)
     _check_state(plan)
     _check_settings(plan)
     return plan
@@ -278,7 +278,7 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_state(plan: RecoveryPlan) -> None:
+def _check_state(plan: PreparedRecovery) -> None:
     """Check that the place for the training's state is free, or has this training's, and takes files.
 
     Raises:
@@ -298,7 +298,7 @@ def _check_state(plan: RecoveryPlan) -> None:
     folder.check_writable()
 
 
-def _check_settings(plan: RecoveryPlan) -> None:
+def _check_settings(plan: PreparedRecovery) -> None:
     """Let DeepSpeed read the user's settings, where there are some, as one process would.
 
     Raises:

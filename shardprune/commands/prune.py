@@ -12,16 +12,16 @@ from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, us
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.pruning_job import Work
 from shardprune.cluster.restarts import persevere
-from shardprune.commands.composite import claim_for, follow_up
-from shardprune.commands.prepare import Plan, make_plan
+from shardprune.commands.composite import claim_output, second_recipe
+from shardprune.commands.prepare import Plan, prepare
 from shardprune.commands.state import Measurements, costs, done_already, finish, with_peaks_of
 from shardprune.errors import without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.identity import AnyRecipe
-from shardprune.recipes.prune import NarrowingRecipe, RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe, WidthRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.page.write import leave_report
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import (
     CalibrationResult,
     ModelSize,
@@ -44,7 +44,7 @@ NARROWED = "structured"  # folder of an output that holds the model before its w
 STEPS = ("before", "prune", "after")  # of a run; perplexity is measured before and after
 
 
-def prune(recipe: Recipe, output: Output | None = None) -> Result:
+def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
     """Prune a model as a recipe says, and return what `result.json` in the output holds.
 
     Where the output holds the same run unfinished, only what is missing is done.
@@ -54,71 +54,71 @@ def prune(recipe: Recipe, output: Output | None = None) -> Result:
         SolverError: a projection cannot be solved.
         WorkerLost: workers died more than `max_restarts` times.
     """
-    output = output or Output()
+    reporter = reporter or Reporter()
     if recipe.narrowing is not None:
-        result = _prune_structured(recipe, recipe.narrowing, output)
+        result = _prune_structured(recipe, recipe.narrowing, reporter)
     else:
-        result = _carry_out(recipe, output)
+        result = _carry_out(recipe, reporter)
     if recipe.report:
-        leave_report(recipe.out, output)
+        leave_report(recipe.out, reporter)
     return result
 
 
-def rebuild(recipe: RebuildRecipe, output: Output | None = None) -> Result:
+def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
     """Rebuild the masks of a pruned model with the help of its dense original; otherwise as `prune`."""
-    output = output or Output()
-    result = _carry_out(recipe, output)
+    reporter = reporter or Reporter()
+    result = _carry_out(recipe, reporter)
     if recipe.report:
-        leave_report(recipe.out, output)
+        leave_report(recipe.out, reporter)
     return result
 
 
-def _carry_out(recipe: AnyRecipe, output: Output) -> Result:
-    clock = Clock(output.events)
+def _carry_out(recipe: AnyRecipe, reporter: Reporter) -> Result:
+    clock = Clock(reporter.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
-            plan = make_plan(recipe, backend)
-        return _go(plan, backend, output, clock)
+            plan = prepare(recipe, backend)
+        return _go(plan, backend, reporter, clock)
 
 
-def _prune_structured(recipe: Recipe, narrowing: NarrowingRecipe, output: Output) -> Result:
+def _prune_structured(recipe: PruneRecipe, narrowing: WidthRecipe, reporter: Reporter) -> Result:
     """Remove structures, then make weights of what remains zero: two runs, each with its own layer files.
 
     The first one's output lies in a folder of the second one's until that is finished.
     """
     if not recipe.zeroes:
-        return _carry_out(narrowing, output)
-    clock = Clock(output.events)
+        return _carry_out(narrowing, reporter)
+    clock = Clock(reporter.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             out = absolute(recipe.out)
-            first = make_plan(narrowing.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
-            journal, state = claim_for(recipe, first)
-        result = done_already(journal, state, first.evaluations, output)
+            first = prepare(narrowing.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
+            journal, state = claim_output(recipe, first)
+        result = done_already(journal, state, first.evaluations, reporter)
         if result is None:
-            with output.events.recorded(journal.folder, **first.facts()):
+            with reporter.events.recorded(journal.folder, **first.facts()):
                 if "version" in state:  # finished, but asked to be measured on more
-                    measuring = _Run(first, backend, output, clock, ("before",))
+                    measuring = _Run(first, backend, reporter, clock, ("before",))
                     measuring.measure()
                     model, narrowed = out, Result(**state)
                     narrowed.perplexity = measuring.measured.results()
                 else:
                     steps = STEPS[:-1]
                     with clock.phase("structure"):
-                        model, narrowed = first.recipe.out, _go(first, backend, output, Clock(output.events), steps)
+                        model, narrowed = first.recipe.out, _go(first, backend, reporter, Clock(reporter.events), steps)
                 with clock.phase("plan"):
-                    second = make_plan(follow_up(recipe, first, model), backend, first.as_base())
-                run = _Run(second, backend, output, clock)
+                    second = prepare(second_recipe(recipe, first, model), backend, first.as_base())
+                run = _Run(second, backend, reporter, clock)
                 run.adopt(narrowed)
                 result = run.go()
         journal.folder.remove_folder(NARROWED)
         return result
 
 
-def _go(plan: Plan, backend: Backend, output: Output, clock: Clock, steps: tuple[str, ...] = STEPS) -> Result:
+def _go(plan: Plan, backend: Backend, reporter: Reporter, clock: Clock, steps: tuple[str, ...] = STEPS) -> Result:
     """Carry out a plan, or return the result that its output holds; in the `steps` that are named."""
-    done = done_already(plan.journal, plan.state, plan.evaluations, output)
-    return done or _Run(plan, backend, output, clock, steps).go()
+    done = done_already(plan.journal, plan.state, plan.evaluations, reporter)
+    return done or _Run(plan, backend, reporter, clock, steps).go()
 
 
 class _Run:
@@ -128,14 +128,14 @@ class _Run:
         self,
         plan: Plan,
         backend: Backend,
-        output: Output,
+        reporter: Reporter,
         clock: Clock,
         steps: tuple[str, ...] = STEPS,
     ) -> None:
         self.plan = plan
         self.steps = steps
         self.backend = backend
-        self.output = output
+        self.reporter = reporter
         self.clock = clock
         self.journal: Journal = plan.journal
         self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
@@ -154,7 +154,7 @@ class _Run:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        recorded = self.output.events.recorded(self.journal.folder, **self.plan.facts())
+        recorded = self.reporter.events.recorded(self.journal.folder, **self.plan.facts())
         with self.journal.claimed(self.plan.state), recorded:
             self._say_who_works()
             self.measure()
@@ -163,11 +163,13 @@ class _Run:
     def _say_who_works(self) -> None:
         asked, there = (self.plan.recipe.shards or 1) * (self.plan.recipe.replicas or 1), self.plan.layout.workers
         if there < asked:
-            self.output.say(f"{asked} workers were asked for; the run goes on with {there}, for which there are slots")
+            self.reporter.say(
+                f"{asked} workers were asked for; the run goes on with {there}, for which there are slots"
+            )
 
     def measure(self) -> None:
         """Attempt the steps until they are done."""
-        persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.output, self._lost)
+        persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.reporter, self._lost)
 
     def _lost(self) -> None:
         """Record that workers were lost."""
@@ -178,9 +180,9 @@ class _Run:
         """Measure, observe, prune, measure again: whatever of it is not yet done."""
         plan, finished = self.plan, set(self.journal.finished())
         placed = {"shards": len(layout.shards), "replicas": layout.replicas}
-        self.output.events.emit("attempt", finished=sorted(finished), **placed)
+        self.reporter.events.emit("attempt", finished=sorted(finished), **placed)
         if finished:
-            self.output.say(f"{len(finished)} of {plan.skeleton.layers} layers are finished already")
+            self.reporter.say(f"{len(finished)} of {plan.skeleton.layers} layers are finished already")
         with self.clock.phase("load"):
             group = self._start(layout, finished)
         try:
@@ -215,12 +217,12 @@ class _Run:
         observation = Observation(starts, None if self.outliers else plan.recipe.observed_m)
         if observation:
             parts = observation.parts(layout, waves, plan.streamed)
-            with self.clock.phase("observe"), self.output.step("observe", parts) as step:
+            with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
                 found = observe(group, layout, waves, observation, plan.streamed, step)
             self.outliers = self.outliers or found
             self._save()
             if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
-                self.output.say("the layers' outlier ratios do not differ")
+                self.reporter.say("the layers' outlier ratios do not differ")
         work = Work(
             shares=plan.shares(self.outliers),
             finished=frozenset(finished),
@@ -233,7 +235,7 @@ class _Run:
             passes_on_dense=plan.scoring is not None and not plan.scoring.correction,
         )
         parts = work.parts(layout.segments, len(waves.all))
-        with self.clock.phase("prune"), self.output.step(plan.recipe.command, parts) as step:
+        with self.clock.phase("prune"), self.reporter.step(plan.recipe.command, parts) as step:
             prune_segments(group, layout, waves, work, step)
 
     def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
@@ -241,7 +243,7 @@ class _Run:
         for windows, record in self.measured.missing(when):
             waves = Waves(windows, layout.replicas, self.plan.wave)
             parts = parts_of_pass(waves, self.plan.skeleton.layers, self.plan.streamed)
-            with self.clock.phase("evaluate"), self.output.step(f"perplexity {when}", parts) as step:
+            with self.clock.phase("evaluate"), self.reporter.step(f"perplexity {when}", parts) as step:
                 record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
             self._save()
 

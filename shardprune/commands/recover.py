@@ -11,26 +11,26 @@ from typing import Any
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.cluster.restarts import persevere
-from shardprune.commands.prepare_recovery import CLAIM, RecoveryPlan, make_recovery_plan
+from shardprune.commands.prepare_recovery import CLAIM, PreparedRecovery, make_recovery_plan
 from shardprune.commands.state import Measurements, costs_of_measuring, done_already, finish
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
-from shardprune.recipes.evaluate import Shards
-from shardprune.recipes.groups import Machines
+from shardprune.recipes.evaluate import ShardFields
+from shardprune.recipes.groups import BackendFields
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes
 from shardprune.recovery.loss_log import Losses
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.report.clock import Clock
 from shardprune.report.page.write import leave_report
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of, zeros_of
 from shardprune.storage.folder import Folder
 
 POLL_SECONDS = 1.0  # between two looks at the losses of a training under way
 
 
-def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
+def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:
     """Fine-tune a pruned model as a recipe says, and return what `result.json` in the output holds.
 
     Where the output holds the same training unfinished, it goes on from its last checkpoint.
@@ -39,26 +39,26 @@ def recover(recipe: RecoverRecipe, output: Output | None = None) -> Result:
         InputError: something in the recipe cannot work; nothing has been written then.
         WorkerLost: workers died more than `max_restarts` times.
     """
-    output = output or Output()
-    clock = Clock(output.events)
+    reporter = reporter or Reporter()
+    clock = Clock(reporter.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
             plan = make_recovery_plan(recipe, backend)
-        done = done_already(plan.journal, plan.state, plan.inputs.evaluations, output)
-        result = done or _Recovery(plan, backend, output, clock).go()
+        done = done_already(plan.journal, plan.state, plan.inputs.evaluations, reporter)
+        result = done or _Recovery(plan, backend, reporter, clock).go()
     assert plan.recipe.state is not None
     if os.path.isdir(plan.recipe.state):
         shutil.rmtree(plan.recipe.state)
     if recipe.report:
-        leave_report(recipe.out, output)
+        leave_report(recipe.out, reporter)
     return result
 
 
 class _Recovery:
     """One training over as many attempts as it takes."""
 
-    def __init__(self, plan: RecoveryPlan, backend: Backend, output: Output, clock: Clock) -> None:
-        self.plan, self.backend, self.output, self.clock = plan, backend, output, clock
+    def __init__(self, plan: PreparedRecovery, backend: Backend, reporter: Reporter, clock: Clock) -> None:
+        self.plan, self.backend, self.reporter, self.clock = plan, backend, reporter, clock
         self.journal = plan.journal
         self.measured = Measurements(plan.inputs.evaluations, plan.state.get("perplexity", {}))
         self.restarts: int = plan.state.get("restarts", 0)
@@ -70,7 +70,7 @@ class _Recovery:
     def go(self) -> Result:
         self.journal.folder.remove_partial()
         self._save()
-        recorded = self.output.events.recorded(self.journal.folder, command=self.plan.recipe.command)
+        recorded = self.reporter.events.recorded(self.journal.folder, command=self.plan.recipe.command)
         with self.journal.claimed(self.plan.state), recorded:
             self._measure("before", self.plan.recipe.model)
             if self.previous is None:
@@ -91,7 +91,7 @@ class _Recovery:
         self._prepare()
         room = min(self.backend.room(plan.recipe.device), plan.processes.count)
         persevere(
-            self._attempt, plan.processes.shrunk_to(int(room)), plan.recipe, self.backend, self.output, self._lost
+            self._attempt, plan.processes.shrunk_to(int(room)), plan.recipe, self.backend, self.reporter, self._lost
         )
         self._save()
 
@@ -125,10 +125,12 @@ class _Recovery:
         if not missing:
             return
         recipe = self.plan.recipe
-        shared = recipe.model_dump(include=set(Machines.model_fields))
+        shared = recipe.model_dump(include=set(BackendFields.model_fields))
         room = self.backend.slots().workers(recipe.device)  # which may be less than the training had
-        shards = Shards(**shared, shards=max(1, min(recipe.workers or 1, self.plan.skeleton.layers, room)), replicas=1)
-        with closing(ShardedModel(model, shards, self.backend, self.output)) as sharded:
+        shards = ShardFields(
+            **shared, shards=max(1, min(recipe.workers or 1, self.plan.skeleton.layers, room)), replicas=1
+        )
+        with closing(ShardedModel(model, shards, self.backend, self.reporter)) as sharded:
             for windows, record in missing:
                 with self.clock.phase("evaluate"):
                     record[when] = sharded.perplexity(windows)
@@ -140,7 +142,7 @@ class _Recovery:
         zeros = self.plan.zeros
         if zeros and zeros.sparse and not self.plan.recipe.keep_sparsity:
             share = zeros.count / zeros.weights
-            self.output.say(
+            self.reporter.say(
                 f"{zeros.count:,} zeros ({share:.1%} of the projections' weights) will be lost; "
                 "--keep-sparsity keeps them"
             )
@@ -149,7 +151,7 @@ class _Recovery:
     def _progress(self) -> Iterator[None]:
         """Show the steps of the training while the block lasts."""
         over = threading.Event()
-        with self.output.step("recover", self.plan.steps) as step:
+        with self.reporter.step("recover", self.plan.steps) as step:
 
             def follow() -> None:
                 while True:

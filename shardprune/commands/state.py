@@ -6,14 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from shardprune.report.clock import Clock
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Perplexity, Result, WorkerResult
 from shardprune.storage.journal import Journal
 from shardprune.storage.windows import tokens_hash
 
 
 def done_already(
-    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], output: Output
+    journal: Journal, state: dict[str, Any], evaluations: dict[str, Tensor], reporter: Reporter
 ) -> Result | None:
     """The result of a finished run that lacks nothing of what is asked for.
 
@@ -31,7 +31,7 @@ def done_already(
     if not wanted.items() <= measured.items():
         journal.folder.check_writable()
         return None
-    output.say(f"{journal.folder.url} is finished already")
+    reporter.say(f"{journal.folder.url} is finished already")
     return result
 
 

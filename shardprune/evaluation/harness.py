@@ -15,8 +15,8 @@ from shardprune.cluster.group import Backend
 from shardprune.cluster.likelihoods import Query
 from shardprune.errors import InputError
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.recipes.evaluate import Shards
-from shardprune.report.progress import Output
+from shardprune.recipes.evaluate import ShardFields
+from shardprune.report.progress import Reporter
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
 
@@ -156,9 +156,9 @@ class ShardpruneLM(ShardedLM):
             settings.setdefault("wave", int(str(batch_size)))
         if device == "cpu":  # the command's own default is cuda:0, whatever there is
             settings.setdefault("device", "cpu")
-        shards = Shards.checked(settings)
+        shards = ShardFields.checked(settings)
         backend = backend_of(shards.backend, shards.address)
-        model = ShardedModel(pretrained, shards, backend, Output())
+        model = ShardedModel(pretrained, shards, backend, Reporter())
         super().__init__(model, max_length)
         weakref.finalize(self, _close, model, backend)  # the harness does not say when it is done
 

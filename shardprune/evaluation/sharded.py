@@ -16,12 +16,12 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_tensors
 from shardprune.model.skeleton import Skeleton
-from shardprune.recipes.evaluate import Shards
+from shardprune.recipes.evaluate import ShardFields
 from shardprune.recipes.groups import WAVE_TOKENS
-from shardprune.report.progress import Output
-from shardprune.shard.forward_worker import PassingWorker
+from shardprune.report.progress import Reporter
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.likelihoods import LogLikelihood
-from shardprune.shard.spec import PassingSpec
+from shardprune.shard.spec import ForwardSpec
 from shardprune.storage.folder import in_process_only
 
 
@@ -34,7 +34,7 @@ class ShardedModel:
         InputError: there is no such model, or the workers do not fit.
     """
 
-    def __init__(self, model: str, settings: Shards, backend: Backend, output: Output) -> None:
+    def __init__(self, model: str, settings: ShardFields, backend: Backend, reporter: Reporter) -> None:
         if in_process_only(model) and settings.backend != "local":
             raise InputError("model", f"{model!r} lives in this process's memory; use backend local")
         self.checkpoint = Checkpoint(place_of(model))
@@ -53,7 +53,7 @@ class ShardedModel:
             update={"device": device, "shards": shards, "replicas": replicas, "threads": threads}
         )
         self.restarts = 0
-        self._backend, self._output = backend, output
+        self._backend, self._reporter = backend, reporter
         self._group: Group | None = None
 
     # -- questions --------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ class ShardedModel:
         def ask(group: Group, layout: Layout) -> float:
             waves = Waves(windows, layout.replicas, size)
             parts = parts_of_pass(waves, self.skeleton.layers, self._streamed)
-            with self._output.step("perplexity", parts) as step:
+            with self._reporter.step("perplexity", parts) as step:
                 return perplexity(group, layout, waves, "dense", self._streamed, step)
 
         return self._ask(ask, size * windows.shape[1])
@@ -84,7 +84,7 @@ class ShardedModel:
                 [queries[place] for place in left], layout.replicas, self.settings.wave, WAVE_TOKENS, longest
             )
             parts = parts_of_pass(waves, self.skeleton.layers, self._streamed)
-            with self._output.step("log-likelihoods", parts) as step:
+            with self._reporter.step("log-likelihoods", parts) as step:
                 for place, values in log_likelihoods(group, layout, waves, self._streamed, step):
                     found[left[place]] = values
 
@@ -129,7 +129,7 @@ class ShardedModel:
                 raise
 
         left = self.settings.model_copy(update={"max_restarts": self.settings.max_restarts - self.restarts})
-        persevere(attempt, self.layout, left, self._backend, self._output, self._lost)
+        persevere(attempt, self.layout, left, self._backend, self._reporter, self._lost)
         return answer[0]
 
     def _lost(self) -> None:
@@ -138,13 +138,13 @@ class ShardedModel:
     def _start(self, wave_tokens: int) -> Group:
         hidden = self.skeleton.config.hidden_size * self.dtype.itemsize
         under_way = 4 * (len(self.layout.shards) + 3 * self.layout.replicas) * max(wave_tokens, WAVE_TOKENS) * hidden
-        return self._backend.start(self._specs(), max(MIN_STORE_BYTES, under_way), PassingWorker)
+        return self._backend.start(self._specs(), max(MIN_STORE_BYTES, under_way), ForwardWorker)
 
-    def _specs(self) -> list[PassingSpec]:
+    def _specs(self) -> list[ForwardSpec]:
         settings = self.settings
         assert settings.threads is not None
         return [
-            PassingSpec(
+            ForwardSpec(
                 model=self._model,
                 shard=shard,
                 replica=replica,

@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from shardprune.errors import InputError, first_line
-from shardprune.recipes.evaluate import Tasks
+from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
 
 SETS = {  # of the papers on pruning
@@ -30,7 +30,7 @@ Opened = dict[str, list[Task | Group]]  # by the name that was asked for: a tag 
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # what log-likelihoods alone answer
 
 
-def load_tasks(recipe: Tasks) -> list[Task | Group]:
+def load_tasks(recipe: TaskFields) -> list[Task | Group]:
     """The tasks and groups of tasks that a recipe names, with their data.
 
     The harness's own thousands of tasks are only looked at where the recipe's directory does not have what is named.
@@ -52,7 +52,7 @@ def load_tasks(recipe: Tasks) -> list[Task | Group]:
     return [item for items in opened.values() for item in items]
 
 
-def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: Tasks) -> dict[str, TaskResult]:
+def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) -> dict[str, TaskResult]:
     """What the harness finds, by the names of tasks and of groups that sum up tasks."""
     # Not `simple_evaluate`, which also describes the machine and the working directory's git for its own reports.
     for task in _leaves(tasks):
@@ -81,7 +81,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
     return metrics
 
 
-def _load(recipe: Tasks) -> Opened:
+def _load(recipe: TaskFields) -> Opened:
     """What a recipe names, in its own directory and, where that is not enough, among the harness's tasks."""
     own = _own_tasks(recipe.tasks_dir) if recipe.tasks_dir else None
     wanted = [part for name in recipe.tasks for part in (SETS.get(name, (name,)))]

@@ -6,7 +6,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.planning.memory import Moment, Setup, WorkerMemory
 from shardprune.planning.workload import Model, Task, task_of
 from shardprune.recipes.identity import AnyRecipe
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.shard.spec import Need
 from shardprune.storage.quantities import gigabytes
 
@@ -21,7 +21,7 @@ def needs(recipe: AnyRecipe, model: Model, layout: Layout, itemsize: int, window
         itemsize: bytes of a number that is computed with.
         windows: of the longest text that perplexity is measured on.
     """
-    if not isinstance(recipe, Recipe):
+    if not isinstance(recipe, PruneRecipe):
         return [None] * len(layout.shards)
     task = replace(task_of(recipe, model, itemsize), windows=windows)
     gpu = recipe.device == "cuda"

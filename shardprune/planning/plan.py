@@ -11,7 +11,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.traffic import Traffic, traffic_of
 from shardprune.planning.workload import Model, read_model
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 
 PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
 
@@ -122,7 +122,7 @@ class PlanResult:
         }
 
 
-@before_work()
+@preflight()
 def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
     """Plan a run; no weight is read.
 

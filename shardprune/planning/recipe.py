@@ -7,8 +7,8 @@ from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import CONTEXT_BYTES, HARDWARE, Hardware
-from shardprune.recipes.groups import Calibration, Evaluation
-from shardprune.recipes.prune import OptionalBarber, Pruning, Recipe, Structured
+from shardprune.recipes.groups import CalibrationFields, EvaluationFields
+from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
 from shardprune.recipes.settings import Settings, positive
 from shardprune.storage.quantities import gigabytes, parse_bytes
 
@@ -84,15 +84,17 @@ class Choices(Settings):
     dtype: Literal["auto", "float32"] = Field("auto", description="What the workers compute in")
 
 
-class PlanRecipe(Machine, Choices, Pruning, Calibration, Evaluation, Structured, OptionalBarber):
+class PlanRecipe(
+    Machine, Choices, PruningFields, CalibrationFields, EvaluationFields, StructuredFields, OptionalBarberFields
+):
     """Everything that `shardprune plan` looks at.
 
     It takes the recipes of `shardprune prune` and passes over what a plan does not depend on; structured pruning and
     mask rebuilding are not planned, and refused.
     """
 
-    ignored: ClassVar[frozenset[str]] = frozenset(Recipe.model_fields) - {*Choices.model_fields}
-    unlisted: ClassVar[tuple[type[Settings], ...]] = (Structured, OptionalBarber)
+    ignored: ClassVar[frozenset[str]] = frozenset(PruneRecipe.model_fields) - {*Choices.model_fields}
+    unlisted: ClassVar[tuple[type[Settings], ...]] = (StructuredFields, OptionalBarberFields)
 
     model: str = Field(min_length=1, description="config.json, or the directory, URL or hub name of a checkpoint")
 

@@ -21,7 +21,7 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.pruning_job import Work
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.outliers import Outliers
 
@@ -313,7 +313,7 @@ def simulate(costs: Costs) -> SimulatedGroup:
     task, setup = costs.task, costs.setup
     layout, model = setup.layout, task.model
     group = SimulatedGroup(costs)
-    output = Output(quiet=True)
+    output = Reporter(quiet=True)
     calibration = Waves(torch.empty(task.samples, task.seqlen, device="meta"), layout.replicas, task.wave)
     windows = Waves(torch.empty(task.windows, task.seqlen, device="meta"), layout.replicas, task.wave)
 

@@ -14,7 +14,7 @@ from shardprune.model.checks import check_seqlen
 from shardprune.model.families import TOWERS
 from shardprune.model.skeleton import Skeleton, attention_of
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Unstructured
@@ -174,7 +174,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
     return task_of(recipe, model, model.stored.itemsize if narrow else 4)
 
 
-def task_of(recipe: Recipe | PlanRecipe, model: Model, itemsize: int) -> Task:
+def task_of(recipe: PruneRecipe | PlanRecipe, model: Model, itemsize: int) -> Task:
     """What a recipe does to a model, computing in numbers of so many bytes."""
     method = METHODS[recipe.solver]
     return Task(

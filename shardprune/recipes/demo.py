@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 
 
 def bundled_model() -> str:
@@ -10,9 +10,9 @@ def bundled_model() -> str:
     return str(files("shardprune") / "assets" / "stdlib-4m")
 
 
-def demo_recipe(out: str, shards: int) -> Recipe:
+def demo_recipe(out: str, shards: int) -> PruneRecipe:
     """SparseGPT to 50 % on Ray shards, measured on held-out modules."""
-    return Recipe.checked(
+    return PruneRecipe.checked(
         {
             "model": bundled_model(),
             "out": out,

@@ -5,12 +5,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import Workers, check_outlasts_job
+from shardprune.recipes.groups import WorkerFields, check_survives_ray_job
 from shardprune.recipes.settings import Settings, positive
 from shardprune.storage.sources import FORMS, check_source
 
 
-class Perplexities(Settings):
+class PerplexityFields(Settings):
     """Perplexity"""
 
     perplexity: tuple[str, ...] = Field((), description=f"Source of a text, repeatable: {FORMS}")
@@ -30,7 +30,7 @@ class Perplexities(Settings):
         return value
 
 
-class Tasks(Settings):
+class TaskFields(Settings):
     """Tasks of lm-eval"""
 
     tasks: tuple[str, ...] = Field(
@@ -53,7 +53,7 @@ class Tasks(Settings):
         return tuple(dict.fromkeys(name for name in names if name))
 
 
-class Shards(Workers):
+class ShardFields(WorkerFields):
     """Workers"""
 
     shards: int | None = positive(None, "Contiguous runs of layers, each on workers of its own (default: 1)")
@@ -66,7 +66,7 @@ class Shards(Workers):
     )
 
 
-class Destination(Settings):
+class DestinationFields(Settings):
     """Result"""
 
     out: str | None = Field(
@@ -78,15 +78,15 @@ class Destination(Settings):
     @classmethod
     def _out_lasts(cls, value: str | None) -> str | None:
         if value is not None:
-            check_outlasts_job("out", value)
+            check_survives_ray_job("out", value)
         return value
 
 
-class EvaluateRecipe(Perplexities, Tasks, Shards, Destination):
+class EvaluateRecipe(PerplexityFields, TaskFields, ShardFields, DestinationFields):
     """Everything that `shardprune evaluate` does."""
 
     command: ClassVar[str] = "evaluate"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Perplexities, Tasks)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PerplexityFields, TaskFields)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 

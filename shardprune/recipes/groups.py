@@ -14,7 +14,7 @@ from shardprune.storage.sources import FORMS, check_source
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
 
 
-class Width(Settings):
+class WidthFields(Settings):
     """Key/value groups and neurons"""
 
     score: Score = Field(
@@ -24,7 +24,7 @@ class Width(Settings):
     neuron_multiple: int = positive(1, "Of what the number of neurons stays a multiple, for kernels and their shards")
 
 
-class Calibration(Settings):
+class CalibrationFields(Settings):
     """Calibration"""
 
     calibration: str = Field("c4", description=f"Source of the text: {FORMS}")
@@ -46,7 +46,7 @@ class Calibration(Settings):
         return self.wave or max(1, WAVE_TOKENS // self.seqlen)
 
 
-class Perplexities(Settings):
+class PerplexityFields(Settings):
     """Evaluation"""
 
     eval: tuple[str, ...] = Field((), description="Measure perplexity on this source before and after; repeatable")
@@ -65,7 +65,7 @@ class Perplexities(Settings):
         return value
 
 
-class OutputErrors(Settings):
+class OutputErrorFields(Settings):
     """Evaluation"""
 
     measure_error: bool = Field(
@@ -73,11 +73,11 @@ class OutputErrors(Settings):
     )
 
 
-class Evaluation(Perplexities, OutputErrors):
+class EvaluationFields(PerplexityFields, OutputErrorFields):
     """Evaluation"""
 
 
-class Machines(Settings):
+class BackendFields(Settings):
     """Workers"""
 
     backend: Literal["ray", "local"] = Field("ray", description="Ray actors, or this process alone")
@@ -89,7 +89,7 @@ class Machines(Settings):
     max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
 
 
-class Workers(Machines):
+class WorkerFields(BackendFields):
     """Workers"""
 
     shards: int | None = positive(None, "Contiguous runs of layers (default: exact 1, parallel one per slot)")
@@ -100,7 +100,7 @@ class Workers(Machines):
     )
 
 
-class Cluster(Workers):
+class PruneWorkerFields(WorkerFields):
     """Workers"""
 
     propagation: Literal["exact", "parallel"] = Field("exact", description="Shard after shard, or all at once")
@@ -112,7 +112,7 @@ class Cluster(Workers):
     )
 
 
-class Run(Settings):
+class OutputFields(Settings):
     """Run"""
 
     out: str = Field(min_length=1, description="Directory or URL of the result; empty, or this run's own")
@@ -122,14 +122,14 @@ class Run(Settings):
     @field_validator("out")
     @classmethod
     def _out_lasts(cls, value: str) -> str:
-        check_outlasts_job("out", value)
+        check_survives_ray_job("out", value)
         return value
 
 
 COPIES = ("runtime_resources", "working_dir_files")  # where Ray unpacks what jobs are submitted with
 
 
-def check_outlasts_job(field: str, url: str) -> None:
+def check_survives_ray_job(field: str, url: str) -> None:
     """Check that what is written at a path or URL is still there after the job.
 
     Raises:

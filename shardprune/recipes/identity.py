@@ -1,10 +1,10 @@
 """TODO."""
 
-from shardprune.recipes.groups import Calibration
+from shardprune.recipes.groups import CalibrationFields
 from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.prune import NarrowingRecipe, RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe, WidthRecipe
 
-AnyRecipe = Recipe | NarrowingRecipe | RebuildRecipe | MopRecipe
+AnyRecipe = PruneRecipe | WidthRecipe | RebuildRecipe | MopRecipe
 
 
 def shaping_fields(recipe: AnyRecipe | type[AnyRecipe]) -> set[str]:
@@ -14,5 +14,5 @@ def shaping_fields(recipe: AnyRecipe | type[AnyRecipe]) -> set[str]:
 
 def identifying_fields(recipe: type[AnyRecipe]) -> set[str]:
     """The fields of a recipe that say which run it is, as far as they do not depend on machines."""
-    named = {*shaping_fields(recipe), *Calibration.model_fields, "model", "sparse", "propagation"}
+    named = {*shaping_fields(recipe), *CalibrationFields.model_fields, "model", "sparse", "propagation"}
     return named & set(recipe.model_fields)

@@ -6,12 +6,12 @@ from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.model.structure.kept_iterations import parse_keep
-from shardprune.recipes.groups import Calibration, Perplexities, Run, Width, Workers
+from shardprune.recipes.groups import CalibrationFields, OutputFields, PerplexityFields, WidthFields, WorkerFields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.scoring import Criterion, Score, Scoring
 
 
-class Search(Settings):
+class PathFields(Settings):
     """Path"""
 
     remove: float | None = Field(None, description="Share of the model's parameters to remove; not needed with a path")
@@ -41,7 +41,7 @@ class Search(Settings):
         return value
 
     @model_validator(mode="after")
-    def _path_fits(self) -> "Search":
+    def _path_fits(self) -> "PathFields":
         if self.remove is None and self.path is None:
             raise InputError("remove", "missing; give the share of parameters to remove, or a path")
         self.needs("a path that is searched for", self.path is None, "criterion")
@@ -53,16 +53,16 @@ class Search(Settings):
         return "perplexity" if self.criterion == "random" else self.criterion
 
 
-class ActiveWidth(Width):
+class MopWidthFields(WidthFields):
     """Key/value groups and neurons"""
 
-    score: Score = Field("amp", description=Width.model_fields["score"].description)
+    score: Score = Field("amp", description=WidthFields.model_fields["score"].description)
     outlier_m: float = Field(
         5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
     )
 
 
-class Kept(Settings):
+class KeepFields(Settings):
     """What is kept"""
 
     keep: str | None = Field(
@@ -83,7 +83,9 @@ class Kept(Settings):
         return value
 
 
-class MopRecipe(Search, ActiveWidth, Kept, Calibration, Perplexities, Workers, Run):
+class MopRecipe(
+    PathFields, MopWidthFields, KeepFields, CalibrationFields, PerplexityFields, WorkerFields, OutputFields
+):
     """Everything that `shardprune mop` does."""
 
     command: ClassVar[str] = "mop"
@@ -97,7 +99,7 @@ class MopRecipe(Search, ActiveWidth, Kept, Calibration, Perplexities, Workers, R
     propagation: ClassVar[Literal["exact"]] = "exact"
     segments: ClassVar[None] = None
     weights: ClassVar[Literal["resident"]] = "resident"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Search, ActiveWidth)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 

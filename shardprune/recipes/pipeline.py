@@ -6,15 +6,15 @@ from pydantic import Field, model_validator
 
 from shardprune.errors import InputError
 from shardprune.recipes.evaluate import EvaluateRecipe
-from shardprune.recipes.groups import Machines, Run
+from shardprune.recipes.groups import BackendFields, OutputFields
 from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings, checked_section
 from shardprune.storage.output_names import PRUNED, RECOVERED
 
 
-class Steps(Settings):
+class StepFields(Settings):
     """Steps"""
 
     prune: dict[str, Any] | None = Field(None, description="Options of `shardprune prune`")
@@ -23,7 +23,7 @@ class Steps(Settings):
     evaluate: dict[str, Any] | None = Field(None, description="Options of `shardprune evaluate`")
 
 
-class PipelineRecipe(Steps, Machines, Run):
+class PipelineRecipe(StepFields, BackendFields, OutputFields):
     """Everything that `shardprune pipeline` does.
 
     What stands beside the steps (backend, device, threads, ...) holds for all of them that do not say otherwise.
@@ -43,7 +43,7 @@ class PipelineRecipe(Steps, Machines, Run):
             self.section(step)
         recovery = self.section("recover") if self.recover is not None else None
         pruning = self.section("prune") if self.prune is not None else None
-        zeroes = isinstance(pruning, Recipe) and pruning.zeroes
+        zeroes = isinstance(pruning, PruneRecipe) and pruning.zeroes
         if isinstance(recovery, RecoverRecipe) and recovery.keep_sparsity and not zeroes:
             raise InputError("recover.keep_sparsity", "the step before leaves no zeros to keep")
         return self
@@ -51,16 +51,16 @@ class PipelineRecipe(Steps, Machines, Run):
     @property
     def steps(self) -> tuple[str, ...]:
         """The names of the steps, in their order."""
-        return tuple(name for name in Steps.model_fields if getattr(self, name) is not None)
+        return tuple(name for name in StepFields.model_fields if getattr(self, name) is not None)
 
-    def section(self, step: str) -> Recipe | MopRecipe | RecoverRecipe | EvaluateRecipe:
+    def section(self, step: str) -> PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe:
         """The recipe of one step: model and output are the pipeline's to say.
 
         Raises:
             InputError: names the step and the field that is wrong.
         """
         given = getattr(self, step)
-        names = {*Machines.model_fields, "report"} & self.model_fields_set
+        names = {*BackendFields.model_fields, "report"} & self.model_fields_set
         shared = {name: getattr(self, name) for name in names}
         for name in ("model", "out", "resume"):
             if name in given:
@@ -75,8 +75,8 @@ class PipelineRecipe(Steps, Machines, Run):
         return checked_section(step, RECIPES[step], {**shared, **given, **places[step]})
 
 
-RECIPES: dict[str, type[Recipe | MopRecipe | RecoverRecipe | EvaluateRecipe]] = {
-    "prune": Recipe,
+RECIPES: dict[str, type[PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe]] = {
+    "prune": PruneRecipe,
     "mop": MopRecipe,
     "recover": RecoverRecipe,
     "evaluate": EvaluateRecipe,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import Calibration, Cluster, Evaluation, Run, Width
+from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
@@ -22,7 +22,7 @@ else:
     AllocationName = Literal[tuple(ALLOCATIONS)]
 
 
-class Structured(Width):
+class StructuredFields(WidthFields):
     """Structured pruning"""
 
     structured: float | None = Field(
@@ -37,7 +37,7 @@ class Structured(Width):
         return value
 
 
-class Pruning(Structured):
+class PruningFields(StructuredFields):
     """What to prune"""
 
     method: MethodName = Field("sparsegpt", description="How the zeros are chosen and the rest corrected")
@@ -115,7 +115,7 @@ class Pruning(Structured):
         return f"{self.method}-variant" if self.wanda_variant else self.method
 
     @model_validator(mode="after")
-    def _sparsity_fits_pattern(self) -> "Pruning":
+    def _sparsity_fits_pattern(self) -> "PruningFields":
         zeros = self.zeros
         if not self.zeroes and (self.structured is None or isinstance(zeros, Mixed)):
             raise InputError("sparsity", "missing; give a number from 0 to below 1, or a pattern such as 2:4")
@@ -132,7 +132,7 @@ class Pruning(Structured):
         return self
 
     @model_validator(mode="after")
-    def _allocation_fits(self) -> "Pruning":
+    def _allocation_fits(self) -> "PruningFields":
         observes = ALLOCATIONS[self.allocation].observes
         if isinstance(self.zeros, Mixed) and self.allocation != "owl":
             raise InputError("allocation", f"{self.allocation!r} does not fit the pattern {self.pattern}; use owl")
@@ -156,8 +156,8 @@ class Pruning(Structured):
         return self
 
     @model_validator(mode="after")
-    def _structure_fits(self) -> "Pruning":
-        self.needs("structured", self.structured is not None, *Width.model_fields)
+    def _structure_fits(self) -> "PruningFields":
+        self.needs("structured", self.structured is not None, *WidthFields.model_fields)
         self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation")
         if self.structured is None:
             return self
@@ -170,7 +170,7 @@ class Pruning(Structured):
         return self
 
 
-class Barber(Settings):
+class BarberFields(Settings):
     """Mask rebuilding"""
 
     rebuild_threshold: float = Field(
@@ -188,14 +188,14 @@ class Barber(Settings):
         return Rebuilding(self.rebuild_threshold, self.rebuild_granularity, self.rebuild_metric, self.keep_corrected)
 
 
-class OptionalBarber(Barber):
+class OptionalBarberFields(BarberFields):
     """Mask rebuilding"""
 
     rebuild: Literal["none", "barber"] = Field("none", description="Mend each layer's masks after it is pruned")
 
     @model_validator(mode="after")
-    def _options_have_an_effect(self) -> "OptionalBarber":
-        self.needs("rebuild barber", self.rebuild == "barber", *Barber.model_fields)
+    def _options_have_an_effect(self) -> "OptionalBarberFields":
+        self.needs("rebuild barber", self.rebuild == "barber", *BarberFields.model_fields)
         return self
 
     @property
@@ -204,30 +204,41 @@ class OptionalBarber(Barber):
         return self.swapping if self.rebuild == "barber" else None
 
 
-class Recipe(Pruning, Calibration, Evaluation, Structured, OptionalBarber, Cluster, Run):
+class PruneRecipe(
+    PruningFields,
+    CalibrationFields,
+    EvaluationFields,
+    StructuredFields,
+    OptionalBarberFields,
+    PruneWorkerFields,
+    OutputFields,
+):
     """Everything that `shardprune prune` does."""
 
     command: ClassVar[str] = "prune"
     sparse: ClassVar[None] = None
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruning, OptionalBarber)  # every field of them shapes the tensors
+    shaping: ClassVar[tuple[type[Settings], ...]] = (
+        PruningFields,
+        OptionalBarberFields,
+    )  # every field of them shapes the tensors
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
 
     @model_validator(mode="after")
-    def _masks_are_made_before_they_are_rebuilt(self) -> "Recipe":
+    def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
         self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
         return self
 
     @property
-    def narrowing(self) -> "NarrowingRecipe | None":
+    def narrowing(self) -> "WidthRecipe | None":
         """The run that removes structures, where some are to go before weights become zero."""
         if self.structured is None:
             return None
-        shared = set(NarrowingRecipe.model_fields) & set(Recipe.model_fields)
-        return NarrowingRecipe(**self.model_dump(include=shared))
+        shared = set(WidthRecipe.model_fields) & set(PruneRecipe.model_fields)
+        return WidthRecipe(**self.model_dump(include=shared))
 
 
-class Removal(Structured):
+class RemovalFields(StructuredFields):
     """Structured pruning"""
 
     outlier_m: float = 5.0
@@ -238,7 +249,7 @@ class Removal(Structured):
         return Scoring(self.score, self.correction, self.outlier_m)
 
 
-class NarrowingRecipe(Removal, Calibration, Evaluation, Cluster, Run):
+class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
@@ -246,7 +257,7 @@ class NarrowingRecipe(Removal, Calibration, Evaluation, Cluster, Run):
     solver: ClassVar[None] = None
     rebuilding: ClassVar[None] = None
     observed_m: ClassVar[None] = None
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Removal,)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (RemovalFields,)
     pattern: ClassVar[str] = "unstructured"
 
     model: str
@@ -258,7 +269,7 @@ class NarrowingRecipe(Removal, Calibration, Evaluation, Cluster, Run):
         return self.structured
 
 
-class Pruned(Settings):
+class PrunedFields(Settings):
     """What was pruned"""
 
     pattern: str = Field(
@@ -273,14 +284,14 @@ class Pruned(Settings):
         return value
 
 
-class RebuildRecipe(Pruned, Barber, Calibration, Evaluation, Cluster, Run):
+class RebuildRecipe(PrunedFields, BarberFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
     """Everything that `shardprune rebuild` does."""
 
     command: ClassVar[str] = "rebuild"
     solver: ClassVar[None] = None
     target: ClassVar[None] = None
     observed_m: ClassVar[None] = None
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Pruned, Barber)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PrunedFields, BarberFields)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the dense checkpoint")
     sparse: str = Field(min_length=1, description="Directory, URL or hub name of the same model, pruned")

@@ -5,14 +5,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import Machines, Perplexities, Run, check_outlasts_job
+from shardprune.recipes.groups import BackendFields, OutputFields, PerplexityFields, check_survives_ray_job
 from shardprune.recipes.settings import Settings, positive
 from shardprune.storage.sources import DATA_FORMS, check_data
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
 
 
-class Learning(Settings):
+class LearningFields(Settings):
     """How it learns"""
 
     full: bool = Field(False, description="Train all weights, instead of low-rank updates of the projections")
@@ -40,14 +40,14 @@ class Learning(Settings):
         return self.learning_rate or (FULL_RATE if self.full else LORA_RATE)
 
     @model_validator(mode="after")
-    def _low_rank_options_have_an_effect(self) -> "Learning":
+    def _low_rank_options_have_an_effect(self) -> "LearningFields":
         self.needs("low-rank updates (no --full)", not self.full, "lora_rank", "lora_alpha", "lora_dropout")
         if self.steps is not None and self.epochs != type(self).model_fields["epochs"].default:
             raise InputError("epochs", f"{self.epochs:g} has no effect beside steps; give one of the two")
         return self
 
 
-class Data(Settings):
+class DataFields(Settings):
     """What it learns from"""
 
     data: str = Field(min_length=1, description=f"Source of the data: {DATA_FORMS}")
@@ -64,7 +64,7 @@ class Data(Settings):
         return value
 
 
-class Teaching(Settings):
+class TeachingFields(Settings):
     """Distillation"""
 
     teacher: str | None = Field(None, description="Model whose predictions are learned, too, such as the dense one")
@@ -74,12 +74,12 @@ class Teaching(Settings):
     )
 
     @model_validator(mode="after")
-    def _needs_a_teacher(self) -> "Teaching":
+    def _needs_a_teacher(self) -> "TeachingFields":
         self.needs("teacher", self.teacher is not None, "temperature", "teacher_weight")
         return self
 
 
-class Partitioned(Settings):
+class ZeroFields(Settings):
     """DeepSpeed"""
 
     zero: int = Field(
@@ -100,32 +100,34 @@ class Partitioned(Settings):
     @classmethod
     def _state_lasts(cls, value: str | None) -> str | None:
         if value is not None:
-            check_outlasts_job("state", value)
+            check_survives_ray_job("state", value)
         return value
 
 
-class Trainers(Machines):
+class TrainerFields(BackendFields):
     """Workers"""
 
     workers: int | None = positive(None, "Processes that train together (default: one per GPU; on CPUs 1)")
 
 
-class Windows(Settings):
+class WindowFields(Settings):
     """Evaluation"""
 
     seqlen: int = Field(2048, ge=2, description="Tokens of a window of perplexity")
 
 
-class Measuring(Perplexities, Windows):
+class MeasuringFields(PerplexityFields, WindowFields):
     """Evaluation"""
 
 
-class RecoverRecipe(Learning, Data, Teaching, Partitioned, Measuring, Trainers, Run):
+class RecoverRecipe(
+    LearningFields, DataFields, TeachingFields, ZeroFields, MeasuringFields, TrainerFields, OutputFields
+):
     """Everything that `shardprune recover` does."""
 
     command: ClassVar[str] = "recover"
     # What decides the weights, but for rounding: another number of workers or stage goes on with the same training.
-    shaping: ClassVar[tuple[type[Settings], ...]] = (Learning, Data, Teaching)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (LearningFields, DataFields, TeachingFields)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the pruned checkpoint")
 

@@ -61,7 +61,9 @@ class Checkpoints:
 
     def load(self, engine: deepspeed.DeepSpeedEngine) -> int:
         """Take up the last complete state; the number of steps that it has behind it, 0 where there is none."""
-        tag, convert = of_the_first(self._found if dist.get_rank() == 0 else None)  # others may see files later
+        tag, convert = broadcast_from_rank_zero(
+            self._found if dist.get_rank() == 0 else None
+        )  # others may see files later
         if tag is None:
             return 0
         if convert:
@@ -102,7 +104,7 @@ class Checkpoints:
         return universal
 
 
-def of_the_first(find: Callable[[], Any] | None) -> Any:
+def broadcast_from_rank_zero(find: Callable[[], Any] | None) -> Any:
     """What the first process finds, in all of them; the others give None."""
     found = [find() if find else None]
     dist.broadcast_object_list(found, src=0)

@@ -21,7 +21,7 @@ from shardprune.shard.memory import peak_bytes
 from shardprune.storage.journal import Journal
 
 
-def take_part(spec: TrainingSpec) -> dict[str, Any]:
+def train_worker(spec: TrainingSpec) -> dict[str, Any]:
     """Train and write the result, as one of the processes of torch's default group; what it took.
 
     Everything that fails here fails in all processes, or ends the others' collectives.

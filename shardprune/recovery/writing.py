@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.families import Family
-from shardprune.recovery.checkpoints import of_the_first
+from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.storage.journal import Journal
 from shardprune.storage.safetensors_file import write_tensors
@@ -22,7 +22,7 @@ from shardprune.storage.safetensors_file import write_tensors
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
     """Write every layer that is not yet written, low-rank updates merged. All processes call at once."""
-    finished = of_the_first(journal.finished if dist.get_rank() == 0 else None)
+    finished = broadcast_from_rank_zero(journal.finished if dist.get_rank() == 0 else None)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         if index in finished:
             continue

@@ -17,30 +17,30 @@ QUIET_SECONDS = 5.0  # between two plain lines of one step
 class Step:
     """One long step of a known number of parts. Threads may advance it at the same time."""
 
-    def __init__(self, label: str, total: int, output: "Output") -> None:
+    def __init__(self, label: str, total: int, reporter: "Reporter") -> None:
         self.label, self.total, self.done = label, total, 0
         self.detail = ""
-        self._output = output
+        self._reporter = reporter
         self._lock = threading.Lock()
         self._started = self._spoke = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
         with self._lock:
             self.done += count
-            self._output.show(self)
+            self._reporter.show(self)
 
     def describe(self, detail: str) -> None:
         """Say what the step is at, such as `layer 3/8`."""
         with self._lock:
             self.detail = detail
-            self._output.show(self)
+            self._reporter.show(self)
 
     def record(self, event: str, **fields: Any) -> None:
         """Something has happened in this step."""
-        self._output.events.emit(event, **fields)
+        self._reporter.events.emit(event, **fields)
 
     def say(self, text: str) -> None:
-        self._output.say(text)
+        self._reporter.say(text)
 
     def position(self) -> dict[str, Any]:
         """How far the step is."""
@@ -62,7 +62,7 @@ class Step:
         return True
 
 
-class Output:
+class Reporter:
     """Where a run's progress goes; `events` is for what happens in it."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:

@@ -10,7 +10,7 @@ from shardprune.report.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_ev
 from shardprune.report.progress import clock_time
 from shardprune.storage.folder import Folder
 from shardprune.storage.output_names import PRUNED, RECOVERED
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # after which a run counts as dead
 ENDS = ("done", "stopped", "failed")
@@ -68,7 +68,7 @@ class Status:
         }.get(self.state, self.state)
 
 
-@before_work()
+@preflight()
 def status_of(out: str, now: float | None = None) -> list[Status]:
     """The runs that an output directory holds: one, or those of a pipeline's steps that have started.
 

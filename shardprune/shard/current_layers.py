@@ -23,7 +23,7 @@ class Saved:
     layers: tuple[int, ...]
 
 
-class Held:
+class CurrentLayers:
     """Current decoder layers by their index in the checkpoint."""
 
     def __init__(self, skeleton: Skeleton, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span, timed
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
 from shardprune.shard.memory import peak_bytes
-from shardprune.shard.spec import PassingSpec
+from shardprune.shard.spec import ForwardSpec
 from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
 from shardprune.solvers.statistics import InputStatistics, Sums, merged
@@ -30,10 +30,10 @@ class Summing(Protocol):
         """Add the inputs [..., cols] of one wave of `samples` sequences."""
 
 
-class PassingWorker:
+class ForwardWorker:
     """One replica of one shard, and what it does with waves that only pass through."""
 
-    def __init__(self, spec: PassingSpec) -> None:
+    def __init__(self, spec: ForwardSpec) -> None:
         torch.set_num_threads(spec.threads)
         self.spec = spec
         self.ledger = Ledger()

@@ -7,28 +7,28 @@ from torch import Tensor, nn
 
 from shardprune.model.saving import write_layer
 from shardprune.model.structure.shape import Widths
-from shardprune.shard.current_layers import Held, Saved, parameters_of
+from shardprune.shard.current_layers import CurrentLayers, Saved, parameters_of
 from shardprune.shard.layers import Version
 from shardprune.shard.ledger import timed
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.width_worker import NarrowingWorker
+from shardprune.shard.width_worker import WidthWorker
 from shardprune.storage.journal import Journal
 
 Watched = Literal["nothing", "angles", "inputs"]
 REFERENCE = "reference"  # stream of what comes out of the original model's last layer
 
 
-class SearchWorker(NarrowingWorker):
+class MopWorker(WidthWorker):
     """One replica of one shard, whose layers may become narrower, go, or move to another shard."""
 
-    layers: Held
+    layers: CurrentLayers
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self._angles: dict[int, dict[int, Tensor]] = {}
 
-    def _open_layers(self) -> Held:
-        return Held(self.skeleton, self.checkpoint)
+    def _open_layers(self) -> CurrentLayers:
+        return CurrentLayers(self.skeleton, self.checkpoint)
 
     # -- the current layers -----------------------------------------------------------------------------------
 

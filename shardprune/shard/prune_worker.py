@@ -17,14 +17,14 @@ from shardprune.shard.ledger import timed
 from shardprune.shard.memory import check_memory
 from shardprune.shard.projections import Report, adopt_projection, prune_projection
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.width_worker import NarrowingWorker
+from shardprune.shard.width_worker import WidthWorker
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Pattern, parse_pattern, pattern_of
 from shardprune.solvers.statistics import InputStatistics, Kind, Sums, merged, output_error
 
 
-class ShardWorker(NarrowingWorker):
+class PruneWorker(WidthWorker):
     """One replica of one shard."""
 
     layers: Layers

@@ -10,7 +10,7 @@ from shardprune.solvers.scoring import Scoring
 
 
 @dataclass(frozen=True)
-class PassingSpec:
+class ForwardSpec:
     """All that a worker must know which only lets waves pass through, as plain values that travel to another process.
 
     `activation_bytes` is what the waves that it keeps take.
@@ -39,7 +39,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class WorkerSpec(PassingSpec):
+class WorkerSpec(ForwardSpec):
     """The same of a worker that changes layers.
 
     `method` prunes by `pattern`, or is None where `sparse` names a checkpoint that holds the pruned weights (their

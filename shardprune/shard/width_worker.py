@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.shape import Widths, heads_of, reshaped
-from shardprune.shard.forward_worker import PassingWorker
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import timed
 from shardprune.shard.spec import WorkerSpec
@@ -19,7 +19,7 @@ from shardprune.shard.width_pruning import Choice, Gathered, Narrowing, Part, ga
 from shardprune.storage.journal import Journal
 
 
-class NarrowingWorker(PassingWorker):
+class WidthWorker(ForwardWorker):
     """A worker whose layers may become narrower."""
 
     spec: WorkerSpec

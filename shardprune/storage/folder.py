@@ -18,7 +18,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
-from shardprune.storage.retrying import persist
+from shardprune.storage.retrying import retry
 
 T = TypeVar("T")
 
@@ -293,7 +293,7 @@ class Folder:
         """
         place = f"{self.url}/{name}" if name else self.url
         try:
-            return persist(operation, place)
+            return retry(operation, place)
         except Exception as error:
             if not _of_storage(error):
                 raise
@@ -331,7 +331,7 @@ def read_file(url: str, field: str) -> bytes:
     """
     fs, path = _resolve(url, field)
     try:
-        return persist(lambda: fs.cat_file(path), url)
+        return retry(lambda: fs.cat_file(path), url)
     except FileNotFoundError as error:
         raise InputError(field, f"{url!r} does not exist") from error
     except Exception as error:

@@ -75,7 +75,7 @@ _random = random.Random()  # one of our own: the program's seeds stay as they ar
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """Waits double from `first` to `longest` seconds, each shortened by chance to half at most, so that many workers
     do not come back at once. It ends `seconds` after the first failure, but not before `tries` attempts: one that
     moves much may take longer than that."""
@@ -93,7 +93,7 @@ class Patience:
             wait = min(self.longest, 2 * wait)
 
     @classmethod
-    def now(cls) -> "Patience":
+    def now(cls) -> "RetryPolicy":
         """What the environment says, or the default: less before work begins, when nothing is lost with it.
 
         Raises:
@@ -106,11 +106,11 @@ class Patience:
             raise InputError(ENVIRONMENT, f"{value!r} is no number of seconds") from error
 
 
-_default: ContextVar[float] = ContextVar("seconds of patience", default=Patience.seconds)
+_default: ContextVar[float] = ContextVar("seconds of patience", default=RetryPolicy.seconds)
 
 
 @contextmanager
-def before_work() -> Iterator[None]:
+def preflight() -> Iterator[None]:
     """Storage that refuses what a run needs, or stays away, is bad input as long as nothing has begun.
 
     Raises:
@@ -125,10 +125,10 @@ def before_work() -> Iterator[None]:
         _default.reset(token)
 
 
-def persist(
+def retry(
     operation: Callable[[], T],
     what: str,
-    patience: Patience | None = None,
+    patience: RetryPolicy | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     chance: Callable[[], float] = _random.random,
@@ -142,7 +142,7 @@ def persist(
     Raises:
         Exception: the operation's, where it is not transient or patience has ended.
     """
-    patience = patience or Patience.now()
+    patience = patience or RetryPolicy.now()
     since: float | None = None
     for tries, wait in enumerate(patience.waits(chance), 1):
         try:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from shardprune.model.checkpoint import SINGLE
 from shardprune.model.skeleton import Skeleton
-from shardprune.shard.prune_worker import ShardWorker
+from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import WorkerSpec
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.storage.folder import Folder
@@ -67,7 +67,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(folder, config)
-        worker = ShardWorker(
+        worker = PruneWorker(
             WorkerSpec(
                 model=folder,
                 out=f"{folder}/out",

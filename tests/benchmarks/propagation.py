@@ -11,7 +11,7 @@ import tempfile
 
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, out: str, **fields) -> Result:
         "threads": args.threads,
         **fields,
     }
-    return prune(Recipe.checked(values), Output(quiet=True))
+    return prune(Recipe.checked(values), Reporter(quiet=True))
 
 
 def main() -> None:

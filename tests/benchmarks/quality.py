@@ -17,7 +17,7 @@ from multiprocessing import get_context
 
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -28,7 +28,7 @@ ALLOCATIONS = ("uniform", "owl", "mosaic")
 
 def run(values: dict) -> Result:
     with tempfile.TemporaryDirectory() as folder:
-        return prune(Recipe.checked({**values, "out": f"{folder}/out"}), Output(quiet=True))
+        return prune(Recipe.checked({**values, "out": f"{folder}/out"}), Reporter(quiet=True))
 
 
 def row(result: Result) -> str:

@@ -11,7 +11,7 @@ import tempfile
 
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 
 BARBER = {"rebuild": "barber", "rebuild_threshold": 0.1}
 RUNS = {
@@ -41,7 +41,7 @@ def main() -> None:
         for name, fields in RUNS.items():
             with tempfile.TemporaryDirectory() as folder:
                 recipe = Recipe.checked({**common, **fields, "backend": "local", "out": f"{folder}/out"})
-                seconds[name].append(prune(recipe, Output(quiet=True)).seconds)
+                seconds[name].append(prune(recipe, Reporter(quiet=True)).seconds)
 
     def least(name: str, phase: str) -> float:
         return min(run.get(phase, 0.0) for run in seconds[name])

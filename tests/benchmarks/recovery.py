@@ -15,7 +15,7 @@ import tempfile
 
 from shardprune import MopRecipe, Recipe, RecoverRecipe, mop, prune, recover
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
 WAYS = {
@@ -26,7 +26,7 @@ WAYS = {
     },
     "MoP": {"low rank": {}, "all weights": {"full": True}},
 }
-QUIET = Output(quiet=True)
+QUIET = Reporter(quiet=True)
 
 
 def row(name: str, way: str, zero: int, result: Result) -> str:

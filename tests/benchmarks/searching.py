@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from shardprune import MopRecipe, Recipe, mop, prune
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 
 LAYOUTS = {
     "1 worker": {},
@@ -44,13 +44,13 @@ def tensors_of(folder: str) -> dict[str, torch.Tensor]:
 
 def searched(values: dict) -> tuple[float, dict[str, torch.Tensor]]:
     with tempfile.TemporaryDirectory() as folder:
-        result = mop(MopRecipe.checked({**values, "out": f"{folder}/out"}), Output(quiet=True))
+        result = mop(MopRecipe.checked({**values, "out": f"{folder}/out"}), Reporter(quiet=True))
         return result.seconds["search"], tensors_of(f"{folder}/out")
 
 
 def pruned(values: dict) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return prune(Recipe.checked({**values, "out": f"{folder}/out"}), Output(quiet=True)).seconds["prune"]
+        return prune(Recipe.checked({**values, "out": f"{folder}/out"}), Reporter(quiet=True)).seconds["prune"]
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.shape import costs_of
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
 PROMPT = 16  # tokens
@@ -41,7 +41,7 @@ MOP = {
 
 
 def run(values: dict) -> Result:
-    quiet = Output(quiet=True)
+    quiet = Reporter(quiet=True)
     return prune(Recipe.checked(values), quiet) if "structured" in values else mop(MopRecipe.checked(values), quiet)
 
 

@@ -15,12 +15,12 @@ import pytest
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from tests.failures.listening import Heard, Moment
 from tests.support.clusters import cluster, kill, processes_of
 from tests.support.tiny import differing, make_model, make_tokens
 
-QUIET = Output(quiet=True)
+QUIET = Reporter(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
             assert not (tmp_path / "o" / "result.json").exists(), "the search was over before its third iteration"
             if (tmp_path / "o" / "run.json").exists():
                 states.append(json.loads((tmp_path / "o" / "run.json").read_text()))
-        processes_of("SearchActor")[-1].send_signal(signal.SIGKILL)
+        processes_of("MopActor")[-1].send_signal(signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -266,7 +266,7 @@ def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
 
     def kill_all() -> None:
         while not stop.wait(0.2):
-            for process in processes_of("ShardActor"):
+            for process in processes_of("PruneActor"):
                 kill(process)
 
     killer = threading.Thread(target=kill_all)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardprune import prune
 from shardprune.recipes.demo import bundled_model, demo_recipe
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 
 
 def test_the_bundled_model_is_small_and_loads():
@@ -25,7 +25,9 @@ def test_the_bundled_model_is_small_and_loads():
 
 def test_the_demo_loses_little_and_its_result_loads_with_its_tokenizer(tmp_path):
     recipe = demo_recipe(str(tmp_path / "o"), shards=2)
-    result = prune(recipe.model_copy(update={"backend": "local", "threads": 2, "eval_windows": 50}), Output(quiet=True))
+    result = prune(
+        recipe.model_copy(update={"backend": "local", "threads": 2, "eval_windows": 50}), Reporter(quiet=True)
+    )
     measured = result.perplexity["stdlib"]
     assert measured.before < 25
     assert measured.before < measured.after < 1.5 * measured.before

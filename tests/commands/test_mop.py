@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.shard.mop_worker import SearchWorker
+from shardprune.shard.mop_worker import MopWorker
 from shardprune.storage.folder import Folder
 from tests.support.running import search_run as search
 from tests.support.tiny import (
@@ -268,16 +268,16 @@ def dies_in(monkeypatch):
     """Make a verb of the worker fail, once, when it is called for the `count`th time."""
 
     def arm(verb: str, count: int) -> None:
-        whole_verb, calls = getattr(SearchWorker, verb), []
+        whole_verb, calls = getattr(MopWorker, verb), []
 
         def failing(self, *args):
             calls.append(args)
             if len(calls) == count:
-                monkeypatch.setattr(SearchWorker, verb, whole_verb)
+                monkeypatch.setattr(MopWorker, verb, whole_verb)
                 raise KeyboardInterrupt
             return whole_verb(self, *args)
 
-        monkeypatch.setattr(SearchWorker, verb, failing)
+        monkeypatch.setattr(MopWorker, verb, failing)
 
     return arm
 

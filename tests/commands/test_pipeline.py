@@ -9,7 +9,7 @@ from shardprune import PipelineRecipe, pipeline
 from shardprune.cli import main
 from shardprune.commands import pipeline as pipelines
 from shardprune.errors import InputError
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from tests.support.running import run
 from tests.support.tiny import differing, snapshot
 
@@ -33,7 +33,7 @@ def sections(folder, **changes):
 
 
 def carry_out(folder, out, **changes):
-    return pipeline(PipelineRecipe.checked({"out": str(out), **sections(folder, **changes)}), Output(quiet=True))
+    return pipeline(PipelineRecipe.checked({"out": str(out), **sections(folder, **changes)}), Reporter(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_where_it_works_may_change_what_it_does_may_not(folder, whole):
 
 @pytest.mark.parametrize("cut_off", STEPS)
 def test_it_resumes_at_the_step_that_was_cut_off(folder, whole, tmp_path, monkeypatch, cut_off):
-    def dies(recipe, output):
+    def dies(recipe, reporter):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(pipelines.RUNS, cut_off, dies)

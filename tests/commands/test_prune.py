@@ -15,7 +15,7 @@ from shardprune import Recipe
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.model.skeleton import attention_of
-from shardprune.shard.prune_worker import ShardWorker
+from shardprune.shard.prune_worker import PruneWorker
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
@@ -289,14 +289,14 @@ def test_leftovers_of_an_interrupted_write_are_removed(folder, tmp_path, dies_at
 
 def test_what_a_lost_worker_left_behind_is_removed(folder, tmp_path, monkeypatch):
     """A worker that dies while it writes leaves its temporary file; the same driver goes on."""
-    write = ShardWorker.write
+    write = PruneWorker.write
 
     def dying(self, index, record):
         (tmp_path / "o" / ".model-00004-of-00005.safetensors.0123abcd.tmp").write_bytes(b"half a layer")
-        monkeypatch.setattr(ShardWorker, "write", write)
+        monkeypatch.setattr(PruneWorker, "write", write)
         raise WorkerLost("killed")
 
-    monkeypatch.setattr(ShardWorker, "write", dying)
+    monkeypatch.setattr(PruneWorker, "write", dying)
     monkeypatch.setattr(LocalBackend, "settle", LocalBackend.slots)
     assert run(folder, tmp_path / "o", sparsity=0.5).restarts == 1
     assert not list((tmp_path / "o").glob(".*"))

@@ -133,7 +133,8 @@ def test_replicas_change_only_the_order_of_sums(folder, fields, tmp_path):
     first, second = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "several")
     for name in first:
         assert torch.equal(first[name] == 0, second[name] == 0), name
-        assert torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-5), name
+        # The rounding of a layer's sums is magnified in the layers after it, by how much depends on the processor.
+        assert torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-4), name
 
 
 def test_segments_share_one_allocation(folder, tmp_path):

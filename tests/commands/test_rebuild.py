@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output, Step
+from shardprune.report.progress import Reporter, Step
 from shardprune.solvers.pattern import parse_pattern
 from tests.support.running import rebuild_run, run
 from tests.support.tiny import differing, load_tensors, make_model, make_tokens, snapshot
@@ -194,9 +194,9 @@ def test_every_part_of_the_progress_is_reported(folder, tmp_path, monkeypatch):
             {"allocation": "owl", "propagation": "parallel", "shards": 2, "weights": "streamed"},
         )
     ):
-        output = Output(Console(file=io.StringIO()))
+        reporter = Reporter(Console(file=io.StringIO()))
         recipe = {"method": "wanda", "sparsity": 0.5, **BARBER, **fields}
-        run(folder, tmp_path / f"o{index}", output=output, **recipe)
+        run(folder, tmp_path / f"o{index}", reporter=reporter, **recipe)
     assert len(ended) == 6
     assert all(done == total > 0 for _, done, total in ended), ended
 

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from packaging.requirements import InvalidRequirement, Requirement
 
-from shardprune.recipes.evaluate import Shards
+from shardprune.recipes.evaluate import ShardFields
 from tests.docs.blocks import ASSIGNMENT, ROOT, Command
 from tests.docs.shell import Shell, Wrong
 from tests.docs.standins import KEPT
@@ -151,7 +151,7 @@ def _model_arguments(words: list[str]) -> None:
     """lm-eval hands what `--model_args` says to the model, which takes the settings of its workers."""
     given = words[words.index("--model_args") + 1] if "--model_args" in words else ""
     names = {pair.partition("=")[0] for pair in given.split(",")}
-    if unknown := names - {"", "pretrained", "max_length", *Shards.model_fields}:
+    if unknown := names - {"", "pretrained", "max_length", *ShardFields.model_fields}:
         raise Wrong(f"--model_args: shardprune knows no {', '.join(unknown)}")
 
 

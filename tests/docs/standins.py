@@ -27,7 +27,7 @@ from shardprune import Recipe, RecoverRecipe, prune
 from shardprune.evaluation.tasks import SETS
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.settings import Settings
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.storage.sources import split_jsonl
 from tests.evaluation.material import write_task
 from tests.support.tiny import CONFIGS, GROUPED, VOCABULARY, make_llava, make_model
@@ -164,7 +164,7 @@ class Material:
         if not sparse.exists():
             tokens = self.file("tokens.npy")
             fields = {"sparsity": 0.5, "calibration": str(tokens), "eval": str(tokens), **CALIBRATED}
-            prune(Recipe.checked({"model": str(dense), "out": str(sparse), **fields}), Output(quiet=True))
+            prune(Recipe.checked({"model": str(dense), "out": str(sparse), **fields}), Reporter(quiet=True))
         return sparse
 
     def provide_model(self, name: str, pruned: bool = False) -> None:

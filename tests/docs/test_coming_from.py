@@ -14,7 +14,7 @@ import typer
 from shardprune.cli import app
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.solvers import barber, magnitude, sparsegpt, wanda
 from shardprune.solvers.allocation import mosaic, owl
@@ -26,7 +26,7 @@ from shardprune.solvers.statistics import InputStatistics
 from shardprune.storage.windows import calibration_windows
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
-RECIPES = {recipe.command: recipe for recipe in (Recipe, RebuildRecipe, MopRecipe, RecoverRecipe)} | {
+RECIPES = {recipe.command: recipe for recipe in (PruneRecipe, RebuildRecipe, MopRecipe, RecoverRecipe)} | {
     "evaluate": EvaluateRecipe
 }
 

@@ -11,7 +11,7 @@ from shardprune.cluster.layout import plan_layout
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BESIDE = {
@@ -23,7 +23,7 @@ BESIDE = {
     "propagation",
 }  # by what is made of them: tokens, segments
 NEEDED = {
-    Recipe: {"sparsity": 0.5},
+    PruneRecipe: {"sparsity": 0.5},
     RebuildRecipe: {"sparse": "s"},
     MopRecipe: {"remove": 0.3},
 }

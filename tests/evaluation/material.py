@@ -11,12 +11,12 @@ from shardprune import EvaluateRecipe, evaluate
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.evaluation.harness import ShardedLM
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.recipes.evaluate import Shards
-from shardprune.report.progress import Output
+from shardprune.recipes.evaluate import ShardFields
+from shardprune.report.progress import Reporter
 from tests.support.tiny import make_model
 from tests.support.words import WORDS, words_tokenizer
 
-QUIET = Output(quiet=True)
+QUIET = Reporter(quiet=True)
 
 
 def make_readable(folder: Path, family: str = "llama-3.1") -> str:
@@ -31,7 +31,7 @@ def text(draw: random.Random, words: int) -> str:
 
 def sharded(model: str, **settings) -> ShardedLM:
     """lm-eval's view of a model on workers of this process."""
-    shards = Shards.checked({"backend": "local", "threads": 2, "shards": 2, **settings})
+    shards = ShardFields.checked({"backend": "local", "threads": 2, "shards": 2, **settings})
     return ShardedLM(ShardedModel(model, shards, LocalBackend(), QUIET))
 
 

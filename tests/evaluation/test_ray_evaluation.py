@@ -7,12 +7,12 @@ import pytest
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output, Step
+from shardprune.report.progress import Reporter, Step
 from tests.evaluation.material import QUIET, write_task
 from tests.support.clusters import cluster, processes_of
 
 
-class Killing(Output):
+class Killing(Reporter):
     """Kills a worker as soon as the first wave of a step is through."""
 
     def __init__(self, label: str) -> None:
@@ -21,7 +21,7 @@ class Killing(Output):
 
     def show(self, step: Step) -> None:
         if step.label == self.label and step.done == 1 and not self.killed:
-            victim = processes_of("PassingActor")[-1]
+            victim = processes_of("ForwardActor")[-1]
             victim.send_signal(signal.SIGKILL)
             self.killed = victim.pid
 
@@ -72,9 +72,9 @@ def test_shards_and_replicas_measure_what_one_process_does(ray, recipe, local):
 
 
 def test_a_killed_worker_is_replaced(ray, recipe, local):
-    output = Killing("log-likelihoods")
-    result = evaluate(recipe(shards=2), output)
-    assert output.killed
+    reporter = Killing("log-likelihoods")
+    result = evaluate(recipe(shards=2), reporter)
+    assert reporter.killed
     assert result.restarts == 1
     assert result.evaluation == local.evaluation
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from shardprune import Recipe, prune
 from shardprune.report.events import Events
-from shardprune.report.progress import Output, Step
+from shardprune.report.progress import Reporter, Step
 
 Listener = Callable[[str, float], None]  # of the name of a phase that begins or of a step, and the step's share
 
 
-class Heard(Output):
+class Heard(Reporter):
     """An output that tells a listener how far the run is, in the run's own thread: it goes on when that returns."""
 
     def __init__(self, listener: Listener) -> None:

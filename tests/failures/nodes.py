@@ -42,7 +42,7 @@ class Nodes:
 
     def workers(self) -> list[psutil.Process]:
         """The processes of the workers on all nodes."""
-        return processes_of("ShardActor")
+        return processes_of("PruneActor")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import pytest
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.events import read_events
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 from shardprune.storage.folder import Folder
 from tests.failures.listening import Heard, Moment
@@ -81,7 +81,7 @@ def undisturbed(tmp_path_factory) -> Callable[..., tuple[Path, Result]]:
         key = str(sorted(fields.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("undisturbed") / "o"
-            made[key] = out, prune(recipe(out, backend="local", **fields), Output(quiet=True))
+            made[key] = out, prune(recipe(out, backend="local", **fields), Reporter(quiet=True))
         return made[key]
 
     return get
@@ -140,7 +140,7 @@ def test_workers_die_in_the_middle_of_an_upload(cluster: Nodes, s3: S3, undistur
     kill = cluster.kill_node if victim == "node" else cluster.kill_actor
     upload = s3.faults.call(kill, f"PUT {out}/model-0000", skip=2)
     try:
-        result = prune(recipe(f"s3://{out}", address=cluster.address, **PARALLEL), Output(quiet=True))
+        result = prune(recipe(f"s3://{out}", address=cluster.address, **PARALLEL), Reporter(quiet=True))
     finally:
         cluster.repair()
     assert upload.hits > 2
@@ -178,7 +178,7 @@ def test_the_driver_dies(cluster: Nodes, undisturbed, when, tmp_path):
         assert psutil.wait_procs(workers, timeout=60)[1] == [], "workers outlived their driver"
         before = dict(written)
         if asked.address:
-            result = prune(asked, Output(quiet=True))
+            result = prune(asked, Reporter(quiet=True))
         else:  # in a process of its own, which a cluster of its own leaves with settings that no other cluster shares
             subprocess.run(command, check=True, capture_output=True, input=b"\n" * 10_000)
             result = Result(**json.loads((tmp_path / "o" / "result.json").read_text()))

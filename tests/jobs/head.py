@@ -100,7 +100,7 @@ class Head:
         for process in self.processes():
             with suppress(psutil.NoSuchProcess):
                 titles.append(" ".join(process.cmdline()))
-        return [title for title in titles if "-m jobs." in title or "ray::ShardActor" in title]
+        return [title for title in titles if "-m jobs." in title or "ray::PruneActor" in title]
 
     def close(self) -> None:
         processes = self.processes()

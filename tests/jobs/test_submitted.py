@@ -8,7 +8,7 @@ import yaml
 
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from tests.jobs.head import Head, head
 from tests.support.tiny import differing, make_tokens
 
@@ -93,7 +93,7 @@ def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, 
     assert second.returncode == 0, output
     assert {name: time for name, time in layers(out).items() if name in kept} == kept
     alone = Recipe.load(folder / "good.yaml", {"out": str(folder / "local"), "backend": "local"})
-    prune(alone, Output(quiet=True))
+    prune(alone, Reporter(quiet=True))
     assert differing(out, folder / "local") == []
 
 

@@ -13,7 +13,7 @@ from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.shard.memory import memory_of
 from tests.planning.material import make_windows
 
@@ -69,7 +69,7 @@ def test_what_is_needed_is_the_least_that_would_do(tmp_path):
     model = model_of(skeleton, "hollow", torch.bfloat16)
 
     def bytes_of(shards=1, **fields):
-        recipe = Recipe(model="hollow", out="out", sparsity=0.5, device="cuda", **fields)
+        recipe = PruneRecipe(model="hollow", out="out", sparsity=0.5, device="cuda", **fields)
         layout = plan_layout(8, recipe.samples, "exact", shards, 1, None)
         return [need.bytes for need in needs(recipe, model, layout, 2, windows=0)]
 

@@ -13,7 +13,7 @@ from shardprune.planning.hardware import HARDWARE
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import Machine, PlanRecipe
 from shardprune.planning.workload import read_model
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.storage.quantities import parse_bytes
 from tests.planning.material import CONFIGS
 from tests.support.tiny import make_model
@@ -199,7 +199,7 @@ def test_a_machine_too_small_for_anything_is_planned_all_the_same():
 def test_the_options_that_are_printed_give_the_planned_run(fields):
     machines = {name: value for name, value in fields.items() if name in Machine.model_fields}
     for propagation, one in planned("8b", **fields).items():
-        assert set(one.options) <= set(Recipe.model_fields)
+        assert set(one.options) <= set(PruneRecipe.model_fields)
         again = planned("8b", **machines, **one.options)
         assert list(again) == [propagation]
         assert again[propagation].candidate.setup == one.candidate.setup

@@ -4,13 +4,13 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from shardprune.commands.mop import plot
+from shardprune.commands.mop import path_plan_of
 from shardprune.errors import InputError
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.path import walk
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
-from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.solvers.pattern import NM, Mixed
 from shardprune.solvers.rebuilding import Rebuilding
@@ -23,14 +23,14 @@ BARBER = {"sparsity": 0.5, "rebuild": "barber"}
 STRUCTURED = {"structured": 0.2}
 
 
-def recipe(**fields) -> Recipe:
-    return Recipe.checked({"model": "m", "out": "o", **fields})
+def recipe(**fields) -> PruneRecipe:
+    return PruneRecipe.checked({"model": "m", "out": "o", **fields})
 
 
 def test_options_override_the_file(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({"model": "m", "out": "o", "sparsity": 0.5, "samples": 64, "eval": ["stdlib"]}))
-    loaded = Recipe.load(file, {"samples": 32})
+    loaded = PruneRecipe.load(file, {"samples": 32})
     assert (loaded.samples, loaded.sparsity, loaded.eval) == (32, 0.5, ("stdlib",))
 
 
@@ -60,7 +60,7 @@ def test_the_run_that_removes_structures_takes_what_concerns_it():
         **{"score": "outlier", "outlier_m": 3.0, "correction": False, "measure_error": False},
     )
     narrowing = whole.narrowing
-    shared = set(type(narrowing).model_fields) & set(Recipe.model_fields)
+    shared = set(type(narrowing).model_fields) & set(PruneRecipe.model_fields)
     assert {"score", "correction", "outlier_m", "seed", "shards", "eval", "measure_error"} <= shared
     assert all(getattr(narrowing, name) == getattr(whole, name) for name in shared)
     assert not {"method", "sparsity", "rebuild"} & shared
@@ -168,9 +168,9 @@ def test_a_recorded_recipe_is_a_recipe():
     """What result.json holds can be run again: fields without effect have their defaults there."""
     composite = {**STRUCTURED, "score": "outlier", "outlier_m": 3, "sparsity": 0.5}
     for fields in (OWL, BARBER, {"pattern": "2:4"}, {"pattern": "mixed:8", "sparsity": 0.5}, STRUCTURED, composite):
-        assert Recipe.checked(recipe(**fields).record()) == recipe(**fields)
+        assert PruneRecipe.checked(recipe(**fields).record()) == recipe(**fields)
     structured = recipe(**STRUCTURED, score="outlier", outlier_m=3)
-    assert Recipe.checked(structured.narrowing.record()) == structured
+    assert PruneRecipe.checked(structured.narrowing.record()) == structured
 
 
 def test_a_recipe_for_rebuilding():
@@ -281,7 +281,7 @@ def test_searches_have_the_published_settings_and_remove_what_they_say(name):
     assert (loaded.score, loaded.correction, loaded.depth_rule, loaded.remove) == ("amp", False, "third-last", None)
     comment = (RECIPES / f"{name}.yaml").read_text()
     for path in PATHS:
-        course = plot(loaded.model_copy(update={"path": path[:iterations]}), Skeleton(config, "cpu"))
+        course = path_plan_of(loaded.model_copy(update={"path": path[:iterations]}), Skeleton(config, "cpu"))
         course.check()
         *_, end = walk(course.start, lambda state, path=path: path[state.iteration], None, iterations)
         assert course.share(end) == pytest.approx(share, abs=0.015)
@@ -291,7 +291,7 @@ def test_searches_have_the_published_settings_and_remove_what_they_say(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipes_have_the_published_settings(name):
-    loaded = Recipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
+    loaded = PruneRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
     assert {field: getattr(loaded, field) for field in PUBLISHED[name]} == PUBLISHED[name]
     assert (loaded.calibration, loaded.samples, loaded.seqlen) == ("c4", 128, 2048)
     comment = (RECIPES / f"{name}.yaml").read_text()
@@ -301,7 +301,7 @@ def test_recipes_have_the_published_settings(name):
 
 def test_missing_fields_are_named():
     with pytest.raises(InputError, match="out: missing"):
-        Recipe.checked({"model": "m", "sparsity": 0.5})
+        PruneRecipe.checked({"model": "m", "sparsity": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -319,4 +319,4 @@ def test_bad_files(tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=f"recipe: .*{message}"):
-        Recipe.load(file, {})
+        PruneRecipe.load(file, {})

@@ -5,12 +5,12 @@ import pytest
 from shardprune.errors import InputError
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
-from shardprune.recipes.prune import Recipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.recipes.recover import RecoverRecipe
 
 PRUNING = {"model": "m", "sparsity": 0.5}
 LOST = {
-    "prune": (Recipe, {**PRUNING, "out": "runs/x"}, "out"),
+    "prune": (PruneRecipe, {**PRUNING, "out": "runs/x"}, "out"),
     "recover": (RecoverRecipe, {"model": "m", "data": "stdlib", "out": "s3://bucket/x", "state": "x"}, "state"),
     "evaluate": (EvaluateRecipe, {"model": "m", "perplexity": "stdlib", "out": "."}, "out"),
     "pipeline": (PipelineRecipe, {"model": "m", "prune": {"sparsity": 0.5}, "evaluate": {}, "out": "x"}, "out"),
@@ -39,8 +39,8 @@ def test_what_a_job_would_write_beside_its_code_is_refused(case, copy):
 
 @pytest.mark.parametrize("out", ["/data/runs/x", "s3://bucket/runtime_resources/x", "~/x", "../../../../x"])
 def test_other_places_are_accepted(out, copy):
-    assert Recipe.checked({**PRUNING, "out": out}).out == out
+    assert PruneRecipe.checked({**PRUNING, "out": out}).out == out
 
 
 def test_a_relative_output_is_fine_elsewhere():
-    assert Recipe.checked({**PRUNING, "out": "runs/x"}).out == "runs/x"
+    assert PruneRecipe.checked({**PRUNING, "out": "runs/x"}).out == "runs/x"

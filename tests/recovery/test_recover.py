@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError, TrainingError
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import TrainingLoss
 from tests.recovery.trainings import checked, loss_of, losses, rows_of, train, zeros
 from tests.support.tiny import load_tensors, make_tokens, snapshot
@@ -25,7 +25,7 @@ def done(folder, tmp_path_factory):
     make_tokens(folder / "other.npy", samples=5, seqlen=24, seed=1)
     out, said = tmp_path_factory.mktemp("recover") / "o", io.StringIO()
     fields = {**UPDATES, "held_out": 0.2, "eval": (str(folder / "other.npy"),), "seqlen": 24}
-    result = train(folder, out, output=Output(Console(file=said, width=300)), **fields)
+    result = train(folder, out, reporter=Reporter(Console(file=said, width=300)), **fields)
     return out, result, said.getvalue(), fields
 
 
@@ -97,7 +97,7 @@ def test_the_output_is_a_checkpoint_and_nothing_else(folder, done):
 def test_a_finished_training_is_not_done_again(folder, done):
     out, result, _, fields = done
     before, said = snapshot(out), io.StringIO()
-    again = train(folder, out, output=Output(Console(file=said, width=500)), zero=2, threads=2, **fields)
+    again = train(folder, out, reporter=Reporter(Console(file=said, width=500)), zero=2, threads=2, **fields)
     assert again == result
     assert said.getvalue().split() == [str(out), "is", "finished", "already"]
     assert snapshot(out) == before
@@ -131,12 +131,14 @@ def test_what_was_not_measured_is_added_later(folder, done, tmp_path):
 
 def test_zeros_that_will_be_lost_are_spoken_of(folder, tmp_path):
     said = io.StringIO()
-    train(folder, tmp_path / "o", output=Output(Console(file=said, width=300)), steps=2, lora_rank=4)
+    train(folder, tmp_path / "o", reporter=Reporter(Console(file=said, width=300)), steps=2, lora_rank=4)
     count = sum(int(found.sum()) for found in zeros(folder / "sparse").values())
     lines = [line for line in said.getvalue().splitlines() if "zeros" in line]
     assert lines == [f"{count:,} zeros (49.9% of the projections' weights) will be lost; --keep-sparsity keeps them"]
     said = io.StringIO()
-    train(folder, tmp_path / "d", output=Output(Console(file=said, width=300)), steps=1, model=str(folder / "dense"))
+    train(
+        folder, tmp_path / "d", reporter=Reporter(Console(file=said, width=300)), steps=1, model=str(folder / "dense")
+    )
     assert "zeros" not in said.getvalue()
 
 

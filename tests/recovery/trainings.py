@@ -18,11 +18,11 @@ from shardprune.errors import WorkerLost
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows
 from shardprune.recovery.schedule import learning_rate
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from tests.support.tiny import CONFIGS, VOCABULARY, load_tensors, make_model
 from tests.support.words import WORDS, words_tokenizer
 
-QUIET = Output(quiet=True)
+QUIET = Reporter(quiet=True)
 LONGEST = 16  # tokens of the longest document
 # ZeRO-3 takes its time for every module.
 SHALLOW = {family: (name, {**values, "num_hidden_layers": 2}) for family, (name, values) in CONFIGS.items()}
@@ -75,12 +75,12 @@ def checked(folder, out, **fields) -> RecoverRecipe:
     return RecoverRecipe.checked(values)
 
 
-def train(folder, out, pair=None, output=QUIET, **fields):
+def train(folder, out, pair=None, reporter=QUIET, **fields):
     """`recover` in this process, or in two others."""
     if pair is None:
-        return recover(checked(folder, out, **fields), output)
+        return recover(checked(folder, out, **fields), reporter)
     with patch("shardprune.commands.recover.backend_of", lambda *_: pair):
-        return recover(checked(folder, out, **{"workers": 2, **fields}), output)
+        return recover(checked(folder, out, **{"workers": 2, **fields}), reporter)
 
 
 def losses(result) -> list[float]:
@@ -133,7 +133,7 @@ def _serve(rank, end) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed  # noqa: F401  now, while other tests run
 
-    from shardprune.recovery.worker import _end_group, take_part
+    from shardprune.recovery.worker import _end_group, train_worker
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     linear = torch.nn.functional.linear  # which ZeRO-3 replaces by its own
@@ -142,7 +142,7 @@ def _serve(rank, end) -> None:
         dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
         try:
             with _cut(cut_after):
-                answer = take_part(spec)
+                answer = train_worker(spec)
         except BaseException as error:
             answer = repr(error)
         _end_group()

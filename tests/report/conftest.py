@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from shardprune import PipelineRecipe, pipeline
-from shardprune.report.progress import Output
-from shardprune.shard.prune_worker import ShardWorker
+from shardprune.report.progress import Reporter
+from shardprune.shard.prune_worker import PruneWorker
 from tests.support.running import rebuild_run, run, search_run
 
 
@@ -39,24 +39,24 @@ def runs(tmp_path_factory):
         "composite": run(folder, "composite", sparsity=0.5, structured=0.2, **measured),
         "mop": search_run(folder, "mop", path="LG", **measured),
         "interrupted": _interrupted(folder, sparsity=0.5, **measured),
-        **pipeline(PipelineRecipe.checked(pipeline_recipe), Output(quiet=True)),
+        **pipeline(PipelineRecipe.checked(pipeline_recipe), Reporter(quiet=True)),
     }
     return SimpleNamespace(folder=folder, results=results)
 
 
 def _interrupted(folder, **fields):
     """A run whose driver was killed while it wrote its third layer, and which was started again."""
-    write = ShardWorker.write
+    write = PruneWorker.write
 
     def failing(self, index, record):
         if index == 2:
             raise KeyboardInterrupt
         return write(self, index, record)
 
-    ShardWorker.write = failing
+    PruneWorker.write = failing
     try:
         with pytest.raises(KeyboardInterrupt):
             run(folder, "interrupted", **fields)
     finally:
-        ShardWorker.write = write
+        PruneWorker.write = write
     return run(folder, "interrupted", **fields)

@@ -9,7 +9,7 @@ import pytest
 from shardprune.errors import InputError, Stopped, StorageError
 from shardprune.report import events as module
 from shardprune.report.events import Events, read_events
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from shardprune.storage.output_names import EVENTS as FILE
 from tests.support.running import run, search_run
@@ -113,8 +113,8 @@ def test_the_last_event_says_how_an_attempt_ended(tmp_path, end, error):
 
 def test_a_run_at_work_shows_that_it_is_alive(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
-    output, folder = Output(quiet=True), Folder(str(tmp_path), "out")
-    with output.events.recorded(folder, command="prune"), output.step("prune", 4) as step:
+    reporter, folder = Reporter(quiet=True), Folder(str(tmp_path), "out")
+    with reporter.events.recorded(folder, command="prune"), reporter.step("prune", 4) as step:
         step.advance(3)
         beats = []
         while len(beats) < 2:

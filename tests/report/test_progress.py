@@ -3,14 +3,14 @@ import io
 from rich.console import Console
 
 from shardprune.report import progress
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 
 
 def test_plain_lines_without_a_terminal(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     text = io.StringIO()
-    with Output(Console(file=text)).step("prune", 4) as step:
+    with Reporter(Console(file=text)).step("prune", 4) as step:
         for layer in range(4):
             now[0] += 4
             step.describe(f"layer {layer + 1}/4")
@@ -25,7 +25,7 @@ def test_plain_lines_without_a_terminal(monkeypatch):
 
 def test_a_bar_on_a_terminal():
     text = io.StringIO()
-    with Output(Console(file=text, force_terminal=True, width=100)).step("observe", 3) as step:
+    with Reporter(Console(file=text, force_terminal=True, width=100)).step("observe", 3) as step:
         for _ in range(3):
             step.advance()
     assert "observe" in text.getvalue()
@@ -34,8 +34,8 @@ def test_a_bar_on_a_terminal():
 
 
 def test_quiet_says_nothing(capsys):
-    output = Output(quiet=True)
-    output.say("hello")
-    with output.step("prune", 2) as step:
+    reporter = Reporter(quiet=True)
+    reporter.say("hello")
+    with reporter.step("prune", 2) as step:
         step.advance(2)
     assert capsys.readouterr() == ("", "")

@@ -15,7 +15,7 @@ from shardprune.errors import InputError, StorageError
 from shardprune.report.page.comparison import names_of, points_of
 from shardprune.report.page.finished_run import finished_runs
 from shardprune.report.page.write import place_of_report, write_comparison, write_report
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from tests.support.running import run, search_run
 from tests.support.tiny import make_model, snapshot
@@ -245,7 +245,7 @@ def test_a_report_that_cannot_be_written_ends_nothing(runs, tmp_path, monkeypatc
     assert f"no report was written: out: no space left; `shardprune report {tmp_path}/o` tries again" in said.err
     assert "report:" not in said.out
     fields = {"model": str(tmp_path / "o"), "perplexity": tokens, "seqlen": 24, "backend": "local"}
-    assert evaluate(EvaluateRecipe.checked(fields), Output(quiet=True)).evaluation.perplexity
+    assert evaluate(EvaluateRecipe.checked(fields), Reporter(quiet=True)).evaluation.perplexity
     with pytest.raises(InputError, match="no space left"):
         write_report(str(tmp_path / "o"))
 
@@ -263,10 +263,10 @@ def test_an_evaluation_joins_the_report(runs, tmp_path):
     tokens = str(runs.folder / "tokens.npy")
     run(runs.folder, tmp_path / "out", sparsity=0.5, samples=4, report=True)
     fields = {"model": str(tmp_path / "out"), "perplexity": tokens, "seqlen": 24, "backend": "local"}
-    result = evaluate(EvaluateRecipe.checked(fields), Output(quiet=True))
+    result = evaluate(EvaluateRecipe.checked(fields), Reporter(quiet=True))
     (measured,) = result.evaluation.perplexity.values()
     assert f"{measured.value:.3f}" in cells(page_of(tmp_path / "out"))
-    evaluate(EvaluateRecipe.checked({**fields, "out": str(tmp_path / "alone")}), Output(quiet=True))
+    evaluate(EvaluateRecipe.checked({**fields, "out": str(tmp_path / "alone")}), Reporter(quiet=True))
     assert f"{measured.value:.3f}" in cells(page_of(tmp_path / "alone"))
     assert result.recipe["out"] == str(tmp_path / "out")
 

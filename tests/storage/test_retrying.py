@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from shardprune.errors import InputError
-from shardprune.storage.retrying import ENVIRONMENT, Patience, persist, transient
+from shardprune.storage.retrying import ENVIRONMENT, RetryPolicy, retry, transient
 
 
 class Answered(Exception):
@@ -90,21 +90,21 @@ class World:
         self.sleeps.append(seconds)
         self.now += seconds
 
-    def persist(self, patience: Patience | None, chance: float = 1.0) -> str:
-        return persist(self.operation, "s3://b/x", patience, lambda: self.now, self.sleep, lambda: chance)
+    def retry(self, patience: RetryPolicy | None, chance: float = 1.0) -> str:
+        return retry(self.operation, "s3://b/x", patience, lambda: self.now, self.sleep, lambda: chance)
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.4, 1.0])
 def test_waits_double_up_to_the_longest_and_are_shortened_by_chance(chance):
     world = World(failures=6)
-    assert world.persist(Patience(1000, first=0.5, longest=4), chance) == "done"
+    assert world.retry(RetryPolicy(1000, first=0.5, longest=4), chance) == "done"
     assert world.sleeps == [wait * (0.5 + chance / 2) for wait in (0.5, 1, 2, 4, 4, 4)]
 
 
 def test_patience_ends_with_the_error_itself():
     world = World(failures=float("inf"))
     with pytest.raises(TimeoutError) as caught:
-        world.persist(Patience(20, first=0.5, longest=4))
+        world.retry(RetryPolicy(20, first=0.5, longest=4))
     assert caught.value is world.error
     assert world.sleeps == [0.5, 1, 2, 4, 4, 4, 4]  # 19.5 s; another wait would pass the 20th second
     assert world.attempts == len(world.sleeps) + 1
@@ -112,10 +112,10 @@ def test_patience_ends_with_the_error_itself():
 
 def test_time_counts_from_the_first_failure_and_long_attempts_get_a_few():
     slow = World(failures=2, work=500)
-    assert slow.persist(Patience(20)) == "done"
+    assert slow.retry(RetryPolicy(20)) == "done"
     hopeless = World(failures=float("inf"), work=500)
     with pytest.raises(TimeoutError):
-        hopeless.persist(Patience(20, tries=3))
+        hopeless.retry(RetryPolicy(20, tries=3))
     assert hopeless.attempts == 3
 
 
@@ -123,7 +123,7 @@ def test_time_counts_from_the_first_failure_and_long_attempts_get_a_few():
 def test_other_errors_are_not_tried_again(error):
     world = World(failures=1, error=error)
     with pytest.raises(type(error)):
-        world.persist(Patience())
+        world.retry(RetryPolicy())
     assert world.sleeps == []
 
 
@@ -136,14 +136,14 @@ def test_half_a_minute_is_well_within_the_default():
             raise ConnectionRefusedError
         return "back"
 
-    assert persist(away, "x", Patience(), lambda: world.now, world.sleep, lambda: 0.0) == "back"
+    assert retry(away, "x", RetryPolicy(), lambda: world.now, world.sleep, lambda: 0.0) == "back"
     assert world.now - began < 40
 
 
 def test_each_wait_is_one_line_without_credentials(caplog):
     world = World(failures=3, error=TimeoutError("http://user:SECRET@host/b?token=SECRET\nand more"))
     with caplog.at_level(logging.WARNING):
-        world.persist(Patience(first=0.5))
+        world.retry(RetryPolicy(first=0.5))
     assert len(caplog.records) == 3
     assert "SECRET" not in caplog.text
     assert caplog.messages[0] == "s3://b/x: http://host/b; trying again in 0.5 s, for 120 s more"
@@ -153,8 +153,8 @@ def test_the_environment_says_how_long(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "3")
     world = World(failures=float("inf"))
     with pytest.raises(TimeoutError):
-        world.persist(None)
+        world.retry(None)
     assert world.sleeps == [0.25, 0.5, 1]  # and 2 more would pass the third second
     monkeypatch.setenv(ENVIRONMENT, "long")
     with pytest.raises(InputError, match=f"^{ENVIRONMENT}: 'long' is no number of seconds$"):
-        world.persist(None)
+        world.retry(None)

@@ -1,23 +1,23 @@
 """Runs over tiny models in this process. They leave reports to the tests of these."""
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 
 
-def run(folder, out, model="model", output=None, **fields):
+def run(folder, out, model="model", reporter=None, **fields):
     """Prune a tiny model in this process, quietly unless an output is given."""
-    return prune(Recipe.checked(_values(folder, out, model, fields)), output or Output(quiet=True))
+    return prune(Recipe.checked(_values(folder, out, model, fields)), reporter or Reporter(quiet=True))
 
 
 def rebuild_run(folder, out, sparse, model="model", **fields):
     """Rebuild the masks of a tiny model in this process, quietly."""
     values = _values(folder, out, model, {"sparse": str(folder / sparse), **fields})
-    return rebuild(RebuildRecipe.checked(values), Output(quiet=True))
+    return rebuild(RebuildRecipe.checked(values), Reporter(quiet=True))
 
 
 def search_run(folder, out, model="model", **fields):
     """Search over a tiny model in this process, quietly."""
-    return mop(MopRecipe.checked(_values(folder, out, model, fields)), Output(quiet=True))
+    return mop(MopRecipe.checked(_values(folder, out, model, fields)), Reporter(quiet=True))
 
 
 def _values(folder, out, model, fields):

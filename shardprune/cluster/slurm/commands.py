@@ -7,16 +7,16 @@ from typing import Any
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.errors import InputError
 from shardprune.recipes.evaluate import EvaluateRecipe
-from shardprune.recipes.groups import Machines, Workers
+from shardprune.recipes.groups import BackendFields, WorkerFields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
-from shardprune.recipes.prune import RebuildRecipe, Recipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings, read_yaml
 
 COMMANDS: dict[str, type[Settings]] = {
     recipe.command: recipe
-    for recipe in (Recipe, MopRecipe, RebuildRecipe, RecoverRecipe, EvaluateRecipe, PipelineRecipe)
+    for recipe in (PruneRecipe, MopRecipe, RebuildRecipe, RecoverRecipe, EvaluateRecipe, PipelineRecipe)
 }
 
 
@@ -69,12 +69,12 @@ def check_fit(settings: Settings, job: BatchJob) -> None:
 
 
 def _check_fit(settings: Settings, job: BatchJob) -> None:
-    assert isinstance(settings, Machines)
+    assert isinstance(settings, BackendFields)
     if settings.address is not None:
         raise InputError("address", f"{settings.address!r} is not the job's own Ray cluster; leave it out")
     if settings.backend != "ray":
         raise InputError("backend", f"{settings.backend!r} would leave the job's nodes alone; use ray")
-    if isinstance(settings, Workers):
+    if isinstance(settings, WorkerFields):
         field, workers = "shards", (settings.shards or 1) * (settings.replicas or 1)
     else:
         field, workers = "workers", getattr(settings, "workers", None) or 1

@@ -30,7 +30,7 @@ class CannotStart(RuntimeError):
     """The cluster does not come up."""
 
 
-class Told(Exception):
+class StopRequested(Exception):
     """This job was told to stop."""
 
 
@@ -65,7 +65,7 @@ class Job:
         except CannotStart as error:
             say(f"error: {error}")
             code = 1
-        except Told:
+        except StopRequested:
             code = self._stop_driver()
         self._stop_ray()
         # Whoever cancels the job after all, or ends it for good, sends SIGTERM.
@@ -148,7 +148,7 @@ class Job:
         event = self._event(deadline)
         if isinstance(event, Signalled):
             say(f"told to stop by {event.number.name}")
-            raise Told
+            raise StopRequested
         return event
 
     def _event(self, deadline: float | None) -> Event | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Keeping:
+class KeptIterations:
     """Iterations by number, or those that come nearest to shares of the parameters removed; one of the two is empty."""
 
     iterations: tuple[int, ...] = ()
@@ -19,7 +19,7 @@ class Keeping:
         return iteration in self.iterations or any(below < share <= above for share in self.shares)
 
 
-def parse_keep(text: str) -> Keeping:
+def parse_keep(text: str) -> KeptIterations:
     """The iterations that a text such as `8,12` or `0.2,0.3` names.
 
     Raises:
@@ -28,10 +28,10 @@ def parse_keep(text: str) -> Keeping:
     parts = [part.strip() for part in text.split(",")]
     try:
         if all(part.isdecimal() for part in parts) and all(int(part) for part in parts):
-            return Keeping(iterations=tuple(int(part) for part in parts))
+            return KeptIterations(iterations=tuple(int(part) for part in parts))
         shares = tuple(float(part) for part in parts)
     except ValueError:
         shares = (0.0,)
     if not all(0 < share < 1 for share in shares):
         raise ValueError("use numbers of iterations such as 8,12, or shares above 0 and below 1 such as 0.2,0.3")
-    return Keeping(shares=shares)
+    return KeptIterations(shares=shares)

@@ -7,12 +7,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from shardprune.errors import InputError
-from shardprune.model.structure.kept_iterations import Keeping
+from shardprune.model.structure.kept_iterations import KeptIterations
 from shardprune.model.structure.path import Letter, State, preferring, walk
 
 
 @dataclass(frozen=True)
-class Course:
+class PathPlan:
     """A path that is to be walked.
 
     `request` is the number of parameters to remove, `parameters` those of the whole model. `letters` says which way it
@@ -24,7 +24,7 @@ class Course:
     request: int | None
     letters: str | None
     seed: int | None
-    keeping: Keeping
+    keeping: KeptIterations
 
     @property
     def iterations(self) -> int | None:

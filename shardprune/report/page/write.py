@@ -16,16 +16,16 @@ from shardprune.report.page.plot import Plot
 from shardprune.report.page.render import Grid, Section, render
 from shardprune.report.page.timeline import timeline
 from shardprune.report.page.training import loss_curve
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
 from shardprune.storage.folder import Folder, absolute, output_folder
-from shardprune.storage.retrying import before_work
+from shardprune.storage.retrying import preflight
 
 FILE = "report.html"
 
 
-@before_work()
+@preflight()
 def write_report(out: str) -> str:
     """Write the report of an output, a run's or a pipeline's, into it, and return where it is.
 
@@ -42,7 +42,7 @@ def _write(out: str) -> None:
     folder.write_text(FILE, render(_title(runs), [_section(run) for run in runs]))
 
 
-def leave_report(out: str, output: Output, new: bool = False) -> None:
+def leave_report(out: str, reporter: Reporter, new: bool = False) -> None:
     """Write the report of an output at the end of a run, if anything in it is new or it was never written.
 
     The run has made what it was to make: whatever keeps the report from being written is said, and ends nothing.
@@ -52,11 +52,11 @@ def leave_report(out: str, output: Output, new: bool = False) -> None:
     """
     try:
         folder = output_folder(absolute(out))
-        if new or output.events.recorded_any or not folder.is_file(FILE):
+        if new or reporter.events.recorded_any or not folder.is_file(FILE):
             _write(folder.url)
     except Exception as error:
         place = without_credentials(out)
-        output.say(f"no report was written: {first_line(error)}; `shardprune report {place}` tries again")
+        reporter.say(f"no report was written: {first_line(error)}; `shardprune report {place}` tries again")
 
 
 def report_of(out: str) -> str | None:
@@ -69,7 +69,7 @@ def place_of_report(out: str) -> str:
     return f"{without_credentials(absolute(out)).rstrip('/')}/{FILE}"
 
 
-@before_work()
+@preflight()
 def write_comparison(outs: list[str], file: str) -> str:
     """Write a page that compares the perplexities of several outputs, and return where it is.
 

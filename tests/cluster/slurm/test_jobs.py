@@ -17,7 +17,7 @@ import yaml
 from shardprune import Recipe, prune
 from shardprune.cluster.slurm.node import LONGEST_TMP
 from shardprune.recipes.demo import bundled_model
-from shardprune.report.progress import Output
+from shardprune.report.progress import Reporter
 from tests.cluster.slurm.sandbox import Sandbox, why_not
 from tests.support.tiny import differing, make_tokens
 
@@ -72,7 +72,7 @@ def recipe(folder: Path, out: str, samples: int, threads: int) -> dict:
 def undisturbed(values: dict, folder: Path, monkeypatch) -> Path:
     """The output of the same recipe in one process."""
     monkeypatch.chdir(folder)
-    prune(Recipe.checked({**values, "out": str(folder / "local"), "backend": "local"}), Output(quiet=True))
+    prune(Recipe.checked({**values, "out": str(folder / "local"), "backend": "local"}), Reporter(quiet=True))
     return folder / "local"
 
 

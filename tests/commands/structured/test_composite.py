@@ -9,8 +9,8 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from shardprune.errors import InputError
-from shardprune.report.progress import Output
-from shardprune.shard.prune_worker import ShardWorker
+from shardprune.report.progress import Reporter
+from shardprune.shard.prune_worker import PruneWorker
 from shardprune.solvers.pattern import parse_pattern
 from tests.commands.structured.narrowed import COMPOSITE, M, loaded, written
 from tests.support.running import run
@@ -129,7 +129,7 @@ def test_composite_cut_off_in_both_runs_goes_on_to_the_same_bits(folder, undistu
 def test_a_finished_composite_is_not_done_again(folder, tmp_path):
     first = run(folder, tmp_path / "o", **COMPOSITE)
     before, said = snapshot(tmp_path / "o"), io.StringIO()
-    again = run(folder, tmp_path / "o", **COMPOSITE, shards=2, output=Output(Console(file=said, width=500)))
+    again = run(folder, tmp_path / "o", **COMPOSITE, shards=2, reporter=Reporter(Console(file=said, width=500)))
     assert again == first
     assert said.getvalue() == f"{tmp_path / 'o'} is finished already\n"
     assert snapshot(tmp_path / "o") == before
@@ -145,7 +145,7 @@ def test_a_finished_composite_can_be_measured_on_more(folder, undisturbed, monke
     first = run(folder, tmp_path / "o", **COMPOSITE)
     layers = {name: data for name, data in snapshot(tmp_path / "o").items() if name.startswith("model-")}
     with monkeypatch.context() as patched:
-        patched.setattr(ShardWorker, "narrow", None)  # nothing is removed again
+        patched.setattr(PruneWorker, "narrow", None)  # nothing is removed again
         result = run(folder, tmp_path / "o", **COMPOSITE, eval=(source,))
     assert result.perplexity == undisturbed(**COMPOSITE, eval=(source,))[1].perplexity
     assert {name: data for name, data in snapshot(tmp_path / "o").items() if name in layers} == layers

@@ -7,9 +7,9 @@ import pytest
 
 from shardprune.errors import InputError
 from shardprune.model.structure.budget import Budget
-from shardprune.model.structure.kept_iterations import Keeping, parse_keep
+from shardprune.model.structure.kept_iterations import KeptIterations, parse_keep
 from shardprune.model.structure.path import State
-from shardprune.model.structure.path_plan import Course
+from shardprune.model.structure.path_plan import PathPlan
 from shardprune.model.structure.shape import Costs, Widths
 
 COSTS = Costs(group=60, neuron=6, rest=4)
@@ -17,12 +17,12 @@ START = State(layers=8, widths=Widths(4, 100), budget=Budget(COSTS, (2, 3, 4)))
 TOTAL = 8 * COSTS.layer(START.widths) + 1000
 
 
-def course(request=None, letters=None, seed=None, keep=None) -> Course:
+def course(request=None, letters=None, seed=None, keep=None) -> PathPlan:
     asked = None if request is None else round(request * TOTAL)
-    return Course(START, TOTAL, asked, letters, seed, parse_keep(keep) if keep else Keeping())
+    return PathPlan(START, TOTAL, asked, letters, seed, parse_keep(keep) if keep else KeptIterations())
 
 
-def states(course: Course, prefer: str = "L") -> list[State]:
+def states(course: PathPlan, prefer: str = "L") -> list[State]:
     """All states of a walk; where the course leaves the choice open, one letter is preferred."""
     found = [course.start]
     while candidates := course.candidates(found[-1]):
@@ -113,18 +113,21 @@ def test_a_group_that_costs_more_than_an_iteration_goes_ahead_of_what_follows():
     """As in a Llama of 80 layers, where a step of one layer's parameters is less than a group of each."""
     large = State(80, Widths(8, 1000), Budget(Costs(group=40, neuron=2, rest=0), (2, 3, 4, 5, 6, 7, 8)))
     assert large.layer / 80 < 40
-    path = Course(large, 80 * large.layer, None, "G" * 40, None, Keeping())
+    path = PathPlan(large, 80 * large.layer, None, "G" * 40, None, KeptIterations())
     walked = states(path)
     assert walked[-1].widths.groups == pytest.approx(8 * (1 - path.share(walked[-1])), abs=1)
     for before, now in pairwise(walked):
         assert before.removed <= now.removed <= now.nominal + 2 * before.layer + now.slack
     request = 40 * large.layer
-    assert states(Course(large, 80 * large.layer, request, None, None, Keeping()), "G")[-1].removed <= request + 160
+    assert (
+        states(PathPlan(large, 80 * large.layer, request, None, None, KeptIterations()), "G")[-1].removed
+        <= request + 160
+    )
 
 
 def test_neurons_stay_a_multiple():
     budget = Budget(COSTS, (2, 3, 4), multiple=8)
-    asked = Course(State(8, Widths(4, 96), budget), TOTAL, round(0.3 * TOTAL), None, None, Keeping())
+    asked = PathPlan(State(8, Widths(4, 96), budget), TOTAL, round(0.3 * TOTAL), None, None, KeptIterations())
     walked = states(asked, "G")
     assert all(state.widths.neurons % 8 == 0 for state in walked)
     assert abs(walked[-1].removed - 0.3 * TOTAL) <= walked[-1].slack == 8 * 6 * 8
@@ -132,7 +135,11 @@ def test_neurons_stay_a_multiple():
 
 @pytest.mark.parametrize(
     ("text", "keeping"),
-    [("8,12", Keeping(iterations=(8, 12))), (" 3 ", Keeping(iterations=(3,))), ("0.2,.3", Keeping(shares=(0.2, 0.3)))],
+    [
+        ("8,12", KeptIterations(iterations=(8, 12))),
+        (" 3 ", KeptIterations(iterations=(3,))),
+        ("0.2,.3", KeptIterations(shares=(0.2, 0.3))),
+    ],
 )
 def test_what_to_keep_is_read(text, keeping):
     assert parse_keep(text) == keeping
