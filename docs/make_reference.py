@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import typer
 
@@ -17,7 +17,7 @@ from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.cluster.slurm.commands import COMMANDS
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipes.help_text import help_of, name_of, placeholder_of
-from shardprune.recipes.identity import AnyRecipe, identifying_fields
+from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.panels import DescribedField, FieldPanel, panels_of
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
@@ -81,7 +81,7 @@ def _identity(command: str) -> set[str]:
     """The fields that make two runs of a command the same; none where it has no runs that go on."""
     settings = SETTINGS.get(command)
     if settings in (PruneRecipe, RebuildRecipe, MopRecipe):
-        return identifying_fields(cast(type[AnyRecipe], settings)) | {"segments", "dtype"}
+        return identifying_fields(settings) | {"segments", "dtype"}
     return RecoverRecipe.identifying_fields() if settings is RecoverRecipe else set()
 
 

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 
 from shardprune.model.families import Family
+from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.rebuilding import Rebuilding
-
-Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Work:
     shares: Shares
     finished: frozenset[int]
     family: Family
-    shapes: list[dict[str, tuple[int, int]]]
+    shapes: Shapes
     layer_outliers: list[float]
     rebuilding: Rebuilding | None
     measure_error: bool

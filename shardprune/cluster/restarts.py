@@ -1,52 +1,78 @@
-"""What happens when workers die: a new attempt on what is left, which goes on where the last one was."""
+"""Restarts: attempts at a run, each on the workers that are left after some were lost."""
 
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Generic, Protocol, TypeVar
 
 from shardprune.cluster.group import Backend
 from shardprune.errors import WorkerLost, first_line
-from shardprune.recipes.groups import BackendFields
 from shardprune.report.progress import Reporter
 
-P = TypeVar("P", bound="Placement")
+L = TypeVar("L", bound="Shrinkable")
 
 
-class Placement(Protocol):
-    """How work is laid out over workers."""
+class Shrinkable(Protocol):
+    """A distribution of work over workers."""
 
-    def shrunk_to(self: P, slots: int) -> P:
-        """The same for at most `slots` workers."""
+    def shrunk_to(self: L, slots: int) -> L:
+        """Return the distribution for at most `slots` workers."""
 
 
-def persevere(
-    attempt: Callable[[P], None],
-    planned: P,
-    workers: BackendFields,
-    backend: Backend,
-    reporter: Reporter,
-    lost: Callable[[], None],
-) -> None:
-    """Call `attempt` with a placement until it succeeds; after workers were lost, with one for those that are left.
+class Attempts(Generic[L]):
+    """Attempts at a piece of work, until one ends without losing workers:
+
+        for attempt in Attempts(planned, "cuda", 3, backend, reporter, state.lost):
+            with attempt as layout:
+                ...
+
+    An attempt that loses workers is followed by another one, on a layout for those that are left.
 
     Args:
-        lost: called whenever workers were lost.
+        planned: the layout of the first attempt.
+        device: of the workers.
+        max_restarts: how often lost workers are replaced.
+        on_loss: called whenever workers were lost.
 
     Raises:
-        WorkerLost: that happened more than `max_restarts` times, or none is left.
+        WorkerLost: that happened more than `max_restarts` times, or no worker is left.
     """
-    placement, losses = planned, 0
-    while True:
-        try:
-            attempt(placement)
-            return
-        except WorkerLost as error:
-            losses += 1
-            reporter.events.emit("lost", reason=first_line(error))
-            lost()
-            if losses > workers.max_restarts:
-                raise
-            reporter.say(f"a worker was lost ({error}); going on with what is left")
-            left = backend.settle().workers(workers.device)
-            if not left:
-                raise
-            placement = planned.shrunk_to(left)
+
+    def __init__(
+        self,
+        planned: L,
+        device: str,
+        max_restarts: int,
+        backend: Backend,
+        reporter: Reporter,
+        on_loss: Callable[[], None],
+    ) -> None:
+        self._planned, self._layout = planned, planned
+        self._device, self._max_restarts = device, max_restarts
+        self._backend, self._reporter, self._on_loss = backend, reporter, on_loss
+        self._losses = 0
+        self._over = False
+
+    def __iter__(self) -> Iterator["Attempts[L]"]:
+        while not self._over:
+            yield self
+
+    def __enter__(self) -> L:
+        return self._layout
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, WorkerLost):
+            self._over = True
+            return False
+        self._losses += 1
+        self._reporter.events.emit("lost", reason=first_line(error))
+        self._on_loss()
+        if self._losses > self._max_restarts:
+            return False
+        self._reporter.say(f"a worker was lost ({error}); going on with what is left")
+        left = self._backend.settle().workers(self._device)
+        if not left:
+            return False
+        self._layout = self._planned.shrunk_to(left)
+        return True

@@ -8,18 +8,19 @@ from torch import Tensor
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.checkpoint import place_of
 from shardprune.model.checks import check_seqlen
+from shardprune.model.opening import open_texts
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.page.write import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
 from shardprune.storage.retrying import preflight
-from shardprune.storage.windows import perplexity_windows, tokens_hash
+from shardprune.storage.windows import tokens_hash
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -125,13 +126,7 @@ def _windows(recipe: EvaluateRecipe, model: ShardedModel) -> dict[str, Tensor]:
     """Windows [windows, seqlen] of every source."""
     if recipe.perplexity:
         check_seqlen(recipe.seqlen, model.skeleton)
-    vocabulary = model.skeleton.config.vocab_size
-    return {
-        without_credentials(source): perplexity_windows(
-            source, model.checkpoint.tokenizer, recipe.seqlen, vocabulary, recipe.windows, "perplexity"
-        )
-        for source in recipe.perplexity
-    }
+    return open_texts(recipe.perplexity, model.opened, recipe.seqlen, recipe.windows, "perplexity")
 
 
 def _open_tasks(recipe: EvaluateRecipe) -> list[Any]:

@@ -8,10 +8,10 @@ from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mop import ModelOnWorkers, Shallower
 from shardprune.cluster.passes import account, usage
-from shardprune.cluster.restarts import persevere
+from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
-from shardprune.commands.prepare import Plan, prepare
-from shardprune.commands.state import Measurements, costs, done_already, finish
+from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.state import RunState, When, costs
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
@@ -48,21 +48,21 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     clock = Clock(reporter.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
-            plan = prepare(recipe, backend)
-            course = path_plan_of(recipe, plan.skeleton)
-            course.check()
-        search = _Search(plan, course, backend, reporter, clock)
-        search.check_kept()
-        if done := done_already(plan.journal, plan.state, plan.evaluations, reporter):
-            search.remove_saved()
-        result = done or search.go()
+            prepared = prepare(recipe, backend)
+            path_plan = path_plan_of(recipe, prepared.skeleton)
+            path_plan.check()
+        run = MopRun(recipe, prepared, path_plan, backend, reporter, clock)
+        run.check_kept()
+        if done := run.state.done(reporter):
+            run.remove_saved()
+        result = done or run.go()
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
 
 
 def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
-    """The course that a recipe asks for."""
+    """Return the path that a recipe asks for."""
     prefix = f"{skeleton.family.layers}.0."
     tensors = {name.removeprefix(prefix): shape for name, shape in skeleton.layer_tensors(0).items()}
     config, parameters = skeleton.config, skeleton.parameters()
@@ -78,21 +78,23 @@ def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
     )
 
 
-class _Search:
-    """One search over as many attempts as it takes; each goes on after the last finished iteration."""
+class MopRun:
+    """One run over as many attempts as it takes; each goes on after the last finished iteration."""
 
-    def __init__(self, plan: Plan, course: PathPlan, backend: Backend, reporter: Reporter, clock: Clock) -> None:
-        assert isinstance(plan.recipe, MopRecipe)
-        self.plan, self.recipe, self.course = plan, plan.recipe, course
+    def __init__(
+        self,
+        recipe: MopRecipe,
+        prepared: Prepared,
+        path_plan: PathPlan,
+        backend: Backend,
+        reporter: Reporter,
+        clock: Clock,
+    ) -> None:
+        self.recipe, self.prepared, self.path_plan = recipe, prepared, path_plan
         self.backend, self.reporter, self.clock = backend, reporter, clock
-        self.journal = plan.journal
-        self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
-        self.restarts: int = plan.state.get("restarts", 0)
-        structure = plan.state.get("structure") or {}
-        self.path = [Iteration(**entry) for entry in plan.state.get("path", structure.get("path", []))]
-        self.saved: str | None = plan.state.get("saved")
-        self.previous = Result(**plan.state) if "version" in plan.state else None
-        self.workers: list[dict[str, Any]] = []
+        self.journal = prepared.journal
+        self.state = RunState(prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations)
+        self.workers: list[dict[str, Any]] = []  # what each says of itself
 
     def check_kept(self) -> None:
         """Check that no iteration is to be kept that is past and was not.
@@ -100,10 +102,10 @@ class _Search:
         Raises:
             InputError: names the first one.
         """
-        before = self.course.start
-        for entry in self.path:
-            now = before.after(entry.step, self.course.request)
-            if entry.folder is None and self.course.kept(before, now):
+        before = self.path_plan.start
+        for entry in self.state.known.path:
+            now = before.after(entry.step, self.path_plan.request)
+            if entry.folder is None and self.path_plan.kept(before, now):
                 reason = f"iteration {entry.iteration} is past and was not kept; choose an empty directory"
                 raise InputError("keep", f"{self.recipe.keep!r} comes too late: {reason}")
             before = now
@@ -111,54 +113,61 @@ class _Search:
     # -- the story --------------------------------------------------------------------------------------------
 
     def go(self) -> Result:
-        self.journal.folder.remove_partial()
-        self._save()
-        self.remove_saved()
-        recorded = self.reporter.events.recorded(self.journal.folder, **self.plan.facts())
-        with self.journal.claimed(self.plan.state), recorded:
-            persevere(self._attempt, self.plan.layout, self.recipe, self.backend, self.reporter, self._lost)
+        """Carry out the run in its output, and return its result."""
+        prepared, device = self.prepared, self.prepared.placement.device
+        with self.state.running(self.reporter, **prepared.facts()):
+            self.remove_saved()
+            restarts = self.recipe.max_restarts
+            for attempt in Attempts(prepared.layout, device, restarts, self.backend, self.reporter, self.state.lost):
+                with attempt as layout:
+                    self._attempt(layout)
             return self._finish()
 
     def _attempt(self, layout: Layout) -> None:
-        """Measure, search, measure again: whatever of it is not yet done."""
-        plan = self.plan
+        """Measure, remove, measure again: whatever of it is not yet done."""
         with self.clock.phase("load"):
-            group = self.backend.start(plan.worker_specs(layout, set()), plan.store_bytes(), MopWorker)
-        try:
+            group = self._start(layout)
+        with closing(group):
             model = self._current(group, layout)
-            state = self._state()
-            while candidates := self.course.candidates(state):
-                state = self._iterate(model, state, candidates)
+            where = self._where()
+            while candidates := self.path_plan.candidates(where):
+                where = self._iterate(model, where, candidates)
             self._measure(model, "after")
-            if self.previous is None:
-                self._write(model, self.recipe.out)
+            if self.state.previous is None:
+                self._write(model, self.prepared.placement.out)
             self.workers = usage(group, layout)
-        finally:
-            group.close()
+
+    def _start(self, layout: Layout) -> Group:
+        prepared = self.prepared
+        # Half of the replicas have all waves of a candidate, and what they are compared with.
+        kept = prepared.kept_bytes(max(1, layout.replicas // 2), 1 + (self.recipe.scored_by != "perplexity"))
+        # Layers move to another shard, or are narrowed on another replica.
+        sent = 2 * prepared.layout.replicas * prepared.layer_bytes
+        return self.backend.start(prepared.worker_specs(layout, set(), kept), prepared.store_bytes(sent), MopWorker)
 
     def _current(self, group: Group, layout: Layout) -> ModelOnWorkers:
         """The model after the last finished iteration on the workers, which have measured the original before."""
-        plan, state = self.plan, self._state()
-        shards, replicas, tokens, wave = len(layout.shards), layout.replicas, plan.calibration, plan.wave
-        start = self.course.start
+        prepared, where = self.prepared, self._where()
+        shards, replicas, tokens, wave = len(layout.shards), layout.replicas, prepared.calibration, prepared.wave
+        start = self.path_plan.start
         scoring = self.recipe.scoring
         model = ModelOnWorkers(group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring)
-        compared = self._criterion if self._criterion != "perplexity" and self.course.candidates(state) else None
-        if compared or not self.path or any(self.measured.missing("before")):
+        compared = self._criterion if self._criterion != "perplexity" and self.path_plan.candidates(where) else None
+        if compared or not self.state.known.path or any(True for _ in self.state.missing("before")):
             model.read(None)
             self._measure(model, "before")
         if compared:
             with self.clock.phase("search"), self.reporter.step("original", self._refer_parts(model)) as step:
                 model.refer(step)
-        if self.path:
-            self.reporter.say(f"{len(self.path)} iterations are finished already")
-            model = ModelOnWorkers(group, shards, replicas, tokens, wave, self._layers(), state.widths, scoring)
-            model.read(self._saved(state))
+        if self.state.known.path:
+            self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, self._layers(), where.widths, scoring)
+            model.read(self._saved(where))
         return model
 
     def _iterate(self, model: ModelOnWorkers, state: State, candidates: dict[Letter, State]) -> State:
         """Build and score candidates, adopt one, and record it."""
-        chosen = self.course.choice(state, candidates)
+        chosen = self.path_plan.choice(state, candidates)
         built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
         label, parts = f"iteration {state.iteration + 1}", self._parts(model, built)
         with self.clock.phase("search"), self.reporter.step(label, parts) as step:
@@ -176,11 +185,11 @@ class _Search:
             iteration=after.iteration,
             step=chosen,
             layer=shorter.layer if shorter and chosen == "L" else None,
-            shape=shape_of(reshaped(self.plan.skeleton.config, after.widths, model.layers)),
-            removed=self.course.share(after),
+            shape=shape_of(reshaped(self.prepared.skeleton.config, after.widths, model.layers)),
+            removed=self.path_plan.share(after),
             scores=scores,
         )
-        if self.course.kept(state, after):
+        if self.path_plan.kept(state, after):
             entry.folder = f"iteration-{after.iteration:02d}"
             self._write(model, self._folder(entry.folder))
         self._record(model, entry)
@@ -207,57 +216,58 @@ class _Search:
 
     def _record(self, model: ModelOnWorkers, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
-        saved = self.saved
+        saved = self.state.known.saved
         if entry.step != "L":
             saved = entry.folder or f"{SAVED}{entry.iteration:02d}"
             if entry.folder is None:
-                model.write(self._folder(saved), range(self.course.start.layers))
-        self.saved = saved
-        self.path.append(entry)
-        self._save()
+                model.write(self._folder(saved), range(self.path_plan.start.layers))
+        self.state.known.saved = saved
+        self.state.known.path.append(entry)
+        self.state.save()
         self.remove_saved()
 
     def remove_saved(self) -> None:
         """Remove saved layers of iterations that are no longer the last with narrower layers."""
         for name in self.journal.folder.names():
-            if name.startswith(SAVED) and name != self.saved:
+            if name.startswith(SAVED) and name != self.state.known.saved:
                 self.journal.folder.remove_folder(name)
 
     def _finish(self) -> Result:
         """Write the result last."""
-        plan, recipe, state = self.plan, self.recipe, self._state()
-        config = plan.skeleton.config
-        after = reshaped(config, state.widths, self._layers())
+        prepared, recipe, where = self.prepared, self.recipe, self._where()
+        config = prepared.skeleton.config
+        after = reshaped(config, where.widths, self._layers())
         size = ModelSize(
-            parameters_before=plan.skeleton.parameters(), parameters_after=Skeleton(after, "cpu").parameters()
+            parameters_before=prepared.skeleton.parameters(), parameters_after=Skeleton(after, "cpu").parameters()
         )
-        assert size.parameters_before - size.parameters_after == state.removed, "not what the path removes"
-        seconds, workers = costs(self.clock, self.workers, self.previous)
-        result = Result(
-            command=recipe.command,
-            fingerprint=self.journal.fingerprint,
-            recipe=plan.record(),
-            model=size,
-            calibration=CalibrationResult(
-                source=without_credentials(recipe.calibration),
-                samples=len(plan.calibration),
-                seqlen=recipe.seqlen,
-                tokens_sha256=tokens_hash(plan.calibration),
-            ),
-            structure=Structure(
-                before=shape_of(config),
-                after=shape_of(after),
-                removed=size.removed,
-                kept=self._layers(),
-                path=self.path,
-            ),
-            perplexity=self.measured.results(),
-            seconds=seconds,
-            workers=workers,
-            restarts=self.restarts,
+        assert size.parameters_before - size.parameters_after == where.removed, "not what the path removes"
+        seconds, workers = costs(self.clock, self.workers, self.state.previous)
+        result = self.state.finish(
+            Result(
+                command=recipe.command,
+                fingerprint=self.journal.fingerprint,
+                recipe=prepared.record(),
+                model=size,
+                calibration=CalibrationResult(
+                    source=without_credentials(recipe.calibration),
+                    samples=len(prepared.calibration),
+                    seqlen=recipe.seqlen,
+                    tokens_sha256=tokens_hash(prepared.calibration),
+                ),
+                structure=Structure(
+                    before=shape_of(config),
+                    after=shape_of(after),
+                    removed=size.removed,
+                    kept=self._layers(),
+                    path=self.state.known.path,
+                ),
+                perplexity=self.state.perplexities(),
+                seconds=seconds,
+                workers=workers,
+                restarts=self.state.known.restarts,
+            )
         )
-        result = finish(self.journal, result, self.previous)
-        self.saved = None
+        self.state.known.saved = None
         self.remove_saved()
         return result
 
@@ -269,31 +279,32 @@ class _Search:
         known = self.recipe.path is not None or self.recipe.criterion == "random"
         return None if known and not self.recipe.scores else self.recipe.scored_by
 
-    def _state(self) -> State:
+    def _where(self) -> State:
         """Where the finished iterations have led."""
-        state = self.course.start
-        for entry in self.path:
-            state = state.after(entry.step, self.course.request)
+        state = self.path_plan.start
+        for entry in self.state.known.path:
+            state = state.after(entry.step, self.path_plan.request)
         return state
 
     def _layers(self, iterations: int | None = None) -> list[int]:
         """The layers that the finished iterations have left, or the first ones of them."""
-        gone = {entry.layer for entry in self.path[:iterations]}
-        return [index for index in range(self.course.start.layers) if index not in gone]
+        gone = {entry.layer for entry in self.state.known.path[:iterations]}
+        return [index for index in range(self.path_plan.start.layers) if index not in gone]
 
     def _folder(self, name: str) -> str:
-        return f"{self.recipe.out}/{name}"
+        return f"{self.prepared.placement.out}/{name}"
 
-    def _saved(self, state: State) -> Saved | None:
+    def _saved(self, where: State) -> Saved | None:
         """Where the current layers lie, if not in the checkpoint: in the output of a finished run, or saved."""
-        if self.previous:
-            return Saved(self.recipe.out, state.widths, tuple(self._layers()))
-        if self.saved is None:
+        if self.state.previous:
+            return Saved(self.prepared.placement.out, where.widths, tuple(self._layers()))
+        known = self.state.known
+        if known.saved is None:
             return None
-        saved = range(self.course.start.layers)
-        kept = next((entry.iteration for entry in self.path if entry.folder == self.saved), None)
+        saved = range(self.path_plan.start.layers)
+        kept = next((entry.iteration for entry in known.path if entry.folder == known.saved), None)
         layers = saved if kept is None else self._layers(kept)
-        return Saved(self._folder(self.saved), state.widths, tuple(layers))
+        return Saved(self._folder(known.saved), where.widths, tuple(layers))
 
     def _progress(self, entry: Iteration) -> dict[str, float]:
         """The share of the parameters that an iteration has left removed, and of the request where there is one."""
@@ -322,45 +333,26 @@ class _Search:
 
     # -- what is kept -----------------------------------------------------------------------------------------
 
-    def _measure(self, model: ModelOnWorkers, when: str) -> None:
-        """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
-        for windows, record in self.measured.missing(when):
-            jury = model.jury(model.all, windows)
-            label, parts = f"perplexity {when}", len(jury.waves.all)
+    def _measure(self, model: ModelOnWorkers, when: When) -> None:
+        """Measure perplexity on every source on which it is not known."""
+        for source, windows in self.state.missing(when):
+            scorer = model.jury(model.all, windows)
+            label, parts = f"perplexity {when}", len(scorer.waves.all)
             with self.clock.phase("evaluate"), self.reporter.step(label, parts) as step:
-                (record[when],) = jury.scores("perplexity", [None], "dense", step)
+                (value,) = scorer.scores("perplexity", [None], "dense", step)
             self._account(model)
-            self._save()
+            self.state.keep(source, when, value)
 
     def _write(self, model: ModelOnWorkers, folder: str) -> None:
         """Write the current model as an ordinary checkpoint."""
-        checkpoint, layers = self.plan.checkpoint, model.layers
+        checkpoint, layers = self.prepared.checkpoint, model.layers
         journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.stored_name)
         model.write(folder, layers)
         self._account(model)
         with self.clock.phase("write"):
-            write_frame(checkpoint, self.plan.skeleton, journal)
-            write_index(checkpoint, journal, changes(self.plan.skeleton.config, model.widths, layers))
+            write_frame(checkpoint, self.prepared.skeleton, journal)
+            write_index(checkpoint, journal, changes(self.prepared.skeleton.config, model.widths, layers))
         journal.folder.remove_partial()  # of workers that died while they wrote
-
-    def _lost(self) -> None:
-        """Record that workers were lost."""
-        self.restarts += 1
-        self._save()
-
-    def _save(self) -> None:
-        """Record what is known, but for what a finished run's result says already."""
-        if self.previous:
-            return
-        self.journal.save(
-            {
-                "recipe": self.plan.record(),
-                "perplexity": self.measured.records,
-                "restarts": self.restarts,
-                "path": [entry.model_dump(mode="json", exclude_none=True) for entry in self.path],
-                "saved": self.saved,
-            }
-        )
 
 
 def _line(entry: Iteration) -> str:

@@ -5,17 +5,17 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from shardprune.cluster.defaults import device_of, threads_of
 from shardprune.cluster.group import Backend, Slots, check_room
+from shardprune.commands.state import ZeroCount
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
-from shardprune.model.checks import check_seqlen, check_tensors
+from shardprune.model.checks import check_seqlen
+from shardprune.model.opening import open_model, open_texts
 from shardprune.model.skeleton import Skeleton
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes, micro_batch_of
@@ -23,29 +23,15 @@ from shardprune.recovery.deepspeed_config import deepspeed_config, read_override
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.storage.folder import PARTIAL, Folder, absolute, in_process_only
-from shardprune.storage.journal import Journal, recorded_recipe
+from shardprune.storage.folder import PARTIAL, Folder, absolute, check_reachable
+from shardprune.storage.journal import Earlier, Journal, recorded_recipe
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
-from shardprune.storage.windows import perplexity_windows
 
 FORMAT = 1  # of what a fingerprint covers
 STATE = "training"  # folder of an output with the state of a training under way
 CLAIM = "fingerprint"  # file of a state that says whose it is
 SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense one has a few by rounding
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """How many of the projections' weights are zero."""
-
-    count: int
-    weights: int
-
-    @property
-    def sparse(self) -> bool:
-        """Whether they are there on purpose."""
-        return self.count > SPARSE * self.weights
 
 
 @dataclass(frozen=True)
@@ -64,13 +50,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class PreparedRecovery:
-    """A training that can start."""
+    """A training run that can start. `zeros` are those of the model, which a finished run does not count again."""
 
     inputs: Inputs
     steps: int
-    zeros: Zeros | None
+    zeros: ZeroCount | None
     journal: Journal
-    state: dict[str, Any]
+    earlier: Earlier
 
     @property
     def claim(self) -> str:
@@ -139,11 +125,10 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     overrides = read_overrides(recipe.deepspeed) if recipe.deepspeed else {}
     recipe = _decide(recipe, backend.slots())
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
-        if url and in_process_only(url) and recipe.backend != "local":
-            raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
-    checkpoint = Checkpoint(recipe.model)
-    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
-    check_tensors(skeleton, checkpoint)
+        if url:
+            check_reachable(field, url, recipe.backend)
+    opened = open_model(recipe.model)
+    checkpoint, skeleton = opened.checkpoint, opened.skeleton
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
@@ -154,22 +139,16 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     _check_compiler(recipe)
     if recipe.packing:
         check_packing(checkpoint.config.model_type)
-    tokenizer = cache(checkpoint.tokenizer)
     vocabulary = skeleton.config.vocab_size
-    rows = load_rows(recipe.data, tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, vocabulary)
+    rows = load_rows(recipe.data, opened.tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, vocabulary)
     learned, held_out = rows.split(recipe.held_out, recipe.seed)
-    evaluations = {
-        without_credentials(source): perplexity_windows(
-            source, tokenizer, recipe.seqlen, vocabulary, recipe.eval_windows
-        )
-        for source in recipe.eval
-    }
+    evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
     return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
 
 
 @preflight()
-def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> PreparedRecovery:
-    """Decide everything about a training.
+def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecovery:
+    """Open and check everything that a recipe names, and decide what it leaves open.
 
     Raises:
         InputError: something cannot work; nothing has been written then.
@@ -178,14 +157,15 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> PreparedRecov
     steps = recipe.steps or max(1, round(recipe.epochs * len(inputs.rows) / recipe.batch))
     fingerprint = _fingerprint(inputs, steps)
     journal = Journal(inputs.recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
-    state = journal.check(recipe.resume) or {}
-    if "version" in state:  # finished: nothing is left to train
-        return PreparedRecovery(inputs, steps, None, journal, state)
-    zeros = Zeros(**state["zeros"]) if "zeros" in state else _count_zeros(inputs.checkpoint, inputs.skeleton)
-    if recipe.keep_sparsity and not zeros.sparse:
+    earlier = journal.check(recipe.resume)
+    if earlier.result is not None:  # nothing is left to train
+        return PreparedRecovery(inputs, steps, None, journal, earlier)
+    counted = (earlier.state or {}).get("zeros")
+    zeros = ZeroCount(**counted) if counted else _count_zeros(inputs.checkpoint, inputs.skeleton)
+    if recipe.keep_sparsity and not is_sparse(zeros):
         dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
         raise InputError("keep_sparsity", dense)
-    plan = PreparedRecovery(inputs, steps, zeros, journal, state)
+    plan = PreparedRecovery(inputs, steps, zeros, journal, earlier)
     _check_state(plan)
     _check_settings(plan)
     return plan
@@ -193,7 +173,7 @@ def make_recovery_plan(recipe: RecoverRecipe, backend: Backend) -> PreparedRecov
 
 def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     """Make the choices that the recipe leaves open."""
-    device = device_of(recipe, slots)
+    device = device_of(recipe.device, slots)
     micro = recipe.micro_batch or 1
     fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % (count * micro) == 0]
     workers = recipe.workers or (fitting[-1] if device == "cuda" and recipe.backend == "ray" else 1)
@@ -236,10 +216,9 @@ def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
         InputError: they are not.
     """
     assert recipe.teacher is not None
-    teacher = Checkpoint(recipe.teacher, "teacher")
-    skeleton = Skeleton(teacher.config, "cpu", torch.float32)
-    check_tensors(skeleton, teacher)
-    check_seqlen(recipe.length, skeleton, "teacher")
+    opened = open_model(recipe.teacher, "teacher")
+    teacher = opened.checkpoint
+    check_seqlen(recipe.length, opened.skeleton, "teacher")
     if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
         raise InputError("teacher", f"{recipe.teacher} tells packed examples apart in another way than the model")
     sizes = teacher.config.vocab_size, student.config.vocab_size
@@ -250,15 +229,20 @@ def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
     return teacher
 
 
-def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> Zeros:
-    """The zeros of all projections, which are read one after the other."""
+def is_sparse(zeros: ZeroCount) -> bool:
+    """Return whether zeros are there on purpose."""
+    return zeros.count > SPARSE * zeros.weights
+
+
+def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> ZeroCount:
+    """Count the zeros of all projections, which are read one after the other."""
     names = [
         skeleton.projection_tensor(index, name)
         for index in range(skeleton.layers)
         for name in skeleton.family.projections
     ]
     counts = [(int((weight == 0).sum()), weight.numel()) for weight in map(checkpoint.read, names)]
-    return Zeros(sum(count for count, _ in counts), sum(weights for _, weights in counts))
+    return ZeroCount(count=sum(count for count, _ in counts), weights=sum(weights for _, weights in counts))
 
 
 def _fingerprint(inputs: Inputs, steps: int) -> str:

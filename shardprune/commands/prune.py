@@ -1,7 +1,6 @@
-"""The story of a run, from top to bottom."""
+"""The story of `shardprune prune` and `shardprune rebuild`, from top to bottom."""
 
 from contextlib import closing
-from dataclasses import asdict
 from typing import Any
 
 from shardprune.cluster.backends import backend_of
@@ -11,14 +10,13 @@ from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.pruning_job import Work
-from shardprune.cluster.restarts import persevere
+from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
-from shardprune.commands.prepare import Plan, prepare
-from shardprune.commands.state import Measurements, costs, done_already, finish, with_peaks_of
+from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.errors import without_credentials
 from shardprune.model.saving import write_frame, write_index
-from shardprune.recipes.identity import AnyRecipe
-from shardprune.recipes.prune import PruneRecipe, RebuildRecipe, WidthRecipe
+from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.page.write import leave_report
 from shardprune.report.progress import Reporter
@@ -34,9 +32,7 @@ from shardprune.report.result import (
     zeros_of,
 )
 from shardprune.shard.layers import Version
-from shardprune.solvers.outliers import Outliers
 from shardprune.storage.folder import absolute
-from shardprune.storage.journal import Journal
 from shardprune.storage.windows import tokens_hash
 
 NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
@@ -55,256 +51,249 @@ def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
         WorkerLost: workers died more than `max_restarts` times.
     """
     reporter = reporter or Reporter()
-    if recipe.narrowing is not None:
-        result = _prune_structured(recipe, recipe.narrowing, reporter)
-    else:
-        result = _carry_out(recipe, reporter)
+    clock = Clock(reporter.events)
+    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+        if recipe.structured is not None and recipe.zeroes:
+            result = _prune_composite(recipe, backend, reporter, clock)
+        else:
+            with clock.phase("plan"):
+                prepared = prepare(recipe if recipe.structured is None else recipe.structures, backend)
+            run = PruningRun(prepared, backend, reporter, clock)
+            result = run.state.done(reporter) or run.go()
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
 
 
 def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
-    """Rebuild the masks of a pruned model with the help of its dense original; otherwise as `prune`."""
+    """Rebuild the masks of a pruned model with the help of its dense original; results and errors are those of
+    `prune`."""
     reporter = reporter or Reporter()
-    result = _carry_out(recipe, reporter)
+    clock = Clock(reporter.events)
+    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+        with clock.phase("plan"):
+            prepared = prepare(recipe, backend)
+        run = PruningRun(prepared, backend, reporter, clock)
+        result = run.state.done(reporter) or run.go()
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
 
 
-def _carry_out(recipe: AnyRecipe, reporter: Reporter) -> Result:
-    clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
-        with clock.phase("plan"):
-            plan = prepare(recipe, backend)
-        return _go(plan, backend, reporter, clock)
-
-
-def _prune_structured(recipe: PruneRecipe, narrowing: WidthRecipe, reporter: Reporter) -> Result:
-    """Remove structures, then make weights of what remains zero: two runs, each with its own layer files.
+def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, clock: Clock) -> Result:
+    """Remove structures, then make weights of the rest zero: two runs, each with its own layer files.
 
     The first one's output lies in a folder of the second one's until that is finished.
     """
-    if not recipe.zeroes:
-        return _carry_out(narrowing, reporter)
-    clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
-        with clock.phase("plan"):
-            out = absolute(recipe.out)
-            first = prepare(narrowing.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
-            journal, state = claim_output(recipe, first)
-        result = done_already(journal, state, first.evaluations, reporter)
-        if result is None:
-            with reporter.events.recorded(journal.folder, **first.facts()):
-                if "version" in state:  # finished, but asked to be measured on more
-                    measuring = _Run(first, backend, reporter, clock, ("before",))
-                    measuring.measure()
-                    model, narrowed = out, Result(**state)
-                    narrowed.perplexity = measuring.measured.results()
-                else:
-                    steps = STEPS[:-1]
-                    with clock.phase("structure"):
-                        model, narrowed = first.recipe.out, _go(first, backend, reporter, Clock(reporter.events), steps)
-                with clock.phase("plan"):
-                    second = prepare(second_recipe(recipe, first, model), backend, first.as_base())
-                run = _Run(second, backend, reporter, clock)
-                run.adopt(narrowed)
-                result = run.go()
-        journal.folder.remove_folder(NARROWED)
-        return result
+    with clock.phase("plan"):
+        out = absolute(recipe.out)
+        first = prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
+        claim = claim_output(recipe, first)
+    result = claim.done(reporter)
+    if result is None:
+        with reporter.events.recorded(claim.journal.folder, **first.facts()):
+            if claim.previous:  # finished, but asked to be measured on more
+                measuring = PruningRun(first, backend, reporter, clock, ("before",))
+                for attempt in measuring.attempts():
+                    with attempt as layout:
+                        measuring.attempt(layout)
+                model, narrowed = out, claim.previous
+                narrowed.perplexity = measuring.state.perplexities()
+            else:
+                with clock.phase("structure"):
+                    removing = PruningRun(first, backend, reporter, Clock(reporter.events), STEPS[:-1])
+                    model, narrowed = first.placement.out, removing.state.done(reporter) or removing.go()
+            with clock.phase("plan"):
+                second = prepare(second_recipe(recipe, first, model), backend, first.as_base())
+            result = PruningRun(second, backend, reporter, clock, narrowed=narrowed).go()
+    claim.journal.folder.remove_folder(NARROWED)
+    return result
 
 
-def _go(plan: Plan, backend: Backend, reporter: Reporter, clock: Clock, steps: tuple[str, ...] = STEPS) -> Result:
-    """Carry out a plan, or return the result that its output holds; in the `steps` that are named."""
-    done = done_already(plan.journal, plan.state, plan.evaluations, reporter)
-    return done or _Run(plan, backend, reporter, clock, steps).go()
+class PruningRun:
+    """One run over as many attempts as it takes; each goes on from the layers that are finished.
 
-
-class _Run:
-    """One run over as many attempts as it takes; each goes on from the layers that are finished."""
+    Args:
+        steps: those of `STEPS` that are done.
+        narrowed: the result of the run that removed structures before.
+    """
 
     def __init__(
         self,
-        plan: Plan,
+        prepared: Prepared,
         backend: Backend,
         reporter: Reporter,
         clock: Clock,
         steps: tuple[str, ...] = STEPS,
+        narrowed: Result | None = None,
     ) -> None:
-        self.plan = plan
-        self.steps = steps
-        self.backend = backend
-        self.reporter = reporter
-        self.clock = clock
-        self.journal: Journal = plan.journal
-        self.measured = Measurements(plan.evaluations, plan.state.get("perplexity", {}))
-        self.restarts: int = plan.state.get("restarts", 0)
-        self.outliers = [Outliers(**layer) for layer in plan.state.get("outliers", [])]
-        self.workers: list[dict[str, Any]] = []
-        self.previous = Result(**plan.state) if "version" in plan.state else None
-        self.narrowed: Result | None = None  # of the run that removed structures before
-
-    def adopt(self, narrowed: Result) -> None:
-        """Take over what the run that removed structures measured and did."""
-        self.measured.adopt(narrowed.as_json()["perplexity"])
-        self.narrowed = narrowed
-        self.restarts = max(self.restarts, narrowed.restarts)
+        self.prepared, self.steps, self.narrowed = prepared, steps, narrowed
+        self.backend, self.reporter, self.clock = backend, reporter, clock
+        self.journal = prepared.journal
+        self.state = RunState(prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations)
+        if narrowed:
+            self.state.adopt(narrowed)
+        self.workers: list[dict[str, Any]] = []  # what each says of itself
 
     def go(self) -> Result:
-        self.journal.folder.remove_partial()
-        self._save()
-        recorded = self.reporter.events.recorded(self.journal.folder, **self.plan.facts())
-        with self.journal.claimed(self.plan.state), recorded:
-            self._say_who_works()
-            self.measure()
+        """Carry out the run in its output, and return its result."""
+        with self.state.running(self.reporter, **self.prepared.facts()):
+            asked, there = self.prepared.recipe.asked.workers, self.prepared.layout.workers
+            if there < asked:
+                self.reporter.say(
+                    f"{asked} workers were asked for; the run goes on with {there}, for which there are slots"
+                )
+            for attempt in self.attempts():
+                with attempt as layout:
+                    self.attempt(layout)
             return self._finish()
 
-    def _say_who_works(self) -> None:
-        asked, there = (self.plan.recipe.shards or 1) * (self.plan.recipe.replicas or 1), self.plan.layout.workers
-        if there < asked:
-            self.reporter.say(
-                f"{asked} workers were asked for; the run goes on with {there}, for which there are slots"
-            )
+    def attempts(self) -> Attempts[Layout]:
+        """Return attempts on the workers that there are, until one ends without losing any."""
+        prepared, restarts = self.prepared, self.prepared.recipe.max_restarts
+        device = prepared.placement.device
+        return Attempts(prepared.layout, device, restarts, self.backend, self.reporter, self.state.lost)
 
-    def measure(self) -> None:
-        """Attempt the steps until they are done."""
-        persevere(self._attempt, self.plan.layout, self.plan.recipe, self.backend, self.reporter, self._lost)
-
-    def _lost(self) -> None:
-        """Record that workers were lost."""
-        self.restarts += 1
-        self._save()
-
-    def _attempt(self, layout: Layout) -> None:
+    def attempt(self, layout: Layout) -> None:
         """Measure, observe, prune, measure again: whatever of it is not yet done."""
-        plan, finished = self.plan, set(self.journal.finished())
+        prepared, layers = self.prepared, self.prepared.skeleton.layers
+        finished = set(self.journal.finished())
         placed = {"shards": len(layout.shards), "replicas": layout.replicas}
         self.reporter.events.emit("attempt", finished=sorted(finished), **placed)
         if finished:
-            self.reporter.say(f"{len(finished)} of {plan.skeleton.layers} layers are finished already")
+            self.reporter.say(f"{len(finished)} of {layers} layers are finished already")
         with self.clock.phase("load"):
             group = self._start(layout, finished)
-        try:
+        with closing(group):
             if "before" in self.steps:
-                self._measure(group, layout, "before", "given" if plan.recipe.sparse else "dense")
-            if "prune" in self.steps:
-                self._prune(group, layout, finished)
+                self._measure(group, layout, "before", "given" if prepared.job.sparse else "dense")
+            if "prune" in self.steps and len(finished) < layers:
+                waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
+                self._observe(group, layout, waves, finished)
+                work = self._work(finished)
+                parts = work.parts(layout.segments, len(waves.all))
+                with self.clock.phase("prune"), self.reporter.step(prepared.recipe.command, parts) as step:
+                    prune_segments(group, layout, waves, work, step)
             if "after" in self.steps:
                 self._measure(group, layout, "after", "latest")
             self.workers = usage(group, layout)
-        finally:
-            group.close()
 
     def _start(self, layout: Layout, finished: set[int]) -> Group:
         """Start workers, which hold their layers where these are not streamed."""
-        plan = self.plan
-        group = self.backend.start(plan.worker_specs(layout, finished), plan.store_bytes())
+        prepared = self.prepared
+        kept = prepared.kept_bytes(layout.replicas, streams=max(len(lane) for lane in layout.lanes()))
+        specs = prepared.worker_specs(layout, finished, kept)
+        group = self.backend.start(specs, prepared.store_bytes(self._sent_bytes()))
         try:
-            if not plan.streamed:
-                load(group, layout, "given" if plan.recipe.sparse and self._misses("before") else "latest")
+            if not prepared.streamed:
+                dense_first = "before" in self.steps and any(True for _ in self.state.missing("before"))
+                load(group, layout, "given" if prepared.job.sparse and dense_first else "latest")
         except BaseException:
             group.close()
             raise
         return group
 
-    def _prune(self, group: Group, layout: Layout, finished: set[int]) -> None:
-        plan = self.plan
-        waves = Waves(plan.calibration, layout.replicas, plan.wave)
-        if len(finished) == plan.skeleton.layers:
-            return
+    def _sent_bytes(self) -> int:
+        """Return the bytes of what the replicas of a shard send each other for a layer: solved projections, and the
+        squared gradients of the block whose masks are rebuilt."""
+        prepared, replicas = self.prepared, self.prepared.layout.replicas
+        if replicas == 1:
+            return 0
+        gradients = 0
+        if prepared.job.rebuilding:
+            sizes = {name: rows * cols for name, (rows, cols) in prepared.shapes[0].items()}
+            blocks = prepared.skeleton.family.blocks.values()
+            gradients = (replicas - 1) * 4 * max(sum(sizes[name] for name in names) for names in blocks)
+        return prepared.layer_bytes + gradients
+
+    def _observe(self, group: Group, layout: Layout, waves: Waves, finished: set[int]) -> None:
+        """Send dense waves through, where something is decided by them that is not known yet: what enters the segments
+        of parallel propagation, and the outlier ratios that an allocation looks at."""
+        prepared, known = self.prepared, self.state.known
         starts = tuple(part.start for part in layout.segments if part.start and not finished.issuperset(part))
-        observation = Observation(starts, None if self.outliers else plan.recipe.observed_m)
-        if observation:
-            parts = observation.parts(layout, waves, plan.streamed)
-            with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
-                found = observe(group, layout, waves, observation, plan.streamed, step)
-            self.outliers = self.outliers or found
-            self._save()
-            if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
-                self.reporter.say("the layers' outlier ratios do not differ")
-        work = Work(
-            shares=plan.shares(self.outliers),
-            finished=frozenset(finished),
-            family=plan.skeleton.family,
-            shapes=plan.shapes,
-            layer_outliers=[layer.layer for layer in self.outliers],
-            rebuilding=plan.recipe.rebuilding,
-            measure_error=plan.recipe.measure_error,
-            widths=plan.widths,
-            passes_on_dense=plan.scoring is not None and not plan.scoring.correction,
-        )
-        parts = work.parts(layout.segments, len(waves.all))
-        with self.clock.phase("prune"), self.reporter.step(plan.recipe.command, parts) as step:
-            prune_segments(group, layout, waves, work, step)
-
-    def _measure(self, group: Group, layout: Layout, when: str, version: Version) -> None:
-        """Perplexity on every evaluation source, kept at once so that no later attempt measures it again."""
-        for windows, record in self.measured.missing(when):
-            waves = Waves(windows, layout.replicas, self.plan.wave)
-            parts = parts_of_pass(waves, self.plan.skeleton.layers, self.plan.streamed)
-            with self.clock.phase("evaluate"), self.reporter.step(f"perplexity {when}", parts) as step:
-                record[when] = perplexity(group, layout, waves, version, self.plan.streamed, step)
-            self._save()
-
-    def _misses(self, when: str) -> bool:
-        """Whether something is to be measured, before or after."""
-        return when in self.steps and any(True for _ in self.measured.missing(when))
-
-    def _save(self) -> None:
-        """Record what is known, but for what a finished run's result says already."""
-        if self.previous:
+        observation = Observation(starts, None if known.outliers else prepared.job.observed_m)
+        if not observation:
             return
-        state = {"recipe": self.plan.record(), "perplexity": self.measured.records, "restarts": self.restarts}
-        if self.outliers:
-            state["outliers"] = [asdict(layer) for layer in self.outliers]
-        self.journal.save(state)
+        parts = observation.parts(layout, waves, prepared.streamed)
+        with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
+            found = observe(group, layout, waves, observation, prepared.streamed, step)
+        known.outliers = known.outliers or found
+        self.state.save()
+        if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
+            self.reporter.say("the layers' outlier ratios do not differ")
+
+    def _work(self, finished: set[int]) -> Work:
+        """Return what is left to be done to the layers."""
+        prepared, outliers = self.prepared, self.state.known.outliers
+        scoring = prepared.job.scoring
+        return Work(
+            shares=prepared.shares(outliers),
+            finished=frozenset(finished),
+            family=prepared.skeleton.family,
+            shapes=prepared.shapes,
+            layer_outliers=[layer.layer for layer in outliers],
+            rebuilding=prepared.job.rebuilding,
+            measure_error=prepared.job.measure_error,
+            widths=prepared.widths,
+            passes_on_dense=scoring is not None and not scoring.correction,
+        )
+
+    def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
+        """Measure perplexity on every source on which it is not known."""
+        prepared = self.prepared
+        for source, windows in self.state.missing(when):
+            waves = Waves(windows, layout.replicas, prepared.wave)
+            parts = parts_of_pass(waves, prepared.skeleton.layers, prepared.streamed)
+            with self.clock.phase("evaluate"), self.reporter.step(f"perplexity {when}", parts) as step:
+                value = perplexity(group, layout, waves, version, prepared.streamed, step)
+            self.state.keep(source, when, value)
 
     def _finish(self) -> Result:
         """Write what makes the layer files a checkpoint, and the result last."""
-        plan = self.plan
+        prepared, state = self.prepared, self.state
         self.journal.folder.remove_partial()  # of workers that died while they wrote
-        if self.previous is None:
+        if state.previous is None:
             with self.clock.phase("write"):
-                write_frame(plan.checkpoint, plan.skeleton, self.journal)
-                write_index(plan.checkpoint, self.journal, plan.config_changes)
+                write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
+                write_index(prepared.checkpoint, self.journal, prepared.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
         size = ModelSize(
-            parameters_before=plan.base.parameters if plan.base else plan.skeleton.parameters(),
-            parameters_after=plan.parameters_after,
+            parameters_before=prepared.parameters_before,
+            parameters_after=prepared.parameters_after,
             zeros_after=zeros_of(records),
         )
-        seconds, workers = costs(self.clock, self.workers, self.previous)
+        seconds, workers = costs(self.clock, self.workers, state.previous)
         if self.narrowed:
             workers = with_peaks_of(workers, self.narrowed.workers)
-        result = Result(
-            command=plan.recipe.command,
-            fingerprint=self.journal.fingerprint,
-            recipe=plan.record(),
-            model=size,
-            calibration=CalibrationResult(
-                source=without_credentials(plan.recipe.calibration),
-                samples=len(plan.calibration),
-                seqlen=plan.recipe.seqlen,
-                tokens_sha256=tokens_hash(plan.calibration),
-            ),
-            sparsity=removal_of(records, plan.recipe.target) if plan.widths else self._sparsity(records),
-            structure=self._structure(size, records),
-            perplexity=self.measured.results(),
-            seconds=seconds,
-            workers=workers,
-            restarts=self.restarts,
+        return state.finish(
+            Result(
+                command=prepared.recipe.command,
+                fingerprint=self.journal.fingerprint,
+                recipe=prepared.record(),
+                model=size,
+                calibration=CalibrationResult(
+                    source=without_credentials(prepared.recipe.calibration),
+                    samples=len(prepared.calibration),
+                    seqlen=prepared.recipe.seqlen,
+                    tokens_sha256=tokens_hash(prepared.calibration),
+                ),
+                sparsity=removal_of(records, prepared.job.target) if prepared.widths else self._sparsity(records),
+                structure=self._structure(size, records),
+                perplexity=state.perplexities(),
+                seconds=seconds,
+                workers=workers,
+                restarts=state.known.restarts,
+            )
         )
-        return finish(self.journal, result, self.previous)
 
     def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
-        base = self.plan.base
-        sparsity = sparsity_of(records, self.plan.recipe.target, base.weights if base else None)
+        base = self.prepared.base
+        sparsity = sparsity_of(records, self.prepared.job.target, base.weights if base else None)
         if self.narrowed is None or self.narrowed.sparsity is None:
             return sparsity
         return sparsity.model_copy(update={"before": self.narrowed.sparsity.before})  # of the model before both runs
 
     def _structure(self, size: ModelSize, records: list[dict[str, Any]]) -> Structure | None:
-        if self.plan.widths:
-            return structure_of(self.plan.skeleton.config, self.plan.widths, size, records)
+        if self.prepared.widths:
+            return structure_of(self.prepared.skeleton.config, self.prepared.widths, size, records)
         return self.narrowed.structure if self.narrowed else None

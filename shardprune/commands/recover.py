@@ -5,14 +5,13 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
-from shardprune.cluster.restarts import persevere
-from shardprune.commands.prepare_recovery import CLAIM, PreparedRecovery, make_recovery_plan
-from shardprune.commands.state import Measurements, costs_of_measuring, done_already, finish
+from shardprune.cluster.restarts import Attempts
+from shardprune.commands.prepare_recovery import CLAIM, PreparedRecovery, is_sparse, prepare_recovery
+from shardprune.commands.state import RunState, When, costs_of_measuring
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.evaluate import ShardFields
@@ -43,104 +42,98 @@ def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:
     clock = Clock(reporter.events)
     with closing(backend_of(recipe.backend, recipe.address)) as backend:
         with clock.phase("plan"):
-            plan = make_recovery_plan(recipe, backend)
-        done = done_already(plan.journal, plan.state, plan.inputs.evaluations, reporter)
-        result = done or _Recovery(plan, backend, reporter, clock).go()
-    assert plan.recipe.state is not None
-    if os.path.isdir(plan.recipe.state):
-        shutil.rmtree(plan.recipe.state)
+            prepared = prepare_recovery(recipe, backend)
+        run = RecoveryRun(prepared, backend, reporter, clock)
+        result = run.state.done(reporter) or run.go()
+    if os.path.isdir(run.training):
+        shutil.rmtree(run.training)
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
 
 
-class _Recovery:
-    """One training over as many attempts as it takes."""
+class RecoveryRun:
+    """One training run over as many attempts as it takes."""
 
-    def __init__(self, plan: PreparedRecovery, backend: Backend, reporter: Reporter, clock: Clock) -> None:
-        self.plan, self.backend, self.reporter, self.clock = plan, backend, reporter, clock
-        self.journal = plan.journal
-        self.measured = Measurements(plan.inputs.evaluations, plan.state.get("perplexity", {}))
-        self.restarts: int = plan.state.get("restarts", 0)
-        self.previous = Result(**plan.state) if "version" in plan.state else None
-        self.workers: list[dict[str, Any]] = plan.state.get("workers", [])  # what they took; a dict each
-        assert plan.recipe.state is not None
-        self.losses = Losses(plan.recipe.state)
+    def __init__(self, prepared: PreparedRecovery, backend: Backend, reporter: Reporter, clock: Clock) -> None:
+        self.prepared, self.backend, self.reporter, self.clock = prepared, backend, reporter, clock
+        self.recipe, self.journal = prepared.recipe, prepared.journal
+        evaluations = prepared.inputs.evaluations
+        self.state = RunState(prepared.journal, prepared.earlier, prepared.recipe.record(), evaluations)
+        self.state.known.zeros = prepared.zeros
+        assert prepared.recipe.state is not None
+        self.training = prepared.recipe.state  # directory of the training's state
+        self.losses = Losses(self.training)
 
     def go(self) -> Result:
-        self.journal.folder.remove_partial()
-        self._save()
-        recorded = self.reporter.events.recorded(self.journal.folder, command=self.plan.recipe.command)
-        with self.journal.claimed(self.plan.state), recorded:
-            self._measure("before", self.plan.recipe.model)
-            if self.previous is None:
+        """Carry out the run in its output, and return its result."""
+        prepared = self.prepared
+        with self.state.running(self.reporter, command=self.recipe.command):
+            self._measure("before", self.recipe.model)
+            if self.state.previous is None:
                 self._say_what_is_lost()
-                self._train()
+                if not self._trained():
+                    self._share_inputs()
+                    room = min(self.backend.room(self.recipe.device), prepared.processes.count)
+                    for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
+                        with attempt as processes, self.clock.phase("recover"), self._progress():
+                            self.state.known.workers = self.backend.train(prepared.spec(processes), processes.count)
+                    self.state.save()
                 self._write_rest()
-            self._measure("after", self.plan.recipe.out)
+            self._measure("after", self.recipe.out)
             return self._finish()
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
-    def _train(self) -> None:
-        """Train and write the layers, unless all of that is done."""
-        plan = self.plan
-        frame = self.journal.folder.is_file(self.journal.frame_file) or not plan.recipe.full
-        if frame and len(self.journal.finished()) == plan.skeleton.layers:
-            return
-        self._prepare()
-        room = min(self.backend.room(plan.recipe.device), plan.processes.count)
-        persevere(
-            self._attempt, plan.processes.shrunk_to(int(room)), plan.recipe, self.backend, self.reporter, self._lost
-        )
-        self._save()
+    def _trained(self) -> bool:
+        """Whether all layers are trained and written."""
+        frame = self.journal.folder.is_file(self.journal.frame_file) or not self.recipe.full
+        return frame and len(self.journal.finished()) == self.prepared.skeleton.layers
 
-    def _prepare(self) -> None:
+    def _share_inputs(self) -> None:
         """Put what the processes read where all of them see it."""
-        plan = self.plan
-        assert plan.recipe.state is not None
-        folder = Folder(plan.recipe.state, "state")
-        folder.write_text(CLAIM, plan.claim)
+        folder, inputs = Folder(self.training, "state"), self.prepared.inputs
+        folder.write_text(CLAIM, self.prepared.claim)
         folder.remove_partial()
-        plan.inputs.rows.save(folder, ROWS)
-        if len(plan.inputs.held_out):
-            plan.inputs.held_out.save(folder, HELD_OUT)
+        inputs.rows.save(folder, ROWS)
+        if len(inputs.held_out):
+            inputs.held_out.save(folder, HELD_OUT)
 
-    def _attempt(self, processes: Processes) -> None:
-        with self.clock.phase("recover"), self._progress():
-            self.workers = self.backend.train(self.plan.spec(processes), processes.count)
+    def _attempts(self, processes: Processes) -> Attempts[Processes]:
+        """Return attempts with the processes that there are, until one ends without losing any."""
+        device, restarts = self.recipe.device, self.recipe.max_restarts
+        return Attempts(processes, device, restarts, self.backend, self.reporter, self.state.lost)
 
     def _write_rest(self) -> None:
-        """What makes the layer files a checkpoint."""
-        plan = self.plan
+        """Write what makes the layer files a checkpoint."""
+        inputs = self.prepared.inputs
         self.journal.folder.remove_partial()
         with self.clock.phase("write"):
-            if not plan.recipe.full:
-                write_frame(plan.inputs.checkpoint, plan.skeleton, self.journal)
-            write_index(plan.inputs.checkpoint, self.journal, {})
+            if not self.recipe.full:
+                write_frame(inputs.checkpoint, inputs.skeleton, self.journal)
+            write_index(inputs.checkpoint, self.journal, {})
 
-    def _measure(self, when: str, model: str) -> None:
-        """Perplexity on every evaluation source, over shards: one for each worker that trains."""
-        missing = list(self.measured.missing(when))
+    def _measure(self, when: When, model: str) -> None:
+        """Measure perplexity on every source on which it is not known, over shards: one for each worker that trains."""
+        missing = list(self.state.missing(when))
         if not missing:
             return
-        recipe = self.plan.recipe
+        recipe = self.recipe
         shared = recipe.model_dump(include=set(BackendFields.model_fields))
         room = self.backend.slots().workers(recipe.device)  # which may be less than the training had
-        shards = ShardFields(
-            **shared, shards=max(1, min(recipe.workers or 1, self.plan.skeleton.layers, room)), replicas=1
-        )
+        count = max(1, min(recipe.workers or 1, self.prepared.skeleton.layers, room))
+        shards = ShardFields(**shared, shards=count, replicas=1)
         with closing(ShardedModel(model, shards, self.backend, self.reporter)) as sharded:
-            for windows, record in missing:
+            for source, windows in missing:
                 with self.clock.phase("evaluate"):
-                    record[when] = sharded.perplexity(windows)
-                self._save()
+                    value = sharded.perplexity(windows)
+                self.state.keep(source, when, value)
 
     # -- what is said and kept -------------------------------------------------------------------------------------
 
     def _say_what_is_lost(self) -> None:
-        zeros = self.plan.zeros
-        if zeros and zeros.sparse and not self.plan.recipe.keep_sparsity:
+        zeros = self.prepared.zeros
+        if zeros and is_sparse(zeros) and not self.recipe.keep_sparsity:
             share = zeros.count / zeros.weights
             self.reporter.say(
                 f"{zeros.count:,} zeros ({share:.1%} of the projections' weights) will be lost; "
@@ -151,7 +144,7 @@ class _Recovery:
     def _progress(self) -> Iterator[None]:
         """Show the steps of the training while the block lasts."""
         over = threading.Event()
-        with self.reporter.step("recover", self.plan.steps) as step:
+        with self.reporter.step("recover", self.prepared.steps) as step:
 
             def follow() -> None:
                 while True:
@@ -171,48 +164,40 @@ class _Recovery:
                 over.set()
                 thread.join()
 
-    def _lost(self) -> None:
-        self.restarts += 1
-        self._save()
-
-    def _save(self) -> None:
-        """Record what is known, but for what a finished run's result says already."""
-        if self.previous is None:
-            known = {"perplexity": self.measured.records, "restarts": self.restarts, "workers": self.workers}
-            known["zeros"] = asdict(self.plan.zeros) if self.plan.zeros else None
-            self.journal.save({"recipe": self.plan.recipe.record(), **known})
-
     def _finish(self) -> Result:
         """Write the result, last of all."""
-        plan = self.plan
+        state, previous = self.state, self.state.previous
         records = [record for _, record in sorted(self.journal.finished().items())]
-        parameters = plan.skeleton.parameters()
+        parameters = self.prepared.skeleton.parameters()
         seconds, workers = self._costs()
-        result = Result(
-            command=plan.recipe.command,
-            fingerprint=self.journal.fingerprint,
-            recipe=plan.recipe.record(),
-            model=ModelSize(parameters_before=parameters, parameters_after=parameters, zeros_after=zeros_of(records)),
-            sparsity=sparsity_of(records, None),
-            recovery=self.previous.recovery if self.previous else self._recovery(records),
-            perplexity=self.measured.results(),
-            seconds=seconds,
-            workers=workers,
-            restarts=self.restarts,
+        return state.finish(
+            Result(
+                command=self.recipe.command,
+                fingerprint=self.journal.fingerprint,
+                recipe=self.recipe.record(),
+                model=ModelSize(
+                    parameters_before=parameters, parameters_after=parameters, zeros_after=zeros_of(records)
+                ),
+                sparsity=sparsity_of(records, None),
+                recovery=previous.recovery if previous else self._recovery(records),
+                perplexity=state.perplexities(),
+                seconds=seconds,
+                workers=workers,
+                restarts=state.known.restarts,
+            )
         )
-        return finish(self.journal, result, self.previous)
 
     def _recovery(self, records: list[dict[str, Any]]) -> Recovery:
-        plan = self.plan
+        prepared = self.prepared
         reports = [report for record in records for report in record["projections"]]
         losses = self.losses.read()
         return Recovery(
-            steps=plan.steps,
-            rows=len(plan.inputs.rows),
-            held_out_rows=len(plan.inputs.held_out),
+            steps=prepared.steps,
+            rows=len(prepared.inputs.rows),
+            held_out_rows=len(prepared.inputs.held_out),
             targets=sum(loss.targets for loss in losses),
-            parameters_trained=plan.parameters_trained,
-            workers=len(self.workers) or plan.processes.count,
+            parameters_trained=prepared.parameters_trained,
+            workers=len(self.state.known.workers) or prepared.processes.count,
             zeros_before=sum(report["zeros_before"] for report in reports),
             zeros_after=sum(report["zeros"] for report in reports),
             zeros_kept=sum(report["zeros_kept"] for report in reports),
@@ -223,11 +208,12 @@ class _Recovery:
         )
 
     def _costs(self) -> tuple[dict[str, float], list[WorkerResult]]:
-        """What the run took by phase, and who did it."""
-        if self.previous:
-            return costs_of_measuring(self.clock, self.previous)
+        """Return what the run took by phase, and who did it."""
+        workers = self.state.known.workers
+        if self.state.previous:
+            return costs_of_measuring(self.clock, self.state.previous)
         seconds = self.clock.total()
         for phase in ("load", "train"):
-            if self.workers:
-                seconds[phase] = max(worker["seconds"][phase] for worker in self.workers)
-        return seconds, [WorkerResult(**worker) for worker in self.workers]
+            if workers:
+                seconds[phase] = max(worker["seconds"][phase] for worker in workers)
+        return seconds, [WorkerResult(**worker) for worker in workers]

@@ -21,7 +21,7 @@ def whole_model(model: ShardedModel) -> LM:
     try:
         return HFLM(
             pretrained=model.checkpoint.folder.url.removeprefix("hf://"),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(model.skeleton.dtype).removeprefix("torch."),
             device=settings.device,
             batch_size=settings.wave or 1,
             trust_remote_code=False,

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks that checkpoints fit their config, a sparse one its dense original, and sequences the model."""
 
 from collections.abc import Mapping
 

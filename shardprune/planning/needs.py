@@ -2,31 +2,15 @@
 
 from dataclasses import replace
 
-from shardprune.cluster.layout import Layout
 from shardprune.planning.memory import Moment, Setup, WorkerMemory
-from shardprune.planning.workload import Model, Task, task_of
-from shardprune.recipes.identity import AnyRecipe
-from shardprune.recipes.prune import PruneRecipe
+from shardprune.planning.workload import Task
 from shardprune.shard.spec import Need
 from shardprune.storage.quantities import gigabytes
 
 
-def needs(recipe: AnyRecipe, model: Model, layout: Layout, itemsize: int, windows: int) -> list[Need | None]:
-    """Of every shard, what one of its workers takes on its device at its peak, at the least.
-
-    Waves count where they must be on the device; a run whose memory is not modelled (structures that go, a sparse
-    model that is adopted) needs nothing.
-
-    Args:
-        itemsize: bytes of a number that is computed with.
-        windows: of the longest text that perplexity is measured on.
-    """
-    if not isinstance(recipe, PruneRecipe):
-        return [None] * len(layout.shards)
-    task = replace(task_of(recipe, model, itemsize), windows=windows)
-    gpu = recipe.device == "cuda"
-    setup = Setup(layout, recipe.weights == "streamed", recipe.activations != "device", gpu)
-    return [_need(task, setup, shard) for shard in range(len(layout.shards))]
+def needs(task: Task, setup: Setup) -> list[Need]:
+    """Return what a worker of each shard takes on its device at its peak, at the least."""
+    return [_need(task, setup, shard) for shard in range(len(setup.layout.shards))]
 
 
 def _need(task: Task, setup: Setup, shard: int) -> Need:

@@ -12,10 +12,10 @@ from shardprune.errors import InputError, first_line
 from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.families import TOWERS
+from shardprune.model.opening import stored_dtype
+from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton, attention_of
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.recipes.prune import PruneRecipe
-from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
@@ -171,24 +171,44 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
     """
     check_seqlen(recipe.seqlen, model.skeleton)
     narrow = recipe.dtype == "auto" and recipe.row.gpu
-    return task_of(recipe, model, model.stored.itemsize if narrow else 4)
-
-
-def task_of(recipe: PruneRecipe | PlanRecipe, model: Model, itemsize: int) -> Task:
-    """What a recipe does to a model, computing in numbers of so many bytes."""
-    method = METHODS[recipe.solver]
-    return Task(
-        model=model,
-        solver=recipe.solver,
-        kind="gram" if recipe.measure_error else method.needs,
-        grouped=not isinstance(recipe.zeros, Unstructured),
-        outliers=ALLOCATIONS[recipe.allocation].observes,
+    return task_of(
+        model,
+        recipe.zeroing,
         errors=recipe.measure_error,
         samples=recipe.samples,
         seqlen=recipe.seqlen,
         wave=recipe.sequences_per_wave,
         sources=len(recipe.eval),
         windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
+        itemsize=model.stored.itemsize if narrow else 4,
+    )
+
+
+def task_of(
+    model: Model,
+    zeroing: Zeroing,
+    *,
+    errors: bool,
+    samples: int,
+    seqlen: int,
+    wave: int,
+    sources: int,
+    windows: int,
+    itemsize: int,
+) -> Task:
+    """Return what zeroing does to a model; the sizes are those of `Task`."""
+    return Task(
+        model=model,
+        solver=zeroing.method,
+        kind="gram" if errors else METHODS[zeroing.method].needs,
+        grouped=not isinstance(zeroing.pattern, Unstructured),
+        outliers=zeroing.observes,
+        errors=errors,
+        samples=samples,
+        seqlen=seqlen,
+        wave=wave,
+        sources=sources,
+        windows=windows,
         itemsize=itemsize,
     )
 
@@ -204,12 +224,6 @@ def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
         return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
     checkpoint = Checkpoint(name)
     return checkpoint.config, stored_dtype(checkpoint)
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype in which a checkpoint has its weights; float32 where they differ."""
-    stored = {entry.dtype for entry in checkpoint.entries.values() if len(entry.shape) == 2}
-    return stored.pop() if len(stored) == 1 else torch.float32
 
 
 def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:

@@ -1,5 +1,6 @@
 """Groups of settings that several commands share."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,11 @@ from shardprune.storage.folder import absolute
 from shardprune.storage.sources import FORMS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
+
+
+def wave_of(asked: int | None, seqlen: int) -> int:
+    """Return the sequences of a wave: those asked for, or `WAVE_TOKENS` tokens' worth."""
+    return asked or max(1, WAVE_TOKENS // seqlen)
 
 
 class WidthFields(Settings):
@@ -43,7 +49,7 @@ class CalibrationFields(Settings):
     def sequences_per_wave(self) -> int:
         """How many sequences go through the shards together. It never depends on the machine: sums
         over a wave are rounded together, so that another wave size is another result."""
-        return self.wave or max(1, WAVE_TOKENS // self.seqlen)
+        return wave_of(self.wave, self.seqlen)
 
 
 class PerplexityFields(Settings):
@@ -89,6 +95,22 @@ class BackendFields(Settings):
     max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
 
 
+@dataclass(frozen=True)
+class AskedLayout:
+    """The layout that a recipe asks for; None where it leaves the choice to the machine."""
+
+    shards: int | None
+    replicas: int | None
+    segments: int | None = None
+    propagation: Literal["exact", "parallel"] = "exact"
+    streamed: bool = False
+
+    @property
+    def workers(self) -> int:
+        """The workers that are asked for."""
+        return (self.shards or 1) * (self.replicas or 1)
+
+
 class WorkerFields(BackendFields):
     """Workers"""
 
@@ -98,6 +120,11 @@ class WorkerFields(BackendFields):
     dtype: Literal["auto", "float32"] = Field(
         "auto", description="What they compute in; auto is the stored dtype on GPUs, float32 on CPUs"
     )
+
+    @property
+    def asked(self) -> AskedLayout:
+        """The layout that is asked for."""
+        return AskedLayout(self.shards, self.replicas)
 
 
 class PruneWorkerFields(WorkerFields):
@@ -110,6 +137,10 @@ class PruneWorkerFields(WorkerFields):
     weights: Literal["resident", "streamed"] = Field(
         "resident", description="Keep a shard's layers, or read each when its turn comes"
     )
+
+    @property
+    def asked(self) -> AskedLayout:
+        return AskedLayout(self.shards, self.replicas, self.segments, self.propagation, self.weights == "streamed")
 
 
 class OutputFields(Settings):

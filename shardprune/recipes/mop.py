@@ -5,8 +5,10 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
+from shardprune.model.pruning_job import PathRemoval, PruningJob
 from shardprune.model.structure.kept_iterations import parse_keep
 from shardprune.recipes.groups import CalibrationFields, OutputFields, PerplexityFields, WidthFields, WorkerFields
+from shardprune.recipes.identity import shaping_fields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.scoring import Criterion, Score, Scoring
 
@@ -89,16 +91,6 @@ class MopRecipe(
     """Everything that `shardprune mop` does."""
 
     command: ClassVar[str] = "mop"
-    sparse: ClassVar[None] = None
-    solver: ClassVar[None] = None
-    rebuilding: ClassVar[None] = None
-    observed_m: ClassVar[None] = None
-    target: ClassVar[None] = None
-    pattern: ClassVar[str] = "unstructured"
-    measure_error: ClassVar[bool] = False
-    propagation: ClassVar[Literal["exact"]] = "exact"
-    segments: ClassVar[None] = None
-    weights: ClassVar[Literal["resident"]] = "resident"
     shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
@@ -108,6 +100,15 @@ class MopRecipe(
         self.needs("score outlier", self.score == "outlier", "outlier_m")
         self.needs("a path that is given or random", self.path is not None or self.criterion == "random", "scores")
         return self
+
+    def job(self) -> PruningJob:
+        """Return the job of a run along a path."""
+        return PruningJob(None, PathRemoval(self.scoring), None, measure_error=False)
+
+    def shape(self) -> dict[str, Any]:
+        """Return what shapes the tensors, beside model and text."""
+        drawn = {"seed": self.seed} if self.criterion == "random" else {}  # which draws the path
+        return self.model_dump(include=shaping_fields(self)) | drawn
 
     @property
     def scoring(self) -> Scoring:

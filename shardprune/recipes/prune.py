@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
+from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zeroing
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
+from shardprune.recipes.identity import shaping_fields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
@@ -99,20 +101,17 @@ class PruningFields(StructuredFields):
             return removed + (1 - removed) * fixed
         return removed if self.sparsity is None else self.sparsity
 
-    def zeroed(self, removed: float) -> float:
-        """The fraction of the weights that remain which becomes zero, where a fraction `removed` is gone."""
-        fixed = self.zeros.sparsity  # structures are whole: they may have met the target alone
-        return fixed if fixed is not None else max(0.0, (self.target - removed) / (1 - removed))
-
     @property
-    def observed_m(self) -> float | None:
-        """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
-        return self.outlier_m if ALLOCATIONS[self.allocation].observes else None
-
-    @property
-    def solver(self) -> str:
-        """The method's name in the table of methods."""
-        return f"{self.method}-variant" if self.wanda_variant else self.method
+    def zeroing(self) -> Zeroing:
+        """How weights become zero."""
+        return Zeroing(
+            method=f"{self.method}-variant" if self.wanda_variant else self.method,
+            pattern=self.zeros,
+            target=self.target,
+            allocation=self.allocation,
+            outlier_m=self.outlier_m,
+            spread=self.outlier_lambda,
+        )
 
     @model_validator(mode="after")
     def _sparsity_fits_pattern(self) -> "PruningFields":
@@ -133,7 +132,7 @@ class PruningFields(StructuredFields):
 
     @model_validator(mode="after")
     def _allocation_fits(self) -> "PruningFields":
-        observes = ALLOCATIONS[self.allocation].observes
+        observes = self.zeroing.observes
         if isinstance(self.zeros, Mixed) and self.allocation != "owl":
             raise InputError("allocation", f"{self.allocation!r} does not fit the pattern {self.pattern}; use owl")
         if observes and self.zeros.sparsity is not None:
@@ -142,7 +141,7 @@ class PruningFields(StructuredFields):
                 f"{self.allocation!r} needs a sparsity to share out; {self.pattern} gives every projection "
                 f"{self.zeros.sparsity:g}: use uniform, or the pattern mixed:M",
             )
-        if observes and self.zeroed(self.structured or 0.0) >= HIGHEST:
+        if observes and self.zeroing.of_rest(self.structured or 0.0) >= HIGHEST:
             raise InputError(
                 "sparsity",
                 f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
@@ -216,7 +215,6 @@ class PruneRecipe(
     """Everything that `shardprune prune` does."""
 
     command: ClassVar[str] = "prune"
-    sparse: ClassVar[None] = None
     shaping: ClassVar[tuple[type[Settings], ...]] = (
         PruningFields,
         OptionalBarberFields,
@@ -229,11 +227,17 @@ class PruneRecipe(
         self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
         return self
 
+    def job(self) -> PruningJob:
+        """Return the job of the run that zeroes weights."""
+        return PruningJob(self.zeroing, None, self.rebuilding, self.measure_error)
+
+    def shape(self) -> dict[str, Any]:
+        """Return what shapes the tensors, beside model, text and layout."""
+        return self.model_dump(include=shaping_fields(self)) | {"sparsity": self.target}  # which a pattern may fix
+
     @property
-    def narrowing(self) -> "WidthRecipe | None":
-        """The run that removes structures, where some are to go before weights become zero."""
-        if self.structured is None:
-            return None
+    def structures(self) -> "WidthRecipe":
+        """The recipe of the run that removes structures, before weights become zero."""
         shared = set(WidthRecipe.model_fields) & set(PruneRecipe.model_fields)
         return WidthRecipe(**self.model_dump(include=shared))
 
@@ -241,32 +245,26 @@ class PruneRecipe(
 class RemovalFields(StructuredFields):
     """Structured pruning"""
 
+    structured: float
     outlier_m: float = 5.0
-
-    @property
-    def scoring(self) -> Scoring:
-        """How structures are chosen."""
-        return Scoring(self.score, self.correction, self.outlier_m)
 
 
 class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
-    sparse: ClassVar[None] = None
-    solver: ClassVar[None] = None
-    rebuilding: ClassVar[None] = None
-    observed_m: ClassVar[None] = None
     shaping: ClassVar[tuple[type[Settings], ...]] = (RemovalFields,)
-    pattern: ClassVar[str] = "unstructured"
 
     model: str
 
-    @property
-    def target(self) -> float:
-        """The fraction of the projections' weights that are removed."""
-        assert self.structured is not None
-        return self.structured
+    def job(self) -> PruningJob:
+        """Return the job of the run that removes structures."""
+        scoring = Scoring(self.score, self.correction, self.outlier_m)
+        return PruningJob(None, WidthRemoval(self.structured, self.neuron_multiple, scoring), None, self.measure_error)
+
+    def shape(self) -> dict[str, Any]:
+        """Return what shapes the tensors, beside model, text and layout."""
+        return self.model_dump(include=shaping_fields(self)) | {"sparsity": self.structured}
 
 
 class PrunedFields(Settings):
@@ -288,15 +286,15 @@ class RebuildRecipe(PrunedFields, BarberFields, CalibrationFields, EvaluationFie
     """Everything that `shardprune rebuild` does."""
 
     command: ClassVar[str] = "rebuild"
-    solver: ClassVar[None] = None
-    target: ClassVar[None] = None
-    observed_m: ClassVar[None] = None
     shaping: ClassVar[tuple[type[Settings], ...]] = (PrunedFields, BarberFields)
 
     model: str = Field(min_length=1, description="Directory, URL or hub name of the dense checkpoint")
     sparse: str = Field(min_length=1, description="Directory, URL or hub name of the same model, pruned")
 
-    @property
-    def rebuilding(self) -> Rebuilding:
-        """How masks are rebuilt."""
-        return self.swapping
+    def job(self) -> PruningJob:
+        """Return the job of the run that rebuilds masks."""
+        return PruningJob(Adopted(self.sparse, self.pattern), None, self.swapping, self.measure_error)
+
+    def shape(self) -> dict[str, Any]:
+        """Return what shapes the tensors, beside models, text and layout."""
+        return self.model_dump(include=shaping_fields(self))

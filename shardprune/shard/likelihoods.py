@@ -1,4 +1,4 @@
-"""TODO."""
+"""Log-likelihoods of continuations, from the logits of the positions that predict them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

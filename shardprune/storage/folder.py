@@ -310,9 +310,14 @@ def output_folder(url: str) -> Folder:
     return Folder(url, "out")
 
 
-def in_process_only(url: str) -> bool:
-    """Whether a URL lives in one process's memory, out of reach of other workers."""
-    return url.startswith("memory://")
+def check_reachable(field: str, url: str, backend: str) -> None:
+    """Check that the workers of a backend, which may be other processes, reach a URL.
+
+    Raises:
+        InputError: it lives in this process's memory.
+    """
+    if url.startswith("memory://") and backend != "local":
+        raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
 
 
 def absolute(url: str) -> str:

@@ -8,6 +8,7 @@ attempt must not decide anew.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,17 @@ from shardprune.storage.output_names import EVENTS, RESULT, STATE
 from shardprune.storage.safetensors_file import Shapes, read_header, read_tensor, write_each
 
 KEY = "shardprune"  # of the metadata in a layer file's header
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """An earlier attempt at a run: its `state`, or its `result` where it was finished; nothing of a free directory."""
+
+    state: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+
+    def __bool__(self) -> bool:
+        return self.state is not None or self.result is not None
 
 
 class Journal:
@@ -47,48 +59,49 @@ class Journal:
 
     # -- the claim ------------------------------------------------------------------------------------------
 
-    def check(self, resume: bool) -> dict[str, Any] | None:
-        """The state of this run's earlier attempt, or None where the directory is free.
+    def check(self, resume: bool) -> Earlier:
+        """Return what the directory holds of this run.
 
         Raises:
             InputError: the directory holds something else, may not be resumed, or cannot be written.
         """
-        state = self._found(resume)
-        if state is None or "version" not in state:  # of a finished run nothing may be left to write
+        earlier = self._found(resume)
+        if earlier.result is None:  # of a finished run nothing may be left to write
             self.folder.check_writable()
-        return state
+        return earlier
 
-    def _found(self, resume: bool) -> dict[str, Any] | None:
+    def _found(self, resume: bool) -> Earlier:
         names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
         if not names:
-            return None
+            return Earlier()
         record = next((name for name in (RESULT, STATE) if name in names), None)
         if record is None:
             raise InputError("out", f"{self.folder.url} is not empty and holds no run; choose an empty directory")
-        state = _record(self.folder, record)
-        if state.get("fingerprint") != self.fingerprint:
+        found = _record(self.folder, record)
+        if found.get("fingerprint") != self.fingerprint:
             raise InputError("out", f"{self.folder.url} holds another run; choose an empty directory")
         if not resume:
             raise InputError("out", f"{self.folder.url} holds this run already; resume it or choose an empty directory")
-        return _record(self.folder, STATE) if STATE in names else state
+        # A state beside a result is of a run that was cut off between writing one and removing the other.
+        return Earlier(state=_record(self.folder, STATE)) if STATE in names else Earlier(result=found)
 
     def save(self, state: dict[str, Any]) -> None:
         """Record the state of the run, and with the first call claim the directory."""
         self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
 
     @contextmanager
-    def claimed(self, earlier: dict[str, Any]) -> Iterator[None]:
-        """A run at work in the directory, which is free again where bad input shows only now and nothing is done: as
-        when the cluster gives no workers, or a worker finds its device too small.
+    def claimed(self, resumed: bool) -> Iterator[None]:
+        """Work on a run in the directory, which is free again if bad input shows only now and nothing is done: the
+        cluster gives no workers, or a worker finds its device too small.
 
         Args:
-            earlier: the state of an earlier attempt, whose directory it stays.
+            resumed: the directory holds an earlier attempt, and stays its.
         """
         try:
             yield
         except InputError:
             held = {name for name in self.folder.names() if not PARTIAL.fullmatch(name)}
-            if not earlier and held <= {STATE, EVENTS} and not _record(self.folder, STATE).get("restarts"):
+            if not resumed and held <= {STATE, EVENTS} and not _record(self.folder, STATE).get("restarts"):
                 for name in sorted(held):
                     self.folder.remove(name)
             raise

@@ -1,6 +1,7 @@
 """docs/reference.md is what the classes say."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from docs.make_reference import SETTINGS, page
 from shardprune.cluster.layout import plan_layout
+from shardprune.cluster.placement import Placement
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
@@ -54,9 +56,11 @@ def test_links_and_columns_fit():
 def test_what_makes_two_runs_the_same_is_what_the_fingerprint_covers(recipe):
     """A field changes a run's fingerprint where the page says so, and only there."""
     layout = plan_layout(4, 8, "exact", 1, 1, None)
+    decided = Placement(layout, "exact", 1, "cpu", torch.float32, False, "auto", 1, "m", "o")
 
     def fingerprint(settings):
-        return fingerprint_of(settings, layout, torch.float32, "identity", None, torch.zeros(2, 4, dtype=torch.int64))
+        placement = replace(decided, wave=settings.sequences_per_wave)
+        return fingerprint_of(settings, placement, "identity", None, torch.zeros(2, 4, dtype=torch.int64))
 
     settings = recipe.checked({"model": "m", "out": "o", **NEEDED[recipe]})
     named = identifying_fields(recipe)

@@ -11,8 +11,9 @@ from transformers import LlamaConfig
 
 from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
+from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
-from shardprune.planning.workload import model_of
+from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.prune import PruneRecipe
 from shardprune.shard.memory import memory_of
 from tests.planning.material import make_windows
@@ -70,8 +71,20 @@ def test_what_is_needed_is_the_least_that_would_do(tmp_path):
 
     def bytes_of(shards=1, **fields):
         recipe = PruneRecipe(model="hollow", out="out", sparsity=0.5, device="cuda", **fields)
+        task = task_of(
+            model,
+            recipe.zeroing,
+            errors=True,
+            samples=recipe.samples,
+            seqlen=recipe.seqlen,
+            wave=recipe.sequences_per_wave,
+            sources=0,
+            windows=0,
+            itemsize=2,
+        )
         layout = plan_layout(8, recipe.samples, "exact", shards, 1, None)
-        return [need.bytes for need in needs(recipe, model, layout, 2, windows=0)]
+        setup = Setup(layout, recipe.asked.streamed, waves_on_host=recipe.activations != "device", gpu=True)
+        return [need.bytes for need in needs(task, setup)]
 
     (whole,) = bytes_of()
     (streamed,) = bytes_of(weights="streamed")

@@ -47,11 +47,11 @@ def test_a_pattern_fixes_the_sparsity():
 def test_what_is_removed_counts_towards_the_target():
     assert (recipe(**STRUCTURED).target, recipe(**STRUCTURED).zeroes) == (0.2, False)
     assert recipe(**STRUCTURED, sparsity=0.6).target == 0.6
-    assert recipe(**STRUCTURED, sparsity=0.6).zeroed(0.2) == pytest.approx(0.5)
+    assert recipe(**STRUCTURED, sparsity=0.6).zeroing.of_rest(0.2) == pytest.approx(0.5)
     assert recipe(**STRUCTURED, pattern="2:4").target == pytest.approx(0.2 + 0.8 * 0.5)
-    assert recipe(**STRUCTURED, pattern="2:4", sparsity=0.6).zeroed(0.25) == 0.5
-    assert recipe(**STRUCTURED, sparsity=0.6).narrowing.target == 0.2
-    assert recipe(sparsity=0.6).narrowing is None
+    assert recipe(**STRUCTURED, pattern="2:4", sparsity=0.6).zeroing.of_rest(0.25) == 0.5
+    assert recipe(**STRUCTURED, sparsity=0.6).structures.job().target == 0.2
+    assert recipe(sparsity=0.6).job().removal is None
 
 
 def test_the_run_that_removes_structures_takes_what_concerns_it():
@@ -59,7 +59,7 @@ def test_the_run_that_removes_structures_takes_what_concerns_it():
         **{**STRUCTURED, "sparsity": 0.5, "method": "wanda", "seed": 7, "shards": 2, "eval": ("stdlib",)},
         **{"score": "outlier", "outlier_m": 3.0, "correction": False, "measure_error": False},
     )
-    narrowing = whole.narrowing
+    narrowing = whole.structures
     shared = set(type(narrowing).model_fields) & set(PruneRecipe.model_fields)
     assert {"score", "correction", "outlier_m", "seed", "shards", "eval", "measure_error"} <= shared
     assert all(getattr(narrowing, name) == getattr(whole, name) for name in shared)
@@ -170,14 +170,14 @@ def test_a_recorded_recipe_is_a_recipe():
     for fields in (OWL, BARBER, {"pattern": "2:4"}, {"pattern": "mixed:8", "sparsity": 0.5}, STRUCTURED, composite):
         assert PruneRecipe.checked(recipe(**fields).record()) == recipe(**fields)
     structured = recipe(**STRUCTURED, score="outlier", outlier_m=3)
-    assert PruneRecipe.checked(structured.narrowing.record()) == structured
+    assert PruneRecipe.checked(structured.structures.record()) == structured
 
 
 def test_a_recipe_for_rebuilding():
     rebuild = RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "rebuild_granularity": "block"})
-    assert rebuild.rebuilding == Rebuilding(0.01, "block", "weight-gradient", False)
-    assert recipe(sparsity=0.5).rebuilding is None
-    assert recipe(**BARBER, rebuild_threshold=0.1).rebuilding == Rebuilding(0.1, "row", "weight-gradient", False)
+    assert rebuild.job().rebuilding == Rebuilding(0.01, "block", "weight-gradient", False)
+    assert recipe(sparsity=0.5).job().rebuilding is None
+    assert recipe(**BARBER, rebuild_threshold=0.1).job().rebuilding == Rebuilding(0.1, "row", "weight-gradient", False)
     assert RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "pattern": "2:4"}).pattern == "2:4"
     with pytest.raises(InputError, match="pattern: 'mixed:8' is not allowed; use auto, which finds N of every layer"):
         RebuildRecipe.checked({"model": "m", "sparse": "s", "out": "o", "pattern": "mixed:8"})

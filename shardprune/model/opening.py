@@ -1,0 +1,85 @@
+"""Opening what a recipe names: a checkpoint with its skeleton, and the texts that it is measured on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from shardprune.errors import without_credentials
+from shardprune.model.checkpoint import Checkpoint, place_of
+from shardprune.model.checks import check_tensors
+from shardprune.model.skeleton import Skeleton
+from shardprune.storage.windows import perplexity_windows
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint that has every tensor that its config implies, and its skeleton on the CPU."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer, read when it is first needed.
+
+        Raises:
+            InputError: there is none.
+        """
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.checkpoint.tokenizer()
+
+
+def open_model(model: str, field: str = "model", *, float32: bool = True, whole: bool = False) -> OpenedModel:
+    """Open and check a model; its weights stay where they are.
+
+    Args:
+        model: a directory, URL or hub name, which `field` of a recipe gives.
+        float32: compute in float32, else in the dtype of the stored weights.
+        whole: of what is stored, look at biases and norms, too.
+
+    Raises:
+        InputError: there is no such checkpoint, or it is not whole.
+    """
+    checkpoint = Checkpoint(place_of(model), field)
+    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32 if float32 else stored_dtype(checkpoint, whole))
+    check_tensors(skeleton, checkpoint)
+    return OpenedModel(checkpoint, skeleton)
+
+
+def stored_dtype(checkpoint: Checkpoint, whole: bool = False) -> torch.dtype:
+    """Return the dtype in which a checkpoint has its weights; float32 where they differ.
+
+    Args:
+        whole: look at biases and norms, too.
+    """
+    stored = {
+        entry.dtype
+        for name, entry in checkpoint.entries.items()
+        if len(entry.shape) == 2 or (whole and entry.dtype.is_floating_point and not name.endswith("inv_freq"))
+    }
+    return stored.pop() if len(stored) == 1 else torch.float32
+
+
+def open_texts(
+    sources: Sequence[str], model: OpenedModel, seqlen: int, limit: int | None, field: str = "eval"
+) -> dict[str, Tensor]:
+    """Return the windows [windows, seqlen] of every source that perplexity is measured on, by its name without
+    credentials.
+
+    Args:
+        limit: of the windows of a source, use the first so many only.
+
+    Raises:
+        InputError: a source, which `field` of a recipe gives, is shorter than one window, or cannot be read.
+    """
+    vocabulary = model.skeleton.config.vocab_size
+    return {
+        without_credentials(source): perplexity_windows(source, model.tokenizer, seqlen, vocabulary, limit, field)
+        for source in sources
+    }

@@ -1,0 +1,127 @@
+"""Pruning jobs: what is to be done to the layers of a model, whichever recipe asks for it. Read without torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shardprune.solvers.allocation.allocation import Projection, Share
+from shardprune.solvers.allocation.allocations import ALLOCATIONS
+from shardprune.solvers.allocation.budget import TOLERANCE
+from shardprune.solvers.allocation.mixed import in_groups
+from shardprune.solvers.pattern import Mixed, Pattern
+from shardprune.solvers.rebuilding import Rebuilding
+from shardprune.solvers.scoring import Scoring
+
+if TYPE_CHECKING:
+    from shardprune.solvers.outliers import Outliers
+
+Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
+Shapes = Sequence[dict[str, tuple[int, int]]]  # [rows, cols] of every projection, by layer and name
+
+
+@dataclass(frozen=True)
+class Zeroing:
+    """Weights that become zero: a `method` of the table of methods prunes by `pattern`.
+
+    `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
+    of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side.
+    """
+
+    method: str
+    pattern: Pattern | Mixed
+    target: float
+    allocation: str
+    outlier_m: float
+    spread: float
+
+    @property
+    def observes(self) -> bool:
+        """Whether the allocation looks at outlier ratios."""
+        return ALLOCATIONS[self.allocation].observes
+
+    def of_rest(self, removed: float) -> float:
+        """Return the fraction to zero of the weights that are left, after a fraction `removed` of all is gone."""
+        fixed = self.pattern.sparsity  # structures are whole: they may have met the target alone
+        return fixed if fixed is not None else max(0.0, (self.target - removed) / (1 - removed))
+
+    def shares(self, shapes: Shapes, outliers: "list[Outliers]", removed: float) -> Shares:
+        """Return what every projection gives up.
+
+        Args:
+            outliers: by layer, where the allocation observes; else empty.
+            removed: the fraction of the weights that is gone already.
+        """
+        projections = [
+            Projection(index, name, rows * cols)
+            for index, layer in enumerate(shapes)
+            for name, (rows, cols) in layer.items()
+        ]
+        allocation, target = ALLOCATIONS[self.allocation], self.of_rest(removed)
+        sparsities = allocation.allocate(projections, outliers, target, self.spread)
+        if isinstance(self.pattern, Mixed):
+            sparsities = in_groups(sparsities, target, self.pattern.m)
+        spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
+        mean = spent / sum(projection.weights for projection in projections)
+        assert not allocation.exact or abs(mean - target) <= TOLERANCE, f"{self.allocation} allocates {mean}"
+        ratios = {(layer, name): ratio for layer, of in enumerate(outliers) for name, ratio in of.projections.items()}
+        return {key: Share(sparsity, ratios.get(key)) for key, sparsity in sparsities.items()}
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """Zeros taken over from the checkpoint `sparse`, by `pattern`: N:M, `unstructured`, or `auto`, the pattern that the
+    zeros of each projection show."""
+
+    sparse: str
+    pattern: str
+
+
+@dataclass(frozen=True)
+class WidthRemoval:
+    """Key/value groups and neurons that go from every layer, until a `share` of the layers' weights is gone; the number
+    of neurons stays a multiple of `neuron_multiple`."""
+
+    share: float
+    neuron_multiple: int
+    scoring: Scoring
+
+
+@dataclass(frozen=True)
+class PathRemoval:
+    """Layers, groups and neurons that go iteration by iteration (MoP)."""
+
+    scoring: Scoring
+
+
+@dataclass(frozen=True)
+class PruningJob:
+    """What a run does to the layers. Masks of zeroed weights may be rebuilt; output errors may be measured."""
+
+    zeroing: Zeroing | Adopted | None
+    removal: WidthRemoval | PathRemoval | None
+    rebuilding: Rebuilding | None
+    measure_error: bool
+
+    @property
+    def sparse(self) -> str | None:
+        """The checkpoint whose zeros are taken over."""
+        return self.zeroing.sparse if isinstance(self.zeroing, Adopted) else None
+
+    @property
+    def target(self) -> float | None:
+        """The fraction of the projections' weights that become zero or go; None where a sparse checkpoint says it, or
+        a path."""
+        if isinstance(self.removal, WidthRemoval):
+            return self.removal.share
+        return self.zeroing.target if isinstance(self.zeroing, Zeroing) else None
+
+    @property
+    def observed_m(self) -> float | None:
+        """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
+        zeroing = self.zeroing
+        return zeroing.outlier_m if isinstance(zeroing, Zeroing) and zeroing.observes else None
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """How structures are chosen, where some go."""
+        return self.removal.scoring if self.removal else None
