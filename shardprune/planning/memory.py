@@ -11,6 +11,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
+from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import BLOCK
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
@@ -162,7 +163,9 @@ class WorkerMemory:
         factor = 0
         # Checks of the result: that it is finite, its zeros, the groups of N:M counted as int32.
         checking = (11 if task.grouped else 6) * weights
-        sorting = (24 if self.setup.gpu else 12) * weights  # float32 values and int64 places, on GPUs twice
+        # float32 values and int64 places, which CUDA's sort has three times; its top-k of half the entries takes less.
+        sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
+        choosing = (20 if self.setup.gpu else 4) * weights
         if task.solver == "sparsegpt":
             # H and its factor; in the recursion three quarters of a matrix more.
             yield "factor", dense + 11 * square
@@ -171,11 +174,11 @@ class WorkerMemory:
             yield "sweep", swept + 20 * BLOCK * rows
             yield "check", swept + narrow + checking
         elif task.solver == "magnitude":
-            selecting = sorting if task.grouped or self.setup.gpu else 4 * weights
-            yield "select", dense + 4 * weights + selecting
+            yield "select", dense + 4 * weights + (sorting if task.grouped else choosing)
         else:
-            several = 28 * weights if task.solver == "wanda-variant" else 0  # running sums in float64
-            yield "select", dense + 4 * weights + sorting + several
+            if task.solver == "wanda-variant":  # sorts all at once, and has running sums in float64
+                sorting = ((36 if self.setup.gpu else 12) + 28) * weights
+            yield "select", dense + 4 * weights + sorting
         if task.solver != "sparsegpt":
             yield "check", dense + 5 * weights + narrow + checking
         if task.errors:

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SORTED = 2**24  # entries at once: a sort on CUDA takes 36 bytes for each
+
 
 def smallest(scores: Tensor, count: int) -> Tensor:
     """Boolean mask of the `count` smallest entries of `scores`, whatever its shape.
@@ -34,10 +36,14 @@ def kth_value(flat: Tensor, k: int) -> Tensor:
 
 def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
     """Boolean mask of the `counts[i]` smallest entries of each row i of `scores` [rows, cols]."""
-    order = scores.sort(dim=1, stable=True).indices
+    mask = torch.empty_like(scores, dtype=torch.bool)
     ranks = torch.arange(scores.shape[1], device=scores.device)
-    chosen = ranks < counts.to(scores.device).unsqueeze(1)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, chosen)
+    size = max(1, SORTED // max(1, scores.shape[1]))
+    parts = zip(scores.split(size), counts.to(scores.device).split(size), mask.split(size), strict=True)
+    for part, wanted, chosen in parts:
+        order = part.sort(dim=1, stable=True).indices
+        chosen.scatter_(1, order, ranks < wanted.unsqueeze(1))
+    return mask
 
 
 def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
@@ -56,8 +62,12 @@ def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
 
 def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
     """Boolean mask of the `count` smallest along the last dimension."""
-    order = groups.sort(dim=-1, stable=True).indices
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :count], True)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    size = max(1, SORTED // max(1, groups.shape[1:].numel()))
+    for part, chosen in zip(groups.split(size), mask.split(size), strict=True):
+        order = part.sort(dim=-1, stable=True).indices
+        chosen.scatter_(-1, order[..., :count], True)
+    return mask
 
 
 def cumulative_counts(parts: int, size: int, fraction: float) -> Tensor:

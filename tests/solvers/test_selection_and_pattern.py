@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from shardprune.solvers import selection
 from shardprune.solvers.pattern import NM, Mixed, Unstructured, parse_pattern, pattern_of
-from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
+from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_group, smallest_per_row
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 39, 40])
@@ -102,3 +103,13 @@ def test_zeros_anywhere_are_not_taken_for_groups(shape, sparsity):
 )
 def test_weights_without_a_pattern(weight):
     assert pattern_of(weight) == Unstructured()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 20, 1000])
+def test_rows_that_are_sorted_apart_give_one_mask(monkeypatch, at_once):
+    scores = torch.randint(0, 5, (9, 10), generator=torch.Generator().manual_seed(0)).float()  # half full of ties
+    counts = torch.arange(9)
+    whole, groups = smallest_per_row(scores, counts), smallest_per_group(scores, 2, 4)
+    monkeypatch.setattr(selection, "SORTED", at_once)
+    assert torch.equal(smallest_per_row(scores, counts), whole)
+    assert torch.equal(smallest_per_group(scores, 2, 4), groups)
