@@ -5,8 +5,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -74,12 +72,7 @@ class Checkpoint:
 
     @cached_property
     def _whole_config(self) -> PretrainedConfig:
-        with self._local_companions() as local:
-            try:
-                return AutoConfig.from_pretrained(local, trust_remote_code=False)
-            except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-                reason = first_line(error).replace(local, self.folder.url)
-                raise InputError(self.folder.field, f"{self.folder.url}/{CONFIG} cannot be read: {reason}") from error
+        return parse_config(self.folder.read_bytes(CONFIG), f"{self.folder.url}/{CONFIG}", self.folder.field)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer.
@@ -87,22 +80,16 @@ class Checkpoint:
         Raises:
             InputError: there is none.
         """
-        with self._local_companions() as local:
+        with tempfile.TemporaryDirectory() as local:  # transformers reads these files from a local path only
+            for name in self.companions():
+                Path(local, name).write_bytes(self.folder.read_bytes(name))
             try:
                 return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
-            except Exception as error:  # likewise
+            except Exception as error:  # each tokenizer class raises errors of its own
                 reason = first_line(error).replace(local, self.folder.url)
                 raise InputError(
                     self.folder.field, f"{self.folder.url} holds no tokenizer that loads: {reason}"
                 ) from error
-
-    @contextmanager
-    def _local_companions(self) -> Iterator[str]:
-        """A local folder with the files that transformers reads from a path."""
-        with tempfile.TemporaryDirectory() as local:
-            for name in self.companions():
-                Path(local, name).write_bytes(self.folder.read_bytes(name))
-            yield local
 
     def companions(self) -> list[str]:
         """Names of the files beside the weights that belong to an ordinary checkpoint."""
@@ -147,6 +134,25 @@ class Checkpoint:
             if name not in headers[file]:
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
+
+
+def parse_config(content: bytes, place: str, field: str = "model") -> PretrainedConfig:
+    """Parse the content of a config.json.
+
+    Args:
+        place: path or URL of the file, for the error.
+
+    Raises:
+        InputError: transformers reads no config from it; names `field`.
+    """
+    with tempfile.TemporaryDirectory() as local:  # AutoConfig reads from a local path only
+        file = Path(local, CONFIG)
+        file.write_bytes(content)
+        try:
+            return AutoConfig.from_pretrained(local, trust_remote_code=False)
+        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
+            reason = first_line(error).replace(str(file), place).replace(local, place)
+            raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
 
 
 def _sample(entry: Entry) -> tuple[str, int, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shardprune.errors import InputError, first_line
@@ -68,19 +68,8 @@ class Skeleton:
         self.dtype = dtype or config.dtype or torch.float32
         if getattr(config, "quantization_config", None):
             raise InputError("model", "its weights are quantised; give the checkpoint that they were made from")
-        try:
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, attn_implementation=attention_of(config), trust_remote_code=False
-                )
-        except Exception as error:  # whatever a config that makes no model leads to
-            raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
-        self.model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+        self.model = empty_model(config, self.dtype, self.device)
         self.model.eval().requires_grad_(False)
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.device)
         parent_path, _, self._list_name = self.family.layers.rpartition(".")
         self._parent = self.model.get_submodule(parent_path)
         self._blanks: nn.ModuleList = getattr(self._parent, self._list_name)
@@ -213,6 +202,27 @@ class Skeleton:
             for name, value in module._parameters.items():
                 if value is parameter:
                     module._parameters[name] = new
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Build the causal language model of a config with parameters on the meta device and buffers on `device`.
+
+    Raises:
+        InputError: transformers builds no model from the config.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
+            )
+    except Exception as error:  # a bad config fails anywhere in the model's code, with any error
+        raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
+    model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
 
 
 def projection_weight(layer: nn.Module, projection: str) -> Tensor:

@@ -1,15 +1,12 @@
 """A model's shapes, from its config alone, and what a run does to it."""
 
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from shardprune.errors import InputError, first_line
-from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, place_of
+from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, parse_config, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.families import TOWERS
 from shardprune.model.skeleton import Skeleton, attention_of
@@ -213,13 +210,6 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:
-    with tempfile.TemporaryDirectory() as local:
-        with open(os.path.join(local, CONFIG), "wb") as file:
-            file.write(content)
-        try:
-            config = AutoConfig.from_pretrained(local, trust_remote_code=False)
-        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = first_line(error).replace(file.name, name).replace(local, name)
-            raise InputError("model", f"{name} cannot be read as a config: {reason}") from error
+    config = parse_config(content, name)
     config = config.get_text_config() if config.model_type in TOWERS else config
     return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16

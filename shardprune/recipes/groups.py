@@ -14,6 +14,11 @@ from shardprune.storage.sources import FORMS, check_source
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
 
 
+def rows_per_wave(length: int) -> int:
+    """Rows of `length` tokens in a wave of the default size; at least one."""
+    return max(1, WAVE_TOKENS // length)
+
+
 class WidthFields(Settings):
     """Key/value groups and neurons"""
 
@@ -43,7 +48,7 @@ class CalibrationFields(Settings):
     def sequences_per_wave(self) -> int:
         """How many sequences go through the shards together. It never depends on the machine: sums
         over a wave are rounded together, so that another wave size is another result."""
-        return self.wave or max(1, WAVE_TOKENS // self.seqlen)
+        return self.wave or rows_per_wave(self.seqlen)
 
 
 class PerplexityFields(Settings):

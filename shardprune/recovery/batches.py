@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shardprune.recipes.groups import WAVE_TOKENS
+from shardprune.recipes.groups import rows_per_wave
 from shardprune.recovery.rows import Rows
 
 
@@ -73,5 +73,4 @@ class Processes:
 def micro_batch_of(batch: int, processes: int, length: int) -> int:
     """The most rows of `length` tokens, about 4096 tokens' worth, into which a process's part of a batch divides."""
     part = batch // processes
-    most = max(1, WAVE_TOKENS // length)
-    return next(rows for rows in range(min(most, part), 0, -1) if part % rows == 0)
+    return next(rows for rows in range(min(rows_per_wave(length), part), 0, -1) if part % rows == 0)

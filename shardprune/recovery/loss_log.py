@@ -8,6 +8,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shardprune.report.events import whole_lines
+
 FILE = "losses.jsonl"
 
 
@@ -38,15 +40,15 @@ class Losses:
     def mend(self) -> None:
         """Drop a line that a kill cut off."""
         if self._file.exists():
-            content = self._file.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self._file, whole)
+            text = self._file.read_text()
+            whole = whole_lines(text)
+            if whole != text:
+                os.truncate(self._file, len(whole.encode()))
 
     def read(self) -> list[Loss]:
         """The last record of every step, in their order."""
         if not self._file.exists():
             return []
-        lines = self._file.read_text().split("\n")[:-1]
+        lines = whole_lines(self._file.read_text()).splitlines()
         records = {record["step"]: Loss(**record) for record in map(json.loads, lines)}
         return [records[step] for step in sorted(records)]

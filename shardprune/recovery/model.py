@@ -8,12 +8,11 @@ beside its own part.
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.model.skeleton import attention_of
+from shardprune.model.skeleton import empty_model
 
 
 def load_model(
@@ -24,21 +23,13 @@ def load_model(
     Args:
         partitioning: DeepSpeed's configuration where ZeRO-3 shares out the parameters; all processes call at once.
     """
-    config = checkpoint.config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
-        )
-    model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+    model = empty_model(checkpoint.config, dtype, device)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each parameter: tied ones have several
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, name))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
     for key, targets in places.items():
         tensor = _tensor(checkpoint, names[key], device, dtype, partitioned=partitioning is not None)
         parameter = nn.Parameter(tensor, requires_grad=False)

@@ -15,22 +15,11 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
+from shardprune.model.families import FAMILIES, family_of
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
 
 IGNORED = -100  # a label that the loss does not count
-
-# Model types whose examples are independent in packed rows, and whether that takes an explicit mask. A mask holds
-# for every layer, so that families with sliding windows must do without.
-PACKING: dict[str, bool] = {
-    "llama": False,
-    "mistral": False,
-    "qwen2": False,
-    "qwen3": False,
-    "gemma2": False,
-    "phi3": False,
-    "opt": True,
-}
 
 
 class Example(NamedTuple):
@@ -208,18 +197,19 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def check_packing(model_type: str) -> None:
-    """Check that the examples of a packed row can be kept apart in models of a `model_type`.
+    """Check that models of a `model_type` can keep the examples of a packed row apart.
 
     Raises:
         InputError: they cannot.
     """
-    if model_type not in PACKING:
-        raise InputError("packing", f"not for model_type {model_type!r}, but for {', '.join(PACKING)}; turn it off")
+    packing = [name for name, family in FAMILIES.items() if family.packing is not None]
+    if model_type not in packing:
+        raise InputError("packing", f"not for model_type {model_type!r}, but for {', '.join(packing)}; turn it off")
 
 
 def needs_mask(model_type: str) -> bool:
-    """Whether packed rows of models of a `model_type` take an attention mask."""
-    return PACKING.get(model_type, False)
+    """Whether packed rows of a model need an explicit attention mask."""
+    return family_of(model_type).packing == "mask"
 
 
 def _block_mask(position_ids: Tensor) -> Tensor:

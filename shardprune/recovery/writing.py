@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.families import Family
+from shardprune.model.saving import write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.storage.journal import Journal
@@ -58,22 +59,21 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
     modules = {f"{name}.weight": layer.get_submodule(name) for name in family.projections}
     updated = {name: module for name, module in modules.items() if isinstance(module, LowRankLinear)}
     parameters = {name: value for name, value in layer.named_parameters() if not name.endswith(UPDATES)}
-    entries = {name: checkpoint.entries[prefix + name] for name in parameters}
 
-    def tensor(stored: str) -> Tensor:
-        name = stored.removeprefix(prefix)
+    def trained(name: str) -> Tensor | None:
         if name in updated:
-            return updated[name].merged(checkpoint.read(stored)).to(entries[name].dtype)
-        if parameters[name].requires_grad:
-            return parameters[name].detach().to(entries[name].dtype)
-        return checkpoint.read(stored)
+            return updated[name].merged(checkpoint.read(prefix + name))
+        return parameters[name].detach() if parameters[name].requires_grad else None
 
-    reports = [
-        _report(index, name, checkpoint.read(f"{prefix}{name}.weight"), tensor(f"{prefix}{name}.weight"))
-        for name in family.projections
-    ]
-    shapes = {prefix + name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    journal.write_layer(index, shapes, tensor, {"projections": reports})
+    def report(projection: str) -> dict[str, Any]:
+        name = f"{projection}.weight"
+        before, after = checkpoint.read(prefix + name), trained(name)
+        # Counted in the stored dtype: rounding to it can make further zeros.
+        return _report(index, projection, before, before if after is None else after.to(before.dtype))
+
+    record = {"projections": [report(projection) for projection in family.projections]}
+    shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
+    write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 
 def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, Any]:

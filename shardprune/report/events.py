@@ -99,7 +99,7 @@ class _Writer(threading.Thread):
         self.wake = threading.Event()
         self._events, self._folder = events, folder
         self._over = threading.Event()
-        self._text = _whole_lines(folder.read_text(FILE)) if folder.is_file(FILE) else ""
+        self._text = whole_lines(folder.read_text(FILE)) if folder.is_file(FILE) else ""
         if folder.appends and self._text:  # without what a killed driver left of a line
             folder.write_text(FILE, self._text)
         self._left = ""  # could not be written yet
@@ -138,7 +138,7 @@ def read_events(folder: Folder) -> list[dict[str, Any]]:
     """All events that a folder holds, in their order; none where it has no file of them."""
     if not folder.is_file(FILE):
         return []
-    events = (_parsed(line) for line in _whole_lines(folder.read_text(FILE)).splitlines())
+    events = (_parsed(line) for line in whole_lines(folder.read_text(FILE)).splitlines())
     return [event for event in events if event]
 
 
@@ -151,6 +151,6 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None
 
 
-def _whole_lines(text: str) -> str:
-    """A text without an unfinished last line."""
+def whole_lines(text: str) -> str:
+    """Drop a last line that has no end, as a killed process leaves it."""
     return text[: text.rfind("\n") + 1]

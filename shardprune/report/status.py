@@ -9,7 +9,7 @@ from shardprune.errors import InputError
 from shardprune.report.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
 from shardprune.report.progress import clock_time
 from shardprune.storage.folder import Folder
-from shardprune.storage.output_names import PRUNED, RECOVERED
+from shardprune.storage.output_names import run_folders
 from shardprune.storage.retrying import preflight
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # after which a run counts as dead
@@ -75,7 +75,7 @@ def status_of(out: str, now: float | None = None) -> list[Status]:
     Raises:
         InputError: it holds none.
     """
-    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    folders = [Folder(url, "out") for url in run_folders(out)]
     read = [(folder, read_events(folder)) for folder in folders]
     found = [(folder, events) for folder, events in read if any(event["event"] == "run" for event in events)]
     if not found:

@@ -4,3 +4,8 @@ STATE = "run.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 PRUNED, RECOVERED = "pruned", "recovered"  # folders of a pipeline's output, one for each step that makes a model
+
+
+def run_folders(out: str) -> tuple[str, ...]:
+    """Paths or URLs of all folders of an output that can hold a run: itself, and those of a pipeline's steps."""
+    return out, f"{out}/{PRUNED}", f"{out}/{RECOVERED}"

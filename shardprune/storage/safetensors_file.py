@@ -1,8 +1,8 @@
 """The safetensors format, read and written tensor by tensor on any file system.
 
-A file is eight bytes with the header's length (little-endian), the header in JSON, then the tensors'
-bytes in C order without holes. The library reads whole local files only; one tensor of a remote shard
-is one ranged read here.
+A file is eight bytes with the header's length (little-endian), the header in JSON, then the tensors' bytes in C order
+without holes. The library's `safe_open` reads single tensors of local files only, and its `save_file` needs all tensors
+of a file in memory; here a tensor of a remote file is one ranged read, and a file is written one tensor at a time.
 """
 
 import json
@@ -27,6 +27,10 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Not pruned, but read from headers, so that a quantised checkpoint is refused for being quantised.
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_READ = 64 * 2**10  # bytes read at once in the hope that the header is no longer

@@ -9,7 +9,7 @@ from shardprune.report.events import read_events
 from shardprune.report.page.history import History
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.storage.folder import READ_ONLY, Folder
-from shardprune.storage.output_names import PRUNED, RECOVERED, RESULT
+from shardprune.storage.output_names import RESULT, run_folders
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def finished_runs(out: str) -> list[FinishedRun]:
     Raises:
         InputError: none is finished, or the result of one cannot be read.
     """
-    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    folders = [Folder(url, "out") for url in run_folders(out)]
     found = [_finished(folder) for folder in folders if folder.is_file(RESULT)]
     if not found:
         raise InputError("out", f"{out!r} holds no finished run; `shardprune status` says where one stands")
