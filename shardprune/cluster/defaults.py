@@ -1,4 +1,4 @@
-"""What a recipe leaves open, and the machine or the checkpoint decides."""
+"""Defaults that depend on the machine or the checkpoint: device, dtype and threads."""
 
 import torch
 
@@ -9,7 +9,7 @@ from shardprune.recipes.groups import BackendFields, WorkerFields
 
 
 def device_of(workers: BackendFields, slots: Slots) -> str:
-    """The device of the computation.
+    """Return the compute device, `cpu` or `cuda`.
 
     Raises:
         InputError: a GPU is asked for, and there is none.
@@ -20,11 +20,11 @@ def device_of(workers: BackendFields, slots: Slots) -> str:
 
 
 def dtype_of(workers: WorkerFields, checkpoint: Checkpoint, whole: bool = False) -> torch.dtype:
-    """The dtype of the computation: float32 on a CPU, which is slow at anything narrower, and where asked
-    for; else the dtype in which the model's weights are stored, if it is one.
+    """Return the compute dtype: float32 on CPUs, where narrower dtypes are slow, or if asked for; else the stored dtype
+    of the weights, or float32 if they differ.
 
     Args:
-        whole: look at biases and norms, too.
+        whole: include biases and norms.
     """
     stored = {
         entry.dtype
@@ -37,5 +37,5 @@ def dtype_of(workers: WorkerFields, checkpoint: Checkpoint, whole: bool = False)
 
 
 def threads_of(slots: Slots, workers: int) -> int:
-    """CPU threads of each of so many workers."""
+    """Return the CPU threads of each of `workers` workers."""
     return max(1, min(slots.cpus // workers, slots.cpus_of_a_node))

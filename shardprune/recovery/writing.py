@@ -1,4 +1,4 @@
-"""From a trained model to the files of an ordinary checkpoint, layer by layer.
+"""The files of a trained model's checkpoint, written layer by layer.
 
 Under ZeRO-3 the processes gather one layer at a time, and each layer is written by one of them.
 """
@@ -22,13 +22,13 @@ from shardprune.storage.safetensors_file import write_tensors
 
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
-    """Write every layer that is not yet written, low-rank updates merged. All processes call at once."""
+    """Write every unfinished layer with its low-rank updates merged. All processes call together."""
     finished = broadcast_from_rank_zero(journal.finished if dist.get_rank() == 0 else None)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         if index in finished:
             continue
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        with _whole(trained, zero):  # what is not trained comes from the checkpoint
+        with _whole(trained, zero):  # frozen parameters are copied from the checkpoint
             if dist.get_rank() == index % dist.get_world_size():
                 _write_layer(layer, index, family, checkpoint, journal)
     dist.barrier()
@@ -37,7 +37,7 @@ def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint,
 def write_trained_frame(
     model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int
 ) -> None:
-    """Write everything beside the layers, where that was trained, too. All processes call at once."""
+    """Write the frame: everything beside the layers, trained or not. All processes call together."""
     inside = f"{family.layers}."
     names = [name for name in checkpoint.entries if not name.startswith(inside)]
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
@@ -77,7 +77,7 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
 
 
 def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """What became of a projection's zeros."""
+    """Count the zeros of a projection before and after training."""
     was, zero = before == 0, (after == 0).cpu()
     weights, zeros_before, zeros = was.numel(), int(was.sum()), int(zero.sum())
     return {
@@ -94,7 +94,7 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, A
 
 @contextmanager
 def _whole(parameters: list[nn.Parameter], zero: int) -> Iterator[None]:
-    """Have parameters whole in every process while the block lasts."""
+    """Gather partitioned parameters for the duration of the block."""
     if zero < 3:
         yield
         return

@@ -1,4 +1,4 @@
-"""Choosing exactly k entries: the smallest scores, ties broken by the lowest index."""
+"""Exact selection of k entries: the smallest scores, ties broken by the lowest index."""
 
 import numpy as np
 import torch
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` smallest entries of `scores`, whatever its shape.
+    """Return the boolean mask of the `count` smallest entries of `scores`, of any shape.
 
-    A selection of the k-th value instead of a sort: one pass finds the threshold, one compares with it.
+    Selects the k-th value instead of sorting: one pass finds the threshold, one compares with it.
     """
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -23,9 +23,9 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def kth_value(flat: Tensor, k: int) -> Tensor:
-    """The k-th smallest entry [1], by a selection that uses the whole processor.
+    """Return the k-th smallest entry [1], by a selection that uses the whole processor.
 
-    torch's `kthvalue` does not: on a CPU it is not vectorised, on a GPU it runs in a single thread block.
+    torch's `kthvalue` does not: it is not vectorised on a CPU, and runs in a single thread block on a GPU.
     """
     if flat.is_cuda:
         return flat.topk(k, largest=False, sorted=False).values.amax(dim=0, keepdim=True)
@@ -33,7 +33,7 @@ def kth_value(flat: Tensor, k: int) -> Tensor:
 
 
 def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
-    """Boolean mask of the `counts[i]` smallest entries of each row i of `scores` [rows, cols]."""
+    """Return the boolean mask of the `counts[i]` smallest entries of each row i of `scores` [rows, cols]."""
     order = scores.sort(dim=1, stable=True).indices
     ranks = torch.arange(scores.shape[1], device=scores.device)
     chosen = ranks < counts.to(scores.device).unsqueeze(1)
@@ -41,8 +41,10 @@ def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
-    """Boolean mask of all but the `n` largest in every `m` consecutive columns of `scores` [rows, cols]; the last
-    columns of a row may be fewer."""
+    """Return the boolean mask of all but the `n` largest in every `m` consecutive columns of `scores` [rows, cols].
+
+    The last group of a row may have fewer columns.
+    """
     rows, cols = scores.shape
     whole = cols // m * m
     mask = torch.zeros_like(scores, dtype=torch.bool)
@@ -55,16 +57,16 @@ def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` smallest along the last dimension."""
+    """Return the boolean mask of the `count` smallest entries along the last dimension."""
     order = groups.sort(dim=-1, stable=True).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, order[..., :count], True)
 
 
 def cumulative_counts(parts: int, size: int, fraction: float) -> Tensor:
-    """How many of each of `parts` equal parts of `size` entries to take, int64 [parts].
+    """Return the number of entries to take from each of `parts` equal parts of `size` entries, int64 [parts].
 
-    The running total is `fraction` of all entries so far, rounded: every part is within one entry of
-    its share, and the sum within half an entry of the whole.
+    The running total is `fraction` of all entries so far, rounded: every part is within one entry of its share, and the
+    sum within half an entry of the whole.
     """
     ends = torch.arange(parts + 1, dtype=torch.float64) * size
     return (ends * fraction + 0.5).floor().diff().to(torch.int64)

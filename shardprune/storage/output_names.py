@@ -1,4 +1,4 @@
-"""Names of what a run keeps in its output directory."""
+"""Names of the files and folders in a run's output directory."""
 
 STATE = "run.json"
 RESULT = "result.json"
@@ -7,5 +7,7 @@ PRUNED, RECOVERED = "pruned", "recovered"  # folders of a pipeline's output, one
 
 
 def run_folders(out: str) -> tuple[str, ...]:
-    """Paths or URLs of all folders of an output that can hold a run: itself, and those of a pipeline's steps."""
+    """Return the paths or URLs of all folders of an output that can hold a run: itself and those of a pipeline's
+    steps.
+    """
     return out, f"{out}/{PRUNED}", f"{out}/{RECOVERED}"
