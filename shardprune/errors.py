@@ -1,44 +1,43 @@
-"""The ways a run can fail that are not a defect in the program."""
+"""Errors that a run can end with and that are not defects of the program."""
 
 import re
 
 
 def without_credentials(text: str) -> str:
-    """A text whose URLs have lost user names, passwords and query strings."""
+    """Remove user names, passwords and query strings from the URLs in a text."""
     return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1", re.sub(r"(\w+://)[^\s'\"/@]*@", r"\1", text))
 
 
 def first_line(error: BaseException) -> str:
-    """An error's text, or its first line where it has several."""
+    """Return the first line of an error's text, or the name of its class if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-class InputError(ValueError):
+class FieldError(Exception):
+    """An error about one field of a recipe, without credentials in its text."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {without_credentials(problem)}")
+        self.field = field
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type["FieldError"], tuple[str, str]]:
+        # An exception is pickled with its text alone, which is not what the constructor takes.
+        return type(self), (self.field, self.problem)
+
+
+class InputError(FieldError, ValueError):
     """Bad input, found before any work. Its text names the field, the value and what is allowed.
 
     The command line prints it as one line and exits with code 2.
     """
 
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {without_credentials(problem)}")
-        self.field = field
-        self.problem = problem
 
-    def __reduce__(self) -> tuple[type["InputError"], tuple[str, str]]:
-        return InputError, (self.field, self.problem)
+class StorageError(FieldError, RuntimeError):
+    """Storage that cannot be read or written, however long one waits.
 
-
-class StorageError(RuntimeError):
-    """Storage that cannot be read or written, however long one waits. Its text names the field that says where it is,
-    the file and the reason."""
-
-    def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {without_credentials(problem)}")
-        self.field = field
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[type["StorageError"], tuple[str, str]]:
-        return StorageError, (self.field, self.problem)
+    Its text names the field that holds the location, the file and the reason.
+    """
 
 
 class SolverError(RuntimeError):
@@ -46,15 +45,15 @@ class SolverError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """A training cannot go on. Its text names the step or what there is too little of."""
+    """A training run cannot continue. Its text names the step, or the resource that is too small."""
 
 
 class WorkerLost(RuntimeError):
-    """A worker's process or node died. The driver places new workers and goes on."""
+    """A worker's process or node died. The driver restarts on the remaining workers."""
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM has come. Nothing but the command line catches it.
+    """SIGTERM was received. Only the command line catches it.
 
-    It is a KeyboardInterrupt, because `ray.get` and `ray.wait` give way to no other exception of a signal's handler.
+    It is a KeyboardInterrupt because no other exception raised in a signal handler interrupts `ray.get` and `ray.wait`.
     """

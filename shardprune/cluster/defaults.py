@@ -1,4 +1,4 @@
-"""What a recipe leaves open, and the machine or the checkpoint decides."""
+"""Defaults that depend on the machine or the checkpoint: device, dtype and threads."""
 
 from typing import Literal
 
@@ -18,5 +18,5 @@ def device_of(asked: Literal["auto", "cpu", "cuda"], slots: Slots) -> Literal["c
 
 
 def threads_of(slots: Slots, workers: int) -> int:
-    """CPU threads of each of so many workers."""
+    """Return the CPU threads of each of `workers` workers."""
     return max(1, min(slots.cpus // workers, slots.cpus_of_a_node))

@@ -1,4 +1,4 @@
-"""Which layers go to which shard, and which runs of layers are pruned independently."""
+"""The layout of a run: the layers of each shard, and the segments that are pruned independently."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ Propagation = Literal["exact", "parallel"]
 class Layout:
     """Shards and segments of a model's layers, and replicas of each shard.
 
-    `segments` are fixed when a run starts and shape its result; `shards` and `replicas` say who works
-    and may change when workers are lost. One segment spans all shards; several lie whole inside them.
+    `segments` are fixed when a run starts and shape its result; `shards` and `replicas` only place the work and may
+    change when workers are lost. A single segment spans all shards; of several, each lies within one shard.
     """
 
     segments: tuple[range, ...]
@@ -32,17 +32,17 @@ class Layout:
         return self.shards[-1][-1] + 1
 
     def shard_of(self, layer: int) -> int:
-        """The shard that owns a layer."""
+        """Return the shard that owns a layer."""
         return next(index for index, shard in enumerate(self.shards) if layer in shard)
 
     def lanes(self) -> list[list[range]]:
-        """The segments that one after another go through the same workers; lanes work side by side."""
+        """Return the segments that each shard's workers prune in turn; lanes run in parallel."""
         if len(self.segments) == 1:
             return [list(self.segments)]
         return [[segment for segment in self.segments if segment.start in shard] for shard in self.shards]
 
     def shrunk_to(self, slots: int) -> "Layout":
-        """The layout for at most `slots` workers: fewer replicas first if they do not divide, then fewer shards."""
+        """Return the layout for at most `slots` workers: fewer replicas first, then fewer shards."""
         if slots >= self.workers:
             return self
         replicas = min(self.replicas, slots)
@@ -52,11 +52,11 @@ class Layout:
 def plan_layout(
     layers: int, samples: int, propagation: Propagation, shards: int, replicas: int, segments: int | None
 ) -> Layout:
-    """The layout of a run.
+    """Build the layout of a run.
 
     Args:
         shards, replicas: as asked for or chosen for the machine.
-        segments: as a run that goes on was started with, as asked for, or None.
+        segments: of the run that is resumed, as asked for, or None.
 
     Raises:
         InputError: there are more shards than layers or segments, or more replicas than samples.
@@ -80,7 +80,7 @@ def plan_layout(
 
 
 def _shards(segments: tuple[range, ...], count: int) -> tuple[range, ...]:
-    """Contiguous shards: of layers where there is one segment, else of whole segments."""
+    """Divide into contiguous shards: of layers if there is one segment, else of whole segments."""
     if len(segments) == 1:
         return tuple(split(len(segments[0]), count))
     groups = [segments[part.start : part.stop] for part in split(len(segments), count)]

@@ -4,8 +4,10 @@ from collections.abc import Iterable
 
 from shardprune.cluster.layout import Layout
 
+MIN_STORE_BYTES = 128 * 2**20
 
-def store_bytes(layout: Layout, wave: int, columns: Iterable[int], sent: int) -> int:
+
+def store_bytes(layout: Layout, wave: int, columns: Iterable[int] = (), sent: int = 0) -> int:
     """How large the object store of a node must be.
 
     Args:
@@ -16,6 +18,3 @@ def store_bytes(layout: Layout, wave: int, columns: Iterable[int], sent: int) ->
     waves = 4 * wave * (len(layout.shards) + 3 * layout.replicas)
     sums = (layout.replicas - 1) * sum(4 * count**2 for count in columns)
     return max(MIN_STORE_BYTES, waves + sums + sent)
-
-
-MIN_STORE_BYTES = 128 * 2**20  # of memory for what is under way between workers

@@ -1,8 +1,7 @@
-"""A training's processes as Ray Train's workers, which find each other through torch's process group.
+"""The processes of a training run as Ray Train's workers, connected by torch's process group.
 
-Ray Train is not asked to restart anything: the driver owns recovery, here as everywhere, so that a training may go on
-with fewer workers. Checkpoints go to shared storage without Ray: what is reported to Ray just before a worker dies
-may be lost.
+Ray Train restarts nothing: the driver owns recovery, as in all commands, so that a run may resume with fewer workers.
+Checkpoints go to shared storage without Ray: reports to Ray just before a worker's death may be lost.
 """
 
 from typing import Any
@@ -17,14 +16,14 @@ from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import train_worker
 from shardprune.storage.folder import Folder
 
-# For a process that waits while another converts a large checkpoint; that one has died Ray says much sooner.
+# Covers waiting for another process that converts a large checkpoint; Ray reports a dead process much sooner.
 PATIENCE_SECONDS = 4 * 3600
 
 
 class Reports:
-    """What the workers of one attempt leave in the training's directory: what they took, or what went wrong.
+    """The reports of one attempt's workers in the training directory: measurements or errors.
 
-    A worker that dies leaves nothing, and neither do those whose collectives end because of that.
+    A worker that dies leaves no report, and neither do those whose collectives fail because of it.
     """
 
     def __init__(self, spec: TrainingSpec) -> None:
@@ -39,7 +38,7 @@ class Reports:
         self._folder.write_json(f"worker-{rank:05d}.json", report)
 
     def read(self) -> list[dict[str, Any]]:
-        """In the order of the workers."""
+        """Return the reports in the order of the workers."""
         return [self._folder.read_json(name) for name in self._names()]
 
     def _names(self) -> list[str]:
@@ -47,10 +46,10 @@ class Reports:
 
 
 def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, Any]]:
-    """Carry out a training on the connected cluster, with so many CPUs for each worker; what each worker took.
+    """Train on the connected cluster with `cpus` CPUs per worker; return every worker's measurements.
 
     Raises:
-        InputError: the cluster does not free what the workers need, or as `train_worker`.
+        InputError: the cluster does not free the workers' resources, or as `train_worker`.
         StorageError, TrainingError: as `train_worker`.
         WorkerLost: a worker or its node died.
     """
@@ -83,7 +82,7 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
 
 
 def _work(config: dict[str, Any]) -> None:
-    """What runs in every worker."""
+    """Run in every worker: train and leave a report."""
     spec: TrainingSpec = config["spec"]
     reports, rank = Reports(spec), get_context().get_world_rank()
     try:
@@ -102,12 +101,12 @@ def _work(config: dict[str, Any]) -> None:
 
 
 def _named(text: str, field: str | None = None, storage: bool = False) -> InputError | StorageError | TrainingError:
-    """The error that a worker raised."""
+    """Rebuild the error that a worker reported."""
     if field is None:
         return TrainingError(text)
     return StorageError(field, text) if storage else InputError(field, text)
 
 
 def _others_are_gone(error: Exception) -> bool:
-    """Whether a collective ended because another process did."""
+    """Return whether a collective failed because another process ended."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)

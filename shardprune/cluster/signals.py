@@ -1,4 +1,4 @@
-"""How a run ends that is told to: by a scheduler's SIGTERM, it closes its workers and says so."""
+"""Graceful shutdown on SIGTERM."""
 
 import signal
 import threading
@@ -14,7 +14,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Turn the first SIGTERM into `Stopped`, and pass over those that come while the run closes down."""
+    """Turn the first SIGTERM into `Stopped`; ignore further ones during the shutdown."""
     told = False
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
@@ -31,18 +31,18 @@ def stoppable() -> Iterator[None]:
             raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if told:  # whatever Ray and the parser of the command line made of it
+    if told:  # whatever exception Ray or the command line's parser turned it into
         raise Stopped
 
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Keep what SIGTERM does, in the block and after it, where a library would change it.
+    """Keep the SIGTERM handler in the block and after it, even if a library sets its own.
 
-    Ray gives SIGTERM a handler that ends the process while it starts, seconds in which a run is told to stop as at any
-    other time. Calls that would set one are passed over, which is what Ray itself does for SIGINT.
+    While Ray starts, its handler would end the process, yet a scheduler may send SIGTERM in those seconds as at any
+    time. Calls that set a handler are ignored, as Ray itself does for SIGINT.
     """
-    if threading.current_thread() is not threading.main_thread():  # only the main thread has a say
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
     before: Any = signal.getsignal(signal.SIGTERM)
@@ -56,4 +56,4 @@ def handlers_kept() -> Iterator[None]:
         yield
     finally:
         signal.signal = set_handler
-        signal.signal(signal.SIGTERM, before)  # Ray's own library sets one, too, when it has connected
+        signal.signal(signal.SIGTERM, before)  # Ray's C++ library sets one, too, after connecting

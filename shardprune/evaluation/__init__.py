@@ -1,1 +1,1 @@
-"""Measuring a finished model: perplexity and the tasks of lm-eval, over its shards."""
+"""Evaluation of a finished model over its shards: perplexity and lm-eval's tasks."""

@@ -1,4 +1,4 @@
-"""lm-eval's view of a model on its shards: texts become queries as lm-eval's own Hugging Face model does it."""
+"""lm-eval's interface to a model on shards; texts become queries as in lm-eval's own Hugging Face model."""
 
 import weakref
 from collections.abc import Sequence
@@ -18,14 +18,16 @@ from shardprune.evaluation.sharded import ShardedModel
 from shardprune.recipes.evaluate import ShardFields
 from shardprune.report.progress import Reporter
 
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and the tokens of context and continuation
+Request = tuple[
+    tuple[str, str] | None, list[int], list[int]
+]  # (context, continuation) as texts, and the tokens of each
 
 
 class ShardedLM(TemplateLM):
-    """Log-likelihoods of a model that is never in one process. It does not write text.
+    """An lm-eval model that computes log-likelihoods over shards. It does not generate text.
 
     Args:
-        max_length: the most tokens that the model is shown (default: as lm-eval finds it in the config).
+        max_length: longest sequence in tokens (default: lm-eval's reading of the config).
     """
 
     def __init__(self, model: ShardedModel, max_length: int | None = None) -> None:
@@ -45,11 +47,11 @@ class ShardedLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is predicted from."""
+        """The token before a text that has no context."""
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text; unless told otherwise with those that the tokenizer adds, if they are not there."""
+        """Tokenise a text. By default, add the tokenizer's special tokens unless the text starts with them."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
@@ -58,12 +60,15 @@ class ShardedLM(TemplateLM):
     # -- what tasks ask for -----------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation given its context, and whether it is the likeliest one."""
-        return super().loglikelihood(requests, disable_tqdm=True)  # the shards report their own progress
+        """Return, for each continuation given its context, its log-likelihood and whether greedy decoding would produce
+        it.
+        """
+        return super().loglikelihood(requests, disable_tqdm=True)  # shards report progress themselves
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """The log-likelihood of each text: of windows that do not overlap in what they predict, each token given
-        at most `max_length` before it."""
+        """Return the log-likelihood of each text, over windows whose predicted tokens do not overlap; each token is
+        given at most `max_length` preceding ones.
+        """
         windows: list[Request] = []
         ends = []
         for text in (request.args[0] for request in requests):
@@ -82,7 +87,7 @@ class ShardedLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Not served.
+        """Refuse to generate text.
 
         Raises:
             InputError: always.
@@ -91,7 +96,9 @@ class ShardedLM(TemplateLM):
         raise InputError("tasks", f"{name!r} lets the model write text, which shards do not do; use --engine hf")
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **kwargs: Any) -> list[tuple[float, bool]]:
-        """Texts that differ in what follows alone go through the model once."""
+        """Compute log-likelihoods; requests that share all but their continuation's last token pass through the model
+        once.
+        """
         asked: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
         keys = []
         for _, context, continuation in requests:
@@ -99,9 +106,8 @@ class ShardedLM(TemplateLM):
                 raise InputError(
                     "tasks", f"a continuation has {len(continuation)} tokens; the model takes 1 to {self.max_length}"
                 )
-            tokens = tuple(
-                (context + continuation)[-(self.max_length + 1) : -1]
-            )  # from the left is cut what is too much
+            # Contexts that are too long are truncated on the left.
+            tokens = tuple((context + continuation)[-(self.max_length + 1) : -1])
             keys.append((tokens, tuple(continuation)))
             asked.setdefault(tokens, {})[tuple(continuation)] = None
         queries = [Query(tokens, tuple(continuations)) for tokens, continuations in asked.items()]
@@ -123,7 +129,7 @@ class ShardedLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A dialogue as one text."""
+        """Format a dialogue as one text."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -134,13 +140,13 @@ class ShardedLM(TemplateLM):
 
 @register_model("shardprune")
 class ShardpruneLM(ShardedLM):
-    """The same for lm-eval's own command and functions, by name: workers of its own from model arguments.
+    """The model `shardprune` of lm-eval's command and functions, which starts its own workers from model arguments.
 
     Args:
         pretrained: the checkpoint, as MODEL of `shardprune evaluate`.
-        batch_size: texts of a wave; 1 and `auto` leave it to shardprune.
-        device: `cpu`, or what there is.
-        settings: what stands under "Workers" in `shardprune evaluate --help`.
+        batch_size: texts of a wave; 1 and `auto` select shardprune's default.
+        device: `cpu`, or any other value for auto.
+        settings: the fields under "Workers" in `shardprune evaluate --help`.
     """
 
     def __init__(
@@ -154,13 +160,13 @@ class ShardpruneLM(ShardedLM):
     ) -> None:
         if str(batch_size).isdigit() and int(str(batch_size)) > 1:
             settings.setdefault("wave", int(str(batch_size)))
-        if device == "cpu":  # the command's own default is cuda:0, whatever there is
+        if device == "cpu":  # the command's default is cuda:0, even without a GPU
             settings.setdefault("device", "cpu")
         shards = ShardFields.checked(settings)
         backend = backend_of(shards.backend, shards.address)
         model = ShardedModel(pretrained, shards, backend, Reporter())
         super().__init__(model, max_length)
-        weakref.finalize(self, _close, model, backend)  # the harness does not say when it is done
+        weakref.finalize(self, _close, model, backend)  # lm-eval has no hook for the end of its use
 
 
 def _close(model: ShardedModel, backend: Backend) -> None:

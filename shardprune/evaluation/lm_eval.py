@@ -1,7 +1,6 @@
-"""lm-eval's own command with shardprune's model in it: python -m shardprune.evaluation.lm_eval --model shardprune ...
+"""lm-eval's command with shardprune's model: python -m shardprune.evaluation.lm_eval --model shardprune ...
 
-lm-eval 0.4.13 knows its models from a table of its own and looks for no others, so that somebody must register
-those before its command starts.
+lm-eval 0.4.13 has no plug-in mechanism for models: one of another package has to be imported before its command starts.
 """
 
 import sys

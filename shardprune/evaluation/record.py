@@ -1,4 +1,4 @@
-"""Where measurements are kept: beside the model that they are about, or in a directory of their own."""
+"""The result.json that measurements are written to: the model's own, or one in a separate directory."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from shardprune.storage.output_names import RESULT
 
 
 class Record:
-    """The result.json that takes measurements, if there is one; `known` are those that it has already.
+    """The result.json that receives measurements; `known` are those that it already holds.
 
     Args:
-        out: a directory for the evaluation alone; None for the model's own result.json, where it has one.
+        out: a directory for the evaluation alone; None for the model's own result.json, if it has one.
 
     Raises:
-        InputError: `out` holds anything but an evaluation of the same model, or what is measured cannot be written.
+        InputError: `out` holds anything but an evaluation of the same model, or cannot be written.
     """
 
     def __init__(self, checkpoint: Checkpoint, out: str | None) -> None:
@@ -40,7 +40,7 @@ class Record:
             ) from error
 
     def save(self, result: EvaluationResult) -> None:
-        """Keep a result: whole, or its evaluation in the result of the run that made the model."""
+        """Write a result, on its own or as the evaluation in the result of the run that made the model."""
         if not self.kept:
             return
         content = result.as_json()
@@ -66,7 +66,7 @@ class Record:
 
 
 def _content(folder: Folder) -> dict[str, Any]:
-    """The fields of a folder's result.json; none where there is none, or another tool's."""
+    """Return the fields of a folder's result.json; empty if there is none, or it is not shardprune's."""
     if not folder.is_file(RESULT):
         return {}
     try:
@@ -77,5 +77,5 @@ def _content(folder: Folder) -> dict[str, Any]:
 
 
 def _is_result(content: dict[str, Any]) -> bool:
-    """Whether shardprune wrote it when it made a model."""
+    """Return whether the content is the result of a shardprune run that made a model."""
     return {"version", "command", "fingerprint", "recipe"} <= content.keys() and content["command"] != "evaluate"

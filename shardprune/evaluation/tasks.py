@@ -1,4 +1,4 @@
-"""Tasks of lm-eval by name: found, opened with their data, and evaluated."""
+"""lm-eval's tasks: lookup by name, loading of their data, and evaluation."""
 
 import difflib
 import logging
@@ -23,22 +23,22 @@ from shardprune.errors import InputError, first_line
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
 
-SETS = {  # of the papers on pruning
+SETS = {  # tasks of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")
 }
-Opened = dict[str, list[Task | Group]]  # by the name that was asked for: a tag stands for several tasks
-SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # what log-likelihoods alone answer
+Opened = dict[str, list[Task | Group]]  # by requested name; a tag names several tasks
+SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # output types that log-likelihoods suffice for
 
 
 def load_tasks(recipe: TaskFields) -> list[Task | Group]:
-    """The tasks and groups of tasks that a recipe names, with their data.
+    """Load the tasks and groups of tasks that a recipe names, with their data.
 
-    The harness's own thousands of tasks are only looked at where the recipe's directory does not have what is named.
+    lm-eval's own thousands of tasks are indexed only if the recipe's directory lacks a name.
 
     Raises:
         InputError: there is no such task or directory, its data cannot be loaded, or the engine cannot answer it.
     """
-    _seed()  # there are tasks that shuffle answers while they load
+    _seed()  # some tasks shuffle answers while they load
     with _quiet():
         opened = _load(recipe)
     sources: dict[str, str] = {}
@@ -53,8 +53,8 @@ def load_tasks(recipe: TaskFields) -> list[Task | Group]:
 
 
 def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) -> dict[str, TaskResult]:
-    """What the harness finds, by the names of tasks and of groups that sum up tasks."""
-    # Not `simple_evaluate`, which also describes the machine and the working directory's git for its own reports.
+    """Evaluate tasks; return results by the names of tasks, and of groups that aggregate tasks."""
+    # Not `simple_evaluate`, which also collects the machine's and the working directory's git state.
     for task in _leaves(tasks):
         _set_shots(task, recipe.num_fewshot)
     with _quiet():
@@ -70,7 +70,7 @@ def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) ->
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
-    """The metrics among what the harness reports of a task: keys such as `acc,none` and `acc_stderr,none`."""
+    """Parse the metrics of a task from lm-eval's keys such as `acc,none` and `acc_stderr,none`."""
     metrics = {}
     for key, value in values.items():
         name, comma, filtered = key.partition(",")
@@ -82,7 +82,7 @@ def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
 
 
 def _load(recipe: TaskFields) -> Opened:
-    """What a recipe names, in its own directory and, where that is not enough, among the harness's tasks."""
+    """Load the named tasks, from the recipe's directory first, then from lm-eval's."""
     own = _own_tasks(recipe.tasks_dir) if recipe.tasks_dir else None
     wanted = [part for name in recipe.tasks for part in (SETS.get(name, (name,)))]
     if own and all(own.match_tasks([name]) for name in wanted):
@@ -90,22 +90,22 @@ def _load(recipe: TaskFields) -> Opened:
             return _open(own, wanted)
         except InputError:
             if not any(set(own.match_tasks([name])) & set(own.all_groups) for name in wanted):
-                raise  # else a group may have tasks of the harness's own
+                raise  # otherwise a group may contain lm-eval's own tasks: try again with those
     return _open(TaskManager(include_path=recipe.tasks_dir), wanted)
 
 
 def _own_tasks(folder: str) -> TaskManager:
-    """The tasks of a directory.
+    """Index the tasks of a directory.
 
     Raises:
-        InputError: it does not exist, or holds a file that is no YAML of the harness, which would pass over it.
+        InputError: it does not exist, or holds a YAML file that lm-eval cannot read and would skip silently.
     """
     if not Path(folder).is_dir():
         raise InputError("tasks_dir", f"{folder!r} is no directory")
     for file in sorted(Path(folder).rglob("*.yaml")):
         try:
             load_yaml(file, resolve_func=False)
-        except Exception as error:  # of the YAML parser, of files that it includes, and of the harness
+        except Exception as error:  # errors of the YAML parser, of included files, and of lm-eval
             reason = " ".join(str(error).split())
             raise InputError("tasks_dir", f"{str(file)!r} cannot be read by lm-eval: {reason}") from error
     return TaskManager(include_path=folder, include_defaults=False)
@@ -117,14 +117,14 @@ def _open(manager: TaskManager, wanted: Sequence[str]) -> Opened:
     for name in names:
         try:
             found = manager.load([name])
-        except Exception as error:  # whatever a data set or a task's own code leads to
+        except Exception as error:  # a data set's or a task's own code can raise anything
             raise InputError("tasks", f"{name!r} cannot be loaded: {first_line(error)}") from error
         opened[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
     return opened
 
 
 def _matches(manager: TaskManager, name: str) -> list[str]:
-    """The names that a name or pattern stands for.
+    """Return the names that match a name or pattern.
 
     Raises:
         InputError: there are none.
@@ -142,7 +142,7 @@ def _leaves(items: Sequence[Task | Group]) -> list[Task]:
 
 
 def _set_shots(task: Task, shots: int | None) -> None:
-    """Examples before each question, as lm-eval's command sets them: where a task says none, there are none."""
+    """Set the number of examples before each question as lm-eval's command does: 0 if the task names none."""
     own = task.get_config("num_fewshot")
     if own is None or (shots is not None and own != 0):
         task.set_config(key="num_fewshot", value=shots or 0)
@@ -150,7 +150,7 @@ def _set_shots(task: Task, shots: int | None) -> None:
 
 
 def _seed() -> None:
-    """Draw as lm-eval's command does."""
+    """Seed all random generators as lm-eval's command does."""
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     torch.manual_seed(DEFAULT_OTHER_SEED)
@@ -160,7 +160,7 @@ def _check_answerable(task: Task, engine: str) -> None:
     """Check that an engine can answer a task.
 
     Raises:
-        InputError: it asks for more than log-likelihoods of text.
+        InputError: the task needs more than log-likelihoods of text.
     """
     name = task.task_name
     if getattr(task, "MULTIMODAL", False):
@@ -173,7 +173,7 @@ def _check_answerable(task: Task, engine: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the harness and its data sets say on the way."""
+    """Suppress what lm-eval and its data sets print."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.utils.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)

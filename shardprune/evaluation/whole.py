@@ -1,4 +1,4 @@
-"""The same model whole in this process: lm-eval's own, which also writes text."""
+"""lm-eval's own Hugging Face model, whole in this process, which can also generate text."""
 
 import torch
 from lm_eval.api.model import LM
@@ -10,10 +10,10 @@ from shardprune.model.skeleton import attention_of
 
 
 def whole_model(model: ShardedModel) -> LM:
-    """lm-eval's Hugging Face model of a checkpoint, with the device, dtype and attention of the shards.
+    """Load lm-eval's Hugging Face model of a checkpoint, with the device, dtype and attention that shards would use.
 
     Raises:
-        InputError: transformers cannot load it from where it is.
+        InputError: transformers cannot load it from its location.
     """
     settings = model.settings
     if settings.threads:

@@ -1,12 +1,10 @@
-"""Hugging Face checkpoints anywhere fsspec reaches, read tensor by tensor from their headers."""
+"""Hugging Face checkpoints on any file system, read tensor by tensor."""
 
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -22,19 +20,19 @@ from shardprune.storage.safetensors_file import Entry, copy_tensors, read_header
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-# Everything beside the weights that a checkpoint may carry: configuration, tokenizer, chat template.
+# Files of a checkpoint beside the weights: configuration, tokenizer, chat template.
 COMPANION = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|.*token.*|chat_template.*|vocab|merges)"
     r"\.(json|txt|model|jinja)"
 )
-SAMPLE = 1024  # bytes read in the middle of every tensor to tell models apart
+SAMPLE = 1024  # bytes in the middle of every tensor that enter the checkpoint's identity
 
 
 class Checkpoint:
-    """A checkpoint's config and the place of each of its tensors; no weight is read before it is asked for.
+    """A checkpoint's config and the locations of its tensors; weights are read on request.
 
-    Of a model with a language tower (LLaVA) `config` is the tower's, and the tower's tensors have the names that
-    they have in a causal language model of its own; `stored_name` says what the files call them.
+    For a model with a language tower (LLaVA), `config` is the tower's, and its tensors have the names that they would
+    have in a causal language model; `stored_name` maps them to the names in the files.
 
     Args:
         model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
@@ -64,52 +62,45 @@ class Checkpoint:
         return self._whole_config.model_type in TOWERS
 
     def stored_name(self, name: str) -> str:
-        """What files call the tensor `name` of the causal language model."""
+        """Return the name in the files of tensor `name` of the causal language model."""
         return self._stored[name]
 
     def _tower_prefixes(self, stored: dict[str, Entry]) -> dict[str, str]:
-        """The prefixes of the language tower's tensors and what stands for them here; none without a tower."""
+        """Return the map from stored prefixes of the language tower's tensors to those used here; empty without a
+        tower.
+        """
         layouts = TOWERS[self._whole_config.model_type] if self.has_tower else ()
         return next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
 
     @cached_property
     def _whole_config(self) -> PretrainedConfig:
-        with self._local_companions() as local:
-            try:
-                return AutoConfig.from_pretrained(local, trust_remote_code=False)
-            except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-                reason = first_line(error).replace(local, self.folder.url)
-                raise InputError(self.folder.field, f"{self.folder.url}/{CONFIG} cannot be read: {reason}") from error
+        return parse_config(self.folder.read_bytes(CONFIG), f"{self.folder.url}/{CONFIG}", self.folder.field)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer.
+        """Load the checkpoint's tokenizer.
 
         Raises:
             InputError: there is none.
         """
-        with self._local_companions() as local:
+        with tempfile.TemporaryDirectory() as local:  # transformers reads these files from a local path only
+            for name in self.companions():
+                Path(local, name).write_bytes(self.folder.read_bytes(name))
             try:
                 return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
-            except Exception as error:  # likewise
+            except Exception as error:  # each tokenizer class raises errors of its own
                 reason = first_line(error).replace(local, self.folder.url)
                 raise InputError(
                     self.folder.field, f"{self.folder.url} holds no tokenizer that loads: {reason}"
                 ) from error
 
-    @contextmanager
-    def _local_companions(self) -> Iterator[str]:
-        """A local folder with the files that transformers reads from a path."""
-        with tempfile.TemporaryDirectory() as local:
-            for name in self.companions():
-                Path(local, name).write_bytes(self.folder.read_bytes(name))
-            yield local
-
     def companions(self) -> list[str]:
-        """Names of the files beside the weights that belong to an ordinary checkpoint."""
+        """Return the names of the files beside the weights that belong to a checkpoint (config, tokenizer, chat
+        template).
+        """
         return [name for name in self.folder.names() if COMPANION.fullmatch(name) and name != INDEX]
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype."""
+        """Read one tensor in its stored dtype."""
         return read_tensor(self.folder, self.entries[name])
 
     def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
@@ -118,7 +109,7 @@ class Checkpoint:
         copy_tensors(self.folder, entries, target, file, metadata)
 
     def identity(self) -> str:
-        """A hash that tells this checkpoint from others: config, headers, and a sample of every tensor."""
+        """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor."""
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
         digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
@@ -149,8 +140,27 @@ class Checkpoint:
         return {name: headers[file][name] for name, file in placed.items()}
 
 
+def parse_config(content: bytes, place: str, field: str = "model") -> PretrainedConfig:
+    """Parse the content of a config.json.
+
+    Args:
+        place: path or URL of the file, for the error.
+
+    Raises:
+        InputError: transformers reads no config from it; names `field`.
+    """
+    with tempfile.TemporaryDirectory() as local:  # AutoConfig reads from a local path only
+        file = Path(local, CONFIG)
+        file.write_bytes(content)
+        try:
+            return AutoConfig.from_pretrained(local, trust_remote_code=False)
+        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
+            reason = first_line(error).replace(str(file), place).replace(local, place)
+            raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
+
+
 def _sample(entry: Entry) -> tuple[str, int, int]:
-    """A range in the middle of a tensor."""
+    """Return the range of bytes in the middle of a tensor."""
     middle = (entry.start + entry.end) // 2
     return entry.file, max(entry.start, middle - SAMPLE // 2), min(entry.end, middle + SAMPLE // 2)
 
@@ -163,10 +173,10 @@ def _replace_prefix(name: str, prefixes: dict[str, str]) -> str:
 
 
 def locate(model: str, field: str = "model") -> str:
-    """The URL or path of a checkpoint; a hub name becomes its cached snapshot, or `hf://` when there is none.
+    """Return the URL or path of a checkpoint; a hub name becomes its cached snapshot, or `hf://` if there is none.
 
     Raises:
-        InputError: it is neither a directory, a URL, nor the form of a hub name.
+        InputError: it is neither a directory, a URL, nor in the form of a hub name.
     """
     if "://" in model or os.path.isdir(model):
         return model
@@ -176,7 +186,7 @@ def locate(model: str, field: str = "model") -> str:
 
 
 def _cached_snapshot(name: str) -> str | None:
-    """The folder of a hub model that lies complete in the local cache."""
+    """Return the folder of a hub model if the local cache holds all of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -195,6 +205,6 @@ def _cached_snapshot(name: str) -> str | None:
 
 
 def place_of(model: str) -> str:
-    """A model as every process of a run can find it: a path becomes absolute, a hub name stays one."""
+    """Return a model's location in a form that every process of a run resolves alike: paths become absolute."""
     place = absolute(model)
     return place if os.path.isdir(place) else model

@@ -9,14 +9,14 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
 
-ROUNDING = 0.02  # by which norms may differ that were stored in another 16-bit dtype
+ROUNDING = 0.02  # tolerance for norms that were stored in another 16-bit dtype
 
 
 def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     """Check that a checkpoint has every tensor that its config implies, in its shape.
 
     Raises:
-        InputError: a tensor is missing, has another shape, or no floating dtype that is pruned.
+        InputError: a tensor is missing, has another shape, or a dtype that is not pruned.
     """
     _check(checkpoint, skeleton.tensors(), "the config implies")
 
@@ -24,9 +24,9 @@ def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
 def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, pattern: str) -> None:
     """Check that a checkpoint is a pruned form of a dense one.
 
-    It has the same tensors; those of the layers that are no projections (norms, biases) are the same up to
-    16-bit rounding; some projection has a zero, and where a `pattern` is given, all projections hold it. Its
-    projections are read up to the first zero, or all of them for the pattern.
+    It must have the same tensors; those of the layers that are no projections (norms, biases) must be equal up to
+    16-bit rounding; some projection must have a zero; and all projections must hold the `pattern`, unless it is `auto`.
+    Projections are read up to the first zero, or all of them for the pattern.
 
     Raises:
         InputError: names the tensor that does not fit.
@@ -72,7 +72,7 @@ def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reaso
 
 
 def check_seqlen(seqlen: int, skeleton: Skeleton, field: str = "seqlen") -> None:
-    """Check that a model takes sequences of so many tokens.
+    """Check that a model takes sequences of `seqlen` tokens.
 
     Raises:
         InputError: it has fewer positions.

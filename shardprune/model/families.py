@@ -1,4 +1,4 @@
-"""The model families and what differs between them. A new family is one line in the table.
+"""Model families and the table of their differences; a new family is one line in it.
 
 Everything else about a model is transformers' own code: see `shardprune.model.skeleton`.
 """
@@ -8,18 +8,23 @@ from typing import Literal
 
 from shardprune.errors import InputError
 
-Unit = Literal["query", "key", "neuron"]  # what a row or column belongs to: a query head, a key/value head, a neuron
+Unit = Literal["query", "key", "neuron"]  # the structure of a row or column: query head, key/value head, neuron
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family keeps its decoder layers, and which projections of a layer read the same input.
+    """The names of a family's modules and the structures that their weights belong to.
 
-    `layers` is the path of the list of layers in the causal language model; each tuple of `inputs`
-    names the projections that share one input, in the order of the forward pass.
-    `rows` says whose rows a projection has, part after part where it is fused; `columns` whose columns the
-    output projections of attention and MLP have. `fixed_heads`: the family's code takes the number of heads
-    and their width for one number, so that no head can go. `neurons` is the config's name for their number.
+    Attributes:
+        layers: path of the list of decoder layers in the causal language model.
+        inputs: tuples of projections that read the same input, in the order of the forward pass.
+        rows: the structure that a projection's rows belong to; one entry for each part of a fused projection.
+        columns: the structure that the columns of an output projection (attention, MLP) belong to.
+        neurons: the config's name for the number of neurons of an MLP.
+        fixed_heads: the family's code derives the width of a head from their number, so that no head can be removed.
+        packing: how packed examples are kept apart: `positions` restart at 0 with each example and transformers
+            builds the mask, or an explicit attention `mask` is passed. One mask serves every layer, so that families
+            with sliding windows need `positions`. None: packing is refused.
     """
 
     layers: str
@@ -28,6 +33,7 @@ class Family:
     columns: dict[str, Unit]
     neurons: str = "intermediate_size"
     fixed_heads: bool = False
+    packing: Literal["positions", "mask"] | None = None
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -36,7 +42,7 @@ class Family:
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
-        """The projections of the attention and of the MLP, in the order of the forward pass."""
+        """The projections of attention and MLP, in the order of the forward pass."""
         attention = tuple(name for name in self.projections if name.startswith("self_attn."))
         return {"attention": attention, "mlp": tuple(name for name in self.projections if name not in attention)}
 
@@ -57,12 +63,14 @@ LLAMA = Family(
         "mlp.up_proj": ("neuron",),
     },
     columns={"self_attn.o_proj": "query", "mlp.down_proj": "neuron"},
+    packing="positions",
 )
 PHI3 = Family(
     layers="model.layers",
     inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     rows={"self_attn.qkv_proj": ("query", "key", "key"), "mlp.gate_up_proj": ("neuron", "neuron")},
     columns={"self_attn.o_proj": "query", "mlp.down_proj": "neuron"},
+    packing="positions",
 )
 OPT = Family(
     layers="model.decoder.layers",
@@ -81,6 +89,7 @@ OPT = Family(
     columns={"self_attn.out_proj": "query", "fc2": "neuron"},
     neurons="ffn_dim",
     fixed_heads=True,
+    packing="mask",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -93,8 +102,8 @@ FAMILIES: dict[str, Family] = {
     "opt": OPT,
 }
 
-# Models with a language tower of one of these families, and what its tensors are called in a checkpoint: in each
-# layout, the stored prefixes and those of a causal language model that stand for them.
+# Multimodal models with a language tower of one of these families. Each layout that their checkpoints have maps the
+# prefixes of the tower's stored tensors to those of a causal language model.
 TOWERS: dict[str, tuple[dict[str, str], ...]] = {
     "llava": (
         {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
@@ -104,10 +113,10 @@ TOWERS: dict[str, tuple[dict[str, str], ...]] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a config's `model_type`.
+    """Return the family of a config's `model_type`.
 
     Raises:
-        InputError: it is not supported; the error lists those that are.
+        InputError: it is not supported; the error lists the supported ones.
     """
     if model_type not in FAMILIES:
         known = ", ".join((*FAMILIES, *TOWERS))

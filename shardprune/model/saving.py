@@ -1,11 +1,13 @@
-"""What turns finished layer files into an ordinary checkpoint: the frame, the index, config and tokenizer."""
+"""Files of the new checkpoint: layers, frame (everything beside the layers), index, config and tokenizer."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from shardprune.model.checkpoint import CONFIG, INDEX, Checkpoint
+from shardprune.model.families import Family
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
 from shardprune.storage.safetensors_file import read_header
@@ -19,10 +21,10 @@ def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) ->
 
 
 def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any]) -> None:
-    """Write the index of all files, then config, tokenizer and whatever else stands beside the weights.
+    """Write the index of all files, then config, tokenizer and the other files beside the weights.
 
     Args:
-        changes: fields of the language model's config that are no longer those of the checkpoint.
+        changes: new values of fields of the language model's config.
     """
     placed, size, parameters = {}, 0, 0
     for file in [journal.frame_file, *(journal.layer_file(index) for index in range(journal.layers))]:
@@ -52,26 +54,52 @@ def write_layer(
     record: dict[str, Any],
     position: int | None = None,
 ) -> int:
-    """Write a layer with a record of what was done to it, in the dtypes of the checkpoint; its tensors' bytes.
+    """Write a pruned layer and the record of its pruning, in the dtypes of the checkpoint; return its bytes.
 
-    Parameters in `changed` and those with another shape than the checkpoint's are written as they are in memory,
-    all others byte by byte as the checkpoint has them.
+    Parameters in `changed` (names in the checkpoint) and those whose shape has changed are written from memory, all
+    others are copied from the checkpoint byte by byte.
 
     Args:
         index: of the layer in the checkpoint.
-        position: its index in the model that is written, where others before it are gone.
+        position: index of the layer in the new model, if layers before it were removed.
     """
     prefix = f"{skeleton.family.layers}.{index}."
-    place = prefix if position is None else f"{skeleton.family.layers}.{position}."
     parameters = dict(layer.named_parameters())
-    entries = {name: checkpoint.entries[prefix + name] for name in parameters}
+
+    def changed_tensor(name: str) -> Tensor | None:
+        same_shape = parameters[name].shape == checkpoint.entries[prefix + name].shape
+        return None if same_shape and prefix + name not in changed else parameters[name]
+
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    return write_tensors_of_layer(journal, checkpoint, skeleton.family, index, shapes, changed_tensor, record, position)
+
+
+def write_tensors_of_layer(
+    journal: Journal,
+    checkpoint: Checkpoint,
+    family: Family,
+    index: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    changed_tensor: Callable[[str], Tensor | None],
+    record: dict[str, Any],
+    position: int | None = None,
+) -> int:
+    """Write a layer tensor by tensor, in the dtypes of the checkpoint; return its bytes.
+
+    Args:
+        index: of the layer in the checkpoint.
+        shapes: by name within the layer, of the tensors as they are written.
+        changed_tensor: returns the new tensor of a name within the layer, or None to copy the checkpoint's.
+        position: index of the layer in the new model, if layers before it were removed.
+    """
+    prefix = f"{family.layers}.{index}."
+    place = prefix if position is None else f"{family.layers}.{position}."
 
     def tensor(placed: str) -> Tensor:
         name = placed.removeprefix(place)
-        if prefix + name in changed or parameters[name].shape != entries[name].shape:
-            return parameters[name].to(entries[name].dtype)
-        return checkpoint.read(prefix + name)
+        changed = changed_tensor(name)
+        return checkpoint.read(prefix + name) if changed is None else changed.to(stored[placed][0])
 
-    shapes = {place + name: (entry.dtype, tuple(parameters[name].shape)) for name, entry in entries.items()}
-    journal.write_layer(index if position is None else position, shapes, tensor, record)
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
+    stored = {place + name: (checkpoint.entries[prefix + name].dtype, shape) for name, shape in shapes.items()}
+    journal.write_layer(index if position is None else position, stored, tensor, record)
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())

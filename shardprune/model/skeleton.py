@@ -1,11 +1,10 @@
 """A model's frame (embedding, final norm, head) and its decoder layers one at a time.
 
-The frame is the model that transformers builds from the config, without memory for its parameters and
-with its decoder layers taken out. Running its own forward pass with stand-ins in the place of the layers
-gives the hidden states that enter the first layer, the arguments that each layer is called with (mask,
-rotary embeddings: not the same for every layer), and the logits of given hidden states. So embedding
-scales, learned positions, sliding windows and soft-capped logits are the model's own code, and no family
-needs a driver.
+The frame is the model that transformers builds from the config, with parameters on the meta device and without decoder
+layers. Its own forward pass, run with stand-ins for the layers, gives the hidden states that enter the first layer, the
+arguments of each layer (mask, rotary embeddings: they can differ between layers), and the logits of given hidden
+states. Embedding scales, learned positions, sliding windows and soft-capped logits are therefore the model's own code,
+and no family needs a driver.
 """
 
 import copy
@@ -16,18 +15,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shardprune.errors import InputError, first_line
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.families import family_of
 
-SHAPES = 8  # of waves whose arguments are kept: masks take memory
+SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
 
 
 class Recorder(nn.Module):
-    """Stands in for a decoder layer: notes the hidden states and the arguments of its last call."""
+    """A stand-in for a decoder layer that records the hidden states and the arguments of its last call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +39,7 @@ class Recorder(nn.Module):
 
 
 class Injector(nn.Module):
-    """Stands in for all decoder layers: returns given hidden states instead of its input."""
+    """A stand-in for all decoder layers that returns given hidden states instead of its input."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -51,14 +50,15 @@ class Injector(nn.Module):
 
 
 class Skeleton:
-    """The frame of one checkpoint's model and blanks of its decoder layers.
+    """The frame of a checkpoint's model, and meta-device templates of its decoder layers.
 
     Args:
-        device: where materialised parameters go.
-        dtype: of the computation; None keeps the config's dtype.
+        device: of materialised parameters.
+        dtype: of the computation; None: the config's.
 
     Raises:
-        InputError: the model's family is not supported, or its config makes no model.
+        InputError: the model's family is not supported, its weights are quantised, or transformers builds no model from
+            its config.
     """
 
     def __init__(self, config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
@@ -68,19 +68,8 @@ class Skeleton:
         self.dtype = dtype or config.dtype or torch.float32
         if getattr(config, "quantization_config", None):
             raise InputError("model", "its weights are quantised; give the checkpoint that they were made from")
-        try:
-            with init_empty_weights(include_buffers=False):
-                self.model = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, attn_implementation=attention_of(config), trust_remote_code=False
-                )
-        except Exception as error:  # whatever a config that makes no model leads to
-            raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
-        self.model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+        self.model = empty_model(config, self.dtype, self.device)
         self.model.eval().requires_grad_(False)
-        for module in self.model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(self.device)
         parent_path, _, self._list_name = self.family.layers.rpartition(".")
         self._parent = self.model.get_submodule(parent_path)
         self._blanks: nn.ModuleList = getattr(self._parent, self._list_name)
@@ -92,38 +81,37 @@ class Skeleton:
         return len(self._blanks)
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names and shapes of all parameters; tied ones count once."""
+        """Return the checkpoint names and shapes of all parameters; tied ones count once."""
         tensors = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         for index in range(self.layers):
             tensors |= self.layer_tensors(index)
         return tensors
 
     def parameters(self) -> int:
-        """The number of parameters of the model; tied ones count once."""
+        """Return the number of parameters of the model; tied ones count once."""
         return sum(math.prod(shape) for shape in self.tensors().values())
 
     # -- layers ---------------------------------------------------------------------------------------
 
     def layer_tensors(self, index: int) -> dict[str, tuple[int, ...]]:
-        """Checkpoint names and shapes of one decoder layer's parameters."""
+        """Return the checkpoint names and shapes of one decoder layer's parameters."""
         prefix = f"{self.family.layers}.{index}."
         return {prefix + name: tuple(p.shape) for name, p in self._blanks[index].named_parameters()}
 
     def projection_tensor(self, index: int, projection: str) -> str:
-        """The checkpoint's name of a projection's weight."""
+        """Return the checkpoint name of a projection's weight."""
         return f"{self.family.layers}.{index}.{projection}.weight"
 
     def projection_shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """[rows, cols] of one layer's projections, in the order of the forward pass."""
+        """Return [rows, cols] of one layer's projections, in the order of the forward pass."""
         layer = self._blanks[index]
         weights = {name: projection_weight(layer, name) for name in self.family.projections}
         return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
     def build_layer(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
-        """A decoder layer with the given checkpoint tensors as its parameters, on the device.
+        """Build a decoder layer on the device from the given checkpoint tensors.
 
-        They are converted one by one as they come. The parameters own their memory, so that solving may
-        write into them.
+        They are converted one by one as they arrive. Parameters own their memory, so that solvers may write into them.
         """
         layer = copy.deepcopy(self._blanks[index])
         prefix = f"{self.family.layers}.{index}."
@@ -134,29 +122,30 @@ class Skeleton:
         return layer
 
     def layer_arguments(self, index: int, batch: int, seqlen: int) -> dict[str, Any]:
-        """The keyword arguments of layer `index` for a wave [batch, seqlen] of full-length sequences."""
+        """Return the keyword arguments of layer `index` for a wave [batch, seqlen] of full-length sequences."""
         key = (batch, seqlen)
         arguments = self._arguments.pop(key, None)
         if arguments is None:
             recorders = [Recorder() for _ in range(self.layers)]
             self._run(nn.ModuleList(recorders), self.model.base_model, batch, seqlen)
             arguments = [recorder.arguments for recorder in recorders]
-        self._arguments[key] = arguments  # as the one last used
+        self._arguments[key] = arguments  # last in order: the least recently used entry is dropped first
         while len(self._arguments) > SHAPES:
             del self._arguments[next(iter(self._arguments))]
         return arguments[index]
 
     @staticmethod
     def forward_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """One decoder layer on hidden states [batch, seqlen, hidden]."""
+        """Apply one decoder layer to hidden states [batch, seqlen, hidden]."""
         output = layer(hidden, **arguments)
         return output[0] if isinstance(output, tuple) else output
 
     # -- the frame --------------------------------------------------------------------------------------
 
     def load_frame(self, checkpoint: Checkpoint, embedding: bool = False, head: bool = False) -> None:
-        """Materialise the small parts of the frame (norms, learned positions), and on request the input
-        embedding and the output head, which are the same tensor where the model ties them."""
+        """Materialise the small parts of the frame (norms, learned positions), and on request the input embedding and
+        the output head, which are one tensor if the model ties them.
+        """
         inputs, outputs = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
         skipped = set()
         if not embedding and not (head and inputs is outputs):
@@ -168,14 +157,14 @@ class Skeleton:
                 self._materialise(parameter, checkpoint.read(name))
 
     def drop_embeddings(self) -> None:
-        """Give back the memory of the input embedding and the output head."""
+        """Free the memory of the input embedding and the output head."""
         for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
             for parameter in module.parameters():
                 if not parameter.is_meta:
                     self._replace(parameter, torch.empty_like(parameter, device="meta"))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states [batch, seqlen, hidden] that enter the first layer, from tokens [batch, seqlen]."""
+        """Compute the hidden states [batch, seqlen, hidden] that enter the first layer from tokens [batch, seqlen]."""
         recorder = Recorder()
         self._place(nn.ModuleList([recorder]))
         self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
@@ -184,14 +173,14 @@ class Skeleton:
         return recorder.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits [batch, seqlen, vocabulary] of the last layer's output [batch, seqlen, hidden]."""
+        """Compute the logits [batch, seqlen, vocabulary] from the last layer's output [batch, seqlen, hidden]."""
         output = self._run(nn.ModuleList([Injector(hidden)]), self.model, *hidden.shape[:2])
         return output.logits
 
     # -- inside -------------------------------------------------------------------------------------------
 
     def _run(self, stand_ins: nn.ModuleList, model: nn.Module, batch: int, seqlen: int) -> Any:
-        """Run a model's forward pass on an arbitrary embedding, with stand-ins for its layers."""
+        """Run a model's forward pass with stand-ins for its layers, on an embedding of zeros."""
         width = self.model.get_input_embeddings().embedding_dim
         blank = torch.zeros(batch, seqlen, width, dtype=self.dtype, device=self.device)
         self._place(stand_ins)
@@ -207,7 +196,7 @@ class Skeleton:
         self._replace(parameter, tensor.to(self.device, self.dtype))
 
     def _replace(self, parameter: nn.Parameter, tensor: Tensor) -> None:
-        """Put a new parameter wherever the old one stands: a tied one stands in two places."""
+        """Replace a parameter wherever it is registered: a tied one is in two modules."""
         new = nn.Parameter(tensor, requires_grad=False)
         for module in self.model.modules():
             for name, value in module._parameters.items():
@@ -215,16 +204,37 @@ class Skeleton:
                     module._parameters[name] = new
 
 
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Build the causal language model of a config with parameters on the meta device and buffers on `device`.
+
+    Raises:
+        InputError: transformers builds no model from the config.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
+            )
+    except Exception as error:  # a bad config fails anywhere in the model's code, with any error
+        raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
+    model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
 def projection_weight(layer: nn.Module, projection: str) -> Tensor:
-    """The weight [rows, cols] of one of a decoder layer's projections."""
+    """Return the weight [rows, cols] of one of a decoder layer's projections."""
     return layer.get_parameter(f"{projection}.weight")
 
 
 def attention_of(config: PretrainedConfig) -> str:
-    """The attention implementation that every run of a model uses: rounding differs between them.
+    """Return the attention implementation of all runs of a model: rounding differs between implementations.
 
-    `sdpa`, but `eager` where the model class has none, and where attention scores are capped (Gemma 2):
-    sdpa has no such term, and some versions of transformers leave it out without a word.
+    It is `sdpa`, but `eager` if the model class has no sdpa or caps attention scores (Gemma 2): sdpa has no such term,
+    and some versions of transformers drop it silently.
     """
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     capped = getattr(config, "attn_logit_softcapping", None) is not None

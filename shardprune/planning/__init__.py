@@ -1,1 +1,3 @@
-"""What a run takes, before it starts: a layout that fits, memory, traffic, seconds, and a simulation of the run."""
+"""The requirements of a run before it starts: a layout that fits, memory, traffic, seconds, and a simulation of the
+run.
+"""

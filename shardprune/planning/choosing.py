@@ -1,4 +1,4 @@
-"""Which layout a run should have: the fastest that fits, or what is missing and what helps."""
+"""The choice of a layout: the fastest that fits, or the missing memory and possible remedies."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from shardprune.storage.quantities import gigabytes
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to carry out a task on the machines of a recipe. Sizes are bytes."""
+    """One way to run a task on the machines of a recipe. Sizes are bytes."""
 
     task: Task
     setup: Setup
@@ -38,27 +38,27 @@ class Candidate:
 
     @cached_property
     def worst(self) -> tuple[Moment, Moment]:
-        """The moments at which a worker holds most on its device, and on its host."""
+        """The moments of largest memory of a worker: on its device, and on its host."""
         return largest(self.task, self.setup)
 
     @property
     def device_room(self) -> int:
-        """What a worker may hold on its device."""
+        """Memory that a worker may use on its device."""
         return int((self.row.bytes - CONTEXT_BYTES) * (1 - FRAGMENTED))
 
     @property
     def node_room(self) -> int:
-        """What the workers of a node may hold in its memory."""
+        """Memory that the workers of a node may use."""
         return int(self.row.host * self.gpus * (1 - SPARE_HOST))
 
     @cached_property
     def node(self) -> int:
-        """What the workers of the fullest node hold in its memory."""
+        """Memory of the fullest node's workers."""
         return node_bytes(self.task, self.setup, min(self.gpus, self.setup.layout.workers))
 
     @property
     def over(self) -> tuple[int, int]:
-        """By how much a GPU, and a node's memory, is too small."""
+        """Missing memory of a GPU, and of a node."""
         device = self.worst[0].device.peak - self.device_room if self.setup.gpu else 0
         return max(0, device), max(0, self.node - self.node_room)
 
@@ -68,16 +68,16 @@ class Candidate:
 
     @property
     def excess(self) -> tuple[float, float]:
-        """By what share of itself a GPU, and a node's memory, is too small."""
+        """Missing memory of a GPU, and of a node, as fractions of what they have."""
         device, node = self.over
         return device / self.row.bytes, node / (self.row.host * self.gpus)
 
 
 def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Iterator[Candidate]:
-    """Every way to use the machines that a recipe leaves open; none where parallel propagation lacks a second shard.
+    """Yield all candidates that the recipe allows; none if parallel propagation has no second shard.
 
     Raises:
-        InputError: what the recipe fixes cannot be.
+        InputError: the recipe fixes an impossible layout.
     """
     task, row = planned_task(recipe, model), recipe.row
     workers = recipe.nodes * recipe.gpus
@@ -95,7 +95,7 @@ def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> It
 
 
 def _counts(least: int, most: int) -> list[int]:
-    """Powers of two from `least` to `most`, and `most` itself."""
+    """Return the powers of two from `least` to `most`, and `most` itself."""
     return [count for count in sorted({*(2**power for power in range(most.bit_length())), most}) if least <= count]
 
 
@@ -108,7 +108,7 @@ def _held(
     shards: int,
     replicas: int,
 ) -> Iterator[Candidate]:
-    """The ways in which the workers of one layout may hold weights and waves."""
+    """Yield the candidates of one layout: weights resident or streamed, waves on device or host."""
     segments = recipe.segments if propagation == "parallel" else None
     layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments)
     for weights in ("resident", "streamed") if recipe.weights == "auto" else (recipe.weights,):
@@ -119,10 +119,10 @@ def _held(
 
 
 def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candidate | None:
-    """The fastest candidate that fits; else the one that is nearest to it; None where there is none.
+    """Return the fastest candidate that fits, else the one that lacks least; None if there is none.
 
     Raises:
-        InputError: what the recipe fixes cannot be.
+        InputError: the recipe fixes an impossible layout.
     """
     found = list(candidates(recipe, model, propagation))
     fitting = [one for one in found if one.fits]
@@ -132,7 +132,7 @@ def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candid
 
 
 def second_shard(recipe: PlanRecipe, model: Model) -> str:
-    """Why there is no candidate for parallel propagation."""
+    """Return the reason why there is no candidate for parallel propagation."""
     if model.layers == 1:
         return "needs two shards, and the model has one layer"
     replicas = f" of {recipe.replicas} replicas each" if recipe.replicas else ""
@@ -141,7 +141,7 @@ def second_shard(recipe: PlanRecipe, model: Model) -> str:
 
 
 def missing(candidate: Candidate) -> str:
-    """By how much the nearest candidate does not fit, and where."""
+    """Describe how much memory the nearest candidate lacks, and where."""
     device, node = candidate.excess
     if device >= node:
         moment = candidate.worst[0]
@@ -160,7 +160,9 @@ def missing(candidate: Candidate) -> str:
 
 
 def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest: Candidate) -> list[str]:
-    """Single changes of a recipe with which it fits; where none is enough, what the machines would need."""
+    """Return single changes of a recipe with which it fits; if none is enough, the memory that the machines would
+    need.
+    """
     changes: dict[str, dict[str, object]] = {}
     if recipe.weights == "resident":
         changes["--weights streamed"] = {"weights": "streamed"}

@@ -1,7 +1,7 @@
-"""Seconds and bytes of every call that the driver makes of a worker, from operations and bytes.
+"""Seconds and bytes of every call from driver to worker, computed from operations and bytes.
 
-`Costs` knows the verbs of `shardprune.shard.prune_worker`; a call's seconds are without waiting, without reading
-weights, and without the driver. docs/planning.md has the formulae.
+`Costs` has a method for every verb of `shardprune.shard.prune_worker`. A call's seconds exclude waiting, reading
+weights, and the driver. docs/planning.md has the formulae.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
 
-KERNELS = 40  # of a decoder layer's forward pass
+KERNELS = 40  # kernel launches of a decoder layer's forward pass
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where workers are: they fill one node after the other, shard by shard."""
+    """The placement of workers: they fill one node after the other, shard by shard."""
 
     replicas: int
     per_node: int
@@ -26,7 +26,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Costs:
-    """What calls cost on one kind of hardware, whose rates are those attained."""
+    """The costs of calls on one kind of hardware, at attained rates."""
 
     task: Task
     setup: Setup
@@ -41,15 +41,15 @@ class Costs:
         return self.row.products if self.task.itemsize == 2 or not self.row.gpu else self.row.float32
 
     def _moved(self, count: float) -> float:
-        """Seconds to bring bytes from the host to the device, or back."""
+        """Return the seconds to copy bytes between host and device."""
         return count / self.row.link if self.row.gpu else 0.0
 
     def _touched(self, count: float) -> float:
-        """Seconds to read or write bytes of the device's memory."""
+        """Return the seconds to read or write bytes of device memory."""
         return count / self.row.memory
 
     def _kept(self, count: float) -> float:
-        """Seconds to fetch bytes of a kept wave, or to put them back."""
+        """Return the seconds to fetch bytes of a kept wave, or to store them."""
         return self._moved(count) if self.setup.waves_on_host else 0.0
 
     # -- waves --------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Costs:
         return self.task.kept_bytes(sequences)
 
     def layer(self, sequences: int) -> float:
-        """One wave of so many sequences through one decoder layer."""
+        """Return the seconds of one wave of `sequences` through one decoder layer."""
         task, tokens = self.task, sequences * self.task.seqlen
         products = task.model.forward_operations(tokens, task.seqlen) / self._products
         temporaries = 2 * task.model.forward_bytes(sequences, task.seqlen, task.itemsize)
@@ -69,12 +69,12 @@ class Costs:
         return self._touched(2 * count) + self._moved(count) + count / self.row.store
 
     def forward(self, sequences: int, layers: int) -> float:
-        """One wave through so many layers, from the store and back to it."""
+        """Return the seconds of one wave through `layers` layers, from the store and back to it."""
         count = self.wave_bytes(sequences)
         return layers * self.layer(sequences) + 2 * self._moved(count) + count / self.row.store
 
     def accumulate(self, sequences: int) -> float:
-        """One kept wave through a layer, and its inputs into the sums."""
+        """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
         if self.task.kind is None:
             return 0.0
         tokens = sequences * self.task.seqlen
@@ -86,7 +86,7 @@ class Costs:
         return self._kept(self.wave_bytes(sequences)) + self.layer(sequences) + sums
 
     def propagate(self, sequences: int) -> float:
-        """One kept wave through a layer, whose image takes its place."""
+        """Return the seconds of one kept wave through a layer; the output replaces the wave."""
         return self.layer(sequences) + 2 * self._kept(self.wave_bytes(sequences))
 
     def put(self, sequences: int) -> float:
@@ -112,12 +112,12 @@ class Costs:
         return 0 if self.task.kind is None else 4 * one.cols ** (2 if self.task.kind == "gram" else 1)
 
     def statistics(self, one: Input) -> float:
-        """Hand out the sums of an input."""
+        """Return the seconds to send the sums of an input."""
         count = self.sums_bytes(one)
         return self._moved(count) + count / self.row.store
 
     def solve(self, one: Input, parts: int) -> float:
-        """Prune the projections that read an input, from the sums of so many replicas in all."""
+        """Return the seconds to prune the projections that read an input, from the sums of `parts` replicas."""
         task, row = self.task, self.row
         merging = 0.0
         if parts > 1:
@@ -129,7 +129,7 @@ class Costs:
             weights = rows * one.cols
             if task.solver == "sparsegpt":
                 seconds += weights * one.cols / row.float32 + one.cols * row.step
-                seconds += self._touched(120 * weights)  # choosing, transposing and checking
+                seconds += self._touched(120 * weights)  # bytes of selection, transposes and checks
             elif task.solver == "magnitude" and not task.grouped:
                 seconds += self._touched(120 * weights)
             else:
@@ -139,7 +139,7 @@ class Costs:
         return seconds
 
     def projections_bytes(self, one: Input) -> int:
-        """The solved projections that read an input, as they travel."""
+        """Return the bytes of the solved projections of an input, as they are sent."""
         return sum(one.rows.values()) * one.cols * self.task.itemsize
 
     def solved(self, one: Input) -> float:
@@ -154,7 +154,7 @@ class Costs:
         return self._touched(24 * self.task.model.projections)
 
     def write(self) -> float:
-        """Write a layer's file."""
+        """Return the seconds to write a layer's file."""
         count = self.layer_bytes
         return self._moved(count) + count / self.row.storage
 
@@ -162,18 +162,19 @@ class Costs:
 
     @property
     def layer_bytes(self) -> int:
-        """A layer as it is stored."""
+        """Bytes of a stored layer."""
         return self.task.model.layer * self.task.stored
 
     @property
     def crowd(self) -> int:
-        """How many workers of a node read weights at the same time: all, but where streamed shards are pruned one
-        after the other, the replicas of one."""
+        """The number of a node's workers that read weights at the same time: all of them, or only one shard's replicas
+        when streamed shards are pruned in turn.
+        """
         together = not self.setup.streamed or len(self.setup.layout.segments) > 1
         layout = self.setup.layout
         return min(self.places.per_node, layout.workers if together else layout.replicas)
 
     def read(self, elements: int) -> float:
-        """Read tensors of so many elements, while others of the node read theirs."""
+        """Return the seconds to read tensors of `elements` elements while others of the node read theirs."""
         stored = elements * self.task.stored * self.crowd
         return stored / self.row.storage + self._moved(elements * self.task.itemsize)

@@ -1,4 +1,4 @@
-"""How the simulated time of a run grows with nodes, samples and bandwidth."""
+"""Scaling of a run's simulated time with nodes, samples and bandwidth."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.workload import Model
 
-WORKERS = 1024  # at most, in a variation
+WORKERS = 1024  # largest variation
 
 
 @dataclass(frozen=True)
 class Growth:
-    """The run with one thing changed: the layout that is best then, simulated `seconds`, and the `idle` share."""
+    """The run with one change: its best layout, the simulated `seconds`, and the `idle` share."""
 
     changed: str
     shards: int
@@ -24,9 +24,9 @@ class Growth:
 
 
 def growth(recipe: PlanRecipe, model: Model, propagation: Propagation) -> list[Growth]:
-    """The run as it is, and with more or less of the machines, the samples and the network."""
+    """Simulate the run as it is, and with more or fewer machines, samples and bandwidth."""
     rows: list[Growth] = []
-    known: dict[tuple, SimulatedGroup] = {}  # more machines often change nothing
+    known: dict[tuple, SimulatedGroup] = {}  # cache: more machines often give the same layout
     for label, varied in _variations(recipe):
         best = choose(varied, model, propagation)
         if best is None or not best.fits:

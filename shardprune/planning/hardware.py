@@ -1,7 +1,7 @@
-"""What machines reach: a small table of rates, and the shares of them that this program's steps are expected to get.
+"""Hardware presets: peak rates, and the fractions of them that this program's steps are expected to attain.
 
-The rates of GPUs are the vendors' (dense, without sparsity); what is reached of them has not been measured by us. The
-row `cpu` is one thread of the machine of docs/benchmarks.md, measured.
+The rates of GPUs are the vendors' (dense, without sparsity); the attained fractions have not been measured. The row
+`cpu` is one thread of the machine of docs/benchmarks.md, measured.
 """
 
 from dataclasses import dataclass, replace
@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 GIGA = 10**9
 TERA = 10**12
 
-# Of a GPU's memory, what a plan leaves alone: CUDA's context and cuBLAS, and a share for holes between the allocator's
-# blocks and for what has not been measured.
+# Memory of a GPU that plans leave free: CUDA's context and cuBLAS, and a share for the allocator's fragmentation and
+# for estimates that have not been measured.
 CONTEXT_BYTES = GIGA
 FRAGMENTED = 0.1
-SPARE_HOST = 0.05  # of a node's memory, for everything that is not ours
+SPARE_HOST = 0.05  # of a node's memory, for other processes
 
-CALL_SECONDS = 1e-3  # from the driver's call of an idle actor to its start
-SUBMIT_SECONDS = 1e-4  # of the driver, for each call
-KERNEL_SECONDS = 1e-5  # to start a small operation from Python
+CALL_SECONDS = 1e-3  # from a call to an idle actor until it starts
+SUBMIT_SECONDS = 1e-4  # in the driver, per call
+KERNEL_SECONDS = 1e-5  # to launch a small kernel from Python
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Hardware:
     gpu: bool = True
 
     def attained(self) -> "Hardware":
-        """The same with the shares of the peaks that long steps are expected to reach."""
+        """Return the rates that long steps are expected to attain."""
         if not self.gpu:
             return self
         return replace(
@@ -62,7 +62,7 @@ class Hardware:
 def _gpu(
     name: str, gigabytes: int, products: float, float32: float, memory: float, link: float, host: int, network: float
 ) -> Hardware:
-    """A row from teraflops and gigabytes (per second), and a network in gigabits per second."""
+    """Build a row from teraflops, gigabytes (per second), and a network in gigabits per second."""
     return Hardware(
         name=name,
         bytes=gigabytes * GIGA,

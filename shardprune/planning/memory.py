@@ -1,7 +1,7 @@
-"""How much memory a worker takes at every step of a run: which tensors are alive at the same time.
+"""The memory of a worker at every step of a run: the tensors that are alive at the same time.
 
-Everything is in bytes. The steps are those of `shardprune.shard`: docs/planning.md has the formulae. On a CPU there is
-one memory, `device`; a GPU worker also has its process on the `host`.
+All sizes are bytes. The steps are those of `shardprune.shard`; docs/planning.md has the formulae. A CPU has one memory,
+called `device`; a GPU worker also has its process on the `host`.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,19 @@ from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import BLOCK
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
-GPU_PROCESS = 3 * 10**9  # the same with CUDA's libraries; not measured
+GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a worker holds at one moment: `weights` of layers, embedding and head; `activations`, kept waves and the
-    temporaries of one in work; `statistics`, the sums over inputs; `workspace` of a solve."""
+    """The memory of a worker at one moment.
+
+    Attributes:
+        weights: layers, embedding and head.
+        activations: kept waves, and the temporaries of the current one.
+        statistics: sums over inputs.
+        workspace: temporaries of a solve.
+    """
 
     process: int = 0
     weights: int = 0
@@ -46,7 +52,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Setup:
-    """How the workers of a layout hold weights and waves."""
+    """The placement of weights and waves by the workers of a layout."""
 
     layout: Layout
     streamed: bool
@@ -55,7 +61,7 @@ class Setup:
 
 
 class WorkerMemory:
-    """One worker of a shard: that with the most sequences."""
+    """The memory of a shard's worker with the most sequences."""
 
     def __init__(self, task: Task, setup: Setup, shard: int) -> None:
         self.task, self.setup, self.shard = task, setup, shard
@@ -68,7 +74,7 @@ class WorkerMemory:
         self.recorded = sum(1 for segment in lane if segment.start)
 
     def moments(self) -> Iterator[Moment]:
-        """All steps at which something reaches its peak."""
+        """Yield all steps that can be a peak."""
         if self.task.sources:
             yield from self._evaluate()
         if self._observes():
@@ -76,7 +82,7 @@ class WorkerMemory:
         yield from self._prune()
 
     def peaks(self) -> dict[str, Moment]:
-        """The moment of each phase at which the worker holds most, host and device together."""
+        """Return the moment of largest memory of each phase, host and device together."""
         peaks: dict[str, Moment] = {}
         for moment in self.moments():
             best = peaks.get(moment.phase)
@@ -95,7 +101,7 @@ class WorkerMemory:
         frame = 0 if streamed else self._frame(embedding=self.first, head=self.last)
         yield self._moment("evaluate", "forward", layers + frame, self._forward(), kept=windows)
         if self.last:
-            # The logits of one sequence in float32, and as many log-probabilities.
+            # Logits and log-probabilities of one sequence in float32.
             logits = 8 * task.seqlen * self.model.vocabulary + self._wave()
             weights = (self._layer() + self._frame(head=True)) if streamed else layers + frame
             yield self._reading("evaluate", "head", weights, self.model.head, self._wave(), windows)
@@ -110,7 +116,7 @@ class WorkerMemory:
             yield from self._embed("observe", kept, again=bool(task.sources))
         yield self._moment("observe", "forward", self._held() + frame, self._forward(), kept=kept)
         if task.outliers:
-            # Column norms add up in float64; then a block of the metric, compared with two thresholds.
+            # Column norms in float64; then a block of the metric and two comparisons with thresholds.
             counting = max(8 * self.model.largest, 9 * min(OUTLIER_BLOCK, self.model.largest))
             yield self._moment("observe", "ratios", self._held() + frame, workspace=counting, kept=kept)
 
@@ -128,7 +134,7 @@ class WorkerMemory:
             held = sum(self._sums(other) for other in left)
             exchanged = self._sums(one) if self.setup.layout.replicas > 1 else 0
             for step, workspace in self._solve(one):
-                # Replicas' sums come one after another through a copy, and add up beside the worker's own.
+                # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
                 statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one, sums))
                 label = f"{step} {'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in one.rows)}"
@@ -140,8 +146,9 @@ class WorkerMemory:
         return self.task.outliers or (len(self.setup.layout.segments) > 1 and self.model.layers > 1)
 
     def _embed(self, phase: str, kept: int, again: bool = False) -> Iterator[Moment]:
-        """The first shard's start of a pass; `again` where an earlier one had the embedding, which resident shards
-        keep."""
+        """Yield the moments of a pass's start on the first shard; with `again` resident shards have the embedding
+        already.
+        """
         weights = self._frame(embedding=True) + (0 if self.setup.streamed else self._held())
         if self.setup.streamed or not again:
             yield self._reading(phase, "embedding", weights, self.model.embedding)
@@ -150,18 +157,18 @@ class WorkerMemory:
     def _reading(
         self, phase: str, name: str, weights: int, elements: int, temporaries: int = 0, kept: int = 0
     ) -> Moment:
-        """The embedding or the head on its way: as it is stored, beside the `weights`, of which it is one."""
+        """Return the moment of reading the embedding or the head, in the stored dtype beside the loaded `weights`."""
         return self._moment(phase, f"read {name}", weights, temporaries, kept=kept, elements=elements)
 
     def _solve(self, one: Input) -> Iterator[tuple[str, int]]:
-        """Workspace of the steps of solving the projections that read an input, beside its sums."""
+        """Yield the workspace of each step of solving the projections that read an input, without its sums."""
         task = self.task
         square, weights, rows = one.cols**2, one.largest, max(one.rows.values())
-        dense = 4 * weights if task.itemsize != 4 else 0  # else it is the layer's own
-        narrow = 2 * weights if task.stored != 4 else 0  # as it is stored
+        dense = 4 * weights if task.itemsize != 4 else 0  # float32 layers are used as they are
+        narrow = 2 * weights if task.stored != 4 else 0  # in the stored dtype
         yield "merge", 0
         factor = 0
-        # Checks of the result: that it is finite, its zeros, the groups of N:M counted as int32.
+        # Checks of the result: finite entries, zeros, and N:M groups counted in int32.
         checking = (11 if task.grouped else 6) * weights
         # float32 values and int64 places, which CUDA's sort has three times; its top-k of half the entries takes less.
         sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
@@ -170,7 +177,7 @@ class WorkerMemory:
             # H and its factor; in the recursion three quarters of a matrix more.
             yield "factor", dense + 11 * square
             factor = 4 * square
-            swept = factor + dense + 5 * weights  # float32 columns and their mask
+            swept = factor + dense + 5 * weights  # float32 columns and the mask
             yield "sweep", swept + 20 * BLOCK * rows
             yield "check", swept + narrow + checking
         elif task.solver == "magnitude":
@@ -182,7 +189,7 @@ class WorkerMemory:
         if task.solver != "sparsegpt":
             yield "check", dense + 5 * weights + narrow + checking
         if task.errors:
-            # The change, its image under the Gram matrix twice, or once and widened to float64.
+            # The change, and its product with the Gram matrix twice, or once widened to float64.
             pruned = narrow + 4 * weights
             yield "error", factor + dense + pruned + 4 * weights + 12 * weights
 
@@ -198,7 +205,7 @@ class WorkerMemory:
         elements: int = 0,
     ) -> Moment:
         setup, task = self.setup, self.task
-        reading = (elements or self.model.largest) * task.stored  # one tensor on its way, else a projection
+        reading = (elements or self.model.largest) * task.stored  # one tensor that is being read, or a projection
         if not setup.gpu:
             read = reading if task.stored != task.itemsize else 0
             device = Bytes(CPU_PROCESS, weights + read, kept + temporaries, statistics, workspace)
@@ -207,7 +214,7 @@ class WorkerMemory:
         if setup.waves_on_host and temporaries:
             temporaries += self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
-        shipped = statistics if setup.layout.replicas > 1 else 0  # copies on their way to another replica
+        shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
         host = Bytes(GPU_PROCESS, reading, kept_there + 2 * self._wave(), shipped, 0)
         return Moment(phase, step, device, host)
 
@@ -215,7 +222,7 @@ class WorkerMemory:
         return self.model.layer * self.task.itemsize
 
     def _held(self) -> int:
-        """The layers in memory: the shard's, or one and the next."""
+        """Return the bytes of the layers in memory: the shard's, or one and the next."""
         return self._layer() * (min(2, len(self.layers)) if self.setup.streamed else len(self.layers))
 
     def _frame(self, embedding: bool = False, head: bool = False) -> int:
@@ -224,7 +231,7 @@ class WorkerMemory:
         return elements * self.task.itemsize
 
     def _resident_frame(self) -> int:
-        """Of the frame, what stays with a resident shard once a pass has needed it."""
+        """Return the bytes of the frame that stay on a resident shard after the first pass."""
         return self._frame(embedding=self.first, head=self.last and bool(self.task.sources))
 
     def _wave(self) -> int:
@@ -234,17 +241,18 @@ class WorkerMemory:
         return self.model.forward_bytes(min(self.task.wave, self.sequences), self.task.seqlen, self.task.itemsize)
 
     def _mapped(self, one: Input, sums: int) -> int:
-        """Pages of the object store that a CPU worker which solves an input has before it: the other replicas' sums
-        of that input, and its own of all others."""
+        """Return the bytes of the object store mapped by a CPU worker that solves an input: the other replicas' sums of
+        that input, and its own of all others.
+        """
         return (self.setup.layout.replicas - 1) * self._sums(one) + sums - self._sums(one)
 
     def _sums(self, one: Input) -> int:
-        """Of one input, float32."""
+        """Return the bytes of one input's float32 sums."""
         return 0 if self.task.kind is None else 4 * one.cols ** (2 if self.task.kind == "gram" else 1)
 
 
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
-    """Of each phase, the moment at which some worker holds most."""
+    """Return the moment of largest memory of any worker, by phase."""
     peaks: dict[str, Moment] = {}
     for shard in _kinds(setup):
         for phase, moment in WorkerMemory(task, setup, shard).peaks().items():
@@ -254,13 +262,13 @@ def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
 
 
 def largest(task: Task, setup: Setup) -> tuple[Moment, Moment]:
-    """The moments at which a worker holds most on its device, and on its host."""
+    """Return the moments of largest memory of any worker: on its device, and on its host."""
     moments = [moment for shard in _kinds(setup) for moment in WorkerMemory(task, setup, shard).moments()]
     return max(moments, key=lambda moment: moment.device.peak), max(moments, key=lambda moment: moment.host.peak)
 
 
 def node_bytes(task: Task, setup: Setup, workers: int) -> int:
-    """Memory of a node that holds so many workers: their processes, and what replicas and shards have under way."""
+    """Return the memory of a node with `workers` workers: their processes and the object store."""
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
@@ -270,7 +278,7 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
 
 
 def _kinds(setup: Setup) -> list[int]:
-    """Shards of which each other one is like another: the first, the second, one in the middle and the last."""
+    """Return representative shards: the first, the second, a middle one and the last."""
     shards = len(setup.layout.shards)
     return sorted({0, 1, shards // 2, shards - 1} & set(range(shards)))
 

@@ -1,4 +1,4 @@
-"""The plan of a run: for each propagation a layout, its memory, traffic and seconds, and whether it fits."""
+"""The plan of a run: layout, memory, traffic and seconds for each propagation, and whether it fits."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +18,9 @@ PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
 
 @dataclass(frozen=True)
 class Planned:
-    """One propagation: the layout, `missing` and `helps` where it does not fit, and the simulation's growth where it
-    was asked for."""
+    """The plan for one propagation: the layout, `missing` and `helps` if it does not fit, and the simulated growth if
+    asked for.
+    """
 
     propagation: Propagation
     candidate: Candidate
@@ -35,7 +36,7 @@ class Planned:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `shardprune prune` that give the planned run."""
+        """The options of `shardprune prune` that select the planned run."""
         setup = self.candidate.setup
         layout = setup.layout
         options: dict[str, Any] = {
@@ -95,7 +96,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What `shardprune plan` says."""
+    """The result of `shardprune plan`."""
 
     recipe: PlanRecipe
     model: Model
@@ -104,7 +105,7 @@ class PlanResult:
 
     @property
     def fits(self) -> bool:
-        """Whether the run fits in some way that was asked for."""
+        """Whether the run fits with any of the planned propagations."""
         return any(plan.fits for plan in self.plans)
 
     def as_json(self) -> dict[str, Any]:
@@ -127,17 +128,17 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
     """Plan a run; no weight is read.
 
     Args:
-        simulated: also say how the simulated time grows.
+        simulated: include the growth of the simulated time.
 
     Raises:
-        InputError: the model cannot be read, or the recipe asks for what cannot be.
+        InputError: the model cannot be read, or the recipe asks for an impossible layout.
     """
     model = read_model(recipe.model)
     asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
     plans = []
     for propagation in asked:
         candidate = choose(recipe, model, propagation)
-        if candidate is None:  # parallel propagation has no second shard
+        if candidate is None:  # parallel propagation without a second shard
             continue
         group = simulate(candidate.costs)
         short = None if candidate.fits else missing(candidate)

@@ -1,4 +1,4 @@
-"""A plan as a page of text."""
+"""Printing of a plan as text."""
 
 from collections.abc import Iterator
 
@@ -72,7 +72,7 @@ def _show_plan(plan: Planned, console: Console, unit: str) -> None:
 
 
 def _memory_table(plan: Planned) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # 80 columns are few
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # narrow columns, to fit 80 characters
     table.add_column("phase")
     table.add_column("step")
     names = ("weights", "activations", "statistics", "workspace")

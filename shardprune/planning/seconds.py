@@ -1,4 +1,4 @@
-"""Expected seconds of a run's phases in closed form; the simulation runs the driver itself instead."""
+"""Expected seconds of a run's phases in closed form; the simulation runs the real driver instead."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from shardprune.shard.waves import waves_of
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds of the phases of a run, each with the reading of weights that nothing hides."""
+    """Seconds of the phases of a run, with reads of weights that do not overlap with computation."""
 
     load: float
     observe: float
@@ -52,18 +52,20 @@ class Expected:
             observe += layers * self.costs.outliers() if task.outliers else 0.0
         length = task.model.layers if segments == 1 else layers
         prune = length * self._layer() + self._relays()
-        prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))  # nobody needs the last image
+        prune -= sum(
+            self.costs.propagate(size) for size in self._sizes(task.samples)
+        )  # the last layer's output is not needed
         reads = self._reads(passes + bool(observe))
         frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
         return Phases(reads + frame, observe, prune, length * self.costs.write(), evaluate)
 
     def _sizes(self, samples: int) -> list[int]:
-        """The waves of the replica that has most."""
+        """Return the wave sizes of the replica with the most sequences."""
         share = -(-samples // self.layout.replicas)
         return [wave.stop - wave.start for wave in waves_of(share, 1, self.task.wave)]
 
     def _pass(self, samples: int, stop: int, judged: bool = False) -> float:
-        """All waves of a replica through the layers below `stop`."""
+        """Return the seconds of all waves of a replica through the layers below `stop`."""
         costs, sizes = self.costs, self._sizes(samples)
         full = sizes[0]
         reached = [shard for shard in self.layout.shards if shard[0] < stop]
@@ -82,7 +84,7 @@ class Expected:
         return steps + (len(stages) - 1) * (CALL_SECONDS + self._network(costs.wave_bytes(full)))
 
     def _layer(self) -> float:
-        """Prune one layer, but for writing it."""
+        """Return the seconds to prune one layer, without writing it."""
         costs, task, replicas = self.costs, self.task, self.layout.replicas
         sizes = self._sizes(task.samples)
         seconds = sum(costs.accumulate(size) + costs.propagate(size) for size in sizes)
@@ -99,14 +101,16 @@ class Expected:
         return max(seconds, costs.read(task.model.layer)) if self.setup.streamed else seconds
 
     def _relays(self) -> float:
-        """Waves enter the first shard; in exact propagation they are handed on at every boundary."""
+        """Return the seconds of sending waves to the first shard, and in exact propagation across every boundary."""
         sizes = self._sizes(self.task.samples)
         entering = sum(self.costs.embed(size) + self.costs.put(size) for size in sizes)
         boundaries = len(self.layout.shards) - 1 if len(self.layout.segments) == 1 else 0
         return entering + boundaries * self._relay(sizes)
 
     def _relay(self, sizes: list[int]) -> float:
-        """All waves of a replica from a shard to the next: taking one goes on while another arrives."""
+        """Return the seconds to send all waves of a replica between two shards; fetching one overlaps with sending the
+        next.
+        """
         costs = self.costs
         stages = [
             (costs.take(size), self._network(costs.wave_bytes(size)), costs.put(size) + CALL_SECONDS) for size in sizes
@@ -114,14 +118,15 @@ class Expected:
         return sum(stages[0]) + sum(max(stage) for stage in stages[1:])
 
     def _network(self, count: int) -> float:
-        """Seconds of bytes between workers: none where all are on one node."""
+        """Return the seconds to send bytes between workers; 0 on a single node."""
         if self.layout.workers <= self.places.per_node:
             return 0.0
         return count / self.costs.row.network
 
     def _reads(self, passes: int) -> float:
-        """Reading that nothing hides: of streamed layers the first of each pass, of resident ones all of a shard,
-        while the other shards read theirs."""
+        """Return the seconds of reads that nothing overlaps: the first layer of each pass of streamed shards, all
+        layers of a resident shard while the other shards read theirs.
+        """
         layer = self.costs.read(self.task.model.layer)
         if self.setup.streamed:
             return (passes + 1) * layer

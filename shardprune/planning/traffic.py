@@ -1,4 +1,4 @@
-"""Bytes that a run brings over the network, and reads and writes where models lie."""
+"""Bytes of a run over the network, and bytes read and written of models."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,13 @@ from shardprune.planning.simulation import SimulatedGroup
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes `between_workers` through Ray's object store, those of them `between_nodes` (a node fetches a result once,
-    whoever of its workers asks for it), and bytes `read` and `written` of models."""
+    """Bytes of a run.
+
+    Attributes:
+        between_workers: through Ray's object store.
+        between_nodes: those of them that cross nodes; a node fetches a result once for all its workers.
+        read, written: of models.
+    """
 
     between_workers: int
     between_nodes: int
@@ -17,7 +22,7 @@ class Traffic:
 
 
 def traffic_of(group: SimulatedGroup) -> Traffic:
-    """What the driver's calls of a simulated run amount to."""
+    """Return the traffic of a simulated run."""
     task = group.task
     written = task.model.parameters * task.stored
     return Traffic(group.between_workers, group.between_nodes, group.read * task.stored, written)

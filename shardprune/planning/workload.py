@@ -1,15 +1,12 @@
-"""A model's shapes, from its config alone, and what a run does to it."""
+"""The shapes of a model, from its config alone, and the task of a run."""
 
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from shardprune.errors import InputError, first_line
-from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, place_of
+from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, parse_config, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.families import TOWERS
 from shardprune.model.opening import stored_dtype
@@ -21,7 +18,7 @@ from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder, read_file
 
-EVALUATED_TOKENS = 300_000  # of a source whose windows are not limited: about WikiText-2's test text
+EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about WikiText-2's test text
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,19 @@ class Input:
 
     @property
     def largest(self) -> int:
-        """The weights of the largest of its projections."""
+        """Weights of the largest projection."""
         return self.cols * max(self.rows.values())
 
 
 @dataclass(frozen=True)
 class Model:
-    """Numbers of elements, not bytes. `layer` are a decoder layer's parameters, `embedding` and `head` those of the
-    frame's large tensors (`tied`: they are the same), `queries` and `keys` the widths of all heads of attention."""
+    """Numbers of elements (not bytes) of a model.
+
+    Attributes:
+        layer: parameters of a decoder layer.
+        embedding, head: of the frame's large tensors; with `tied` they are the same tensor.
+        queries, keys: widths of all query heads, and of all key heads.
+    """
 
     name: str
     layers: int
@@ -61,21 +63,21 @@ class Model:
 
     @property
     def projections(self) -> int:
-        """The weights of a layer's projections."""
+        """Weights of a layer's projections."""
         return sum(one.cols * sum(one.rows.values()) for one in self.inputs)
 
     @property
     def largest(self) -> int:
-        """The elements of a layer's largest tensor."""
+        """Elements of a layer's largest tensor."""
         return max(one.largest for one in self.inputs)
 
     def forward_bytes(self, sequences: int, seqlen: int, itemsize: int) -> int:
-        """What a decoder layer's forward pass over a wave holds at its peak, beside the wave itself.
+        """Return the peak memory of a decoder layer's forward pass over a wave, without the wave itself.
 
-        In the MLP these are the outputs of the projections into it, one of them through the activation function, and
-        their product; with them the residual stream and its norm. In attention the norm, queries, keys and values
-        with their rotated copies; eager attention has its scores twice, and of 16-bit numbers a copy in float32.
-        Counted in the layers of transformers 5.
+        In the MLP: the outputs of its first projections, one of them through the activation function, their product,
+        the residual stream and its norm. In attention: the norm, queries, keys and values with their rotated copies;
+        eager attention holds its scores twice, and for 16-bit dtypes a float32 copy. Counted in the layers of
+        transformers 5.
         """
         tokens = sequences * seqlen
         *_, entry, last = self.inputs
@@ -87,12 +89,14 @@ class Model:
         return max(tokens * itemsize * mlp, tokens * itemsize * attention + scores)
 
     def forward_operations(self, tokens: int, seqlen: int) -> int:
-        """Of a decoder layer over so many tokens: two for each weight and token, and causal attention's."""
+        """Return the operations of a decoder layer over `tokens` tokens: two per weight and token, plus causal
+        attention.
+        """
         return 2 * self.projections * tokens + 2 * tokens * seqlen * self.queries
 
 
 def read_model(name: str) -> Model:
-    """A model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
+    """Read a model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
 
     Raises:
         InputError: there is no such config, or its family is not supported.
@@ -102,7 +106,7 @@ def read_model(name: str) -> Model:
 
 
 def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
-    """The shapes of a skeleton's model, whose weights are stored in a dtype."""
+    """Return the shapes of a skeleton's model whose weights are stored in a dtype."""
     config = skeleton.config
     shapes = skeleton.projection_shapes(0)
     inputs = tuple(
@@ -134,10 +138,12 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
 
 @dataclass(frozen=True)
 class Task:
-    """What is done to a model, whoever does it: all that memory and seconds depend on beside the layout.
+    """The work on a model, independent of the layout: the inputs of the memory and time formulae.
 
-    `kind` are the statistics that accumulate (None: none do), `itemsize` is of what the workers compute in, `sources`
-    the texts on which perplexity is measured before and after, over `windows` each.
+    Attributes:
+        kind: of the accumulated statistics; None: none.
+        itemsize: of the compute dtype.
+        sources: texts on which perplexity is measured before and after, over `windows` each.
     """
 
     model: Model
@@ -159,12 +165,12 @@ class Task:
         return self.model.stored.itemsize
 
     def kept_bytes(self, sequences: int) -> int:
-        """What so many sequences take while they are kept."""
+        """Return the bytes of `sequences` kept sequences."""
         return sequences * self.seqlen * self.model.hidden * self.itemsize
 
 
 def planned_task(recipe: PlanRecipe, model: Model) -> Task:
-    """What a recipe does to a model on the recipe's hardware.
+    """Return the task of a recipe on the recipe's hardware.
 
     Raises:
         InputError: the model does not take sequences of that length.
@@ -214,7 +220,7 @@ def task_of(
 
 
 def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
-    """A config and the dtype of the weights: the stored one where there are any, else what the config says."""
+    """Read a config and the dtype of the weights: the stored one, or without weights the config's."""
     if name.endswith(".json"):
         return _parsed(read_file(name, "model"), name)
     url = locate(place_of(name))
@@ -227,13 +233,6 @@ def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
 
 
 def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:
-    with tempfile.TemporaryDirectory() as local:
-        with open(os.path.join(local, CONFIG), "wb") as file:
-            file.write(content)
-        try:
-            config = AutoConfig.from_pretrained(local, trust_remote_code=False)
-        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = first_line(error).replace(file.name, name).replace(local, name)
-            raise InputError("model", f"{name} cannot be read as a config: {reason}") from error
+    config = parse_config(content, name)
     config = config.get_text_config() if config.model_type in TOWERS else config
     return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16

@@ -1,1 +1,1 @@
-"""Fine-tuning that heals a pruned model, in the processes of one training. No Ray here."""
+"""Fine-tuning that recovers the quality of a pruned model: the processes of a training run, without Ray."""

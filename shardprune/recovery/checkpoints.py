@@ -1,7 +1,7 @@
-"""Checkpoints of a training, in DeepSpeed's own format, in a directory that all nodes see.
+"""Checkpoints of a training run, in DeepSpeed's own format, in a directory that all nodes see.
 
-`latest` names the last complete one and is written last, under another name first. A training with another number of
-processes goes on from a universal checkpoint, which DeepSpeed makes of an ordinary one.
+`latest` names the last complete one; it is written last, under a temporary name, and renamed. With another number of
+processes a run resumes from a universal checkpoint, which DeepSpeed converts from an ordinary one.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class Checkpoints:
     """The checkpoints in a directory.
 
     Args:
-        trained_only: leave out parameters that are not trained.
+        trained_only: leave out frozen parameters.
     """
 
     def __init__(self, directory: str, trained_only: bool) -> None:
@@ -36,14 +36,14 @@ class Checkpoints:
         self._trained_only = trained_only
 
     def latest(self) -> str | None:
-        """The name of the last complete one."""
+        """Return the name of the last complete checkpoint."""
         return self._folder.read_text(LATEST).strip() if self._folder.is_file(LATEST) else None
 
     def save(self, engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-        """Keep the state after a step, and nothing older."""
+        """Save the state after a step and remove older checkpoints."""
         tag = f"step{step}"
         if dist.get_rank() == 0:
-            shutil.rmtree(self._path / tag, ignore_errors=True)  # of an attempt that a kill cut off while it wrote
+            shutil.rmtree(self._path / tag, ignore_errors=True)  # left by an attempt that was killed while writing
         dist.barrier()
         engine.save_checkpoint(
             str(self._path),
@@ -60,7 +60,7 @@ class Checkpoints:
                     shutil.rmtree(path)
 
     def load(self, engine: deepspeed.DeepSpeedEngine) -> int:
-        """Take up the last complete state; the number of steps that it has behind it, 0 where there is none."""
+        """Load the last complete checkpoint; return the steps done before it, 0 if there is none."""
         tag, convert = broadcast_from_rank_zero(
             self._found if dist.get_rank() == 0 else None
         )  # others may see files later
@@ -75,17 +75,17 @@ class Checkpoints:
         return state["step"]
 
     def _found(self) -> tuple[str | None, bool]:
-        """The last complete checkpoint, and whether another number of processes wrote it."""
+        """Return the last complete checkpoint, and whether it was written by another number of processes."""
         tag = self.latest()
         written_by = self._processes(tag) if tag else 0
         return tag, bool(written_by) and written_by != dist.get_world_size()
 
     def _processes(self, tag: str) -> int:
-        """How many processes a checkpoint is partitioned over; 0 where it is not."""
+        """Return the number of processes that a checkpoint is partitioned over; 0 if it is not partitioned."""
         return len([path for path in (self._path / tag).iterdir() if PARTITION.fullmatch(path.name)])
 
     def _universal(self, tag: str) -> str:
-        """A universal checkpoint made of an ordinary one."""
+        """Convert an ordinary checkpoint into a universal one; return its name."""
         universal = f"universal-{tag}"
         if dist.get_rank() == 0:
             shutil.rmtree(self._path / universal, ignore_errors=True)
@@ -98,14 +98,14 @@ class Checkpoints:
                 strict=True,
                 inject_missing_state=True,
             )
-            with redirect_stdout(sys.stderr):  # it prints what it is at
+            with redirect_stdout(sys.stderr):  # it prints its progress
                 ds_to_universal.main(options)
         dist.barrier()
         return universal
 
 
 def broadcast_from_rank_zero(find: Callable[[], Any] | None) -> Any:
-    """What the first process finds, in all of them; the others give None."""
+    """Return the result of rank 0's `find` in all processes; the others pass None."""
     found = [find() if find else None]
     dist.broadcast_object_list(found, src=0)
     return found[0]

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, built from a recipe; a file of the user's adds to it and overrides it."""
+"""DeepSpeed's configuration, built from a recipe and overridden by the user's file."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from shardprune.errors import InputError
 from shardprune.storage.folder import read_file
 
 ADAM = "AdamW"
-# What the training loop relies on, which is the recipe's to say.
+# Settings that the training loop relies on and that the recipe determines.
 OURS = {
     ("train_batch_size",): "batch",
     ("train_micro_batch_size_per_gpu",): "micro_batch",
@@ -34,14 +34,14 @@ def deepspeed_config(
     weight_decay: float,
     overrides: dict[str, Any],
 ) -> dict[str, Any]:
-    """The configuration of one training.
+    """Build the configuration of a training run.
 
     Args:
-        zero: the stage: what is partitioned over the processes: nothing, optimizer states, gradients too, parameters
-            too.
-        offload: keep optimizer states, and under stage 3 parameters, in the hosts' memory.
+        zero: ZeRO stage, what is partitioned over the processes: 0 nothing, 1 optimizer states, 2 gradients too, 3
+            parameters too.
+        offload: keep optimizer states, and under stage 3 parameters, in host memory.
         batch: sequences of a step; `micro` of them pass through one process at a time.
-        overrides: of the user's own.
+        overrides: the user's own settings.
     """
     zero_optimization: dict[str, Any] = {"stage": zero}
     if offload:
@@ -51,7 +51,7 @@ def deepspeed_config(
     optimizer: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if overrides.get("optimizer", {}).get("type", ADAM) == ADAM:
         optimizer["eps"] = 1e-8
-        if not offload:  # torch's AdamW needs no compiler, and its updates are the same everywhere
+        if not offload:  # torch's AdamW needs no compiler, and its updates are the same on every machine
             optimizer["torch_adam"] = True
     ours = {
         "train_batch_size": batch,
@@ -67,10 +67,10 @@ def deepspeed_config(
 
 
 def read_overrides(file: str) -> dict[str, Any]:
-    """The user's own part of DeepSpeed's configuration.
+    """Read the user's own part of DeepSpeed's configuration.
 
     Raises:
-        InputError: the file is missing, no JSON object, or sets what the recipe says.
+        InputError: the file is missing, no JSON object, or sets a value that belongs to the recipe.
     """
     content = read_file(file, "deepspeed")
     try:
@@ -97,7 +97,7 @@ def _has(values: Any, path: tuple[str, ...]) -> bool:
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Both, object by object; theirs where both say something."""
+    """Merge two configurations recursively; `theirs` overrides."""
     merged = {**ours, **theirs}
     for key in ours.keys() & theirs.keys():
         if isinstance(ours[key], dict) and isinstance(theirs[key], dict):

@@ -1,15 +1,15 @@
-"""From a source to the rows of tokens that a training reads.
+"""Training data: from a source to rows of tokens.
 
 FILE.json                     instructions in Alpaca's form: a JSON list of objects with the texts `instruction`,
                               `input` (may be absent or empty) and `output`
-FILE.jsonl[:FIELD]            one object a line: without FIELD, instructions where the first line has an
+FILE.jsonl[:FIELD]            one object per line: without FIELD, instructions if the first line has an
                               `instruction`, else a document's text in `text`
 FILE.txt                      one text
 FILE.npy                      int64 token ids [rows, length], used as they are
 alpaca                        Alpaca's instructions as cleaned by yahma, from the hub
 stdlib, c4                    documents, as for calibration
 wikitext2, ptb                one text, as for calibration
-hf:NAME[:CONFIG]:SPLIT:FIELD  the texts in one column of any data set; where FIELD is `alpaca`, instructions
+hf:NAME[:CONFIG]:SPLIT:FIELD  the texts in one column of any data set; if FIELD is `alpaca`, instructions
                               in the columns `instruction`, `input` and `output`
 
 FILE may be a path or any URL that fsspec reads.
@@ -43,7 +43,7 @@ from shardprune.storage.sources import (
 from shardprune.storage.windows import Tokenizer
 
 ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
-BATCH = 1000  # texts per call of the tokenizer, which works on them in parallel
+BATCH = 1000  # texts per call of the tokenizer, which processes them in parallel
 
 # Alpaca's two templates, with the line break after the last heading that alpaca-lora gives them.
 PROMPT_WITH_INPUT = (
@@ -61,7 +61,7 @@ T = TypeVar("T")
 
 
 class Exchange(NamedTuple):
-    """An instruction put into words as a prompt, and the response to learn."""
+    """An instruction formatted as a prompt, and the response to learn."""
 
     prompt: str
     response: str
@@ -70,20 +70,20 @@ class Exchange(NamedTuple):
 def load_rows(
     source: str, tokenizer: Tokenizer, length: int, packing: bool, prompt_loss: bool, vocabulary: int
 ) -> Rows:
-    """The rows of a source, each of `length` tokens at most; in the source's order, unless packed.
+    """Load the rows of a source, each of at most `length` tokens, in the source's order unless packed.
 
-    An instruction is one example: prompt and response, then the end-of-sequence token, all truncated to `length`.
-    A document is tokenised, ended likewise and cut into examples of `length`; a text is cut as one stream. What
-    has nothing to learn, such as an instruction whose response starts beyond `length`, is left out.
+    An instruction is one example: prompt, response and end-of-sequence token, truncated to `length`. A document is
+    tokenised, ended by the end-of-sequence token and cut into examples of `length`; a text is cut as one stream.
+    Examples without a learned token are left out, such as an instruction whose response starts beyond `length`.
 
     Args:
-        packing: whether to put several short examples into one row.
-        prompt_loss: whether the tokens of the prompts are learned, too; those of other texts always are.
-        vocabulary: the number of tokens that the model knows.
+        packing: put several short examples into one row.
+        prompt_loss: learn the tokens of prompts, too; those of documents and texts are always learned.
+        vocabulary: the number of tokens of the model.
 
     Raises:
-        InputError: the source is of no known form, missing, not what its form says, or has nothing to learn; or
-            the tokenizer does not fit; names `data`.
+        InputError: the source has no known form, is missing, does not have the form that its name implies, or has
+            nothing to learn; or the tokenizer does not fit. Names `data`.
     """
     check_data(source)
     if is_tokens(source):
@@ -109,7 +109,7 @@ def load_rows(
 
 
 def _read(source: str) -> list[Exchange] | Corpus:
-    """Instructions, or texts."""
+    """Read a source as instructions or as texts."""
     if source == "alpaca":
         return _hub_exchanges(source, ALPACA)
     if source.startswith("hf:") and (hub := parse_hub(source)).field == "alpaca":
@@ -123,7 +123,7 @@ def _read(source: str) -> list[Exchange] | Corpus:
             return [_exchange(f"{source!r} line {number}", value) for number, value in lines]
         return Corpus(json_texts("data", url, lines, field or "text"), by_document=True)
     corpus = load_corpus("data", source, "calibration")
-    # The lines of wikitext2 and ptb are no documents; the rows of any other data set are.
+    # Rows of wikitext2 and ptb are lines of one text; those of any other data set are documents.
     return replace(corpus, by_document=True) if source.startswith("hf:") else corpus
 
 
@@ -159,7 +159,7 @@ def _exchange(where: str, value: Any) -> Exchange:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value can be tokenised. JSON may hold half of a surrogate pair, which is no character."""
+    """Return whether a value can be tokenised: a string without lone surrogates, which JSON may hold."""
     try:
         value.encode()
     except (AttributeError, UnicodeEncodeError):
@@ -183,7 +183,7 @@ def _from_exchanges(
         for index, (exchange, ids) in enumerate(zip(batch, encoded["input_ids"], strict=True)):
             learned = torch.ones(len(ids), dtype=torch.bool)
             if not prompt_loss:
-                # Tokens that the tokenizer adds have no place in the text; one that straddles the border is learned.
+                # Tokens that the tokenizer adds have no offsets in the text; one across prompt and response is learned.
                 ends = torch.tensor([end for _, end in encoded["offset_mapping"][index]], dtype=torch.int64)
                 learned = ends > len(exchange.prompt)
             tokens, learned = _ended(tokenizer, ids, learned)
@@ -206,7 +206,7 @@ def _from_corpus(source: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
 
 
 def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens that end with the end-of-sequence token, where there is one, and that is learned."""
+    """Append the end-of-sequence token, if the tokenizer has one, as a learned token."""
     end = tokenizer.eos_token_id
     if end is None:
         return _tensor(ids), learned

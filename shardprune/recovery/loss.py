@@ -1,4 +1,4 @@
-"""What a training minimises: the loss of the next token, and the distance to a teacher's predictions."""
+"""The losses of a training run: next-token cross entropy, and divergence from a teacher."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from shardprune.recovery.rows import IGNORED
 
 
 def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross entropy of the tokens that count.
+    """Compute the summed cross entropy of the labelled tokens.
 
     Args:
         logits: [batch, length, vocabulary], of any dtype; the loss is computed in float32.
@@ -18,10 +18,10 @@ def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def soft_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """The summed divergence T^2 KL(teacher || student) of the predictions that count, softened by a temperature
-    T (arXiv 1503.02531, section 2, whose factor T^2 keeps gradients of the size of the hard loss's).
+    """Compute the summed divergence T^2 KL(teacher || student) of the labelled predictions at temperature T.
 
-    Shapes as in `hard_loss`.
+    The factor T^2 keeps gradients of the size of the hard loss's (arXiv 1503.02531, section 2). Shapes as in
+    `hard_loss`.
     """
     counted = labels[:, 1:] != IGNORED
     student = torch.log_softmax(_counted(logits, counted) / temperature, dim=-1)
@@ -30,5 +30,5 @@ def soft_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
 
 
 def _counted(logits: Tensor, counted: Tensor) -> Tensor:
-    """The logits [tokens, vocabulary] of the predictions that count: in float32 the others would take gigabytes."""
+    """Return the float32 logits [tokens, vocabulary] of the labelled predictions; all of them would take gigabytes."""
     return logits[:, :-1][counted].float()

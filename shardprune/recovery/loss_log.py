@@ -1,6 +1,6 @@
-"""The losses of a training: one line of JSON a step, in a file that grows while it runs.
+"""The loss log of a training run: one line of JSON per step, in a file that grows.
 
-A training that goes on from a checkpoint repeats steps; the last line of a step counts.
+A run that resumes from a checkpoint repeats steps; the last line of a step counts.
 """
 
 import json
@@ -8,13 +8,21 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from shardprune.report.events import whole_lines
+
 FILE = "losses.jsonl"
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What is known after a step: the mean loss of its targets before the step changed the weights, the rate and the
-    norm of the gradient, and the mean loss of the held-out rows after it, where it was measured."""
+    """The record of one step.
+
+    Attributes:
+        loss: mean loss of the step's targets, before the update.
+        gradient_norm: global norm of the gradient.
+        targets: tokens whose predictions enter the loss.
+        held_out: mean loss of the held-out rows after the update; None if it was not measured.
+    """
 
     step: int
     loss: float
@@ -25,28 +33,28 @@ class Loss:
 
 
 class Losses:
-    """The losses that a training's directory holds."""
+    """The loss log in a training run's directory."""
 
     def __init__(self, directory: str) -> None:
         self._file = Path(directory) / FILE
 
     def append(self, loss: Loss) -> None:
         values = {name: value for name, value in asdict(loss).items() if value is not None}
-        with self._file.open("a") as file:  # one short write: a kill leaves at most a line without an end
+        with self._file.open("a") as file:  # one short write: a kill leaves at most one partial line
             file.write(json.dumps(values) + "\n")
 
     def mend(self) -> None:
-        """Drop a line that a kill cut off."""
+        """Drop a partial last line, as a killed process leaves it."""
         if self._file.exists():
-            content = self._file.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self._file, whole)
+            text = self._file.read_text()
+            whole = whole_lines(text)
+            if whole != text:
+                os.truncate(self._file, len(whole.encode()))
 
     def read(self) -> list[Loss]:
-        """The last record of every step, in their order."""
+        """Return the last record of every step, in the order of steps."""
         if not self._file.exists():
             return []
-        lines = self._file.read_text().split("\n")[:-1]
+        lines = whole_lines(self._file.read_text()).splitlines()
         records = {record["step"]: Loss(**record) for record in map(json.loads, lines)}
         return [records[step] for step in sorted(records)]

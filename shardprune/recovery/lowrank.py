@@ -1,7 +1,7 @@
-"""Low-rank updates (LoRA, arXiv 2106.09685) of projections, which may leave the zeros of a weight alone.
+"""Low-rank updates (LoRA, arXiv 2106.09685) of projections, optionally masked by the weight's zeros.
 
-A masked update is W + mask * (scale * B A) with mask = (W != 0), in training as in the merged model. It is one
-module with all its tensors, because ZeRO-3 gathers what a module owns: weight, A and B are whole while it works.
+A masked update is W + mask * (scale * B A) with mask = (W != 0), in training as in the merged model. One module owns
+all its tensors, because ZeRO-3 gathers the parameters of a module: weight, A and B are whole while it runs.
 """
 
 import math
@@ -15,9 +15,9 @@ UPDATES = ("lora_A", "lora_B")
 
 
 class LowRankLinear(nn.Module):
-    """A frozen linear map [rows, cols] with an update of rank r, in the place of an `nn.Linear`.
+    """A frozen linear map [rows, cols] with an update of rank r, as a replacement for an `nn.Linear`.
 
-    The names of its parameters are those of the linear map, with `lora_A` [r, cols] and `lora_B` [rows, r] beside.
+    It keeps the linear map's parameter names and adds `lora_A` [r, cols] and `lora_B` [rows, r].
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float, masked: bool) -> None:
@@ -32,7 +32,7 @@ class LowRankLinear(nn.Module):
         self.masked = masked
 
     def reset(self, generator: torch.Generator) -> None:
-        """The start that LoRA has: B is zero, A uniform as a linear layer's weight would be."""
+        """Initialise as LoRA does: B is zero, A uniform like a linear layer's weight."""
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         self.lora_A.data.copy_(drawn)
@@ -50,10 +50,10 @@ class LowRankLinear(nn.Module):
         return output + nn.functional.linear(nn.functional.linear(dropped, self.lora_A), self.lora_B) * self.scale
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The weight [rows, cols] that does the same alone, in float32; A and B must be whole.
+        """Return the equivalent weight [rows, cols] in float32; A and B must be whole.
 
         Args:
-            weight: as the checkpoint has it: what this module computes with may be rounded.
+            weight: the checkpoint's; the module's own may be rounded to the training precision.
         """
         weight = weight.to(self.lora_A.device, torch.float32)
         update = self.scale * self.lora_B.detach().float() @ self.lora_A.detach().float()
@@ -61,16 +61,16 @@ class LowRankLinear(nn.Module):
 
 
 class _MaskedUpdate(torch.autograd.Function):
-    """inputs (mask * (scale * B A))^T, or with the weight itself beside the update where `whole` is set.
+    """inputs (mask * (scale * B A))^T, or with `whole` inputs (W + mask * (scale * B A))^T.
 
-    The product of B and A has the size of the weight and is made anew for the backward pass: kept, those of all layers
+    The product of B and A has the size of the weight and is recomputed in the backward pass: kept for all layers, it
     would take as much memory as the model.
     """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float, whole: bool) -> Tensor:
         ctx.save_for_backward(inputs)
-        # The parameters themselves: under ZeRO-3 what they hold now is gone until the backward pass gathers it again.
+        # Parameters, not their data: ZeRO-3 frees it after the forward and gathers it again for the backward pass.
         ctx.parameters, ctx.how = (weight, a, b), (scale, whole)
         return nn.functional.linear(inputs, _product(weight, a, b, scale, whole))
 
@@ -85,7 +85,7 @@ class _MaskedUpdate(torch.autograd.Function):
 
 
 def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float, whole: bool) -> Tensor:
-    """The masked update, or weight and update, [rows, cols]."""
+    """Return the masked update [rows, cols], or weight plus update if `whole`."""
     update = (b @ a).mul_(weight != 0).mul_(scale)
     return update.add_(weight) if whole else update
 
@@ -93,7 +93,7 @@ def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float, whole: bool) ->
 def add_updates(
     model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float, masked: bool, seed: int
 ) -> Iterator[LowRankLinear]:
-    """Put a `LowRankLinear` in the place of every target, and yield it; the start depends on the seed alone."""
+    """Replace every target by a `LowRankLinear` and yield it; initialisation depends on the seed alone."""
     generator = torch.Generator().manual_seed(seed)
     for path in targets:
         parent, _, name = path.rpartition(".")

@@ -1,17 +1,16 @@
-"""Zeros that stay zeros while all weights are trained.
+"""Masked gradients, which keep zeros at zero while all weights are trained.
 
-The gradient of a weight that is zero is made zero before DeepSpeed sees it. Then Adam's moments of it stay zero and
-so does its update, and decoupled weight decay takes nothing from nothing. Nothing has to be stored: a weight that is
-trained is not zero, and one that is not stays so.
+The gradient of a zero weight is set to zero before DeepSpeed sees it. Adam's moments and its update are then zero, and
+so is decoupled weight decay. No mask is stored: a trained weight is not zero, and a zero one is not trained.
 """
 
 from torch import Tensor, nn
 
 
 def freeze_zeros(weight: nn.Parameter) -> None:
-    """Mask the gradients of a weight's zeros, now and in every step to come.
+    """Mask the gradients of a weight's zeros, in this step and all later ones.
 
-    To be called before DeepSpeed starts, and again whenever a training starts anew.
+    Call it before DeepSpeed starts, and again whenever a run resumes.
     """
 
     def mask(gradient: Tensor) -> Tensor:

@@ -1,44 +1,35 @@
-"""The model that is trained: built from its config, filled tensor by tensor, partitioned as it fills under ZeRO-3.
+"""The trained model, built from its config and filled tensor by tensor; under ZeRO-3 it is partitioned as it fills.
 
-transformers' own loader merges a whole checkpoint in the memory of every process before DeepSpeed partitions it,
-and it initialises weights that are partitioned already. Here no process ever holds more than one whole tensor
-beside its own part.
+transformers' own loader merges a whole checkpoint in the memory of every process before DeepSpeed partitions it, and it
+initialises weights that are partitioned already. Here no process ever holds more than one whole tensor beside its own
+partition.
 """
 
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.model.skeleton import attention_of
+from shardprune.model.skeleton import empty_model
 
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, partitioning: dict[str, Any] | None
 ) -> PreTrainedModel:
-    """A causal language model with the checkpoint's weights, which need no gradients yet.
+    """Load a causal language model with the checkpoint's weights; no parameter requires gradients.
 
     Args:
-        partitioning: DeepSpeed's configuration where ZeRO-3 shares out the parameters; all processes call at once.
+        partitioning: DeepSpeed's configuration if ZeRO-3 partitions the parameters; then all processes call together.
     """
-    config = checkpoint.config
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
-        )
-    model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+    model = empty_model(checkpoint.config, dtype, device)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each parameter: tied ones have several
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, name))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
     for key, targets in places.items():
         tensor = _tensor(checkpoint, names[key], device, dtype, partitioned=partitioning is not None)
         parameter = nn.Parameter(tensor, requires_grad=False)
@@ -51,7 +42,7 @@ def load_model(
 
 
 def partition(module: nn.Module, partitioning: dict[str, Any]) -> None:
-    """Share out the parameters of a module that are still whole; the first process's values count."""
+    """Partition the parameters of a module that are still whole; rank 0's values are used."""
     import deepspeed
 
     deepspeed.zero.Init(module=module, config_dict_or_path=partitioning)
@@ -64,7 +55,9 @@ def _partition(parameter: nn.Parameter, partitioning: dict[str, Any]) -> None:
 
 
 def _tensor(checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype, partitioned: bool) -> Tensor:
-    """A tensor of the checkpoint; where parameters are partitioned, the first process sends it to the others."""
+    """Return a tensor of the checkpoint. With partitioned parameters only rank 0 reads it, and `partition` broadcasts
+    it.
+    """
     if partitioned and torch.distributed.get_rank():
         return torch.empty(checkpoint.entries[name].shape, dtype=dtype, device=device)
     return checkpoint.read(name).to(device, dtype)

@@ -1,8 +1,8 @@
-"""Rows of tokens as a training reads them, wherever they come from, and how examples are packed into rows.
+"""Rows of tokens for training, and the packing of examples into rows.
 
-A packed row holds several examples, one after another, and positions restart at 0 with each. transformers
-recognises such rows by their positions and lets no token attend to another example's, as long as neither an
-attention mask nor a cache is given. OPT's code does not look at the positions: it is given the mask.
+A packed row holds several examples, one after another, and positions restart at 0 with each. transformers recognises
+such rows by their positions and lets no token attend to another example's, as long as neither an attention mask nor a
+cache is given. OPT's code ignores the positions and gets the mask.
 """
 
 import hashlib
@@ -15,28 +15,17 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
+from shardprune.model.families import FAMILIES, family_of
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
 
-IGNORED = -100  # a label that the loss does not count
-
-# Model types whose examples are independent in packed rows, and whether that takes an explicit mask. A mask holds
-# for every layer, so that families with sliding windows must do without.
-PACKING: dict[str, bool] = {
-    "llama": False,
-    "mistral": False,
-    "qwen2": False,
-    "qwen3": False,
-    "gemma2": False,
-    "phi3": False,
-    "opt": True,
-}
+IGNORED = -100  # label of tokens that are no targets
 
 
 class Example(NamedTuple):
-    """Tokens that belong together, int32 [tokens], and whether the loss counts the prediction of each, bool [tokens].
+    """The tokens of one example, int32 [tokens], and whether each is a target of the loss, bool [tokens].
 
-    The first token's never counts, whatever stands there: nothing precedes it.
+    The first token is never a target, whatever `learned` says: nothing precedes it.
     """
 
     tokens: Tensor
@@ -53,13 +42,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of different lengths, one after another.
+    """Rows of different lengths, concatenated.
 
     Attributes:
         tokens: int32 [total].
         learned: bool [total], whether the loss counts the prediction of this token.
         positions: int32 [total], restarting at 0 with every example of a row.
-        starts: int64 [rows + 1], where each row starts, and at last the total.
+        starts: int64 [rows + 1], the start of each row, and the total at the end.
     """
 
     tokens: Tensor
@@ -69,7 +58,7 @@ class Rows:
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Example]]) -> "Rows":
-        """One row for each group of examples."""
+        """Concatenate the examples of each group into a row."""
         examples = [example for group in groups for example in group]
         sizes = [sum(len(example.tokens) for example in group) for group in groups]
         positions = [torch.arange(len(example.tokens), dtype=torch.int32) for example in examples]
@@ -84,7 +73,7 @@ class Rows:
 
     @classmethod
     def load(cls, folder: Folder, name: str) -> "Rows":
-        """Read what `save` wrote.
+        """Load rows that `save` wrote.
 
         Raises:
             InputError: the file is missing or damaged.
@@ -93,11 +82,11 @@ class Rows:
         return cls(**{field.name: read_tensor(folder, entries[field.name]) for field in fields(cls)})
 
     def save(self, folder: Folder, name: str) -> None:
-        """Write a safetensors file that no reader sees before it is complete."""
+        """Write the rows as a safetensors file, complete or not at all."""
         write_tensors(folder, name, self._tensors(), {})
 
     def digest(self) -> str:
-        """SHA-256 of all that the rows hold."""
+        """Return the SHA-256 of all tensors."""
         content = hashlib.sha256()
         for name, tensor in self._tensors().items():
             content.update(f"{name} {len(tensor)} ".encode())
@@ -108,16 +97,16 @@ class Rows:
         return len(self.starts) - 1
 
     def row(self, index: int) -> Row:
-        """Row `index`, from 0 on."""
+        """Return row `index`, counted from 0."""
         part = slice(*self.starts[index : index + 2].tolist())
         return Row(self.tokens[part], self.learned[part], self.positions[part])
 
     def targets(self, rows: Sequence[int]) -> int:
-        """How many predictions of these rows the loss counts."""
+        """Count the targets of the loss in these rows."""
         return sum(int(self.row(index).learned.sum()) for index in rows)
 
     def select(self, rows: Sequence[int]) -> "Rows":
-        """Some of the rows, in the order given."""
+        """Return some of the rows, in the order given."""
         chosen = [self.row(index) for index in rows]
         sizes = [len(row.tokens) for row in chosen]
         return Rows(
@@ -128,8 +117,9 @@ class Rows:
         )
 
     def split(self, held_out: float, seed: int) -> tuple["Rows", "Rows"]:
-        """The rows to learn from and a share of rows to hold out, drawn with the seed; at least one row each,
-        and none held out where the share is 0. Both keep the order of the rows.
+        """Split into rows to learn from and a held-out share, drawn with the seed; both keep the order of the rows.
+
+        Each part has at least one row, unless the share is 0 and none is held out.
 
         Raises:
             InputError: there are too few rows for two parts.
@@ -145,21 +135,21 @@ class Rows:
         return self.select(sorted(drawn[count:])), self.select(sorted(drawn[:count]))
 
     def order(self, epoch: int, seed: int) -> Tensor:
-        """The order of the rows in one epoch, a permutation int64 [rows] that depends on nothing else."""
+        """Return the order of the rows in one epoch, int64 [rows], a function of epoch and seed alone."""
         return self._permutation(f"epoch {epoch} {seed}")
 
     def collate(self, rows: Sequence[int], mask: bool = False) -> dict[str, Tensor]:
-        """The arguments of a model's forward pass on a batch of rows; call it with `use_cache=False`.
+        """Build the arguments of a model's forward pass on a batch of rows; call it with `use_cache=False`.
 
-        Padding is on the right, out of sight of causal attention, so that no mask is needed. It counts the last
-        example's positions on: restarting ones would make transformers take the row for a packed one.
+        Padding is on the right, where causal attention does not see it, so that no mask is needed. Its positions
+        continue the last example's: positions that restart would make transformers take the row for a packed one.
 
         Args:
-            mask: as `needs_mask` tells for the model; adds `attention_mask` where a row is packed, bool
-                [batch, 1, longest, longest], true where a query (third) attends to a key (fourth).
+            mask: from `needs_mask`; adds `attention_mask` if a row is packed, bool [batch, 1, longest, longest], true
+                where a query (third dimension) attends to a key (fourth).
 
         Returns:
-            `input_ids`, `labels` (-100 where nothing is learned) and `position_ids`, each int64 [batch, longest].
+            `input_ids`, `labels` (-100 for tokens that are no targets) and `position_ids`, each int64 [batch, longest].
         """
         chosen = [self.row(index) for index in rows]
         longest = max(len(row.tokens) for row in chosen)
@@ -178,7 +168,7 @@ class Rows:
         return batch
 
     def _permutation(self, purpose: str) -> Tensor:
-        # A hash, as a sum of seed and epoch would give one seed's second epoch the order of the next one's first.
+        # A hash, because seed + epoch would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
         state = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:7], "big")
         return torch.randperm(len(self), generator=torch.Generator().manual_seed(state))
 
@@ -187,13 +177,13 @@ class Rows:
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Put examples of the given sizes, each of `length` at most, into rows of at most `length`, none cut.
+    """Assign examples of the given sizes, each at most `length`, to rows of at most `length`; none is cut.
 
-    Best fit, the longest example first: each goes where it leaves least room. All rows but one at most are more
-    than half full. Returns the indices of each row's examples.
+    Best-fit decreasing: the longest example first, each into the row with the least sufficient room. At most one row is
+    less than half full. Return the indices of each row's examples.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # how much each unfilled row has left, and which it is; sorted
+    room: list[tuple[int, int]] = []  # (room left, row) of rows that are not full; sorted
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
         place = bisect_left(room, (sizes[index], 0))
         if place < len(room):
@@ -208,21 +198,22 @@ def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
 
 
 def check_packing(model_type: str) -> None:
-    """Check that the examples of a packed row can be kept apart in models of a `model_type`.
+    """Check that models of a `model_type` can keep the examples of a packed row apart.
 
     Raises:
         InputError: they cannot.
     """
-    if model_type not in PACKING:
-        raise InputError("packing", f"not for model_type {model_type!r}, but for {', '.join(PACKING)}; turn it off")
+    packing = [name for name, family in FAMILIES.items() if family.packing is not None]
+    if model_type not in packing:
+        raise InputError("packing", f"not for model_type {model_type!r}, but for {', '.join(packing)}; turn it off")
 
 
 def needs_mask(model_type: str) -> bool:
-    """Whether packed rows of models of a `model_type` take an attention mask."""
-    return PACKING.get(model_type, False)
+    """Return whether packed rows of a model need an explicit attention mask."""
+    return family_of(model_type).packing == "mask"
 
 
 def _block_mask(position_ids: Tensor) -> Tensor:
-    """Who attends to whom in rows of examples [batch, longest], bool [batch, 1, longest, longest]."""
+    """Return the block-diagonal causal mask of rows of examples [batch, longest], bool [batch, 1, longest, longest]."""
     example = (position_ids == 0).cumsum(1)
     return (example[:, :, None] == example[:, None, :]).tril()[:, None]

@@ -1,4 +1,4 @@
-"""The learning rate over a training, as a function of the step alone, so that a training resumes exactly."""
+"""The learning rate as a function of the step alone, so that a run resumes exactly."""
 
 import math
 from typing import Literal
@@ -7,9 +7,9 @@ Shape = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate(step: int, steps: int, highest: float, warmup: float, shape: Shape) -> float:
-    """The rate of step `step` of `steps`, counted from 0.
+    """Return the learning rate of step `step` of `steps`, counted from 0.
 
-    It rises linearly over the first `warmup` (a fraction of the steps), then falls to zero as the shape says.
+    Linear warm-up over the first `warmup` (a fraction of the steps), then decay to zero in the given shape.
     """
     rising = round(warmup * steps)
     if step < rising:

@@ -1,4 +1,4 @@
-"""One process of a training under DeepSpeed: the model, the loop over its steps, what it keeps on the way."""
+"""One process of a training run under DeepSpeed: the model, the loop over steps, checkpoints and the loss log."""
 
 import io
 import math
@@ -31,15 +31,15 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 
 
 class Training:
-    """This process's part. All processes do the same calls at the same time.
+    """One process's part of a training run. All processes make the same calls at the same time.
 
     Raises:
-        InputError: something that the driver checked has gone since.
+        InputError: an input that the driver has checked is gone.
     """
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
-        with redirect_stdout(io.StringIO()):  # where it says that it has built what it needs
-            deepspeed.init_distributed()  # which takes up the group that there is
+        with redirect_stdout(io.StringIO()):  # it prints about extensions that it has built
+            deepspeed.init_distributed()  # uses torch's existing default group
         self.spec, self.device = spec, device
         self.recipe = recipe = spec.recipe
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
@@ -58,7 +58,7 @@ class Training:
         self.engine = self._start_engine()
 
     def run(self) -> PreTrainedModel:
-        """Train from the last checkpoint, or from the start; the model as it is after the last step."""
+        """Train from the last checkpoint, or from the start; return the model after the last step."""
         recipe, spec = self.recipe, self.spec
         start = self.checkpoints.load(self.engine)
         if self.rank == 0:
@@ -88,8 +88,8 @@ class Training:
                 if partitioning is not None:
                     partition(module, partitioning)
         if recipe.recompute:
-            # Under ZeRO-3 a second forward pass finds weights gathered that were not in the first one, which only
-            # the reentrant way does not mind. It needs an input that asks for gradients.
+            # Under ZeRO-3 the recomputed forward may see weights gathered that were partitioned in the first one; only
+            # reentrant checkpointing tolerates that. It needs an input that requires gradients.
             self.model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
             self.model.enable_input_require_grads()
 
@@ -115,13 +115,13 @@ class Training:
     # -- a step ---------------------------------------------------------------------------------------------------
 
     def _step(self, step: int) -> dict[str, Any]:
-        """One step over all processes; what there is to say about it."""
+        """Run one step over all processes; return its record for the loss log."""
         recipe = self.recipe
         rate = learning_rate(step, self.spec.steps, recipe.highest_rate, recipe.warmup, recipe.schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         targets = self.batches.targets(step)
-        # DeepSpeed takes the mean over micro-batches and processes, whose numbers of targets differ.
+        # DeepSpeed averages over micro-batches and processes, but their numbers of targets differ: scale the loss.
         scale = self.processes * self.engine.gradient_accumulation_steps() / targets
         total = torch.zeros((), dtype=torch.float64)
         self.engine.train()
@@ -139,7 +139,7 @@ class Training:
         return {"loss": mean, "learning_rate": rate, "gradient_norm": norm, "targets": targets}
 
     def _loss(self, micro: MicroBatch) -> Tensor:
-        torch.manual_seed(micro.seed)  # for dropout: the same whoever computes this micro-batch
+        torch.manual_seed(micro.seed)  # of dropout: the same on any process
         batch = self._batch(self.batches.rows, micro.rows)
         labels = batch.pop("labels")
         logits = self.engine(**batch).logits
@@ -153,13 +153,13 @@ class Training:
 
     @torch.no_grad()
     def _mean_held_out(self) -> float:
-        """The mean loss of the held-out rows' targets, of the model alone."""
+        """Return the mean loss of the held-out rows' targets, without the teacher."""
         rows = self.held_out
         assert rows is not None
         self.engine.eval()
         total, micro = torch.zeros((), dtype=torch.float64), self.batches.micro
         turns = -(-len(rows) // (micro * self.processes))
-        for turn in range(turns):  # as many for every process: each pass gathers weights from all
+        for turn in range(turns):  # every process runs as many passes: under ZeRO-3 each gathers weights from all
             first = (turn * self.processes + self.rank) * micro
             batch = self._batch(rows, list(range(first, min(first + micro, len(rows)))) or [0])
             labels = batch.pop("labels")
@@ -169,11 +169,11 @@ class Training:
 
     def _batch(self, rows: Rows, chosen: list[int]) -> dict[str, Any]:
         tensors = rows.collate(chosen, mask=needs_mask(self.model.config.model_type))
-        # With a cache, transformers would not see where examples end in a packed row.
+        # With a cache, transformers does not detect packed rows by their positions.
         return {name: tensor.to(self.device) for name, tensor in tensors.items()} | {"use_cache": False}
 
     def _sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes of a number."""
+        """Sum a number over all processes."""
         value = value.to(self.device)
         dist.all_reduce(value)
         return value

@@ -1,4 +1,4 @@
-"""What a process of a training does from its start to its end, wherever it was started."""
+"""The whole life of one training process, under Ray or alone."""
 
 import gc
 import os
@@ -22,13 +22,13 @@ from shardprune.storage.journal import Journal
 
 
 def train_worker(spec: TrainingSpec) -> dict[str, Any]:
-    """Train and write the result, as one of the processes of torch's default group; what it took.
+    """Train and write the result as one process of torch's default group; return its measurements.
 
-    Everything that fails here fails in all processes, or ends the others' collectives.
+    A failure here happens in all processes, or ends the others' collectives.
 
     Raises:
-        InputError: what the driver checked has gone since, or DeepSpeed takes the user's settings not.
-        TrainingError: it diverges, or a GPU is too small.
+        InputError: an input that the driver has checked is gone, or DeepSpeed rejects the user's settings.
+        TrainingError: the loss diverges, or a GPU is too small.
     """
     try:
         return _take_part(spec)
@@ -45,7 +45,7 @@ def _take_part(spec: TrainingSpec) -> dict[str, Any]:
     from shardprune.recovery.writing import write_layers, write_trained_frame
 
     device = torch.device(spec.recipe.device)
-    if device.type == "cuda":  # which of a node's GPUs, as DeepSpeed chooses, too
+    if device.type == "cuda":  # the same choice of a node's GPUs as DeepSpeed's
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     training = Training(spec, device)
@@ -75,10 +75,10 @@ def _take_part(spec: TrainingSpec) -> dict[str, Any]:
 
 @contextmanager
 def alone(device: str) -> Iterator[None]:
-    """A group of one process, this one, while the block lasts."""
+    """Provide a process group of this process alone."""
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     before = {name: os.environ.get(name) for name in variables}
-    linear = torch.nn.functional.linear  # which ZeRO-3 replaces by its own
+    linear = torch.nn.functional.linear  # ZeRO-3 replaces it globally
     threads = torch.get_num_threads()
     os.environ |= variables
     dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -86,7 +86,7 @@ def alone(device: str) -> Iterator[None]:
         yield
     finally:
         _end_group()
-        gc.collect()  # the engine refers to itself, and what comes next may need its memory
+        gc.collect()  # the engine is a reference cycle, and the next run may need its memory
         if device == "cuda":
             torch.cuda.empty_cache()
         torch.nn.functional.linear = linear
@@ -98,16 +98,16 @@ def alone(device: str) -> Iterator[None]:
 
 
 def _prepare(spec: TrainingSpec) -> None:
-    """What must be so before DeepSpeed is imported."""
+    """Set the environment and devices that DeepSpeed needs before it is imported."""
     assert spec.recipe.threads is not None
     torch.set_num_threads(spec.recipe.threads)
     os.environ.setdefault("DS_ACCELERATOR", spec.recipe.device)
-    # DeepSpeed builds what it needs for collectives on CPUs with ninja, which lies beside the interpreter.
+    # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
 
 def _end_group() -> None:
-    """End DeepSpeed's group, and torch's with it."""
+    """Destroy DeepSpeed's group and torch's."""
     import deepspeed.comm
 
     deepspeed.comm.destroy_process_group()

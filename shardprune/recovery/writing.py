@@ -1,4 +1,4 @@
-"""From a trained model to the files of an ordinary checkpoint, layer by layer.
+"""The files of a trained model's checkpoint, written layer by layer.
 
 Under ZeRO-3 the processes gather one layer at a time, and each layer is written by one of them.
 """
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.families import Family
+from shardprune.model.saving import write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.storage.journal import Journal
@@ -21,13 +22,13 @@ from shardprune.storage.safetensors_file import write_tensors
 
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
-    """Write every layer that is not yet written, low-rank updates merged. All processes call at once."""
+    """Write every unfinished layer with its low-rank updates merged. All processes call together."""
     finished = broadcast_from_rank_zero(journal.finished if dist.get_rank() == 0 else None)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         if index in finished:
             continue
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        with _whole(trained, zero):  # what is not trained comes from the checkpoint
+        with _whole(trained, zero):  # frozen parameters are copied from the checkpoint
             if dist.get_rank() == index % dist.get_world_size():
                 _write_layer(layer, index, family, checkpoint, journal)
     dist.barrier()
@@ -36,7 +37,7 @@ def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint,
 def write_trained_frame(
     model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int
 ) -> None:
-    """Write everything beside the layers, where that was trained, too. All processes call at once."""
+    """Write the frame: everything beside the layers, trained or not. All processes call together."""
     inside = f"{family.layers}."
     names = [name for name in checkpoint.entries if not name.startswith(inside)]
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
@@ -58,26 +59,25 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
     modules = {f"{name}.weight": layer.get_submodule(name) for name in family.projections}
     updated = {name: module for name, module in modules.items() if isinstance(module, LowRankLinear)}
     parameters = {name: value for name, value in layer.named_parameters() if not name.endswith(UPDATES)}
-    entries = {name: checkpoint.entries[prefix + name] for name in parameters}
 
-    def tensor(stored: str) -> Tensor:
-        name = stored.removeprefix(prefix)
+    def trained(name: str) -> Tensor | None:
         if name in updated:
-            return updated[name].merged(checkpoint.read(stored)).to(entries[name].dtype)
-        if parameters[name].requires_grad:
-            return parameters[name].detach().to(entries[name].dtype)
-        return checkpoint.read(stored)
+            return updated[name].merged(checkpoint.read(prefix + name))
+        return parameters[name].detach() if parameters[name].requires_grad else None
 
-    reports = [
-        _report(index, name, checkpoint.read(f"{prefix}{name}.weight"), tensor(f"{prefix}{name}.weight"))
-        for name in family.projections
-    ]
-    shapes = {prefix + name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    journal.write_layer(index, shapes, tensor, {"projections": reports})
+    def report(projection: str) -> dict[str, Any]:
+        name = f"{projection}.weight"
+        before, after = checkpoint.read(prefix + name), trained(name)
+        # Counted in the stored dtype: rounding to it can make further zeros.
+        return _report(index, projection, before, before if after is None else after.to(before.dtype))
+
+    record = {"projections": [report(projection) for projection in family.projections]}
+    shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
+    write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 
 def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """What became of a projection's zeros."""
+    """Count the zeros of a projection before and after training."""
     was, zero = before == 0, (after == 0).cpu()
     weights, zeros_before, zeros = was.numel(), int(was.sum()), int(zero.sum())
     return {
@@ -94,7 +94,7 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, A
 
 @contextmanager
 def _whole(parameters: list[nn.Parameter], zero: int) -> Iterator[None]:
-    """Have parameters whole in every process while the block lasts."""
+    """Gather partitioned parameters for the duration of the block."""
     if zero < 3:
         yield
         return

@@ -1,1 +1,1 @@
-"""What a run says of itself: progress, events, result, status, and the page."""
+"""Outputs about a run: progress, events, result.json, status, and the HTML report."""

@@ -1,4 +1,4 @@
-"""What a run's phases take."""
+"""Wall-clock time of a run's phases."""
 
 import time
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from shardprune.report.events import Events
 
 
 class Clock:
-    """Wall-clock seconds by phase; `events` are told when one begins and ends."""
+    """Wall-clock seconds by phase; the beginning and end of each are emitted to `events`."""
 
     def __init__(self, events: Events) -> None:
         self.seconds: dict[str, float] = {}
@@ -27,7 +27,7 @@ class Clock:
             self._events.emit("end", phase=name, seconds=round(seconds, 3))
 
     def total(self) -> dict[str, float]:
-        """All phases and their total so far, rounded to milliseconds."""
+        """Return the seconds of all phases and their total so far, rounded to milliseconds."""
         return {name: round(value, 3) for name, value in self.seconds.items()} | {
             "total": round(time.monotonic() - self._started, 3)
         }

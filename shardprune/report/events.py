@@ -1,19 +1,16 @@
-"""What happens in a run, one line of JSON each in its output's `events.jsonl`: for `shardprune status` and reports.
+"""The event log of a run, one line of JSON each in its output's `events.jsonl`, for `shardprune status` and reports.
 
 Every line has `time` (seconds since the epoch) and `event`:
 
-    run       the command starts: command, fingerprint, layers
-    attempt   workers are about to start: finished (the layers that are), shards, replicas
-    begin     a phase starts: phase
-    end       it ends: phase, seconds
-    progress  how far a step is, at least every few seconds: label, detail, done, total
-    layer     a layer is finished: layer, shard, seconds, bytes (of its file), error, sparsity
-    iteration one of `mop` is finished: iteration, step, removed, share (of what was asked for)
-    work      what one worker did since the last time: shard, replica, spans (see `shard.ledger.Span`)
-    lost      workers were lost: reason
-    done, stopped, failed: the command ends so; failed with error
+run       the command starts: command, fingerprint, layers attempt   workers are about to start: finished (the finished
+layers), shards, replicas begin     a phase starts: phase end       it ends: phase, seconds progress  position of a
+step, at least every few seconds: label, detail, done, total layer     a layer is finished: layer, shard, seconds, bytes
+(of its file), error, sparsity iteration one of `mop` is finished: iteration, step, removed, share (of the request) work
+spans of one worker since its last event: shard, replica, spans (see `shard.ledger.Span`) lost      workers were lost:
+reason done, stopped, failed: the command ends so; failed with error
 
-They are written by a thread of their own, so that nothing waits for them: what they are about is recorded elsewhere.
+A thread of its own writes them, so that a run never waits for the log. Nothing resumes from events: layer files and
+run.json are the record.
 """
 
 import json
@@ -28,44 +25,44 @@ from shardprune.errors import Stopped, StorageError, first_line, without_credent
 from shardprune.storage.folder import Folder
 from shardprune.storage.output_names import EVENTS as FILE
 
-HEARTBEAT_SECONDS = 15.0  # between two signs of life of a run that is at work
-REWRITE_SECONDS = 10.0  # between two writings of the file where nothing can be appended to one
-CLOSE_SECONDS = 10.0  # for the last events to be written; storage may be away
+HEARTBEAT_SECONDS = 15.0  # between two heartbeats of a running command
+REWRITE_SECONDS = 10.0  # between two rewrites of the file on storage without append
+CLOSE_SECONDS = 10.0  # to wait for the last events to be written; storage may be unreachable
 
 _logger = logging.getLogger(__name__)
 
 
 class Events:
-    """The events of a run. What happens before it has an output is kept until it has one."""
+    """The events of a run; those before it has an output folder are kept until it has one."""
 
     def __init__(self) -> None:
-        self.position: Callable[[], dict[str, Any] | None] = lambda: None  # of the step under way
-        self.recorded_any = False  # whether a run has done anything; of one that was finished already nothing is
+        self.position: Callable[[], dict[str, Any] | None] = lambda: None  # of the current step
+        self.recorded_any = False  # stays False for a run that was already finished
         self._waiting: list[str] = []
         self._writer: _Writer | None = None
         self._lock = threading.Lock()
 
     def emit(self, event: str, **fields: Any) -> None:
-        """Something has happened. Threads may say so at the same time."""
+        """Record an event; thread-safe."""
         with self._lock:
             self._waiting.append(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
         if self._writer:
             self._writer.wake.set()
 
     def take(self) -> str:
-        """The lines that have come since the last time."""
+        """Return the lines emitted since the last call."""
         with self._lock:
             lines, self._waiting = self._waiting, []
         return "".join(lines)
 
     @contextmanager
     def recorded(self, folder: Folder, **facts: Any) -> Iterator[None]:
-        """Write what happens while the block lasts into a folder, beside what earlier attempts have left there.
+        """Write events to a folder for the duration of the block, after those of earlier attempts.
 
-        Inside another block of the same kind this one has no file of its own.
+        Nested blocks write to the outer block's file.
 
         Args:
-            facts: of the event `run`.
+            facts: fields of the event `run`.
         """
         if self._writer:
             yield
@@ -89,9 +86,9 @@ class Events:
 
 
 class _Writer(threading.Thread):
-    """Writes what comes, and says now and then that the run is alive.
+    """A thread that writes new events, and a heartbeat if there are none.
 
-    The file is appended to where that is possible, else written anew, but not all the time.
+    The file is appended to if storage allows it, else rewritten every REWRITE_SECONDS.
     """
 
     def __init__(self, events: Events, folder: Folder) -> None:
@@ -99,10 +96,10 @@ class _Writer(threading.Thread):
         self.wake = threading.Event()
         self._events, self._folder = events, folder
         self._over = threading.Event()
-        self._text = _whole_lines(folder.read_text(FILE)) if folder.is_file(FILE) else ""
-        if folder.appends and self._text:  # without what a killed driver left of a line
+        self._text = whole_lines(folder.read_text(FILE)) if folder.is_file(FILE) else ""
+        if folder.appends and self._text:  # without the partial line of a killed driver
             folder.write_text(FILE, self._text)
-        self._left = ""  # could not be written yet
+        self._left = ""  # not written yet
 
     def run(self) -> None:
         while not self._over.is_set():
@@ -115,7 +112,7 @@ class _Writer(threading.Thread):
         self._write()
 
     def close(self) -> None:
-        """Write the rest."""
+        """Write the remaining events and stop."""
         self._over.set()
         self.wake.set()
         self.join(CLOSE_SECONDS)
@@ -129,21 +126,21 @@ class _Writer(threading.Thread):
                 self._folder.write_text(FILE, self._text + self._left)
                 self._text += self._left
             self._left = ""
-        except StorageError as error:  # which ends the run if what matters cannot be written either
-            self._left = "\n" + self._left.lstrip()  # ends what may stand there of a line
+        except StorageError as error:  # not fatal here: the run fails if its layers cannot be written either
+            self._left = "\n" + self._left.lstrip()  # ends a partial line that may be in the file
             _logger.warning("events wait: %s", error)
 
 
 def read_events(folder: Folder) -> list[dict[str, Any]]:
-    """All events that a folder holds, in their order; none where it has no file of them."""
+    """Read all events in a folder, in order; empty if it has no such file."""
     if not folder.is_file(FILE):
         return []
-    events = (_parsed(line) for line in _whole_lines(folder.read_text(FILE)).splitlines())
+    events = (_parsed(line) for line in whole_lines(folder.read_text(FILE)).splitlines())
     return [event for event in events if event]
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
-    """The event of a line; None where a write that failed has left a part of one."""
+    """Parse the event of a line; None for a partial line, left by a failed write."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -151,6 +148,6 @@ def _parsed(line: str) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None
 
 
-def _whole_lines(text: str) -> str:
-    """A text without an unfinished last line."""
+def whole_lines(text: str) -> str:
+    """Drop a last line without an end, as a killed process leaves it."""
     return text[: text.rfind("\n") + 1]

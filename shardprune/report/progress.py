@@ -15,7 +15,7 @@ QUIET_SECONDS = 5.0  # between two plain lines of one step
 
 
 class Step:
-    """One long step of a known number of parts. Threads may advance it at the same time."""
+    """A step with a known number of parts; thread-safe."""
 
     def __init__(self, label: str, total: int, reporter: "Reporter") -> None:
         self.label, self.total, self.done = label, total, 0
@@ -30,20 +30,20 @@ class Step:
             self._reporter.show(self)
 
     def describe(self, detail: str) -> None:
-        """Say what the step is at, such as `layer 3/8`."""
+        """Set the description of the current part, such as `layer 3/8`."""
         with self._lock:
             self.detail = detail
             self._reporter.show(self)
 
     def record(self, event: str, **fields: Any) -> None:
-        """Something has happened in this step."""
+        """Emit an event of this step."""
         self._reporter.events.emit(event, **fields)
 
     def say(self, text: str) -> None:
         self._reporter.say(text)
 
     def position(self) -> dict[str, Any]:
-        """How far the step is."""
+        """Return the fields of the event `progress`."""
         return {"label": self.label, "detail": self.detail, "done": self.done, "total": self.total}
 
     def line(self) -> str:
@@ -54,7 +54,7 @@ class Step:
         return f"{self.label}{detail}  {self.done}/{self.total}  {share:.0%}  {clock_time(elapsed)}{left}"
 
     def due(self) -> bool:
-        """Whether a plain line is due, at most one every few seconds."""
+        """Return whether a plain line is due: at most one every QUIET_SECONDS."""
         now = time.monotonic()
         if now - self._spoke < QUIET_SECONDS:
             return False
@@ -63,7 +63,7 @@ class Step:
 
 
 class Reporter:
-    """Where a run's progress goes; `events` is for what happens in it."""
+    """The destination of a run's progress and messages; `events` receives its events."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(stderr=True)
@@ -73,13 +73,13 @@ class Reporter:
         self._tasks: dict[int, object] = {}
 
     def say(self, text: str) -> None:
-        """One line about what happens."""
+        """Print one line."""
         if not self.quiet:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
-        """A step that is shown until the block ends."""
+        """Show a step until the block ends."""
         with self._shown(label, total) as step:
             outer, self.events.position = self.events.position, step.position
             step.record("progress", **step.position())
@@ -122,7 +122,7 @@ class Reporter:
 
 
 def clock_time(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds."""
+    """Format seconds as hours, minutes and seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""Where a run stands, from the events in its output: it may be running, on any machine, or dead."""
+"""The state of a run, read from the events in its output: running on any machine, finished, or dead."""
 
 import time
 from dataclasses import dataclass
@@ -9,19 +9,24 @@ from shardprune.errors import InputError
 from shardprune.report.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
 from shardprune.report.progress import clock_time
 from shardprune.storage.folder import Folder
-from shardprune.storage.output_names import PRUNED, RECOVERED
+from shardprune.storage.output_names import run_folders
 from shardprune.storage.retrying import preflight
 
-SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # after which a run counts as dead
+SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # without events, after which a run counts as dead
 ENDS = ("done", "stopped", "failed")
-LONGEST = ("prune", "rebuild", "recover", "perplexity after")  # steps after which little or nothing is left
+LONGEST = ("prune", "rebuild", "recover", "perplexity after")  # steps after which little or no work is left
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Status:
-    """One run. Times are seconds since the epoch; `left` are seconds, counted from its last event, where the run has
-    shown how fast it is; `state` is running, done, stopped, failed or dead (silent)."""
+    """The state of one run.
+
+    Attributes:
+        state: running, done, stopped, failed, or dead (no events for SILENCE_SECONDS).
+        started, last: seconds since the epoch, `last` of the last event.
+        left: estimated seconds to the end, counted from the last event; None without a basis for it.
+    """
 
     folder: str
     command: str
@@ -40,7 +45,7 @@ class Status:
     left: float | None
 
     def lines(self, now: float) -> list[str]:
-        """For people."""
+        """Format the status as lines of text."""
         lines = [f"{self.folder}: {self.command}, {self._state(now)}"]
         if self.finished is not None:
             lines.append(f"layers    {self.finished} of {self.layers} finished")
@@ -70,12 +75,12 @@ class Status:
 
 @preflight()
 def status_of(out: str, now: float | None = None) -> list[Status]:
-    """The runs that an output directory holds: one, or those of a pipeline's steps that have started.
+    """Return the status of the runs in an output directory: one, or those of a pipeline's started steps.
 
     Raises:
         InputError: it holds none.
     """
-    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    folders = [Folder(url, "out") for url in run_folders(out)]
     read = [(folder, read_events(folder)) for folder in folders]
     found = [(folder, events) for folder, events in read if any(event["event"] == "run" for event in events)]
     if not found:
@@ -111,7 +116,7 @@ def _status(folder: str, events: list[Event], now: float) -> Status:
 
 
 def _phase(attempt: list[Event]) -> str | None:
-    """The phase under way, or the last one that was."""
+    """Return the current phase, or the last one."""
     open_phases: list[str] = []
     latest = None
     for event in attempt:
@@ -124,7 +129,9 @@ def _phase(attempt: list[Event]) -> str | None:
 
 
 def _finished(events: list[Event]) -> int | None:
-    """Finished layers: those that the last attempt has found, and its own; None of commands that make none singly."""
+    """Count the finished layers: those that the last attempt found, and its own; None for commands without single
+    layers.
+    """
     attempts = [place for place, event in enumerate(events) if event["event"] == "attempt"]
     if not attempts:
         return None
@@ -133,7 +140,7 @@ def _finished(events: list[Event]) -> int | None:
 
 
 def _left(events: list[Event], attempt: list[Event]) -> float | None:
-    """Seconds from the last event to the end of the run, as far as it has shown how fast it is."""
+    """Estimate the seconds from the last event to the end of the run, from its speed so far."""
     search = _left_of_search(events, attempt)
     structure = [event["event"] for event in attempt if event.get("phase") == "structure"]
     if structure == ["begin"]:  # another run follows
@@ -145,7 +152,7 @@ def _left(events: list[Event], attempt: list[Event]) -> float | None:
 
 
 def _left_of_step(attempt: list[Event]) -> float | None:
-    """Of the step that the attempt is at, by the parts that are done."""
+    """Estimate the remaining seconds of the current step by its finished parts."""
     positions = [event for event in attempt if "total" in event]
     if not positions or not positions[-1]["total"]:
         return None
@@ -161,7 +168,7 @@ def _left_of_step(attempt: list[Event]) -> float | None:
 
 
 def _left_of_search(events: list[Event], attempt: list[Event]) -> float | None:
-    """Of a search, by the share of the request that its iterations have removed."""
+    """Estimate the remaining seconds of mop by the share of the request that its iterations have removed."""
     shares = [event["share"] for event in events if "share" in event]
     own = [event for event in attempt if "share" in event]
     if not own:
@@ -172,7 +179,7 @@ def _left_of_search(events: list[Event], attempt: list[Event]) -> float | None:
 
 
 def _evaluation_ahead(events: list[Event], attempt: list[Event]) -> float:
-    """The seconds that perplexity will take at the end: what it took before."""
+    """Return the expected seconds of the perplexity at the end: those of the perplexity before."""
     if any(str(event.get("label", "")) == "perplexity after" for event in attempt):
         return 0.0
     started: dict[str, float] = {}

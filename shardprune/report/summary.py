@@ -1,4 +1,4 @@
-"""What a run achieved in a few rows: the table at its end, and the head of its report."""
+"""The summary of a run in a few rows: the table at its end, and the head of its report."""
 
 from collections.abc import Iterator
 
@@ -9,11 +9,11 @@ from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Res
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 EVALUATION_HEADINGS = ("", "metric", "value", "±", "samples", "shots")
 
-Row = tuple[str, str, str]  # of what, before, after
+Row = tuple[str, str, str]  # label, before, after
 
 
 def summary(result: Result) -> Table:
-    """Perplexity, sparsity, size, seconds and memory of a run."""
+    """Return the table of perplexity, sparsity, size, seconds and memory of a run."""
     table = Table(title=", ".join((*what_was_done(result), result.recipe["out"])), title_justify="left")
     table.add_column("")
     table.add_column("before", justify="right")
@@ -24,7 +24,7 @@ def summary(result: Result) -> Table:
 
 
 def evaluation_summary(result: EvaluationResult) -> Table:
-    """Perplexities and the metrics of tasks with their standard errors, those measured earlier included."""
+    """Return the table of perplexities and of tasks' metrics with standard errors, earlier measurements included."""
     table = Table(title=result.recipe["model"], title_justify="left")
     table.add_column("", overflow="fold")
     for heading in EVALUATION_HEADINGS[1:]:
@@ -35,7 +35,7 @@ def evaluation_summary(result: EvaluationResult) -> Table:
 
 
 def what_was_done(result: Result) -> list[str]:
-    """The steps of a run in the words of its recipe."""
+    """Describe the steps of a run from its recipe."""
     recipe = result.recipe
     done = []
     if recipe.get("structured"):
@@ -50,7 +50,7 @@ def what_was_done(result: Result) -> list[str]:
 
 
 def summary_rows(result: Result) -> Iterator[Row]:
-    """Rows of what is counted and measured."""
+    """Yield the rows of counted and measured values."""
     for source, measured in result.perplexity.items():
         after = f"{measured.after:.3f}" if measured.after is not None else "-"
         yield f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after
@@ -76,7 +76,7 @@ def summary_rows(result: Result) -> Iterator[Row]:
 
 
 def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
-    """Rows under EVALUATION_HEADINGS."""
+    """Yield the rows under EVALUATION_HEADINGS."""
     for source, measured in evaluation.perplexity.items():
         windows = f"{measured.windows:,} x {measured.seqlen:,}"
         yield source.rsplit("/", 1)[-1], "perplexity", f"{measured.value:.3f}", "", windows, ""

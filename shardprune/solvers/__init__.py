@@ -1,1 +1,1 @@
-"""Pure functions on tensors: no models, no files, no Ray."""
+"""Pruning mathematics as pure functions on tensors: no models, no files, no Ray."""

@@ -30,12 +30,12 @@ class Masked:
 
 
 def scores(metric: Metric, dense: Tensor, squares: Tensor | None, mask: Tensor) -> Tensor:
-    """The score of every weight, float32 [rows, cols].
+    """Return the score of every weight, float32 [rows, cols].
 
     Args:
-        dense: the weight before it was pruned.
-        squares: the mean squared gradient; the metric `weight` does without.
-        mask: True where pruned. What is zero there in the dense weight too is never swapped in.
+        dense: the weight before pruning.
+        squares: the mean squared gradient; unused by the metric `weight`.
+        mask: True where pruned. Weights that are zero in the dense model, too, are never swapped in.
     """
     if metric == "weight":
         found = dense.abs().float()
@@ -46,12 +46,11 @@ def scores(metric: Metric, dense: Tensor, squares: Tensor | None, mask: Tensor) 
 
 
 def rebuild(block: Sequence[Masked], granularity: Granularity, threshold: float) -> tuple[list[Tensor], int]:
-    """The new masks of a block's projections, and the number of pairs swapped.
+    """Return the new masks of a block's projections, and the number of swapped pairs.
 
-    Pairs are formed within a row, a column, a projection or the whole block. Where the pattern is N:M they
-    are formed within its groups; the first fraction of the pairs of a row, a column (of groups), a projection
-    or the block is then the one with the largest differences of scores, which is what the order of pairs
-    amounts to without groups too.
+    Pairs are formed within a row, a column, a projection or the whole block. N:M masks are rebuilt within their groups:
+    there, the first fraction of the pairs of a row, a column (of groups), a projection or the block are those with the
+    largest differences of scores, which is the order of pairs without groups, too.
     """
     masks = [masked.mask for masked in block]
     swaps = 0
@@ -71,8 +70,9 @@ def rebuild(block: Sequence[Masked], granularity: Granularity, threshold: float)
 
 
 def _parts(block: Sequence[Masked], granularity: Granularity) -> list[list[int]]:
-    """The projections whose weights are paired together: one each, or all of a block that have groups and
-    all that have none."""
+    """Return the projections whose weights are paired together: one each, or all of a block with N:M groups and all
+    without.
+    """
     if granularity != "block":
         return [[index] for index in range(len(block))]
     grouped = [index for index, masked in enumerate(block) if isinstance(masked.pattern, NM)]
@@ -80,15 +80,17 @@ def _parts(block: Sequence[Masked], granularity: Granularity) -> list[list[int]]
 
 
 def _counts(pairs: Tensor, threshold: float) -> Tensor:
-    """The first fraction of so many pairs, rounded down; the fraction itself may be a hair below its decimal."""
+    """Return the fraction `threshold` of numbers of pairs, rounded down; tolerates a fraction just below its
+    decimal.
+    """
     return (pairs.double() * threshold + 1e-9).floor().to(torch.int64)
 
 
 def _swap_over_all(pieces: Sequence[Masked], threshold: float) -> tuple[list[Tensor], int]:
     """Pair the weights of whole projections with each other.
 
-    Nothing is sorted. Let v be the P-th smallest score where P are pruned: there are as many pairs to swap
-    as pruned weights above v or kept ones below it, whichever are more.
+    Without sorting: if P weights are pruned and v is the P-th smallest score, the pairs to swap are as many as pruned
+    weights above v, or kept ones below it, whichever is more.
     """
     scores = torch.cat([piece.scores.reshape(-1) for piece in pieces])
     mask = torch.cat([piece.mask.reshape(-1) for piece in pieces])
@@ -142,9 +144,12 @@ def _m(piece: Masked) -> int:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The pairs of every group of `m` consecutive inputs of a row, the best first: `gains` float32 [rows,
-    groups, m // 2] is the pruned weight's score minus the kept one's (-inf where there is no pair), `revived`
-    and `removed` int32 are their columns within the group."""
+    """The pairs of every group of `m` consecutive inputs of a row, best first.
+
+    Attributes:
+        gains: float32 [rows, groups, m // 2], the pruned weight's score minus the kept one's; -inf without a pair.
+        revived, removed: int32, the pair's columns within the group.
+    """
 
     gains: Tensor
     revived: Tensor
@@ -154,7 +159,7 @@ class _Pairs:
     @classmethod
     def of(cls, scores: Tensor, mask: Tensor, m: int) -> "_Pairs":
         parts = []
-        most = m // 2  # both of a pair lie in the group
+        most = m // 2  # both weights of a pair are in the group
         size = max(1, LINES // scores.shape[1])
         for some_scores, some_mask in zip(scores.split(size), mask.split(size), strict=True):
             pruned = cls._grouped(some_scores.masked_fill(~some_mask, -math.inf), m, -math.inf)
@@ -171,7 +176,7 @@ class _Pairs:
         return torch.nn.functional.pad(values, (0, -cols % m), value=padding).view(rows, -1, m)
 
     def swapped(self, mask: Tensor, chosen: Tensor) -> Tensor:
-        """The mask with the chosen pairs swapped."""
+        """Return the mask with the chosen pairs swapped."""
         new = mask.clone()
         rows, groups, _ = chosen.nonzero(as_tuple=True)
         new[rows, groups * self.m + self.revived[chosen].long()] = False

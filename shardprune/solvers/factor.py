@@ -14,10 +14,10 @@ LEAF = 256  # columns
 
 @dataclass(frozen=True)
 class Factor:
-    """U with the diagonal taken out: `steps` [cols, cols] float32 has u_jk / u_jj, `diagonal` [cols] has u_jj.
+    """U without its diagonal: `steps` [cols, cols] float32 is u_jk / u_jj, `diagonal` [cols] is u_jj.
 
-    `dead` [cols] marks inputs that were always zero; `damping` is the fraction of the mean diagonal that
-    was added in the end, after `retries` raises.
+    `dead` [cols] marks inputs that were always zero; `damping` is the final fraction of the mean diagonal that was
+    added, after `retries` increases.
     """
 
     steps: Tensor
@@ -28,9 +28,9 @@ class Factor:
 
 
 def factorise(hessian: Tensor, damping: float) -> Factor:
-    """Factor a damped Hessian [cols, cols], whose diagonal is overwritten.
+    """Factorise a damped Hessian [cols, cols]; its diagonal is overwritten.
 
-    Where H is not positive definite, the damping grows tenfold at a time up to `DAMPING_LIMIT`.
+    If H is not positive definite, the damping grows tenfold at a time up to `DAMPING_LIMIT`.
 
     Raises:
         SolverError: H has entries that are not finite, or no damping up to the limit helps.
@@ -56,15 +56,15 @@ def factorise(hessian: Tensor, damping: float) -> Factor:
 
 
 def _invert_into(hessian: Tensor, upper: Tensor) -> bool:
-    """Fill `upper` with U; False where H is not positive definite.
+    """Fill `upper` with U; return False if H is not positive definite.
 
     H = R R^T with R upper triangular, and U = R^-1. Split in half, with H = [[A, B], [B^T, C]]:
 
         R_22 R_22^T = C,   R_12 = B U_22^T,   R_11 R_11^T = A - R_12 R_12^T,   U_12 = -U_11 R_12 U_22.
 
-    The recursion ends at leaves that fit a cache; all other work is products of matrices, which run near
-    the peak of any processor. LAPACK's own factorisation and triangular inverse of the whole take twice
-    as long on a CPU, half of it in copying between row and column order.
+    The recursion ends at leaves that fit a cache; all other work is products of matrices, which run near the peak of
+    any processor. LAPACK's own factorisation and triangular inverse of the whole take twice as long on a CPU, half of
+    it in copying between row and column order.
     """
     size = len(hessian)
     if size <= LEAF:

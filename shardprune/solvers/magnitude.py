@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights of a projection go."""
+"""Magnitude pruning: zero the smallest weights of a projection."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""What every pruning method takes and gives."""
+"""The interface and the table of pruning methods."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Solution:
-    """A pruned projection: `weight` [rows, cols] float32, `mask` [rows, cols] True where pruned, how
-    many `retries` the factorisation needed and the `damping` it ended with (None: no factorisation)."""
+    """A pruned projection.
+
+    Attributes:
+        weight: float32 [rows, cols].
+        mask: bool [rows, cols], True where pruned.
+        retries: damping increases that the factorisation needed.
+        damping: its final damping; None without a factorisation.
+    """
 
     weight: "Tensor"
     mask: "Tensor"
@@ -27,9 +33,10 @@ class Solution:
 class Method:
     """A row of the table of methods.
 
-    `solver` is the module and function that prune, imported when they are first used: recipes are read without
-    torch. `needs` is the kind of statistics it cannot do without (None: the weights are enough). A recipe's
-    `method` is a row that is `named`.
+    Attributes:
+        solver: module and function, imported on first use: recipes are read without torch.
+        needs: kind of statistics that it requires; None: weights alone.
+        named: whether it is a value of a recipe's `method`.
     """
 
     solver: str
@@ -38,7 +45,9 @@ class Method:
 
     @property
     def prune(self) -> "Callable[[Tensor, InputStatistics, Pattern, float], Solution]":
-        """`prune(weight, statistics, pattern, sparsity)` takes a float32 weight [rows, cols] and leaves it as it is."""
+        """The function `prune(weight, statistics, pattern, sparsity)`, which leaves its float32 weight [rows, cols]
+        unchanged.
+        """
         module, function = self.solver.split(".")
         return getattr(import_module(f"shardprune.solvers.{module}"), function)
 
@@ -46,6 +55,8 @@ class Method:
 METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude.prune", needs=None),
     "wanda": Method("wanda.prune", needs="squares"),
-    "wanda-variant": Method("wanda.prune_variant", needs="squares", named=False),  # by an option of its own
+    "wanda-variant": Method(
+        "wanda.prune_variant", needs="squares", named=False
+    ),  # selected by an option, not by its name
     "sparsegpt": Method("sparsegpt.prune", needs="gram"),
 }

@@ -1,4 +1,4 @@
-"""Outlier ratios (OWL, arXiv 2310.05175, equation 2): how many weights stand out by Wanda's metric."""
+"""Outlier ratios (OWL, arXiv 2310.05175, equation 2) of Wanda's metric."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 2**24  # entries of the metric that exist at any time
+BLOCK = 2**24  # entries of the metric in memory at any time
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Outliers:
 
 
 def outlier_ratios(projections: Mapping[str, tuple[Tensor, Tensor]], m: float) -> Outliers:
-    """The outlier ratios of one layer's metric |w| * sqrt(s).
+    """Return the outlier ratios of one layer's metric |w| * sqrt(s).
 
-    Two looks at the weights: the mean of the metric is sum_j sqrt(s_j) sum_i |w_ij| over the number of
-    entries, so that the first needs column sums only; the second counts, a block of rows at a time.
+    Two passes over the weights: the mean of the metric is sum_j sqrt(s_j) sum_i |w_ij| over the number of entries, so
+    that the first needs column sums only; the second counts, a block of rows at a time.
 
     Args:
-        projections: by name a weight [rows, cols] and the mean squares s [cols] of its input.
-        m: how many times the mean an outlier is above.
+        projections: by name, a weight [rows, cols] and the mean squares s [cols] of its input.
+        m: outlier threshold, as a multiple of the mean.
     """
     sums = {
         name: float(torch.linalg.vector_norm(weight, 1, dim=0, dtype=torch.float64) @ squares.double().sqrt())
@@ -46,7 +46,7 @@ def outlier_ratios(projections: Mapping[str, tuple[Tensor, Tensor]], m: float) -
 
 
 def _above(weight: Tensor, squares: Tensor, thresholds: tuple[float, float]) -> list[int]:
-    """How many entries of the metric are above each threshold."""
+    """Count the entries of the metric above each threshold."""
     norms = squares.sqrt()
     counts = [0] * len(thresholds)
     for rows in weight.split(max(1, BLOCK // weight.shape[1])):

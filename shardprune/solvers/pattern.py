@@ -1,9 +1,9 @@
-"""Where zeros may stand in a projection: anywhere, or N nonzeros in every M consecutive inputs.
+"""Sparsity patterns: unstructured, N:M, and mixed:M.
 
-What a recipe names holds for the whole model; `at` gives the pattern of a projection with a certain
-sparsity, which differs between projections where N is mixed.
+A recipe's pattern is the whole model's; `at` returns the pattern of a projection with a given sparsity, which differs
+between projections if N is mixed.
 
-A recipe is read, and a command line completed, without torch: only what works on tensors imports it.
+Recipes and shell completion do without torch: only functions on tensors import it.
 """
 
 import math
@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-SAMPLE_ROWS = 512  # of a weight, in which the pattern of its zeros is looked for
-BROKEN = 10.0  # groups that chance would break, where unbroken ones are taken for a pattern
+SAMPLE_ROWS = 512  # rows of a weight in which its pattern is detected
+BROKEN = 10.0  # a pattern must have at least so many groups that chance would have broken
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Zeros anywhere; how many is the projection's sparsity."""
+    """Zeros anywhere; their number is the projection's sparsity."""
 
     @property
     def sparsity(self) -> None:
-        """The sparsity that the pattern itself fixes: none."""
+        """The sparsity that the pattern fixes: none."""
         return None
 
     def at(self, sparsity: float) -> "Unstructured":
         return self
 
     def mask(self, scores: "Tensor", sparsity: float, per_row: bool) -> "Tensor":
-        """True where `scores` [rows, cols] are pruned: the smallest, within each row or over all."""
+        """Return the mask of the smallest `scores` [rows, cols], True where pruned, within each row or over all."""
         from shardprune.solvers.selection import cumulative_counts, smallest, smallest_per_row
 
         rows, cols = scores.shape
@@ -40,7 +40,7 @@ class Unstructured:
         return smallest(scores, int(rows * cols * sparsity + 0.5))
 
     def zeros(self, rows: int, cols: int, sparsity: float) -> int:
-        """The number of zeros that a mask of this pattern has."""
+        """Return the number of zeros of such a mask."""
         return int(rows * cols * sparsity + 0.5)
 
     def holds(self, weight: "Tensor") -> bool:
@@ -69,18 +69,18 @@ class NM:
         return self
 
     def mask(self, scores: "Tensor", sparsity: float, per_row: bool) -> "Tensor":
-        """True where `scores` [rows, cols] are pruned: the smallest of every group of a row."""
+        """Return the mask of the smallest `scores` [rows, cols] of every group of a row, True where pruned."""
         from shardprune.solvers.selection import smallest_per_group
 
         return smallest_per_group(scores, self.n, self.m)
 
     def zeros(self, rows: int, cols: int, sparsity: float) -> int:
-        """The number of zeros that a mask of this pattern has."""
+        """Return the number of zeros of such a mask."""
         groups, rest = divmod(cols, self.m)
         return rows * (groups * (self.m - self.n) + max(0, rest - self.n))
 
     def holds(self, weight: "Tensor") -> bool:
-        """Whether `weight` [rows, cols] has at most `n` nonzeros in every group."""
+        """Return whether `weight` [rows, cols] has at most `n` nonzeros in every group."""
         rows, cols = weight.shape
         whole = cols // self.m * self.m
         full, rest = (weight != 0).split([whole, cols - whole], dim=1)
@@ -95,17 +95,17 @@ Pattern = Unstructured | NM
 
 @dataclass(frozen=True)
 class Mixed:
-    """N:M with a common M, whose N an allocation chooses for every layer from 1 to M."""
+    """N:M with a common M; an allocation chooses N for every layer, from 1 to M."""
 
     m: int
 
     @property
     def sparsity(self) -> None:
-        """The sparsity that the pattern itself fixes: none."""
+        """The sparsity that the pattern fixes: none."""
         return None
 
     def at(self, sparsity: float) -> NM:
-        """The pattern of a projection to which the allocation gave this sparsity."""
+        """Return the pattern of a projection with this sparsity."""
         return NM(round(self.m * (1 - sparsity)), self.m)
 
     def __str__(self) -> str:
@@ -113,10 +113,10 @@ class Mixed:
 
 
 def parse_pattern(text: str) -> Pattern | Mixed:
-    """`unstructured`, `N:M` with 0 < N < M, or `mixed:M` with M > 1.
+    """Parse `unstructured`, `N:M` with 0 < N < M, or `mixed:M` with M > 1.
 
     Raises:
-        ValueError: the text is neither.
+        ValueError: the text is none of these.
     """
     if text == "unstructured":
         return Unstructured()
@@ -129,11 +129,11 @@ def parse_pattern(text: str) -> Pattern | Mixed:
 
 
 def pattern_of(weight: "Tensor") -> Pattern:
-    """The pattern that the zeros of a pruned `weight` [rows, cols] show.
+    """Detect the pattern of the zeros of a pruned `weight` [rows, cols].
 
-    Of the M up to 32 that divide the inputs, the one with the smallest N/M such that no group of M has more
-    than N nonzeros: full groups of N:M have the share of nonzeros of the whole weight, and no other M can have
-    less. It cannot be chance: the same number of nonzeros thrown anywhere would break `BROKEN` groups or more.
+    It is the smallest N/M, among the M up to 32 that divide the inputs, such that no group of M has more than N
+    nonzeros: in full N:M groups the share of nonzeros is that of the whole weight, and no other M can have a smaller
+    N/M. Chance is excluded: as many nonzeros placed at random would break at least `BROKEN` groups.
     """
     sample = weight[:SAMPLE_ROWS] != 0
     rows, cols = sample.shape
@@ -153,5 +153,5 @@ def pattern_of(weight: "Tensor") -> Pattern:
 
 
 def _chance_of_more(n: int, m: int, density: float) -> float:
-    """The chance that more than `n` of `m` independent weights are nonzero."""
+    """Return the probability that more than `n` of `m` independent weights are nonzero."""
     return sum(math.comb(m, k) * density**k * (1 - density) ** (m - k) for k in range(n + 1, m + 1))

@@ -1,4 +1,4 @@
-"""What a recipe says about rebuilding masks; `barber` does it."""
+"""The options of mask rebuilding; `barber` implements it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,8 +9,9 @@ Metric = Literal["weight-gradient", "weight", "gradient"]
 
 @dataclass(frozen=True)
 class Rebuilding:
-    """How masks are rebuilt: within what weights are paired, by which score, and the fraction of the pairs
-    to swap. Where `keep_corrected`, weights that stay keep the values that the pruning method gave them."""
+    """Options of mask rebuilding: within which unit weights are paired, by which score, and the fraction of pairs to
+    swap. With `keep_corrected`, kept weights keep the values that the pruning method gave them.
+    """
 
     threshold: float
     granularity: Granularity

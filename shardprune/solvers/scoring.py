@@ -1,4 +1,4 @@
-"""How structures are chosen, and candidates."""
+"""The options for scoring structures and candidates."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,10 +9,10 @@ Criterion = Literal["cosine", "kl", "perplexity"]  # what whole candidates are s
 
 @dataclass(frozen=True)
 class Scoring:
-    """By what structures are judged, and whether the columns that stay are corrected.
+    """The score of structures, and whether remaining columns are corrected.
 
-    `amp`: how active a structure is (MoP, arXiv 2602.06127); `outlier`: its share of outliers of Wanda's metric, which
-    are above `outlier_m` times the mean over the layer; `obs`: the output error that its removal leaves.
+    `amp`: activity of a structure (MoP, arXiv 2602.06127). `outlier`: share of outliers of Wanda's metric, those above
+    `outlier_m` times the layer's mean. `obs`: output error after the structure's removal.
     """
 
     score: Score
@@ -20,5 +20,5 @@ class Scoring:
     outlier_m: float
 
     def needs_gram(self, measure_error: bool) -> bool:
-        """Whether second moments of the output projections' inputs are needed whole."""
+        """Return whether full second moments of the output projections' inputs are needed."""
         return self.correction or self.score == "obs" or measure_error

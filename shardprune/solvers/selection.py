@@ -1,4 +1,4 @@
-"""Choosing exactly k entries: the smallest scores, ties broken by the lowest index."""
+"""Exact selection of k entries: the smallest scores, ties broken by the lowest index."""
 
 import numpy as np
 import torch
@@ -8,9 +8,9 @@ SORTED = 2**24  # entries at once: a sort on CUDA takes 36 bytes for each
 
 
 def smallest(scores: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` smallest entries of `scores`, whatever its shape.
+    """Return the boolean mask of the `count` smallest entries of `scores`, of any shape.
 
-    A selection of the k-th value instead of a sort: one pass finds the threshold, one compares with it.
+    Selects the k-th value instead of sorting: one pass finds the threshold, one compares with it.
     """
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -25,9 +25,9 @@ def smallest(scores: Tensor, count: int) -> Tensor:
 
 
 def kth_value(flat: Tensor, k: int) -> Tensor:
-    """The k-th smallest entry [1], by a selection that uses the whole processor.
+    """Return the k-th smallest entry [1], by a selection that uses the whole processor.
 
-    torch's `kthvalue` does not: on a CPU it is not vectorised, on a GPU it runs in a single thread block.
+    torch's `kthvalue` does not: it is not vectorised on a CPU, and runs in a single thread block on a GPU.
     """
     if flat.is_cuda:
         return flat.topk(k, largest=False, sorted=False).values.amax(dim=0, keepdim=True)
@@ -35,7 +35,7 @@ def kth_value(flat: Tensor, k: int) -> Tensor:
 
 
 def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
-    """Boolean mask of the `counts[i]` smallest entries of each row i of `scores` [rows, cols]."""
+    """Return the boolean mask of the `counts[i]` smallest entries of each row i of `scores` [rows, cols]."""
     mask = torch.empty_like(scores, dtype=torch.bool)
     ranks = torch.arange(scores.shape[1], device=scores.device)
     size = max(1, SORTED // max(1, scores.shape[1]))
@@ -47,8 +47,10 @@ def smallest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
 
 
 def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
-    """Boolean mask of all but the `n` largest in every `m` consecutive columns of `scores` [rows, cols]; the last
-    columns of a row may be fewer."""
+    """Return the boolean mask of all but the `n` largest in every `m` consecutive columns of `scores` [rows, cols].
+
+    The last group of a row may have fewer columns.
+    """
     rows, cols = scores.shape
     whole = cols // m * m
     mask = torch.zeros_like(scores, dtype=torch.bool)
@@ -61,7 +63,7 @@ def smallest_per_group(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
-    """Boolean mask of the `count` smallest along the last dimension."""
+    """Return the boolean mask of the `count` smallest along the last dimension."""
     mask = torch.zeros_like(groups, dtype=torch.bool)
     size = max(1, SORTED // max(1, groups.shape[1:].numel()))
     for part, chosen in zip(groups.split(size), mask.split(size), strict=True):
@@ -71,10 +73,10 @@ def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
 
 
 def cumulative_counts(parts: int, size: int, fraction: float) -> Tensor:
-    """How many of each of `parts` equal parts of `size` entries to take, int64 [parts].
+    """Return the number of entries to take from each of `parts` equal parts of `size` entries, int64 [parts].
 
-    The running total is `fraction` of all entries so far, rounded: every part is within one entry of
-    its share, and the sum within half an entry of the whole.
+    The running total is `fraction` of all entries so far, rounded: every part is within one entry of its share, and the
+    sum within half an entry of the whole.
     """
     ends = torch.arange(parts + 1, dtype=torch.float64) * size
     return (ends * fraction + 0.5).floor().diff().to(torch.int64)

@@ -1,13 +1,12 @@
-"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, let the rest make up.
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column and correct the columns to the right.
 
-Going through the columns from left to right, the value that a pruned column j loses is made up for by
-the columns to its right: with H^-1 = U^T U, w_k -= w_j * (u_jk / u_jj) for every k > j (algorithm 1).
+From left to right, the columns to the right make up for the value that a pruned column j loses: with H^-1 = U^T U, w_k
+-= w_j * (u_jk / u_jj) for every k > j (algorithm 1).
 
-A column's step need not reach every column to its right at once, only before that column's turn. So the
-columns are taken in blocks, and a block is halved again and again: the left half is finished first, then
-one product of matrices corrects the right half for all that the left half lost. Few columns see many
-small updates this way; nearly all arithmetic is in large products. The weights are kept transposed,
-[cols, rows], so that a column is contiguous.
+A column's correction has to reach a column to its right only before that column's turn. Columns are therefore taken in
+blocks, and a block is halved recursively: the left half is finished first, then one matrix product corrects the right
+half for everything that the left half lost. Few columns get many small updates this way; nearly all arithmetic is in
+large products. The weights are kept transposed, [cols, rows], so that a column is contiguous.
 """
 
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsit
 
 @dataclass(frozen=True)
 class _Sweep:
-    """One pass over the `columns` [cols, rows], which it prunes in place; fills `mask` [cols, rows]."""
+    """One pass over the `columns` [cols, rows], pruned in place; fills `mask` [cols, rows]."""
 
     columns: Tensor
     mask: Tensor
@@ -52,12 +51,12 @@ class _Sweep:
 
     @property
     def unit(self) -> int:
-        """The columns whose zeros are chosen together: a group of N:M, or a block."""
+        """Number of columns whose zeros are chosen together: a group of N:M, or a block."""
         return self.pattern.m if isinstance(self.pattern, NM) else BLOCK
 
     @property
     def block(self) -> int:
-        """The columns that correct all those to their right in one product: whole units."""
+        """Number of columns that correct all those to their right in one product: whole units."""
         return max(1, BLOCK // self.unit) * self.unit
 
     def prune_block(self, left: int, right: int) -> None:
@@ -67,7 +66,7 @@ class _Sweep:
         self._correct(left, right, len(self.columns), lost)
 
     def _over_units(self, left: int, right: int, lost: Tensor) -> None:
-        """Prune the columns [left, right), whole units; `lost` [right - left, rows] takes what they lose."""
+        """Prune the columns [left, right), whole units; `lost` [right - left, rows] receives what they lose."""
         units = -(-(right - left) // self.unit)
         if units == 1:
             self._choose(left, right)
@@ -79,10 +78,10 @@ class _Sweep:
             self._over_units(left + size, right, lost[size:])
 
     def _over_columns(self, left: int, right: int, lost: Tensor, chosen: Tensor) -> None:
-        """Prune the columns [left, right), of which `chosen` [right - left, rows] is 1 where they go, else 0."""
+        """Prune the columns [left, right); `chosen` [right - left, rows] is 1 at pruned weights, else 0."""
         if right - left == 1:
             torch.mul(self.columns[left], chosen[0], out=lost[0])
-            self.columns[left].sub_(lost[0])  # exactly zero where it goes, untouched elsewhere
+            self.columns[left].sub_(lost[0])  # exactly zero where pruned, unchanged elsewhere
         else:
             half = (right - left) // 2
             self._over_columns(left, left + half, lost[:half], chosen[:half])
@@ -90,7 +89,7 @@ class _Sweep:
             self._over_columns(left + half, right, lost[half:], chosen[half:])
 
     def _correct(self, left: int, middle: int, right: int, lost: Tensor) -> None:
-        """Let the columns [middle, right) make up for what [left, middle) lost."""
+        """Correct the columns [middle, right) for what [left, middle) lost."""
         if middle < right:
             steps = self.factor.steps[left:middle, middle:right]
             self.columns[middle:right].addmm_(steps.t(), lost, alpha=-1)
@@ -102,5 +101,5 @@ class _Sweep:
             self.mask[left:right] = self.pattern.mask(scores.t(), self.sparsity, per_row=True).t()
         else:
             cols, rows = self.columns.shape
-            counts = cumulative_counts(cols, rows, self.sparsity)  # of each column: the total is exact
+            counts = cumulative_counts(cols, rows, self.sparsity)  # per column, with an exact total
             self.mask[left:right] = smallest(scores, int(counts[left:right].sum()))

@@ -1,4 +1,4 @@
-"""What a pruning method knows of a projection's input: sums over the calibration tokens."""
+"""Statistics of a projection's input: sums over the calibration tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class InputStatistics:
         return self.sums * (2 / self.samples)
 
     def factor(self, damping: float) -> Factor:
-        """The inverse Hessian's upper factor, computed once for all projections that read this input."""
+        """Return the upper factor of the inverse Hessian, computed once for all projections that read this input."""
         if damping not in self._factors:
             self._factors[damping] = factorise(self.hessian, damping)
         return self._factors[damping]
@@ -84,7 +84,7 @@ def add_gram(gram: Tensor, tokens: Tensor) -> None:
 
 
 def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float:
-    """Relative output error ||XW - XW'||^2 / ||XW||^2 of a projection, from X^T X.
+    """Return the relative output error ||XW - XW'||^2 / ||XW||^2 of a projection, from X^T X.
 
     Args:
         dense, pruned: weights [rows, cols], float32.
@@ -96,11 +96,13 @@ def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> 
     return float(lost / norm) if norm > 0 else 0.0
 
 
-Sums = tuple[Tensor, int]  # of an input over some sequences, and their number
+Sums = tuple[Tensor, int]  # sums over some sequences' inputs, and the number of sequences
 
 
 def merged(own: InputStatistics, parts: Sequence[Sums | None]) -> InputStatistics:
-    """The sums of all replicas in their order, None in the worker's own place; its own where it is the only one."""
+    """Return the sums over all replicas, in their order; `parts` is empty for a single one, and None in the worker's
+    place.
+    """
     if not parts:
         return own
     total = InputStatistics(own.kind, torch.zeros_like(own.sums))

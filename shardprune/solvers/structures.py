@@ -1,7 +1,7 @@
-"""Whole structures (attention groups, MLP neurons): score them, choose those that stay, correct what remains.
+"""Structures (attention groups, MLP neurons): score them, choose those that stay, correct the remaining columns.
 
-A structure is `size` consecutive columns of its block's output projection W [rows, cols]: structure k owns
-the columns [k * size, (k + 1) * size). Neurons have size 1.
+A structure is `size` consecutive columns of its block's output projection W [rows, cols]: structure k owns the columns
+[k * size, (k + 1) * size). Neurons have size 1.
 """
 
 from collections.abc import Iterable
@@ -15,19 +15,19 @@ from shardprune.solvers.factor import Factor, factorise
 from shardprune.solvers.outliers import BLOCK
 from shardprune.solvers.statistics import InputStatistics
 
-BATCHES = 64  # of structures that go between two scorings, about
+BATCHES = 64  # removals are divided into about so many batches; structures are scored again after each
 
 
 def columns_of(structures: Tensor, size: int) -> Tensor:
-    """The columns that `structures` (indices) own, int64, in their order."""
+    """Return the columns of `structures` (indices), int64, in their order."""
     return (structures.unsqueeze(1) * size + torch.arange(size, device=structures.device)).flatten()
 
 
 def head_contributions(inputs: Tensor, weight: Tensor, size: int) -> Tensor:
     """Sum over the tokens t of ||W_k x_tk||_1 for each structure k, float32 [structures].
 
-    The score of AMP (arXiv 2504.21174), as MoP (arXiv 2602.06127) uses it. One structure at a time: beyond
-    the arguments there is one [tokens, rows] in float32.
+    The score of AMP (arXiv 2504.21174), as MoP (arXiv 2602.06127) uses it. Structures are processed one at a time:
+    memory beyond the arguments is one [tokens, rows] in float32.
 
     Args:
         inputs, weight: X [..., cols] and W [rows, cols] of the output projection, any floating dtype.
@@ -38,7 +38,7 @@ def head_contributions(inputs: Tensor, weight: Tensor, size: int) -> Tensor:
 
 
 def neuron_activity(inputs: Tensor) -> Tensor:
-    """AMP's score of neurons: the sum over the tokens of |x|, float32 [cols], for inputs [..., cols]."""
+    """Return AMP's score of neurons: the sum over the tokens of |x|, float32 [cols], for inputs [..., cols]."""
     return inputs.reshape(-1, inputs.shape[-1]).abs().sum(0, dtype=torch.float32)
 
 
@@ -57,7 +57,7 @@ class Owned:
 
 
 def mean_metric(projections: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The mean of Wanda's metric |w| * sqrt(s) over all entries of (weight [rows, cols], s [cols]) pairs."""
+    """Return the mean of Wanda's metric |w| * sqrt(s) over all entries of (weight [rows, cols], s [cols]) pairs."""
     total, entries = 0.0, 0
     for weight, squares in projections:
         norms = torch.linalg.vector_norm(weight, 1, dim=0, dtype=torch.float64)
@@ -67,13 +67,13 @@ def mean_metric(projections: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def outlier_shares(matrices: Iterable[Owned], structures: int, threshold: float) -> tuple[Tensor, Tensor]:
-    """What share of each structure's metric entries is above `threshold`, and the mean of its entries.
+    """Return each structure's share of metric entries above `threshold`, and the mean of its entries.
 
-    A block of rows at a time, as `outlier_ratios`. Slices are added up on the CPU: on a GPU the order of
-    the sums, and with it their last bit, would differ from run to run.
+    Rows are processed in blocks, as in `outlier_ratios`. Slices are summed on the CPU: on a GPU the order of the sums,
+    and with it their last bit, would differ from run to run.
 
     Returns:
-        The shares (fractions) and the means, float64 [structures] on the CPU; nan where none is owned.
+        The shares (fractions) and the means, float64 [structures] on the CPU; nan for a structure without entries.
     """
     entries, above, total = torch.zeros(3, structures, dtype=torch.float64)
     for matrix in matrices:
@@ -87,7 +87,9 @@ def outlier_shares(matrices: Iterable[Owned], structures: int, threshold: float)
 
 
 def _by_slice(matrix: Owned, threshold: float) -> tuple[Tensor, Tensor]:
-    """How many metric entries of each slice are above `threshold`, and their sum: float64 [slices] on the CPU."""
+    """Return the number of entries of each slice above `threshold`, and the slice's sum: float64 [slices] on the
+    CPU.
+    """
     norms = matrix.squares.sqrt()
     counts, sums = [], []
     for rows in matrix.weight.split(max(1, BLOCK // matrix.weight.shape[1])):
@@ -100,7 +102,7 @@ def _by_slice(matrix: Owned, threshold: float) -> tuple[Tensor, Tensor]:
 
 
 def keep_largest(scores: Tensor, count: int, ties: Tensor | None = None) -> Tensor:
-    """Indices, int64 ascending [count], of the structures with the largest `scores` [structures].
+    """Return the indices, int64 ascending [count], of the structures with the largest `scores` [structures].
 
     Among equal scores those with the larger `ties` stay, then those with the lower index.
     """
@@ -111,17 +113,17 @@ def keep_largest(scores: Tensor, count: int, ties: Tensor | None = None) -> Tens
 
 
 def keep_by_error(weight: Tensor, factor: Factor, size: int, count: int) -> Tensor:
-    """Indices, int64 ascending [count], of the structures that stay where those go that cost least error.
+    """Return the indices, int64 ascending [count], of the structures that stay if those with the least error are
+    removed.
 
-    Greedy, with all that remain making up for what went, as ZipLM (arXiv 2302.04089): after every 1/64 of
-    the structures that go (at least one) the rest is scored again, fewer than 128 times. Among equal
-    costs the lower index stays.
+    Greedy, with all remaining structures making up for removed ones, as ZipLM (arXiv 2302.04089): after every 1/64 of
+    the removals (at least one) the rest is scored again, fewer than 128 times. Among equal costs the lower index stays.
 
-    With g the columns that go: 2 cols^3 operations for H^-1, 2 g cols (rows + cols) for the eliminations,
-    rows cols size for each scoring; beyond the arguments two [cols, cols] and four [rows, cols] at most.
+    With g the removed columns: 2 cols^3 operations for H^-1, 2 g cols (rows + cols) for the eliminations, rows cols
+    size for each scoring; memory beyond the arguments is two [cols, cols] and four [rows, cols] at most.
 
     Args:
-        weight: W [rows, cols] float32, left alone.
+        weight: W [rows, cols] float32, left unchanged.
         factor: of the damped Hessian of its input; inputs that are always zero cost nothing.
 
     Raises:
@@ -133,7 +135,7 @@ def keep_by_error(weight: Tensor, factor: Factor, size: int, count: int) -> Tens
     inverse = upper.t() @ upper
     del upper
     stays = torch.ones(structures, dtype=torch.bool, device=weight.device)
-    left = structures - count  # to go
+    left = structures - count  # to remove
     batch = max(1, left // BATCHES)
     while left > 0:
         errors = removal_errors(weight, inverse, size).masked_fill_(~stays, torch.inf)
@@ -146,10 +148,10 @@ def keep_by_error(weight: Tensor, factor: Factor, size: int, count: int) -> Tens
 
 
 def removal_errors(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
-    """What removing each structure S alone costs: tr(W_S ((H^-1)_SS)^-1 W_S^T), float32 [structures].
+    """Return the error of removing each structure S alone: tr(W_S ((H^-1)_SS)^-1 W_S^T), float32 [structures].
 
-    That is the least tr(D H D^T) of all changes D of W [rows, cols] that remove S, with H^-1 = `inverse`
-    [cols, cols]: optimal brain surgeon's equation 5 (Hassibi and Stork, 1993), twice, for blocks.
+    That is the least tr(D H D^T) of all changes D of W [rows, cols] that remove S, with H^-1 = `inverse` [cols, cols]:
+    optimal brain surgeon's equation 5 (Hassibi and Stork, 1993), twice, for blocks.
 
     Raises:
         SolverError: a block of H^-1 is not positive definite.
@@ -163,9 +165,9 @@ def removal_errors(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
 
 
 def _eliminate(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
-    """Remove columns S in place: W -= W_S ((H^-1)_SS)^-1 (H^-1)_S:, and H^-1 likewise.
+    """Remove columns S in place: W -= W_S ((H^-1)_SS)^-1 (H^-1)_S:, and the same elimination in H^-1.
 
-    H^-1 is left with the identity where they were: it stays positive definite, and W_S no longer matters.
+    H^-1 is left with the identity in their place: it stays positive definite, and W_S no longer matters.
     """
     lower = _cholesky(inverse[columns.unsqueeze(1), columns])
     steps = torch.linalg.solve_triangular(lower, inverse[columns], upper=False)
@@ -186,7 +188,7 @@ def _cholesky(matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Correction:
-    """The columns that stay, corrected: `weight` [rows, kept]; `damping` and `retries` as of a `Factor`."""
+    """The corrected remaining columns: `weight` [rows, kept]; `damping` and `retries` as in a `Factor`."""
 
     weight: Tensor
     damping: float
@@ -194,13 +196,13 @@ class Correction:
 
 
 def correct(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: float = 0.01) -> Correction:
-    """Let the `kept` columns K make up for the others, R, by least squares with a ridge on the change.
+    """Correct the `kept` columns K for the removal of the others, R, by least squares with a ridge on the change.
 
-    W' = W_K + W_R H_RK (H_KK + r)^-1 minimises 2/N ||W X - W' X_K||^2 + r ||W' - W_K||^2, where r is the
-    fraction `damping` of H_KK's mean diagonal. The weights of inputs that are always zero stay as they are.
+    W' = W_K + W_R H_RK (H_KK + r)^-1 minimises 2/N ||W X - W' X_K||^2 + r ||W' - W_K||^2, where r is the fraction
+    `damping` of H_KK's mean diagonal. The weights of inputs that are always zero stay as they are.
 
     Args:
-        weight: W [rows, cols] float32, left alone.
+        weight: W [rows, cols] float32, left unchanged.
         statistics: of its input, kind `gram`.
         kept: column indices, int64 on the weight's device.
 

@@ -1,4 +1,4 @@
-"""Wanda (Sun et al., arXiv 2306.11695): weights judged together with the size of their inputs."""
+"""Wanda (Sun et al., arXiv 2306.11695): weights times the norms of their inputs as pruning metric."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from shardprune.solvers.statistics import InputStatistics
 
 
 def scores(weight: Tensor, statistics: InputStatistics) -> Tensor:
-    """The metric |w| * sqrt(s), [rows, cols] (equation 1)."""
+    """Return the metric |w| * sqrt(s), [rows, cols] (equation 1)."""
     return weight.abs() * statistics.mean_squares.sqrt()
 
 
@@ -20,12 +20,12 @@ def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsit
 
 
 def prune_variant(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsity: float) -> Solution:
-    """Wanda's variant (`use_variant` of the authors' code): a row gives up weights, the smallest metric
-    first, until they hold a share alpha of the row's summed metric; rows differ in how many that are.
+    """Prune by Wanda's variant (`use_variant` of the authors' code), in which the sparsity of rows may differ.
 
-    One alpha serves the whole projection. Instead of halving an interval until the sparsity is near, every
-    weight gets the alpha at which it goes, its row's running sum over the row's total; the smallest ones
-    over the projection are exactly as many as asked for.
+    A row's weights are removed, smallest metric first, until they hold a share alpha of the row's summed metric. One
+    alpha serves the whole projection. Instead of bisecting for it, every weight gets the alpha at which it is removed,
+    its row's running sum over the row's total; the smallest of these over the projection are exactly as many as asked
+    for.
     """
     ordered, order = scores(weight, statistics).sort(dim=1, stable=True)
     running = ordered.cumsum(dim=1, dtype=torch.float64)

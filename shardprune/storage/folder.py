@@ -1,6 +1,6 @@
-"""Files anywhere fsspec reaches: local paths and URLs, read by ranges, written whole or not at all.
+"""Folders on any file system that fsspec reaches: reads by byte range, writes that are complete or invisible.
 
-Every operation waits for storage that is away for a moment, as `shardprune.storage.retrying` says.
+Every operation is tried again on transient errors: see `shardprune.storage.retrying`.
 """
 
 import json
@@ -23,14 +23,19 @@ from shardprune.storage.retrying import retry
 T = TypeVar("T")
 
 CHUNK = 64 * 2**20  # bytes per read or write call
-REQUEST = 16 * 2**20  # bytes of one of several requests at a time
-REQUESTS = 8  # at a time
-# Where a file shows only when its upload ends. Everywhere else it is written under another name and renamed.
+REQUEST = 16 * 2**20  # bytes of one of several parallel requests
+REQUESTS = 8  # in parallel
+# Protocols that show a file only when its upload ends; everywhere else `write` needs a temporary name and a rename.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}  # of this package, which install what a protocol needs
+EXTRAS = {
+    "s3": "s3",
+    "s3a": "s3",
+    "gs": "gcs",
+    "gcs": "gcs",
+}  # extras of this package that install a protocol's file system
 READ_ONLY = "hf://"
-# Errors of these packages are storage's, like Python's OSError.
+# Packages whose errors are storage errors, like Python's OSError.
 CLIENTS = frozenset(
     {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
 )
@@ -39,17 +44,21 @@ Parts = Callable[[], Iterable[bytes | memoryview]]
 
 
 class Folder:
-    """A directory on any file system. Every path given to its methods is relative to it.
+    """A directory on any file system; all paths given to its methods are relative to it.
 
-    All methods raise StorageError, which names `field`, where storage refuses or stays away.
+    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable.
+
+    Args:
+        url: local path or fsspec URL.
+        field: the recipe's field that names the folder, for errors.
 
     Raises:
-        InputError: the URL's file system is not known or lacks its package; names `field`.
+        InputError: the URL's file system is unknown or its package is not installed; names `field`.
     """
 
     def __init__(self, url: str, field: str) -> None:
         self.url = url
-        self.field = field  # of the recipe, for errors about what lies inside
+        self.field = field  # of the recipe, for errors about files inside
         self.fs, self.root = _resolve(url, field)
 
     def path(self, name: str) -> str:
@@ -66,13 +75,13 @@ class Folder:
 
     @property
     def _renames(self) -> bool:
-        """Whether a file shows while it is written."""
+        """Whether a file is visible while it is written, so that writing needs a temporary name and a rename."""
         return OBJECT_STORES.isdisjoint(_protocols(self.fs))
 
     # -- looking ----------------------------------------------------------------------------------------------
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is no such file."""
+        """Return the bytes of a file; None if there is no such file."""
 
         def look() -> int | None:
             try:
@@ -87,7 +96,7 @@ class Folder:
         return self.size(name) is not None
 
     def names(self) -> list[str]:
-        """Names of the files and folders directly inside; none where the folder does not exist."""
+        """Return the names of the files and folders directly inside; empty if the folder does not exist."""
 
         def look() -> list[str]:
             try:
@@ -101,7 +110,7 @@ class Folder:
     # -- reading ----------------------------------------------------------------------------------------------
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-        """The bytes [start, end) of each (name, start, end), one request each, several at a time."""
+        """Read the bytes [start, end) of each (name, start, end), one request each, several in parallel."""
         names, starts, ends = ([*column] for column in zip(*ranges, strict=True))
         paths = [self.path(name) for name in names]
 
@@ -120,7 +129,7 @@ class Folder:
         """Fill `buffer` with the bytes from `start` on.
 
         Raises:
-            EOFError: the file ends first.
+            EOFError: the file is shorter than that.
         """
         if isinstance(self.fs, AsyncFileSystem):
             self._read_by_requests(name, start, buffer)
@@ -160,22 +169,22 @@ class Folder:
     # -- writing ----------------------------------------------------------------------------------------------
 
     def write(self, name: str, parts: Parts) -> None:
-        """Write a file from its parts. No reader ever sees it before it is complete.
+        """Write a file from its parts; no reader sees it before it is complete.
 
-        Where a file shows while it is written, it is written under a temporary name and renamed;
-        object stores show nothing before the upload ends.
+        Object stores show nothing before the upload ends. On other file systems the file gets a temporary name and is
+        renamed.
 
         Args:
-            parts: gives them from the first on whenever it is called: an attempt that fails is made again.
+            parts: returns all parts from the start; called again for each attempt.
         """
         if self._renames:
             self._persist("written", name, lambda: self._write_and_rename(name, parts()))
             return
-        unfinished: list[Any] = []  # uploads that could not be aborted, as storage was away
+        unfinished: list[Any] = []  # uploads that could not be aborted because storage was unreachable
 
         def upload() -> None:
             while unfinished:
-                with suppress(FileNotFoundError):  # it has ended after all, and what comes replaces it
+                with suppress(FileNotFoundError):  # the upload completed after all; the new one replaces it
                     unfinished[-1].discard()
                 unfinished.pop()
             self._upload(name, parts(), unfinished)
@@ -188,9 +197,9 @@ class Folder:
             _fill(file, parts)
             file.close()
         except BaseException:
-            file.closed = True  # closing would complete the upload, and so would the destructor of an open file
+            file.closed = True  # closing would complete the upload, and so would the destructor
             unfinished.append(file)
-            with suppress(Exception):  # the first error says more
+            with suppress(Exception):  # the first error is the one to report
                 file.discard()
                 unfinished.pop()
             raise
@@ -201,14 +210,14 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
-                if self._local:  # or a node that loses power may leave the name without the content
+                if self._local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
             if self._local:
                 _sync_folder(self.root)
         except BaseException:
-            with suppress(Exception):  # likewise
+            with suppress(Exception):  # the first error is the one to report
                 self.fs.rm_file(path)
             raise
 
@@ -216,13 +225,13 @@ class Folder:
         self.write(name, lambda: [content])
 
     def append_text(self, name: str, text: str) -> None:
-        """Add to the end of a file, which readers see grow."""
+        """Append to a file; readers see it grow."""
 
         start = ""
 
         def append() -> None:
             nonlocal start
-            content, start = start + text, "\n"  # ends what a failed attempt may have left of a line
+            content, start = start + text, "\n"  # ends a partial line that a failed attempt may have left
             with self.fs.open(self.path(name), "ab") as file:
                 file.write(content.encode())
 
@@ -235,31 +244,31 @@ class Folder:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         self._remove(name, lambda: self.fs.rm_file(self.path(name)))
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder with all that it holds, if it is there."""
+        """Remove a folder and its content if it exists."""
         self._remove(name, lambda: self.fs.rm(self.path(name), recursive=True))
 
     def _remove(self, name: str, operation: Callable[[], None]) -> None:
         def remove() -> None:
-            with suppress(FileNotFoundError):  # gone, perhaps by an attempt whose answer was lost
+            with suppress(FileNotFoundError):  # perhaps removed by an attempt whose response was lost
                 operation()
 
         self._persist("removed", name, remove)
 
     def remove_partial(self) -> None:
-        """Remove what an interrupted `write` left behind."""
+        """Remove temporary files that an interrupted `write` left behind."""
         for name in self.names():
             if PARTIAL.fullmatch(name):
                 self.remove(name)
 
     def check_writable(self) -> None:
-        """Write a file and remove it again; folders that this takes go, too.
+        """Write a probe file and remove it, together with the folders created for it.
 
         Raises:
-            InputError: that cannot be.
+            InputError: the folder cannot be written.
         """
         _refuse_hub(self.url, self.field)
         made = self._missing_folders() if self._renames else []
@@ -271,12 +280,12 @@ class Folder:
             reason = first_line(error.__cause__ or error)
             raise InputError(self.field, f"{self.url} cannot be written: {reason}") from error
         finally:
-            with suppress(Exception):  # another run may have written there
+            with suppress(Exception):  # not empty any more if another run has written there
                 for folder in made:
                     self.fs.rmdir(folder)
 
     def _missing_folders(self) -> list[str]:
-        """This folder and those above it that do not exist, from the inside out."""
+        """Return this folder and those above it that do not exist, innermost first."""
         missing, folder = [], self.root
         while folder != posixpath.dirname(folder) and not self.fs.exists(folder):
             missing.append(folder)
@@ -286,10 +295,10 @@ class Folder:
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _persist(self, done: str, name: str, operation: Callable[[], T]) -> T:
-        """What an operation gives, tried again while storage is away.
+        """Run an operation, with retries on transient errors.
 
         Args:
-            done: what could not be `done` to the file, for the error.
+            done: past participle for the error: the file "cannot be `done`".
         """
         place = f"{self.url}/{name}" if name else self.url
         try:
@@ -301,10 +310,10 @@ class Folder:
 
 
 def output_folder(url: str) -> Folder:
-    """The directory of an output.
+    """Open the output directory of a run.
 
     Raises:
-        InputError: as for any other, or nothing is written to such a place.
+        InputError: as `Folder` does, or the URL is read-only.
     """
     _refuse_hub(url, "out")
     return Folder(url, "out")
@@ -321,15 +330,16 @@ def check_reachable(field: str, url: str, backend: str) -> None:
 
 
 def absolute(url: str) -> str:
-    """A local path, also one that is written as `file://`, as an absolute one, so that it means the same to every
-    process; any other URL as it is."""
+    """Return a path in absolute form, so that it means the same in every process; `file://` is stripped, other URLs are
+    unchanged.
+    """
     if url.startswith("file://"):
         return LocalFileSystem._strip_protocol(url)
     return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def read_file(url: str, field: str) -> bytes:
-    """The bytes of one file.
+    """Read the bytes of one file.
 
     Raises:
         InputError: it cannot be read; names `field`.
@@ -351,7 +361,7 @@ def _refuse_hub(url: str, field: str) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    """Make the names in a local folder durable."""
+    """Flush the entries of a local folder to disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -371,14 +381,14 @@ def _too_short(name: str, end: int, missing: int) -> EOFError:
 
 
 def _of_storage(error: Exception) -> bool:
-    """Whether an error came from a file system, which may have no way to do what it is asked."""
+    """Return whether an error comes from a file system; NotImplementedError is one that lacks the operation."""
     return isinstance(error, OSError | NotImplementedError) or any(
         base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
     )
 
 
 def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
-    # Other workers write, too: a listing is old at once. What the hub has of a model never changes.
+    # No cached listings, since other workers write, too. A model on the hub does not change during a run.
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)

@@ -1,8 +1,8 @@
-"""The record of a run in its output directory: which layers are finished, and what was decided at the start.
+"""The record of a run in its output directory: finished layers, and the decisions made at its start.
 
-A finished layer file is the record of that layer: it appears whole or not at all, and its header carries
-the run's fingerprint and the layer's report. `run.json` claims the directory and keeps what a later
-attempt must not decide anew.
+A finished layer file is the record of that layer: it appears complete or not at all, and its header carries the run's
+fingerprint and the layer's report. `run.json` claims the directory and keeps the decisions that a resumed run must not
+make again.
 """
 
 import json
@@ -18,7 +18,7 @@ from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, RESULT, STATE
 from shardprune.storage.safetensors_file import Shapes, read_header, read_tensor, write_each
 
-KEY = "shardprune"  # of the metadata in a layer file's header
+KEY = "shardprune"  # of the record in the metadata of a layer file
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,13 @@ class Earlier:
 
 
 class Journal:
-    """The output directory of a run with a given fingerprint over a model of `layers` decoder layers.
+    """The output directory of one run.
 
-    `stored_name` says what the files call a tensor.
+    Args:
+        out: path or URL of the directory.
+        fingerprint: of the run; a directory with another one is refused.
+        layers: decoder layers of the model that is written.
+        stored_name: maps a tensor's name to its name in the files.
     """
 
     def __init__(self, out: str, fingerprint: str, layers: int, stored_name: Callable[[str], str] = str) -> None:
@@ -48,7 +52,7 @@ class Journal:
 
     @property
     def frame_file(self) -> str:
-        """The file of everything but the decoder layers."""
+        """The file of the frame: everything but the decoder layers."""
         return self._file(0)
 
     def layer_file(self, layer: int) -> str:
@@ -66,7 +70,7 @@ class Journal:
             InputError: the directory holds something else, may not be resumed, or cannot be written.
         """
         earlier = self._found(resume)
-        if earlier.result is None:  # of a finished run nothing may be left to write
+        if earlier.result is None:  # a finished run may lie in a directory that is read-only by now
             self.folder.check_writable()
         return earlier
 
@@ -86,16 +90,16 @@ class Journal:
         return Earlier(state=_record(self.folder, STATE)) if STATE in names else Earlier(result=found)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Record the state of the run, and with the first call claim the directory."""
+        """Write the state of the run; the first call claims the directory."""
         self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
 
     @contextmanager
     def claimed(self, resumed: bool) -> Iterator[None]:
-        """Work on a run in the directory, which is free again if bad input shows only now and nothing is done: the
-        cluster gives no workers, or a worker finds its device too small.
+        """Release the directory again if bad input is found before anything is done, for example because the cluster
+        has too few workers or a worker's device is too small.
 
         Args:
-            resumed: the directory holds an earlier attempt, and stays its.
+            resumed: the directory holds an earlier attempt, and is kept.
         """
         try:
             yield
@@ -109,14 +113,14 @@ class Journal:
     # -- layers ---------------------------------------------------------------------------------------------
 
     def finished(self) -> dict[int, dict[str, Any]]:
-        """What was recorded of all finished layers, by layer."""
+        """Return the records of all finished layers by layer index."""
         present = set(self.folder.names())
         records = {}
         for layer in range(self.layers):
             if self.layer_file(layer) in present:
                 try:
                     _, metadata = read_header(self.folder, self.layer_file(layer))
-                except InputError:  # damaged, as by a file system that crashed: it is made again
+                except InputError:  # damaged, for example by a crash of the file system: prune the layer again
                     continue
                 record = json.loads(metadata.get(KEY, "{}"))
                 if record.get("fingerprint") != self.fingerprint:
@@ -125,7 +129,7 @@ class Journal:
         return records
 
     def write_layer(self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], record: dict[str, Any]) -> None:
-        """Write a finished layer with a record of it: from then on no attempt works on it again."""
+        """Write a finished layer with its record; resumed runs skip it from then on."""
         whole = {"fingerprint": self.fingerprint, "layer": layer, **record}
         names = {self._stored_name(name): name for name in shapes}
         stored = {key: shapes[name] for key, name in names.items()}
@@ -133,19 +137,19 @@ class Journal:
         write_each(self.folder, self.layer_file(layer), stored, lambda key: tensor(names[key]), metadata)
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors of a finished layer by name, one after the other."""
+        """Yield tensors of a finished layer by name, one at a time."""
         entries, _ = read_header(self.folder, self.layer_file(layer))
         for name in names:
             yield name, read_tensor(self.folder, entries[self._stored_name(name)])
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write the result; the state is no longer needed."""
+        """Write the result and remove the state, which is no longer needed."""
         self.folder.write_json(RESULT, result)
         self.folder.remove(STATE)
 
 
 def recorded_recipe(out: str) -> dict[str, Any]:
-    """The recipe, with all its choices made, of the run that an output directory holds; empty where it holds none."""
+    """Return the recipe, with all defaults resolved, of the run in an output directory; empty if it holds none."""
     folder = output_folder(out)
     for name in (STATE, RESULT):
         recipe = _record(folder, name).get("recipe") if folder.is_file(name) else None
@@ -155,7 +159,7 @@ def recorded_recipe(out: str) -> dict[str, Any]:
 
 
 def _record(folder: Folder, name: str) -> dict[str, Any]:
-    """The fields of a state or result file; none where it is not ours to read."""
+    """Return the fields of a state or result file; empty if it is not one of shardprune's."""
     try:
         record = folder.read_json(name)
     except ValueError:

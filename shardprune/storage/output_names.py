@@ -1,6 +1,13 @@
-"""Names of what a run keeps in its output directory."""
+"""Names of the files and folders in a run's output directory."""
 
 STATE = "run.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 PRUNED, RECOVERED = "pruned", "recovered"  # folders of a pipeline's output, one for each step that makes a model
+
+
+def run_folders(out: str) -> tuple[str, ...]:
+    """Return the paths or URLs of all folders of an output that can hold a run: itself and those of a pipeline's
+    steps.
+    """
+    return out, f"{out}/{PRUNED}", f"{out}/{RECOVERED}"

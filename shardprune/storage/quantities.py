@@ -1,4 +1,4 @@
-"""Sizes and rates as people write them: `80GB`, `1.5TiB`, `100Gbit/s`; and how they are printed."""
+"""Parsing and printing of sizes and rates such as `80GB`, `1.5TiB` and `100Gbit/s`."""
 
 import re
 
@@ -7,7 +7,7 @@ QUANTITY = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?(b|bytes?|bit)(/s)?", re.IG
 
 
 def parse_bytes(text: str, rate: bool = False) -> int:
-    """A number of bytes, or of bytes per second where it is a `rate`, which may also be given in bits.
+    """Parse a number of bytes, or with `rate` a number of bytes per second, which may also be given in bits.
 
     Raises:
         ValueError: the text is no such quantity.
@@ -26,13 +26,13 @@ def parse_bytes(text: str, rate: bool = False) -> int:
 
 
 def gigabytes(count: float) -> str:
-    """Bytes in gigabytes of 10^9."""
+    """Format bytes in gigabytes of 10^9."""
     value = count / 1e9
     return f"{value:,.1f} GB" if value < 1000 else f"{value:,.0f} GB"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them."""
+    """Format seconds as seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = seconds / 60

@@ -1,4 +1,4 @@
-"""Storage that is away for a moment: what is tried again, for how long, and what is said meanwhile."""
+"""Retries for transient storage errors: their classification, the backoff, and the log while waiting."""
 
 import errno
 import logging
@@ -15,17 +15,17 @@ from shardprune.errors import InputError, StorageError, first_line, without_cred
 
 T = TypeVar("T")
 
-ENVIRONMENT = "SHARDPRUNE_STORAGE_PATIENCE"  # seconds, for all processes that it is set in
+ENVIRONMENT = "SHARDPRUNE_STORAGE_PATIENCE"  # environment variable, seconds
 
-# Of a server's answers: what the same request may not meet again. Object stores say so by status or by code.
+# Responses that a repeated request may not get again; object stores send a status or a code.
 STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 CODES = frozenset(
     {
-        "BadDigest",  # damaged on the way
+        "BadDigest",  # damaged in transit
         "BandwidthLimitExceeded",
         "IncompleteBody",
         "InternalError",
-        "NoSuchUpload",  # gone with what was uploaded: the next attempt starts another
+        "NoSuchUpload",  # the upload is gone: the next attempt starts a new one
         "OperationAborted",
         "RequestLimitExceeded",
         "RequestTimeout",
@@ -37,7 +37,7 @@ CODES = frozenset(
         "XAmzContentSHA256Mismatch",
     }
 )
-# Of no answer, or half of one: the classes of all clients that fsspec may use, by name, as none need be installed.
+# No response or a partial one. Classes by name, since the clients of fsspec's file systems may not be installed.
 CLASSES = frozenset(
     {
         "ChunkedEncodingError",  # requests
@@ -56,7 +56,7 @@ CLASSES = frozenset(
         "TransportError",  # google.auth
     }
 )
-# Though of those classes: a certificate stays what it is, and the hub's client may be told to stay offline.
+# Subclasses of those that are permanent: a bad certificate, or a hub client in offline mode.
 PERMANENT = frozenset({"ClientConnectorCertificateError", "ClientSSLError", "OfflineModeIsEnabled", "SSLError"})
 ERRNOS = frozenset(
     {
@@ -64,21 +64,24 @@ ERRNOS = frozenset(
         errno.EHOSTUNREACH,
         errno.ENETDOWN,
         errno.ENETUNREACH,
-        errno.ESTALE,  # a network file system's server came back
+        errno.ESTALE,  # a network file system's server has restarted
         errno.ETIMEDOUT,
     }
 )
 
-BEFORE_WORK = 30.0  # seconds of patience; a name that is mistyped looks like a server that is away
+BEFORE_WORK = 30.0  # seconds; short, because a mistyped host name looks like an unreachable server
 _logger = logging.getLogger(__name__)
-_random = random.Random()  # one of our own: the program's seeds stay as they are
+_random = random.Random()  # its own generator, so that retries do not change the program's random numbers
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Waits double from `first` to `longest` seconds, each shortened by chance to half at most, so that many workers
-    do not come back at once. It ends `seconds` after the first failure, but not before `tries` attempts: one that
-    moves much may take longer than that."""
+    """Exponential backoff with jitter.
+
+    Waits double from `first` to `longest` seconds; each is shortened at random by up to half, so that many workers do
+    not return at once. Retries end `seconds` after the first failure but not before `tries` attempts: an attempt that
+    moves much data may take longer than `seconds`.
+    """
 
     seconds: float = 120.0
     first: float = 0.25
@@ -86,7 +89,7 @@ class RetryPolicy:
     tries: int = 3
 
     def waits(self, chance: Callable[[], float]) -> Iterator[float]:
-        """Seconds before each further attempt, without end. `chance` is between 0 and 1."""
+        """Yield the seconds before each further attempt, without end. `chance` returns a number between 0 and 1."""
         wait = self.first
         while True:
             yield wait * (1 + chance()) / 2
@@ -94,10 +97,10 @@ class RetryPolicy:
 
     @classmethod
     def now(cls) -> "RetryPolicy":
-        """What the environment says, or the default: less before work begins, when nothing is lost with it.
+        """Return the policy of the environment variable, or the default, which is shorter before work begins.
 
         Raises:
-            InputError: it says no number.
+            InputError: the variable holds no number.
         """
         value = os.environ.get(ENVIRONMENT) or _default.get()
         try:
@@ -106,12 +109,12 @@ class RetryPolicy:
             raise InputError(ENVIRONMENT, f"{value!r} is no number of seconds") from error
 
 
-_default: ContextVar[float] = ContextVar("seconds of patience", default=RetryPolicy.seconds)
+_default: ContextVar[float] = ContextVar("seconds of retrying", default=RetryPolicy.seconds)
 
 
 @contextmanager
 def preflight() -> Iterator[None]:
-    """Storage that refuses what a run needs, or stays away, is bad input as long as nothing has begun.
+    """Report storage errors before work begins as bad input: until then nothing is lost.
 
     Raises:
         InputError: for a StorageError inside.
@@ -128,30 +131,30 @@ def preflight() -> Iterator[None]:
 def retry(
     operation: Callable[[], T],
     what: str,
-    patience: RetryPolicy | None = None,
+    policy: RetryPolicy | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     chance: Callable[[], float] = _random.random,
 ) -> T:
-    """Call an operation on storage until it succeeds, as long as its errors are transient.
+    """Call an operation on storage until it succeeds, for as long as its errors are transient.
 
     Args:
-        operation: starts from the beginning whenever it is called.
-        what: it is about, for the log.
+        operation: starts from the beginning on every call.
+        what: the file or folder, for the log.
 
     Raises:
-        Exception: the operation's, where it is not transient or patience has ended.
+        Exception: the operation's, if it is not transient or the policy's time is over.
     """
-    patience = patience or RetryPolicy.now()
+    policy = policy or RetryPolicy.now()
     since: float | None = None
-    for tries, wait in enumerate(patience.waits(chance), 1):
+    for tries, wait in enumerate(policy.waits(chance), 1):
         try:
             return operation()
         except Exception as error:
             now = clock()
             since = now if since is None else since
-            left = patience.seconds - (now - since)
-            if not transient(error) or (left < wait and tries >= patience.tries):
+            left = policy.seconds - (now - since)
+            if not transient(error) or (left < wait and tries >= policy.tries):
                 raise
             reason = without_credentials(f"{what}: {first_line(error)}")
             _logger.warning("%s; trying again in %.1f s, for %.0f s more", reason, wait, max(left, 0.0))
@@ -160,7 +163,9 @@ def retry(
 
 
 def transient(error: BaseException) -> bool:
-    """Whether the same operation may succeed later: what the first of its causes says that says anything."""
+    """Return whether the same operation may succeed later, by the first error in the chain of causes that can be
+    classified.
+    """
     cause: BaseException | None = error
     while cause is not None:
         verdict = _verdict(cause)
@@ -171,8 +176,8 @@ def transient(error: BaseException) -> bool:
 
 
 def _verdict(error: BaseException) -> bool | None:
-    """The same of an error without its causes; None where it says nothing."""
-    if isinstance(error, StorageError):  # has been waited for
+    """Classify one error without its causes: True is transient, False permanent, None unknown."""
+    if isinstance(error, StorageError):  # raised after retries
         return False
     names = {base.__name__ for base in type(error).__mro__}
     if names & PERMANENT:
@@ -186,11 +191,11 @@ def _verdict(error: BaseException) -> bool | None:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str | None]:
-    """The status and the code of the server's answer that an error is about."""
+    """Return the status and the code of the server's response that an error carries."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         code = response.get("Error", {}).get("Code")
         return response.get("ResponseMetadata", {}).get("HTTPStatusCode"), code
     values = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
-    # requests and httpx; aiohttp; gcsfs. Other classes have other things by these names.
+    # Attributes of requests and httpx, aiohttp, gcsfs. Other classes use these names for other values.
     return next((value for value in values if isinstance(value, int) and 400 <= value < 600), None), None

@@ -1,8 +1,8 @@
 """The safetensors format, read and written tensor by tensor on any file system.
 
-A file is eight bytes with the header's length (little-endian), the header in JSON, then the tensors'
-bytes in C order without holes. The library reads whole local files only; one tensor of a remote shard
-is one ranged read here.
+A file is eight bytes with the header's length (little-endian), the header in JSON, then the tensors' bytes in C order
+without holes. The library's `safe_open` reads single tensors of local files only, and its `save_file` needs all tensors
+of a file in memory; here a tensor of a remote file is one ranged read, and a file is written one tensor at a time.
 """
 
 import json
@@ -27,15 +27,19 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Not pruned, but read from headers, so that a quantised checkpoint is refused for being quantised.
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-HEADER_READ = 64 * 2**10  # bytes read at once in the hope that the header is no longer
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+HEADER_READ = 64 * 2**10  # bytes of the first read, which contains most headers
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the format
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: bytes [start, end) of `file`."""
+    """The location of one tensor: bytes [start, end) of `file`."""
 
     file: str
     dtype: torch.dtype
@@ -45,7 +49,7 @@ class Entry:
 
 
 def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The entries and the metadata of a file, checked against its size.
+    """Read the entries and the metadata of a file and check them against its size.
 
     Raises:
         InputError: the file is missing, no safetensors file, or truncated; names the folder's field.
@@ -91,7 +95,7 @@ def _entry(folder: Folder, file: str, offset: int, value: dict) -> Entry:
 
 
 def read_tensor(folder: Folder, entry: Entry) -> Tensor:
-    """One tensor, in memory of its own."""
+    """Read one tensor into memory of its own."""
     tensor = torch.empty(entry.shape, dtype=entry.dtype)
     if tensor.numel():
         folder.read_into(entry.file, entry.start, _bytes(tensor))
@@ -102,7 +106,7 @@ Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file of tensors."""
+    """Write a file of tensors that are in memory."""
     shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     write_each(folder, name, shapes, lambda key: tensors[key], metadata)
 
@@ -110,7 +114,7 @@ def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor], meta
 def write_each(
     folder: Folder, name: str, shapes: Shapes, tensor: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file of tensors that are made one at a time, when each one's turn comes."""
+    """Write a file of tensors that are computed one at a time, each when it is written."""
 
     def content(key: str) -> Iterator[memoryview]:
         yield _bytes(tensor(key).detach().cpu().contiguous())
@@ -121,7 +125,9 @@ def write_each(
 def copy_tensors(
     source: Folder, entries: Mapping[str, Entry], target: Folder, name: str, metadata: Mapping[str, str]
 ) -> None:
-    """Write a file of tensors copied byte by byte from other files, never holding a whole one."""
+    """Write a file of tensors copied byte by byte from other files, in chunks, so that no tensor is in memory as a
+    whole.
+    """
     shapes = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
 
     def content(key: str) -> Iterator[memoryview]:
@@ -141,7 +147,7 @@ def _write(
     metadata: Mapping[str, str],
     content: Callable[[str], Iterable[memoryview]],
 ) -> None:
-    # Wide dtypes first, so that every tensor is aligned to its own item size.
+    # Wide dtypes first, so that every tensor is aligned to its item size.
     order = sorted(shapes, key=lambda key: (-shapes[key][0].itemsize, key))
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
@@ -162,5 +168,5 @@ def _write(
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+    """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,9 +1,9 @@
-"""Where text and tokens come from: files anywhere fsspec reaches, the hub, or the standard library.
+"""Sources of text and tokens: files that fsspec reaches, the hub, and Python's standard library.
 
 stdlib                        the running Python's own library: training modules for calibration,
                               held-out modules for perplexity
 FILE.txt                      one text
-FILE.jsonl[:FIELD]            one document a line, its text in FIELD (default: text)
+FILE.jsonl[:FIELD]            one document per line, its text in FIELD (default: text)
 FILE.npy                      int64 token ids [samples, seqlen], used as they are
 wikitext2, ptb, c4            the papers' data sets, from the hub
 hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by NAME
@@ -28,11 +28,13 @@ FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or h
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents and how they become one text.
+    """Documents, and the way they are joined into one text.
 
-    `separator` joins them. Where `by_document` is set, a calibration window lies inside one document,
-    drawn among those that are long enough: so the papers draw from C4, and only what is drawn is tokenised.
-    `windows` is how many windows perplexity is measured on at most.
+    Attributes:
+        separator: joins the documents.
+        by_document: draw each calibration window from one document that is long enough, as the papers do with C4; only
+            the drawn documents are tokenised.
+        windows: largest number of windows for perplexity; None: all.
     """
 
     documents: list[str]
@@ -47,8 +49,13 @@ class Corpus:
 
 @dataclass(frozen=True)
 class HubSplit:
-    """One split of a hub data set; `files` picks part of a huge one, `rows` the first ones of it, and
-    `windows` limits how many windows perplexity is measured on."""
+    """One split of a hub data set.
+
+    Attributes:
+        files: part of the data set to download.
+        rows: the first rows only.
+        windows: largest number of windows for perplexity; None: all.
+    """
 
     name: str
     config: str | None
@@ -91,26 +98,26 @@ def check_source(field: str, source: str) -> None:
     """Check the form of a source without reading it.
 
     Raises:
-        InputError: it has none of the known forms.
+        InputError: it is none of the known forms.
     """
     if not is_source(source):
         raise InputError(field, f"{source!r} is no known source; use {FORMS}")
 
 
 def is_source(source: str) -> bool:
-    """Whether a source has one of the known forms."""
+    """Return whether a source has one of the known forms."""
     if source == "stdlib" or source in PAPERS or split_jsonl(source) or source.endswith((".txt", ".npy")):
         return True
     return source.startswith("hf:") and len(source.split(":")) in (4, 5)
 
 
 def is_tokens(source: str) -> bool:
-    """Whether a source holds token ids instead of text."""
+    """Return whether a source holds token ids instead of text."""
     return source.endswith(".npy")
 
 
 def load_tokens(field: str, source: str) -> np.ndarray:
-    """The int64 array [samples, seqlen] of a `.npy` source.
+    """Load the int64 array [samples, seqlen] of a `.npy` source.
 
     Raises:
         InputError: it is missing or no such array.
@@ -128,10 +135,10 @@ def load_tokens(field: str, source: str) -> np.ndarray:
 
 
 def load_corpus(field: str, source: str, role: Role) -> Corpus:
-    """The documents of a text source.
+    """Load the documents of a text source.
 
     Raises:
-        InputError: it is missing, or not what its form says.
+        InputError: it is missing or does not have the form that its name implies.
     """
     if source == "stdlib":
         return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"), by_document=True)
@@ -146,22 +153,22 @@ def load_corpus(field: str, source: str, role: Role) -> Corpus:
 
 
 def split_jsonl(source: str) -> tuple[str, str | None] | None:
-    """The URL and the field, if one is named, of a source FILE.jsonl[:FIELD]; None of any other source."""
+    """Split FILE.jsonl[:FIELD] into URL and field (None if not given); return None for any other source."""
     match = re.fullmatch(r"(.*\.jsonl)(?::([\w.-]+))?", source)
     return (match[1], match[2]) if match else None
 
 
 def parse_hub(source: str) -> HubSplit:
-    """What a source hf:NAME[:CONFIG]:SPLIT:FIELD names."""
+    """Parse a source hf:NAME[:CONFIG]:SPLIT:FIELD."""
     name, *config, split, text_field = source.removeprefix("hf:").split(":")
     return HubSplit(name, (config or [""])[0] or None, split, text_field)
 
 
 def read_text(field: str, url: str) -> str:
-    """A file as UTF-8 text.
+    """Read a file as UTF-8 text.
 
     Raises:
-        InputError: it is missing, or no such text.
+        InputError: it is missing or not UTF-8.
     """
     try:
         return read_file(url, field).decode()
@@ -170,10 +177,10 @@ def read_text(field: str, url: str) -> str:
 
 
 def read_json_lines(field: str, url: str) -> list[tuple[int, Any]]:
-    """The number, from 1 on, and the value of every line that is not blank; None where it is not JSON.
+    """Read the JSON values of all non-blank lines with their line numbers (from 1); None for a line that is not JSON.
 
     Raises:
-        InputError: the file is missing, or no text.
+        InputError: the file is missing or not UTF-8.
     """
     values = []
     for number, line in enumerate(read_text(field, url).split("\n"), 1):
@@ -187,7 +194,7 @@ def read_json_lines(field: str, url: str) -> list[tuple[int, Any]]:
 
 
 def json_texts(field: str, url: str, lines: list[tuple[int, Any]], text_field: str) -> list[str]:
-    """The texts in one field of the lines that `read_json_lines` gave.
+    """Extract one text field from the lines that `read_json_lines` returns.
 
     Raises:
         InputError: a line is no object with such a text.
@@ -202,7 +209,7 @@ def json_texts(field: str, url: str, lines: list[tuple[int, Any]], text_field: s
 
 
 def load_hub(field: str, source: str, hub: HubSplit, columns: Sequence[str]) -> Any:
-    """The rows of a hub split, a `datasets.Dataset` that has these columns.
+    """Load the rows of a hub split, a `datasets.Dataset` that has the given columns.
 
     Raises:
         InputError: it cannot be loaded, or lacks a column.
@@ -235,7 +242,7 @@ def check_data(source: str) -> None:
     """Check the form of a source of training data without reading it.
 
     Raises:
-        InputError: it has none of the known forms.
+        InputError: it is none of the known forms.
     """
     if source != "alpaca" and not source.endswith(".json") and not is_source(source):
         raise InputError("data", f"{source!r} is no known source; use {DATA_FORMS}")

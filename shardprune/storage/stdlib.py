@@ -1,4 +1,4 @@
-"""The running Python's standard library as text: the one corpus that is on every machine."""
+"""The running Python's standard library as a corpus, which every machine has."""
 
 import hashlib
 import sysconfig
@@ -17,13 +17,13 @@ HELDOUT_BUCKETS = 16  # one bucket in sixteen is held out
 
 
 def split_of(module: str) -> Split:
-    """The split of a module by a hash of its dotted name, the same on every machine and version."""
+    """Return the split of a module, by a hash of its dotted name: the same on every machine and Python version."""
     bucket = hashlib.sha256(module.encode()).digest()[0] % HELDOUT_BUCKETS
     return "heldout" if bucket == 0 else "train"
 
 
 def modules(split: Split) -> Iterator[tuple[str, Path]]:
-    """The dotted names and source files of one split's modules, sorted by name."""
+    """Yield the dotted names and source files of one split's modules, sorted by name."""
     root = Path(sysconfig.get_path("stdlib"))
     named = {}
     for path in root.rglob("*.py"):
@@ -36,5 +36,5 @@ def modules(split: Split) -> Iterator[tuple[str, Path]]:
 
 
 def documents(split: Split) -> list[str]:
-    """The source text of every module of one split."""
+    """Return the source text of every module of one split."""
     return [path.read_text(encoding="utf-8", errors="replace") for _, path in modules(split)]

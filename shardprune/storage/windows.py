@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from shardprune.errors import InputError
 from shardprune.storage.sources import Corpus, is_tokens, load_corpus, load_tokens
 
-Tokenizer = Callable[[], PreTrainedTokenizerBase]  # loads it when text must be tokenised
+Tokenizer = Callable[[], PreTrainedTokenizerBase]  # loads the tokenizer, only if text has to be tokenised
 
 
 def calibration_windows(
     source: str, tokenizer: Tokenizer, samples: int, seqlen: int, seed: int, vocabulary: int
 ) -> Tensor:
-    """Windows drawn with the seed from a source's token stream, int64 [samples, seqlen].
+    """Draw windows from a source's token stream with a seed; return int64 [samples, seqlen].
 
     Raises:
         InputError: the source is shorter than one window, or holds too few samples.
@@ -40,10 +40,13 @@ def calibration_windows(
 def perplexity_windows(
     source: str, tokenizer: Tokenizer, seqlen: int, vocabulary: int, limit: int | None, field: str = "eval"
 ) -> Tensor:
-    """Non-overlapping windows of a source's token stream, int64 [windows, seqlen]; the rest is dropped.
+    """Cut a source's token stream into non-overlapping windows, int64 [windows, seqlen]; the remainder is dropped.
 
-    The text is tokenised as one stream, as SparseGPT and Wanda do; `limit` keeps the first windows only.
-    `field` is the recipe's that names the source.
+    The text is tokenised as one stream, as SparseGPT and Wanda do.
+
+    Args:
+        limit: keep the first windows only; None: all.
+        field: the recipe's field that names the source, for errors.
 
     Raises:
         InputError: the source is shorter than one window.
@@ -57,7 +60,7 @@ def perplexity_windows(
 
 
 def tokens_hash(tokens: Tensor) -> str:
-    """SHA-256 of the int64 token ids in C order."""
+    """Return the SHA-256 of int64 token ids in C order."""
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
@@ -82,7 +85,9 @@ def _stored_windows(field: str, source: str, seqlen: int, vocabulary: int) -> Te
 def _draw_from_documents(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, source: str
 ) -> Tensor:
-    """One window from each long enough document in an order drawn with the seed, over again if they run out."""
+    """Draw one window from each document that is long enough, in an order drawn with the seed, again from the first if
+    they run out.
+    """
     draw = random.Random(seed)
     order = draw.sample(corpus.documents, len(corpus.documents))
     windows: list[Tensor] = []

@@ -1,5 +1,7 @@
 """The skeleton runs a model layer by layer and gives what transformers gives."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -106,9 +108,26 @@ def test_weights_of_another_kind_are_an_error(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"up_proj\.weight is torch\.int8; use float32, float16 or bfloat16"):
         build(str(tmp_path))
-    tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(48, 32).to(torch.float8_e4m3fn)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"I8"', b'"I9"'))
+    with pytest.raises(InputError, match=r"holds I9 tensors; use one of F64, F32"):
+        build(str(tmp_path))
+
+
+def test_an_fp8_checkpoint_is_refused_for_being_quantised(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    make_model(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.ones(1, 1).to(torch.float8_e8m0fnu)
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"holds F8_E4M3 tensors; use one of F64, F32"):
+    with pytest.raises(InputError, match=r"up_proj\.weight is torch\.float8_e4m3fn; use float32, float16 or bfloat16"):
+        build(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(InputError, match=r"^model: its weights are quantised"):
         build(str(tmp_path))
 
 

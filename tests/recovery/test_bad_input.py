@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from shardprune.cli import main
 from shardprune.errors import InputError
-from shardprune.recovery.rows import PACKING
+from shardprune.model.families import FAMILIES
 from tests.recovery.trainings import make_sparse, train
 from tests.support.tiny import CONFIGS, make_model, make_tokens, snapshot
 from tests.support.words import WORDS, words_tokenizer
@@ -158,7 +159,7 @@ def test_the_state_is_not_the_output_nor_around_it(inputs, out, tmp_path):
 
 def test_examples_cannot_be_packed_for_every_model(inputs, tmp_path, monkeypatch):
     make_sparse(tmp_path / "phi3", "phi3")
-    monkeypatch.delitem(PACKING, "phi3")
+    monkeypatch.setitem(FAMILIES, "phi3", replace(FAMILIES["phi3"], packing=None))
     with pytest.raises(InputError, match="^packing: not for model_type 'phi3'"):
         train(inputs, tmp_path / "o", model=str(tmp_path / "phi3"), packing=True)
     assert not (tmp_path / "o").exists()

@@ -1,8 +1,8 @@
-"""What a job's batch script runs: a Ray cluster of the job's own, and on it one command of shardprune.
+"""The process of a job's batch script: a Ray cluster of the job's own, and one command of shardprune on it.
 
-The head and the other nodes of the cluster are steps of the job; the command is their driver and runs beside the head,
-on the job's first node. Its exit code is the job's. Shortly before the time limit Slurm sends SIGUSR1: the command
-stops, which keeps what it has finished, and the job goes back into the queue, where the same command goes on.
+Head and other nodes of the cluster are steps of the job. The command is their driver and runs beside the head on the
+job's first node; its exit code is the job's. Shortly before the time limit Slurm sends SIGUSR1: the command stops, its
+finished layers stay, and the job is requeued, where the same command resumes.
 """
 
 import argparse
@@ -18,20 +18,20 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from shardprune.cluster.slurm.node import TOKEN
-from shardprune.cluster.slurm.processes import Ended, Event, Events, Line, Process, Signalled, Step
+from shardprune.cluster.slurm.processes import Ended, Event, Line, Mailbox, Process, Signalled, Step
 from shardprune.cluster.slurm.queueing import allocated_nodes, requeue
 
-START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be read through a slow network
-STOP_SECONDS = 15.0  # for Ray to end on them
-FINISHED = frozenset({0, 2})  # exit codes after which another attempt would do nothing, or end in the same way
+START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be loaded from slow network storage
+STOP_SECONDS = 15.0  # for Ray to end on the nodes
+FINISHED = frozenset({0, 2})  # exit codes after which another attempt would do nothing or fail alike
 
 
 class CannotStart(RuntimeError):
-    """The cluster does not come up."""
+    """The cluster does not start."""
 
 
 class StopRequested(Exception):
-    """This job was told to stop."""
+    """The job received a signal to stop."""
 
 
 class Job:
@@ -43,20 +43,20 @@ class Job:
         self.head_node = os.environ["SLURMD_NODENAME"]
         self.nodes = allocated_nodes()
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-        # Of another cluster, which the submitting shell may use.
+        # Variables of another cluster, which the submitting shell may use.
         others = {"RAY_ADDRESS", "RAY_AUTH_TOKEN"}
         self.environment = {name: value for name, value in os.environ.items() if name not in others} | {
             "SLURM_EXPORT_ENV": "ALL",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # 0 keeps a cluster on loopback
             "PYTHONUNBUFFERED": "1",
         }
-        self.events: Events = SimpleQueue()
+        self.events: Mailbox = SimpleQueue()
         self.steps: list[Step] = []
         self.driver: Process | None = None
         self.signals: list[signal.Signals] = []
 
     def run(self) -> int:
-        """Carry out the attempt; the job's exit code."""
+        """Run the attempt; return the job's exit code."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, lambda number, _: self.events.put(Signalled(signal.Signals(number))))
         say(f"job {self.id}, attempt {self.restarts + 1} on {len(self.nodes)} nodes: {', '.join(self.nodes)}")
@@ -68,16 +68,16 @@ class Job:
         except StopRequested:
             code = self._stop_driver()
         self._stop_ray()
-        # Whoever cancels the job after all, or ends it for good, sends SIGTERM.
+        # Only SIGUSR1 announces a requeue: scancel and the final end of a job send SIGTERM.
         if self.signals == [signal.SIGUSR1] and code not in FINISHED:
             return self._requeue(code)
         return code
 
     def _start_ray(self) -> tuple[str, Path]:
-        """Start the cluster; its address, and the directory of its files on this node.
+        """Start the cluster; return its address, and the directory of its files on this node.
 
         Raises:
-            CannotStart: the head did not come up, or too many of the other nodes did not.
+            CannotStart: the head did not start, or too many of the other nodes did not.
         """
         token = secrets.token_hex(32)
         head = self._step(["--nodes=1", "--ntasks=1", f"--nodelist={self.head_node}"], token)
@@ -98,7 +98,7 @@ class Job:
         return address, Path(joined[0]["folder"])
 
     def _step(self, where: list[str], token: str, *arguments: str) -> Step:
-        """Ray's nodes on some nodes of the job."""
+        """Start Ray's nodes on some nodes of the job."""
         store = self.options.object_store
         shared = [
             f"--first={self.head_node}",
@@ -111,7 +111,7 @@ class Job:
         return step
 
     def _joined(self, step: Step, nodes: int, deadline: float) -> list[dict[str, Any]]:
-        """What the nodes of a step say when they have joined the cluster: as many as do in time."""
+        """Return the messages of a step's nodes that have joined the cluster before the deadline."""
         joined: list[dict[str, Any]] = []
         while len(joined) < nodes:
             event = self._next(deadline)
@@ -122,7 +122,7 @@ class Job:
         return joined
 
     def _drive(self, address: str, folder: Path) -> int:
-        """Run the command; its exit code."""
+        """Run the command; return its exit code."""
         environment = self.environment | {
             "RAY_ADDRESS": address,
             "RAY_AUTH_MODE": "token",
@@ -140,10 +140,10 @@ class Job:
         return self.driver.code
 
     def _next(self, deadline: float | None = None) -> Event | None:
-        """What happens next; None where nothing does in time.
+        """Return the next event; None after the deadline.
 
         Raises:
-            Told: it is a signal.
+            StopRequested: the event is a signal.
         """
         event = self._event(deadline)
         if isinstance(event, Signalled):
@@ -161,13 +161,13 @@ class Job:
         return event
 
     def _until(self, done: Callable[[], bool], seconds: float) -> None:
-        """Wait, whatever signals come."""
+        """Wait until `done` returns true, at most `seconds`; signals do not interrupt it."""
         deadline = time.monotonic() + seconds
         while not done() and self._event(deadline) is not None:
             pass
 
     def _stop_driver(self) -> int:
-        """Let the command end; its exit code, which is that of a command that was told to stop if it had not begun."""
+        """Stop the command and return its exit code; if it had not started, that of a stopped command."""
         driver = self.driver
         if driver is None:
             return 128 + signal.SIGTERM
@@ -199,9 +199,9 @@ def say(text: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shardprune.cluster.slurm.job", description=__doc__)
-    parser.add_argument("--min-nodes", type=int, help="go on with so few nodes, if Ray does not come up on others")
+    parser.add_argument("--min-nodes", type=int, help="start with this many nodes if Ray does not start on all")
     parser.add_argument("--notice", type=int, default=120, help="seconds from SIGUSR1 to the time limit")
-    parser.add_argument("--max-requeues", type=int, default=50, help="how often the job may go back into the queue")
+    parser.add_argument("--max-requeues", type=int, default=50, help="maximum number of requeues")
     parser.add_argument("--object-store", type=int, help="bytes of each node's object store")
     parser.add_argument("--tmp", default="/tmp", help="directory of every node for Ray's files")
     parser.add_argument("command", nargs="+", help="a command of shardprune and its options, after --")

@@ -1,11 +1,11 @@
-"""What runs on every node of a job: a node of its Ray cluster, which is gone when this process ends.
+"""The process on every node of a job: a node of its Ray cluster, which ends with this process.
 
-It reads the cluster's token from its standard input, and ends when it reads that it should. Ray's files and the token
-lie in a directory of the node that nobody else can read. All ports are the kernel's choice, so that several jobs, and
-other users' clusters, share a node.
+It reads the cluster's token from standard input, and later the line that ends it. Ray's files and the token lie in a
+directory of the node that only its user can read. All ports are chosen by the kernel, so that several jobs, and other
+users' clusters, can share a node.
 
-A node that outlives the job's first one, and with it the command, puts the job back into the queue: Slurm, which was
-told not to end the job when it loses a node, does not.
+A node that outlives the job's first one, and with it the command, requeues the job: Slurm does not, because it was told
+not to end the job when it loses a node.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from shardprune.cluster.slurm.queueing import remaining_nodes, requeue
 
 TOKEN = "token"
 START_LOG = "start.log"
-ADDRESS = "ray_current_cluster"  # Ray writes it when a node is part of its cluster
+ADDRESS = "ray_current_cluster"  # file that Ray writes when a node has joined its cluster
 PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
-CLOSED = "closed"  # has its standard input
+CLOSED = "closed"  # the line that stands for the end of standard input
 WATCH_SECONDS = 10.0
-STOP_SECONDS = 3.0  # for Ray to end; what of it is left then ends with its parent
-# Of these, 0 lets the kernel choose.
+STOP_SECONDS = 3.0  # for Ray to end; remaining processes are then ended with their parent
+# Ports of which 0 lets the kernel choose.
 PORTS = (
     "node-manager-port",
     "object-manager-port",
@@ -47,10 +47,10 @@ PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
-# Ray's client server, which nothing here uses, starts all the same and must be given a port: one below those that the
-# kernel gives to whoever asks for any, and above those of Ray's own choice.
+# Ray's client server is not used, but starts anyway and needs a port: below the kernel's ephemeral range, and above
+# the ports of Ray's own choice.
 CLIENT_PORTS = range(20000, 32768)
-# What Ray appends to its directory for the longest name of a socket, which Linux limits to 107 characters.
+# The longest path of a socket that Ray appends to its directory; Linux limits the whole to 107 characters.
 LONGEST_SOCKET = len("/session_2026-11-22_12-00-00_000000_1234567/sockets/plasma_store")
 LONGEST_NAME = len("/sp-123456789-01234567")
 LONGEST_TMP = 107 - LONGEST_SOCKET - LONGEST_NAME
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_folder(tmp: Path) -> Path:
-    """A directory for this job on this node; what an earlier attempt left there is gone."""
+    """Create a directory for this job on this node; files of an earlier attempt are removed."""
     node = zlib.crc32(os.environ["SLURMD_NODENAME"].encode())
     folder = tmp / f"sp-{os.environ['SLURM_JOB_ID']}-{node:08x}"
     _remove(folder)
@@ -90,7 +90,7 @@ def make_folder(tmp: Path) -> Path:
 
 
 def start_command(folder: Path, address: str | None, object_store: int | None) -> list[str]:
-    """The command that makes this node one of Ray's, with the CPUs and GPUs that the job has of it."""
+    """Return the command that starts a Ray node with the CPUs and GPUs that the job has on this node."""
     role = {"address": address} if address else _head_options()
     options = {
         **role,
@@ -106,12 +106,12 @@ def start_command(folder: Path, address: str | None, object_store: int | None) -
 
 
 def _head_options() -> dict[str, Any]:
-    """What only the head is told: above all the address under which other nodes know it, where its name says so."""
+    """Return the head's own options, above all the address at which its host name resolves for other nodes."""
     options = {"port": 0, "ray-client-server-port": _free_port(), "include-dashboard": "false"}
     try:
         address = socket.gethostbyname(os.environ["SLURMD_NODENAME"])
     except OSError:
-        return options  # Ray looks for one
+        return options  # Ray then chooses an address
     return options if address.startswith("127.") else options | {"node-ip-address": address}
 
 
@@ -127,7 +127,9 @@ def _free_port() -> int:
 
 
 def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> tuple[int, bool]:
-    """Be a node of Ray's until it ends or is to; the exit code, and whether the job may have lost its first node."""
+    """Run a Ray node until it ends or is stopped; return its exit code, and whether the job may have lost its first
+    node.
+    """
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -172,7 +174,7 @@ def _content(file: Path) -> str:
 
 
 def _listen(happened: "SimpleQueue[str]") -> None:
-    """Tell what can be read: that this process is to end, or, where its job's first node is lost, nothing more."""
+    """Forward standard input: the line that ends this process, or its end, if the job's first node is lost."""
     happened.put(END if sys.stdin.readline().strip() == END else CLOSED)
 
 
@@ -185,12 +187,12 @@ def _stop(ray: "subprocess.Popen[bytes]") -> None:
 
 
 def _adopt_orphans() -> None:
-    """Make this process the parent of Ray's that outlive theirs, such as agents of a raylet that was killed."""
+    """Become the parent of orphaned Ray processes, such as agents of a killed raylet."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _end_children() -> None:
-    """End what is left of Ray, and what that leaves."""
+    """End Ray's remaining processes, and those orphaned by that."""
     deadline = time.monotonic() + STOP_SECONDS
     while time.monotonic() < deadline:
         children = {
@@ -210,7 +212,7 @@ def _last_lines(log: Path, lines: int = 10) -> list[str]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a directory, in which processes that are ending may still write."""
+    """Remove a directory to which ending processes may still write."""
     for _ in range(20):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

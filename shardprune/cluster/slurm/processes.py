@@ -1,4 +1,4 @@
-"""One of a job's processes, and what happens to it as events."""
+"""The processes of a job, and their output, ends and signals as events."""
 
 import signal
 import subprocess
@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-# Its steps share the job's CPUs, memory and GPUs, none of them binds a process to a part of them, and the loss of a
-# node or the end of one process leaves the others alone.
+# Steps share the job's CPUs, memory and GPUs without binding processes to parts of them, and survive the loss of a node
+# or the end of one process.
 SHARING = ("--overlap", "--cpu-bind=quiet,none", "--mpi=none", "--ntasks-per-node=1")
 END = "end"
 ENDURING = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0")
@@ -17,7 +17,7 @@ ENDURING = ("--no-kill", "--kill-on-bad-exit=0", "--wait=0")
 
 @dataclass(frozen=True)
 class Line:
-    """A process has written a line to its standard output."""
+    """A process has written a line to standard output."""
 
     process: "Process"
     text: str
@@ -38,13 +38,13 @@ class Signalled:
 
 
 Event = Line | Ended | Signalled
-Events = SimpleQueue[Event]  # its `put` may be called by a signal handler in the midst of a `get`
+Mailbox = SimpleQueue[Event]  # its `put` may be called by a signal handler during a `get`
 
 
 class Process:
     """A process whose end is an event."""
 
-    def __init__(self, command: Sequence[str], events: Events, environment: Mapping[str, str], piped: bool = False):
+    def __init__(self, command: Sequence[str], events: Mailbox, environment: Mapping[str, str], piped: bool = False):
         self._events = events
         pipe = subprocess.PIPE if piped else None
         self._process = subprocess.Popen(
@@ -64,7 +64,7 @@ class Process:
 
     @property
     def code(self) -> int:
-        """How it ended, as a shell says it: 128 and the signal's number where one ended it."""
+        """The exit code as shells report it: 128 plus the signal's number if a signal ended the process."""
         code = self._process.wait()
         return code if code >= 0 else 128 - code
 
@@ -78,7 +78,8 @@ class Process:
 class Step(Process):
     """One process on each of some nodes of the job.
 
-    They are given a line to read, and another one, END, when they are to end. What they write comes as lines.
+    They receive a first line of input, and the line END when they are to end. Their output arrives as events, line by
+    line.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Step(Process):
         where: Sequence[str],
         command: Sequence[str],
         line: str,
-        events: Events,
+        events: Mailbox,
         environment: Mapping[str, str],
     ) -> None:
         super().__init__(["srun", *SHARING, *ENDURING, *where, *command], events, environment, piped=True)
@@ -94,10 +95,10 @@ class Step(Process):
 
     def _write(self, line: str) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, which is an event of its own
+        with suppress(BrokenPipeError):  # it has ended: that is an event, too
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
 
     def close(self) -> None:
-        """Let the processes end."""
+        """Tell the processes to end."""
         self._write(END)

@@ -1,1 +1,3 @@
-"""Which structures a model has and how many of them go. Arithmetic on configs and counts; no weights here."""
+"""The structures of a model (layers, key/value groups, neurons) and how many are removed: arithmetic on configs and
+counts, without weights.
+"""

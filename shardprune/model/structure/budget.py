@@ -1,4 +1,4 @@
-"""From a number of parameters to groups and neurons that go."""
+"""The conversion of a number of parameters into groups and neurons to remove."""
 
 import math
 from collections.abc import Mapping
@@ -8,17 +8,20 @@ from transformers import PretrainedConfig
 
 from shardprune.model.structure.shape import Costs, Widths, costs_of, possible_groups, widths_of
 
-ROUNDING = 1e-9  # of an account that arithmetic has left just below a whole number
+ROUNDING = 1e-9  # tolerance for `owed` just below a whole number in floating point
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How widths shrink: what structures cost, the numbers of groups that can be (ascending; one where no group
-    goes), of what the number of neurons is a multiple, and the groups that are owed.
+    """The costs and constraints of width pruning, with fractional groups carried over to later iterations.
 
-    Attention gives up its share of every amount, but only whole groups can go. What is owed is a fractional
-    account: when it covers a group, or as many as the next possible number takes, they go, and the neurons make
-    up the rest of every amount.
+    Attention owes its share of every amount, but only whole groups can be removed. The share accumulates in `owed`
+    until it covers a group, or as many as the next possible number requires; neurons make up the rest of every amount.
+
+    Attributes:
+        groups: possible numbers of groups, ascending; a single one if no group can be removed.
+        multiple: the number of neurons stays a multiple of it.
+        owed: groups that attention has to give up later, as a fraction.
     """
 
     costs: Costs
@@ -28,17 +31,17 @@ class Budget:
 
     @property
     def slack(self) -> int:
-        """By how many parameters a layer may miss an amount: one neuron, or as many as go together."""
+        """The parameters by which a layer may miss an amount: one multiple of neurons."""
         return self.costs.neuron * self.multiple
 
     def narrowed(self, widths: Widths, amount: float, ahead: float = 0.0) -> "Narrowed":
-        """The widths of a layer that gives up `amount` parameters, to the nearest neuron.
+        """Return the widths of a layer after removing `amount` parameters, to the nearest neuron.
 
         Args:
-            ahead: by how much more groups alone may take, of what will be asked for later.
+            ahead: parameters beyond `amount` that groups may take in advance of later iterations.
 
         Raises:
-            ValueError: it has not so many neurons.
+            ValueError: the layer has too few neurons.
         """
         attention = widths.groups * self.costs.group
         share = attention / (attention + widths.neurons * self.costs.neuron)
@@ -59,14 +62,14 @@ class Budget:
 def narrowed_by(
     config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]], share: float, multiple: int = 1
 ) -> Widths:
-    """The widths of a model whose layers each give up a share of their projections' weights.
+    """Return the widths of a model after removing a share of every layer's projection weights.
 
     Args:
         shapes: [rows, cols] of a layer's projections by name.
-        multiple: of what the number of neurons is one.
+        multiple: the number of neurons stays a multiple of it.
 
     Raises:
-        ValueError: they have not so many neurons.
+        ValueError: the layers have too few neurons.
     """
     costs = costs_of(config, {f"{name}.weight": shape for name, shape in shapes.items()})
     widths = widths_of(config)
@@ -75,7 +78,7 @@ def narrowed_by(
 
 @dataclass(frozen=True)
 class Narrowed:
-    """New widths, and the budget with what is owed then."""
+    """New widths, and the budget with the groups still owed."""
 
     widths: Widths
     budget: Budget

@@ -1,26 +1,27 @@
-"""Which iterations of a path are kept as checkpoints."""
+"""The iterations of a path that are kept as checkpoints."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class KeptIterations:
-    """Iterations by number, or those that come nearest to shares of the parameters removed; one of the two is empty."""
+    """Kept iterations, by number or by the nearest share of parameters removed; one of the two is empty."""
 
     iterations: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
 
-    def wants(self, iteration: int, below: float, above: float) -> bool:
-        """Whether an iteration is kept.
+    def keeps(self, iteration: int, below: float, above: float) -> bool:
+        """Return whether an iteration is kept.
 
         Args:
-            below, above: the shares half way between this iteration and the ones before and after it.
+            below, above: midpoints between this iteration's removed share and those of the iterations before and after
+                it.
         """
         return iteration in self.iterations or any(below < share <= above for share in self.shares)
 
 
 def parse_keep(text: str) -> KeptIterations:
-    """The iterations that a text such as `8,12` or `0.2,0.3` names.
+    """Parse a list of iterations such as `8,12`, or of shares such as `0.2,0.3`.
 
     Raises:
         ValueError: it is neither.

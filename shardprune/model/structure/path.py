@@ -1,7 +1,7 @@
-"""MoP's path (arXiv 2602.06127): iteration after iteration, a layer goes or every layer gets narrower.
+"""MoP's path (arXiv 2602.06127): each iteration removes one layer or makes every layer narrower.
 
-Each iteration removes as many parameters as one current layer has. How many that are depends on the path alone,
-not on the weights, so that a path is checked before anything is read.
+An iteration removes as many parameters as one current layer has. That number depends on the path alone, not on the
+weights, so that a path is checked before anything is read.
 """
 
 import math
@@ -12,16 +12,16 @@ from typing import Literal
 from shardprune.model.structure.budget import Budget
 from shardprune.model.structure.shape import FEWEST_LAYERS, Widths
 
-AHEAD = 2  # iterations by which a group may go before its time: one of each layer can be more than one iteration gives
-# L: a layer goes; G: groups and neurons of every layer; g: the same for what a request leaves after whole iterations
+AHEAD = 2  # iterations of credit for groups: one group of every layer can exceed a single iteration
+# L: remove a layer; G: groups and neurons of every layer; g: a partial G that meets the rest of the request
 Letter = Literal["L", "G", "g"]
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a path has come to: layers left, their widths and budget, and the parameters removed so far.
+    """The model after some iterations: layers, widths, budget, and parameters removed.
 
-    `nominal` is what the iterations were to remove; rounding to whole neurons is made up for by the next one.
+    `nominal` is the sum of the iterations' targets; the next iteration makes up for rounding to whole neurons.
     """
 
     layers: int
@@ -33,16 +33,16 @@ class State:
 
     @property
     def layer(self) -> int:
-        """The parameters of a current layer."""
+        """Parameters of a current layer."""
         return self.budget.costs.layer(self.widths)
 
     @property
     def slack(self) -> int:
-        """By how much widths can miss a request: one neuron of every layer, or as many as go together."""
+        """The parameters by which widths can miss a request: one multiple of neurons of every layer."""
         return self.layers * self.budget.slack
 
     def shallower(self) -> "State":
-        """After a layer has gone.
+        """Return the state after one layer is removed.
 
         Raises:
             ValueError: fewer than two would be left.
@@ -58,13 +58,13 @@ class State:
         )
 
     def narrower(self, nominal: int, ahead: float = 0.0) -> "State":
-        """After every layer has become narrower, so that `nominal` parameters have gone in all.
+        """Return the state after every layer is narrowed so that `nominal` parameters are removed in all.
 
         Args:
-            ahead: how many more may have gone, if groups take them: later iterations take as many less.
+            ahead: parameters beyond `nominal` that groups may take; later iterations remove as many fewer.
 
         Raises:
-            ValueError: the layers have not so many neurons.
+            ValueError: the layers have too few neurons.
         """
         amount = (nominal - self.removed) / self.layers
         narrowed = self.budget.narrowed(self.widths, amount, ahead / self.layers)
@@ -79,10 +79,10 @@ class State:
         )
 
     def after(self, letter: Letter, request: int | None) -> "State":
-        """After one iteration.
+        """Return the state after one iteration.
 
         Raises:
-            ValueError: the model cannot give so much.
+            ValueError: the model is too small for it.
         """
         if letter == "L":
             return self.shallower()
@@ -94,7 +94,9 @@ class State:
         return self.narrower(request)
 
     def offers(self, request: int | None) -> tuple[Letter, ...]:
-        """What the next iteration may be: L and G where a whole one fits into the request, else g, else nothing."""
+        """Return the possible next letters: L and G if a whole iteration fits into the request, then g; empty at the
+        end.
+        """
         if request is None or max(self.removed, self.nominal) + self.layer <= request + self.slack / 2:
             return ("L", "G")
         return ("g",) if request - self.removed > self.slack / 2 else ()
@@ -103,10 +105,10 @@ class State:
 def walk(
     start: State, choose: Callable[[State], Letter], request: int | None, iterations: int | None
 ) -> Iterator[State]:
-    """The states of a path one after the other, until the request is met or the iterations are done.
+    """Yield the states of a path until the request is met or the iterations are done.
 
     Raises:
-        ValueError: the model cannot give so much.
+        ValueError: the model is too small for the request.
     """
     state = start
     while state.iteration != iterations and (offers := state.offers(request)):
@@ -115,7 +117,7 @@ def walk(
 
 
 def preferring(letter: Letter, request: int | None) -> Callable[[State], Letter]:
-    """A choice that takes one letter as long as the model can give it, and then the other."""
+    """Return a choice that takes one letter for as long as the model allows it, then the other."""
     other: Letter = "G" if letter == "L" else "L"
 
     def choose(state: State) -> Letter:

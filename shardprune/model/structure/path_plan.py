@@ -1,4 +1,4 @@
-"""What is known of a path before it starts: where it begins, when it ends, and the way it goes where that is given."""
+"""The path as requested: its start, its end, and its letters if they are given or drawn."""
 
 import math
 import random
@@ -13,10 +13,13 @@ from shardprune.model.structure.path import Letter, State, preferring, walk
 
 @dataclass(frozen=True)
 class PathPlan:
-    """A path that is to be walked.
+    """The plan of a path.
 
-    `request` is the number of parameters to remove, `parameters` those of the whole model. `letters` says which way it
-    goes, where that is given; `seed` draws it; else a criterion decides at each iteration.
+    Attributes:
+        parameters: of the whole original model.
+        request: the number of parameters to remove; None: as many as the letters remove.
+        letters: the given path, such as LGGL; None: drawn or searched.
+        seed: of a drawn path; None: a criterion decides at each iteration.
     """
 
     start: State
@@ -28,17 +31,17 @@ class PathPlan:
 
     @property
     def iterations(self) -> int | None:
-        """The number of iterations where no share is asked for."""
+        """The number of iterations of a given path without a request."""
         return len(self.letters) if self.letters and self.request is None else None
 
     def share(self, state: State) -> float:
-        """The share of the model's parameters that is gone."""
+        """Return the removed share of the model's parameters."""
         return state.removed / self.parameters
 
     def candidates(self, state: State) -> dict[Letter, State]:
-        """What the next iteration may be, and where each leads; empty at the end.
+        """Return the possible next letters with the states after them; empty at the end.
 
-        Only what the model can give is offered, and after which it can give all that is asked for.
+        A candidate is offered only if the model can still meet the whole request after it.
         """
         if self._over(state):
             return {}
@@ -52,7 +55,7 @@ class PathPlan:
         return found
 
     def choice(self, state: State, candidates: dict[Letter, State]) -> Letter | None:
-        """Which of the candidates is taken; None where a criterion decides between them."""
+        """Return the letter to take; None if a criterion decides between the candidates."""
         if len(candidates) == 1:
             return next(iter(candidates))
         if self.letters is not None:
@@ -63,8 +66,8 @@ class PathPlan:
         return None
 
     def kept(self, before: State, now: State) -> bool:
-        """Whether an iteration is kept."""
-        return self.keeping.wants(now.iteration, self._half_way(before), self._half_way(now))
+        """Return whether an iteration is kept as a checkpoint."""
+        return self.keeping.keeps(now.iteration, self._half_way(before), self._half_way(now))
 
     def check(self) -> None:
         """Check that the path can be walked to its end.
@@ -79,7 +82,7 @@ class PathPlan:
         else:
             ends = self._ends(self.start)
             if not ends:
-                self._end(preferring("L", self.request))  # says why
+                self._end(preferring("L", self.request))  # raises the reason
         shortest = min(ends, key=lambda state: state.iteration)
         if any(iteration > shortest.iteration for iteration in self.keeping.iterations):
             last = max(self.keeping.iterations)
@@ -95,7 +98,7 @@ class PathPlan:
         return state.iteration == self.iterations or not state.offers(self.request)
 
     def _half_way(self, state: State) -> float:
-        """The share half way to the next iteration, whichever way that goes; the first one is nobody's second."""
+        """Return the midpoint between this iteration's removed share and the next one's."""
         if not state.iteration:
             return -math.inf
         if self._over(state):
@@ -104,7 +107,9 @@ class PathPlan:
         return self.share(state) + step / self.parameters / 2
 
     def _ends(self, state: State) -> list[State]:
-        """Where a path ends that takes one letter as long as it can; empty where the model cannot give so much."""
+        """Return the end states of the two paths that prefer one letter; empty if the model is too small for the
+        request.
+        """
         found = []
         for letter in ("L", "G"):
             with suppress(ValueError):
@@ -131,10 +136,10 @@ class PathPlan:
         return choice
 
     def _end(self, choose: Callable[[State], Letter]) -> State:
-        """The end of a path.
+        """Return the end state of a path.
 
         Raises:
-            InputError: the model cannot give so much.
+            InputError: the model is too small for it.
         """
         state = self.start
         try:

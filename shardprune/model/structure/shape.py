@@ -1,7 +1,7 @@
-"""The shape of a model: its layers, its key/value groups and neurons, and the config that says so.
+"""The shape of a model (layers, key/value groups, neurons) and its config.
 
-A *group* is a key/value head with the query heads that read it (one of them under multi-head attention);
-groups go whole, so that the query heads of a key/value head stay as many.
+A *group* is a key/value head with the query heads that read it (one under multi-head attention). Groups are removed as
+a whole, so that the number of query heads per key/value head stays.
 """
 
 import math
@@ -16,12 +16,12 @@ from shardprune.model.families import Unit, family_of
 
 FEWEST_GROUPS = 2
 FEWEST_LAYERS = 2
-OF_A_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # not of the model that a config says
+OF_A_FILE = ("_name_or_path", "architectures", "dtype", "transformers_version")  # describe the file, not the model
 
 
 @dataclass(frozen=True)
 class Widths:
-    """The numbers of groups and of neurons that every layer has."""
+    """The numbers of groups and neurons of every layer."""
 
     groups: int
     neurons: int
@@ -29,23 +29,23 @@ class Widths:
 
 @dataclass(frozen=True)
 class Heads:
-    """What a group consists of: `queries` query heads and a key/value head, of `dim` rows each."""
+    """The composition of a group: `queries` query heads and one key/value head, of `dim` rows each."""
 
     queries: int
     dim: int
 
     def rows(self, unit: Unit) -> int:
-        """How many rows (or columns) of a projection one structure owns there."""
+        """Return the number of rows (or columns) of a projection that belong to one structure."""
         return {"query": self.queries * self.dim, "key": self.dim, "neuron": 1}[unit]
 
 
 def widths_of(config: PretrainedConfig) -> Widths:
-    """The widths that a config gives every layer."""
+    """Return the widths of a config's layers."""
     return Widths(_key_heads(config), getattr(config, family_of(config.model_type).neurons))
 
 
 def heads_of(config: PretrainedConfig) -> Heads:
-    """What a config's groups consist of."""
+    """Return the composition of a config's groups."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads // _key_heads(config), dim)
 
@@ -55,14 +55,14 @@ def _key_heads(config: PretrainedConfig) -> int:
 
 
 def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> dict[str, Any]:
-    """The fields of a config that change where a model keeps only some of its layers, with other widths.
+    """Return the config fields that change if a model keeps some of its layers and gets other widths.
 
-    A Llama config refuses a number of heads that does not divide the hidden size. Mistral's is the same
-    computation, with the width of a head as a number of its own and nothing to refuse, so that such a Llama
-    is saved as a Mistral without a sliding window.
+    A Llama config rejects a number of heads that does not divide the hidden size. Mistral's model is the same
+    computation with a separate head width and no such check, so that such a Llama is saved as a Mistral without a
+    sliding window.
 
     Args:
-        layers: the kept ones, by their index.
+        layers: indices of the kept layers.
     """
     family, heads = family_of(config.model_type), heads_of(config)
     fields: dict[str, Any] = {}
@@ -80,21 +80,25 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
         fields["head_dim"] = heads.dim
         if config.model_type == "llama" and config.hidden_size % fields["num_attention_heads"]:
             twin = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-            twin["transformers_version"] = transformers.__version__  # old Mistrals are taken to need another tokenizer
-            fields = {**_said(config), **fields, **twin}
+            twin["transformers_version"] = (
+                transformers.__version__
+            )  # transformers loads another tokenizer for old Mistrals
+            fields = {**_model_fields(config), **fields, **twin}
     return fields
 
 
-def _said(config: PretrainedConfig) -> dict[str, Any]:
-    """All that a config says about the model, its class's defaults included, which are not those of another class."""
+def _model_fields(config: PretrainedConfig) -> dict[str, Any]:
+    """Return all fields of a config that describe the model. Defaults are included: another class has other
+    defaults.
+    """
     return {name: value for name, value in config.to_dict().items() if name not in OF_A_FILE}
 
 
 def reshaped(config: PretrainedConfig, widths: Widths, layers: Sequence[int] | None = None) -> PretrainedConfig:
-    """The config of a model with other widths, and with some of its layers only.
+    """Return the config of a model with other widths and some of its layers.
 
     Raises:
-        ValueError: transformers takes no such config.
+        ValueError: transformers rejects such a config.
     """
     fields = changes(config, widths, range(config.num_hidden_layers) if layers is None else layers)
     if fields.get("num_attention_heads") and family_of(config.model_type).fixed_heads:
@@ -109,7 +113,7 @@ def reshaped(config: PretrainedConfig, widths: Widths, layers: Sequence[int] | N
 
 
 def possible_groups(config: PretrainedConfig) -> tuple[int, ...]:
-    """The numbers of groups that the family's config can say, in ascending order; at least two stay."""
+    """Return the numbers of groups that the family's config allows, ascending; at least two stay."""
     before = widths_of(config)
 
     def possible(groups: int) -> bool:
@@ -125,19 +129,19 @@ def possible_groups(config: PretrainedConfig) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Costs:
-    """What structures consist of, in parameters: a group, a neuron, and a layer beyond them (norms)."""
+    """Parameters of a group, of a neuron, and of the rest of a layer (norms)."""
 
     group: int
     neuron: int
     rest: int
 
     def layer(self, widths: Widths) -> int:
-        """The parameters of a layer."""
+        """Return the parameters of a layer."""
         return widths.groups * self.group + widths.neurons * self.neuron + self.rest
 
 
 def costs_of(config: PretrainedConfig, tensors: Mapping[str, tuple[int, ...]]) -> Costs:
-    """What the structures of a layer consist of.
+    """Count the parameters of a layer's structures.
 
     Args:
         tensors: shapes by name within the layer (`self_attn.q_proj.weight`): of all its parameters, or of the

@@ -1,4 +1,4 @@
-"""Several runs side by side: what perplexity they have for what compression, and for how many seconds."""
+"""Comparison of several runs: perplexity against compression and against seconds."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ HEADINGS = ("", "run", "text", "perplexity", "compression", "seconds")
 
 @dataclass(frozen=True)
 class Text:
-    """What perplexity was measured on: two measurements compare only where all of it is the same."""
+    """The text that a perplexity was measured on; measurements are comparable only if all fields are equal."""
 
     source: str
     seqlen: int
@@ -31,8 +31,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Point:
-    """A model: `compression` is the share of the original's parameters that are gone or zero, `seconds` are those of
-    all its runs together."""
+    """One model in the comparison: `compression` is the removed or zero share of the original's parameters, `seconds`
+    the time of all its runs together.
+    """
 
     name: str
     text: Text
@@ -42,7 +43,7 @@ class Point:
 
 
 def names_of(folders: Iterable[str]) -> dict[str, str]:
-    """As many of the last parts of each folder's name as tell it from the others, of a pipeline's step two at least."""
+    """Return the shortest tails of the folders' paths that tell them apart, of a pipeline's step at least two parts."""
     parts = {folder: without_credentials(folder).rstrip("/").split("/") for folder in folders}
     names = {}
     for folder, own in parts.items():
@@ -55,11 +56,11 @@ def names_of(folders: Iterable[str]) -> dict[str, str]:
 
 
 def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
-    """The models that runs made, and the originals that they were given.
+    """Return the models that runs made, and the originals that they started from.
 
     Args:
-        runs: one, or the steps of a pipeline, in their order.
-        names: what to call their outputs.
+        runs: one, or the steps of a pipeline, in order.
+        names: labels of their outputs.
 
     Raises:
         InputError: a run was only an evaluation.
@@ -87,12 +88,12 @@ def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
 
 
 def _was_dense(result: Result) -> bool:
-    """Whether what a run measured before it began was a dense model."""
+    """Return whether the model measured before a run was dense."""
     return result.command != "rebuild" and not (result.sparsity and result.sparsity.before)
 
 
 def _zeros(run: FinishedRun) -> int:
-    """The zeros of the model that a run made; a search that only removes structures counts none."""
+    """Return the zeros of a run's model; runs of mop that only remove structures do not count them."""
     assert isinstance(run.result, Result)
     if run.result.model.zeros_after is None and run.result.sparsity is not None:
         raise InputError("compare", f"{run.folder} was written before zeros were counted; start its command again")
@@ -100,15 +101,15 @@ def _zeros(run: FinishedRun) -> int:
 
 
 def _lineage(runs: list[FinishedRun]) -> list[FinishedRun]:
-    """Runs after those that made the models they were given, as far as these are known."""
+    """Prepend the runs that made the runs' input models, as far as they are known."""
     found = [run for run in runs if not isinstance(run.result, EvaluationResult)]
     while found and (parent := found[0].parent) and parent.folder not in {run.folder for run in found}:
-        found.insert(0, parent)  # none is its own: an output may have been moved to where its model was
+        found.insert(0, parent)  # no run is its own parent, even if an output was moved to its model's location
     return found
 
 
 def _measured(result: Result) -> list[tuple[Text, float]]:
-    """Perplexities of the model that a run made, the run's own and those of later evaluations."""
+    """Return all perplexities of a run's model: the run's own and those of later evaluations."""
     found: dict[Text, float] = {}
     for source, measured in result.perplexity.items():
         if measured.after is not None:
@@ -119,7 +120,7 @@ def _measured(result: Result) -> list[tuple[Text, float]]:
 
 
 def comparisons(points: list[Point]) -> list[Plot]:
-    """Two plots for each text: perplexity against compression and against seconds."""
+    """Return two plots per text: perplexity against compression and against seconds."""
     plots = []
     names = list(dict.fromkeys(point.name for point in points))
     for text in dict.fromkeys(point.text for point in points):
@@ -151,7 +152,7 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
             go.Scatter(
                 x=[place],
                 y=[point.perplexity],
-                name=escape(point.name),  # plotly takes names for markup
+                name=escape(point.name),  # plotly interprets names as markup
                 mode="markers+text",
                 text=[str(number + 1)],
                 textposition="top center",
@@ -164,7 +165,7 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
 
 
 def comparison_rows(points: list[Point]) -> list[tuple[str, ...]]:
-    """The same in numbers, under HEADINGS; each name has a number of its own."""
+    """Return the table of the comparison, with columns HEADINGS and one row per model and text."""
     names = list(dict.fromkeys(point.name for point in points))
     return [
         (

@@ -1,4 +1,4 @@
-"""The finished runs that an output holds, as a report sees them."""
+"""The finished runs in an output, with result and events."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +9,12 @@ from shardprune.report.events import read_events
 from shardprune.report.page.history import History
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.storage.folder import READ_ONLY, Folder
-from shardprune.storage.output_names import PRUNED, RECOVERED, RESULT
+from shardprune.storage.output_names import RESULT, run_folders
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's result and events, which are in their order and may be none."""
+    """A run's result and its events in order; the events may be empty."""
 
     folder: str
     result: Result | EvaluationResult
@@ -30,8 +30,9 @@ class FinishedRun:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of all attempts as the events tell them, without those in which none ran; of the attempt
-        that finished where there are no events."""
+        """Wall-clock seconds of all attempts, without the time between them; without events, those of the last
+        attempt.
+        """
         if not self.events:
             return self.result.seconds["total"]
         history = History(self.events)
@@ -39,7 +40,7 @@ class FinishedRun:
 
     @cached_property
     def parent(self) -> "FinishedRun | None":
-        """The run that made the model this one was given, where that is known."""
+        """The run that made this run's input model, if known."""
         given = self.result.recipe["sparse" if self.command == "rebuild" else "model"]
         if given.startswith(READ_ONLY):
             return None
@@ -52,12 +53,12 @@ class FinishedRun:
 
 
 def finished_runs(out: str) -> list[FinishedRun]:
-    """The run of an output, or those of a pipeline's steps.
+    """Return the run in an output, or those of a pipeline's steps.
 
     Raises:
         InputError: none is finished, or the result of one cannot be read.
     """
-    folders = [Folder(url, "out") for url in (out, *(f"{out}/{name}" for name in (PRUNED, RECOVERED)))]
+    folders = [Folder(url, "out") for url in run_folders(out)]
     found = [_finished(folder) for folder in folders if folder.is_file(RESULT)]
     if not found:
         raise InputError("out", f"{out!r} holds no finished run; `shardprune status` says where one stands")

@@ -1,4 +1,4 @@
-"""Heat maps over layers and projections: how sparse they became, and their outliers."""
+"""Heat maps of sparsity and outliers over layers and projections."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,15 @@ import plotly.graph_objects as go
 from shardprune.report.page.plot import Plot, figure
 from shardprune.report.result import LayerResult, ProjectionResult, Sparsity
 
-ROW_HEIGHT = 22  # pixels: a number in a cell can be read
-FRAME_HEIGHT = 120  # of the axes' labels
+ROW_HEIGHT = 22  # pixels; high enough for the number in a cell
+FRAME_HEIGHT = 120  # pixels for the axes' labels
 WHOLE = "layer"  # the column of all projections of a layer together
 
 Value = Callable[[LayerResult | ProjectionResult], float | None]
 
 
 def sparsity_map(sparsity: Sparsity) -> Plot:
-    """Percentage of zeros of each projection, counted on what was written."""
+    """Plot the percentage of zeros of each projection, counted on the written tensors."""
     return _heat_map(
         sparsity,
         lambda entry: 100 * entry.achieved,
@@ -28,7 +28,7 @@ def sparsity_map(sparsity: Sparsity) -> Plot:
 
 
 def outlier_map(sparsity: Sparsity) -> Plot | None:
-    """Percentage of outliers of each projection of the dense model; None where the run did not look for them."""
+    """Plot the percentage of outliers of each projection of the dense model; None if the run did not measure them."""
     if all(layer.outliers is None for layer in sparsity.layers):
         return None
     return _heat_map(
@@ -43,7 +43,7 @@ def outlier_map(sparsity: Sparsity) -> Plot | None:
 
 
 def _heat_map(sparsity: Sparsity, value: Value, title: str, text: str, template: str, span: float) -> Plot:
-    """`span` is the least difference of two values that have the colours of both ends."""
+    """Plot a heat map; values that differ by less than `span` do not use the whole range of colours."""
     layers = [entry.layer for entry in sparsity.layers]
     names = list(dict.fromkeys(entry.name for entry in sparsity.projections))
     values = {(entry.layer, entry.name): value(entry) for entry in sparsity.projections}
@@ -59,7 +59,7 @@ def _heat_map(sparsity: Sparsity, value: Value, title: str, text: str, template:
         colorscale="Cividis",
         zmin=min(known),
         zmax=max(*known, min(known) + span),
-        showscale=False,  # the numbers stand in the cells
+        showscale=False,  # the cells show numbers
         xgap=1,
         ygap=1,
         hovertemplate=f"layer %{{y}}, %{{x}}: {template} %<extra></extra>",

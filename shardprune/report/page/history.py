@@ -1,4 +1,4 @@
-"""The time of a run as its events tell it: attempts, phases, and what every worker did."""
+"""The timeline of a run from its events: attempts, phases, and the work of every worker."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,12 +9,14 @@ from shardprune.report.page.workers import Key
 
 Event = dict[str, Any]
 
-TRAINING = "recover"  # the phase whose processes keep no account of their own
+TRAINING = "recover"  # the phase whose processes have no ledger
 
 
 @dataclass(frozen=True)
 class Work:
-    """The calls of one verb: `start` and `end` are seconds since the epoch, of which `busy` were at work."""
+    """Consecutive calls of one verb: `start` and `end` are seconds since the epoch; of that time `busy` seconds were
+    computation.
+    """
 
     verb: str
     start: float
@@ -24,8 +26,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Interruption:
-    """A place where a run was cut off: `silent` seconds passed before a driver was there again, where it was a new
-    one."""
+    """A loss of workers or of the driver; a new driver resumed after `silent` seconds."""
 
     time: float
     what: str
@@ -35,8 +36,9 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Stint:
-    """What one worker did from its start until it ended or was lost, in the order of time; `end` is when the run was
-    done with its workers."""
+    """The work of one worker from its start to its loss or to the `end` of the workers' part of the run, in order of
+    time.
+    """
 
     key: Key
     work: tuple[Work, ...]
@@ -48,10 +50,10 @@ class Stint:
 
 
 class History:
-    """A run's events, in their order, seen as stretches of time.
+    """A run's events in order, as intervals of time.
 
     Args:
-        trainers: the workers of a training, which took part in the whole phase.
+        trainers: the processes of a training run, which worked throughout the phase.
     """
 
     def __init__(self, events: list[Event], trainers: Iterable[Key] = ()) -> None:
@@ -70,7 +72,7 @@ class History:
         return self.events[-1]["time"]
 
     def at(self, time: float) -> float:
-        """Seconds of the run's own time: without those between a driver's end and the next one's start."""
+        """Convert a time to seconds of the run, without the gaps between one driver's end and the next one's start."""
         silent = sum(min(entry.silent, time - entry.time) for entry in self.interruptions if entry.time < time)
         return max(0.0, time - self.start - silent)
 
@@ -82,7 +84,7 @@ class History:
         ]
 
     def _restarts(self) -> list[Interruption]:
-        """Where a new driver goes on: each records itself once, after it has planned."""
+        """Return the restarts by a new driver, found by its event `run`."""
         found = []
         runs = [place for place, event in enumerate(self.events) if event["event"] == "run"]
         for earlier, run in pairwise(runs):
@@ -93,7 +95,7 @@ class History:
         return found
 
     def _phases(self) -> list[tuple[str, float, float]]:
-        """Name, start and end of the innermost phases."""
+        """Return name, start and end of the innermost phases."""
         found: list[tuple[str, float, float]] = []
         stack: list[str] = []
         since = self.start
@@ -116,7 +118,7 @@ class History:
         return [(name, start, end) for name, start, end in found if end > start]
 
     def _stints(self, trainers: tuple[Key, ...]) -> list[Stint]:
-        """Workers are new after every interruption."""
+        """Return the work of all workers; after an interruption all workers are new."""
         bounds = [*(entry.time for entry in self.interruptions), float("inf")]
         spans: dict[tuple[int, Key], list[Work]] = {}
         ends: dict[int, float] = {}
@@ -130,7 +132,7 @@ class History:
         ]
 
     def _work(self, trainers: tuple[Key, ...]) -> Iterator[tuple[Key, Work]]:
-        """What every worker did, in no order."""
+        """Yield the work of every worker, in no particular order."""
         for event in self.events:
             if event["event"] == "work":
                 for verb, _, start, end, busy, *_ in event["spans"]:

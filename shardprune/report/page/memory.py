@@ -1,4 +1,4 @@
-"""What the workers took."""
+"""Memory of the workers."""
 
 import plotly.graph_objects as go
 
@@ -11,7 +11,7 @@ FRAME_HEIGHT = 90
 
 
 def memory_of_workers(workers: list[WorkerResult]) -> Plot:
-    """Peak memory of every worker in GiB; of neighbours that share a line, the one that took most."""
+    """Plot the peak memory of every worker in GiB; workers that share a line are shown by their largest."""
     by_key = {(worker.shard, worker.replica): worker for worker in workers}
     lines = lines_of(list(by_key))
     most = [max((by_key[key] for key in keys), key=lambda worker: worker.peak_bytes) for _, keys in lines]

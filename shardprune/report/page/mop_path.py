@@ -1,4 +1,4 @@
-"""The path of MoP: what each iteration could have become, and what it became."""
+"""The path of MoP: both candidates of every iteration, and the chosen one."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ CANDIDATES = {"L": "a layer goes (L)", "G": "every layer narrower (G)"}
 
 
 def path_of_search(path: list[Iteration], recipe: dict[str, Any]) -> Plot | None:
-    """Both candidates' scores in every iteration, the chosen one ringed; the share of the parameters that was gone.
+    """Plot both candidates' scores in every iteration, the chosen one ringed, and the removed share of parameters.
 
-    None where nothing was scored.
+    None if nothing was scored.
     """
     if not any(entry.scores for entry in path):
         return None

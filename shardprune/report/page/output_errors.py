@@ -1,4 +1,4 @@
-"""By how much the layers' outputs changed."""
+"""Relative output errors of projections and blocks."""
 
 import math
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ Point = tuple[int, str, float]  # layer, series, error
 
 
 def projection_errors(projections: Iterable[ProjectionResult]) -> Plot | None:
-    """Relative output error of every projection; None where it was not measured."""
+    """Plot the relative output error of every projection; None if it was not measured."""
     points = [(entry.layer, entry.name, entry.error) for entry in projections if entry.error is not None]
     return _errors(
         points,
@@ -26,7 +26,7 @@ def projection_errors(projections: Iterable[ProjectionResult]) -> Plot | None:
 
 
 def narrowing_errors(layers: Iterable[NarrowedLayer]) -> Plot | None:
-    """The same of the output projections of layers that lost structures."""
+    """Plot the relative output error of the output projections of narrowed layers; None if it was not measured."""
     points = [(layer.layer, name, error) for layer in layers for name, error in layer.errors.items()]
     return _errors(
         points,
@@ -36,7 +36,9 @@ def narrowing_errors(layers: Iterable[NarrowedLayer]) -> Plot | None:
 
 
 def block_errors(blocks: Iterable[BlockResult]) -> Plot | None:
-    """Relative output error of blocks before and after their masks were rebuilt."""
+    """Plot the relative output error of blocks before and after their masks were rebuilt; None if it was not
+    measured.
+    """
     points = []
     for block in blocks:
         for when, error in (("before", block.error_before), ("after", block.error_after)):
@@ -72,12 +74,16 @@ def _errors(points: list[Point], title: str, text: str) -> Plot | None:
         xaxis={"title": "layer", "dtick": next(step for step in STEPS if step * TICKS >= layers)},
         yaxis_title="relative error",
     )
-    if all(error > 0 for _, _, error in points):  # a projection that lost nothing has none
+    if all(
+        error > 0 for _, _, error in points
+    ):  # a projection without pruned weights has error 0, which a log axis cannot show
         drawn.update_yaxes(type="log", tickvals=_ticks([error for _, _, error in points]), tickformat="~g")
     return Plot(title, drawn, text)
 
 
 def _ticks(errors: list[float]) -> list[float]:
-    """1, 2 and 5 of every power of ten around some numbers above 0; of more than three powers the 1 alone."""
+    """Return 1, 2 and 5 times the powers of ten around some positive numbers; over more than three powers, 1 times
+    only.
+    """
     powers = range(math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors))) + 1)
     return [digit * 10.0**power for power in powers for digit in ((1, 2, 5) if len(powers) <= 4 else (1,))]

@@ -1,4 +1,4 @@
-"""A page: tables and plots in one file that needs nothing else."""
+"""Rendering of a page: tables and plots in one self-contained HTML file."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from shardprune.report.page.plot import Plot
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of texts: `numbers` says from which column on they are numbers."""
+    """A table of texts; columns from index `numbers` on are aligned as numbers."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
@@ -23,7 +23,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, facts in pairs, tables, plots, remarks about what is not there, and the recipe as YAML."""
+    """A heading, facts in pairs, tables, plots, remarks about missing parts, and the recipe as YAML."""
 
     title: str
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Section:
 
 
 def render(title: str, sections: Iterable[Section]) -> str:
-    """The page as HTML. Nothing in it is fetched: its policy forbids it."""
+    """Render the page as HTML. It fetches nothing: its content security policy forbids it."""
     return _template().render(
         title=title, sections=list(sections), plotly=get_plotlyjs(), version=version("shardprune")
     )

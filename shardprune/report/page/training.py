@@ -1,4 +1,4 @@
-"""The losses of a training."""
+"""The loss curve of a training run."""
 
 import plotly.graph_objects as go
 
@@ -7,7 +7,7 @@ from shardprune.report.result import Recovery
 
 
 def loss_curve(recovery: Recovery) -> Plot:
-    """Loss and learning rate by step, and the loss of the rows that were held out."""
+    """Plot loss and learning rate by step, and the loss of the held-out rows."""
     steps = [loss.step for loss in recovery.losses]
     held_out = [(loss.step, loss.held_out) for loss in recovery.losses if loss.held_out is not None]
     traces = [

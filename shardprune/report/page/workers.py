@@ -1,12 +1,12 @@
-"""How a page names workers, and puts neighbours together where there are many."""
+"""Labels of workers in plots; neighbours share a line if there are many."""
 
 Key = tuple[int, int]  # shard, replica
 
-LINES = 32  # of a plot; of more workers, each line stands for several
+LINES = 32  # of a plot; with more workers, each line stands for several
 
 
 def lines_of(keys: list[Key]) -> list[tuple[str, list[Key]]]:
-    """Names of lines, and the workers of each, in the order of shards and replicas."""
+    """Return the labels of lines and the workers of each, in the order of shards and replicas."""
     keys = sorted(keys)
     per_line = max(1, -(-len(keys) // LINES))
     groups = [keys[start : start + per_line] for start in range(0, len(keys), per_line)]

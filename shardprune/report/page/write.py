@@ -1,4 +1,4 @@
-"""The report of a run, and the comparison of several."""
+"""Writing the report of a run, and the comparison of several."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ FILE = "report.html"
 
 @preflight()
 def write_report(out: str) -> str:
-    """Write the report of an output, a run's or a pipeline's, into it, and return where it is.
+    """Write the report of a run's or a pipeline's output into it; return its location.
 
     Raises:
         InputError: the output holds no finished run, or cannot be read or written.
@@ -43,12 +43,12 @@ def _write(out: str) -> None:
 
 
 def leave_report(out: str, reporter: Reporter, new: bool = False) -> None:
-    """Write the report of an output at the end of a run, if anything in it is new or it was never written.
+    """Write the report of an output at the end of a run, if it is missing or out of date.
 
-    The run has made what it was to make: whatever keeps the report from being written is said, and ends nothing.
+    The model is complete at this point: if the report cannot be written, say why and do not fail the run.
 
     Args:
-        new: something was measured, which leaves no events.
+        new: something was measured that leaves no events.
     """
     try:
         folder = output_folder(absolute(out))
@@ -60,18 +60,18 @@ def leave_report(out: str, reporter: Reporter, new: bool = False) -> None:
 
 
 def report_of(out: str) -> str | None:
-    """Where the report of an output is, if it has one."""
+    """Return the location of an output's report, if it has one."""
     return place_of_report(out) if output_folder(absolute(out)).is_file(FILE) else None
 
 
 def place_of_report(out: str) -> str:
-    """Where the report of an output is, for people."""
+    """Return the location where an output's report is written, for messages."""
     return f"{without_credentials(absolute(out)).rstrip('/')}/{FILE}"
 
 
 @preflight()
 def write_comparison(outs: list[str], file: str) -> str:
-    """Write a page that compares the perplexities of several outputs, and return where it is.
+    """Write a page that compares the perplexities of several outputs; return its location.
 
     Raises:
         InputError: there are fewer than two, one holds no finished run that made a model, or something cannot be read
@@ -119,7 +119,7 @@ def _section(run: FinishedRun) -> Section:
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
     facts = [("model", run.model), ("output", without_credentials(run.folder))]
-    if result.sparsity and result.recovery:  # which has no target
+    if result.sparsity and result.recovery:  # recover has no target
         facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
     elif result.sparsity:
         facts.append(("sparsity: target", f"{result.sparsity.target:.2%}"))
@@ -164,7 +164,7 @@ def _plots(result: Result) -> list[Plot | None]:
 
 
 def _work(run: FinishedRun) -> list[Plot]:
-    """What the workers did and took."""
+    """Return the plots of the workers' time and memory."""
     plots = [memory_of_workers(run.result.workers)] if run.result.workers else []
     if run.events:
         trainers = [(worker.shard, worker.replica) for worker in run.result.workers]
@@ -174,7 +174,7 @@ def _work(run: FinishedRun) -> list[Plot]:
 
 
 def _remarks(result: Result) -> list[str]:
-    """Why something that one might look for is not there."""
+    """Return the reasons why parts of a report are missing."""
     remarks: list[str] = []
     zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
     if zeroed and result.sparsity and result.sparsity.projections:

@@ -1,1 +1,3 @@
-"""Which projection gives up how much. Plain arithmetic on a few numbers per projection."""
+"""Allocations: how a sparsity target is divided among layers and projections. Arithmetic on a few numbers per
+projection.
+"""

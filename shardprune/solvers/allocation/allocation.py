@@ -1,4 +1,4 @@
-"""What every allocation takes and gives."""
+"""The interface of allocations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ class Projection:
 
 @dataclass(frozen=True)
 class Share:
-    """What one projection is to give up: its `sparsity`, and its `outliers` ratio in percent (None where the
-    allocation looks at none)."""
+    """The assignment of one projection: its `sparsity`, and its ratio of `outliers` in percent (None if the allocation
+    does not measure it).
+    """
 
     sparsity: float
     outliers: float | None = None
@@ -33,9 +34,9 @@ class Share:
 class Allocation:
     """A row of the table of allocations.
 
-    `allocate(projections, outliers, target, spread)` gives each projection its sparsity; `outliers` has one entry per
-    layer where the allocation `observes` and none else, and `spread` (lambda) is half the width of the range in which
-    the sparsities lie. An `exact` allocation has the target as the mean over all weights.
+    `allocate(projections, outliers, target, spread)` returns a sparsity for each projection; `outliers` has one entry
+    per layer if the allocation `observes`, else it is empty. `spread` is lambda: sparsities lie within target +- 2
+    lambda at most. The mean over all weights of an `exact` allocation is the target.
     """
 
     allocate: Callable[[list[Projection], "list[Outliers]", float, float], Sparsities]

@@ -1,4 +1,4 @@
-"""The table of allocations. A new allocation is one file beside this one and one line here."""
+"""The table of allocations; a new one is a file in this folder and a line here."""
 
 from shardprune.solvers.allocation import mosaic, owl, uniform
 from shardprune.solvers.allocation.allocation import Allocation

@@ -1,25 +1,25 @@
-"""From a profile over layers or projections to sparsities that spend a budget exactly."""
+"""The shift of a profile over layers or projections to sparsities whose mean is the target."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-TOLERANCE = 5e-5  # of a target: what four digits of it show
-HIGHEST = 0.99  # sparsity of any one projection: none is emptied to fill what others may not take
+TOLERANCE = 5e-5  # of a target with four digits
+HIGHEST = 0.99  # largest sparsity of a projection: none is emptied when others are clipped
 
 
 def spread_over(ratios: Sequence[float], spread: float) -> np.ndarray:
-    """Ratios mapped linearly to [0, 2 * spread]; all zero where they do not differ."""
+    """Map ratios linearly to [0, 2 * spread]; all zero if they are equal."""
     values = np.asarray(ratios, dtype=np.float64)
     width = values.max() - values.min()
     return (values - values.min()) / width * (2 * spread) if width > 0 else np.zeros_like(values)
 
 
 def meet(profile: np.ndarray, weights: Sequence[int], target: float) -> np.ndarray:
-    """The sparsities `clip(profile + shift, 0, HIGHEST)` whose mean, weighted by `weights`, is the target.
+    """Return the sparsities `clip(profile + shift, 0, HIGHEST)` whose mean, weighted by `weights`, is the target.
 
-    Where nothing is clipped this centres the profile on the target; what clipping takes from some is
-    spread evenly over the rest. The mean grows with the shift, so that halving an interval finds it.
+    Without clipping this centres the profile on the target; the excess of clipped entries is spread evenly over the
+    rest. The mean grows with the shift, so that bisection finds it.
 
     Raises:
         ValueError: the target is above `HIGHEST`.

@@ -7,10 +7,10 @@ from shardprune.solvers.allocation.budget import TOLERANCE
 
 
 def nonzeros_in_all(target: float, layers: int, m: int) -> int:
-    """The sum of N over all layers whose mean N of `m` is the target.
+    """Return the sum of N over all layers for which the mean sparsity 1 - N/m is the target.
 
     Raises:
-        ValueError: no whole numbers of `m` have that mean; names the nearest targets that have.
+        ValueError: no integers have that mean; names the nearest targets that work.
     """
     total = (1 - target) * m * layers
     nearest = min(max(round(total), layers), m * layers)
@@ -22,13 +22,12 @@ def nonzeros_in_all(target: float, layers: int, m: int) -> int:
 
 
 def in_groups(sparsities: Sparsities, target: float, m: int) -> Sparsities:
-    """The sparsities 1 - N/m that come nearest to those given, which are one per layer.
+    """Round one sparsity per layer to 1 - N/m with integer N in [1, m], whose mean is the target.
 
-    N lies in [1, m], and its mean over the layers is `(1 - target) * m`: whole numbers below the wanted
-    ones first, then one more for the layers that are furthest below theirs.
+    N is rounded down first; the layers that lose most by that then get one more until the mean is met.
 
     Raises:
-        ValueError: no whole numbers have that mean.
+        ValueError: no integers have that mean.
     """
     layers = sorted({layer for layer, _ in sparsities})
     of_layer = {layer: sparsity for (layer, _), sparsity in sparsities.items()}

@@ -14,8 +14,11 @@ LOWEST_RELEASED = 0.01
 
 
 def allocate(projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float) -> Sparsities:
-    """One sparsity per projection: the ratios of all (layer, projection) pairs mapped to [0, 2 lambda], more
-    outliers giving up less, centred with the projections' numbers of weights."""
+    """Return one sparsity per projection, lower for more outliers.
+
+    Ratios of all (layer, projection) pairs are mapped to [0, 2 lambda] and centred with the projections' numbers of
+    weights.
+    """
     ratios = [outliers[projection.layer].projections[projection.name] for projection in projections]
     weights = [projection.weights for projection in projections]
     sparsities = meet(-spread_over(ratios, spread), weights, target)
@@ -28,11 +31,11 @@ def allocate(projections: list[Projection], outliers: "list[Outliers]", target: 
 def allocate_as_released(
     projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float
 ) -> Sparsities:
-    """What the authors' code computes, whose mean is not the target.
+    """Return the sparsities of the authors' released code; their mean is not the target.
 
-    A layer's ratios and each projection's ratios over the layers are mapped to [0, 2 lambda] apart from each
-    other; the sparsity is 1 - (layer's value - mean over layers of the projection's values + 1 - target), at
-    least 0.01. Above `HIGHEST`, where the released code would empty a projection, it is cut off.
+    A layer's ratios, and each projection's ratios over the layers, are mapped to [0, 2 lambda] separately; the sparsity
+    is 1 - (layer's value - mean over layers of the projection's values + 1 - target), at least 0.01. It is clipped at
+    `HIGHEST`; the released code would empty such a projection.
     """
     of_layers = spread_over([layer.layer for layer in outliers], spread)
     names = {projection.name for projection in projections}

@@ -10,8 +10,10 @@ if TYPE_CHECKING:
 
 
 def allocate(projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float) -> Sparsities:
-    """One sparsity per layer (section 3.3): 1 - S is the layers' outlier ratios mapped to [0, 2 lambda] and
-    centred, so that S lies within the target +- 2 lambda and its mean is the target."""
+    """Return one sparsity per layer (section 3.3), within target +- 2 lambda and with the target as mean.
+
+    1 - S are the layers' outlier ratios, mapped to [0, 2 lambda] and centred.
+    """
     weights = [0] * len(outliers)
     for projection in projections:
         weights[projection.layer] += projection.weights

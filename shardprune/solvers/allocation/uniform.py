@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def allocate(projections: list[Projection], outliers: "list[Outliers]", target: float, spread: float) -> Sparsities:
-    """The target for every projection."""
+    """Return the target for every projection."""
     return {(projection.layer, projection.name): target for projection in projections}
