@@ -1,0 +1,12 @@
+"""Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
+
+layer_70b        one layer of Llama-70B shape on one GPU, step by step
+propagation      parallel propagation against exact: seconds and perplexity
+quality          perplexity of methods, allocations and rebuilt masks
+rebuilding       what outlier ratios and rebuilt masks cost beside pruning
+recovery         perplexity before and after fine-tuning, and the zeros that stay
+searching        a MoP search on one worker and on several
+solver           SparseGPT on one projection against the column-by-column formulation
+streamed_memory  peak memory of a worker that streams a model larger than itself
+structured       perplexity and latency of shallower and narrower models
+"""

@@ -24,7 +24,7 @@ LONG = (
     "report",
     "planning/test_memory",
     "jobs",
-    "benchmarks",
+    "test_benchmarks",
 )
 
 

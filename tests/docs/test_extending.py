@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.blocks import ROOT, Page, commands_of
+from tests.docs.pages import COMMANDS, ROOT, Page, commands_of
 from tests.support.tiny import load_tensors
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -62,11 +62,11 @@ def steps() -> list[tuple[str, str | list[str]]]:
     """The commands and programs of the page in their order, small."""
     found: list[tuple[str, str | list[str]]] = []
     for block in Page.read(PAGE).blocks:
-        if block.kind == "python" and block.file is None:
+        if block.language == "python" and block.file is None:
             found.append(("python", block.text))
-        elif block.kind == "commands":
+        elif block.language in COMMANDS:
             for command in commands_of(block):
-                words = command.simple[0]
+                words = command.words
                 if words[0] == "shardprune":
                     found.append(("shardprune", [*words[1:], *SMALLER["shardprune"]]))
                 elif words[:3] == ["python", "-m", "pytest"]:

@@ -11,12 +11,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import typer
 
-from tests.docs.blocks import ROOT, Command, Page
-from tests.docs.shell import COMMANDS
+from shardprune.cli import app
+from tests.docs.pages import ROOT, Page
 
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-OF_THE_REPOSITORY = re.compile(r"(docs|shardprune|tests|jobs|ray_configs|cluster)/[\w./-]*[\w/]")
+OF_THE_REPOSITORY = re.compile(r"(benchmarks|cluster|dev|docs|jobs|ray_configs|shardprune|tests)/[\w./-]*[\w/]")
 ARXIV = re.compile(r"arXiv[: ]+(\S+?)[\s,;:)\]]|arxiv\.org/\w+/([^\s)]+)", re.IGNORECASE)
 OF_OTHER_TOOLS = ("coming-from.md",)  # whose options stand there; tests/docs/test_coming_from.py tells ours apart
 # Options of other programs, in the text of pages about them; `_` is in none of ours.
@@ -94,7 +96,7 @@ def options(command: str) -> frozenset[str]:
 
 @cache
 def all_options() -> frozenset[str]:
-    benchmarks = "".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
+    benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
     own = frozenset().union(*(options(command) for command in COMMANDS))
     return own | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', benchmarks)) | {"--install-completion"}
 
@@ -142,8 +144,3 @@ def test_a_wrong_link_is_found(target):
 def test_a_right_link_is_not():
     for target in ("pruning.md", "pruning.md#exact-and-parallel-propagation", "#mop", "../jobs/recipes"):
         assert wrong_link(ROOT / "docs" / "structure.md", target) is None, target
-
-
-def test_what_is_optional_on_a_line_is_taken():
-    command = Command("shardprune plan MODEL [--json] [OPTIONS] 'shardprune[s3]'", 1)
-    assert command.simple == [["shardprune", "plan", "MODEL", "--json", "OPTIONS", "shardprune[s3]"]]

@@ -1,6 +1,6 @@
 """Resident memory of a worker that streams the weights of a model larger than itself.
 
-    python -m tests.benchmarks.streamed_memory [--gigabytes 2] [--dtype float32] [--weights streamed] [--backend ray]
+    python -m benchmarks.streamed_memory [--gigabytes 2] [--dtype float32] [--weights streamed] [--backend ray]
 
 Makes a Llama of that many gigabytes of random weights, layer by layer, prunes it with SparseGPT,
 and prints the peak resident memory of the worker's process, as `result.json` has it.

@@ -1,39 +1,53 @@
 """Every benchmark runs, at a size that says nothing."""
 
 import importlib
+import pkgutil
+import re
 import sys
 
 import pytest
 
+import benchmarks
+
+TEXT = ("--calibration", "constraints.txt")  # a short one, which is soon tokenised
 SMALL = {
     "layer_70b": (
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
-        *("--samples", "4", "--seqlen", "32"),
+        *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
+    ),
+    "propagation": (
+        *("--samples", "2", "--seqlen", "64", "--workers", "2", "--repeats", "1"),
+        *("--backend", "local", "--eval", "constraints.txt", *TEXT),
     ),
     "quality": (
         *("--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--thresholds", "0.3", "--sparsity", "0.5"),
         *("--jobs", "1", "--threads", "2", "--methods", "sparsegpt", "--allocations", "mosaic"),
+        *("--eval", "constraints.txt", *TEXT),
     ),
-    "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1"),
+    "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1", *TEXT),
     "recovery": (
         *("--steps", "1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--zero", "1", "--workers", "1"),
         *("--backend", "local", "--remove", "0.1", "--data", "constraints.txt", "--eval", "constraints.txt"),
-        *("--calibration", "constraints.txt", "--teacher-weights", "1", "--models", "MoP"),
+        *("--teacher-weights", "1", "--models", "MoP", *TEXT),
     ),
-    "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G"),
+    "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G", *TEXT),
     "structured": (
         *("--shares", "0.1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--tokens", "4"),
         *("--repeats", "1", "--jobs", "1", "--threads", "1", "--ways", "MoP, perplexity path"),
+        *("--eval", "constraints.txt", *TEXT),
     ),
-    "streamed_memory": ("--gigabytes", "0.2", "--samples", "2", "--seqlen", "32", "--backend", "local"),
+    "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
+    "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
 PRINTED = {
     "layer_70b": "peak memory",
+    "propagation": "prune step",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",
     "recovery": "| MoP | all weights | 1 | 1 |",
     "searching": "| obs, corrected |",
     "structured": "| 0.1 | MoP, perplexity path |",
+    "solver": "masks agree",
     "streamed_memory": "peak",
 }
 
@@ -41,5 +55,10 @@ PRINTED = {
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_runs_and_prints_its_table(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *SMALL[name]])
-    importlib.import_module(f"tests.benchmarks.{name}").main()
+    importlib.import_module(f"benchmarks.{name}").main()
     assert PRINTED[name] in capsys.readouterr().out
+
+
+def test_every_benchmark_is_run_and_listed():
+    modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
+    assert modules == SMALL.keys() == set(re.findall(r"^(\w+)  ", benchmarks.__doc__, re.MULTILINE))

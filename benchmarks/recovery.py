@@ -1,6 +1,6 @@
 """What fine-tuning gives back to a pruned model, and what it leaves of its zeros.
 
-    python -m tests.benchmarks.recovery [--model DIR --calibration SOURCE --data SOURCE --eval SOURCE] [--workers 2]
+    python -m benchmarks.recovery [--model DIR --calibration SOURCE --data SOURCE --eval SOURCE] [--workers 2]
 
 Prunes the model twice: to `--sparsity` with SparseGPT, and to `--remove` fewer parameters with MoP (`--models`: one of
 both). Each is then fine-tuned in every way (low-rank updates, all weights; of the sparse one with its zeros kept,

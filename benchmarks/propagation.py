@@ -1,6 +1,6 @@
 """Parallel propagation against exact: the seconds of the prune step and what it costs in perplexity.
 
-    python -m tests.benchmarks.propagation [--model DIR --calibration SOURCE --eval SOURCE] [--workers 4]
+    python -m benchmarks.propagation [--model DIR --calibration SOURCE --eval SOURCE] [--workers 4]
 
 Prunes the model once with one shard and once with `--workers` shards at the same time, every worker with
 `--threads` threads, in turn and `--repeats` times; prints the least seconds of each and their ratio.
@@ -26,6 +26,7 @@ def run(args: argparse.Namespace, out: str, **fields) -> Result:
         "seqlen": args.seqlen,
         "eval": (args.eval,),
         "threads": args.threads,
+        "backend": args.backend,
         **fields,
     }
     return prune(Recipe.checked(values), Reporter(quiet=True))
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--backend", default="ray", help="local: one process, in which shards take turns")
     args = parser.parse_args()
 
     exact, parallel = [], []

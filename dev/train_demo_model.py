@@ -1,6 +1,6 @@
 """Train the bundled demo model on the standard library's own sources.
 
-    python -m jobs.train_demo_model --out shardprune/assets/stdlib-4m
+    python -m dev.train_demo_model --out shardprune/assets/stdlib-4m
 
 The training split of `shardprune.storage.stdlib` gives the tokenizer and the model their text; the held-out
 split gives the curve that is printed and kept in training.json beside the weights. Some 12 million

@@ -1,6 +1,6 @@
 """What taking outlier ratios and rebuilding masks cost beside the pruning itself.
 
-    python -m tests.benchmarks.rebuilding [--model DIR --calibration SOURCE] [--samples 64 --seqlen 256]
+    python -m benchmarks.rebuilding [--model DIR --calibration SOURCE] [--samples 64 --seqlen 256]
 
 Prunes the model plainly, with OWL, and with rebuilt masks of every granularity, in turn and `--repeats` times, in one
 process; prints the least seconds of the observe and prune steps and their ratio to the plain prune step.

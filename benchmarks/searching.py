@@ -1,6 +1,6 @@
 """What a search and the removal of structures take, on one worker and on several.
 
-    python -m tests.benchmarks.searching [--model DIR --calibration SOURCE] [--samples 64 --seqlen 256]
+    python -m benchmarks.searching [--model DIR --calibration SOURCE] [--samples 64 --seqlen 256]
 
 Three iterations of MoP, both candidates scored, on each layout of Ray workers with one thread each: seconds of the
 search, its ratio to one worker, and whether the tensors are the same to the bit. Then, in one process, the prune step

@@ -1,6 +1,6 @@
 """SparseGPT on one projection against the plain column-by-column formulation, side by side.
 
-    python -m tests.benchmarks.solver [--rows 2048 --cols 2048] [--threads 2] [--device cpu|cuda]
+    python -m benchmarks.solver [--rows 2048 --cols 2048] [--threads 2] [--device cpu|cuda]
 
 The plain formulation is that of the papers' code: two Cholesky factorisations and an inverse, blocks of
 128 columns, a full sort for each block's threshold, one rank-one update of the block per column. Prints

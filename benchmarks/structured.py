@@ -1,6 +1,6 @@
 """Perplexity and latency of smaller models: depth only, width only, and MoP's mixture.
 
-    python -m tests.benchmarks.structured [--model DIR --calibration SOURCE --eval SOURCE] [--shares 0.1 0.2 0.3 0.4]
+    python -m benchmarks.structured [--model DIR --calibration SOURCE --eval SOURCE] [--shares 0.1 0.2 0.3 0.4]
 
 Removes each share of the model's parameters in several ways and prints a row for each: perplexity, by how many neurons
 per layer the removed parameters miss the request, and the median seconds to generate `--tokens` tokens (batch 1,
