@@ -126,7 +126,7 @@ class RayBackend:
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
         from shardprune.cluster.ray_training import train_on_ray
 
-        threads = spec.recipe.threads or 1
+        threads = spec.recipe.threads
         self._connect(
             num_cpus=max(workers * threads, this_machine().cpus),
             object_store_memory=TRAINING_STORE_BYTES,

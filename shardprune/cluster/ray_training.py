@@ -27,7 +27,6 @@ class Reports:
     """
 
     def __init__(self, spec: TrainingSpec) -> None:
-        assert spec.recipe.state is not None
         self._folder = Folder(spec.recipe.state, "state")
 
     def clear(self) -> None:

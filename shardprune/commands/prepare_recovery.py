@@ -22,7 +22,7 @@ from shardprune.recovery.batches import Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
-from shardprune.recovery.spec import TrainingSpec
+from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.storage.folder import PARTIAL, Folder, absolute, check_reachable
 from shardprune.storage.journal import Earlier, Journal, recorded_recipe
 from shardprune.storage.retrying import preflight
@@ -38,7 +38,7 @@ SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense 
 class Inputs:
     """What a recipe names, opened and checked, with every choice made that the user left open."""
 
-    recipe: RecoverRecipe
+    recipe: DecidedRecipe
     checkpoint: Checkpoint
     skeleton: Skeleton
     teacher: Checkpoint | None
@@ -64,7 +64,7 @@ class PreparedRecovery:
         return f"{self.journal.fingerprint} {without_credentials(self.recipe.out)}"
 
     @property
-    def recipe(self) -> RecoverRecipe:
+    def recipe(self) -> DecidedRecipe:
         """With every choice made."""
         return self.inputs.recipe
 
@@ -75,8 +75,6 @@ class PreparedRecovery:
     @property
     def processes(self) -> Processes:
         """How many share the training, as planned."""
-        assert self.recipe.workers is not None
-        assert self.recipe.micro_batch is not None
         return Processes(self.recipe.workers, self.recipe.batch, self.recipe.micro_batch)
 
     @property
@@ -116,14 +114,14 @@ class PreparedRecovery:
 
 
 @preflight()
-def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
+def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Raises:
         InputError: something cannot work.
     """
-    overrides = read_overrides(recipe.deepspeed) if recipe.deepspeed else {}
-    recipe = _decide(recipe, backend.slots())
+    overrides = read_overrides(asked.deepspeed) if asked.deepspeed else {}
+    recipe = _decide(asked, backend.slots())
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
@@ -132,8 +130,7 @@ def open_inputs(recipe: RecoverRecipe, backend: Backend) -> Inputs:
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
-    teacher = _open_teacher(recipe, checkpoint) if recipe.teacher else None
-    assert recipe.workers is not None
+    teacher = _open_teacher(recipe, recipe.teacher, checkpoint) if recipe.teacher else None
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if recorded_recipe(recipe.out) else recipe.workers, recipe.device, "workers")
     _check_compiler(recipe)
@@ -171,7 +168,7 @@ def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecover
     return plan
 
 
-def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
+def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
     """Make the choices that the recipe leaves open."""
     device = device_of(recipe.device, slots)
     micro = recipe.micro_batch or 1
@@ -186,8 +183,9 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     if precision == "bf16" and recipe.zero == 0:
         # DeepSpeed's optimizer of that stage takes a step with no gradients first, so that Adam counts one too many.
         raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
-    return recipe.model_copy(
-        update={
+    return DecidedRecipe.checked(
+        {
+            **recipe.model_dump(),
             "model": place_of(recipe.model),
             "teacher": place_of(recipe.teacher) if recipe.teacher else None,
             "out": out,
@@ -201,7 +199,7 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> RecoverRecipe:
     )
 
 
-def _check_compiler(recipe: RecoverRecipe) -> None:
+def _check_compiler(recipe: DecidedRecipe) -> None:
     """DeepSpeed builds its collectives between CPUs, and its optimizer for offloaded states, when they are used."""
     if (recipe.device == "cpu" or recipe.offload) and not (shutil.which("g++") or shutil.which("c++")):
         raise InputError(
@@ -209,23 +207,22 @@ def _check_compiler(recipe: RecoverRecipe) -> None:
         )
 
 
-def _open_teacher(recipe: RecoverRecipe, student: Checkpoint) -> Checkpoint:
+def _open_teacher(recipe: DecidedRecipe, name: str, student: Checkpoint) -> Checkpoint:
     """The teacher, whose predictions must be of the same tokens.
 
     Raises:
         InputError: they are not.
     """
-    assert recipe.teacher is not None
-    opened = open_model(recipe.teacher, "teacher")
+    opened = open_model(name, "teacher")
     teacher = opened.checkpoint
     check_seqlen(recipe.length, opened.skeleton, "teacher")
     if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
-        raise InputError("teacher", f"{recipe.teacher} tells packed examples apart in another way than the model")
+        raise InputError("teacher", f"{name} tells packed examples apart in another way than the model")
     sizes = teacher.config.vocab_size, student.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise InputError("teacher", f"{recipe.teacher} predicts {sizes[0]} tokens, the model {sizes[1]}")
+        raise InputError("teacher", f"{name} predicts {sizes[0]} tokens, the model {sizes[1]}")
     if not is_tokens(recipe.data) and teacher.tokenizer().get_vocab() != student.tokenizer().get_vocab():
-        raise InputError("teacher", f"{recipe.teacher} has another tokenizer than the model")
+        raise InputError("teacher", f"{name} has another tokenizer than the model")
     return teacher
 
 
@@ -269,7 +266,6 @@ def _check_state(plan: PreparedRecovery) -> None:
         InputError: it holds something else, or the output, with which it must not go.
     """
     recipe = plan.recipe
-    assert recipe.state is not None
     state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
     if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
         raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")

@@ -61,7 +61,6 @@ class RecoveryRun:
         evaluations = prepared.inputs.evaluations
         self.state = RunState(prepared.journal, prepared.earlier, prepared.recipe.record(), evaluations)
         self.state.known.zeros = prepared.zeros
-        assert prepared.recipe.state is not None
         self.training = prepared.recipe.state  # directory of the training's state
         self.losses = Losses(self.training)
 
@@ -121,7 +120,7 @@ class RecoveryRun:
         recipe = self.recipe
         shared = recipe.model_dump(include=set(BackendFields.model_fields))
         room = self.backend.slots().workers(recipe.device)  # which may be less than the training had
-        count = max(1, min(recipe.workers or 1, self.prepared.skeleton.layers, room))
+        count = max(1, min(recipe.workers, self.prepared.skeleton.layers, room))
         shards = ShardFields(**shared, shards=count, replicas=1)
         with closing(ShardedModel(model, shards, self.backend, self.reporter)) as sharded:
             for source, windows in missing:

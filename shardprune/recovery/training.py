@@ -43,8 +43,6 @@ class Training:
         self.spec, self.device = spec, device
         self.recipe = recipe = spec.recipe
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
-        assert recipe.state is not None
-        assert recipe.micro_batch is not None
         state = Folder(recipe.state, "state")
         self.batches = Batches(Rows.load(state, ROWS), recipe.batch, recipe.micro_batch, recipe.seed)
         self.held_out = Rows.load(state, HELD_OUT) if recipe.held_out else None
@@ -54,7 +52,7 @@ class Training:
         partitioning = spec.config if recipe.zero == 3 else None
         self.model = load_model(Checkpoint(recipe.model), device, dtype, partitioning)
         self._choose_what_is_trained(partitioning)
-        self.teacher = self._load_teacher(dtype, partitioning) if recipe.teacher else None
+        self.teacher = self._load_teacher(recipe.teacher, dtype, partitioning) if recipe.teacher else None
         self.engine = self._start_engine()
 
     def run(self) -> PreTrainedModel:
@@ -93,9 +91,8 @@ class Training:
             self.model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
             self.model.enable_input_require_grads()
 
-    def _load_teacher(self, dtype: torch.dtype, partitioning: dict[str, Any] | None) -> nn.Module:
-        assert self.recipe.teacher is not None
-        teacher = load_model(Checkpoint(self.recipe.teacher, "teacher"), self.device, dtype, partitioning)
+    def _load_teacher(self, name: str, dtype: torch.dtype, partitioning: dict[str, Any] | None) -> nn.Module:
+        teacher = load_model(Checkpoint(name, "teacher"), self.device, dtype, partitioning)
         teacher.eval().requires_grad_(False)
         if partitioning is None:
             return teacher

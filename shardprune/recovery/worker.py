@@ -99,7 +99,6 @@ def alone(device: str) -> Iterator[None]:
 
 def _prepare(spec: TrainingSpec) -> None:
     """Set the environment and devices that DeepSpeed needs before it is imported."""
-    assert spec.recipe.threads is not None
     torch.set_num_threads(spec.recipe.threads)
     os.environ.setdefault("DS_ACCELERATOR", spec.recipe.device)
     # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.
