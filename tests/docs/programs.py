@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 from packaging.requirements import InvalidRequirement, Requirement
 
+from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.evaluate import ShardFields
 from tests.docs.blocks import ASSIGNMENT, ROOT, Command
 from tests.docs.shell import Shell, Wrong
@@ -223,8 +224,9 @@ def job_of_script(words: Sequence[str]) -> list[str]:
             rest.pop(0)
     if not rest or not Path(rest[0]).is_file():
         raise Wrong(f"no script {' '.join(rest[:1])!r}")
-    standing = re.search(r' -- (\w+) (--recipe )?"\$\{@', Path(rest[0]).read_text())
-    return [standing[1], *(standing[2] or "").split(), *rest[1:]] if standing else []
+    if "words=(" not in Path(rest[0]).read_text():
+        return []
+    return [*COMMANDS[rest[1]].words(rest[2]), *rest[3:]]
 
 
 def _make(shell: Shell, words: list[str], command: Command) -> None:

@@ -5,7 +5,7 @@ import doctest
 from pathlib import Path
 from typing import Any
 
-from shardprune.cluster.slurm.commands import COMMANDS
+from shardprune.recipes.commands import RECIPES as COMMANDS
 from tests.docs.standins import Material, made_small
 
 COMMAND_OF = {cls.__name__: command for command, cls in COMMANDS.items()}

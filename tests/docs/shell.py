@@ -17,9 +17,9 @@ import typer
 import yaml
 
 from shardprune.cli import ClickException, app, main
-from shardprune.cluster.slurm.commands import COMMANDS as RECIPES_OF
 from shardprune.errors import InputError
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.recipes.commands import RECIPES as RECIPES_OF
 from shardprune.recipes.options import given
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.settings import Settings

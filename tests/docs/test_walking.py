@@ -33,7 +33,7 @@ PAGE = """\
     shardprune rebuild DENSE nowhere --out OUT --rebuild-granularity cell
     ray job submit --working-dir . --runtime-env nowhere.yaml -- python -m jobs.prune RECIPE --out OUT
     ray job submit --working-dir . -- python -m jobs.prune RECIPE --ouput OUT
-    sbatch --nods 4 cluster/slurm/prune.sbatch RECIPE.yaml --out OUT
+    sbatch --nods 4 cluster/slurm/shardprune.sbatch prune RECIPE.yaml --out OUT
     python -m tests.benchmarks.solver --thread 2 --row
     pip install 'shardprune[s4]'
     make tset

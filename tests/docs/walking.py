@@ -6,8 +6,9 @@ from pathlib import Path
 
 import yaml
 
-from shardprune.cluster.slurm.commands import COMMANDS, command_of
+from shardprune.cluster.slurm.commands import command_of
 from shardprune.errors import InputError
+from shardprune.recipes.commands import RECIPES as COMMANDS
 from tests.docs.blocks import ROOT, Block, Page, commands_of, json_values
 from tests.docs.programs import run_command
 from tests.docs.shell import Shell, Wrong
