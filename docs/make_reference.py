@@ -11,18 +11,13 @@ from typing import Any
 
 import typer
 
-from shardprune import __all__ as public
-from shardprune.cli import app
-from shardprune.cluster.slurm.batch import BatchJob
-from shardprune.cluster.slurm.commands import COMMANDS
-from shardprune.planning.recipe import PlanRecipe
-from shardprune.recipes.help_text import help_of, name_of, placeholder_of
+from shardprune.cli import SETTINGS, app
+from shardprune.recipes.commands import RECIPES
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.panels import DescribedField, FieldPanel, panels_of
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.recipes.recover import RecoverRecipe
-from shardprune.recipes.settings import Settings
 
 HEAD = """\
 # Recipe reference
@@ -35,42 +30,26 @@ that is repeated is a list in the file. A field that takes `true` or `false` is 
 the option with `no-` before its name: `--resume`, `--no-resume`. A value that does not fit ends the command with exit
 code 2 and one line that names the field, the value and what is allowed, before any work.
 
-**Same run**: the fields with a `yes` in this column, the model, and the sparse model of `rebuild` say which run it is.
-An output directory is resumed by a command that has the same values there, and refused to one whose values make another
-result. All other fields may change from one attempt to the next. With `propagation: parallel` the number of segments
+**Same run**: the fields with a `yes` in this column, the model, and the sparse model of `rebuild` identify a run. A
+command resumes an output directory that was begun with the same values, and refuses one that was begun with others. All
+other fields may change from one attempt to the next. With `propagation: parallel` the number of segments
 counts, which is that of `shards` unless `segments` says it; `dtype` counts as what it comes to on the machine.
 [pruning.md](pruning.md) says more.
 
 `shardprune --install-completion` teaches your shell (bash, zsh, fish or PowerShell) to complete commands, options and
 the values of options that have a fixed choice; `shardprune --show-completion` prints what it would install.
 """
-SETTINGS: dict[str, type[Settings]] = {**COMMANDS, "plan": PlanRecipe, "slurm": BatchJob}
 WIDTH = 120
 KINDS: dict[Any, str] = {bool: "`true` or `false`", int: "whole number", float: "number", str: "text"}
 KINDS[list[str]] = "text, or a list of texts"
-Group = type[Settings]
 
 
 def page() -> str:
     """The whole page."""
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    users = {group: names for group, names in _users(commands).items() if len(names) > 1}
-    parts = [HEAD, "## Commands\n"]
-    for name, command in commands.items():
-        parts += _command(name, command, set(users))
-    parts.append("## Groups that several commands share\n")
-    for group, names in users.items():
-        parts += _shared_group(group, names)
+    parts = [HEAD]
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        parts += _command(name, command)
     return "\n".join(parts)
-
-
-def _users(commands: Iterable[str]) -> dict[Group, list[str]]:
-    """The groups of fields, each with the commands that have fields of it."""
-    users: dict[Group, list[str]] = {}
-    for name in commands:
-        for group in dict.fromkeys(field.group for panel in _panels(name) for field in panel.fields):
-            users.setdefault(group, []).append(name)
-    return users
 
 
 def _panels(command: str) -> list[FieldPanel]:
@@ -85,82 +64,34 @@ def _identity(command: str) -> set[str]:
     return RecoverRecipe.identifying_fields() if settings is RecoverRecipe else set()
 
 
-def _command(name: str, command: Any, shared: set[Group]) -> Iterator[str]:
+def _command(name: str, command: Any) -> Iterator[str]:
     """The section of one command."""
-    yield f"### {name}\n"
+    yield f"## {name}\n"
     further = (SETTINGS[name].__doc__ or "").split("\n\n")[1:] if name in SETTINGS else []
     for paragraph in (*command.help.split("\n\n"), *further):
         yield "\n".join(textwrap.wrap(" ".join(paragraph.split()), WIDTH)) + "\n"
-    yield "\n".join(f"  {line}" for line in command.epilog.splitlines()[2:]) + "\n"
-    recipe = SETTINGS[name].__name__ if name in SETTINGS else ""
-    yield (
-        "\n".join([*_own(name, command), *([f"- in Python: `{name}({recipe}(...))`"] if recipe in public else [])])
-        + "\n"
-    )
+    yield "\n".join(f"    {line}" for line in command.epilog.split("\n\n")[1:]) + "\n"
+    python = [f"- in Python: `{name}({RECIPES[name].__name__}(...))`"] if name in RECIPES else []
+    yield "\n".join([*_own(name, command), *python]) + "\n"
     for panel in _panels(name):
-        yield from _panel(panel, _identity(name), shared)
+        yield f"**{panel.title}**\n"
+        yield _table(panel.fields, _identity(name))
 
 
 def _own(name: str, command: Any) -> Iterator[str]:
     """The arguments of a command, and those of its options that stand in no panel of its settings."""
     fields = SETTINGS[name].model_fields if name in SETTINGS else {}
-    listed = {field.name for panel in _panels(name) for field in panel.fields}
+    listed = {field.name for panel in panels_of(SETTINGS[name]) for field in panel.fields} if name in SETTINGS else ()
     for parameter in sorted(command.params, key=lambda parameter: parameter.param_type_name):
         if parameter.hidden or parameter.name in listed:
             continue
-        is_argument = parameter.param_type_name == "argument"
-        shown = placeholder_of(parameter) if is_argument else name_of(parameter)
+        placeholder = parameter.metavar or ""
+        if parameter.param_type_name == "option":
+            placeholder = f"{parameter.opts[0]} {'' if parameter.is_flag else placeholder}".strip()
         field = f" (`{parameter.name}`)" if parameter.name in fields else ""
-        text = f"- `{shown}`{field}: {_cell(help_of(parameter))}"
+        default = "" if parameter.default in (None, False) else f" (default: {parameter.default})"
+        text = f"- `{placeholder}`{field}: {_cell(parameter.help)}{default}"
         yield textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _panel(panel: FieldPanel, identity: set[str], shared: set[Group]) -> Iterator[str]:
-    """The fields of one panel: those of shared groups by a link."""
-    own = [field for field in panel.fields if field.group not in shared]
-    links = [
-        _link(group, {field.name for field in panel.fields if field.group is group})
-        for group in dict.fromkeys(field.group for field in panel.fields)
-        if group in shared
-    ]
-    if not own:
-        yield f"**{panel.title}**: {'; '.join(links)}\n"
-        return
-    yield f"**{panel.title}**\n"
-    yield _table(own, identity)
-    if links:
-        yield f"and {'; '.join(links)}\n"
-
-
-def _link(group: Group, names: set[str]) -> str:
-    missing = [f"`{name}`" for name in _declared(group) if name not in names]
-    without = f" but for {', '.join(missing)}" if missing else ""
-    return f"[{group.__name__}](#{group.__name__.lower()}){without}"
-
-
-def _declared(group: Group) -> list[str]:
-    return [name for name in group.__annotations__ if name in group.model_fields]
-
-
-def _shared_group(group: Group, commands: list[str]) -> Iterator[str]:
-    """The section of a group, with what is the same in all commands that have it."""
-    yield f"### {group.__name__}\n"
-    text = f'"{group.__doc__}" of {_listed([f"[{name}](#{name})" for name in commands])}.'
-    yield textwrap.fill(text, WIDTH) + "\n"
-    fields = {
-        field.name: field
-        for name in commands
-        for panel in _panels(name)
-        for field in panel.fields
-        if field.group is group
-    }
-    marked = [_identity(name) & set(fields) for name in commands if _identity(name)]
-    assert all(names == marked[0] for names in marked), group
-    yield _table([fields[name] for name in _declared(group)], marked[0] if marked else set())
-
-
-def _listed(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _table(fields: Iterable[DescribedField], identity: set[str]) -> str:
@@ -170,7 +101,7 @@ def _table(fields: Iterable[DescribedField], identity: set[str]) -> str:
         + (["yes" if field.name in identity else ""] if identity else [])
         for field in fields
     ]
-    header = ["field", "option", "takes", "default", "what it is", *(["same run"] if identity else [])]
+    header = ["field", "option", "takes", "default", "meaning", *(["same run"] if identity else [])]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines) + "\n"
 

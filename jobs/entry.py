@@ -1,4 +1,4 @@
-"""What the jobs have in common: a recipe and options that override it become a command of shardprune.
+"""Run a command of shardprune from a recipe and options that override it, for all jobs.
 
     ray job submit --working-dir . --runtime-env ray_configs/runtime_env.yaml -- python -m jobs.prune RECIPE --out OUT
 
@@ -8,14 +8,13 @@ runs on the cluster that it is submitted to; without Ray's job submission, on on
 import sys
 
 from shardprune.cli import main
-
-FILE_IS_ARGUMENT = frozenset({"pipeline"})  # other commands take a recipe as an option
+from shardprune.recipes.commands import COMMANDS
 
 
 def run(command: str) -> None:
     """Run a command with the recipe and the options that this process was started with.
 
-    Ends the process with the command's exit code; what went wrong is its last line.
+    Ends the process with the command's exit code; an error is its last line.
     """
     arguments = sys.argv[1:]
     if arguments[:1] and arguments[0] in ("-h", "--help"):
@@ -25,4 +24,4 @@ def run(command: str) -> None:
         print(f"error: recipe: {given}; use python -m jobs.{command} RECIPE [OPTIONS]", file=sys.stderr)
         sys.exit(2)
     recipe, *overrides = arguments
-    main([command, *([] if command in FILE_IS_ARGUMENT else ["--recipe"]), recipe, *overrides])
+    main([*COMMANDS[command].words(recipe), *overrides])

@@ -1,8 +1,13 @@
-"""The `shardprune` command: options become a recipe, the recipe becomes a run. No logic here."""
+"""The `shardprune` command: options become a recipe, the recipe becomes a run. No logic here.
+
+A recipe is checked before its story is imported, and with it torch, Ray or plotly: bad input is refused in a second.
+"""
 
 import json
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,35 +16,31 @@ from rich.console import Console
 
 from shardprune.cluster.signals import EXIT_CODE, stoppable
 from shardprune.cluster.slurm.batch import BatchJob
-from shardprune.cluster.slurm.commands import COMMANDS, check_fit, command_of, words_of
+from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError, SolverError, Stopped, StorageError, TrainingError, WorkerLost
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.recipes.evaluate import EvaluateRecipe
-from shardprune.recipes.help_text import HEAL, LOOK, PLAN, PRUNE, START, HelpfulCommand, HelpfulGroup
-from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.options import completion, given, with_options
-from shardprune.recipes.pipeline import PipelineRecipe
-from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
-from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recipes.commands import COMMANDS, RECIPES, Command
+from shardprune.recipes.demo import demo_recipe
+from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
 
-FIRST_STEPS = """First steps:
-
-  shardprune demo                       # a small model, no GPU, no network
-  shardprune plan meta-llama/Llama-3.1-8B --gpus 1 --gpu-memory 80GB
-  shardprune prune meta-llama/Llama-3.1-8B --out runs/llama-8b-50 \\
-    --sparsity 0.5 --calibration c4 --eval wikitext2
-  shardprune status runs/llama-8b-50    # while it runs, from anywhere"""
+START, PLAN, LOOK = "Start here", "Plan and run on clusters", "Look"  # panels, beside those of the table of commands
+FIRST_STEPS = (
+    "First steps:",
+    "shardprune demo                       # a small model, no GPU, no network",
+    "shardprune plan meta-llama/Llama-3.1-8B --gpus 1 --gpu-memory 80GB",
+    "shardprune prune meta-llama/Llama-3.1-8B --sparsity 0.5 --out runs/half",
+    "shardprune status runs/half           # while it runs, from anywhere",
+)
 
 app = typer.Typer(
-    cls=HelpfulGroup,
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune large language models on all the GPUs there are.",
-    epilog=FIRST_STEPS,
+    epilog="\n\n".join(FIRST_STEPS),  # typer joins single line breaks
 )
 
 # Some versions of typer carry a click of their own; this is the base of whichever they raise.
@@ -51,268 +52,9 @@ def _commands() -> None:
     pass
 
 
-def _command(panel: str, *example: str) -> Callable[..., Any]:
-    """A command in a panel of the help, with an example of one line or more."""
-    lines = " \\\n    ".join(example)
-    return app.command(cls=HelpfulCommand, rich_help_panel=panel, epilog=f"Example:\n\n  {lines}")
-
-
-Model = Annotated[
-    str | None, typer.Argument(help="Directory, URL or hub name; may stand in the recipe", show_default=False)
-]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="YAML file with any of the fields below; options override it", metavar="FILE", show_default=False
-    ),
-]
-
-
-@_command(
-    PRUNE,
-    "shardprune prune meta-llama/Llama-3.1-8B --out runs/llama-8b-50",
-    "--sparsity 0.5 --calibration c4 --eval wikitext2",
-)
-@with_options(PruneRecipe)
-def prune(
-    model: Model = None,
-    *,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
-    """Prune a checkpoint. The result is an ordinary checkpoint, with result.json beside it."""
-    from shardprune.commands.prune import prune as run
-
-    settings = PruneRecipe.load(recipe, given({"model": model, **options}))
-    print_result(run(settings), settings)
-
-
-@_command(
-    PRUNE,
-    "shardprune rebuild meta-llama/Llama-3.1-8B runs/llama-8b-50",
-    "--out runs/llama-8b-50-rebuilt --calibration c4 --eval wikitext2",
-)
-@with_options(RebuildRecipe)
-def rebuild(
-    dense: Annotated[
-        str | None, typer.Argument(help="The model before it was pruned; `model` in a recipe", show_default=False)
-    ] = None,
-    sparse: Annotated[str | None, typer.Argument(help="The same model, pruned by any tool", show_default=False)] = None,
-    *,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
-    """Mend the masks of a pruned checkpoint with LLM-Barber. Zeros only move; their number stays."""
-    from shardprune.commands.prune import rebuild as run
-
-    settings = RebuildRecipe.load(recipe, given({"model": dense, "sparse": sparse, **options}))
-    print_result(run(settings), settings)
-
-
-@_command(
-    PRUNE,
-    "shardprune mop meta-llama/Llama-3.1-8B --out runs/llama-8b-mop",
-    "--remove 0.3 --keep 0.2 --calibration c4 --eval wikitext2",
-)
-@with_options(MopRecipe)
-def mop(
-    model: Model = None,
-    *,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
-    """Make a model shallower and narrower in turn (MoP). The result is an ordinary, smaller checkpoint."""
-    from shardprune.commands.mop import mop as run
-
-    settings = MopRecipe.load(recipe, given({"model": model, **options}))
-    print_result(run(settings), settings)
-
-
-@_command(
-    HEAL,
-    "shardprune recover runs/llama-8b-50 --out runs/llama-8b-50-healed",
-    "--data alpaca --zero 3 --workers 8 --keep-sparsity",
-)
-@with_options(RecoverRecipe)
-def recover(
-    model: Model = None,
-    *,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
-    """Fine-tune a pruned checkpoint under DeepSpeed ZeRO. The result is an ordinary checkpoint again."""
-    from shardprune.commands.recover import recover as run
-
-    settings = RecoverRecipe.load(recipe, given({"model": model, **options}))
-    print_result(run(settings), settings)
-
-
-@_command(
-    HEAL,
-    "shardprune evaluate runs/llama-8b-50 --perplexity wikitext2",
-    "--tasks zeroshot --shards 2",
-)
-@with_options(EvaluateRecipe)
-def evaluate(
-    model: Model = None,
-    *,
-    recipe: RecipeFile = None,
-    **options: Any,
-) -> None:
-    """Measure perplexity and lm-eval tasks over the shards of a model. Results join its result.json."""
-    from shardprune.commands.evaluate import evaluate as run
-
-    settings = EvaluateRecipe.load(recipe, given({"model": model, **options}))
-    print_result(run(settings), settings)
-
-
-@_command(
-    HEAL,
-    "shardprune pipeline jobs/recipes/pipeline-mop-llama-3-8b-30.yaml",
-    "--out runs/llama-8b-mop-healed",
-)
-@with_options(PipelineRecipe)
-def pipeline(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, and a section for each step")],
-    *,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Directory, URL or hub name; overrides the recipe's", metavar="TEXT", show_default=False),
-    ] = None,
-    **options: Any,
-) -> None:
-    """Prune (or mop), recover and evaluate as one job, which resumes at the step that was cut off."""
-    from shardprune.commands.pipeline import pipeline as run
-
-    settings = PipelineRecipe.load(recipe, given({"model": model, **options}))
-    for result in run(settings).values():
-        print_result(result)
-    if settings.report:
-        print_place_of_report(settings.out)
-
-
-@_command(LOOK, "shardprune status s3://bucket/llama-70b-50")
-def status(
-    out: Annotated[str, typer.Argument(help="Directory or URL of the run's result")],
-    *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each run")] = False,
-) -> None:
-    """Say where a running or dead run stands and when it will end, from anywhere that sees its output."""
-    import time
-    from dataclasses import asdict
-
-    from shardprune.report.status import status_of
-
-    for found in status_of(out):
-        print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
-
-
-@_command(LOOK, "shardprune report --compare runs/llama-8b-50 runs/llama-8b-50-rebuilt")
-def report(
-    outs: Annotated[list[str], typer.Argument(metavar="OUT", help="Outputs of finished runs or pipelines")],
-    *,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="One page: perplexity against compression and seconds of all of them")
-    ] = False,
-    file: Annotated[
-        str | None, typer.Option(help="File of the comparison (default: comparison.html)", metavar="FILE")
-    ] = None,
-) -> None:
-    """Write OUT/report.html: what a run achieved, as one page that needs no network. Runs do so at their end."""
-    from shardprune.report.page.write import write_comparison, write_report
-
-    if file and not compare:
-        raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
-    places = [write_comparison(outs, file or "comparison.html")] if compare else [write_report(out) for out in outs]
-    for place in places:
-        print(f"report: {place}")
-
-
-@_command(
-    PLAN,
-    "shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8",
-    "--gpu-memory 80GB --sparsity 0.5",
-)
-@with_options(PlanRecipe)
-def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="config.json, directory, URL or hub name of a checkpoint", show_default=False)
-    ] = None,
-    *,
-    recipe: RecipeFile = None,
-    simulate: Annotated[bool, typer.Option("--simulate", help="Simulate it: timeline, idle share, growth")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON")] = False,
-    **options: Any,
-) -> int:
-    """Say what a run will take, and whether it fits: layout, memory, bytes, seconds. No weight is read.
-
-    Exit code 1 where nothing fits."""
-    from shardprune.planning.plan import plan as run
-
-    return print_plan(run(PlanRecipe.load(recipe, given({"model": model, **options})), simulate), as_json)
-
-
-@_command(
-    PLAN,
-    "shardprune slurm jobs/recipes/owl-sparsegpt-70.yaml --nodes 4",
-    "--gpus-per-node 8 --time 4:00:00 --submit",
-    "-- /shared/Llama-3.1-70B --out /shared/llama-70b-owl",
-)
-@with_options(BatchJob)
-def slurm(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of any command", show_default=False)],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Model and options of that command, which override the file",
-            metavar="-- OVERRIDES",
-            show_default=False,
-        ),
-    ] = None,
-    *,
-    command: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{' | '.join(COMMANDS)} (default: the one whose fields the recipe has)",
-            metavar="NAME",
-            autocompletion=completion(tuple(COMMANDS)),
-        ),
-    ] = None,
-    script: Annotated[
-        Path | None,
-        typer.Option(help="File to write, or - to print it (default: RECIPE.sbatch here)", metavar="FILE"),
-    ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch")] = False,
-    **options: Any,
-) -> None:
-    """Write, and submit, a Slurm job that runs a recipe on a Ray cluster of its own."""
-    from shardprune.cluster.slurm.submission import submit as hand_over
-    from shardprune.cluster.slurm.submission import write_script
-
-    job = BatchJob.checked({"job_name": recipe.stem, **given(options)})
-    overrides = overrides or []
-    name, settings = command_of(recipe, lambda name: _parsed(name, recipe, overrides), command)
-    check_fit(settings, job)
-    text = job.script([*words_of(name, recipe.absolute()), *overrides], Path.cwd())
-    file = script or Path(f"{recipe.stem}.sbatch")
-    if str(file) == "-":
-        if submit:
-            raise InputError("script", "'-' is printed, not submitted; name a file, or none")
-        print(text, end="")
-        return
-    write_script(file, text)
-    print(f"submitted job {hand_over(file)} ({file})" if submit else f"written {file}; submit it with: sbatch {file}")
-
-
-def _parsed(command: str, recipe: Path, overrides: list[str]) -> Settings:
-    """The settings that a command line makes of a recipe and options."""
-    parser = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
-    try:
-        values = given(parser.make_context(command, words_of(command, recipe)[1:] + overrides).params)
-    except ClickException as error:
-        raise InputError(command, error.format_message()) from error  # type: ignore[attr-defined]
-    values.pop("recipe")
-    return COMMANDS[command].load(recipe, {"model" if name == "dense" else name: values[name] for name in values})
+def _command(panel: str, example: str, **settings: Any) -> Callable[..., Any]:
+    """Register a command in a panel of the help, with an example below its options."""
+    return app.command(rich_help_panel=panel, epilog=f"Example:\n\n{example}", **settings)
 
 
 @_command(START, "shardprune demo --out runs/demo")
@@ -320,17 +62,143 @@ def demo(
     out: Annotated[str, typer.Option(help="Directory of the result", metavar="TEXT")] = "runs/demo",
     shards: Annotated[int, typer.Option(help="Shards, one Ray actor each", metavar="N")] = 2,
 ) -> None:
-    """Prune the bundled model to half its weights on Ray shards. Needs no network."""
-    from shardprune.commands.prune import prune as run
-    from shardprune.recipes.demo import demo_recipe
-
+    """Prune the bundled model to 50 % on Ray shards, without a network."""
     settings = demo_recipe(out, shards)
-    print_result(run(settings), settings)
+    show(COMMANDS["prune"].story(settings), settings)
+
+
+def _add(command: Command) -> None:
+    """Register a command of the table."""
+
+    def carry_out(**options: Any) -> None:
+        settings = recipe_of(command.recipe, options)
+        show(command.story(settings), settings)
+
+    example = f"shardprune {command.name} {command.example}"
+    register = _command(command.panel, example, name=command.name, help=command.help)
+    register(with_options(command.recipe, command.file_first)(carry_out))
+
+
+for row in COMMANDS.values():
+    _add(row)
+
+
+@_command(PLAN, "shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8 --sparsity 0.5")
+@with_options(PlanRecipe)
+def plan(
+    *,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Simulate the run: timeline, idle share, growth with the GPUs")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    **options: Any,
+) -> int:
+    """Estimate layout, memory, traffic and seconds of a run. Reads no weights.
+
+    Exit code 1 if nothing fits."""
+    recipe = recipe_of(PlanRecipe, options)
+    from shardprune.planning.plan import plan as run
+    from shardprune.planning.printing import show as show_plan
+
+    planned = run(recipe, simulate)
+    if as_json:
+        print(json.dumps(planned.as_json(), indent=1))
+    else:
+        show_plan(planned, Console())
+    return 0 if planned.fits else 1
+
+
+@_command(PLAN, "shardprune slurm jobs/recipes/mosaic-70.yaml --nodes 4 -- MODEL --out OUT")
+@with_fields(BatchJob)
+def slurm(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe of any command", metavar="RECIPE", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Arguments and options of that command", metavar="-- OVERRIDES", show_default=False),
+    ] = None,
+    *,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Command to run ({' | '.join(COMMANDS)}; default: found from the recipe)",
+            metavar="NAME",
+            autocompletion=completion(tuple(COMMANDS)),
+        ),
+    ] = None,
+    script: Annotated[
+        Path | None,
+        typer.Option(help="Script to write, or - to print it (default: RECIPE.sbatch)", metavar="FILE"),
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the script with sbatch")] = False,
+    **options: Any,
+) -> None:
+    """Write, and submit, a Slurm job that runs a recipe on its own Ray cluster."""
+    words = overrides or []
+    job = BatchJob.checked({"job_name": recipe.stem, **given(options)})
+    print(write_job(recipe, words, job, lambda name: recipe_on(name, recipe, words), command, script, submit))
+
+
+@_command(LOOK, "shardprune status s3://bucket/llama-70b-50")
+def status(
+    out: Annotated[str, typer.Argument(help="Output directory or URL of the run", metavar="OUT")],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per run")] = False,
+) -> None:
+    """Show progress and remaining time of a run, alive or dead, from its output."""
+    from shardprune.report.status import status_of
+
+    for found in status_of(out):
+        print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
+
+
+@_command(LOOK, "shardprune report --compare runs/half runs/half-rebuilt")
+def report(
+    outs: Annotated[list[str], typer.Argument(help="Outputs of finished runs or pipelines", metavar="OUT")],
+    *,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare several outputs on one page")] = False,
+    file: Annotated[
+        str | None, typer.Option(help="File of the comparison (default: comparison.html)", metavar="FILE")
+    ] = None,
+) -> None:
+    """Write OUT/report.html, a page that needs no network, or a comparison."""
+    if file and not compare:
+        raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
+    from shardprune.report.page.write import write_comparison, write_report
+
+    places = [write_comparison(outs, file or "comparison.html")] if compare else [write_report(out) for out in outs]
+    for place in places:
+        print(f"report: {place}")
+
+
+# The fields of every command that has a panel for them.
+SETTINGS: dict[str, type[Settings]] = {
+    **RECIPES,
+    "plan": PlanRecipe,
+    "slurm": BatchJob,
+}
+
+
+def recipe_on(name: str, file: Path, words: list[str]) -> Settings:
+    """Return the recipe that a command would carry out if it were called with a file and further words.
+
+    Raises:
+        InputError: the file, a word or a field is wrong.
+    """
+    command = COMMANDS[name]
+    parser = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    try:
+        options = parser.make_context(name, command.words(file)[1:] + words).params
+    except ClickException as error:
+        raise InputError(name, error.format_message()) from error  # type: ignore[attr-defined]
+    return recipe_of(command.recipe, options)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command: exit code 0 on success, 2 with one line on bad input, 1 with one line where a run
-    cannot go on, 143 with one line where SIGTERM ended it, 1 with a traceback where the program is wrong."""
+    """Run the command line and end the process.
+
+    Exit code 0: success. 2 with one line: bad input. 1 with one line: a run cannot go on, or nothing that was planned
+    fits. 1 with a traceback: a bug. 143 and 130 with one line: SIGTERM and Ctrl-C.
+    """
     try:
         with stoppable():
             code = app(arguments, standalone_mode=False)
@@ -359,34 +227,19 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-if __name__ == "__main__":
-    main()
-
-
-def print_result(result: Any, settings: Any = None) -> None:
-    """What a run achieved and, with its settings, where its report is."""
+def show(results: Any, settings: Any) -> None:
+    """Print the result of a run, or those of a pipeline's steps, and the place of the report."""
+    from shardprune.report.page.write import report_of
     from shardprune.report.result import EvaluationResult
     from shardprune.report.summary import evaluation_summary, summary
 
-    Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
-    if settings and settings.report:
-        print_place_of_report(settings.out or result.recipe["out"])
-
-
-def print_place_of_report(out: str | None) -> None:
-    """Where the report of an output is; nothing where there is no output, or it has none."""
-    from shardprune.report.page.write import report_of
-
-    if out and (place := report_of(out)):
+    steps = list(results.values()) if isinstance(results, dict) else [results]
+    for result in steps:
+        Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
+    out = settings.out or steps[-1].recipe["out"]
+    if settings.report and out and (place := report_of(out)):
         print(f"report: {place}")
 
 
-def print_plan(planned: Any, as_json: bool) -> int:
-    """What a run will take; the exit code."""
-    from shardprune.planning.printing import show
-
-    if as_json:
-        print(json.dumps(planned.as_json(), indent=1))
-    else:
-        show(planned, Console())
-    return 0 if planned.fits else 1
+if __name__ == "__main__":
+    main()

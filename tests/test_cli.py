@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import typer
 import yaml
 
-from shardprune.cli import main
+from shardprune.cli import app, main
 from tests.support.tiny import GROUPED, make_model, make_tokens, snapshot
 from tests.support.words import words_tokenizer
 
@@ -251,3 +252,37 @@ def test_bad_input_ends_the_process_with_code_2(folder, tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"error: model: {folder / 'broken'}/model.safetensors is not a safetensors file\n"
+
+
+HEAVY = ("torch", "ray", "transformers", "plotly")
+REFUSED = {
+    "demo": ("--shards", "0"),
+    "prune": ("m", "--out", "o", "--sparsity", "2"),
+    "rebuild": ("m", "s", "--out", "o", "--samples", "0"),
+    "mop": ("m", "--out", "o", "--remove", "2"),
+    "recover": ("m", "--out", "o", "--data", "alpaca", "--length", "1"),
+    "evaluate": ("m", "--perplexity", "nowhere"),
+    "pipeline": ("nowhere.yaml", "--out", "o"),
+    "plan": ("m", "--gpus", "0"),
+    "slurm": ("nowhere.yaml",),
+    "status": ("o", "--jsn"),
+    "report": ("o", "--file", "page.html"),
+}
+
+
+def test_every_command_is_refused_something_here():
+    assert REFUSED.keys() == typer.main.get_command(app).commands.keys()
+
+
+@pytest.mark.parametrize(("command", "words"), REFUSED.items(), ids=REFUSED)
+def test_bad_input_is_refused_before_anything_heavy_is_imported(command, words, tmp_path):
+    code = (
+        "import atexit, sys\n"
+        f"atexit.register(lambda: print(*(name for name in {HEAVY} if name in sys.modules)))\n"
+        f"from shardprune.cli import main; main({[command, *words]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout.split() == []

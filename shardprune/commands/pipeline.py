@@ -3,18 +3,15 @@
 Every step that makes a model has a folder of its own and resumes as it does alone.
 """
 
-from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 from shardprune.cluster.backends import backend_of
-from shardprune.commands.evaluate import check_evaluation, evaluate
-from shardprune.commands.mop import mop
+from shardprune.commands.evaluate import check_evaluation
 from shardprune.commands.prepare_recovery import open_inputs
-from shardprune.commands.prune import prune
-from shardprune.commands.recover import recover
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.recover import RecoverRecipe
@@ -26,12 +23,6 @@ from shardprune.storage.output_names import RESULT
 from shardprune.storage.retrying import preflight
 
 STATE = "pipeline.json"
-RUNS: dict[str, Callable[[Any, Reporter], Result | EvaluationResult]] = {
-    "prune": prune,
-    "mop": mop,
-    "recover": recover,
-    "evaluate": evaluate,
-}
 
 
 def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[str, Result | EvaluationResult]:
@@ -56,7 +47,7 @@ def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[s
             reporter.say(f"{step} is done already")
             continue
         reporter.say(f"step {step}")
-        results[step] = RUNS[step](section, reporter)
+        results[step] = COMMANDS[step].story(section, reporter)
         if isinstance(section, EvaluateRecipe):
             progress.evaluated = _asked(section)
             progress.save()

@@ -183,8 +183,8 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
     if precision == "bf16" and recipe.zero == 0:
         # DeepSpeed's optimizer of that stage takes a step with no gradients first, so that Adam counts one too many.
         raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
-    return DecidedRecipe.checked(
-        {
+    return DecidedRecipe.model_construct(  # all fields are checked already
+        **{
             **recipe.model_dump(),
             "model": place_of(recipe.model),
             "teacher": place_of(recipe.teacher) if recipe.teacher else None,

@@ -51,6 +51,6 @@ def _variations(recipe: PlanRecipe) -> list[tuple[str, PlanRecipe]]:
         if samples >= max(1, recipe.replicas or 1):
             varied.append((f"{samples} samples", recipe.model_copy(update={"samples": samples})))
     for factor in (0.1, 10):
-        network = f"{int(rate * factor)}B/s"
+        network = int(rate * factor)
         varied.append((f"{rate * factor / 1e9:g} GB/s network", recipe.model_copy(update={"network": network})))
     return varied

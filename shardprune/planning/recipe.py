@@ -1,59 +1,81 @@
-"""What is planned: the run, as `shardprune prune` is told it, and the machines."""
+"""The recipe of `shardprune plan`: a run of `shardprune prune`, and the machines."""
 
 import re
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import CONTEXT_BYTES, HARDWARE, Hardware
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields
 from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
-from shardprune.recipes.settings import Settings, positive
-from shardprune.storage.quantities import gigabytes, parse_bytes
+from shardprune.recipes.settings import Settings, optional
+from shardprune.storage.quantities import gigabytes
 
 if TYPE_CHECKING:
     HardwareName = str
 else:
     HardwareName = Literal[tuple(HARDWARE)]
 
-ANY_SPARSITY = 0.5  # where none is given: no size depends on it
+ANY_SPARSITY = 0.5  # if none is given: no size depends on it
+SIZE, RATE = "a size such as 80GB or 640GiB", "a rate such as 25GB/s or 100Gbit/s"
+
+
+def _size(value: Any) -> Any:
+    return _bytes(value, "b", SIZE)
+
+
+def _rate(value: Any) -> Any:
+    return _bytes(value.removesuffix("/s") if isinstance(value, str) else value, "(b|bit)", RATE)
+
+
+def _bytes(value: Any, unit: str, example: str) -> Any:
+    """The bytes of a text with a unit: ByteSize alone would take 80 for bytes, and bits for a size."""
+    if value is None or isinstance(value, ByteSize):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(rf".*\d\s*([kmgt]i?)?{unit}\s*", value, re.IGNORECASE):
+        raise ValueError(f"use {example}")
+    try:
+        count = TypeAdapter(ByteSize).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"use {example}") from error
+    if count < 1:
+        raise ValueError("use more than nothing")
+    return count
+
+
+# Bytes and bytes per second; a recorded recipe has them with their unit, so that it can be read again.
+Size = Annotated[ByteSize, BeforeValidator(_size), PlainSerializer(lambda size: f"{int(size)}B")]
+Rate = Annotated[ByteSize, BeforeValidator(_rate), PlainSerializer(lambda rate: f"{int(rate)}B/s")]
 
 
 class Machine(Settings):
-    """Machines"""
+    """Nodes and their hardware."""
 
-    nodes: int = Field(1, ge=1, description="Machines with the same GPUs")
-    gpus: int = Field(1, ge=1, description="GPUs of a node; with hardware cpu, workers of a node")
-    gpu_memory: str | None = Field(None, description="Memory of a GPU, such as 80GB (default: the hardware's)")
-    hardware: HardwareName = Field("h100", description="Whose rates to reckon with")
-    host_memory: str | None = Field(None, description="Memory of a node, such as 1TB (default: the hardware's)")
-    network: str | None = Field(
-        None, description="What a node sends and receives, such as 25GB/s or 100Gbit/s (default: the hardware's)"
-    )
-    storage: str | None = Field(
-        None, description="What a node reads from where the weights lie, such as 5GB/s (default: the hardware's)"
-    )
+    title: ClassVar[str] = "Machines"
 
-    @field_validator("gpu_memory", "host_memory")
-    @classmethod
-    def _size(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value)
-        return value
+    nodes: int = Field(1, ge=1, description="Number of nodes")
+    gpus: int = Field(1, ge=1, description="GPUs per node; workers per node with hardware cpu")
+    gpu_memory: Size | None = optional("the hardware's", "Memory of a GPU, such as 80GB")
+    hardware: HardwareName = Field("h100", description="Hardware preset")
+    host_memory: Size | None = optional("the hardware's", "Memory of a node, such as 1TB")
+    network: Rate | None = optional("the hardware's", "Network rate of a node, such as 25GB/s or 100Gbit/s")
+    storage: Rate | None = optional("the hardware's", "Read rate of a node from storage, such as 5GB/s")
 
     @field_validator("gpu_memory")
     @classmethod
-    def _beyond_a_context(cls, value: str | None) -> str | None:
-        if value is not None and parse_bytes(value) <= CONTEXT_BYTES:
+    def _beyond_a_context(cls, value: ByteSize | None) -> ByteSize | None:
+        if value is not None and value <= CONTEXT_BYTES:
             raise ValueError(f"use more than the {gigabytes(CONTEXT_BYTES)} that a CUDA context takes")
-        return value
-
-    @field_validator("network", "storage")
-    @classmethod
-    def _rate(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value, rate=True)
         return value
 
     @property
@@ -61,42 +83,44 @@ class Machine(Settings):
         """The rates of the hardware, those given instead of the table's."""
         row = HARDWARE[self.hardware]
         given: dict[str, Any] = {
-            "bytes": self.gpu_memory and parse_bytes(self.gpu_memory),
-            "host": self.host_memory and max(1, parse_bytes(self.host_memory) // self.gpus),
-            "network": self.network and parse_bytes(self.network, rate=True),
-            "storage": self.storage and parse_bytes(self.storage, rate=True),
+            "bytes": self.gpu_memory,
+            "host": self.host_memory and max(1, self.host_memory // self.gpus),
+            "network": self.network,
+            "storage": self.storage,
         }
         attained = row.attained()
         return Hardware(**{**vars(attained), **{name: value for name, value in given.items() if value}})
 
 
 class Choices(Settings):
-    """Layout"""
+    """Layout of the workers."""
 
-    propagation: Literal["exact", "parallel", "both"] = Field("both", description="Which to plan")
-    shards: int | None = positive(None, "Contiguous runs of layers (default: chosen)")
-    replicas: int | None = positive(None, "Workers per shard, sharing the samples (default: chosen)")
-    segments: int | None = positive(None, "Runs of layers that parallel propagation prunes independently")
+    title: ClassVar[str] = "Layout"
+
+    propagation: Literal["exact", "parallel", "both"] = Field("both", description="Propagation to plan")
+    shards: int | None = optional("chosen", "Number of contiguous runs of layers", ge=1)
+    replicas: int | None = optional("chosen", "Workers per shard, sharing the samples", ge=1)
+    segments: int | None = optional("shards", "Independently pruned runs of layers (propagation parallel)", ge=1)
     weights: Literal["auto", "resident", "streamed"] = Field(
-        "auto", description="Keep a shard's layers, or read each when its turn comes"
+        "auto", description="resident keeps all layers in memory; streamed loads one at a time"
     )
-    activations: Literal["auto", "device", "host"] = Field("auto", description="Where the waves are kept")
-    dtype: Literal["auto", "float32"] = Field("auto", description="What the workers compute in")
+    activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
+    dtype: Literal["auto", "float32"] = Field("auto", description="Compute dtype")
 
 
 class PlanRecipe(
     Machine, Choices, PruningFields, CalibrationFields, EvaluationFields, StructuredFields, OptionalBarberFields
 ):
-    """Everything that `shardprune plan` looks at.
+    """The recipe of `shardprune plan`.
 
-    It takes the recipes of `shardprune prune` and passes over what a plan does not depend on; structured pruning and
-    mask rebuilding are not planned, and refused.
+    Recipes of `shardprune prune` are accepted; fields that a plan does not depend on are ignored. Structured pruning
+    and mask rebuilding are not planned, and refused.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset(PruneRecipe.model_fields) - {*Choices.model_fields}
-    unlisted: ClassVar[tuple[type[Settings], ...]] = (StructuredFields, OptionalBarberFields)
+    unlisted: ClassVar[tuple[str, ...]] = (StructuredFields.title, OptionalBarberFields.title)
 
-    model: str = Field(min_length=1, description="config.json, or the directory, URL or hub name of a checkpoint")
+    model: str = Field(min_length=1, description="config.json, or checkpoint directory, URL or hub name")
 
     @model_validator(mode="before")
     @classmethod

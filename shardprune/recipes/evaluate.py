@@ -5,42 +5,34 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import WorkerFields, check_survives_ray_job
-from shardprune.recipes.settings import Settings, positive
-from shardprune.storage.sources import FORMS, check_source
+from shardprune.recipes.groups import WAVE_TOKENS, Sources, WorkerFields, check_survives_ray_job
+from shardprune.recipes.settings import Settings, optional
+from shardprune.storage.sources import FORMS
 
 
 class PerplexityFields(Settings):
-    """Perplexity"""
+    """Perplexity on texts."""
 
-    perplexity: tuple[str, ...] = Field((), description=f"Source of a text, repeatable: {FORMS}")
-    seqlen: int = Field(2048, ge=2, description="Tokens of a window")
-    windows: int | None = positive(None, "Use the first windows of each source only (default: all)")
+    title: ClassVar[str] = "Perplexity"
 
-    @field_validator("perplexity", mode="before")
-    @classmethod
-    def _one_source_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("perplexity")
-    @classmethod
-    def _known_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for source in value:
-            check_source("perplexity", source)
-        return value
+    perplexity: Sources = Field((), description=f"Text source, repeatable: {FORMS}")
+    seqlen: int = Field(2048, ge=2, description="Tokens per window")
+    windows: int | None = optional("all", "Windows per source", ge=1)
 
 
 class TaskFields(Settings):
-    """Tasks of lm-eval"""
+    """Tasks of lm-eval."""
+
+    title: ClassVar[str] = "Tasks"
 
     tasks: tuple[str, ...] = Field(
-        (), description="Tasks, groups, patterns such as blimp_*, or zeroshot (eight tasks), with commas or repeated"
+        (), description="lm-eval tasks, groups, patterns (blimp_*) or zeroshot; comma-separated or repeated"
     )
-    tasks_dir: str | None = Field(None, description="Directory of tasks of your own, as YAML files of lm-eval")
-    limit: int | None = positive(None, "Evaluate the first documents of each task only (default: all)")
-    num_fewshot: int | None = Field(None, ge=0, description="Examples before each question (default: the task's own)")
+    tasks_dir: str | None = Field(None, description="Directory of your own lm-eval task YAML files")
+    limit: int | None = optional("all", "Documents per task", ge=1)
+    num_fewshot: int | None = optional("the task's", "Few-shot examples per question", ge=0)
     engine: Literal["shards", "hf"] = Field(
-        "shards", description="What answers: the workers, or lm-eval's own model, whole in this process"
+        "shards", description="shards: sharded workers; hf: lm-eval's model in this process"
     )
 
     @field_validator("tasks", mode="before")
@@ -54,24 +46,22 @@ class TaskFields(Settings):
 
 
 class ShardFields(WorkerFields):
-    """Workers"""
+    """Shards and replicas of an evaluation."""
 
-    shards: int | None = positive(None, "Contiguous runs of layers, each on workers of its own (default: 1)")
-    replicas: int | None = positive(None, "Workers per shard, sharing the texts (default: the GPUs left over)")
+    shards: int | None = optional("1", "Number of contiguous runs of layers", ge=1)
+    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the texts", ge=1)
     weights: Literal["resident", "streamed"] = Field(
-        "resident", description="Keep a shard's layers, or read each when its turn comes"
+        "resident", description="resident keeps all layers in memory; streamed loads one at a time"
     )
-    wave: int | None = positive(
-        None, "Texts that move through the shards together, or hf's batch size (default: 4096 tokens' worth, or 1)"
-    )
+    wave: int | None = optional(f"{WAVE_TOKENS} / tokens, hf 1", "Texts per micro-batch", ge=1)
 
 
 class DestinationFields(Settings):
-    """Result"""
+    """Output of an evaluation."""
 
-    out: str | None = Field(
-        None, description="Directory or URL for result.json (default: the model's own, where it has a result.json)"
-    )
+    title: ClassVar[str] = "Output"
+
+    out: str | None = optional("the model's, if it has one", "Directory or URL of result.json")
     report: bool = Field(True, description="Write report.html beside result.json")
 
     @field_validator("out")
@@ -83,12 +73,12 @@ class DestinationFields(Settings):
 
 
 class EvaluateRecipe(PerplexityFields, TaskFields, ShardFields, DestinationFields):
-    """Everything that `shardprune evaluate` does."""
+    """The recipe of `shardprune evaluate`."""
 
     command: ClassVar[str] = "evaluate"
     shaping: ClassVar[tuple[type[Settings], ...]] = (PerplexityFields, TaskFields)
 
-    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+    model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateRecipe":

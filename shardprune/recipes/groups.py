@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.settings import Settings, positive
+from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.scoring import Score
 from shardprune.storage.folder import absolute
 from shardprune.storage.sources import FORMS, check_source
@@ -20,24 +20,42 @@ def wave_of(asked: int | None, seqlen: int) -> int:
     return asked or max(1, WAVE_TOKENS // seqlen)
 
 
-class WidthFields(Settings):
-    """Key/value groups and neurons"""
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
-    score: Score = Field(
-        "obs", description="What a structure is judged by: activations, outliers, or the error that its removal leaves"
+
+def _known(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    for source in value:
+        check_source(str(info.field_name), source)
+    return value
+
+
+# Sources of text: one, or several as a list.
+Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
+
+
+class WidthFields(Settings):
+    """Removal of key/value groups and neurons."""
+
+    title: ClassVar[str] = "Structured pruning"
+
+    score: Score = Field("obs", description="Importance of a key/value group or neuron")
+    correction: bool = Field(True, description="Least-squares correction of the remaining columns")
+    neuron_multiple: int = Field(
+        1, ge=1, description="Round neurons to a multiple (kernel or tensor-parallel alignment)"
     )
-    correction: bool = Field(True, description="Correct the columns that stay by least squares")
-    neuron_multiple: int = positive(1, "Of what the number of neurons stays a multiple, for kernels and their shards")
 
 
 class CalibrationFields(Settings):
-    """Calibration"""
+    """Text that a method sees."""
 
-    calibration: str = Field("c4", description=f"Source of the text: {FORMS}")
-    samples: int = positive(128, "Windows to draw from the source")
-    seqlen: int = Field(2048, ge=2, description="Tokens of a window")
-    seed: int = Field(0, description="Seed of the drawing")
-    wave: int | None = positive(None, "Windows that move through the shards together (default: 4096 tokens' worth)")
+    title: ClassVar[str] = "Calibration"
+
+    calibration: str = Field("c4", description=f"Text source: {FORMS}")
+    samples: int = Field(128, ge=1, description="Number of calibration windows")
+    seqlen: int = Field(2048, ge=2, description="Tokens per window")
+    seed: int = Field(0, description="Random seed for drawing windows")
+    wave: int | None = optional(f"{WAVE_TOKENS} / seqlen", "Windows per micro-batch", ge=1)
 
     @field_validator("calibration")
     @classmethod
@@ -47,52 +65,44 @@ class CalibrationFields(Settings):
 
     @property
     def sequences_per_wave(self) -> int:
-        """How many sequences go through the shards together. It never depends on the machine: sums
-        over a wave are rounded together, so that another wave size is another result."""
+        """Sequences per micro-batch. It never depends on the machine: sums over a wave are rounded together, so that
+        another wave size is another result."""
         return wave_of(self.wave, self.seqlen)
 
 
 class PerplexityFields(Settings):
-    """Evaluation"""
+    """Perplexity before and after a run."""
 
-    eval: tuple[str, ...] = Field((), description="Measure perplexity on this source before and after; repeatable")
-    eval_windows: int | None = positive(None, "Use the first windows of each source only (default: all)")
+    title: ClassVar[str] = "Evaluation"
 
-    @field_validator("eval", mode="before")
-    @classmethod
-    def _one_source_or_several(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("eval")
-    @classmethod
-    def _known_sources(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for source in value:
-            check_source("eval", source)
-        return value
+    eval: Sources = Field((), description="Perplexity source, measured before and after; repeatable")
+    eval_windows: int | None = optional("all", "Windows per perplexity source", ge=1)
 
 
 class OutputErrorFields(Settings):
-    """Evaluation"""
+    """Output errors of the projections."""
+
+    title: ClassVar[str] = "Evaluation"
 
     measure_error: bool = Field(
-        True, description="Report output errors; costs magnitude and wanda a Gram matrix per input"
+        True, description="Measure output errors; magnitude and wanda then need a Gram matrix per input"
     )
 
 
 class EvaluationFields(PerplexityFields, OutputErrorFields):
-    """Evaluation"""
+    """Measurements of a run."""
 
 
 class BackendFields(Settings):
-    """Workers"""
+    """Backend of the workers."""
 
-    backend: Literal["ray", "local"] = Field("ray", description="Ray actors, or this process alone")
-    address: str | None = Field(
-        None, description="Ray cluster to use (default: RAY_ADDRESS, else one of this machine's own)"
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="What the workers compute on")
-    threads: int | None = positive(None, "CPU threads of a worker (default: cores divided by workers)")
-    max_restarts: int = Field(3, ge=0, description="How often lost workers are replaced")
+    title: ClassVar[str] = "Workers"
+
+    backend: Literal["ray", "local"] = Field("ray", description="Ray actors or this process")
+    address: str | None = optional("RAY_ADDRESS, or a new local cluster", "Address of the Ray cluster")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Compute device")
+    threads: int | None = optional("cores / workers", "CPU threads per worker", ge=1)
+    max_restarts: int = Field(3, ge=0, description="Restarts after lost workers")
 
 
 @dataclass(frozen=True)
@@ -112,13 +122,13 @@ class AskedLayout:
 
 
 class WorkerFields(BackendFields):
-    """Workers"""
+    """Shards and replicas."""
 
-    shards: int | None = positive(None, "Contiguous runs of layers (default: exact 1, parallel one per slot)")
-    replicas: int | None = positive(None, "Workers per shard, sharing the samples (default: the GPUs left over)")
-    activations: Literal["auto", "device", "host"] = Field("auto", description="Where the waves are kept")
+    shards: int | None = optional("exact 1, parallel GPUs", "Number of contiguous runs of layers", ge=1)
+    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the samples", ge=1)
+    activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
     dtype: Literal["auto", "float32"] = Field(
-        "auto", description="What they compute in; auto is the stored dtype on GPUs, float32 on CPUs"
+        "auto", description="Compute dtype; auto: stored dtype on GPUs, float32 on CPUs"
     )
 
     @property
@@ -128,14 +138,14 @@ class WorkerFields(BackendFields):
 
 
 class PruneWorkerFields(WorkerFields):
-    """Workers"""
+    """Propagation over the shards, and their weights."""
 
-    propagation: Literal["exact", "parallel"] = Field("exact", description="Shard after shard, or all at once")
-    segments: int | None = positive(
-        None, "Runs of layers that parallel propagation prunes independently (default: one per shard)"
+    propagation: Literal["exact", "parallel"] = Field(
+        "exact", description="exact: prune shards in order; parallel: all at once from dense activations"
     )
+    segments: int | None = optional("shards", "Independently pruned runs of layers (propagation parallel)", ge=1)
     weights: Literal["resident", "streamed"] = Field(
-        "resident", description="Keep a shard's layers, or read each when its turn comes"
+        "resident", description="resident keeps all layers in memory; streamed loads one at a time"
     )
 
     @property
@@ -144,11 +154,13 @@ class PruneWorkerFields(WorkerFields):
 
 
 class OutputFields(Settings):
-    """Run"""
+    """Output of a run."""
 
-    out: str = Field(min_length=1, description="Directory or URL of the result; empty, or this run's own")
-    resume: bool = Field(True, description="Go on where the same run was cut off")
-    report: bool = Field(True, description="Write OUT/report.html at the end")
+    title: ClassVar[str] = "Output"
+
+    out: str = Field(min_length=1, description="Output directory or URL")
+    resume: bool = Field(True, description="Resume an interrupted run with the same fingerprint")
+    report: bool = Field(True, description="Write OUT/report.html")
 
     @field_validator("out")
     @classmethod

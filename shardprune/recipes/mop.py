@@ -14,19 +14,21 @@ from shardprune.solvers.scoring import Criterion, Score, Scoring
 
 
 class PathFields(Settings):
-    """Path"""
+    """The path from the dense model to the small one."""
 
-    remove: float | None = Field(None, description="Share of the model's parameters to remove; not needed with a path")
+    title: ClassVar[str] = "Path"
+
+    remove: float | None = Field(None, description="Fraction of parameters to remove; not needed with a path")
     path: str | None = Field(
-        None, description="L (a layer goes) and G (groups and neurons of every layer), a letter for each iteration"
+        None, description="One letter per iteration: L removes a layer, G groups and neurons of every layer"
     )
     criterion: Literal["cosine", "kl", "perplexity", "random"] = Field(
-        "perplexity", description="What chooses between the two candidates of an iteration"
+        "perplexity", description="Choice between the two candidates of an iteration"
     )
     depth_rule: Literal["third-last", "cosine", "perplexity"] = Field(
-        "third-last", description="Which layer goes: third from the end, smallest angle, or what perplexity can spare"
+        "third-last", description="Layer to remove: third from the end, smallest angle, or least perplexity loss"
     )
-    mlp_only: bool = Field(False, description="Leave the attention its key/value groups")
+    mlp_only: bool = Field(False, description="Prune MLP neurons only")
 
     @field_validator("remove")
     @classmethod
@@ -56,21 +58,26 @@ class PathFields(Settings):
 
 
 class MopWidthFields(WidthFields):
-    """Key/value groups and neurons"""
+    """Removal of width in an iteration of MoP."""
 
     score: Score = Field("amp", description=WidthFields.model_fields["score"].description)
     outlier_m: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Outlier threshold M: a weight counts if its metric exceeds M x the mean",
     )
 
 
 class KeepFields(Settings):
-    """What is kept"""
+    """Iterations to keep, and scores."""
+
+    title: ClassVar[str] = "Kept iterations"
 
     keep: str | None = Field(
-        None, description="Iterations to keep as checkpoints: their numbers (8,12), or shares removed (0.2,0.3)"
+        None, description="Iterations to keep as checkpoints, by number (8,12) or fraction removed (0.2,0.3)"
     )
-    scores: bool = Field(True, description="Score both candidates also where the path is given or random")
+    scores: bool = Field(True, description="Score both candidates even if the path is given or random")
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -88,12 +95,12 @@ class KeepFields(Settings):
 class MopRecipe(
     PathFields, MopWidthFields, KeepFields, CalibrationFields, PerplexityFields, WorkerFields, OutputFields
 ):
-    """Everything that `shardprune mop` does."""
+    """The recipe of `shardprune mop`."""
 
     command: ClassVar[str] = "mop"
     shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields)
 
-    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+    model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> "MopRecipe":

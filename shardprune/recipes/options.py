@@ -1,43 +1,72 @@
-"""The fields of a recipe as options of a command."""
+"""The fields of a recipe as arguments and options of a command."""
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from shardprune.recipes.panels import DescribedField, FieldPanel, panels_of
+from shardprune.recipes.panels import DescribedField, arguments_of, panels_of
 from shardprune.recipes.settings import Settings
 
-
-def _options(settings: type[Settings]) -> list[inspect.Parameter]:
-    """One option for every field of a recipe, in the panel of its group; sections of a recipe stand in a file."""
-    parameters = []
-    for panel in panels_of(settings):
-        for field in panel.fields:
-            if field.type is not dict:
-                parameters.append(_option(field, panel))
-            if field.default == "off":  # what a recipe sets can be taken back, which the help need not say
-                negative = Annotated[bool | None, typer.Option(f"--no-{field.flag}", hidden=True)]
-                parameters.append(_parameter(f"no_{field.name}", negative))
-    return parameters
+S = TypeVar("S", bound=Settings)
 
 
-def _option(field: DescribedField, panel: FieldPanel) -> inspect.Parameter:
-    option = typer.Option(
-        f"--{field.flag}/--no-{field.flag}" if field.default == "on" else f"--{field.flag}",
-        help=field.help,
-        rich_help_panel=panel.title,
-        hidden=not panel.listed,
-        metavar=field.placeholder,
-        show_default=False,
-        autocompletion=completion(field.choices) if field.choices else None,
-    )
-    return _parameter(field.name, Annotated[field.type | None, option])
+def with_options(settings: type[Settings], file_first: bool = False) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command that takes `**options` the arguments and options of a recipe, and the recipe's file.
+
+    Args:
+        file_first: the file is the command's argument, and the recipe's own fields, such as model, are options;
+            otherwise these are arguments and the file is `--recipe`.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [_option(field) if file_first else _argument(field) for field in arguments_of(settings)]
+        file = [_recipe_argument()] if file_first else []
+        return _with_parameters(command, [*file, *own, *([] if file_first else [_recipe_option()])], settings)
+
+    return decorate
+
+
+def with_fields(settings: type[Settings]) -> Callable[[Callable[..., Any]], Any]:
+    """Give a command that takes `**options` the options of settings that no file holds."""
+    return lambda command: _with_parameters(command, [], settings)
+
+
+def _with_parameters(
+    command: Callable[..., Any], first: list[inspect.Parameter], settings: type[Settings]
+) -> Callable[..., Any]:
+    """Give a command its parameters in typer's way: `first`, its own ones, an option for each field of `settings`."""
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    options = [
+        _option(field, panel.title, hidden=not panel.listed)
+        for panel in panels_of(settings)
+        for field in panel.fields
+        if field.type is not dict  # a section of a recipe stands in its file
+    ]
+    parameters = [*first, *own, *options]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def recipe_of(settings: type[S], options: dict[str, Any]) -> S:
+    """Return the recipe that the options of a command make, with the file among them.
+
+    Raises:
+        InputError: the file or a field is wrong.
+    """
+    return settings.load(options["recipe"], given({name: options[name] for name in options if name != "recipe"}))
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that stand on the command line."""
+    return {name: value for name, value in options.items() if value not in (None, [], ())}
 
 
 def completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """What a shell offers where one of some choices is typed."""
+    """Return a function that lists the choices that begin with what is typed, for a shell's completion."""
 
     def complete(incomplete: str) -> list[str]:
         return [choice for choice in choices if choice.startswith(incomplete)]
@@ -45,25 +74,33 @@ def completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     return complete
 
 
-def _parameter(name: str, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _option(field: DescribedField, panel: str | None = None, hidden: bool = False) -> inspect.Parameter:
+    option = typer.Option(
+        f"--{field.flag}/--no-{field.flag}" if field.type is bool else f"--{field.flag}",
+        help=field.help,
+        rich_help_panel=panel,
+        hidden=hidden,
+        metavar=field.placeholder,
+        show_default=False,
+        autocompletion=completion(field.choices) if field.choices else None,
+    )
+    return _parameter(field.name, Annotated[field.type | None, option])
 
 
-def with_options(settings: type[Settings]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a command that takes `**options` the options of a recipe."""
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(command)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        parameters = [*own, *_options(settings)]
-        command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return decorate
+def _argument(field: DescribedField) -> inspect.Parameter:
+    argument = typer.Argument(help=field.description, metavar=field.name.upper(), show_default=False)
+    return _parameter(field.name, Annotated[str | None, argument])
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line."""
-    values = {name: value for name, value in options.items() if value not in (None, [], ())}
-    return {name.removeprefix("no_"): False if name.startswith("no_") else value for name, value in values.items()}
+def _recipe_option() -> inspect.Parameter:
+    option = typer.Option(help="YAML recipe; options override its fields", metavar="FILE", show_default=False)
+    return _parameter("recipe", Annotated[Path | None, option])
+
+
+def _recipe_argument() -> inspect.Parameter:
+    argument = typer.Argument(help="YAML recipe; options override its fields", metavar="RECIPE")
+    return _parameter("recipe", Annotated[Path, argument], inspect.Parameter.empty)
+
+
+def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

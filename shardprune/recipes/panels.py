@@ -1,26 +1,51 @@
-"""The fields of settings as people meet them: in panels, with their choices, ranges and defaults.
-
-`--help` and docs/reference.md are both made of this.
-"""
+"""The fields of settings as `--help` and docs/reference.md show them: in panels, with choices, ranges and defaults."""
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from shardprune.recipes.settings import Settings
 
+# The titles of all panels, in the order in which a command shows those that it has.
+PANELS = (
+    "Output",
+    "Nodes",
+    "Queue",
+    "Environment",
+    "Machines",
+    "Layout",
+    "Steps",
+    "Pruned model",
+    "Pruning",
+    "Path",
+    "Structured pruning",
+    "Mask rebuilding",
+    "Kept iterations",
+    "Training",
+    "Data",
+    "Distillation",
+    "DeepSpeed",
+    "Calibration",
+    "Perplexity",
+    "Tasks",
+    "Evaluation",
+    "Workers",
+)
 BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
 
 
 @dataclass(frozen=True)
 class DescribedField:
-    """One field: `group` is the class that declares it, `type` what the command line reads (list[str] where an option
-    is repeatable, dict for a section of a recipe, which is no option), `value` what the field is where it is not given,
-    `default` the same in words (None: there is none)."""
+    """One field of a recipe.
+
+    Attributes:
+        type: the type that the command line reads: list[str] for a repeatable option, dict for a section of a recipe,
+            which is no option.
+        value: the default; None where there is none, or only words can say it.
+        default: the default in words; None where there is none.
+    """
 
     name: str
-    group: type[Settings]
     type: Any
     description: str
     choices: tuple[str, ...]
@@ -31,68 +56,74 @@ class DescribedField:
 
     @property
     def flag(self) -> str:
-        """The option's name without the dashes before it."""
+        """The option's name without the leading dashes."""
         return self.name.replace("_", "-")
 
     @property
     def placeholder(self) -> str:
-        """What stands for the option's value in a help text."""
+        """The word for the option's value in a help text."""
         return "NAME" if self.choices else {int: "N", float: "NUMBER", bool: ""}.get(self.type, "TEXT")
 
     @property
     def help(self) -> str:
-        """The description with everything that may be given, for a command line."""
+        """The description with choices and default, for a command line."""
         notes = [" | ".join(self.choices)] if self.choices else []
         if self.required:
             notes.append("required")
-        if self.default not in (None, "off"):  # an option that is a switch is off where it is not given
+        if self.default not in (None, "off"):  # a switch is off unless it is given
             notes.append(f"default: {self.default}")
         return f"{self.description} ({'; '.join(notes)})" if notes else self.description
 
 
 @dataclass(frozen=True)
 class FieldPanel:
-    """The fields that belong together; not `listed` where a command takes them and can do nothing with them."""
+    """The fields under one title; not `listed` where a command accepts them and does nothing with them."""
 
     title: str
     fields: tuple[DescribedField, ...]
     listed: bool
 
 
+def arguments_of(settings: type[Settings]) -> list[DescribedField]:
+    """Return the fields that a recipe itself declares, such as its model: arguments of the command."""
+    return [_described(settings, name) for name, title in _titles(settings).items() if not title]
+
+
 def panels_of(settings: type[Settings]) -> list[FieldPanel]:
-    """The panels of a recipe: one for each group that it is made of, that with the output directory first."""
-    groups = [group for group in settings.__bases__ if issubclass(group, Settings) and group is not Settings]
-    last = {name: group for group in groups for name in group.model_fields}
-    panels = []
-    for group in sorted(groups, key=lambda group: "out" not in group.model_fields):
-        fields = [_described(settings, name, group) for name in group.model_fields if last[name] is group]
-        fields.sort(key=lambda field: group.__mro__.index(field.group))  # its own before what it has from others
-        panels.append(FieldPanel(inspect.getdoc(group) or "", tuple(fields), group not in settings.unlisted))
-    return panels
+    """Return the panels of a recipe in the order of `PANELS`, each with its fields in the order of declaration."""
+    titles = _titles(settings)
+    panels = {title: [_described(settings, name) for name in titles if titles[name] == title] for title in PANELS}
+    return [
+        FieldPanel(title, tuple(panels[title]), title not in settings.unlisted) for title in PANELS if panels[title]
+    ]
 
 
-def _described(settings: type[Settings], name: str, group: type[Settings]) -> DescribedField:
+def _titles(settings: type[Settings]) -> dict[str, str]:
+    """The title of every field's panel, stated by the group that declares it; a recipe's own fields have none."""
+    titles = {name: "" for name in inspect.get_annotations(settings) if name in settings.model_fields}
+    for group in settings.__mro__[1:]:  # the class that a field is taken from comes before those that it replaces
+        for name in inspect.get_annotations(group):
+            if name in settings.model_fields and issubclass(group, Settings):
+                titles.setdefault(name, group.title)
+    return titles
+
+
+def _described(settings: type[Settings], name: str) -> DescribedField:
     field = settings.model_fields[name]
-    description, default = _split_default(field.description or "")
+    extra = field.json_schema_extra
+    default = str(extra["default"]) if isinstance(extra, dict) else None
     if not field.is_required() and field.default not in (None, ()):
         default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else str(field.default)
     return DescribedField(
         name=name,
-        group=next(owner for owner in group.__mro__ if name in inspect.get_annotations(owner)),
         type=_plain_type(field.annotation),
-        description=description,
+        description=field.description or "",
         choices=tuple(settings.choices(name)),
         bounds=_bounds(field.metadata),
         value=None if field.is_required() else field.default,
         default=default,
         required=field.is_required(),
     )
-
-
-def _split_default(description: str) -> tuple[str, str | None]:
-    """A description, and the default that it ends with where only words can say it."""
-    match = re.fullmatch(r"(.*) \(default: (.*)\)", description)
-    return (match[1], match[2]) if match else (description, None)
 
 
 def _plain_type(annotation: Any) -> Any:

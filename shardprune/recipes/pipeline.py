@@ -1,4 +1,4 @@
-"""The recipe of `shardprune pipeline`: those of its steps in one file."""
+"""The recipe of `shardprune pipeline`: the recipes of its steps in one file."""
 
 from typing import Any, ClassVar
 
@@ -13,9 +13,15 @@ from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings, checked_section
 from shardprune.storage.output_names import PRUNED, RECOVERED
 
+STEPS: dict[str, type[PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe]] = {
+    recipe.command: recipe for recipe in (PruneRecipe, MopRecipe, RecoverRecipe, EvaluateRecipe)
+}
+
 
 class StepFields(Settings):
-    """Steps"""
+    """The sections of a pipeline, in the order of its steps: one for each of `STEPS`."""
+
+    title: ClassVar[str] = "Steps"
 
     prune: dict[str, Any] | None = Field(None, description="Options of `shardprune prune`")
     mop: dict[str, Any] | None = Field(None, description="Options of `shardprune mop`, instead of prune")
@@ -24,14 +30,14 @@ class StepFields(Settings):
 
 
 class PipelineRecipe(StepFields, BackendFields, OutputFields):
-    """Everything that `shardprune pipeline` does.
+    """The recipe of `shardprune pipeline`.
 
-    What stands beside the steps (backend, device, threads, ...) holds for all of them that do not say otherwise.
+    Fields beside the steps (backend, device, threads, ...) hold for every step that does not override them.
     """
 
     command: ClassVar[str] = "pipeline"
 
-    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+    model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "PipelineRecipe":
@@ -50,11 +56,11 @@ class PipelineRecipe(StepFields, BackendFields, OutputFields):
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The names of the steps, in their order."""
-        return tuple(name for name in StepFields.model_fields if getattr(self, name) is not None)
+        """The names of the steps that the recipe has, in order."""
+        return tuple(name for name in STEPS if getattr(self, name) is not None)
 
     def section(self, step: str) -> PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe:
-        """The recipe of one step: model and output are the pipeline's to say.
+        """Return the recipe of one step; the pipeline says its model and output.
 
         Raises:
             InputError: names the step and the field that is wrong.
@@ -72,12 +78,4 @@ class PipelineRecipe(StepFields, BackendFields, OutputFields):
             "recover": {"model": f"{self.out}/{PRUNED}", "out": f"{self.out}/{RECOVERED}"},
             "evaluate": {"model": f"{self.out}/{last}"},
         }
-        return checked_section(step, RECIPES[step], {**shared, **given, **places[step]})
-
-
-RECIPES: dict[str, type[PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe]] = {
-    "prune": PruneRecipe,
-    "mop": MopRecipe,
-    "recover": RecoverRecipe,
-    "evaluate": EvaluateRecipe,
-}
+        return checked_section(step, STEPS[step], {**shared, **given, **places[step]})

@@ -1,4 +1,4 @@
-"""One recipe says everything a run does: a YAML file, overridden by the command line's options."""
+"""The recipes of `shardprune prune` and `shardprune rebuild`."""
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -25,10 +25,10 @@ else:
 
 
 class StructuredFields(WidthFields):
-    """Structured pruning"""
+    """Removal of structures before weights become zero."""
 
     structured: float | None = Field(
-        None, description="Share of the layers' weights to remove first, as key/value groups and neurons"
+        None, description="Fraction of weights to remove first, as key/value groups and neurons"
     )
 
     @field_validator("structured")
@@ -40,28 +40,29 @@ class StructuredFields(WidthFields):
 
 
 class PruningFields(StructuredFields):
-    """What to prune"""
+    """Method, amount and place of the zeros."""
 
-    method: MethodName = Field("sparsegpt", description="How the zeros are chosen and the rest corrected")
+    title: ClassVar[str] = "Pruning"
+
+    method: MethodName = Field("sparsegpt", description="Pruning method")
     sparsity: float | None = Field(
-        None, description="Fraction of zeros, from 0 to below 1, what is removed included; not needed with N:M"
+        None, description="Fraction of weights to zero or remove, from 0 to below 1; not needed with N:M"
     )
     pattern: str = Field(
         "unstructured",
-        description="unstructured, N:M (at most N nonzeros in every M inputs), or mixed:M (N differs by layer)",
+        description="unstructured, N:M (at most N nonzeros in every M inputs) or mixed:M (N per layer)",
     )
-    allocation: AllocationName = Field(
-        "uniform", description="Which projection gets which sparsity; with mixed:M it is owl"
-    )
+    allocation: AllocationName = Field("uniform", description="Distribution of the sparsity; owl with mixed:M")
     outlier_m: float = Field(
-        5.0, gt=0, allow_inf_nan=False, description="How many times the mean of its metric an outlier is above"
+        5.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Outlier threshold M: a weight counts if its metric exceeds M x the mean",
     )
     outlier_lambda: float = Field(
-        0.08, ge=0, le=0.5, description="Half the width over which an allocation spreads sparsities, from 0 to 0.5"
+        0.08, ge=0, le=0.5, description="lambda: sparsities lie within target +- 2 lambda, from 0 to 0.5"
     )
-    wanda_variant: bool = Field(
-        False, description="Let rows differ in their zeros: each gives up one share of its summed metric"
-    )
+    wanda_variant: bool = Field(False, description="Wanda's use_variant: per-row sparsity may differ")
 
     @field_validator("sparsity")
     @classmethod
@@ -170,16 +171,16 @@ class PruningFields(StructuredFields):
 
 
 class BarberFields(Settings):
-    """Mask rebuilding"""
+    """Mask rebuilding with LLM-Barber."""
+
+    title: ClassVar[str] = "Mask rebuilding"
 
     rebuild_threshold: float = Field(
-        0.01, ge=0, le=1, description="Fraction to swap of the pairs that would gain, from 0 to 1"
+        0.01, ge=0, le=1, description="Fraction of the improving pairs to swap, from 0 to 1"
     )
-    rebuild_granularity: Granularity = Field("row", description="Within what pruned weights are paired with kept ones")
-    rebuild_metric: Metric = Field("weight-gradient", description="What a weight is judged by")
-    keep_corrected: bool = Field(
-        False, description="Start from the corrected weights where they are kept, instead of the dense ones"
-    )
+    rebuild_granularity: Granularity = Field("row", description="Scope in which pruned and kept weights are paired")
+    rebuild_metric: Metric = Field("weight-gradient", description="Importance of a weight")
+    keep_corrected: bool = Field(False, description="Keep corrected weights instead of restoring dense ones")
 
     @property
     def swapping(self) -> Rebuilding:
@@ -188,9 +189,9 @@ class BarberFields(Settings):
 
 
 class OptionalBarberFields(BarberFields):
-    """Mask rebuilding"""
+    """Mask rebuilding after pruning, if it is asked for."""
 
-    rebuild: Literal["none", "barber"] = Field("none", description="Mend each layer's masks after it is pruned")
+    rebuild: Literal["none", "barber"] = Field("none", description="Mask rebuilding after each layer is pruned")
 
     @model_validator(mode="after")
     def _options_have_an_effect(self) -> "OptionalBarberFields":
@@ -212,7 +213,7 @@ class PruneRecipe(
     PruneWorkerFields,
     OutputFields,
 ):
-    """Everything that `shardprune prune` does."""
+    """The recipe of `shardprune prune`."""
 
     command: ClassVar[str] = "prune"
     shaping: ClassVar[tuple[type[Settings], ...]] = (
@@ -220,7 +221,7 @@ class PruneRecipe(
         OptionalBarberFields,
     )  # every field of them shapes the tensors
 
-    model: str = Field(min_length=1, description="Directory, URL or hub name of the checkpoint")
+    model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
@@ -243,7 +244,7 @@ class PruneRecipe(
 
 
 class RemovalFields(StructuredFields):
-    """Structured pruning"""
+    """Removal of structures as a run of its own."""
 
     structured: float
     outlier_m: float = 5.0
@@ -268,10 +269,12 @@ class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, PruneWorke
 
 
 class PrunedFields(Settings):
-    """What was pruned"""
+    """The pruned checkpoint."""
+
+    title: ClassVar[str] = "Pruned model"
 
     pattern: str = Field(
-        "auto", description="auto (of each projection what its zeros show), unstructured, or N:M, which is then checked"
+        "auto", description="auto detects the pattern of each projection; N:M is verified; or unstructured"
     )
 
     @field_validator("pattern")
@@ -283,13 +286,13 @@ class PrunedFields(Settings):
 
 
 class RebuildRecipe(PrunedFields, BarberFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
-    """Everything that `shardprune rebuild` does."""
+    """The recipe of `shardprune rebuild`."""
 
     command: ClassVar[str] = "rebuild"
     shaping: ClassVar[tuple[type[Settings], ...]] = (PrunedFields, BarberFields)
 
-    model: str = Field(min_length=1, description="Directory, URL or hub name of the dense checkpoint")
-    sparse: str = Field(min_length=1, description="Directory, URL or hub name of the same model, pruned")
+    model: str = Field(min_length=1, description="Dense checkpoint: directory, URL or hub name")
+    sparse: str = Field(min_length=1, description="The same model, pruned by any tool")
 
     def job(self) -> PruningJob:
         """Return the job of the run that rebuilds masks."""

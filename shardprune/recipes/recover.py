@@ -5,34 +5,34 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import BackendFields, OutputFields, PerplexityFields, check_survives_ray_job
-from shardprune.recipes.settings import Settings, positive
+from shardprune.recipes.groups import WAVE_TOKENS, BackendFields, OutputFields, PerplexityFields, check_survives_ray_job
+from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import DATA_FORMS, check_data
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
 
 
 class LearningFields(Settings):
-    """How it learns"""
+    """Hyperparameters of the fine-tuning."""
 
-    full: bool = Field(False, description="Train all weights, instead of low-rank updates of the projections")
-    lora_rank: int = positive(32, "Rank of the updates, which are merged into the weights at the end")
-    lora_alpha: float = Field(10.0, gt=0, description="The updates count alpha / rank times")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Share of an update's inputs that is dropped")
-    keep_sparsity: bool = Field(False, description="Zeros of the projections stay zeros")
-    epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="Passes over the data")
-    steps: int | None = positive(None, "Steps, instead of epochs")
-    batch: int = positive(16, "Rows of a step, over all workers")
-    micro_batch: int | None = positive(
-        None, "Rows that pass through a worker together (default: up to 4096 tokens' worth)"
+    title: ClassVar[str] = "Training"
+
+    full: bool = Field(False, description="Train all weights instead of LoRA")
+    lora_rank: int = Field(32, ge=1, description="LoRA rank; updates are merged at the end")
+    lora_alpha: float = Field(10.0, gt=0, description="LoRA alpha (updates are scaled by alpha / rank)")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout probability")
+    keep_sparsity: bool = Field(False, description="Keep the zeros of the projections")
+    epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="Number of epochs")
+    steps: int | None = Field(None, ge=1, description="Number of steps, instead of epochs")
+    batch: int = Field(16, ge=1, description="Global batch size, in rows")
+    micro_batch: int | None = optional(f"{WAVE_TOKENS} / length", "Micro-batch size per worker, in rows", ge=1)
+    learning_rate: float | None = optional(
+        f"{LORA_RATE}, full {FULL_RATE}", "Peak learning rate", gt=0, allow_inf_nan=False
     )
-    learning_rate: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description=f"Highest rate (default: {LORA_RATE}, with full {FULL_RATE})"
-    )
-    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="How the rate falls")
-    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps over which the rate rises first")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decay of the weights, decoupled (AdamW)")
-    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="Largest norm of a step's gradient; 0 is no limit")
+    schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="Learning-rate schedule")
+    warmup: float = Field(0.03, ge=0, lt=1, description="Warm-up, as a fraction of steps")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay (AdamW)")
+    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="Gradient norm limit; 0 for none")
 
     @property
     def highest_rate(self) -> float:
@@ -48,14 +48,16 @@ class LearningFields(Settings):
 
 
 class DataFields(Settings):
-    """What it learns from"""
+    """Training data."""
 
-    data: str = Field(min_length=1, description=f"Source of the data: {DATA_FORMS}")
-    length: int = Field(512, ge=2, description="Tokens of a row at most")
-    packing: bool = Field(False, description="Put several examples into a row; none sees another")
-    prompt_loss: bool = Field(False, description="Learn the prompts of instruction data, too, not the responses alone")
-    held_out: float = Field(0.0, ge=0, lt=1, description="Share of the rows that is not learned from but measured on")
-    seed: int = Field(0, description="Seed of the order, of the updates' start and of dropout")
+    title: ClassVar[str] = "Data"
+
+    data: str = Field(min_length=1, description=f"Data source: {DATA_FORMS}")
+    length: int = Field(512, ge=2, description="Maximum tokens per row")
+    packing: bool = Field(False, description="Pack several examples per row, with attention kept separate")
+    prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")
+    held_out: float = Field(0.0, ge=0, lt=1, description="Fraction of rows held out for validation")
+    seed: int = Field(0, description="Random seed for row order, LoRA weights and dropout")
 
     @field_validator("data")
     @classmethod
@@ -65,13 +67,13 @@ class DataFields(Settings):
 
 
 class TeachingFields(Settings):
-    """Distillation"""
+    """Distillation from a teacher."""
 
-    teacher: str | None = Field(None, description="Model whose predictions are learned, too, such as the dense one")
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="By which both models' logits are divided")
-    teacher_weight: float = Field(
-        0.5, gt=0, le=1, description="Share of the teacher in the loss; the rest is the data's own"
-    )
+    title: ClassVar[str] = "Distillation"
+
+    teacher: str | None = Field(None, description="Teacher model, such as the dense checkpoint")
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="Distillation temperature")
+    teacher_weight: float = Field(0.5, gt=0, le=1, description="Weight of the distillation loss")
 
     @model_validator(mode="after")
     def _needs_a_teacher(self) -> "TeachingFields":
@@ -80,21 +82,21 @@ class TeachingFields(Settings):
 
 
 class ZeroFields(Settings):
-    """DeepSpeed"""
+    """DeepSpeed ZeRO and checkpoints of the training."""
+
+    title: ClassVar[str] = "DeepSpeed"
 
     zero: int = Field(
-        2, ge=0, le=3, description="What ZeRO partitions: 1 optimizer states, 2 gradients too, 3 weights too; 0 nothing"
+        2, ge=0, le=3, description="ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also weights"
     )
-    offload: bool = Field(False, description="Keep optimizer states, with stage 3 weights too, in the hosts' memory")
+    offload: bool = Field(False, description="Offload optimizer states (stage 3: also weights) to host memory")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="Of the computation; auto is bf16 on GPUs, fp32 on CPUs"
+        "auto", description="Training precision; auto: bf16 on GPUs, fp32 on CPUs"
     )
-    recompute: bool = Field(False, description="Compute activations again in the backward pass instead of keeping them")
-    deepspeed: str | None = Field(None, description="JSON file with further settings of DeepSpeed, which override")
-    checkpoint_every: int = positive(100, "Steps between two checkpoints of the training, and held-out losses")
-    state: str | None = Field(
-        None, description="Directory for them that all nodes see (default: OUT/training; needed where OUT is a URL)"
-    )
+    recompute: bool = Field(False, description="Recompute activations (gradient checkpointing)")
+    deepspeed: str | None = Field(None, description="JSON file with DeepSpeed settings that override")
+    checkpoint_every: int = Field(100, ge=1, description="Steps between training checkpoints and validation losses")
+    state: str | None = optional("OUT/training; none if OUT is a URL", "Shared directory for training checkpoints")
 
     @field_validator("state")
     @classmethod
@@ -105,31 +107,33 @@ class ZeroFields(Settings):
 
 
 class TrainerFields(BackendFields):
-    """Workers"""
+    """Processes of the training."""
 
-    workers: int | None = positive(None, "Processes that train together (default: one per GPU; on CPUs 1)")
+    workers: int | None = optional("GPUs; on CPUs 1", "Training processes", ge=1)
 
 
 class WindowFields(Settings):
-    """Evaluation"""
+    """Windows of perplexity."""
 
-    seqlen: int = Field(2048, ge=2, description="Tokens of a window of perplexity")
+    title: ClassVar[str] = "Evaluation"
+
+    seqlen: int = Field(2048, ge=2, description="Tokens per perplexity window")
 
 
 class MeasuringFields(PerplexityFields, WindowFields):
-    """Evaluation"""
+    """Perplexity before and after, and its windows."""
 
 
 class RecoverRecipe(
     LearningFields, DataFields, TeachingFields, ZeroFields, MeasuringFields, TrainerFields, OutputFields
 ):
-    """Everything that `shardprune recover` does."""
+    """The recipe of `shardprune recover`."""
 
     command: ClassVar[str] = "recover"
     # What decides the weights, but for rounding: another number of workers or stage goes on with the same training.
     shaping: ClassVar[tuple[type[Settings], ...]] = (LearningFields, DataFields, TeachingFields)
 
-    model: str = Field(min_length=1, description="Directory, URL or hub name of the pruned checkpoint")
+    model: str = Field(min_length=1, description="Pruned checkpoint: directory, URL or hub name")
 
     @classmethod
     def identifying_fields(cls) -> set[str]:

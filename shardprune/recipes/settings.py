@@ -12,16 +12,17 @@ from shardprune.errors import InputError, without_credentials
 S = TypeVar("S", bound="Settings")
 
 
-def positive(default: int | None, description: str) -> Any:
-    """A field for a whole number of at least one."""
-    return Field(default, ge=1, description=description)
+def optional(default: str, description: str, **bounds: Any) -> Any:
+    """A field that is None unless it is given: `default` says in words which value a run takes then."""
+    return Field(None, description=description, json_schema_extra={"default": default}, **bounds)
 
 
 class Settings(BaseModel):
-    """What every group of settings has in common: unknown fields are errors, values never change."""
+    """Base of every group of settings: unknown fields are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    unlisted: ClassVar[tuple[type["Settings"], ...]] = ()  # groups that a command reads past, so as to take a recipe
+    title: ClassVar[str] = ""  # of the panel in --help and docs/reference.md; a recipe's own fields are arguments
+    unlisted: ClassVar[tuple[str, ...]] = ()  # panels of fields that a command accepts and does nothing with
 
     def record(self) -> dict[str, Any]:
         """All fields as plain values, for files that others read: URLs without credentials."""

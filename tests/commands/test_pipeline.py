@@ -7,7 +7,6 @@ import yaml
 
 from shardprune import PipelineRecipe, pipeline
 from shardprune.cli import main
-from shardprune.commands import pipeline as pipelines
 from shardprune.errors import InputError
 from shardprune.report.progress import Reporter
 from tests.support.running import run
@@ -83,7 +82,7 @@ def test_it_resumes_at_the_step_that_was_cut_off(folder, whole, tmp_path, monkey
     def dies(recipe, reporter):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(pipelines.RUNS, cut_off, dies)
+    monkeypatch.setattr(f"shardprune.commands.{cut_off}.{cut_off}", dies)
     with pytest.raises(KeyboardInterrupt):
         carry_out(folder, tmp_path / "o")
     monkeypatch.undo()

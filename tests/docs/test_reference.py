@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs.make_reference import SETTINGS, page
+from docs.make_reference import page
+from shardprune.cli import SETTINGS
 from shardprune.cluster.layout import plan_layout
 from shardprune.cluster.placement import Placement
 from shardprune.commands.fingerprint import fingerprint_of
@@ -44,7 +45,7 @@ def test_every_field_is_described():
 
 def test_links_and_columns_fit():
     text = page()
-    headings = [line.removeprefix("### ").lower() for line in text.splitlines() if line.startswith("### ")]
+    headings = [line.removeprefix("## ").lower() for line in text.splitlines() if line.startswith("## ")]
     assert len(set(headings)) == len(headings)
     assert set(re.findall(r"\(#(.*?)\)", text)) <= set(headings)
     assert all((DOCS / file).is_file() for file in re.findall(r"\((\w+\.md)\)", text))

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import jobs
-from shardprune.cluster.slurm.commands import COMMANDS
+from shardprune.recipes.commands import RECIPES
 
 WITHOUT_RECIPE = {
     "missing": ([], "recipe: missing; use python -m jobs.prune RECIPE [OPTIONS]"),
@@ -36,12 +36,12 @@ def fails(monkeypatch, capsys):
 
 def test_all_jobs_are_listed_here():
     files = Path(jobs.__file__).parent.glob("*.py")
-    assert {file.stem for file in files if "from jobs.entry import run" in file.read_text()} == set(COMMANDS)
+    assert {file.stem for file in files if "from jobs.entry import run" in file.read_text()} == set(RECIPES)
 
 
-@pytest.mark.parametrize("job", COMMANDS)
+@pytest.mark.parametrize("job", RECIPES)
 def test_a_job_reads_the_recipe_of_its_command(job, tmp_path, fails):
-    fields = COMMANDS[job].model_fields
+    fields = RECIPES[job].model_fields
     required = {name: "stdlib" for name, field in fields.items() if field.is_required()}
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({**required, "zzzz": 1}))

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from shardprune.cli import main
+from shardprune.errors import InputError
 from shardprune.planning.chart import LEGEND
 from shardprune.planning.choosing import choose, missing, remedies
 from shardprune.planning.hardware import HARDWARE
@@ -14,7 +15,6 @@ from shardprune.planning.plan import plan
 from shardprune.planning.recipe import Machine, PlanRecipe
 from shardprune.planning.workload import read_model
 from shardprune.recipes.prune import PruneRecipe
-from shardprune.storage.quantities import parse_bytes
 from tests.planning.material import CONFIGS
 from tests.support.tiny import make_model
 
@@ -53,7 +53,7 @@ def test_70b_fits(machines):
         assert one.fits
         assert one.missing is None
         assert setup.layout.workers <= machines.get("nodes", 1) * machines.get("gpus", 1)
-        assert one.candidate.worst[0].device.peak < parse_bytes(machines["gpu_memory"])
+        assert one.candidate.worst[0].device.peak < one.candidate.row.bytes
     if machines is SMALL:
         assert setup.streamed
         assert setup.waves_on_host
@@ -232,8 +232,34 @@ def test_an_unknown_field_of_a_recipe_is_named_with_the_nearest(capsys, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("text", "rate", "count"),
-    [("80GB", False, 80e9), ("1.5TiB", False, 1.5 * 2**40), ("25GB/s", True, 25e9), ("100Gbit/s", True, 12.5e9)],
+    ("field", "text", "count"),
+    [
+        ("gpu_memory", "80GB", 80e9),
+        ("host_memory", "1.5 TiB", 1.5 * 2**40),
+        ("network", "25GB/s", 25e9),
+        ("network", "100Gbit/s", 12.5e9),
+        ("storage", "5GB", 5e9),
+    ],
 )
-def test_quantities(text, rate, count):
-    assert parse_bytes(text, rate) == count
+def test_sizes_and_rates_are_bytes(field, text, count):
+    recipe = PlanRecipe.checked({"model": "m", field: text})
+    assert getattr(recipe, field) == count
+    assert getattr(PlanRecipe.checked(recipe.record()), field) == count
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("gpu_memory", "80"),
+        ("gpu_memory", 80),
+        ("host_memory", "64Gbit"),
+        ("host_memory", "64GB/s"),
+        ("network", "fast"),
+        ("storage", "5"),
+        ("storage", "-5GB/s"),
+        ("host_memory", "0GB"),
+    ],
+)
+def test_no_size_and_no_rate(field, text):
+    with pytest.raises(InputError, match=f"{field}: {text!r} is not allowed; use (a size|a rate|more than nothing)"):
+        PlanRecipe.checked({"model": "m", field: text})

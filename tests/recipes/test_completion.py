@@ -14,7 +14,7 @@ HEAVY = ("torch", "transformers", "ray", "datasets", "deepspeed", "accelerate")
 OFFERS = {
     "commands": ("shardprune p", ["prune", "pipeline", "plan"]),
     "options": ("shardprune prune --sa", ["--samples"]),
-    "switches": ("shardprune prune --no-", ["--no-resume", "--no-measure-error", "--no-correction"]),
+    "switches": ("shardprune prune --no-", ["--no-resume", "--no-correction", "--no-measure-error"]),
     "choices": ("shardprune prune --method ", ["magnitude", "wanda", "sparsegpt"]),
     "choices that begin so": ("shardprune prune model --allocation mo", ["mosaic", "mosaic-released"]),
     "choices of a table": ("shardprune plan --hardware ", list(HARDWARE)),

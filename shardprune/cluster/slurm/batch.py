@@ -1,17 +1,18 @@
-"""A job as Slurm is asked for it, and the script that asks."""
+"""The options of a Slurm job and its batch script."""
 
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.cluster.slurm.node import LONGEST_TMP
 from shardprune.errors import InputError
-from shardprune.recipes.settings import Settings, positive
+from shardprune.recipes.commands import COMMANDS
+from shardprune.recipes.settings import Settings, optional
 
 # Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
@@ -20,19 +21,17 @@ EARLY_SECONDS = 60  # by which Slurm may send a signal before its time
 
 
 class Nodes(Settings):
-    """Nodes"""
+    """Nodes of a job."""
 
-    nodes: int = positive(1, "Nodes of the job")
-    min_nodes: int | None = positive(None, "Start, and start again, on so few if no more are free (default: all)")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs of each node")
-    cpus_per_node: int | None = positive(None, "CPUs of each node (default: all of it, and no other job on it)")
-    mem: str | None = Field(
-        None, description="Memory of each node, such as 500G (default: all of a whole node, else the partition's)"
-    )
-    object_store: float | None = Field(
-        None, gt=0, description="GiB of each node for what is under way between workers (default: Ray's, 30 %)"
-    )
-    tmp: str = Field("/tmp", description=f"Directory of every node for Ray's files, {LONGEST_TMP} characters at most")
+    title: ClassVar[str] = "Nodes"
+
+    nodes: int = Field(1, ge=1, description="Number of nodes")
+    min_nodes: int | None = optional("all", "Fewest nodes to start and restart on", ge=1)
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node")
+    cpus_per_node: int | None = optional("whole node, exclusive", "CPUs per node", ge=1)
+    mem: str | None = optional("whole node, else the partition's", "Memory per node, such as 500G")
+    object_store: float | None = optional("30 % of memory", "GiB per node for Ray's object store", gt=0)
+    tmp: str = Field("/tmp", description=f"Node-local directory for Ray, at most {LONGEST_TMP} characters")
 
     @field_validator("tmp")
     @classmethod
@@ -49,19 +48,19 @@ class Nodes(Settings):
 
 
 class Queue(Settings):
-    """Queue"""
+    """Limits and queue of a job."""
 
-    time: str | None = Field(None, description=f"Limit of one attempt: {TIME_FORMS} (default: the partition's)")
-    notice: int = Field(
-        120, ge=10, le=65535, description="Seconds before the limit at which the job stops and goes back into the queue"
-    )
-    max_requeues: int = Field(50, ge=0, description="How often it goes back")
-    partition: str | None = Field(None, description="Partition (default: Slurm's)")
-    account: str | None = Field(None, description="Account that pays")
+    title: ClassVar[str] = "Queue"
+
+    time: str | None = optional("the partition's", f"Time limit of one attempt: {TIME_FORMS}")
+    notice: int = Field(120, ge=10, le=65535, description="Seconds before the limit to stop and requeue")
+    max_requeues: int = Field(50, ge=0, description="Maximum number of requeues")
+    partition: str | None = optional("Slurm's", "Partition")
+    account: str | None = Field(None, description="Account to charge")
     qos: str | None = Field(None, description="Quality of service")
-    job_name: str | None = Field(None, description="Name of the job (default: the recipe's)")
-    output: str = Field("%x-%j.log", description="File for what the job says; %x is its name, %j its number")
-    sbatch: tuple[str, ...] = Field((), description="Further option of sbatch, such as --constraint=a100; repeatable")
+    job_name: str | None = optional("the recipe's name", "Job name")
+    output: str = Field("%x-%j.log", description="Log file; %x is the job's name, %j its number")
+    sbatch: tuple[str, ...] = Field((), description="Further sbatch option, such as --constraint=a100; repeatable")
 
     @field_validator("time")
     @classmethod
@@ -90,10 +89,12 @@ class Queue(Settings):
 
 
 class Environment(Settings):
-    """Environment"""
+    """Environment of a job."""
+
+    title: ClassVar[str] = "Environment"
 
     setup: tuple[str, ...] = Field(
-        (), description="Line of shell to run first, such as 'source /opt/env/bin/activate'; repeatable"
+        (), description="Shell line to run first, such as 'source /opt/env/bin/activate'; repeatable"
     )
 
 
@@ -109,14 +110,16 @@ class BatchJob(Nodes, Queue, Environment):
         return self
 
     def script(self, command: Sequence[str], folder: Path) -> str:
-        """The script that runs a command and its options in a directory."""
+        """Return the script that runs a command and its options in a directory."""
         head = ("Written by `shardprune slurm`; docs/slurm.md explains it. Submit it again to go on after a failure.",)
         # Without lines that set up an environment it is the one that writes the script.
         python = "python" if self.setup else shlex.quote(sys.executable)
         return self.render(head, shlex.join(command), python, chdir=str(folder))
 
-    def render(self, head: Sequence[str], command: str, python: str, chdir: str | None = None) -> str:
-        """The script, where the command is what a shell reads."""
+    def render(
+        self, head: Sequence[str], command: str, python: str, chdir: str | None = None, before: Sequence[str] = ()
+    ) -> str:
+        """The script; `command` is text for the shell, on its last line."""
         wants = {
             "job-name": self.job_name,
             "chdir": chdir,
@@ -151,24 +154,26 @@ class BatchJob(Nodes, Queue, Environment):
             "",
             "trap '' USR1  # comes before the time limit; until Python listens to it, it must not end this shell",
             *self.setup,
+            *before,
             f"exec {python} -m shardprune.cluster.slurm.job {' '.join(words)} -- {command}",
         ]
         return "\n".join(lines) + "\n"
 
 
-def standing_script(command: str) -> str:
-    """The script of `cluster/slurm` for a command: what it runs comes from sbatch's command line."""
+def standing_script() -> str:
+    """Return cluster/slurm/shardprune.sbatch: command, recipe and options come from sbatch's command line."""
     head = (
-        f"sbatch --nodes 4 --gpus-per-node 8 --time 04:00:00 cluster/slurm/{command}.sbatch RECIPE --out OUT",
+        "sbatch --nodes 4 --gpus-per-node 8 --time 04:00:00 cluster/slurm/shardprune.sbatch prune RECIPE --out OUT",
         "",
-        f"Runs `shardprune {command}` on a Ray cluster of the job's own; docs/slurm.md explains it. What stands before",
-        "the script's name overrides the options below, what stands after RECIPE overrides the recipe. Python is that",
-        "of the shell which submits; lines that set up another one belong above the last line.",
+        "Runs `shardprune COMMAND` with a recipe on a Ray cluster of the job's own; docs/slurm.md explains it. Options",
+        "before the script's name override those below, options after RECIPE override the recipe. Python is that of",
+        "the shell which submits; lines that set up another one belong above the last lines.",
     )
-    first = "" if command == "pipeline" else "--recipe "
-    return BatchJob.checked({"job_name": command}).render(
-        head, f'{command} {first}"${{@:?RECIPE is missing}}"', "python"
+    words = (
+        'words=("${1:?COMMAND is missing}" --recipe "${2:?RECIPE is missing}" "${@:3}")',
+        *(f"[ \"$1\" != {name} ] || unset 'words[1]'" for name, row in COMMANDS.items() if row.file_first),
     )
+    return BatchJob.checked({"job_name": "shardprune"}).render(head, '"${words[@]}"', "python", before=words)
 
 
 def _option(name: str, value: Any) -> str:

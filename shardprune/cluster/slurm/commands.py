@@ -1,4 +1,4 @@
-"""Which command a recipe is for, and whether a job can carry it out."""
+"""The command of a recipe, and checks that a job has the nodes and workers for it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,37 +6,24 @@ from typing import Any
 
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.errors import InputError
-from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.commands import RECIPES
 from shardprune.recipes.groups import BackendFields, WorkerFields
-from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
-from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
-from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings, read_yaml
-
-COMMANDS: dict[str, type[Settings]] = {
-    recipe.command: recipe
-    for recipe in (PruneRecipe, MopRecipe, RebuildRecipe, RecoverRecipe, EvaluateRecipe, PipelineRecipe)
-}
-
-
-def words_of(command: str, recipe: Path | str) -> list[str]:
-    """A command that reads a recipe, as words of a command line."""
-    return [command, str(recipe)] if command == PipelineRecipe.command else [command, "--recipe", str(recipe)]
 
 
 def command_of(recipe: Path, load: Callable[[str], Settings], asked: str | None) -> tuple[str, Settings]:
-    """The command that a recipe is for, and its settings.
+    """Return the command that a recipe is for, and its settings.
 
     Args:
-        load: the settings that a command makes of the recipe and of what overrides it; raises InputError.
-        asked: the command, where somebody has said it.
+        load: returns the settings that the named command makes of the recipe and its overrides; raises InputError.
+        asked: the command; None finds it from the recipe's fields.
 
     Raises:
         InputError: no command can work with the recipe.
     """
-    if asked is not None and asked not in COMMANDS:
-        raise InputError("command", f"{asked!r} is not allowed; use one of {', '.join(COMMANDS)}")
+    if asked is not None and asked not in RECIPES:
+        raise InputError("command", f"{asked!r} is not allowed; use one of {', '.join(RECIPES)}")
     errors = []
     for command in [asked] if asked else _candidates(read_yaml(recipe)):
         try:
@@ -48,12 +35,12 @@ def command_of(recipe: Path, load: Callable[[str], Settings], asked: str | None)
 
 def _candidates(values: dict[str, Any]) -> list[str]:
     """The commands that know most of a recipe's fields."""
-    unknown = {name: len(values.keys() - recipe.model_fields.keys()) for name, recipe in COMMANDS.items()}
+    unknown = {name: len(values.keys() - recipe.model_fields.keys()) for name, recipe in RECIPES.items()}
     return [name for name in unknown if unknown[name] == min(unknown.values())]
 
 
 def check_fit(settings: Settings, job: BatchJob) -> None:
-    """Check what waiting in a queue would only delay.
+    """Check a job's nodes before it waits in a queue.
 
     Raises:
         InputError: the command would not use the job's nodes, or needs more than they have.

@@ -22,7 +22,7 @@ def write_script(path: Path, text: str) -> None:
         raise InputError("script", f"{str(path)!r} cannot be written: {error.strerror}") from error
 
 
-def submit(path: Path) -> str:
+def submit_script(path: Path) -> str:
     """Submit a script; the number of its job.
 
     Raises:

@@ -122,9 +122,9 @@ class Job:
 def test_a_job_prunes_on_three_nodes(sandbox, tmp_path, monkeypatch):
     values = recipe(tmp_path, "out", samples=48, threads=2)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    script = str(ROOT / "cluster" / "slurm" / "prune.sbatch")
+    script = str(ROOT / "cluster" / "slurm" / "shardprune.sbatch")
     python = f"PATH={Path(sys.executable).parent}:{sandbox.environment['PATH']}"
-    job = Job(sandbox, tmp_path, "out", "env", python, "sbatch", "--nodes=3", "--time=10", script, "r.yaml")
+    job = Job(sandbox, tmp_path, "out", "env", python, "sbatch", "--nodes=3", "--time=10", script, "prune", "r.yaml")
     local = undisturbed(values, tmp_path, monkeypatch)
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert job.exit_code == "0:0"

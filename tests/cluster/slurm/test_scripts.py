@@ -1,5 +1,6 @@
 """Scripts of Slurm jobs, and what is wrong before there is one."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 
 from shardprune.cli import main
 from shardprune.cluster.slurm.batch import BatchJob, standing_script
+from shardprune.recipes.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[3]
+STANDING = ROOT / "cluster" / "slurm" / "shardprune.sbatch"
 RECIPES = sorted((ROOT / "jobs" / "recipes").glob("*.yaml"))
 PRUNE = "model: m\nout: o\nsparsity: 0.5\ncalibration: stdlib\n"
 PIPELINE = "model: m\nprune: {sparsity: 0.5}\nevaluate: {perplexity: stdlib, shards: 9}\n"
@@ -32,11 +35,25 @@ def run(*words: str) -> int:
     return int(ended.value.code or 0)
 
 
-@pytest.mark.parametrize("command", ["prune", "recover", "pipeline"])
-def test_the_scripts_of_the_repository_are_those_of_the_command(command):
-    path = ROOT / "cluster" / "slurm" / f"{command}.sbatch"
-    assert path.read_text() == standing_script(command), f"write standing_script({command!r}) into {path}"
-    assert subprocess.run(["bash", "-n", path]).returncode == 0
+def test_the_script_of_the_repository_is_up_to_date():
+    assert STANDING.read_text() == standing_script(), f"write standing_script() into {STANDING}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_script_of_the_repository_runs_any_command(name, tmp_path):
+    """The last line is run with a python that prints its arguments."""
+    (tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "python").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run_script(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", STANDING, *words], env=environment, capture_output=True, text=True)
+
+    done = run_script(name, "a b.yaml", "--out", "it's here")
+    words = done.stdout.splitlines()
+    assert words[words.index("--") + 1 :] == [*COMMANDS[name].words("a b.yaml"), "--out", "it's here"]
+    assert run_script(name).stderr.endswith("RECIPE is missing\n")
+    assert run_script().stderr.endswith("COMMAND is missing\n")
 
 
 def test_a_script_asks_for_what_was_asked(recipe, capsys):
@@ -116,7 +133,7 @@ WRONG = {
     "unknown option of the command": (PRUNE, ["--", "--spasity", "0.5"], "prune: No such option: --spasity"),
     "something missing": ("sparsity: 0.5\nout: o\n", [], "model: missing"),
     "fields of every command": ("model: m\nout: o\n", [], "sparsity: missing"),
-    "no such command": (PRUNE, ["--command", "prun"], "command: 'prun' is not allowed; use one of prune, mop"),
+    "no such command": (PRUNE, ["--command", "prun"], "command: 'prun' is not allowed; use one of prune, rebuild"),
     "another command": (PRUNE, ["--command", "mop"], "sparsity: no field of a recipe has this name"),
     "another cluster": (PRUNE + "address: a:1\n", [], "address: 'a:1' is not the job's own Ray cluster"),
     "no cluster": (PRUNE, ["--", "--backend", "local"], "backend: 'local' would leave the job's nodes alone"),
