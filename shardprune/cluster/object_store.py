@@ -1,4 +1,4 @@
-"""Memory for what is under way between workers: a node's object store."""
+"""The object store of a node: memory for waves, sums and weights that workers send each other."""
 
 from collections.abc import Iterable
 
@@ -8,11 +8,11 @@ MIN_STORE_BYTES = 128 * 2**20
 
 
 def store_bytes(layout: Layout, wave: int, columns: Iterable[int] = (), sent: int = 0) -> int:
-    """How large the object store of a node must be.
+    """Return the bytes that the object store of a node must have.
 
     Args:
         wave: bytes of one wave.
-        columns: of each input of a layer, whose sums (float32, columns x columns) replicas exchange.
+        columns: of each input of a layer for which replicas exchange sums (float32, columns x columns).
         sent: bytes of weights and gradients that workers send each other.
     """
     waves = 4 * wave * (len(layout.shards) + 3 * layout.replicas)

@@ -52,9 +52,8 @@ class Expected:
             observe += layers * self.costs.outliers() if task.outliers else 0.0
         length = task.model.layers if segments == 1 else layers
         prune = length * self._layer() + self._relays()
-        prune -= sum(
-            self.costs.propagate(size) for size in self._sizes(task.samples)
-        )  # the last layer's output is not needed
+        # The last layer's output is not needed.
+        prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))
         reads = self._reads(passes + bool(observe))
         frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
         return Phases(reads + frame, observe, prune, length * self.costs.write(), evaluate)

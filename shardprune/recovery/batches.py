@@ -50,6 +50,7 @@ class Batches:
         count = self.batch // self.micro
         for number in range(process, count, processes):
             chosen = rows[number * self.micro : (number + 1) * self.micro]
+            # A large prime as stride, so that runs with neighbouring seeds share no micro-batch's random numbers.
             yield MicroBatch(chosen, seed=self.seed + 1_000_003 * (step * count + number + 1))
 
     def _order(self, epoch: int) -> Tensor:

@@ -61,9 +61,8 @@ class Checkpoints:
 
     def load(self, engine: deepspeed.DeepSpeedEngine) -> int:
         """Load the last complete checkpoint; return the steps done before it, 0 if there is none."""
-        tag, convert = broadcast_from_rank_zero(
-            self._found if dist.get_rank() == 0 else None
-        )  # others may see files later
+        # Rank 0 alone looks: on shared storage other nodes may see new files later.
+        tag, convert = broadcast_from_rank_zero(self._found if dist.get_rank() == 0 else None)
         if tag is None:
             return 0
         if convert:

@@ -80,9 +80,8 @@ def _parts(block: Sequence[Masked], granularity: Granularity) -> list[list[int]]
 
 
 def _counts(pairs: Tensor, threshold: float) -> Tensor:
-    """Return the fraction `threshold` of numbers of pairs, rounded down; tolerates a fraction just below its
-    decimal.
-    """
+    """Return the fraction `threshold` of numbers of pairs, rounded down."""
+    # 0.29 * 100 is 28.999999999999996 in floating point.
     return (pairs.double() * threshold + 1e-9).floor().to(torch.int64)
 
 

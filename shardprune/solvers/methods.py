@@ -55,6 +55,6 @@ class Method:
 METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude.prune", needs=None),
     "wanda": Method("wanda.prune", needs="squares"),
-    "wanda-variant": Method("wanda.prune_variant", needs="squares", named=False),  # selected by an option
+    "wanda-variant": Method("wanda.prune_variant", needs="squares", named=False),  # chosen by an option
     "sparsegpt": Method("sparsegpt.prune", needs="gram"),
 }

@@ -144,7 +144,7 @@ class Journal:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and remove the state, which is no longer needed."""
-        self.folder.write_json(RESULT, result)
+        self.folder.write_json(RESULT, result)  # first: a directory with neither file is not recognised as a run
         self.folder.remove(STATE)
 
 

@@ -129,7 +129,7 @@ REFUSED = {
     "an output that shows nothing": (
         lambda faults: faults.deny(r"GET .*\?.*prefix"),
         {},
-        "error: model: {}/model cannot be listed: Access Denied",
+        "error: out: {}/out/run.json cannot be read: Access Denied",
     ),
     "an output that keeps everything": (
         lambda faults: faults.deny("DELETE .*/out/"),

@@ -80,9 +80,8 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
         fields["head_dim"] = heads.dim
         if config.model_type == "llama" and config.hidden_size % fields["num_attention_heads"]:
             twin = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-            twin["transformers_version"] = (
-                transformers.__version__
-            )  # transformers loads another tokenizer for old Mistrals
+            # transformers loads another tokenizer for Mistrals of old versions.
+            twin["transformers_version"] = transformers.__version__
             fields = {**_model_fields(config), **fields, **twin}
     return fields
 
