@@ -1,8 +1,8 @@
 """Runs that rebuild masks, of this tool's own pruning and of other checkpoints."""
 
 import functools
-import itertools
 import io
+import itertools
 import shutil
 
 import numpy as np
