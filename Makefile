@@ -1,4 +1,5 @@
 PYTHON ?= python3
+WORKERS ?= 3
 
 # The tests' environment has the development tools; the demo's has what a user gets.
 .PHONY: demo test lint docs clean
@@ -6,9 +7,9 @@ PYTHON ?= python3
 demo: .venv/ready
 	.venv/bin/shardprune demo
 
-# Half of the tests' time is spent waiting for processes to start: two files at a time are done sooner.
+# Tests that start and kill processes wait for much of their time: three files at a time keep two cores busy.
 test: .venv-test/ready
-	.venv-test/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .

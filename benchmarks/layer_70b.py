@@ -10,6 +10,7 @@ printed. `--hidden` and `--intermediate` make it smaller, for a trial without a 
 """
 
 import argparse
+import gc
 import tempfile
 import time
 from collections.abc import Callable
@@ -59,8 +60,9 @@ def make_checkpoint(folder: str, config: LlamaConfig, device: str) -> None:
 def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, float]:
     """Prune the layer of a checkpoint once; the seconds of each step, and the peaks of memory in GiB."""
     cuda = args.device == "cuda"
-    if cuda:
-        torch.cuda.empty_cache()  # what an earlier layer left is none of this one's peak
+    if cuda:  # what an earlier layer left is none of this one's peak
+        gc.collect()
+        torch.cuda.empty_cache()
     worker = PruneWorker(
         WorkerSpec(
             model=folder,

@@ -17,14 +17,17 @@ from tests.support.tiny import make_model, make_tokens
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Files of which one takes minutes come first, so that no process of several is left alone with one of them at the end.
 LONG = (
-    "cluster/slurm/test_jobs",
     "failures",
-    "docs",
+    "cluster/slurm/test_jobs",
     "cluster",
-    "report",
-    "planning/test_memory",
     "jobs",
+    "commands/test_mop",
+    "planning/test_memory",
+    "docs",
     "test_benchmarks",
+    "report",
+    "recovery",
+    "commands",
 )
 
 

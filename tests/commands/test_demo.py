@@ -26,7 +26,7 @@ def test_the_bundled_model_is_small_and_loads():
 def test_the_demo_loses_little_and_its_result_loads_with_its_tokenizer(tmp_path):
     recipe = demo_recipe(str(tmp_path / "o"), shards=2)
     result = prune(
-        recipe.model_copy(update={"backend": "local", "threads": 2, "eval_windows": 50}), Reporter(quiet=True)
+        recipe.model_copy(update={"backend": "local", "threads": 2, "eval_windows": 20}), Reporter(quiet=True)
     )
     measured = result.perplexity["stdlib"]
     assert measured.before < 25

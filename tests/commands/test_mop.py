@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -295,25 +296,34 @@ INTERRUPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("chosen_by", "verb", "count"), INTERRUPTIONS)
-def test_an_interrupted_search_goes_on_after_its_last_iteration(folder, chosen_by, verb, count, dies_in, tmp_path):
+def search_by(folder, chosen_by, out):
     way = {"path": "LGL"} if chosen_by == "given" else {"remove": 0.6, "criterion": chosen_by}
-    fields = {**way, "keep": "2", "shards": 2, "eval": (str(folder / "other.npy"),)}
-    undisturbed = search(folder, tmp_path / "undisturbed", **fields)
+    return search(folder, out, **way, keep="2", shards=2, eval=(str(folder / "other.npy"),))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_by(folder):
+    """The output and the result of a search that nothing interrupts, by what chooses its path."""
+    return cache(lambda chosen_by: (folder / chosen_by, search_by(folder, chosen_by, folder / chosen_by)))
+
+
+@pytest.mark.parametrize(("chosen_by", "verb", "count"), INTERRUPTIONS)
+def test_an_interrupted_search_goes_on_after_its_last_iteration(
+    folder, undisturbed_by, chosen_by, verb, count, dies_in, tmp_path
+):
+    out, undisturbed = undisturbed_by(chosen_by)
     dies_in(verb, count)
     with pytest.raises(KeyboardInterrupt):
-        search(folder, tmp_path / "o", **fields)
+        search_by(folder, chosen_by, tmp_path / "o")
     state = json.loads((tmp_path / "o" / "run.json").read_text())
-    resumed = search(folder, tmp_path / "o", **fields)
+    resumed = search_by(folder, chosen_by, tmp_path / "o")
     assert resumed.structure == undisturbed.structure
     assert resumed.perplexity == undisturbed.perplexity
     found = [entry.model_dump(mode="json", exclude_none=True) for entry in resumed.structure.path]
     assert found[: len(state["path"])] == state["path"]
-    assert differing(tmp_path / "undisturbed", tmp_path / "o") == []
-    assert differing(tmp_path / "undisturbed" / "iteration-02", tmp_path / "o" / "iteration-02") == []
-    assert {path.name for path in (tmp_path / "o").iterdir()} == {
-        path.name for path in (tmp_path / "undisturbed").iterdir()
-    }
+    assert differing(out, tmp_path / "o") == []
+    assert differing(out / "iteration-02", tmp_path / "o" / "iteration-02") == []
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {path.name for path in out.iterdir()}
 
 
 def test_no_iteration_reads_the_model_again(folder, monkeypatch, tmp_path):

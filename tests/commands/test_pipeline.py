@@ -23,7 +23,7 @@ def sections(folder, **changes):
         "backend": "local",
         "threads": 2,
         "prune": {"sparsity": 0.5, "calibration": tokens, "samples": 12, "seqlen": 24, "wave": 4},
-        "recover": {"data": tokens, "length": 24, "steps": 4, "batch": 4, "keep_sparsity": True, "zero": 1},
+        "recover": {"data": tokens, "length": 24, "steps": 2, "batch": 4, "keep_sparsity": True, "zero": 1},
         "evaluate": {"perplexity": tokens, "seqlen": 24},
     }
     for name, change in changes.items():

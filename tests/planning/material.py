@@ -4,17 +4,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig
 
+from shardprune import Recipe, prune
 from shardprune.model.checkpoint import SINGLE
 from shardprune.model.skeleton import Skeleton
+from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import write_tensors
 
+# glibc would keep blocks that are smaller than the largest one it has ever given back.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "HF_HUB_OFFLINE": "1"}
 CONFIGS = Path(__file__).resolve().parents[2] / "ray_configs" / "models"
 
 
@@ -45,6 +54,23 @@ def make_windows(path: Path, samples: int, seqlen: int, vocabulary: int) -> str:
     return str(path)
 
 
+@contextmanager
+def forked_runs() -> Iterator[Callable[[Path, dict[str, object]], int]]:
+    """Runs in forks of one process that has imported all that they need: imports take longer than these runs."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["shardprune.commands.prune", "transformers.models.llama.modeling_llama"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+            yield lambda out, options: pool.submit(_forked_peak, out, options).result()
+
+
+def _forked_peak(out: Path, options: dict[str, object]) -> int:
+    recipe = Recipe.checked({**options, "out": str(out), "backend": "local", "threads": 1, "report": False})
+    return max(worker.peak_bytes for worker in prune(recipe, Reporter(quiet=True)).workers)
+
+
 def peak_of_run(out: Path, options: dict[str, object]) -> int:
     """The peak memory of `shardprune prune` in a process of its own, as its result has it."""
     arguments = []
@@ -53,8 +79,7 @@ def peak_of_run(out: Path, options: dict[str, object]) -> int:
         arguments += (
             [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
         )
-    # glibc would keep blocks that are smaller than the largest one it has ever given back.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **ENVIRONMENT}
     command = [sys.executable, "-m", "shardprune", "prune", "--out", str(out), "--backend", "local", "--threads", "1"]
     model = arguments.pop(arguments.index("--model") + 1)
     arguments.remove("--model")

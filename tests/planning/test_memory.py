@@ -1,7 +1,5 @@
 """Predicted memory against the measured peaks of real runs, and of real forward passes."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 import transformers
@@ -13,15 +11,15 @@ from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import planned_task, read_model
 from tests.planning.material import CONFIGS as SHAPES
-from tests.planning.material import make_llama, make_windows, peak_of_run
+from tests.planning.material import forked_runs, make_llama, make_windows, peak_of_run
 from tests.support.tiny import CONFIGS
 
 VOCABULARY = 1024
 MODELS = {
-    "wide": (768, 4096, 2, VOCABULARY, torch.float32),
+    "wide": (768, 4096, 1, VOCABULARY, torch.float32),
     "stored in 16 bits": (1024, 3072, 2, VOCABULARY, torch.bfloat16),
     "narrow": (128, 384, 1, VOCABULARY, torch.float32),
-    "large vocabulary": (768, 1024, 8, 80_000, torch.float32),
+    "large vocabulary": (768, 1024, 4, 80_000, torch.float32),
     "large vocabulary in 16 bits": (768, 1024, 2, 120_000, torch.bfloat16),
 }
 FEW = {"samples": 4, "seqlen": 128, "sparsity": 0.5}
@@ -46,23 +44,22 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Measured peaks by run, and that of a model without weights to speak of."""
+    """Measured peaks by run in a process of its own, and that of a model without weights to speak of."""
     folder = tmp_path_factory.mktemp("memory")
     for name, shape in MODELS.items():
         make_llama(folder / name, *shape)
     make_llama(folder / "nothing", 16, 16, 1, VOCABULARY)
 
-    def measured(name: str, model: str, fields: dict) -> tuple[int, dict]:
-        windows = make_windows(folder / f"{name}.npy", fields["samples"], fields["seqlen"], VOCABULARY)
-        options = {"model": str(folder / model), "calibration": windows, **fields}
-        if model.startswith("large vocabulary"):
-            options |= {"eval": windows, "eval_windows": 2}
-        return peak_of_run(folder / f"out {name}", options), options
-
     jobs = {name: (model, fields) for name, (model, fields, _) in RUNS.items()} | {"nothing": ("nothing", FEW)}
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        futures = {name: pool.submit(measured, name, *job) for name, job in jobs.items()}
-        return {name: future.result() for name, future in futures.items()}
+    found = {}
+    with forked_runs() as peak_of:
+        for name, (model, fields) in jobs.items():
+            windows = make_windows(folder / f"{name}.npy", fields["samples"], fields["seqlen"], VOCABULARY)
+            options = {"model": str(folder / model), "calibration": windows, **fields}
+            if model.startswith("large vocabulary"):
+                options |= {"eval": (windows,), "eval_windows": 2}
+            found[name] = peak_of(folder / f"out {name}", options), options
+    return found
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -80,8 +77,10 @@ def test_what_is_predicted_beside_the_process_is_what_is_measured_within_a_fifth
     assert peak - nothing > CPU_PROCESS / 3
 
 
-def test_a_process_without_weights_takes_about_as_much_as_is_reckoned(runs):
-    nothing, _ = runs["nothing"]
+def test_a_process_without_weights_takes_about_as_much_as_is_reckoned(tmp_path):
+    make_llama(tmp_path / "nothing", 16, 16, 1, VOCABULARY)
+    windows = make_windows(tmp_path / "tokens.npy", FEW["samples"], FEW["seqlen"], VOCABULARY)
+    nothing = peak_of_run(tmp_path / "o", {"model": str(tmp_path / "nothing"), "calibration": windows, **FEW})
     assert 0.8 * CPU_PROCESS < nothing < 3 * CPU_PROCESS
 
 
