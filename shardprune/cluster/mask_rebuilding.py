@@ -5,6 +5,7 @@ from typing import Any
 
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.pruning_job import Work
+from shardprune.shard.prune_worker import PruneWorker
 
 REBUILDER = 0  # the replica that swaps
 
@@ -31,9 +32,9 @@ def rebuild_layer(work: Work, layer: LayerInWork, solvers: list[int]) -> Rebuilt
         report: dict[str, Any] = {"layer": layer.layer, "block": label}
         if settings.needs_gradients or work.measure_error:
             report["error_before"] = _compare(layer, names, settings.needs_gradients)
-        parts = layer.from_others(REBUILDER, "gradients", names) if settings.needs_gradients else []
+        parts = layer.from_others(REBUILDER, PruneWorker.gradients, names) if settings.needs_gradients else []
         shares = work.shares_of(layer.layer, names)
-        report["swaps"], zeros = layer.group.get(layer.ask(REBUILDER, "rebuild", names, shares, *parts))
+        report["swaps"], zeros = layer.group.get(layer.ask(REBUILDER, PruneWorker.rebuild, names, shares, *parts))
         rebuilt.projections.update({name: {"zeros": count} for name, count in zeros.items()})
         for ref in layer.share(names, REBUILDER):
             layer.group.get(ref)
@@ -47,7 +48,7 @@ def rebuild_layer(work: Work, layer: LayerInWork, solvers: list[int]) -> Rebuilt
 
 def _compare(layer: LayerInWork, names: tuple[str, ...], gradients: bool) -> float:
     """The relative output error of a block over all waves, ||dense - sparse||^2 / ||dense||^2."""
-    pairs = dict(layer.over_waves("compare", names, gradients))
+    pairs = dict(layer.over_waves(PruneWorker.compare, names, gradients))
     lost, norm = (sum(pairs[index][place] for index in sorted(pairs)) for place in (0, 1))
     return lost / norm if norm > 0 else 0.0
 
@@ -55,7 +56,7 @@ def _compare(layer: LayerInWork, names: tuple[str, ...], gradients: bool) -> flo
 def _measure(work: Work, layer: LayerInWork, names: tuple[str, ...], solvers: list[int]) -> dict[str, float]:
     """The output errors of a block's projections, each from the replica that solved it."""
     measuring = [
-        layer.ask(solver, "measure", inputs, names)
+        layer.ask(solver, PruneWorker.measure, inputs, names)
         for inputs, solver in enumerate(solvers)
         if work.family.inputs[inputs][0] in names
     ]

@@ -7,7 +7,7 @@ the shallower one; else the waves of both go through the same shards, at differe
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -20,7 +20,10 @@ from shardprune.cluster.width_pruning import cut_layer, narrow_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.report.progress import Step
 from shardprune.shard.current_layers import Saved
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.waves import split
+from shardprune.shard.width_worker import WidthWorker
 from shardprune.solvers.scoring import Criterion, Scoring
 
 STREAM = "narrowing"
@@ -88,7 +91,7 @@ class ModelOnWorkers:
     def read(self, saved: Saved | None) -> None:
         """Let the workers read the current layers."""
         self._wait(
-            self.group.submit(shard, replica, "read", layers, saved)
+            self.group.submit(shard, replica, MopWorker.read, layers, saved)
             for shard, layers in enumerate(self.placement)
             for replica in range(self.replicas)
         )
@@ -102,7 +105,7 @@ class ModelOnWorkers:
     def write(self, folder: str, layers: Sequence[int]) -> None:
         """Write the current layers into a folder, each in the place that its index has among `layers`."""
         self._wait(
-            self.group.submit(shard, 0, "write", folder, len(layers), layer, layers.index(layer))
+            self.group.submit(shard, 0, MopWorker.write, folder, len(layers), layer, layers.index(layer))
             for shard, held in enumerate(self.placement)
             for layer in held
         )
@@ -159,9 +162,9 @@ class ModelOnWorkers:
             layer = LayerInWork(jury.team, layout, jury.waves, STREAM, index, step)
             narrow_layer(layer, widths, not self.scoring.correction)
             if index != self.layers[-1] and self.scoring.correction:
-                for _ in layer.over_waves("propagate", "narrowed", False):
+                for _ in layer.over_waves(ForwardWorker.propagate, "narrowed", False):
                     pass
-        to_all(jury.team, layout, at, "drop", STREAM)
+        to_all(jury.team, layout, at, ForwardWorker.drop, STREAM)
 
     def both(self, shallower: Callable[[], T], narrower: Callable[[], U]) -> tuple[T, U]:
         """Two candidates at the same time.
@@ -185,9 +188,9 @@ class ModelOnWorkers:
 
     def adopt_shallower(self, layer: int) -> None:
         """Take the layer out, and move others so that the shards stay equally long."""
-        self._on_all("discard_narrowed")
+        self._on_all(MopWorker.discard_narrowed)
         for replica in range(self.replicas):
-            self.group.get(self.group.submit(self._shard_of(layer), replica, "remove", layer))
+            self.group.get(self.group.submit(self._shard_of(layer), replica, MopWorker.remove, layer))
         before = {index: shard for shard, held in enumerate(self.placement) for index in held}
         self.layers = tuple(index for index in self.layers if index != layer)
         moves = [(index, before[index], self._shard_of(index)) for index in self.layers]
@@ -200,13 +203,13 @@ class ModelOnWorkers:
         self.widths = widths
         others = [replica for replica in range(self.replicas) if replica not in self.narrowing.members]
         self._wait(
-            self.group.submit(shard, replica, "install_narrowed", layer, widths, choice)
+            self.group.submit(shard, replica, WidthWorker.install_narrowed, layer, widths, choice)
             for shard, layers in enumerate(self.placement)
             for layer in (layers if others else ())
-            for choice in [self.narrowing.submit(shard, layer % len(self.narrowing.members), "choice", layer)]
+            for choice in [self.narrowing.submit(shard, layer % len(self.narrowing.members), WidthWorker.choice, layer)]
             for replica in others
         )
-        self._on_all("adopt")
+        self._on_all(MopWorker.adopt)
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -219,20 +222,20 @@ class ModelOnWorkers:
             self.group.submit(
                 target,
                 replica,
-                "take_over",
+                MopWorker.take_over,
                 layer,
                 self.widths,
-                self.group.submit(source, replica, "hand_over", layer),
+                self.group.submit(source, replica, MopWorker.hand_over, layer),
             )
             for replica in range(self.replicas)
         )
 
-    def _on_all(self, verb: str) -> None:
+    def _on_all(self, verb: Callable[..., None]) -> None:
         self._wait(
             self.group.submit(shard, replica, verb) for shard in range(self.shards) for replica in range(self.replicas)
         )
 
-    def _wait(self, refs: Iterable[Ref]) -> None:
+    def _wait(self, refs: Iterable[Ref[Any]]) -> None:
         """Wait for calls, all of which are submitted first."""
         for ref in list(refs):
             self.group.get(ref)

@@ -11,6 +11,7 @@ from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, account, in_flight, layer_by_layer, pipeline, release, to_all
 from shardprune.report.progress import Step
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.solvers.outliers import Outliers
 
 
@@ -41,7 +42,7 @@ def observe(
     stop = observation.stop(layout)
     last = layout.shard_of(min(stop, layout.stop - 1))
     ratios = observation.outlier_m is not None
-    refs: list[Ref] = []
+    refs: list[Ref[Outliers]] = []
     stream = "observation"
 
     def ask(layer: int) -> None:
@@ -53,11 +54,11 @@ def observe(
         layers = layer_by_layer(group, layout, waves, stream, "dense", observation.firsts, stop, step, ratios)
         for layer in layers:
             ask(layer)  # while it is still in memory
-        to_all(group, layout, last, "drop", stream)
+        to_all(group, layout, last, ForwardWorker.drop, stream)
     else:
         arrived = pipeline(group, layout, waves, "dense", observation.firsts, stop, ratios)
         discarded = (
-            group.submit(last, wave.replica, "discard", hidden)
+            group.submit(last, wave.replica, ForwardWorker.discard, hidden)
             for wave, hidden in zip(waves.in_turn(), arrived, strict=True)
         )
         for _ in flow(group, discarded, in_flight(layout)):
@@ -70,7 +71,7 @@ def observe(
     return outliers
 
 
-def _outliers(layer: LayerInWork, m: float | None) -> Ref:
+def _outliers(layer: LayerInWork, m: float | None) -> Ref[Outliers]:
     """Ask one replica of a layer's shard for its ratios, with the sums of the others."""
     asked = layer.layer % layer.layout.replicas
-    return layer.ask(asked, "outliers", m, *layer.from_others(asked, "observed"))
+    return layer.ask(asked, ForwardWorker.outliers, m, *layer.from_others(asked, ForwardWorker.observed))

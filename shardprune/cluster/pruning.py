@@ -12,7 +12,8 @@ from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pruning_job import Work
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.report.progress import Step
-from shardprune.shard.forward_worker import segment_stream
+from shardprune.shard.forward_worker import ForwardWorker, segment_stream
+from shardprune.shard.prune_worker import PruneWorker
 
 
 def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step: Step) -> None:
@@ -55,13 +56,15 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, layers
             _prune_layer(work, layer)
         if index + 1 in layers:
             if index in work.finished or not work.passes_on_dense:
-                for _ in layer.over_waves("propagate", "dense" if work.passes_on_dense else "latest", False):
+                for _ in layer.over_waves(
+                    ForwardWorker.propagate, "dense" if work.passes_on_dense else "latest", False
+                ):
                     pass
             if layout.shard_of(index + 1) != layer.shard:
                 hand_on(group, layout, waves, stream, layer.shard)
     last = layout.shard_of(layers[-1])
-    to_all(group, layout, last, "drop", stream)
-    to_all(group, layout, last, "release")
+    to_all(group, layout, last, ForwardWorker.drop, stream)
+    to_all(group, layout, last, ForwardWorker.release)
 
 
 def _prune_layer(work: Work, layer: LayerInWork) -> None:
@@ -69,11 +72,11 @@ def _prune_layer(work: Work, layer: LayerInWork) -> None:
     started = time.monotonic()
     if work.widths:
         record = narrow_layer(layer, work.widths, work.passes_on_dense)
-        record |= layer.group.get(layer.ask(0, "sizes"))
+        record |= layer.group.get(layer.ask(0, PruneWorker.sizes))
     else:
         record = _sparsify_layer(work, layer)
-    written = layer.group.get(layer.ask(0, "write", record))
-    to_all(layer.group, layer.layout, layer.shard, "finish", layer.layer)
+    written = layer.group.get(layer.ask(0, PruneWorker.write, record))
+    to_all(layer.group, layer.layout, layer.shard, PruneWorker.finish, layer.layer)
     account(layer.group, layer.layout, [layer.shard], layer.step.record)
     _announce(layer, len(work.shapes), record, time.monotonic() - started, written)
 
@@ -97,7 +100,7 @@ def _quality(record: dict[str, Any]) -> dict[str, float]:
 
 def _sparsify_layer(work: Work, layer: LayerInWork) -> dict[str, Any]:
     """Accumulate, solve, rebuild; the record of the layer."""
-    for _ in layer.over_waves("accumulate"):
+    for _ in layer.over_waves(PruneWorker.accumulate):
         pass
     solvers = _solvers(work, layer.layer, layer.layout.replicas)
     reports = _solve(work, layer, solvers)
@@ -117,11 +120,11 @@ def _solve(work: Work, layer: LayerInWork, solvers: list[int]) -> dict[str, dict
     """Solve all inputs of a layer, each on its solver, and give every replica the result; the reports by name."""
     # Every replica hands out its sums before any starts to solve: a worker's calls run in order, and
     # sums behind a solve would keep the others waiting.
-    parts = [layer.from_others(solver, "statistics", inputs) for inputs, solver in enumerate(solvers)]
+    parts = [layer.from_others(solver, PruneWorker.statistics, inputs) for inputs, solver in enumerate(solvers)]
     solving = []
     for inputs, solver in enumerate(solvers):
         shares = work.shares_of(layer.layer, work.family.inputs[inputs])
-        solving.append(layer.ask(solver, "solve", inputs, shares, *parts[inputs]))
+        solving.append(layer.ask(solver, PruneWorker.solve, inputs, shares, *parts[inputs]))
     installed = [
         ref for inputs, solver in enumerate(solvers) for ref in layer.share(work.family.inputs[inputs], solver)
     ]

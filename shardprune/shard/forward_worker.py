@@ -11,10 +11,11 @@ from shardprune.errors import SolverError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.layers import Layers, LayerStore, Version
-from shardprune.shard.ledger import Ledger, Span, timed
+from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
 from shardprune.shard.memory import peak_bytes
 from shardprune.shard.spec import ForwardSpec
+from shardprune.shard.verbs import verb
 from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
 from shardprune.solvers.statistics import InputStatistics, Sums, merged
@@ -52,7 +53,7 @@ class ForwardWorker:
             self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.weights == "streamed"
         )
 
-    @timed
+    @verb("read")
     def load(self, version: Version) -> None:
         """Read all layers of the shard ahead of the first wave, so that shards read theirs at the same time."""
         for index in self.spec.layers:
@@ -60,23 +61,23 @@ class ForwardWorker:
 
     # -- waves in and out -----------------------------------------------------------------------------------
 
-    @timed
+    @verb("forward")
     def embed(self, tokens: Tensor) -> Tensor:
         """The hidden states [wave, seqlen, hidden] that enter the first layer."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
         return self.skeleton.embed(tokens).cpu().contiguous()
 
-    @timed
+    @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
         """Keep a wave that has arrived."""
         self.activations.put(stream, wave, hidden)
 
-    @timed
+    @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
         """Hand a kept wave on."""
         return self.activations.take(stream, wave).contiguous()
 
-    @timed
+    @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
         """The summed token loss of each sequence, from the last layer's output [wave, seqlen, hidden]."""
         self.skeleton.load_frame(self.checkpoint, head=True)
@@ -88,7 +89,7 @@ class ForwardWorker:
             sums.append(float(nn.functional.cross_entropy(logits, targets, reduction="sum")))
         return sums
 
-    @timed
+    @verb("forward")
     def log_likelihoods(self, hidden: Tensor, targets: Sequence[Targets]) -> list[list[LogLikelihood]]:
         """How likely the model finds continuations of sequences, from the last layer's output [wave, seqlen, hidden]
         for sequences that are padded on their right.
@@ -109,7 +110,7 @@ class ForwardWorker:
 
     # -- passing through ------------------------------------------------------------------------------------
 
-    @timed
+    @verb("forward")
     def forward(
         self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int, observed: bool
     ) -> Tensor:
@@ -126,19 +127,19 @@ class ForwardWorker:
                 hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
         return hidden.cpu().contiguous()
 
-    @timed
+    @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
         """Replace one kept wave by its image under one layer, which may be observed as in `forward`."""
         hidden = self.activations.get(stream, wave)
         observing = self._observing(index) if observed else None
         self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
 
-    @timed
+    @verb("exchange", layer="index")
     def observed(self, index: int) -> list[Sums]:
         """Hand out the sums of a layer's inputs over the observed waves of this replica."""
         return [(statistics.sums.cpu(), statistics.samples) for statistics in self._observed.pop(index)]
 
-    @timed
+    @verb("solve", layer="index")
     def outliers(self, index: int, m: float, *parts: list[Sums] | None) -> Outliers:
         """The outlier ratios of a dense layer whose inputs were observed.
 
@@ -154,21 +155,21 @@ class ForwardWorker:
             raise SolverError(f"layer {index}: its inputs are not finite: the activations overflow")
         return outlier_ratios({name: (weights[name], squares[name]) for name in weights}, m)
 
-    @timed
+    @verb("exchange")
     def fork(self, stream: str, into: str) -> None:
         """Keep a copy of all waves of a stream under another name."""
         self.activations.fork(stream, into)
 
-    @timed
+    @verb("exchange")
     def discard(self, hidden: Tensor) -> None:
         """The end of a wave that nobody needs any more."""
 
-    @timed
+    @verb("exchange")
     def drop(self, stream: str) -> None:
         """Forget the waves of a stream."""
         self.activations.drop(stream)
 
-    @timed
+    @verb("exchange")
     def release(self) -> None:
         """Give back what only a finished pass needed: the embedding, the head, streamed layers."""
         if self.spec.weights == "streamed":

@@ -9,8 +9,8 @@ from shardprune.model.saving import write_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.shard.current_layers import CurrentLayers, Saved, parameters_of
 from shardprune.shard.layers import Version
-from shardprune.shard.ledger import timed
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.verbs import verb
 from shardprune.shard.width_worker import WidthWorker
 from shardprune.storage.journal import Journal
 
@@ -32,7 +32,7 @@ class MopWorker(WidthWorker):
 
     # -- the current layers -----------------------------------------------------------------------------------
 
-    @timed
+    @verb("read")
     def read(self, indices: tuple[int, ...], saved: Saved | None) -> None:
         """Hold these layers and no others, read from the checkpoint or from what an iteration saved."""
         if saved is None:
@@ -42,34 +42,34 @@ class MopWorker(WidthWorker):
             self.layers.read_saved(indices, journal, saved.layers, self._skeleton_of(saved.widths))
         self._narrowed.clear()
 
-    @timed
+    @verb("exchange")
     def adopt(self) -> None:
         """The narrowed layers are the current ones from now on."""
         self.layers.put(self._narrowed)
         self._narrowed, self._choices = {}, {}
 
-    @timed
+    @verb("exchange")
     def discard_narrowed(self) -> None:
         """Forget the narrowed layers."""
         self._narrowed, self._choices = {}, {}
 
-    @timed
+    @verb("exchange", layer="index")
     def remove(self, index: int) -> None:
         """A layer has gone."""
         self.layers.pop(index)
 
-    @timed
+    @verb("exchange", layer="index")
     def hand_over(self, index: int) -> dict[str, Tensor]:
         """Give a layer up to another shard."""
         return parameters_of(self.layers.pop(index))
 
-    @timed
+    @verb("exchange", layer="index")
     def take_over(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:
         """Hold a layer that another shard has given up."""
         self._take(index, widths, parameters)
         self.layers.put({index: self._narrowed.pop(index)})
 
-    @timed
+    @verb("write", layer="index")
     def write(self, folder: str, layers: int, index: int, position: int) -> None:
         """Write a current layer as the one at `position` of a model of `layers` layers."""
         journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
@@ -81,7 +81,7 @@ class MopWorker(WidthWorker):
 
     # -- what candidates are judged by --------------------------------------------------------------------------
 
-    @timed
+    @verb("forward")
     def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, watched: Watched) -> Tensor:
         """One wave through some of the shard's layers.
 
@@ -97,12 +97,12 @@ class MopWorker(WidthWorker):
                 self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
         return hidden.cpu().contiguous()
 
-    @timed
+    @verb("exchange", layer="index")
     def angles(self, index: int) -> dict[int, float]:
         """Hand out a layer's sums of cosines by wave."""
         return {wave: float(total) for wave, total in self._angles.pop(index, {}).items()}
 
-    @timed
+    @verb("forward")
     def judge(self, wave: int, hidden: Tensor, criterion: str) -> list[float]:
         """How near the logits of each sequence are to those of the original model, summed over tokens: the cosine
         of the angle between them, or the divergence KL(original || this) of the tokens that they predict.

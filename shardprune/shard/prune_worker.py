@@ -13,10 +13,10 @@ from shardprune.model.saving import write_layer
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, Squares
 from shardprune.shard.layers import Layers
-from shardprune.shard.ledger import timed
 from shardprune.shard.memory import check_memory
 from shardprune.shard.projections import Report, adopt_projection, prune_projection
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.verbs import verb
 from shardprune.shard.width_worker import WidthWorker
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.methods import METHODS
@@ -38,19 +38,19 @@ class PruneWorker(WidthWorker):
 
     # -- pruning a layer --------------------------------------------------------------------------------------
 
-    @timed
+    @verb("statistics", layer="index")
     def accumulate(self, stream: str, wave: int, index: int) -> None:
         """Add one kept wave to the statistics of the layer's inputs; the wave stays as it is."""
         if self._kind():
             self._run(index, "dense", self.activations.get(stream, wave), self._statistics_of(index))
 
-    @timed
+    @verb("exchange", layer="index")
     def statistics(self, index: int, group: int) -> Sums:
         """The sums of the layer's input `group` over this replica's waves, and their number of sequences."""
         statistics = self._statistics_of(index)[group]
         return statistics.sums.cpu(), statistics.samples
 
-    @timed
+    @verb("solve", layer="index")
     def solve(self, index: int, group: int, shares: dict[str, Share], *parts: Sums | None) -> list[Report]:
         """Prune the projections that read input `group` and put them into the layer.
 
@@ -75,13 +75,13 @@ class PruneWorker(WidthWorker):
             self._statistics_of(index)[group] = InputStatistics.empty("squares", 1)  # gives the memory back
         return reports
 
-    @timed
+    @verb("exchange", layer="index")
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Solved projections, for the other replicas."""
         layer = self.layers.get(index, "dense")
         return {name: projection_weight(layer, name).cpu() for name in names}
 
-    @timed
+    @verb("exchange", layer="index")
     def install(self, index: int, weights: dict[str, Tensor]) -> None:
         """Put projections that another replica solved into the layer."""
         layer = self.layers.get(index, "dense")
@@ -90,7 +90,7 @@ class PruneWorker(WidthWorker):
 
     # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 
-    @timed
+    @verb("statistics", layer="index")
     def compare(
         self, stream: str, wave: int, index: int, names: tuple[str, ...], gradients: bool
     ) -> tuple[float, float]:
@@ -103,14 +103,14 @@ class PruneWorker(WidthWorker):
         arguments = self.skeleton.layer_arguments(index, 1, hidden.shape[1])
         return self._block_of(index, names).compare(hidden, arguments, gradients)
 
-    @timed
+    @verb("exchange", layer="index")
     def gradients(self, index: int, names: tuple[str, ...]) -> Squares:
         """The squared gradients of a block summed over this replica's sequences, and their number."""
         block = self._block_of(index, names)
         squares, block.squares = block.squares, {}
         return {name: square.cpu() for name, square in squares.items()}, block.samples
 
-    @timed
+    @verb("solve", layer="index")
     def rebuild(
         self, index: int, names: tuple[str, ...], shares: dict[str, Share], *parts: Squares | None
     ) -> tuple[int, dict[str, int]]:
@@ -125,7 +125,7 @@ class PruneWorker(WidthWorker):
         squares = [part or own for part in parts or (None,)]
         return block.rebuild(self.spec.rebuilding, patterns, squares, f"layer {index}")
 
-    @timed
+    @verb("solve", layer="index")
     def measure(self, index: int, group: int, names: tuple[str, ...]) -> dict[str, float]:
         """The output errors of the projections of a rebuilt block that read input `group`, from the
         statistics that `solve` has left here."""
@@ -136,7 +136,7 @@ class PruneWorker(WidthWorker):
             for name in self.skeleton.family.inputs[group]
         }
 
-    @timed
+    @verb("solve", layer="index")
     def sizes(self, index: int) -> dict[str, int]:
         """The numbers of weights and zeros of a narrowed layer's projections, and those before."""
         layers = {"_before": self.layers.get(index, "dense"), "": self._narrowed[index]}
@@ -149,7 +149,7 @@ class PruneWorker(WidthWorker):
 
     # -- the end of a layer -----------------------------------------------------------------------------------
 
-    @timed
+    @verb("write", layer="index")
     def write(self, index: int, record: dict[str, Any]) -> int:
         """Write the solved layer with a record of what was done: pruned projections in their stored dtype,
         everything else as it was. Returns the bytes of its tensors."""
@@ -158,7 +158,7 @@ class PruneWorker(WidthWorker):
         layer = narrowed or self.layers.get(index, "dense")
         return write_layer(self.journal, self.checkpoint, self.skeleton, index, layer, projections, record)
 
-    @timed
+    @verb("exchange", layer="index")
     def finish(self, index: int) -> None:
         """The layer is written: from now on it is the pruned one, and its statistics are gone."""
         self.layers.mark_pruned(index, self._narrowed.pop(index, None))

@@ -13,8 +13,8 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.shape import Widths, heads_of, reshaped
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Layers, LayerStore, Version
-from shardprune.shard.ledger import timed
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.verbs import verb
 from shardprune.shard.width_pruning import Choice, Gathered, Narrowing, Part, gathering
 from shardprune.storage.journal import Journal
 
@@ -48,7 +48,7 @@ class WidthWorker(ForwardWorker):
             pruned=self._skeleton_of(spec.widths) if spec.widths else None,
         )
 
-    @timed
+    @verb("statistics", layer="index")
     def gather(self, stream: str, wave: int, index: int, passed_on: bool) -> None:
         """Add one kept wave to the sums that narrowing a layer needs; the wave stays as it is, or is `passed_on`:
         replaced by its image under the layer."""
@@ -56,12 +56,12 @@ class WidthWorker(ForwardWorker):
         if passed_on:
             self.activations.replace(stream, wave, image)
 
-    @timed
+    @verb("exchange", layer="index")
     def sums(self, index: int) -> list[Part]:
         """Hand out the sums of a layer's inputs over this replica's waves."""
         return [gathered.part() for gathered in self._gathered.pop(index)]
 
-    @timed
+    @verb("solve", layer="index")
     def narrow(self, index: int, widths: Widths, *parts: list[Part] | None) -> dict[str, Any]:
         """Make the layer narrower; returns a report of what stays.
 
@@ -77,12 +77,12 @@ class WidthWorker(ForwardWorker):
         self._take(index, widths, {**dict(narrowing.layer.named_parameters()), **narrowing.cut(choice)})
         return report
 
-    @timed
+    @verb("exchange", layer="index")
     def choice(self, index: int) -> Choice:
         """Hand out what was chosen of a layer, for the other replicas."""
         return self._choices[index].cpu()
 
-    @timed
+    @verb("exchange", layer="index")
     def install_narrowed(self, index: int, widths: Widths, choice: Choice) -> None:
         """Make the layer narrower as another replica has chosen."""
         narrowing = self._narrowing(index, widths)
