@@ -4,6 +4,7 @@ It keeps what enters the segments of parallel propagation, and takes every layer
 shard that holds it. Only the ratios travel to the driver.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardprune.cluster.group import Group, Ref, flow
@@ -36,19 +37,31 @@ class Observation:
 
 
 def observe(
-    group: Group, layout: Layout, waves: Waves, observation: Observation, streamed: bool, step: Step
+    group: Group,
+    layout: Layout,
+    waves: Waves,
+    observation: Observation,
+    inputs: Sequence[str],
+    streamed: bool,
+    step: Step,
 ) -> list[Outliers]:
-    """Send the dense calibration waves through; the outlier ratios by layer where they are asked for."""
+    """Send the dense calibration waves through; return the outlier ratios by layer where they are asked for.
+
+    Args:
+        inputs: of a layer, by the first projection that reads each.
+    """
     stop = observation.stop(layout)
     last = layout.shard_of(min(stop, layout.stop - 1))
     ratios = observation.outlier_m is not None
+    merging: list[Ref[None]] = []
     refs: list[Ref[Outliers]] = []
     stream = "observation"
 
-    def ask(layer: int) -> None:
+    def ask(index: int) -> None:
         if ratios:
-            in_work = LayerInWork(group, layout, waves, stream, layer, step)
-            refs.append(_outliers(in_work, observation.outlier_m))
+            layer = LayerInWork(group, layout, waves, stream, index, step)
+            merging.extend(layer.reduce(dict.fromkeys(inputs, layer.turn)))
+            refs.append(layer.ask(layer.turn, ForwardWorker.outliers, observation.outlier_m))
 
     if streamed:
         layers = layer_by_layer(group, layout, waves, stream, "dense", observation.firsts, stop, step, ratios)
@@ -65,13 +78,9 @@ def observe(
             step.advance()
         for layer in range(stop):
             ask(layer)
+    for merged in merging:
+        group.get(merged)
     outliers = [group.get(ref) for ref in refs]
     release(group, layout)
     account(group, layout, range(len(layout.shards)), step.record)
     return outliers
-
-
-def _outliers(layer: LayerInWork, m: float | None) -> Ref[Outliers]:
-    """Ask one replica of a layer's shard for its ratios, with the sums of the others."""
-    asked = layer.layer % layer.layout.replicas
-    return layer.ask(asked, ForwardWorker.outliers, m, *layer.from_others(asked, ForwardWorker.observed))

@@ -6,7 +6,7 @@ all waves first and then read each of their layers once.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -48,7 +48,7 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
     """exp of the mean token loss over all windows, of the dense or the latest model."""
     arrived = through_all_layers(group, layout, waves, version, streamed, step)
     sums = dict(judged(group, layout, arrived, ForwardWorker.losses, waves.windows, step))
-    total = sum(value for index in sorted(sums) for value in sums[index])
+    total = sum(value for values in in_wave_order(sums) for value in values)
     return math.exp(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
 
 
@@ -91,6 +91,14 @@ def judged(
         step.advance()
     release(group, layout)
     account(group, layout, range(len(layout.shards)), step.record)
+
+
+def in_wave_order(values: Mapping[int, T]) -> list[T]:
+    """Return values that waves have, by their indices, in the order of the waves.
+
+    They arrive in another one, and a sum of floating-point numbers depends on its order.
+    """
+    return [values[index] for index in sorted(values)]
 
 
 def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shardprune.cluster.group import Ref, ReplicaSubset, flow
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.passes import Waves, in_flight
+from shardprune.cluster.passes import Waves, in_flight, in_wave_order
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
@@ -58,7 +58,7 @@ class CandidateScorer:
                     self.team.submit(shard, replica, MopWorker.angles, layer) for replica in range(self.layout.replicas)
                 ]
                 sums = {wave: total for ref in refs for wave, total in self.team.get(ref).items()}
-                means[layer] = sum(sums[wave] for wave in sorted(sums)) / tokens
+                means[layer] = sum(in_wave_order(sums)) / tokens
         return means
 
     def gather(self, step: Step) -> None:
@@ -91,7 +91,7 @@ class CandidateScorer:
             for wave in order:
                 sums[wave.index] = next(values)
                 step.advance()
-            total = sum(value for index in sorted(sums) for value in sums[index])
+            total = sum(value for values in in_wave_order(sums) for value in values)
             if criterion == "perplexity":
                 scores.append(math.exp(total / (samples * (seqlen - 1))))
             else:

@@ -142,7 +142,10 @@ class _Search:
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, plan.calibration, plan.wave
         start = self.course.start
         scoring = self.recipe.scoring
-        model = ModelOnWorkers(group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring)
+        inputs = [names[0] for names in plan.skeleton.family.inputs]
+        model = ModelOnWorkers(
+            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, inputs
+        )
         compared = self._criterion if self._criterion != "perplexity" and self.course.candidates(state) else None
         if compared or not self.path or any(self.measured.missing("before")):
             model.read(None)
@@ -152,7 +155,7 @@ class _Search:
                 model.refer(step)
         if self.path:
             self.reporter.say(f"{len(self.path)} iterations are finished already")
-            model = ModelOnWorkers(group, shards, replicas, tokens, wave, self._layers(), state.widths, scoring)
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, self._layers(), state.widths, scoring, inputs)
             model.read(self._saved(state))
         return model
 
@@ -194,14 +197,8 @@ class _Search:
         """Build candidates, two of them at the same time; the shallower one, and the scores by letter."""
         recipe, criterion = self.recipe, self._criterion
         narrow = next((letter for letter in built if letter != "L"), None)
-
-        def shallower() -> Shallower | None:
-            return model.shallower(recipe.depth_rule, criterion, step) if "L" in built else None
-
-        def narrower() -> float | None:
-            return model.narrower(built[narrow].widths, criterion, step) if narrow else None
-
-        shorter, score = model.both(shallower, narrower)
+        rule = recipe.depth_rule if "L" in built else None
+        shorter, score = model.candidates(rule, built[narrow].widths if narrow else None, criterion, step)
         scores = {"L": shorter.score if shorter else None, "G": score}
         return shorter, {letter: value for letter, value in scores.items() if value is not None}
 

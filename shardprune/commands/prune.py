@@ -37,6 +37,7 @@ from shardprune.shard.layers import Version
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.folder import absolute
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.windows import tokens_hash
 
 NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
@@ -218,7 +219,8 @@ class _Run:
         if observation:
             parts = observation.parts(layout, waves, plan.streamed)
             with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
-                found = observe(group, layout, waves, observation, plan.streamed, step)
+                inputs = [names[0] for names in plan.skeleton.family.inputs]
+                found = observe(group, layout, waves, observation, inputs, plan.streamed, step)
             self.outliers = self.outliers or found
             self._save()
             if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
@@ -297,14 +299,14 @@ class _Run:
         )
         return finish(self.journal, result, self.previous)
 
-    def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
+    def _sparsity(self, records: list[LayerRecord]) -> Sparsity:
         base = self.plan.base
         sparsity = sparsity_of(records, self.plan.recipe.target, base.weights if base else None)
         if self.narrowed is None or self.narrowed.sparsity is None:
             return sparsity
         return sparsity.model_copy(update={"before": self.narrowed.sparsity.before})  # of the model before both runs
 
-    def _structure(self, size: ModelSize, records: list[dict[str, Any]]) -> Structure | None:
+    def _structure(self, size: ModelSize, records: list[LayerRecord]) -> Structure | None:
         if self.plan.widths:
             return structure_of(self.plan.skeleton.config, self.plan.widths, size, records)
         return self.narrowed.structure if self.narrowed else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from shardprune.model.checkpoint import CONFIG, INDEX, Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import read_header
 
 
@@ -49,20 +50,19 @@ def write_layer(
     index: int,
     layer: nn.Module,
     changed: set[str],
-    record: dict[str, Any],
-    position: int | None = None,
+    record: LayerRecord,
 ) -> int:
-    """Write a layer with a record of what was done to it, in the dtypes of the checkpoint; its tensors' bytes.
+    """Write a layer with its record, in the dtypes of the checkpoint; return its tensors' bytes.
 
     Parameters in `changed` and those with another shape than the checkpoint's are written as they are in memory,
     all others byte by byte as the checkpoint has them.
 
     Args:
-        index: of the layer in the checkpoint.
-        position: its index in the model that is written, where others before it are gone.
+        index: of the layer in the checkpoint. The record says its index in the model that is written, which is another
+            one where layers before it are gone.
     """
     prefix = f"{skeleton.family.layers}.{index}."
-    place = prefix if position is None else f"{skeleton.family.layers}.{position}."
+    place = f"{skeleton.family.layers}.{record.layer}."
     parameters = dict(layer.named_parameters())
     entries = {name: checkpoint.entries[prefix + name] for name in parameters}
 
@@ -73,5 +73,5 @@ def write_layer(
         return checkpoint.read(prefix + name)
 
     shapes = {place + name: (entry.dtype, tuple(parameters[name].shape)) for name, entry in entries.items()}
-    journal.write_layer(index if position is None else position, shapes, tensor, record)
+    journal.write_layer(shapes, tensor, record)
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())

@@ -22,14 +22,16 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.pruning_job import Work
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
+from shardprune.planning.workload import Input
 from shardprune.report.progress import Reporter
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Kind
+from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.verbs import kind_of, layer_of
-from shardprune.shard.width_worker import WidthWorker
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.outliers import Outliers
+from shardprune.storage.records import ProjectionReport
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Worker:
     layers: tuple[int, ...]
     free: float = 0.0
     held: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
     ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
     frame: set[str] = field(default_factory=set)
     spans: list[Stretch] = field(default_factory=list)
@@ -253,25 +256,43 @@ def _fork(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
     return group.costs.fork(-(-group.task.samples // group.setup.layout.replicas)), None, 0
 
 
-def _statistics(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = group.task.model.inputs[args[1]]
+def _accumulate(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.summed.add(args[2])
+    return group.costs.accumulate(group._size(args[1])), None, 0
+
+
+def _hand_out(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name = args
+    if index not in worker.summed:  # observed only: such sums are vectors, which take no time
+        return 0.0, None, 0
+    one = _input_of(group, name)
     return group.costs.statistics(one), None, group.costs.sums_bytes(one)
 
 
+def _merge(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name, *parts = args
+    return group.costs.merge(_input_of(group, name), len(parts)) if index in worker.summed else 0.0, None, 0
+
+
+def _finish(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.summed.clear()
+    return 0.0, None, 0
+
+
 def _solve(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    index, place, _, *parts = args
+    index, place, _ = args
     names = group.task.model.skeleton.family.inputs[place]
-    reports = [{"layer": index, "name": name, "zeros": 0, "weights": 1} for name in names]
-    return group.costs.solve(group.task.model.inputs[place], len(parts) or 1), reports, 0
+    reports = [ProjectionReport(index, name, target=0.0, zeros=0, zeros_before=0, weights=1) for name in names]
+    return group.costs.solve(group.task.model.inputs[place]), reports, 0
 
 
 def _solved(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = _input_of(group, args[1])
+    one = _input_of(group, args[1][0])
     return group.costs.solved(one), args[1], group.costs.projections_bytes(one)
 
 
 def _install(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.install(_input_of(group, args[1].value)), None, 0
+    return group.costs.install(_input_of(group, args[1].value[0])), None, 0
 
 
 def _outliers(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -329,15 +350,15 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.discard: Row(),
     ForwardWorker.drop: Row(),
     ForwardWorker.release: Row(_release),
-    ForwardWorker.observed: Row(),
+    ForwardWorker.accumulate: Row(_accumulate, reads="layer"),
+    ForwardWorker.hand_out: Row(_hand_out),
+    ForwardWorker.merge: Row(_merge),
     ForwardWorker.outliers: Row(_outliers, reads="layer"),
-    PruneWorker.accumulate: Row(_of_wave(Costs.accumulate), reads="layer"),
-    PruneWorker.statistics: Row(_statistics),
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.solved: Row(_solved, reads="layer"),
     PruneWorker.install: Row(_install, reads="layer"),
     PruneWorker.write: Row(_write, reads="layer"),
-    PruneWorker.finish: Row(),
+    PruneWorker.finish: Row(_finish),
     # Accounts are no work, and not verbs.
     ForwardWorker.account: Row(),
 }
@@ -346,13 +367,10 @@ ROWS: dict[Callable[..., Any], Row] = {
 NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
     {
         ForwardWorker.log_likelihoods,
-        WidthWorker.gather,
-        WidthWorker.sums,
-        WidthWorker.narrow,
-        WidthWorker.choice,
-        WidthWorker.install_narrowed,
+        NarrowedLayers.narrow,
+        NarrowedLayers.choice,
+        NarrowedLayers.install_narrowed,
         PruneWorker.compare,
-        PruneWorker.gradients,
         PruneWorker.rebuild,
         PruneWorker.measure,
         PruneWorker.sizes,
@@ -360,8 +378,9 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
-def _input_of(group: SimulatedGroup, names: tuple[str, ...]) -> Any:
-    return next(one for one in group.task.model.inputs if next(iter(one.rows)) == names[0])
+def _input_of(group: SimulatedGroup, name: str) -> Input:
+    """The input whose first projection has a name."""
+    return next(one for one in group.task.model.inputs if next(iter(one.rows)) == name)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:
@@ -386,9 +405,10 @@ def simulate(costs: Costs) -> SimulatedGroup:
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     observation = Observation(starts, 5.0 if task.outliers else None)
+    inputs = [names[0] for names in model.skeleton.family.inputs]
     if observation:
         with group.phase("observe"), output.step("observe", 0) as step:
-            observe(group, layout, calibration, observation, setup.streamed, step)
+            observe(group, layout, calibration, observation, inputs, setup.streamed, step)
     family = model.skeleton.family
     shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
     shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}

@@ -5,7 +5,6 @@ Under ZeRO-3 the processes gather one layer at a time, and each layer is written
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from shardprune.model.families import Family
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord, ProjectionReport
 from shardprune.storage.safetensors_file import write_tensors
 
 
@@ -68,28 +68,27 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
             return parameters[name].detach().to(entries[name].dtype)
         return checkpoint.read(stored)
 
-    reports = [
+    reports = tuple(
         _report(index, name, checkpoint.read(f"{prefix}{name}.weight"), tensor(f"{prefix}{name}.weight"))
         for name in family.projections
-    ]
+    )
     shapes = {prefix + name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    journal.write_layer(index, shapes, tensor, {"projections": reports})
+    journal.write_layer(shapes, tensor, LayerRecord(index, reports))
 
 
-def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionReport:
     """What became of a projection's zeros."""
     was, zero = before == 0, (after == 0).cpu()
-    weights, zeros_before, zeros = was.numel(), int(was.sum()), int(zero.sum())
-    return {
-        "layer": layer,
-        "name": name,
-        "target": zeros_before / weights,
-        "achieved": zeros / weights,
-        "weights": weights,
-        "zeros": zeros,
-        "zeros_before": zeros_before,
-        "zeros_kept": int((was & zero).sum()),
-    }
+    weights, zeros_before = was.numel(), int(was.sum())
+    return ProjectionReport(
+        layer,
+        name,
+        target=zeros_before / weights,
+        zeros=int(zero.sum()),
+        zeros_before=zeros_before,
+        weights=weights,
+        zeros_kept=int((was & zero).sum()),
+    )
 
 
 @contextmanager

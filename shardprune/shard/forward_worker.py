@@ -1,8 +1,8 @@
 """A worker's waves: in, through the layers of its shard, and out; what only passes through may be observed."""
 
 import socket
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,10 @@ from shardprune.shard.spec import ForwardSpec
 from shardprune.shard.verbs import verb
 from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
-from shardprune.solvers.statistics import InputStatistics, Sums, merged
+from shardprune.solvers.statistics import InputStatistics, Kind, Part, Summed
 
 ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
-
-
-class Summing(Protocol):
-    """Sums over an input of a layer."""
-
-    def add(self, inputs: Tensor, samples: int) -> None:
-        """Add the inputs [..., cols] of one wave of `samples` sequences."""
 
 
 class ForwardWorker:
@@ -43,7 +36,7 @@ class ForwardWorker:
         self.skeleton.load_frame(self.checkpoint)
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
-        self._observed: dict[int, list[InputStatistics]] = {}
+        self.sums: dict[int, dict[str, Summed]] = {}  # by layer, then by the name of the statistic
         if self.skeleton.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -134,22 +127,51 @@ class ForwardWorker:
         observing = self._observing(index) if observed else None
         self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
 
-    @verb("exchange", layer="index")
-    def observed(self, index: int) -> list[Sums]:
-        """Hand out the sums of a layer's inputs over the observed waves of this replica."""
-        return [(statistics.sums.cpu(), statistics.samples) for statistics in self._observed.pop(index)]
+    @verb("statistics", layer="index")
+    def accumulate(self, stream: str, wave: int, index: int, passed_on: bool) -> None:
+        """Add one kept wave to the sums over a dense layer's inputs.
 
-    @verb("solve", layer="index")
-    def outliers(self, index: int, m: float, *parts: list[Sums] | None) -> Outliers:
-        """The outlier ratios of a dense layer whose inputs were observed.
+        The wave stays as it is, or is `passed_on`: replaced by its image under the layer.
+        """
+        if index not in self.sums:
+            self.sums[index] = self.empty_sums(index)
+        if self.sums[index] or passed_on:  # a method that looks at the weights alone sums up nothing
+            image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
+            if passed_on:
+                self.activations.replace(stream, wave, image)
+
+    # -- sums of replicas ---------------------------------------------------------------------------------------
+
+    @verb("exchange", layer="index")
+    def hand_out(self, index: int, name: str) -> Part | None:
+        """Give a statistic of a layer up to another replica; None where this run does not need it.
+
+        Those of an input are named by the first projection that reads it, those of a block by the block.
+        """
+        sums = self.sums.get(index, {})
+        statistic = sums.pop(name, None)
+        if not sums:
+            self.sums.pop(index, None)
+        return statistic.part() if statistic else None
+
+    @verb("exchange", layer="index")
+    def merge(self, index: int, name: str, *parts: Part | None) -> None:
+        """Make a statistic of a layer the sums of all replicas.
 
         `parts` are the replicas' sums in their order, None in this worker's own place.
         """
-        layer = self.layers.get(index, "dense")
+        if statistic := self.sums.get(index, {}).get(name):
+            statistic.merge(parts)
+
+    @verb("solve", layer="index")
+    def outliers(self, index: int, m: float) -> Outliers:
+        """Return the outlier ratios of a dense layer whose inputs were observed, by the sums of all replicas."""
+        layer, sums = self.layers.get(index, "dense"), self.sums.pop(index)
         squares: dict[str, Tensor] = {}
-        for group, own in enumerate(self._observed.pop(index)):
-            total = merged(own, [part[group] if part else None for part in parts])
-            squares |= dict.fromkeys(self.skeleton.family.inputs[group], total.mean_squares)
+        for names in self.skeleton.family.inputs:
+            statistics = sums[names[0]]
+            assert isinstance(statistics, InputStatistics)
+            squares |= dict.fromkeys(names, statistics.mean_squares)
         weights = {name: projection_weight(layer, name) for name in self.skeleton.family.projections}
         if not all(bool(torch.isfinite(square).all()) for square in squares.values()):
             raise SolverError(f"layer {index}: its inputs are not finite: the activations overflow")
@@ -198,32 +220,45 @@ class ForwardWorker:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _run(self, index: int, version: Version, hidden: Tensor, statistics: Sequence[Summing] | None = None) -> Tensor:
-        """One wave through one layer; what its projections read adds to `statistics`, one for each input."""
-        return self._through(self.layers.get(index, version), index, hidden, statistics)
-
-    def _through(self, layer: nn.Module, index: int, hidden: Tensor, statistics: Sequence[Summing] | None) -> Tensor:
+    def _run(self, index: int, version: Version, hidden: Tensor, sums: Mapping[str, Summed] | None = None) -> Tensor:
+        """One wave through one layer; what its projections read adds to `sums` over its inputs."""
+        layer = self._layer(index, version)
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
-        hooks = [
-            layer.get_submodule(names[0]).register_forward_pre_hook(
-                lambda _module, inputs, target=target: target.add(inputs[0], len(hidden))
+        hooks = []
+        for name, statistics in (sums or {}).items():
+            assert isinstance(statistics, InputStatistics)
+            hooks.append(
+                layer.get_submodule(name).register_forward_pre_hook(
+                    lambda _module, inputs, target=statistics: target.add(inputs[0], len(hidden))
+                )
             )
-            for names, target in zip(self.skeleton.family.inputs, statistics or (), strict=bool(statistics))
-        ]
         try:
             return self.skeleton.forward_layer(layer, hidden, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _observing(self, index: int) -> list[InputStatistics]:
-        if index not in self._observed:
-            shapes = self.skeleton.projection_shapes(index)
-            self._observed[index] = [
-                InputStatistics.empty("squares", shapes[names[0]][1], self.skeleton.device)
-                for names in self.skeleton.family.inputs
-            ]
-        return self._observed[index]
+    def _layer(self, index: int, version: Version) -> nn.Module:
+        return self.layers.get(index, version)
+
+    def _observing(self, index: int) -> dict[str, Summed]:
+        """The sums over a layer's inputs that `outliers` needs."""
+        if index not in self.sums:
+            self.sums[index] = {**self.empty_statistics(index, "squares")}
+        return self.sums[index]
+
+    def empty_sums(self, index: int) -> dict[str, Summed]:
+        """Return what `accumulate` sums up over a layer's inputs, from nothing; workers that change layers have their
+        own."""
+        return {**self.empty_statistics(index, "squares")}
+
+    def empty_statistics(self, index: int, kind: Kind) -> dict[str, InputStatistics]:
+        """Return empty statistics of each input of a layer, by the first projection that reads it."""
+        shapes = self.skeleton.projection_shapes(index)
+        return {
+            name: InputStatistics.empty(kind, shapes[name][1], self.skeleton.device)
+            for name, *_ in self.skeleton.family.inputs
+        }
 
     def _place(self) -> Literal["device", "host"]:
         """Where waves are kept: in host memory where they would not leave a GPU room for the work."""

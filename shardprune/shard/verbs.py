@@ -53,6 +53,20 @@ def verb(kind: Kind, layer: str | None = None) -> Callable[[Callable[P, T]], Cal
     return decorated
 
 
+def of_part(part: str, method: Callable[P, T]) -> Callable[P, T]:
+    """Return a verb of a worker's part as one of the worker's own: a group calls verbs by their names on the worker.
+
+    Args:
+        part: the worker's attribute that is the part.
+    """
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any) -> T:
+        return method(getattr(self, part), *args)  # type: ignore[call-arg]
+
+    return cast(Callable[P, T], called)
+
+
 def kind_of(method: Callable[..., Any]) -> Kind | None:
     """Return the kind of a verb, None for any other method."""
     return getattr(method, "kind", None)

@@ -1,4 +1,4 @@
-"""What every pruning method takes and gives."""
+"""The table of pruning methods, and what each of them takes and gives."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +23,10 @@ class Solution:
     damping: float | None = None
 
 
+# `prune(weight, statistics, pattern, sparsity)` of a method; the statistics may be None where it needs none.
+Solver = Callable[["Tensor", "InputStatistics | None", "Pattern", float], Solution]
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods.
@@ -37,7 +41,7 @@ class Method:
     named: bool = True
 
     @property
-    def prune(self) -> "Callable[[Tensor, InputStatistics, Pattern, float], Solution]":
+    def prune(self) -> "Solver":
         """`prune(weight, statistics, pattern, sparsity)` takes a float32 weight [rows, cols] and leaves it as it is."""
         module, function = self.solver.split(".")
         return getattr(import_module(f"shardprune.solvers.{module}"), function)

@@ -15,6 +15,7 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, RESULT, STATE
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import Shapes, read_header, read_tensor, write_each
 
 KEY = "shardprune"  # of the metadata in a layer file's header
@@ -95,8 +96,12 @@ class Journal:
 
     # -- layers ---------------------------------------------------------------------------------------------
 
-    def finished(self) -> dict[int, dict[str, Any]]:
-        """What was recorded of all finished layers, by layer."""
+    def finished(self) -> dict[int, LayerRecord]:
+        """Return the records of all finished layers by their index.
+
+        Raises:
+            InputError: a layer file belongs to another run, or was written by another version.
+        """
         present = set(self.folder.names())
         records = {}
         for layer in range(self.layers):
@@ -106,18 +111,22 @@ class Journal:
                 except InputError:  # damaged, as by a file system that crashed: it is made again
                     continue
                 record = json.loads(metadata.get(KEY, "{}"))
-                if record.get("fingerprint") != self.fingerprint:
+                if record.pop("fingerprint", None) != self.fingerprint:
                     raise InputError("out", f"{self.layer_file(layer)} belongs to another run")
-                records[layer] = record
+                try:
+                    records[layer] = LayerRecord.read(record)
+                except (KeyError, TypeError, ValueError) as error:
+                    reason = "was written by another version; choose an empty directory"
+                    raise InputError("out", f"{self.layer_file(layer)} {reason}") from error
         return records
 
-    def write_layer(self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], record: dict[str, Any]) -> None:
-        """Write a finished layer with a record of it: from then on no attempt works on it again."""
-        whole = {"fingerprint": self.fingerprint, "layer": layer, **record}
+    def write_layer(self, shapes: Shapes, tensor: Callable[[str], Tensor], record: LayerRecord) -> None:
+        """Write the finished layer of a record: from then on no attempt works on it again."""
+        whole = {"fingerprint": self.fingerprint, **record.plain()}
         names = {self._stored_name(name): name for name in shapes}
         stored = {key: shapes[name] for key, name in names.items()}
         metadata = {KEY: json.dumps(whole)}
-        write_each(self.folder, self.layer_file(layer), stored, lambda key: tensor(names[key]), metadata)
+        write_each(self.folder, self.layer_file(record.layer), stored, lambda key: tensor(names[key]), metadata)
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors of a finished layer by name, one after the other."""

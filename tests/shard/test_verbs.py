@@ -59,9 +59,9 @@ def test_methods_that_are_no_verbs_have_no_kind():
 
 
 WAVES = {
-    ForwardWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods"},
-    PruneWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "gather", "compare"},
-    MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "gather", "run", "judge"},
+    ForwardWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate"},
+    PruneWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"},
+    MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }
 
 
