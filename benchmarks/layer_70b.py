@@ -26,6 +26,7 @@ from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import WorkerSpec
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.storage.folder import Folder
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import write_tensors
 
 STREAM = "calibration"
@@ -93,14 +94,14 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
         worker.put(STREAM, wave, hidden)
     worker.layers.get(0, "dense")
     steps: dict[str, Callable[[], object]] = {
-        "accumulate": lambda: [worker.accumulate(STREAM, wave, 0) for wave in waves],
+        "accumulate": lambda: [worker.accumulate(STREAM, wave, 0, False) for wave in waves],
         **{
             f"solve {', '.join(name.rpartition('.')[2] for name in names)}": (
                 lambda group=group, names=names: worker.solve(0, group, dict.fromkeys(names, Share(args.sparsity)))
             )
             for group, names in enumerate(worker.skeleton.family.inputs)
         },
-        "write": lambda: worker.write(0, {"projections": []}),
+        "write": lambda: worker.write(0, LayerRecord(0)),
         "propagate": lambda: (
             worker.finish(0),
             [worker.propagate(STREAM, wave, 0, "latest", False) for wave in waves],

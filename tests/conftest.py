@@ -1,5 +1,6 @@
 """What several tests need: devices, tiny models of every family, shared material where it is there."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -80,6 +81,7 @@ def dies_at_layer(monkeypatch):
     def arm(layer: int) -> None:
         write = PruneWorker.write
 
+        @functools.wraps(write)
         def failing(self, index, record):
             if index == layer:
                 monkeypatch.setattr(PruneWorker, "write", write)

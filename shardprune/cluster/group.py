@@ -2,9 +2,9 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -14,7 +14,15 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import ForwardSpec
 
-Ref = Any  # a value of another process that is not here yet, or the value itself where all is one process
+T = TypeVar("T")
+
+
+class Ref(Generic[T]):
+    """A reference to a value of type T on a worker; `Group.get` waits for it.
+
+    Only a name for type checkers: every group has references of its own (Ray's object references, the values themselves
+    where all is one process).
+    """
 
 
 class Group(Protocol):
@@ -26,9 +34,13 @@ class Group(Protocol):
 
     concurrent: bool  # whether different workers work at the same time
 
-    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref: ...
+    def submit(self, shard: int, replica: int, verb: Callable[..., T], *args: Any) -> Ref[T]:
+        """Call a method of a worker, such as `PruneWorker.solve`, with everything after `self`.
 
-    def get(self, ref: Ref) -> Any:
+        The worker's own class decides which method of that name it is, as in every call of a method.
+        """
+
+    def get(self, ref: Ref[T]) -> T:
         """The value of a reference.
 
         Raises:
@@ -108,13 +120,13 @@ def check_room(backend: Backend, workers: int, device: str, field: str = "shards
         raise InputError(field, f"{workers} workers need as many {units}; the cluster has {room:g}")
 
 
-def flow(group: Group, refs: Iterable[Ref], in_flight: int) -> Iterator[Any]:
+def flow(group: Group, refs: Iterable[Ref[T]], in_flight: int) -> Iterator[T]:
     """The values of references in their order, at most `in_flight` of them unfinished at any time.
 
     `refs` submits a call whenever its next reference is asked for, so that this is where work is held back.
     """
     limit = in_flight if group.concurrent else 1
-    window: deque[Ref] = deque()
+    window: deque[Ref[T]] = deque()
     for ref in refs:
         window.append(ref)
         if len(window) >= limit:
@@ -131,10 +143,10 @@ class ReplicaSubset:
         self.members = tuple(members)
         self._group = group
 
-    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
+    def submit(self, shard: int, replica: int, verb: Callable[..., T], *args: Any) -> Ref[T]:
         return self._group.submit(shard, self.members[replica], verb, *args)
 
-    def get(self, ref: Ref) -> Any:
+    def get(self, ref: Ref[T]) -> T:
         return self._group.get(ref)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from shardprune.cluster.group import Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, judged, through_all_layers
 from shardprune.report.progress import Step
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.likelihoods import LogLikelihood, Targets
 from shardprune.shard.waves import Wave
 
@@ -75,6 +76,6 @@ def log_likelihoods(
     """
     waves = {wave.index: wave for wave in queries.all}
     arrived = through_all_layers(group, layout, queries, "dense", streamed, step)
-    for index, values in judged(group, layout, arrived, "log_likelihoods", queries.targets, step):
+    for index, values in judged(group, layout, arrived, ForwardWorker.log_likelihoods, queries.targets, step):
         wave = waves[index]
         yield from zip(queries.order[wave.start : wave.stop], values, strict=True)

@@ -1,9 +1,9 @@
 """Workers of this process, each call done at once: for one GPU, a notebook, a debugger."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -15,6 +15,8 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import ForwardSpec
 
+T = TypeVar("T")
+
 
 class LocalGroup:
     """Workers [shard][replica] without processes of their own."""
@@ -25,11 +27,11 @@ class LocalGroup:
         self._threads = torch.get_num_threads()  # the caller's, which workers change
         self._workers = {(spec.shard, spec.replica): worker(spec) for spec in specs}
 
-    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
-        return getattr(self._workers[shard, replica], verb)(*args)
+    def submit(self, shard: int, replica: int, verb: Callable[..., T], *args: Any) -> Ref[T]:
+        return getattr(self._workers[shard, replica], verb.__name__)(*args)
 
-    def get(self, ref: Ref) -> Any:
-        return ref
+    def get(self, ref: Ref[T]) -> T:
+        return cast(T, ref)  # a call is done when it is submitted: its reference is its value
 
     def close(self) -> None:
         self._workers.clear()

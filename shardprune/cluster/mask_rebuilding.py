@@ -1,62 +1,58 @@
 """Rebuilding the masks of a solved layer: first its attention, then its MLP, which sees the attention rebuilt."""
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from shardprune.cluster.layer_in_work import LayerInWork
+from shardprune.cluster.passes import in_wave_order
 from shardprune.cluster.pruning_job import Work
-
-REBUILDER = 0  # the replica that swaps
-
-
-@dataclass(frozen=True)
-class Rebuilt:
-    """A layer after its masks were rebuilt: a report of each block (pairs swapped, output error before and
-    after), and by name what is new in the reports of the projections (zeros and, where measured, error)."""
-
-    blocks: list[dict[str, Any]]
-    projections: dict[str, dict[str, Any]]
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.storage.records import BlockReport, LayerRecord
 
 
-def rebuild_layer(work: Work, layer: LayerInWork, solvers: list[int]) -> Rebuilt:
-    """Rebuild the masks of both blocks on every replica.
+def rebuild_layer(work: Work, layer: LayerInWork, record: LayerRecord, solvers: Sequence[int]) -> LayerRecord:
+    """Rebuild the masks of both blocks on every replica; return the layer's record with what is new.
 
     Args:
+        record: of the solved layer.
         solvers: the replica that solved each input and holds its statistics.
     """
     settings = work.rebuilding
     assert settings is not None
-    rebuilt = Rebuilt([], {})
-    for label, names in work.family.blocks.items():
-        report: dict[str, Any] = {"layer": layer.layer, "block": label}
+    reports = {report.name: report for report in record.projections}
+    blocks = []
+    for block, names in work.family.blocks.items():
+        before = after = None
         if settings.needs_gradients or work.measure_error:
-            report["error_before"] = _compare(layer, names, settings.needs_gradients)
-        parts = layer.from_others(REBUILDER, "gradients", names) if settings.needs_gradients else []
-        shares = work.shares_of(layer.layer, names)
-        report["swaps"], zeros = layer.group.get(layer.ask(REBUILDER, "rebuild", names, shares, *parts))
-        rebuilt.projections.update({name: {"zeros": count} for name, count in zeros.items()})
-        for ref in layer.share(names, REBUILDER):
-            layer.group.get(ref)
+            before = _compare(layer, block, settings.needs_gradients)
+        merged = layer.reduce({block: layer.turn}) if settings.needs_gradients else []
+        rebuilt = layer.ask(layer.turn, PruneWorker.rebuild, block, work.shares_of(layer.layer, names))
+        layer.wait(merged)
+        swaps, zeros = layer.group.get(rebuilt)
+        layer.wait(layer.share(names, layer.turn))
+        errors: dict[str, float] = {}
         if work.measure_error:
-            report["error_after"] = _compare(layer, names, False)
-            for name, error in _measure(work, layer, names, solvers).items():
-                rebuilt.projections[name]["error"] = error
-        rebuilt.blocks.append(report)
-    return rebuilt
+            after = _compare(layer, block, False)
+            errors = _measure(work, layer, block, solvers)
+        for name in names:
+            error = errors.get(name, reports[name].error)
+            reports[name] = replace(reports[name], zeros=zeros[name], error=error)
+        blocks.append(BlockReport(layer.layer, block, swaps, before, after))
+    return replace(record, projections=tuple(reports.values()), blocks=tuple(blocks))
 
 
-def _compare(layer: LayerInWork, names: tuple[str, ...], gradients: bool) -> float:
+def _compare(layer: LayerInWork, block: str, gradients: bool) -> float:
     """The relative output error of a block over all waves, ||dense - sparse||^2 / ||dense||^2."""
-    pairs = dict(layer.over_waves("compare", names, gradients))
-    lost, norm = (sum(pairs[index][place] for index in sorted(pairs)) for place in (0, 1))
+    pairs = in_wave_order(layer.over_waves(PruneWorker.compare, block, gradients))
+    lost, norm = (sum(pair[place] for pair in pairs) for place in (0, 1))
     return lost / norm if norm > 0 else 0.0
 
 
-def _measure(work: Work, layer: LayerInWork, names: tuple[str, ...], solvers: list[int]) -> dict[str, float]:
+def _measure(work: Work, layer: LayerInWork, block: str, solvers: Sequence[int]) -> dict[str, float]:
     """The output errors of a block's projections, each from the replica that solved it."""
     measuring = [
-        layer.ask(solver, "measure", inputs, names)
-        for inputs, solver in enumerate(solvers)
-        if work.family.inputs[inputs][0] in names
+        layer.ask(solver, PruneWorker.measure, group, block)
+        for group, solver in enumerate(solvers)
+        if work.family.inputs[group][0] in work.family.blocks[block]
     ]
-    return {name: error for ref in measuring for name, error in layer.group.get(ref).items()}
+    return {name: error for errors in layer.wait(measuring) for name, error in errors.items()}

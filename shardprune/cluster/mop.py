@@ -5,14 +5,14 @@ the shallower one; else the waves of both go through the same shards, at differe
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from shardprune.cluster.group import Group, Ref, ReplicaSubset
-from shardprune.cluster.layer_in_work import LayerInWork
+from shardprune.cluster.layer_in_work import LayerInWork, turn_of
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.scoring import CandidateScorer
@@ -20,13 +20,14 @@ from shardprune.cluster.width_pruning import cut_layer, narrow_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.report.progress import Step
 from shardprune.shard.current_layers import Saved
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.mop_worker import MopWorker
+from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.waves import split
 from shardprune.solvers.scoring import Criterion, Scoring
 
 STREAM = "narrowing"
 THIRD = -3  # the published rule: MoP always removes the third layer from the end
-T = TypeVar("T")
-U = TypeVar("U")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class ModelOnWorkers:
         tokens: calibration windows [samples, seqlen]; `wave` of them move together.
         layers: the current ones, by their index in the checkpoint.
         scoring: how their structures are chosen.
+        inputs: of a layer, by the first projection that reads each.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class ModelOnWorkers:
         layers: Sequence[int],
         widths: Widths,
         scoring: Scoring,
+        inputs: Sequence[str],
     ) -> None:
         self.group = group
         self.shards, self.replicas = shards, replicas
         self.tokens, self.wave = tokens, wave
         self.layers, self.widths, self.scoring = tuple(layers), widths, scoring
+        self.inputs = tuple(inputs)
         halves = (range(0, replicas, 2), range(1, replicas, 2)) if replicas > 1 else (range(1), range(1))
         self.narrowing, self.shortening = (ReplicaSubset(group, members) for members in halves)
         self.all = ReplicaSubset(group, range(replicas))
@@ -88,7 +92,7 @@ class ModelOnWorkers:
     def read(self, saved: Saved | None) -> None:
         """Let the workers read the current layers."""
         self._wait(
-            self.group.submit(shard, replica, "read", layers, saved)
+            self.group.submit(shard, replica, MopWorker.read, layers, saved)
             for shard, layers in enumerate(self.placement)
             for replica in range(self.replicas)
         )
@@ -102,7 +106,7 @@ class ModelOnWorkers:
     def write(self, folder: str, layers: Sequence[int]) -> None:
         """Write the current layers into a folder, each in the place that its index has among `layers`."""
         self._wait(
-            self.group.submit(shard, 0, "write", folder, len(layers), layer, layers.index(layer))
+            self.group.submit(shard, 0, MopWorker.write, folder, len(layers), layer, layers.index(layer))
             for shard, held in enumerate(self.placement)
             for layer in held
         )
@@ -138,7 +142,8 @@ class ModelOnWorkers:
         else:
             jury.gather(step)
             in_work = [LayerInWork(jury.team, jury.layout, jury.waves, STREAM, index, step) for index in self.layers]
-            self._wait(ref for layer in in_work for ref in cut_layer(layer, widths))
+            cuts = [cut_layer(layer, self.inputs, widths) for layer in in_work]
+            self._wait(ref for kept, refs in cuts for ref in (kept, *refs))
         return None if criterion is None else jury.scores(criterion, [None], "narrowed", step)[0]
 
     def passes_to_narrow(self) -> int:
@@ -157,24 +162,34 @@ class ModelOnWorkers:
                 hand_on(jury.team, layout, jury.waves, STREAM, at)
                 at += 1
             layer = LayerInWork(jury.team, layout, jury.waves, STREAM, index, step)
-            narrow_layer(layer, widths, not self.scoring.correction)
+            narrow_layer(layer, self.inputs, widths, not self.scoring.correction)
             if index != self.layers[-1] and self.scoring.correction:
-                for _ in layer.over_waves("propagate", "narrowed", False):
-                    pass
-        to_all(jury.team, layout, at, "drop", STREAM)
+                layer.over_waves(ForwardWorker.propagate, "narrowed", False)
+        to_all(jury.team, layout, at, ForwardWorker.drop, STREAM)
 
-    def both(self, shallower: Callable[[], T], narrower: Callable[[], U]) -> tuple[T, U]:
-        """Two candidates at the same time.
+    def candidates(
+        self, rule: str | None, widths: Widths | None, criterion: Criterion | None, step: Step
+    ) -> tuple[Shallower | None, float | None]:
+        """Build and score candidates, two of them at the same time; return the shallower one, and the narrower one's
+        score where it is asked for.
+
+        Args:
+            rule: that chooses the layer to remove; None for no shallower candidate.
+            widths: of the narrower candidate; None for no such one.
+            criterion: what candidates are scored by; None where they are not.
 
         Raises:
-            WorkerLost: a worker died. All workers are closed then, so that neither goes on alone.
+            WorkerLost: a worker died. All workers are closed then, so that neither candidate goes on alone.
         """
-        if not self.group.concurrent:
-            return shallower(), narrower()
+        if rule is None or widths is None or not self.group.concurrent:
+            shorter = None if rule is None else self.shallower(rule, criterion, step)
+            return shorter, None if widths is None else self.narrower(widths, criterion, step)
         with ThreadPoolExecutor(max_workers=2) as pool:
-            first, second = pool.submit(shallower), pool.submit(narrower)
+            first = pool.submit(self.shallower, rule, criterion, step)
+            second = pool.submit(self.narrower, widths, criterion, step)
             try:
-                for future in as_completed((first, second)):
+                done: Iterable[Future[Any]] = as_completed((first, second))
+                for future in done:
                     future.result()
             except BaseException:
                 self.group.close()
@@ -185,9 +200,9 @@ class ModelOnWorkers:
 
     def adopt_shallower(self, layer: int) -> None:
         """Take the layer out, and move others so that the shards stay equally long."""
-        self._on_all("discard_narrowed")
+        self._on_all(MopWorker.discard_narrowed)
         for replica in range(self.replicas):
-            self.group.get(self.group.submit(self._shard_of(layer), replica, "remove", layer))
+            self.group.get(self.group.submit(self._shard_of(layer), replica, MopWorker.remove, layer))
         before = {index: shard for shard, held in enumerate(self.placement) for index in held}
         self.layers = tuple(index for index in self.layers if index != layer)
         moves = [(index, before[index], self._shard_of(index)) for index in self.layers]
@@ -200,13 +215,15 @@ class ModelOnWorkers:
         self.widths = widths
         others = [replica for replica in range(self.replicas) if replica not in self.narrowing.members]
         self._wait(
-            self.group.submit(shard, replica, "install_narrowed", layer, widths, choice)
+            self.group.submit(shard, replica, NarrowedLayers.install_narrowed, layer, widths, choice)
             for shard, layers in enumerate(self.placement)
             for layer in (layers if others else ())
-            for choice in [self.narrowing.submit(shard, layer % len(self.narrowing.members), "choice", layer)]
+            for choice in [
+                self.narrowing.submit(shard, turn_of(layer, len(self.narrowing.members)), NarrowedLayers.choice, layer)
+            ]
             for replica in others
         )
-        self._on_all("adopt")
+        self._on_all(MopWorker.adopt)
 
     # -- inside -----------------------------------------------------------------------------------------------
 
@@ -219,20 +236,20 @@ class ModelOnWorkers:
             self.group.submit(
                 target,
                 replica,
-                "take_over",
+                MopWorker.take_over,
                 layer,
                 self.widths,
-                self.group.submit(source, replica, "hand_over", layer),
+                self.group.submit(source, replica, MopWorker.hand_over, layer),
             )
             for replica in range(self.replicas)
         )
 
-    def _on_all(self, verb: str) -> None:
+    def _on_all(self, verb: Callable[..., None]) -> None:
         self._wait(
             self.group.submit(shard, replica, verb) for shard in range(self.shards) for replica in range(self.replicas)
         )
 
-    def _wait(self, refs: Iterable[Ref]) -> None:
+    def _wait(self, refs: Iterable[Ref[Any]]) -> None:
         """Wait for calls, all of which are submitted first."""
         for ref in list(refs):
             self.group.get(ref)

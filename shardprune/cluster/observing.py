@@ -4,6 +4,7 @@ It keeps what enters the segments of parallel propagation, and takes every layer
 shard that holds it. Only the ratios travel to the driver.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardprune.cluster.group import Group, Ref, flow
@@ -11,6 +12,7 @@ from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, account, in_flight, layer_by_layer, pipeline, release, to_all
 from shardprune.report.progress import Step
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.solvers.outliers import Outliers
 
 
@@ -35,42 +37,50 @@ class Observation:
 
 
 def observe(
-    group: Group, layout: Layout, waves: Waves, observation: Observation, streamed: bool, step: Step
+    group: Group,
+    layout: Layout,
+    waves: Waves,
+    observation: Observation,
+    inputs: Sequence[str],
+    streamed: bool,
+    step: Step,
 ) -> list[Outliers]:
-    """Send the dense calibration waves through; the outlier ratios by layer where they are asked for."""
+    """Send the dense calibration waves through; return the outlier ratios by layer where they are asked for.
+
+    Args:
+        inputs: of a layer, by the first projection that reads each.
+    """
     stop = observation.stop(layout)
     last = layout.shard_of(min(stop, layout.stop - 1))
     ratios = observation.outlier_m is not None
-    refs: list[Ref] = []
+    merging: list[Ref[None]] = []
+    refs: list[Ref[Outliers]] = []
     stream = "observation"
 
-    def ask(layer: int) -> None:
+    def ask(index: int) -> None:
         if ratios:
-            in_work = LayerInWork(group, layout, waves, stream, layer, step)
-            refs.append(_outliers(in_work, observation.outlier_m))
+            layer = LayerInWork(group, layout, waves, stream, index, step)
+            merging.extend(layer.reduce(dict.fromkeys(inputs, layer.turn)))
+            refs.append(layer.ask(layer.turn, ForwardWorker.outliers, observation.outlier_m))
 
     if streamed:
         layers = layer_by_layer(group, layout, waves, stream, "dense", observation.firsts, stop, step, ratios)
         for layer in layers:
             ask(layer)  # while it is still in memory
-        to_all(group, layout, last, "drop", stream)
+        to_all(group, layout, last, ForwardWorker.drop, stream)
     else:
         arrived = pipeline(group, layout, waves, "dense", observation.firsts, stop, ratios)
         discarded = (
-            group.submit(last, wave.replica, "discard", hidden)
+            group.submit(last, wave.replica, ForwardWorker.discard, hidden)
             for wave, hidden in zip(waves.in_turn(), arrived, strict=True)
         )
         for _ in flow(group, discarded, in_flight(layout)):
             step.advance()
         for layer in range(stop):
             ask(layer)
+    for merged in merging:
+        group.get(merged)
     outliers = [group.get(ref) for ref in refs]
     release(group, layout)
     account(group, layout, range(len(layout.shards)), step.record)
     return outliers
-
-
-def _outliers(layer: LayerInWork, m: float | None) -> Ref:
-    """Ask one replica of a layer's shard for its ratios, with the sums of the others."""
-    asked = layer.layer % layer.layout.replicas
-    return layer.ask(asked, "outliers", m, *layer.from_others(asked, "observed"))

@@ -6,17 +6,19 @@ all waves first and then read each of their layers once.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from shardprune.cluster.group import Group, Ref, flow
 from shardprune.cluster.layout import Layout
 from shardprune.report.progress import Step
-from shardprune.shard.forward_worker import segment_stream
+from shardprune.shard.forward_worker import ForwardWorker, segment_stream
 from shardprune.shard.layers import Version
 from shardprune.shard.waves import Wave, waves_of
+
+T = TypeVar("T")
 
 IN_FLIGHT = 3  # waves under way to or on a worker, at most
 
@@ -45,23 +47,23 @@ class Waves:
 def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step) -> float:
     """exp of the mean token loss over all windows, of the dense or the latest model."""
     arrived = through_all_layers(group, layout, waves, version, streamed, step)
-    sums = dict(judged(group, layout, arrived, "losses", waves.windows, step))
-    total = sum(value for index in sorted(sums) for value in sums[index])
+    sums = dict(judged(group, layout, arrived, ForwardWorker.losses, waves.windows, step))
+    total = sum(value for values in in_wave_order(sums) for value in values)
     return math.exp(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
 
 
 def through_all_layers(
     group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step
-) -> Iterator[tuple[Wave, Ref]]:
+) -> Iterator[tuple[Wave, Ref[Tensor]]]:
     """Send every wave through the model; yield each with what comes out of the last layer."""
     last, stop = len(layout.shards) - 1, layout.stop
     order = waves.in_turn()
-    arrived: Iterator[Ref]
+    arrived: Iterator[Ref[Tensor]]
     if streamed:
         stream = "evaluation"
         for _ in layer_by_layer(group, layout, waves, stream, version, (), stop, step):
             pass
-        arrived = (group.submit(last, wave.replica, "take", stream, wave.index) for wave in order)
+        arrived = (group.submit(last, wave.replica, ForwardWorker.take, stream, wave.index) for wave in order)
     else:
         arrived = pipeline(group, layout, waves, version, (), stop)
     return zip(order, arrived, strict=True)
@@ -70,16 +72,16 @@ def through_all_layers(
 def judged(
     group: Group,
     layout: Layout,
-    arrived: Iterator[tuple[Wave, Ref]],
-    verb: str,
+    arrived: Iterator[tuple[Wave, Ref[Tensor]]],
+    verb: Callable[..., T],
     target: Callable[[Wave], Any],
     step: Step,
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[tuple[int, T]]:
     """Call a verb of the last shard with what came out of the last layer and a wave's `target`; yield each wave's
     index with the value, and release the workers after the last one."""
     under_way: deque[int] = deque()
 
-    def submitted() -> Iterator[Ref]:
+    def submitted() -> Iterator[Ref[T]]:
         for wave, hidden in arrived:
             under_way.append(wave.index)
             yield group.submit(len(layout.shards) - 1, wave.replica, verb, hidden, target(wave))
@@ -91,6 +93,14 @@ def judged(
     account(group, layout, range(len(layout.shards)), step.record)
 
 
+def in_wave_order(values: Mapping[int, T]) -> list[T]:
+    """Return values that waves have, by their indices, in the order of the waves.
+
+    They arrive in another one, and a sum of floating-point numbers depends on its order.
+    """
+    return [values[index] for index in sorted(values)]
+
+
 def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
     """The number of parts that a pass through all layers reports to its progress step."""
     return len(waves.all) * (1 + (layers if streamed else 0))
@@ -99,14 +109,14 @@ def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
 def load(group: Group, layout: Layout, version: Version) -> None:
     """Let all workers read their layers at the same time."""
     workers = [(shard, replica) for shard in range(len(layout.shards)) for replica in range(layout.replicas)]
-    for ref in [group.submit(shard, replica, "load", version) for shard, replica in workers]:
+    for ref in [group.submit(shard, replica, ForwardWorker.load, version) for shard, replica in workers]:
         group.get(ref)
 
 
 def enter(group: Group, layout: Layout, waves: Waves, stream: str) -> None:
     """Embed all waves and keep them on the first shard under the name of a stream."""
     _relay(group, layout, waves, stream, None, 0)
-    to_all(group, layout, 0, "release")
+    to_all(group, layout, 0, ForwardWorker.release)
 
 
 def hand_on(group: Group, layout: Layout, waves: Waves, stream: str, shard: int) -> None:
@@ -117,7 +127,7 @@ def hand_on(group: Group, layout: Layout, waves: Waves, stream: str, shard: int)
 def release(group: Group, layout: Layout) -> None:
     """Let every worker give back what only the pass needed."""
     for shard in range(len(layout.shards)):
-        to_all(group, layout, shard, "release")
+        to_all(group, layout, shard, ForwardWorker.release)
 
 
 def account(group: Group, layout: Layout, shards: Iterable[int], record: Callable[..., None]) -> None:
@@ -127,7 +137,7 @@ def account(group: Group, layout: Layout, shards: Iterable[int], record: Callabl
         record: takes the event `work` and its fields.
     """
     for shard in shards:
-        for replica, spans in enumerate(to_all(group, layout, shard, "account")):
+        for replica, spans in enumerate(to_all(group, layout, shard, ForwardWorker.account)):
             if spans:
                 record("work", shard=shard, replica=replica, spans=[span.plain() for span in spans])
 
@@ -135,7 +145,7 @@ def account(group: Group, layout: Layout, shards: Iterable[int], record: Callabl
 def usage(group: Group, layout: Layout) -> list[dict[str, Any]]:
     """Where every worker ran, and what it took."""
     workers = [(shard, replica) for shard in range(len(layout.shards)) for replica in range(layout.replicas)]
-    return [group.get(group.submit(shard, replica, "usage")) for shard, replica in workers]
+    return [group.get(group.submit(shard, replica, ForwardWorker.usage)) for shard, replica in workers]
 
 
 def in_flight(layout: Layout) -> int:
@@ -151,16 +161,18 @@ def pipeline(
     record: tuple[int, ...],
     stop: int,
     observed: bool = False,
-) -> Iterator[Ref]:
+) -> Iterator[Ref[Tensor]]:
     """Send every wave through all layers below `stop`, one wave behind the other; yield what comes out.
 
     What enters a layer in `record` is kept there as the stream of the segment that it starts. Where
     `observed`, the layers sum up what their projections read.
     """
     for wave in waves.in_turn():
-        hidden = group.submit(0, wave.replica, "embed", waves.windows(wave))
+        hidden = group.submit(0, wave.replica, ForwardWorker.embed, waves.windows(wave))
         for shard in _shards_up_to(layout, stop):
-            hidden = group.submit(shard, wave.replica, "forward", wave.index, hidden, version, record, stop, observed)
+            hidden = group.submit(
+                shard, wave.replica, ForwardWorker.forward, wave.index, hidden, version, record, stop, observed
+            )
         yield hidden
 
 
@@ -185,9 +197,11 @@ def layer_by_layer(
     for shard in shards:
         for index in layout.shards[shard]:
             if index in record:
-                to_all(group, layout, shard, "fork", stream, segment_stream(index))
+                to_all(group, layout, shard, ForwardWorker.fork, stream, segment_stream(index))
             if index < stop:
-                for _ in to_waves(group, layout, waves, shard, "propagate", stream, index, version, observed):
+                for _ in to_waves(
+                    group, layout, waves, shard, ForwardWorker.propagate, stream, index, version, observed
+                ):
                     step.advance()
                 yield index
         if shard != shards[-1]:
@@ -200,14 +214,14 @@ def _shards_up_to(layout: Layout, stop: int) -> list[int]:
 
 
 def to_waves(
-    group: Group, layout: Layout, waves: Waves, shard: int, verb: str, stream: str, *args: Any
-) -> Iterator[Any]:
+    group: Group, layout: Layout, waves: Waves, shard: int, verb: Callable[..., T], stream: str, *args: Any
+) -> Iterator[T]:
     """Call a verb of a shard's workers for every wave that they keep of a stream; yield as they finish."""
     refs = (group.submit(shard, wave.replica, verb, stream, wave.index, *args) for wave in waves.in_turn())
     return flow(group, refs, in_flight(layout))
 
 
-def to_all(group: Group, layout: Layout, shard: int, verb: str, *args: Any) -> list[Any]:
+def to_all(group: Group, layout: Layout, shard: int, verb: Callable[..., T], *args: Any) -> list[T]:
     """Call a verb of all replicas of a shard and wait for them."""
     return [group.get(ref) for ref in [group.submit(shard, r, verb, *args) for r in range(layout.replicas)]]
 
@@ -215,12 +229,12 @@ def to_all(group: Group, layout: Layout, shard: int, verb: str, *args: Any) -> l
 def _relay(group: Group, layout: Layout, waves: Waves, stream: str, source: int | None, target: int) -> None:
     """Bring all waves to a shard, from the tokens or from another shard."""
 
-    def move(wave: Wave) -> Ref:
+    def move(wave: Wave) -> Ref[None]:
         if source is None:
-            hidden = group.submit(0, wave.replica, "embed", waves.windows(wave))
+            hidden = group.submit(0, wave.replica, ForwardWorker.embed, waves.windows(wave))
         else:
-            hidden = group.submit(source, wave.replica, "take", stream, wave.index)
-        return group.submit(target, wave.replica, "put", stream, wave.index, hidden)
+            hidden = group.submit(source, wave.replica, ForwardWorker.take, stream, wave.index)
+        return group.submit(target, wave.replica, ForwardWorker.put, stream, wave.index, hidden)
 
     for _ in flow(group, (move(wave) for wave in waves.in_turn()), in_flight(layout)):
         pass

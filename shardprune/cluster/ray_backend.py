@@ -6,8 +6,8 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 # Tensors cross the object store without being pickled; every process must agree. A cluster that a run
 # starts for itself listens on loopback only. Both are read when Ray is imported.
@@ -58,6 +58,8 @@ DEATH_SECONDS = 180.0  # for Ray to declare a silent node dead
 # glibc keeps freed memory below a limit that grows with use; a streaming worker must give layers back.
 STREAMING_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
 WORKER_ENV = ("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS",)
+
+T = TypeVar("T")
 
 
 class _StartedLater:
@@ -219,7 +221,7 @@ class RayGroup:
                     runtime_env=environment,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
                 ).remote(spec)
-            for ref in [self.submit(shard, replica, "start") for shard, replica in self._actors]:
+            for ref in [self.submit(shard, replica, _StartedLater.start) for shard, replica in self._actors]:
                 self.get(ref)
         except BaseException:
             self.close()
@@ -235,13 +237,13 @@ class RayGroup:
                 wanted = f"{workers} x {bundle}"
                 raise InputError("address", f"the cluster did not free {wanted} in {PLACEMENT_SECONDS:g} s")
 
-    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Ref:
+    def submit(self, shard: int, replica: int, verb: Callable[..., T], *args: Any) -> Ref[T]:
         actor = self._actors.get((shard, replica))
         if actor is None:
             raise WorkerLost(f"worker {shard}.{replica} is gone")
-        return getattr(actor, verb).remote(*args)
+        return getattr(actor, verb.__name__).remote(*args)
 
-    def get(self, ref: Ref) -> Any:
+    def get(self, ref: Ref[T]) -> T:
         try:
             return ray.get(ref)
         except LOST as error:
@@ -282,7 +284,7 @@ def settled_slots() -> Slots:
         time.sleep(1)
 
 
-def _answered(probe: Ref) -> bool:
+def _answered(probe: Any) -> bool:
     try:
         return ray.get(probe, timeout=PROBE_SECONDS)
     except (*LOST, RayTaskError, GetTimeoutError, ray.exceptions.RayError):

@@ -2,14 +2,17 @@
 
 from ray.util.metrics import Counter, Histogram
 
-from shardprune.shard.ledger import Watcher
+from shardprune.shard.ledger import OF_ONE_WAVE, Kind, Watcher
+from shardprune.shard.prune_worker import PruneWorker
 
-WAVE_VERBS = frozenset({"embed", "forward", "run", "propagate", "accumulate", "gather", "compare", "losses"})
 SOLVER_SECONDS = [0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000]  # bounds of the histogram
 
 
 def metrics(shard: int, replica: int) -> Watcher:
-    """Metrics of one worker, which a ledger feeds; waves have the tag `verb`, by which what one takes differs."""
+    """Return the function that a worker's ledger calls to feed the worker's metrics.
+
+    Waves have the tag `verb`: what a wave takes differs between verbs.
+    """
     tags = {"shard": str(shard), "replica": str(replica)}
     keys = tuple(tags)
     layers = Counter("shardprune_layers_done", "Layers that were solved and written", keys)
@@ -19,14 +22,14 @@ def metrics(shard: int, replica: int) -> Watcher:
     for metric in (layers, waves, moved, solving):
         metric.set_default_tags(tags)
 
-    def watch(verb: str, seconds: float, received: int) -> None:
+    def watch(verb: str, kind: Kind, seconds: float, received: int) -> None:
         if received:
             moved.inc(received)
-        if verb in WAVE_VERBS:
+        if kind in OF_ONE_WAVE:
             waves.inc(tags={"verb": verb})
-        elif verb == "solve":
-            solving.observe(seconds)
-        elif verb == "write":
+        elif kind == "write":
             layers.inc()
+        if verb == PruneWorker.solve.__name__:  # other verbs of its kind solve no single input
+            solving.observe(seconds)
 
     return watch

@@ -4,12 +4,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from shardprune.cluster.group import Ref, ReplicaSubset, flow
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.passes import Waves, in_flight
+from shardprune.cluster.passes import Waves, in_flight, in_wave_order
 from shardprune.report.progress import Step
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
-from shardprune.shard.mop_worker import REFERENCE, Watched
+from shardprune.shard.mop_worker import REFERENCE, MopWorker, Watched
 from shardprune.shard.waves import Wave
 from shardprune.solvers.scoring import Criterion
 
@@ -29,34 +32,38 @@ class CandidateScorer:
 
     def through(
         self, without: int | None = None, version: Version = "dense", watched: Watched = "nothing"
-    ) -> Iterator[Ref]:
+    ) -> Iterator[Ref[Tensor]]:
         """Every wave through all layers but one, one wave behind the other; yields what comes out."""
         for wave in self.waves.in_turn():
-            hidden = self.team.submit(0, wave.replica, "embed", self.waves.windows(wave))
+            hidden = self.team.submit(0, wave.replica, ForwardWorker.embed, self.waves.windows(wave))
             for shard, layers in enumerate(self.layout.shards):
                 if kept := tuple(layer for layer in layers if layer != without):
-                    hidden = self.team.submit(shard, wave.replica, "run", wave.index, hidden, kept, version, watched)
+                    hidden = self.team.submit(
+                        shard, wave.replica, MopWorker.run, wave.index, hidden, kept, version, watched
+                    )
             yield hidden
 
     def refer(self, step: Step) -> None:
         """Keep what the original model's last layer gives: later candidates are compared with it."""
-        self._at_the_end("put", step, lambda wave, hidden: (REFERENCE, wave.index, hidden))
+        self._at_the_end(ForwardWorker.put, step, lambda wave, hidden: (REFERENCE, wave.index, hidden))
 
     def angles(self, step: Step) -> dict[int, float]:
         """The mean cosine between the input and the output of each current layer."""
-        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), "angles")
+        self._at_the_end(ForwardWorker.discard, step, lambda _wave, hidden: (hidden,), "angles")
         tokens = self.waves.tokens.numel()
         means = {}
         for shard, layers in enumerate(self.layout.shards):
             for layer in layers:
-                refs = [self.team.submit(shard, replica, "angles", layer) for replica in range(self.layout.replicas)]
+                refs = [
+                    self.team.submit(shard, replica, MopWorker.angles, layer) for replica in range(self.layout.replicas)
+                ]
                 sums = {wave: total for ref in refs for wave, total in self.team.get(ref).items()}
-                means[layer] = sum(sums[wave] for wave in sorted(sums)) / tokens
+                means[layer] = sum(in_wave_order(sums)) / tokens
         return means
 
     def gather(self, step: Step) -> None:
         """Sum up the inputs of all layers of the current model, which takes one pass."""
-        self._at_the_end("discard", step, lambda _wave, hidden: (hidden,), "inputs")
+        self._at_the_end(ForwardWorker.discard, step, lambda _wave, hidden: (hidden,), "inputs")
 
     def scores(self, criterion: Criterion, without: Sequence[int | None], version: Version, step: Step) -> list[float]:
         """How good the model is without each of some layers (None: with all), by one criterion.
@@ -67,14 +74,14 @@ class CandidateScorer:
         """
         order = self.waves.in_turn()
 
-        def judged() -> Iterator[Ref]:
+        def judged() -> Iterator[Ref[list[float]]]:
             for layer in without:
                 for wave, hidden in zip(order, self.through(layer, version), strict=True):
                     if criterion == "perplexity":
                         windows = self.waves.windows(wave)
-                        yield self.team.submit(self.last, wave.replica, "losses", hidden, windows)
+                        yield self.team.submit(self.last, wave.replica, ForwardWorker.losses, hidden, windows)
                     else:
-                        yield self.team.submit(self.last, wave.replica, "judge", wave.index, hidden, criterion)
+                        yield self.team.submit(self.last, wave.replica, MopWorker.judge, wave.index, hidden, criterion)
 
         values = flow(self.team, judged(), in_flight(self.layout))
         scores = []
@@ -84,7 +91,7 @@ class CandidateScorer:
             for wave in order:
                 sums[wave.index] = next(values)
                 step.advance()
-            total = sum(value for index in sorted(sums) for value in sums[index])
+            total = sum(value for values in in_wave_order(sums) for value in values)
             if criterion == "perplexity":
                 scores.append(math.exp(total / (samples * (seqlen - 1))))
             else:
@@ -92,7 +99,11 @@ class CandidateScorer:
         return scores
 
     def _at_the_end(
-        self, verb: str, step: Step, arguments: Callable[[Wave, Ref], tuple], watched: Watched = "nothing"
+        self,
+        verb: Callable[..., None],
+        step: Step,
+        arguments: Callable[[Wave, Ref], tuple],
+        watched: Watched = "nothing",
     ) -> None:
         """Call a verb of the last shard's workers for everything that comes out of the current model."""
         order = self.waves.in_turn()

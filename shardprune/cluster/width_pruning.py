@@ -5,28 +5,31 @@ from typing import Any
 from shardprune.cluster.group import Ref
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.model.structure.shape import Widths
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.narrowed_layers import NarrowedLayers
+from shardprune.storage.records import KeptStructures
 
 
-def narrow_layer(layer: LayerInWork, widths: Widths, passed_on: bool) -> dict[str, Any]:
+def narrow_layer(layer: LayerInWork, inputs: tuple[str, ...], widths: Widths, passed_on: bool) -> KeptStructures:
     """Make a layer narrower on every replica; it has not yet taken the place of the layer as it was.
 
     Args:
+        inputs: the layer's inputs, by the first projection that reads each.
         passed_on: replace every wave by its image under the layer as it was.
-
-    Returns the report of what stays.
     """
-    for _ in layer.over_waves("gather", passed_on):
-        pass
-    reports = [layer.group.get(ref) for ref in cut_layer(layer, widths)]
-    return reports[0]
+    layer.over_waves(ForwardWorker.accumulate, passed_on)
+    kept, rest = cut_layer(layer, inputs, widths)
+    layer.wait(rest)
+    return layer.group.get(kept)
 
 
-def cut_layer(layer: LayerInWork, widths: Widths) -> list[Ref]:
-    """Choose and cut where the inputs of a layer are summed up; references to wait for, the report's first."""
-    asked = layer.layer % layer.layout.replicas
-    refs = [layer.ask(asked, "narrow", widths, *layer.from_others(asked, "sums"))]
-    others = [replica for replica in range(layer.layout.replicas) if replica != asked]
-    if others:
-        choice = layer.ask(asked, "choice")
-        refs += [layer.ask(replica, "install_narrowed", widths, choice) for replica in others]
-    return refs
+def cut_layer(
+    layer: LayerInWork, inputs: tuple[str, ...], widths: Widths
+) -> tuple[Ref[KeptStructures], list[Ref[Any]]]:
+    """Choose and cut where the inputs of a layer are summed up; return references to wait for, the report's first."""
+    refs: list[Ref[Any]] = [*layer.reduce(dict.fromkeys(inputs, layer.turn))]
+    kept = layer.ask(layer.turn, NarrowedLayers.narrow, widths)
+    if others := layer.others(layer.turn):
+        choice = layer.ask(layer.turn, NarrowedLayers.choice)
+        refs += [layer.ask(replica, NarrowedLayers.install_narrowed, widths, choice) for replica in others]
+    return kept, refs

@@ -151,7 +151,10 @@ class MopRun:
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, prepared.calibration, prepared.wave
         start = self.path_plan.start
         scoring = self.recipe.scoring
-        model = ModelOnWorkers(group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring)
+        inputs = [names[0] for names in prepared.skeleton.family.inputs]
+        model = ModelOnWorkers(
+            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, inputs
+        )
         compared = self._criterion if self._criterion != "perplexity" and self.path_plan.candidates(where) else None
         if compared or not self.state.known.path or any(True for _ in self.state.missing("before")):
             model.read(None)
@@ -161,7 +164,8 @@ class MopRun:
                 model.refer(step)
         if self.state.known.path:
             self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
-            model = ModelOnWorkers(group, shards, replicas, tokens, wave, self._layers(), where.widths, scoring)
+            layers = self._layers()
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, inputs)
             model.read(self._saved(where))
         return model
 
@@ -203,14 +207,8 @@ class MopRun:
         """Build candidates, two of them at the same time; the shallower one, and the scores by letter."""
         recipe, criterion = self.recipe, self._criterion
         narrow = next((letter for letter in built if letter != "L"), None)
-
-        def shallower() -> Shallower | None:
-            return model.shallower(recipe.depth_rule, criterion, step) if "L" in built else None
-
-        def narrower() -> float | None:
-            return model.narrower(built[narrow].widths, criterion, step) if narrow else None
-
-        shorter, score = model.both(shallower, narrower)
+        rule = recipe.depth_rule if "L" in built else None
+        shorter, score = model.candidates(rule, built[narrow].widths if narrow else None, criterion, step)
         scores = {"L": shorter.score if shorter else None, "G": score}
         return shorter, {letter: value for letter, value in scores.items() if value is not None}
 

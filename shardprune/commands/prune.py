@@ -33,6 +33,7 @@ from shardprune.report.result import (
 )
 from shardprune.shard.layers import Version
 from shardprune.storage.folder import absolute
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.windows import tokens_hash
 
 NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
@@ -216,7 +217,8 @@ class PruningRun:
             return
         parts = observation.parts(layout, waves, prepared.streamed)
         with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
-            found = observe(group, layout, waves, observation, prepared.streamed, step)
+            inputs = [names[0] for names in prepared.skeleton.family.inputs]
+            found = observe(group, layout, waves, observation, inputs, prepared.streamed, step)
         known.outliers = known.outliers or found
         self.state.save()
         if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
@@ -286,14 +288,14 @@ class PruningRun:
             )
         )
 
-    def _sparsity(self, records: list[dict[str, Any]]) -> Sparsity:
+    def _sparsity(self, records: list[LayerRecord]) -> Sparsity:
         base = self.prepared.base
         sparsity = sparsity_of(records, self.prepared.job.target, base.weights if base else None)
         if self.narrowed is None or self.narrowed.sparsity is None:
             return sparsity
         return sparsity.model_copy(update={"before": self.narrowed.sparsity.before})  # of the model before both runs
 
-    def _structure(self, size: ModelSize, records: list[dict[str, Any]]) -> Structure | None:
+    def _structure(self, size: ModelSize, records: list[LayerRecord]) -> Structure | None:
         if self.prepared.widths:
             return structure_of(self.prepared.skeleton.config, self.prepared.widths, size, records)
         return self.narrowed.structure if self.narrowed else None

@@ -5,7 +5,6 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from typing import Any
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
@@ -25,6 +24,7 @@ from shardprune.report.page.write import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of, zeros_of
 from shardprune.storage.folder import Folder
+from shardprune.storage.records import LayerRecord
 
 POLL_SECONDS = 1.0  # between two looks at the losses of a training under way
 
@@ -186,9 +186,9 @@ class RecoveryRun:
             )
         )
 
-    def _recovery(self, records: list[dict[str, Any]]) -> Recovery:
+    def _recovery(self, records: list[LayerRecord]) -> Recovery:
         prepared = self.prepared
-        reports = [report for record in records for report in record["projections"]]
+        reports = [report for record in records for report in record.projections]
         losses = self.losses.read()
         return Recovery(
             steps=prepared.steps,
@@ -197,9 +197,9 @@ class RecoveryRun:
             targets=sum(loss.targets for loss in losses),
             parameters_trained=prepared.parameters_trained,
             workers=len(self.state.known.workers) or prepared.processes.count,
-            zeros_before=sum(report["zeros_before"] for report in reports),
-            zeros_after=sum(report["zeros"] for report in reports),
-            zeros_kept=sum(report["zeros_kept"] for report in reports),
+            zeros_before=sum(report.zeros_before for report in reports),
+            zeros_after=sum(report.zeros for report in reports),
+            zeros_kept=sum(report.zeros_kept or 0 for report in reports),
             losses=[
                 TrainingLoss(step=loss.step, loss=loss.loss, learning_rate=loss.learning_rate, held_out=loss.held_out)
                 for loss in losses

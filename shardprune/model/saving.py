@@ -10,6 +10,7 @@ from shardprune.model.checkpoint import CONFIG, INDEX, Checkpoint
 from shardprune.model.families import Family
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import read_header
 
 
@@ -51,8 +52,7 @@ def write_layer(
     index: int,
     layer: nn.Module,
     changed: set[str],
-    record: dict[str, Any],
-    position: int | None = None,
+    record: LayerRecord,
 ) -> int:
     """Write a pruned layer and the record of its pruning, in the dtypes of the checkpoint; return its bytes.
 
@@ -60,8 +60,8 @@ def write_layer(
     others are copied from the checkpoint byte by byte.
 
     Args:
-        index: of the layer in the checkpoint.
-        position: index of the layer in the new model, if layers before it were removed.
+        index: of the layer in the checkpoint. The record has its index in the new model, which is another one if layers
+            before it were removed.
     """
     prefix = f"{skeleton.family.layers}.{index}."
     parameters = dict(layer.named_parameters())
@@ -71,7 +71,7 @@ def write_layer(
         return None if same_shape and prefix + name not in changed else parameters[name]
 
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return write_tensors_of_layer(journal, checkpoint, skeleton.family, index, shapes, changed_tensor, record, position)
+    return write_tensors_of_layer(journal, checkpoint, skeleton.family, index, shapes, changed_tensor, record)
 
 
 def write_tensors_of_layer(
@@ -81,8 +81,7 @@ def write_tensors_of_layer(
     index: int,
     shapes: Mapping[str, tuple[int, ...]],
     changed_tensor: Callable[[str], Tensor | None],
-    record: dict[str, Any],
-    position: int | None = None,
+    record: LayerRecord,
 ) -> int:
     """Write a layer tensor by tensor, in the dtypes of the checkpoint; return its bytes.
 
@@ -90,10 +89,10 @@ def write_tensors_of_layer(
         index: of the layer in the checkpoint.
         shapes: by name within the layer, of the tensors as they are written.
         changed_tensor: returns the new tensor of a name within the layer, or None to copy the checkpoint's.
-        position: index of the layer in the new model, if layers before it were removed.
+        record: has the layer's index in the new model, which is another one if layers before it were removed.
     """
     prefix = f"{family.layers}.{index}."
-    place = prefix if position is None else f"{family.layers}.{position}."
+    place = f"{family.layers}.{record.layer}."
 
     def tensor(placed: str) -> Tensor:
         name = placed.removeprefix(place)
@@ -101,5 +100,5 @@ def write_tensors_of_layer(
         return checkpoint.read(prefix + name) if changed is None else changed.to(stored[placed][0])
 
     stored = {place + name: (checkpoint.entries[prefix + name].dtype, shape) for name, shape in shapes.items()}
-    journal.write_layer(index if position is None else position, stored, tensor, record)
+    journal.write_layer(stored, tensor, record)
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in stored.values())

@@ -2,25 +2,24 @@
 
 from typing import Any
 
-from shardprune.planning.simulation import SimulatedGroup
+from shardprune.planning.simulation import SimulatedGroup, Stretch
+from shardprune.shard.ledger import Kind
 
 WIDTH = 60  # columns of a timeline
 LINES = 16  # workers that are shown one by one; of more, each line is the mean of several
 
-# What a column of the timeline shows: what took most of its time.
-MARKS = {
-    "read": "r",
-    "embed": "f",
+# A column of the chart shows the kind of work that took most of its time.
+MARKS: dict[Kind, str] = {
     "forward": "f",
-    "accumulate": "a",
-    "propagate": "p",
+    "statistics": "a",
     "solve": "S",
+    "propagate": "p",
+    "exchange": "x",
+    "read": "r",
     "write": "w",
-    "losses": "l",
-    "outliers": "o",
 }
-EXCHANGE = "x"  # taking, putting, statistics, solved projections
-LEGEND = "f=forward a=sums S=solve p=propagate x=send r=read w=write l=loss o=ratio .=idle"
+IDLE = "."
+LEGEND = " ".join(f"{mark}={kind}" for kind, mark in MARKS.items()) + f" {IDLE}=idle"
 
 
 def idle_share(group: SimulatedGroup) -> float:
@@ -36,8 +35,8 @@ def rows_of(group: SimulatedGroup) -> list[dict[str, Any]]:
     rows = []
     for (shard, replica), worker in group.workers.items():
         seconds: dict[str, float] = {}
-        for start, end, verb in worker.spans:
-            seconds[verb] = seconds.get(verb, 0.0) + end - start
+        for span in worker.spans:
+            seconds[span.verb] = seconds.get(span.verb, 0.0) + span.end - span.start
         idle = 1 - (worker.busy + worker.reading) / group.seconds if group.seconds else 0.0
         rows.append({"shard": shard, "replica": replica, "idle": idle, "seconds": seconds})
     return rows
@@ -58,19 +57,19 @@ def timeline(group: SimulatedGroup) -> list[tuple[str, str, float]]:
     return lines
 
 
-def _chart(spans: list[list[Any]], workers: int, group: SimulatedGroup) -> str:
+def _chart(spans: list[Stretch], workers: int, group: SimulatedGroup) -> str:
     """In each column the mark of what took most of its time; idle where nothing took half of it."""
     column = group.seconds / WIDTH or 1.0
     took: list[dict[str, float]] = [{} for _ in range(WIDTH)]
-    for start, end, verb in spans:
-        mark = MARKS.get(verb, EXCHANGE)
-        for place in range(int(start / column), min(WIDTH, int(end / column) + 1)):
-            share = min(end, (place + 1) * column) - max(start, place * column)
+    for span in spans:
+        mark = MARKS[span.kind]
+        for place in range(int(span.start / column), min(WIDTH, int(span.end / column) + 1)):
+            share = min(span.end, (place + 1) * column) - max(span.start, place * column)
             took[place][mark] = took[place].get(mark, 0.0) + max(0.0, share)
     return "".join(_mark(marks, column * workers) for marks in took)
 
 
 def _mark(marks: dict[str, float], whole: float) -> str:
     if sum(marks.values()) < whole / 2:
-        return "."
+        return IDLE
     return max(marks, key=lambda mark: marks[mark])

@@ -116,13 +116,15 @@ class Costs:
         count = self.sums_bytes(one)
         return self._moved(count) + count / self.row.store
 
-    def solve(self, one: Input, parts: int) -> float:
-        """Return the seconds to prune the projections that read an input, from the sums of `parts` replicas."""
+    def merge(self, one: Input, parts: int) -> float:
+        """Return the seconds to add the sums of an input over `parts` replicas."""
+        count = self.sums_bytes(one)
+        return (parts - 1) * self._moved(count) + self._touched(3 * parts * count)
+
+    def solve(self, one: Input) -> float:
+        """Return the seconds to prune the projections that read an input, from the sums of all replicas."""
         task, row = self.task, self.row
-        merging = 0.0
-        if parts > 1:
-            merging = (parts - 1) * self._moved(self.sums_bytes(one)) + self._touched(3 * parts * self.sums_bytes(one))
-        seconds = merging
+        seconds = 0.0
         if task.solver == "sparsegpt":
             seconds += 4 / 3 * one.cols**3 / row.float32
         for rows in one.rows.values():

@@ -88,7 +88,8 @@ class Expected:
         sizes = self._sizes(task.samples)
         seconds = sum(costs.accumulate(size) + costs.propagate(size) for size in sizes)
         inputs = task.model.inputs
-        solves = sorted((costs.solve(one, replicas) for one in inputs), reverse=True)
+        merges = [costs.merge(one, replicas) if replicas > 1 else 0.0 for one in inputs]
+        solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
         load = [0.0] * min(replicas, len(inputs))
         for solve in solves:
             load[load.index(min(load))] += solve

@@ -11,23 +11,31 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from shardprune.cluster.group import Ref
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.pruning_job import Work
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
+from shardprune.planning.workload import Input
 from shardprune.report.progress import Reporter
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.ledger import Kind
+from shardprune.shard.narrowed_layers import NarrowedLayers
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.outliers import Outliers
+from shardprune.storage.records import ProjectionReport
 
 
 @dataclass
-class Call:
+class Call(Ref[Any]):
     """One call: when it was `done`, the value that the driver gets, and what travels to other workers."""
 
     done: float
@@ -38,15 +46,26 @@ class Call:
 
 
 @dataclass
+class Stretch:
+    """The time in which a worker does nothing but calls of one verb, or reads: simulated seconds."""
+
+    start: float
+    end: float
+    verb: str
+    kind: Kind
+
+
+@dataclass
 class Worker:
-    """One worker's clock, its layers, and what it did: (start, end, verb) in seconds."""
+    """One worker's clock, its layers, and what it did."""
 
     layers: tuple[int, ...]
     free: float = 0.0
     held: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
     ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
     frame: set[str] = field(default_factory=set)
-    spans: list[list[Any]] = field(default_factory=list)
+    spans: list[Stretch] = field(default_factory=list)
     busy: float = 0.0
     reading: float = 0.0
 
@@ -80,7 +99,7 @@ class SimulatedGroup:
 
     # -- what the driver calls ----------------------------------------------------------------------------------
 
-    def submit(self, shard: int, replica: int, verb: str, *args: Any) -> Call:
+    def submit(self, shard: int, replica: int, verb: Callable[..., Any], *args: Any) -> Call:
         worker = self.workers[shard, replica]
         sent = self._advance(shard, self._clock(shard) + SUBMIT_SECONDS)
         start = max(sent + CALL_SECONDS, worker.free)
@@ -88,16 +107,17 @@ class SimulatedGroup:
             if isinstance(argument, Call):
                 start = max(start, self._arrival(argument, (shard, replica)))
         ready = self._ready(worker, verb, args, start)
-        seconds, value, count = self._done(worker, verb, args)
+        seconds, value, count = ROWS[verb].cost(self, worker, args)
         worker.free = ready + seconds
         worker.busy += seconds
         worker.reading += ready - start
         if ready + seconds > start:
-            self._note(worker, start, ready, "read")
-            self._note(worker, ready, worker.free, verb)
+            self._note(worker, start, ready, "read", "read")
+            self._note(worker, ready, worker.free, verb.__name__, kind_of(verb))
         return Call(worker.free, value, count, (shard, replica))
 
-    def get(self, ref: Call) -> Any:
+    def get(self, ref: Ref[Any]) -> Any:
+        assert isinstance(ref, Call)
         self._advance(ref.source[0], max(self._clock(ref.source[0]), ref.done))
         return ref.value
 
@@ -143,14 +163,14 @@ class SimulatedGroup:
                 call.arrived[node] = self._link_free[link] = begun + call.count / rate
             return call.arrived[node]
 
-    def _ready(self, worker: Worker, verb: str, args: tuple[Any, ...], start: float) -> float:
+    def _ready(self, worker: Worker, verb: Callable[..., Any], args: tuple[Any, ...], start: float) -> float:
         """When the layers and the parts of the frame that a call needs are in memory."""
-        for layer in _layers_of(worker, verb, args):
+        row = ROWS[verb]
+        for layer in row.layers(worker, verb, args):
             start = self._read_layer(worker, layer, start)
-        part = {"embed": "embedding", "losses": "head"}.get(verb)
-        if part and part not in worker.frame:
-            worker.frame.add(part)
-            elements = self.task.model.embedding if part == "embedding" else self.task.model.head
+        if row.frame and row.frame not in worker.frame:
+            worker.frame.add(row.frame)
+            elements = self.task.model.embedding if row.frame == "embedding" else self.task.model.head
             start += self.costs.read(elements)
             with self._lock:
                 self.read += elements
@@ -181,10 +201,6 @@ class SimulatedGroup:
         with self._lock:
             self.read += self.task.model.layer
 
-    def _done(self, worker: Worker, verb: str, args: tuple[Any, ...]) -> tuple[float, Any, int]:
-        """A call's seconds, its value for the driver, and the bytes of its result where it travels."""
-        return VERBS[verb](self, worker, args) if verb in VERBS else (0.0, None, 0)
-
     def _size(self, wave: int) -> int:
         return self.sizes[wave]
 
@@ -193,16 +209,18 @@ class SimulatedGroup:
         self.sizes = {wave.index: wave.stop - wave.start for wave in waves.all}
 
     @staticmethod
-    def _note(worker: Worker, start: float, end: float, verb: str) -> None:
+    def _note(worker: Worker, start: float, end: float, verb: str, kind: Kind | None) -> None:
         if end <= start:
             return
+        assert kind is not None, f"{verb} takes time and is no verb"
         last = worker.spans[-1] if worker.spans else None
-        if last and last[2] == verb and start - last[1] < 1e-9:
-            last[1] = end
+        if last and last.verb == verb and start - last.end < 1e-9:
+            last.end = end
         else:
-            worker.spans.append([start, end, verb])
+            worker.spans.append(Stretch(start, end, verb, kind))
 
 
+# A call's seconds, its value for the driver, and the bytes of its result where it travels.
 Cost = tuple[float, Any, int]
 
 
@@ -219,10 +237,13 @@ def _forward(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Co
     return group.costs.forward(sequences, layers) + kept, None, group.costs.wave_bytes(sequences)
 
 
-def _of_wave(verb: str) -> Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost]:
+def _of_wave(
+    seconds: Callable[[Costs, int], float], travels: bool = False
+) -> Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost]:
     def cost(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
         sequences = group._size(args[1])
-        return getattr(group.costs, verb)(sequences), None, group.costs.wave_bytes(sequences) * (verb == "take")
+        name = seconds.__name__  # of a method that a kind of costs may override
+        return getattr(group.costs, name)(sequences), None, group.costs.wave_bytes(sequences) * travels
 
     return cost
 
@@ -235,25 +256,43 @@ def _fork(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
     return group.costs.fork(-(-group.task.samples // group.setup.layout.replicas)), None, 0
 
 
-def _statistics(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = group.task.model.inputs[args[1]]
+def _accumulate(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.summed.add(args[2])
+    return group.costs.accumulate(group._size(args[1])), None, 0
+
+
+def _hand_out(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name = args
+    if index not in worker.summed:  # observed only: such sums are vectors, which take no time
+        return 0.0, None, 0
+    one = _input_of(group, name)
     return group.costs.statistics(one), None, group.costs.sums_bytes(one)
 
 
+def _merge(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name, *parts = args
+    return group.costs.merge(_input_of(group, name), len(parts)) if index in worker.summed else 0.0, None, 0
+
+
+def _finish(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.summed.clear()
+    return 0.0, None, 0
+
+
 def _solve(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    index, place, _, *parts = args
+    index, place, _ = args
     names = group.task.model.skeleton.family.inputs[place]
-    reports = [{"layer": index, "name": name, "zeros": 0, "weights": 1} for name in names]
-    return group.costs.solve(group.task.model.inputs[place], len(parts) or 1), reports, 0
+    reports = [ProjectionReport(index, name, target=0.0, zeros=0, zeros_before=0, weights=1) for name in names]
+    return group.costs.solve(group.task.model.inputs[place]), reports, 0
 
 
 def _solved(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = _input_of(group, args[1])
+    one = _input_of(group, args[1][0])
     return group.costs.solved(one), args[1], group.costs.projections_bytes(one)
 
 
 def _install(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.install(_input_of(group, args[1].value)), None, 0
+    return group.costs.install(_input_of(group, args[1].value[0])), None, 0
 
 
 def _outliers(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -272,40 +311,76 @@ def _release(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Co
     return 0.0, None, 0
 
 
-VERBS: dict[str, Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost]] = {
-    "embed": _embed,
-    "forward": _forward,
-    "put": _of_wave("put"),
-    "take": _of_wave("take"),
-    "accumulate": _of_wave("accumulate"),
-    "propagate": _of_wave("propagate"),
-    "losses": _losses,
-    "fork": _fork,
-    "statistics": _statistics,
-    "solve": _solve,
-    "solved": _solved,
-    "install": _install,
-    "outliers": _outliers,
-    "write": _write,
-    "release": _release,
+def _free(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return 0.0, None, 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a call of a verb takes.
+
+    `reads` says which layers are read unless they are in memory: the one that the call is about, all of the shard, or
+    those of the shard that a wave goes through. `frame` is the part of the frame that is read likewise.
+    """
+
+    cost: Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost] = _free
+    reads: Literal["nothing", "layer", "shard", "passed"] = "nothing"
+    frame: Literal["embedding", "head"] | None = None
+
+    def layers(self, worker: Worker, verb: Callable[..., Any], args: tuple[Any, ...]) -> list[int]:
+        """The layers that a call reads unless they are in memory."""
+        if self.reads == "layer":
+            index = layer_of(verb, args)
+            assert index is not None, "the verb is about no layer"
+            return [index]
+        if self.reads == "passed":
+            return [layer for layer in worker.layers if layer < args[4]]
+        return list(worker.layers) if self.reads == "shard" else []
+
+
+ROWS: dict[Callable[..., Any], Row] = {
+    ForwardWorker.load: Row(reads="shard"),
+    ForwardWorker.embed: Row(_embed, frame="embedding"),
+    ForwardWorker.forward: Row(_forward, reads="passed"),
+    ForwardWorker.put: Row(_of_wave(Costs.put)),
+    ForwardWorker.take: Row(_of_wave(Costs.take, travels=True)),
+    ForwardWorker.propagate: Row(_of_wave(Costs.propagate), reads="layer"),
+    ForwardWorker.losses: Row(_losses, frame="head"),
+    ForwardWorker.fork: Row(_fork),
+    ForwardWorker.discard: Row(),
+    ForwardWorker.drop: Row(),
+    ForwardWorker.release: Row(_release),
+    ForwardWorker.accumulate: Row(_accumulate, reads="layer"),
+    ForwardWorker.hand_out: Row(_hand_out),
+    ForwardWorker.merge: Row(_merge),
+    ForwardWorker.outliers: Row(_outliers, reads="layer"),
+    PruneWorker.solve: Row(_solve, reads="layer"),
+    PruneWorker.solved: Row(_solved, reads="layer"),
+    PruneWorker.install: Row(_install, reads="layer"),
+    PruneWorker.write: Row(_write, reads="layer"),
+    PruneWorker.finish: Row(_finish),
+    # Accounts are no work, and not verbs.
+    ForwardWorker.account: Row(),
 }
 
+# A simulated run evaluates no tasks, rebuilds no masks and removes no structures.
+NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
+    {
+        ForwardWorker.log_likelihoods,
+        NarrowedLayers.narrow,
+        NarrowedLayers.choice,
+        NarrowedLayers.install_narrowed,
+        PruneWorker.compare,
+        PruneWorker.rebuild,
+        PruneWorker.measure,
+        PruneWorker.sizes,
+    }
+)
 
-def _layers_of(worker: Worker, verb: str, args: tuple[Any, ...]) -> list[int]:
-    """The layers that a call reads if they are not there."""
-    if verb == "load":
-        return list(worker.layers)
-    if verb == "forward":
-        return [layer for layer in worker.layers if layer < args[4]]
-    if verb in ("accumulate", "propagate"):
-        return [args[2]]
-    if verb in ("solve", "outliers", "solved", "install", "write"):
-        return [args[0]]
-    return []
 
-
-def _input_of(group: SimulatedGroup, names: tuple[str, ...]) -> Any:
-    return next(one for one in group.task.model.inputs if next(iter(one.rows)) == names[0])
+def _input_of(group: SimulatedGroup, name: str) -> Input:
+    """The input whose first projection has a name."""
+    return next(one for one in group.task.model.inputs if next(iter(one.rows)) == name)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:
@@ -330,9 +405,10 @@ def simulate(costs: Costs) -> SimulatedGroup:
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     observation = Observation(starts, 5.0 if task.outliers else None)
+    inputs = [names[0] for names in model.skeleton.family.inputs]
     if observation:
         with group.phase("observe"), output.step("observe", 0) as step:
-            observe(group, layout, calibration, observation, setup.streamed, step)
+            observe(group, layout, calibration, observation, inputs, setup.streamed, step)
     family = model.skeleton.family
     shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
     shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}

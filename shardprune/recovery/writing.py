@@ -5,7 +5,6 @@ Under ZeRO-3 the processes gather one layer at a time, and each layer is written
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import deepspeed
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from shardprune.model.saving import write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord, ProjectionReport
 from shardprune.storage.safetensors_file import write_tensors
 
 
@@ -65,31 +65,30 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
             return updated[name].merged(checkpoint.read(prefix + name))
         return parameters[name].detach() if parameters[name].requires_grad else None
 
-    def report(projection: str) -> dict[str, Any]:
+    def report(projection: str) -> ProjectionReport:
         name = f"{projection}.weight"
         before, after = checkpoint.read(prefix + name), trained(name)
         # Counted in the stored dtype: rounding to it can make further zeros.
         return _report(index, projection, before, before if after is None else after.to(before.dtype))
 
-    record = {"projections": [report(projection) for projection in family.projections]}
+    record = LayerRecord(index, tuple(report(projection) for projection in family.projections))
     shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
     write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 
-def _report(layer: int, name: str, before: Tensor, after: Tensor) -> dict[str, Any]:
+def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionReport:
     """Count the zeros of a projection before and after training."""
     was, zero = before == 0, (after == 0).cpu()
-    weights, zeros_before, zeros = was.numel(), int(was.sum()), int(zero.sum())
-    return {
-        "layer": layer,
-        "name": name,
-        "target": zeros_before / weights,
-        "achieved": zeros / weights,
-        "weights": weights,
-        "zeros": zeros,
-        "zeros_before": zeros_before,
-        "zeros_kept": int((was & zero).sum()),
-    }
+    weights, zeros_before = was.numel(), int(was.sum())
+    return ProjectionReport(
+        layer,
+        name,
+        target=zeros_before / weights,
+        zeros=int(zero.sum()),
+        zeros_before=zeros_before,
+        weights=weights,
+        zeros_kept=int((was & zero).sum()),
+    )
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """What a run achieved: `result.json`, the contract between the commands and with everybody's scripts."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 from shardprune.model.structure.shape import Widths, reshaped, widths_of
+from shardprune.storage.records import LayerRecord, ProjectionReport
 
 
 class ModelSize(BaseModel):
@@ -34,6 +37,11 @@ class ProjectionResult(BaseModel):
     error: float | None = None
     outliers: float | None = None
     pattern: str | None = None
+
+    @classmethod
+    def of(cls, report: ProjectionReport) -> "ProjectionResult":
+        """Return the part of a report that a result has."""
+        return cls(**{name: getattr(report, name) for name in cls.model_fields})
 
 
 class LayerResult(BaseModel):
@@ -251,65 +259,69 @@ class EvaluationResult(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-def zeros_of(records: list[dict[str, Any]]) -> int:
-    """The zeros of all projections from the records of finished layers: those of whole layers that lost structures, or
-    those of their projections."""
-    reports = [report for record in records for report in record.get("projections", (record,))]
-    return sum(report["zeros"] for report in reports)
+def zeros_of(records: Sequence[LayerRecord]) -> int:
+    """Return the zeros of all projections of the layers."""
+    return sum(record.zeros for record in records)
 
 
-def sparsity_of(records: list[dict[str, Any]], target: float | None, original: int | None = None) -> Sparsity:
-    """The sparsity of a model from the records of its finished layers.
+def sparsity_of(records: Sequence[LayerRecord], target: float | None, original: int | None = None) -> Sparsity:
+    """Return the sparsity of a model from the records of its finished layers.
 
     Args:
         target: what was asked for; None where that is what a sparse checkpoint had.
         original: the weights of the model from which structures had been removed, if any had.
     """
 
-    def over(reports: list[dict[str, Any]], key: str) -> float:
-        """The mean of a fraction over all weights."""
-        return sum(report[key] * report["weights"] for report in reports) / sum(report["weights"] for report in reports)
+    def asked(reports: Sequence[ProjectionReport]) -> float:
+        """The mean target over all weights."""
+        return sum(report.target * report.weights for report in reports) / sum(report.weights for report in reports)
 
-    def zeros(reports: list[dict[str, Any]], key: str = "zeros") -> float:
-        return sum(report[key] for report in reports) / sum(report["weights"] for report in reports)
-
-    reports = [report for record in records for report in record["projections"]]
-    allocated = over(reports, "target")
-    blocks = [BlockResult(**block) for record in records for block in record.get("blocks", ())]
+    reports = [report for record in records for report in record.projections]
+    weights = sum(report.weights for report in reports)
+    achieved = sum(report.zeros for report in reports) / weights
+    allocated = asked(reports)
     layers = [
         LayerResult(
-            layer=record["layer"],
-            target=over(record["projections"], "target"),
-            achieved=zeros(record["projections"]),
-            outliers=record.get("outliers"),
+            layer=record.layer, target=asked(record.projections), achieved=_fraction(record), outliers=record.outliers
         )
         for record in records
     ]
-    remaining = 1.0 if original is None else sum(report["weights"] for report in reports) / original
+    remaining = 1.0 if original is None else weights / original
     removed = 1 - remaining
     return Sparsity(
         target=allocated if target is None else target,
         allocated=removed + remaining * allocated,
-        before=zeros(reports, "zeros_before"),
-        achieved=removed + remaining * zeros(reports),
+        before=sum(report.zeros_before for report in reports) / weights,
+        achieved=removed + remaining * achieved,
         removed=None if original is None else removed,
-        zeroed=None if original is None else remaining * zeros(reports),
+        zeroed=None if original is None else remaining * achieved,
         layers=layers,
-        projections=[ProjectionResult(**report) for report in reports],
-        blocks=blocks or None,
+        projections=[ProjectionResult.of(report) for report in reports],
+        blocks=[BlockResult(**asdict(block)) for record in records for block in record.blocks] or None,
     )
 
 
-def removal_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
-    """The same of a model that only lost structures."""
+def _fraction(record: LayerRecord) -> float:
+    assert record.sparsity is not None, f"layer {record.layer} has no projections"
+    return record.sparsity
+
+
+def removal_of(records: Sequence[LayerRecord], target: float | None) -> Sparsity:
+    """Return the sparsity of a model that only lost structures, from the records of its finished layers.
+
+    Args:
+        target: the fraction that was to be removed.
+    """
     assert target is not None
-    weights, left = (sum(record[key] for record in records) for key in ("weights_before", "weights"))
-    zeros = sum(record["zeros"] for record in records) / weights
-    removed = 1 - left / weights
+    sizes = [record.sizes for record in records if record.sizes is not None]
+    assert len(sizes) == len(records), "a layer has lost no structures"
+    before = sum(size.weights_before for size in sizes)
+    zeros = sum(size.zeros for size in sizes) / before
+    removed = 1 - sum(size.weights for size in sizes) / before
     return Sparsity(
         target=target,
         allocated=target,
-        before=sum(record["zeros_before"] for record in records) / weights,
+        before=sum(size.zeros_before for size in sizes) / before,
         achieved=removed + zeros,
         removed=removed,
         zeroed=zeros,
@@ -318,9 +330,20 @@ def removal_of(records: list[dict[str, Any]], target: float | None) -> Sparsity:
     )
 
 
-def structure_of(config: PretrainedConfig, widths: Widths, size: ModelSize, records: list[dict[str, Any]]) -> Structure:
-    """What a run removed that made the layers of a model narrower."""
-    layers = [NarrowedLayer(**{name: record[name] for name in NarrowedLayer.model_fields}) for record in records]
+def structure_of(
+    config: PretrainedConfig, widths: Widths, size: ModelSize, records: Sequence[LayerRecord]
+) -> Structure:
+    """Return what a run removed that made the layers of a model narrower."""
+    layers = [
+        NarrowedLayer(
+            layer=record.layer,
+            groups=list(record.kept.groups),
+            errors=record.kept.errors,
+            retries=record.kept.retries,
+        )
+        for record in records
+        if record.kept is not None
+    ]
     return Structure(
         before=shape_of(config), after=shape_of(reshaped(config, widths)), removed=size.removed, layers=layers
     )

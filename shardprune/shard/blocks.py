@@ -14,8 +14,36 @@ from shardprune.model.skeleton import projection_weight
 from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.rebuilding import Rebuilding
+from shardprune.solvers.statistics import Summed
 
-Squares = tuple[dict[str, Tensor], int]  # of gradients by projection, summed over some sequences, and their number
+
+class SquaredGradients(Summed):
+    """Squares of the gradients of a block's output error by its dense weights, float32 [rows, cols] by projection,
+    summed over sequences."""
+
+    def __init__(self, dense: Mapping[str, Tensor]) -> None:
+        self.squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in dense.items()}
+        self.samples = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return self.squares
+
+    def add(self, gradients: Sequence[Tensor], scale: float) -> None:
+        """Add one sequence's gradients, which are too large by the factor `scale`."""
+        self.samples += 1
+        for square, gradient in zip(self.squares.values(), gradients, strict=True):
+            square += gradient.float().div_(scale).square_()
+
+    def mean(self, name: str, label: str) -> Tensor:
+        """Return the mean squared gradient of a projection, float32 [rows, cols].
+
+        Raises:
+            SolverError: it is not finite; names the projection.
+        """
+        squares = self.squares[name] / self.samples
+        if not bool(torch.isfinite(squares).all()):
+            raise SolverError(f"{label} {name}: its gradients are not finite: the activations overflow")
+        return squares
 
 
 class _Reached(Exception):
@@ -37,41 +65,42 @@ class Block:
         self.layer = layer
         self.dense = dense
         self.last = layer.get_submodule(list(dense)[-1])
-        self.squares: dict[str, Tensor] = {}
-        self.samples = 0
 
-    def compare(self, hidden: Tensor, arguments: Mapping[str, Any], gradients: bool) -> tuple[float, float]:
+    def compare(
+        self, hidden: Tensor, arguments: Mapping[str, Any], gradients: SquaredGradients | None
+    ) -> tuple[float, float]:
         """Run one wave [wave, seqlen, hidden] of the sparse model's activations through the block, dense and
         sparse.
 
         Args:
             arguments: of the layer's forward pass, for one sequence.
-            gradients: whether to add each sequence's squared gradient of ||dense - sparse||^2 by the dense
-                weights to the sums.
+            gradients: takes the squares of each sequence's gradient of ||dense - sparse||^2 by the dense weights; None
+                where they are not needed.
 
         Returns ||dense - sparse||^2 and ||dense||^2 of the outputs.
         """
         lost = norm = 0.0
         for sequence in hidden.split(1):
-            with _repeatable(hidden.device, gradients):
+            with _repeatable(hidden.device, gradients is not None):
                 sparse = self._output({}, sequence, arguments)
-                with torch.set_grad_enabled(gradients):
-                    leaves = {name: weight.detach().requires_grad_(gradients) for name, weight in self.dense.items()}
+                with torch.set_grad_enabled(gradients is not None):
+                    leaves = {
+                        name: weight.detach().requires_grad_(gradients is not None)
+                        for name, weight in self.dense.items()
+                    }
                     dense = self._output(leaves, sequence, arguments)
                     error = dense.float() - sparse.float()
                     loss = error.square().sum()
                     scale = _scale(error.detach())
                     scaled = loss * scale
-                if gradients:
-                    self._add(torch.autograd.grad(scaled, list(leaves.values())), scale)
+                if gradients is not None:
+                    gradients.add(torch.autograd.grad(scaled, list(leaves.values())), scale)
             lost += float(loss.detach())
             norm += float(dense.detach().float().square().sum())
-        if gradients:
-            self.samples += len(hidden)
         return lost, norm
 
     def rebuild(
-        self, settings: Rebuilding, patterns: Mapping[str, Pattern], parts: Sequence[Squares], label: str
+        self, settings: Rebuilding, patterns: Mapping[str, Pattern], gradients: SquaredGradients | None, label: str
     ) -> tuple[int, dict[str, int]]:
         """Swap weights of the block's projections in the layer.
 
@@ -79,7 +108,7 @@ class Block:
         so that its zeros move between them; any other granularity leaves every projection as many as it had.
 
         Args:
-            parts: the squared gradients of all replicas in their order.
+            gradients: those of all replicas, where the settings need them.
 
         Raises:
             SolverError: a gradient is not finite.
@@ -88,8 +117,7 @@ class Block:
         if settings.threshold > 0:
             names = list(self.dense)
             for paired in [names] if settings.granularity == "block" else [[name] for name in names]:
-                swaps += self._swap(paired, settings, patterns, parts, label)
-        self.squares = {}
+                swaps += self._swap(paired, settings, patterns, gradients, label)
         return swaps, {name: int((projection_weight(self.layer, name) == 0).sum()) for name in self.dense}
 
     def _swap(
@@ -97,14 +125,14 @@ class Block:
         names: list[str],
         settings: Rebuilding,
         patterns: Mapping[str, Pattern],
-        parts: Sequence[Squares],
+        gradients: SquaredGradients | None,
         label: str,
     ) -> int:
         """Swap weights of projections that are paired together; returns how many pairs."""
         masked = []
         for name in names:
             mask = projection_weight(self.layer, name) == 0
-            squares = self._mean_squares(name, parts, label) if settings.needs_gradients else None
+            squares = gradients.mean(name, label) if gradients else None
             masked.append(Masked(scores(settings.metric, self.dense[name], squares, mask), mask, patterns[name]))
         masks, swaps = rebuild(masked, settings.granularity, settings.threshold)
         for name, old, mask in zip(names, masked, masks, strict=True):
@@ -116,20 +144,6 @@ class Block:
         before, after = (sum(int(mask.sum()) for mask in some) for some in ((old.mask for old in masked), masks))
         assert before == after, f"{label} {', '.join(names)}: {after} zeros, not {before}"
         return swaps
-
-    def _mean_squares(self, name: str, parts: Sequence[Squares], label: str) -> Tensor:
-        squares = torch.zeros_like(self.dense[name], dtype=torch.float32)
-        for part, _ in parts:
-            squares += part[name].to(squares.device)
-        squares /= sum(count for _, count in parts)
-        if not bool(torch.isfinite(squares).all()):
-            raise SolverError(f"{label} {name}: its gradients are not finite: the activations overflow")
-        return squares
-
-    def _add(self, gradients: Sequence[Tensor], scale: float) -> None:
-        for name, gradient in zip(self.dense, gradients, strict=True):
-            square = gradient.float().div_(scale).square_()
-            self.squares[name] = self.squares[name].add_(square) if name in self.squares else square
 
     def _output(self, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """The block's output for hidden states that enter the layer, with the given projections in the place

@@ -1,8 +1,8 @@
 """A worker's waves: in, through the layers of its shard, and out; what only passes through may be observed."""
 
 import socket
-from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,23 +11,17 @@ from shardprune.errors import SolverError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.layers import Layers, LayerStore, Version
-from shardprune.shard.ledger import Ledger, Span, timed
+from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
 from shardprune.shard.memory import peak_bytes
 from shardprune.shard.spec import ForwardSpec
+from shardprune.shard.verbs import verb
 from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
-from shardprune.solvers.statistics import InputStatistics, Sums, merged
+from shardprune.solvers.statistics import InputStatistics, Kind, Part, Summed
 
 ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
-
-
-class Summing(Protocol):
-    """Sums over an input of a layer."""
-
-    def add(self, inputs: Tensor, samples: int) -> None:
-        """Add the inputs [..., cols] of one wave of `samples` sequences."""
 
 
 class ForwardWorker:
@@ -42,7 +36,7 @@ class ForwardWorker:
         self.skeleton.load_frame(self.checkpoint)
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
-        self._observed: dict[int, list[InputStatistics]] = {}
+        self.sums: dict[int, dict[str, Summed]] = {}  # by layer, then by the name of the statistic
         if self.skeleton.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -52,7 +46,7 @@ class ForwardWorker:
             self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.weights == "streamed"
         )
 
-    @timed
+    @verb("read")
     def load(self, version: Version) -> None:
         """Read all layers of the shard ahead of the first wave, so that shards read theirs at the same time."""
         for index in self.spec.layers:
@@ -60,23 +54,23 @@ class ForwardWorker:
 
     # -- waves in and out -----------------------------------------------------------------------------------
 
-    @timed
+    @verb("forward")
     def embed(self, tokens: Tensor) -> Tensor:
         """The hidden states [wave, seqlen, hidden] that enter the first layer."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
         return self.skeleton.embed(tokens).cpu().contiguous()
 
-    @timed
+    @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
         """Keep a wave that has arrived."""
         self.activations.put(stream, wave, hidden)
 
-    @timed
+    @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
         """Hand a kept wave on."""
         return self.activations.take(stream, wave).contiguous()
 
-    @timed
+    @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
         """The summed token loss of each sequence, from the last layer's output [wave, seqlen, hidden]."""
         self.skeleton.load_frame(self.checkpoint, head=True)
@@ -88,7 +82,7 @@ class ForwardWorker:
             sums.append(float(nn.functional.cross_entropy(logits, targets, reduction="sum")))
         return sums
 
-    @timed
+    @verb("forward")
     def log_likelihoods(self, hidden: Tensor, targets: Sequence[Targets]) -> list[list[LogLikelihood]]:
         """How likely the model finds continuations of sequences, from the last layer's output [wave, seqlen, hidden]
         for sequences that are padded on their right.
@@ -109,7 +103,7 @@ class ForwardWorker:
 
     # -- passing through ------------------------------------------------------------------------------------
 
-    @timed
+    @verb("forward")
     def forward(
         self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int, observed: bool
     ) -> Tensor:
@@ -126,49 +120,78 @@ class ForwardWorker:
                 hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
         return hidden.cpu().contiguous()
 
-    @timed
+    @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
         """Replace one kept wave by its image under one layer, which may be observed as in `forward`."""
         hidden = self.activations.get(stream, wave)
         observing = self._observing(index) if observed else None
         self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
 
-    @timed
-    def observed(self, index: int) -> list[Sums]:
-        """Hand out the sums of a layer's inputs over the observed waves of this replica."""
-        return [(statistics.sums.cpu(), statistics.samples) for statistics in self._observed.pop(index)]
+    @verb("statistics", layer="index")
+    def accumulate(self, stream: str, wave: int, index: int, passed_on: bool) -> None:
+        """Add one kept wave to the sums over a dense layer's inputs.
 
-    @timed
-    def outliers(self, index: int, m: float, *parts: list[Sums] | None) -> Outliers:
-        """The outlier ratios of a dense layer whose inputs were observed.
+        The wave stays as it is, or is `passed_on`: replaced by its image under the layer.
+        """
+        if index not in self.sums:
+            self.sums[index] = self.empty_sums(index)
+        if self.sums[index] or passed_on:  # a method that looks at the weights alone sums up nothing
+            image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
+            if passed_on:
+                self.activations.replace(stream, wave, image)
+
+    # -- sums of replicas ---------------------------------------------------------------------------------------
+
+    @verb("exchange", layer="index")
+    def hand_out(self, index: int, name: str) -> Part | None:
+        """Give a statistic of a layer up to another replica; None where this run does not need it.
+
+        Those of an input are named by the first projection that reads it, those of a block by the block.
+        """
+        sums = self.sums.get(index, {})
+        statistic = sums.pop(name, None)
+        if not sums:
+            self.sums.pop(index, None)
+        return statistic.part() if statistic else None
+
+    @verb("exchange", layer="index")
+    def merge(self, index: int, name: str, *parts: Part | None) -> None:
+        """Make a statistic of a layer the sums of all replicas.
 
         `parts` are the replicas' sums in their order, None in this worker's own place.
         """
-        layer = self.layers.get(index, "dense")
+        if statistic := self.sums.get(index, {}).get(name):
+            statistic.merge(parts)
+
+    @verb("solve", layer="index")
+    def outliers(self, index: int, m: float) -> Outliers:
+        """Return the outlier ratios of a dense layer whose inputs were observed, by the sums of all replicas."""
+        layer, sums = self.layers.get(index, "dense"), self.sums.pop(index)
         squares: dict[str, Tensor] = {}
-        for group, own in enumerate(self._observed.pop(index)):
-            total = merged(own, [part[group] if part else None for part in parts])
-            squares |= dict.fromkeys(self.skeleton.family.inputs[group], total.mean_squares)
+        for names in self.skeleton.family.inputs:
+            statistics = sums[names[0]]
+            assert isinstance(statistics, InputStatistics)
+            squares |= dict.fromkeys(names, statistics.mean_squares)
         weights = {name: projection_weight(layer, name) for name in self.skeleton.family.projections}
         if not all(bool(torch.isfinite(square).all()) for square in squares.values()):
             raise SolverError(f"layer {index}: its inputs are not finite: the activations overflow")
         return outlier_ratios({name: (weights[name], squares[name]) for name in weights}, m)
 
-    @timed
+    @verb("exchange")
     def fork(self, stream: str, into: str) -> None:
         """Keep a copy of all waves of a stream under another name."""
         self.activations.fork(stream, into)
 
-    @timed
+    @verb("exchange")
     def discard(self, hidden: Tensor) -> None:
         """The end of a wave that nobody needs any more."""
 
-    @timed
+    @verb("exchange")
     def drop(self, stream: str) -> None:
         """Forget the waves of a stream."""
         self.activations.drop(stream)
 
-    @timed
+    @verb("exchange")
     def release(self) -> None:
         """Give back what only a finished pass needed: the embedding, the head, streamed layers."""
         if self.spec.weights == "streamed":
@@ -197,32 +220,45 @@ class ForwardWorker:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _run(self, index: int, version: Version, hidden: Tensor, statistics: Sequence[Summing] | None = None) -> Tensor:
-        """One wave through one layer; what its projections read adds to `statistics`, one for each input."""
-        return self._through(self.layers.get(index, version), index, hidden, statistics)
-
-    def _through(self, layer: nn.Module, index: int, hidden: Tensor, statistics: Sequence[Summing] | None) -> Tensor:
+    def _run(self, index: int, version: Version, hidden: Tensor, sums: Mapping[str, Summed] | None = None) -> Tensor:
+        """One wave through one layer; what its projections read adds to `sums` over its inputs."""
+        layer = self._layer(index, version)
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
-        hooks = [
-            layer.get_submodule(names[0]).register_forward_pre_hook(
-                lambda _module, inputs, target=target: target.add(inputs[0], len(hidden))
+        hooks = []
+        for name, statistics in (sums or {}).items():
+            assert isinstance(statistics, InputStatistics)
+            hooks.append(
+                layer.get_submodule(name).register_forward_pre_hook(
+                    lambda _module, inputs, target=statistics: target.add(inputs[0], len(hidden))
+                )
             )
-            for names, target in zip(self.skeleton.family.inputs, statistics or (), strict=bool(statistics))
-        ]
         try:
             return self.skeleton.forward_layer(layer, hidden, arguments)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _observing(self, index: int) -> list[InputStatistics]:
-        if index not in self._observed:
-            shapes = self.skeleton.projection_shapes(index)
-            self._observed[index] = [
-                InputStatistics.empty("squares", shapes[names[0]][1], self.skeleton.device)
-                for names in self.skeleton.family.inputs
-            ]
-        return self._observed[index]
+    def _layer(self, index: int, version: Version) -> nn.Module:
+        return self.layers.get(index, version)
+
+    def _observing(self, index: int) -> dict[str, Summed]:
+        """The sums over a layer's inputs that `outliers` needs."""
+        if index not in self.sums:
+            self.sums[index] = {**self.empty_statistics(index, "squares")}
+        return self.sums[index]
+
+    def empty_sums(self, index: int) -> dict[str, Summed]:
+        """Return what `accumulate` sums up over a layer's inputs, from nothing; workers that change layers have their
+        own."""
+        return {**self.empty_statistics(index, "squares")}
+
+    def empty_statistics(self, index: int, kind: Kind) -> dict[str, InputStatistics]:
+        """Return empty statistics of each input of a layer, by the first projection that reads it."""
+        shapes = self.skeleton.projection_shapes(index)
+        return {
+            name: InputStatistics.empty(kind, shapes[name][1], self.skeleton.device)
+            for name, *_ in self.skeleton.family.inputs
+        }
 
     def _place(self) -> Literal["device", "host"]:
         """Where waves are kept: in host memory where they would not leave a GPU room for the work."""

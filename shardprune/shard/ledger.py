@@ -1,16 +1,21 @@
-"""What a worker did: every call of a verb counts, for its result, the run's timeline and whoever watches."""
+"""Per-worker call statistics, for the result, the timeline and metrics."""
 
-import functools
-import inspect
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-import torch
-from torch import Tensor
+# What a verb's calls do:
+#   read        layers from storage
+#   forward     one wave through layers, or through the head
+#   statistics  one wave through a layer or block, whose inputs or gradients add to sums
+#   propagate   one kept wave through a layer, whose image takes its place
+#   solve       from sums to weights, masks and ratios
+#   write       a layer's file
+#   exchange    waves, sums and weights that go from worker to worker, and what a worker keeps
+Kind = Literal["read", "forward", "statistics", "propagate", "solve", "write", "exchange"]
+OF_ONE_WAVE: frozenset[Kind] = frozenset({"forward", "statistics", "propagate"})  # one call, one wave
 
-PAUSE_SECONDS = 1.0  # in a verb's calls, after which they are told apart
+PAUSE_SECONDS = 1.0  # between two calls of a verb, from which on they count as two spans
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Span:
     """
 
     verb: str
+    kind: Kind
     layer: int | None
     start: float
     end: float
@@ -31,15 +37,15 @@ class Span:
     bytes: int = 0
 
     def plain(self) -> list[Any]:
-        """As a row of plain values, in the order of the fields."""
+        """As a row of plain values: verb, layer, start, end, busy, calls, bytes, kind."""
         times = (round(self.start, 3), round(self.end, 3), round(self.busy, 4))
-        return [self.verb, self.layer, *times, self.calls, self.bytes]
+        return [self.verb, self.layer, *times, self.calls, self.bytes, self.kind]
 
 
 class Watcher(Protocol):
-    """Who is told of every call as it ends."""
+    """A function that is called with every call of a verb as it ends."""
 
-    def __call__(self, verb: str, seconds: float, received: int) -> None: ...
+    def __call__(self, verb: str, kind: Kind, seconds: float, received: int) -> None: ...
 
 
 class Ledger:
@@ -51,7 +57,7 @@ class Ledger:
         self._spans: dict[tuple[str, int | None], Span] = {}  # to which calls may be added
         self._closed: list[Span] = []
 
-    def add(self, verb: str, layer: int | None, seconds: float, received: int) -> None:
+    def add(self, verb: str, kind: Kind, layer: int | None, seconds: float, received: int) -> None:
         """A call has ended."""
         self.seconds[verb] = self.seconds.get(verb, 0.0) + seconds
         now = time.time()
@@ -59,51 +65,16 @@ class Ledger:
         if span is None or now - seconds - span.end > PAUSE_SECONDS:
             if span:
                 self._closed.append(span)
-            span = self._spans[verb, layer] = Span(verb, layer, now - seconds, now)
+            span = self._spans[verb, layer] = Span(verb, kind, layer, now - seconds, now)
         span.end = now
         span.busy += seconds
         span.calls += 1
         span.bytes += received
         if self.watcher:
-            self.watcher(verb, seconds, received)
+            self.watcher(verb, kind, seconds, received)
 
     def hand_out(self) -> list[Span]:
         """The spans since the last time, in the order of their starts."""
         spans = sorted([*self._closed, *self._spans.values()], key=lambda span: span.start)
         self._spans, self._closed = {}, []
         return spans
-
-
-class Accounting(Protocol):
-    """Who has a ledger."""
-
-    ledger: Ledger
-
-
-def timed(verb: Callable) -> Callable:
-    """Enter every call of a worker's verb into its ledger, with the layer that its argument `index` names."""
-    names = list(inspect.signature(verb).parameters)
-    place = names.index("index") - 1 if "index" in names else None
-
-    @functools.wraps(verb)
-    def wrapper(self: Accounting, *args: Any) -> Any:
-        started = time.monotonic()
-        try:
-            with torch.no_grad():
-                return verb(self, *args)
-        finally:
-            layer = args[place] if place is not None else None
-            self.ledger.add(verb.__name__, layer, time.monotonic() - started, _bytes(args))
-
-    return wrapper
-
-
-def _bytes(value: Any) -> int:
-    """The bytes of all tensors in a value."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        return sum(_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(_bytes(item) for item in value)
-    return 0

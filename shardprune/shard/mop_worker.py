@@ -8,23 +8,28 @@ from torch import Tensor, nn
 from shardprune.model.saving import write_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.shard.current_layers import CurrentLayers, Saved, parameters_of
+from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
-from shardprune.shard.ledger import timed
+from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.width_worker import WidthWorker
+from shardprune.shard.verbs import of_part, verb
+from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord
 
 Watched = Literal["nothing", "angles", "inputs"]
 REFERENCE = "reference"  # stream of what comes out of the original model's last layer
 
 
-class MopWorker(WidthWorker):
+class MopWorker(ForwardWorker):
     """One replica of one shard, whose layers may become narrower, go, or move to another shard."""
 
+    spec: WorkerSpec
     layers: CurrentLayers
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
+        self.narrowed = NarrowedLayers(self, spec.scoring, spec.measure_error)
         self._angles: dict[int, dict[int, Tensor]] = {}
 
     def _open_layers(self) -> CurrentLayers:
@@ -32,44 +37,43 @@ class MopWorker(WidthWorker):
 
     # -- the current layers -----------------------------------------------------------------------------------
 
-    @timed
+    @verb("read")
     def read(self, indices: tuple[int, ...], saved: Saved | None) -> None:
         """Hold these layers and no others, read from the checkpoint or from what an iteration saved."""
         if saved is None:
             self.layers.read(indices)
         else:
             journal = Journal(saved.folder, self.spec.fingerprint, len(saved.layers), self.checkpoint.stored_name)
-            self.layers.read_saved(indices, journal, saved.layers, self._skeleton_of(saved.widths))
-        self._narrowed.clear()
+            blanks = skeleton_of_widths(self.skeleton, saved.widths)
+            self.layers.read_saved(indices, journal, saved.layers, blanks)
+        self.narrowed.give_up()
 
-    @timed
+    @verb("exchange")
     def adopt(self) -> None:
         """The narrowed layers are the current ones from now on."""
-        self.layers.put(self._narrowed)
-        self._narrowed, self._choices = {}, {}
+        self.layers.put(self.narrowed.give_up())
 
-    @timed
+    @verb("exchange")
     def discard_narrowed(self) -> None:
         """Forget the narrowed layers."""
-        self._narrowed, self._choices = {}, {}
+        self.narrowed.give_up()
 
-    @timed
+    @verb("exchange", layer="index")
     def remove(self, index: int) -> None:
         """A layer has gone."""
         self.layers.pop(index)
 
-    @timed
+    @verb("exchange", layer="index")
     def hand_over(self, index: int) -> dict[str, Tensor]:
         """Give a layer up to another shard."""
         return parameters_of(self.layers.pop(index))
 
-    @timed
+    @verb("exchange", layer="index")
     def take_over(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:
         """Hold a layer that another shard has given up."""
-        self._take(index, widths, parameters)
-        self.layers.put({index: self._narrowed.pop(index)})
+        self.layers.put({index: self.narrowed.build(index, widths, parameters)})
 
-    @timed
+    @verb("write", layer="index")
     def write(self, folder: str, layers: int, index: int, position: int) -> None:
         """Write a current layer as the one at `position` of a model of `layers` layers."""
         journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
@@ -77,11 +81,11 @@ class MopWorker(WidthWorker):
         # From memory, but for what memory does not hold exactly: norms may be stored wider than they compute.
         entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
         exact = {name for name, entry in entries.items() if self.skeleton.dtype in (entry.dtype, torch.float32)}
-        write_layer(journal, self.checkpoint, self.skeleton, index, layer, exact, {}, position)
+        write_layer(journal, self.checkpoint, self.skeleton, index, layer, exact, LayerRecord(position))
 
     # -- what candidates are judged by --------------------------------------------------------------------------
 
-    @timed
+    @verb("forward")
     def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, watched: Watched) -> Tensor:
         """One wave through some of the shard's layers.
 
@@ -90,19 +94,21 @@ class MopWorker(WidthWorker):
         """
         hidden = hidden.to(self.skeleton.device)
         for index in layers:
-            sums = self._gathered_of(index) if watched == "inputs" else None
+            sums = None
+            if watched == "inputs":
+                sums = self.sums[index] = self.sums.get(index) or self.empty_sums(index)
             before, hidden = hidden, self._run(index, version, hidden, sums)
             if watched == "angles":
                 cosines = nn.functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
                 self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
         return hidden.cpu().contiguous()
 
-    @timed
+    @verb("exchange", layer="index")
     def angles(self, index: int) -> dict[int, float]:
         """Hand out a layer's sums of cosines by wave."""
         return {wave: float(total) for wave, total in self._angles.pop(index, {}).items()}
 
-    @timed
+    @verb("forward")
     def judge(self, wave: int, hidden: Tensor, criterion: str) -> list[float]:
         """How near the logits of each sequence are to those of the original model, summed over tokens: the cosine
         of the angle between them, or the divergence KL(original || this) of the tokens that they predict.
@@ -123,6 +129,23 @@ class MopWorker(WidthWorker):
                 values = nn.functional.kl_div(logs, targets, reduction="none", log_target=True).sum(-1)
             sums.append(float(values.sum(dtype=torch.float64)))
         return sums
+
+    # -- making layers narrower -------------------------------------------------------------------------------
+
+    narrow = of_part("narrowed", NarrowedLayers.narrow)
+    choice = of_part("narrowed", NarrowedLayers.choice)
+    install_narrowed = of_part("narrowed", NarrowedLayers.install_narrowed)
+
+    def empty_sums(self, index: int) -> dict[str, Summed]:
+        """Return what `narrow` needs of a layer's inputs, from nothing."""
+        return {**self.narrowed.empty_sums(index)}
+
+    def _layer(self, index: int, version: Version) -> nn.Module:
+        if version == "narrowed":
+            layer = self.narrowed.get(index)
+            assert layer is not None
+            return layer
+        return super()._layer(index, version)
 
     def usage(self) -> dict[str, Any]:
         """As of every worker; the layers are the first and last of those that it holds now."""

@@ -1,8 +1,7 @@
 """Making one decoder layer narrower: which groups and neurons stay, and what its projections become."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -25,42 +24,38 @@ from shardprune.solvers.structures import (
     neuron_activity,
     outlier_shares,
 )
+from shardprune.storage.records import KeptStructures
 
 DAMPING = 0.01
-Part = tuple[Tensor, int, Tensor]  # of an input: sums, number of sequences, activity
 
 
-class Gathered:
-    """Sums over one input of a layer; for AMP of an output projection's input also how active its heads or neurons
-    are, float32 [structures], empty where it is not wanted."""
+@dataclass
+class WidthStatistics(InputStatistics):
+    """Sums over one input of a layer that is to lose structures; for AMP also how active the heads or neurons are that
+    make up the input of an output projection.
 
-    def __init__(self, statistics: InputStatistics, weight: Tensor | None = None, size: int = 1) -> None:
-        self.statistics = statistics
-        self._weight, self._size = weight, size
-        active = 0 if weight is None else weight.shape[1] // size
-        self.activity = torch.zeros(active, device=statistics.sums.device)
+    `activity` is float32 [structures], empty where no `weight` [rows, cols] of an output projection is given, whose
+    structures own `size` columns each.
+    """
+
+    weight: Tensor | None = None
+    size: int = 1
+    activity: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        active = 0 if self.weight is None else self.weight.shape[1] // self.size
+        self.activity = torch.zeros(active, device=self.sums.device)
 
     def add(self, inputs: Tensor, samples: int) -> None:
         """Add the inputs [..., cols] of one wave of `samples` sequences."""
-        self.statistics.add(inputs, samples)
-        if self._weight is not None and self._size == 1:
+        super().add(inputs, samples)
+        if self.weight is not None and self.size == 1:
             self.activity += neuron_activity(inputs)
-        elif self._weight is not None:
-            self.activity += head_contributions(inputs, self._weight, self._size)
+        elif self.weight is not None:
+            self.activity += head_contributions(inputs, self.weight, self.size)
 
-    def part(self) -> Part:
-        """What travels to the replica that narrows."""
-        return self.statistics.sums.cpu(), self.statistics.samples, self.activity.cpu()
-
-    def merge(self, parts: Sequence[Part | None]) -> None:
-        """Become the sums of all replicas, added in their order; None stands for these here."""
-        own = (self.statistics.sums, self.statistics.samples, self.activity)
-        self.statistics = InputStatistics(self.statistics.kind, torch.zeros_like(own[0]))
-        self.activity = torch.zeros_like(own[2])
-        for part in parts:
-            sums, samples, activity = part or own
-            self.statistics.merge(sums, samples)
-            self.activity += activity.to(self.activity.device)
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "activity": self.activity}
 
 
 @dataclass(frozen=True)
@@ -78,6 +73,16 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Corrected:
+    """An output projection's columns that stay: the corrected `weight` [rows, kept columns] where they are corrected,
+    the relative output `error` where the second moments are known, and the solver's `retries`."""
+
+    weight: Tensor | None
+    error: float | None
+    retries: int
+
+
+@dataclass(frozen=True)
 class Narrowing:
     """One layer that is to have other widths.
 
@@ -92,33 +97,36 @@ class Narrowing:
     stored: Mapping[str, torch.dtype]
     label: str
 
-    def choose(self, gathered: list[Gathered]) -> tuple["Choice", dict[str, Any]]:
-        """Choose the structures that stay, and correct the output projections.
+    def choose(self, statistics: Mapping[str, WidthStatistics]) -> tuple["Choice", KeptStructures]:
+        """Choose the structures that stay, and correct the output projections; return the choice and its report.
 
         Args:
-            gathered: of each input of the layer.
-
-        Returns the choice and a report: indices of the `groups` and `neurons` that stay, relative output `errors` of
-        the output projections where the second moments are known, and the solver's `retries`.
+            statistics: of each input of the layer, by the first projection that reads it.
 
         Raises:
             SolverError: names the projection.
         """
-        sums = {name: of for names, of in zip(self.family.inputs, gathered, strict=True) for name in names}
-        report: dict[str, Any] = {"errors": {}, "retries": 0}
-        choice = Choice({}, {})
+        sums = {name: statistics[names[0]] for names in self.family.inputs for name in names}
+        stay: dict[Unit, Tensor] = {}
+        corrections: dict[str, Corrected] = {}
         for name, unit in self.family.columns.items():
-            if not sums[name].statistics.finite:
+            if not sums[name].finite:
                 raise SolverError(f"{self.label} {name}: its inputs are not finite: the activations overflow")
             try:
                 kept = self._choose(name, unit, sums)
                 if len(kept) < self._count_before(name, unit):
-                    self._correct(name, kept, sums[name].statistics, choice, report)
+                    corrections[name] = self._correct(name, kept, sums[name])
             except SolverError as error:
                 raise SolverError(f"{self.label} {name}: {error}") from error
-            choice.kept[unit] = kept
-            report["neurons" if unit == "neuron" else "groups"] = kept.tolist()
-        return choice, report
+            stay[unit] = kept
+        weights = {name: entry.weight for name, entry in corrections.items() if entry.weight is not None}
+        report = KeptStructures(
+            groups=tuple(stay["query"].tolist()),
+            neurons=tuple(stay["neuron"].tolist()),
+            errors={name: entry.error for name, entry in corrections.items() if entry.error is not None},
+            retries=sum(entry.retries for entry in corrections.values()),
+        )
+        return Choice(stay, weights), report
 
     def cut(self, choice: "Choice") -> dict[str, Tensor]:
         """The parameters of the layer that change, by their names within it."""
@@ -139,7 +147,7 @@ class Narrowing:
                     changed[f"{name}.{leaf}"] = parameter[rows]
         return changed
 
-    def _choose(self, name: str, unit: Unit, sums: dict[str, Gathered]) -> Tensor:
+    def _choose(self, name: str, unit: Unit, sums: dict[str, WidthStatistics]) -> Tensor:
         """Indices of the structures that stay of those that own an output projection's columns."""
         weight, count = projection_weight(self.layer, name), self._count(unit)
         if count == self._count_before(name, unit):
@@ -148,14 +156,14 @@ class Narrowing:
             activity = sums[name].activity
             return keep_largest(activity if unit == "neuron" else activity.view(-1, self.heads.queries).sum(1), count)
         if self.scoring.score == "obs":
-            factor = factorise(sums[name].statistics.hessian, DAMPING)  # as large as H: given back at once
+            factor = factorise(sums[name].hessian, DAMPING)  # as large as H: given back at once
             return keep_by_error(weight.float(), factor, self.heads.rows(unit), count)
         shares, means = self._outliers(name, unit, sums)
         return keep_largest(shares, count, ties=means).to(weight.device)
 
-    def _outliers(self, name: str, unit: Unit, sums: dict[str, Gathered]) -> tuple[Tensor, Tensor]:
+    def _outliers(self, name: str, unit: Unit, sums: dict[str, WidthStatistics]) -> tuple[Tensor, Tensor]:
         """The share of outliers among the weights that each structure owns, and the mean of their metric."""
-        squares = {name: of.statistics.mean_squares for name, of in sums.items()}
+        squares = {name: of.mean_squares for name, of in sums.items()}
         weights = {name: projection_weight(self.layer, name) for name in self.family.projections}
         threshold = self.scoring.outlier_m * mean_metric((weights[name], squares[name]) for name in weights)
         count = self._count_before(name, unit)
@@ -168,23 +176,23 @@ class Narrowing:
                 owned.append(Owned(weights[projection], squares[projection], owners, 0))
         return outlier_shares(owned, count, threshold)
 
-    def _correct(
-        self, name: str, kept: Tensor, statistics: InputStatistics, choice: "Choice", report: dict[str, Any]
-    ) -> None:
-        """Correct the columns of an output projection that stay, if they are to be, and report the error."""
+    def _correct(self, name: str, kept: Tensor, statistics: InputStatistics) -> "Corrected":
+        """Correct the columns of an output projection that stay, if they are to be, and measure the error."""
         weight = projection_weight(self.layer, name)
         columns = columns_of(kept, self.heads.rows(self.family.columns[name]))
         cut = weight[:, columns]
+        corrected, retries, error = None, 0, None
         if self.scoring.correction:
             correction = correct(weight.float(), statistics, columns, DAMPING)
-            cut = choice.corrected[name] = correction.weight.to(self.stored[name]).to(weight.dtype)
-            report["retries"] += correction.retries
+            cut = corrected = correction.weight.to(self.stored[name]).to(weight.dtype)
+            retries = correction.retries
             if not bool(torch.isfinite(cut).all()):
                 raise SolverError("the corrected weight is not finite")
         if statistics.kind == "gram":
             whole = torch.zeros_like(weight, dtype=torch.float32)
             whole[:, columns] = cut.float()
-            report["errors"][name] = output_error(weight.float(), whole, statistics)
+            error = output_error(weight.float(), whole, statistics)
+        return Corrected(corrected, error, retries)
 
     def _rows(self, name: str, units: Sequence[Unit], kept: dict[Unit, Tensor]) -> Tensor:
         """The rows of a projection that stay, part after part."""
@@ -204,15 +212,20 @@ class Narrowing:
         return projection_weight(self.layer, name).shape[1] // self.heads.rows(unit)
 
 
-def gathering(layer: nn.Module, family: Family, heads: Heads, scoring: Scoring, measure_error: bool) -> list[Gathered]:
-    """Empty sums for each input of a layer: what the score, the correction and the output errors need."""
-    gathered = []
-    for names in family.inputs:
-        weight, unit = projection_weight(layer, names[0]), family.columns.get(names[0])
-        kind: Kind = "gram" if unit and scoring.needs_gram(measure_error) else "squares"
-        statistics = InputStatistics.empty(kind, weight.shape[1], weight.device)
+def width_statistics(
+    layer: nn.Module, family: Family, heads: Heads, scoring: Scoring, measure_error: bool
+) -> dict[str, WidthStatistics]:
+    """Return empty statistics of each input of a layer, by the first projection that reads it: what the score, the
+    correction and the output errors need."""
+    found = {}
+    for name, *_ in family.inputs:
+        weight, unit = projection_weight(layer, name), family.columns.get(name)
+        cols = weight.shape[1]
+        shape = (cols, cols) if unit and scoring.needs_gram(measure_error) else (cols,)
+        sums = torch.zeros(shape, dtype=torch.float32, device=weight.device)
+        kind: Kind = "gram" if len(shape) == 2 else "squares"
         if unit and scoring.score == "amp":
-            gathered.append(Gathered(statistics, weight, heads.dim if unit == "query" else 1))
+            found[name] = WidthStatistics(kind, sums, weight=weight, size=heads.dim if unit == "query" else 1)
         else:
-            gathered.append(Gathered(statistics))
-    return gathered
+            found[name] = WidthStatistics(kind, sums)
+    return found

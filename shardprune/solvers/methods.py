@@ -29,6 +29,10 @@ class Solution:
     damping: float | None = None
 
 
+# `prune(weight, statistics, pattern, sparsity)` of a method; the statistics may be None where it needs none.
+Solver = Callable[["Tensor", "InputStatistics | None", "Pattern", float], Solution]
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods.
@@ -44,7 +48,7 @@ class Method:
     named: bool = True
 
     @property
-    def prune(self) -> "Callable[[Tensor, InputStatistics, Pattern, float], Solution]":
+    def prune(self) -> "Solver":
         """The function `prune(weight, statistics, pattern, sparsity)`, which leaves its float32 weight [rows, cols]
         unchanged.
         """

@@ -1,5 +1,6 @@
-"""Statistics of a projection's input: sums over the calibration tokens."""
+"""Statistics: sums over the calibration tokens, how replicas add theirs up, and those of a projection's input."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,14 +11,48 @@ from torch import Tensor
 from shardprune.solvers.factor import Factor, factorise
 
 Kind = Literal["gram", "squares"]
+Part = tuple[dict[str, Tensor], int]  # one replica's sums by name, on the CPU, and the number of sequences behind them
+
+
+class Summed(ABC):
+    """A statistic that is summed over calibration sequences, of which every replica of a shard has a share.
+
+    A new one says what is summed (`tensors`) and how sequences add to it; it is handed out and merged as any other.
+    """
+
+    samples: int  # sequences behind the sums
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the sums by name: the statistic's own tensors, no copies."""
+
+    def part(self) -> Part:
+        """Return the sums as they travel to the replica that needs those of all."""
+        return {name: tensor.cpu() for name, tensor in self.tensors().items()}, self.samples
+
+    def merge(self, parts: Sequence[Part | None]) -> None:
+        """Become the sums of all replicas, of which None stands for this one.
+
+        They are added to zero in the order of the replicas: floating-point sums depend on their order, and a result
+        must not depend on which replica it is that merges.
+        """
+        own = {name: tensor.clone() for name, tensor in self.tensors().items()}, self.samples
+        self.samples = 0
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        for part in parts:
+            sums, samples = part or own
+            self.samples += samples
+            for name, tensor in self.tensors().items():
+                tensor += sums[name].to(tensor.device)
 
 
 @dataclass
-class InputStatistics:
+class InputStatistics(Summed):
     """Sums over the tokens of one input X [tokens, cols], shared by the projections that read it.
 
     `sums` is X^T X, float32 [cols, cols] (kind `gram`), or its diagonal alone, float32 [cols]
-    (kind `squares`); `samples` is the number N of sequences behind it. Sums of replicas add up.
+    (kind `squares`); `samples` is the number N of sequences behind it.
     """
 
     kind: Kind
@@ -42,10 +77,8 @@ class InputStatistics:
         else:
             add_gram(self.sums, tokens)
 
-    def merge(self, sums: Tensor, samples: int) -> None:
-        """Add the sums of a replica."""
-        self.sums += sums.to(self.sums.device)
-        self.samples += samples
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sums": self.sums}
 
     @property
     def mean_squares(self) -> Tensor:
@@ -94,18 +127,3 @@ def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> 
     norm = ((dense @ gram) * dense).sum(dtype=torch.float64)
     lost = ((change @ gram) * change).sum(dtype=torch.float64)
     return float(lost / norm) if norm > 0 else 0.0
-
-
-Sums = tuple[Tensor, int]  # sums over some sequences' inputs, and the number of sequences
-
-
-def merged(own: InputStatistics, parts: Sequence[Sums | None]) -> InputStatistics:
-    """Return the sums over all replicas, in their order; `parts` is empty for a single one, and None in the worker's
-    place.
-    """
-    if not parts:
-        return own
-    total = InputStatistics(own.kind, torch.zeros_like(own.sums))
-    for part in parts:
-        total.merge(*(part or (own.sums, own.samples)))
-    return total

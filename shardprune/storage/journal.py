@@ -16,6 +16,7 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, RESULT, STATE
+from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import Shapes, read_header, read_tensor, write_each
 
 KEY = "shardprune"  # of the record in the metadata of a layer file
@@ -112,8 +113,12 @@ class Journal:
 
     # -- layers ---------------------------------------------------------------------------------------------
 
-    def finished(self) -> dict[int, dict[str, Any]]:
-        """Return the records of all finished layers by layer index."""
+    def finished(self) -> dict[int, LayerRecord]:
+        """Return the records of all finished layers by their index.
+
+        Raises:
+            InputError: a layer file belongs to another run, or was written by another version.
+        """
         present = set(self.folder.names())
         records = {}
         for layer in range(self.layers):
@@ -123,18 +128,22 @@ class Journal:
                 except InputError:  # damaged, for example by a crash of the file system: prune the layer again
                     continue
                 record = json.loads(metadata.get(KEY, "{}"))
-                if record.get("fingerprint") != self.fingerprint:
+                if record.pop("fingerprint", None) != self.fingerprint:
                     raise InputError("out", f"{self.layer_file(layer)} belongs to another run")
-                records[layer] = record
+                try:
+                    records[layer] = LayerRecord.read(record)
+                except (KeyError, TypeError, ValueError) as error:
+                    reason = "was written by another version; choose an empty directory"
+                    raise InputError("out", f"{self.layer_file(layer)} {reason}") from error
         return records
 
-    def write_layer(self, layer: int, shapes: Shapes, tensor: Callable[[str], Tensor], record: dict[str, Any]) -> None:
-        """Write a finished layer with its record; resumed runs skip it from then on."""
-        whole = {"fingerprint": self.fingerprint, "layer": layer, **record}
+    def write_layer(self, shapes: Shapes, tensor: Callable[[str], Tensor], record: LayerRecord) -> None:
+        """Write the finished layer of a record; resumed runs skip it from then on."""
+        whole = {"fingerprint": self.fingerprint, **record.plain()}
         names = {self._stored_name(name): name for name in shapes}
         stored = {key: shapes[name] for key, name in names.items()}
         metadata = {KEY: json.dumps(whole)}
-        write_each(self.folder, self.layer_file(layer), stored, lambda key: tensor(names[key]), metadata)
+        write_each(self.folder, self.layer_file(record.layer), stored, lambda key: tensor(names[key]), metadata)
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors of a finished layer by name, one at a time."""

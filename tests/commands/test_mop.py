@@ -1,5 +1,6 @@
 """MoP in one process: candidates, scores, paths and what is kept, against plain formulations over whole models."""
 
+import functools
 import json
 import math
 from functools import cache
@@ -271,6 +272,7 @@ def dies_in(monkeypatch):
     def arm(verb: str, count: int) -> None:
         whole_verb, calls = getattr(MopWorker, verb), []
 
+        @functools.wraps(whole_verb)
         def failing(self, *args):
             calls.append(args)
             if len(calls) == count:

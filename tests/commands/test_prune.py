@@ -1,5 +1,6 @@
 """Runs in one process: what is written, and that layout, memory and interruptions do not change it."""
 
+import functools
 import json
 import pickle
 import shutil
@@ -291,6 +292,7 @@ def test_what_a_lost_worker_left_behind_is_removed(folder, tmp_path, monkeypatch
     """A worker that dies while it writes leaves its temporary file; the same driver goes on."""
     write = PruneWorker.write
 
+    @functools.wraps(write)
     def dying(self, index, record):
         (tmp_path / "o" / ".model-00004-of-00005.safetensors.0123abcd.tmp").write_bytes(b"half a layer")
         monkeypatch.setattr(PruneWorker, "write", write)

@@ -2,18 +2,22 @@
 
 import time
 from dataclasses import dataclass
+from typing import get_args
 
 import pytest
 
 from shardprune.cluster.layout import plan_layout
-from shardprune.planning.chart import LINES, WIDTH, idle_share, rows_of, timeline
+from shardprune.planning.chart import IDLE, LINES, MARKS, WIDTH, idle_share, rows_of, timeline
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.memory import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
-from shardprune.planning.simulation import simulate
+from shardprune.planning.simulation import NOT_SIMULATED, ROWS, simulate
 from shardprune.planning.traffic import traffic_of
 from shardprune.planning.workload import planned_task, read_model
+from shardprune.shard.ledger import Kind
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.verbs import kind_of, verbs_of
 from tests.planning.material import CONFIGS
 
 SLACK = 0.02  # what calls and their sending take, of steps of ten seconds
@@ -51,7 +55,7 @@ class Even(Costs):
     def _nothing(self, *_):
         return 0.0
 
-    put = take = losses = statistics = solve = solved = install = write = read = fork = _nothing
+    put = take = losses = statistics = merge = solve = solved = install = write = read = fork = _nothing
 
 
 @pytest.mark.parametrize("shards", [1, 4, 8])
@@ -157,6 +161,18 @@ def test_a_thousand_workers_are_simulated_in_seconds():
     assert len(lines) == LINES
     assert all(len(chart) == WIDTH for _, chart, _ in lines)
     assert len(rows_of(group)) == 1008
+
+
+def test_every_verb_of_a_pruning_worker_is_simulated_or_left_out_on_purpose():
+    known = [*ROWS, *NOT_SIMULATED]
+    verbs = verbs_of(PruneWorker)
+    assert {verb.__name__ for verb in known if kind_of(verb)} == verbs.keys()
+    assert all(getattr(PruneWorker, verb.__name__) is verb for verb in ROWS), "what the driver submits is looked up"
+
+
+def test_every_kind_of_work_has_its_mark():
+    assert set(get_args(Kind)) == MARKS.keys()
+    assert len({*MARKS.values(), IDLE}) == len(MARKS) + 1
 
 
 def test_a_timeline_shows_who_works_when():

@@ -1,5 +1,6 @@
 """Finished runs of every kind over tiny models, each made once for all tests of reports."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,7 @@ def _interrupted(folder, **fields):
     """A run whose driver was killed while it wrote its third layer, and which was started again."""
     write = PruneWorker.write
 
+    @functools.wraps(write)
     def failing(self, index, record):
         if index == 2:
             raise KeyboardInterrupt

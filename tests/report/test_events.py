@@ -48,10 +48,10 @@ def test_a_run_tells_its_phases_layers_and_what_its_workers_did(folder, tmp_path
         assert layer["sparsity"] == pytest.approx(zeros / sum(tensor.numel() for tensor in wide), abs=1e-6)
 
     spans = [(event["shard"], *span) for event in events if event["event"] == "work" for span in event["spans"]]
-    solved = [(shard, layer, calls) for shard, verb, layer, _, _, _, calls, _ in spans if verb == "solve"]
+    solved = [(shard, layer, calls) for shard, verb, layer, _, _, _, calls, *_ in spans if verb == "solve"]
     assert solved == [(0, 0, 4), (0, 1, 4), (1, 2, 4), (1, 3, 4)]  # one call for each distinct input
     wave_bytes = 4 * 24 * 32 * 4
-    moved = [moved for shard, verb, *_, moved in spans if (shard, verb) == (1, "put")]
+    moved = [moved for shard, verb, *_, moved, _ in spans if (shard, verb) == (1, "put")]
     assert sum(moved) == 3 * wave_bytes  # three waves of four sequences arrived at the second shard
     busy = sum(span[5] for span in spans if span[0] == 0)
     assert busy == pytest.approx(result.workers[0].busy_seconds, abs=0.01)

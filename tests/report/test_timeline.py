@@ -1,11 +1,14 @@
 """A timeline against made-up events whose answer is plain, and against those of real runs."""
 
+from typing import get_args
+
 import pytest
 
 from shardprune.report.events import read_events
-from shardprune.report.page.history import History, Work
-from shardprune.report.page.timeline import COLUMNS, IDLE, _rows, timeline
+from shardprune.report.page.history import TRAINING, History, Work
+from shardprune.report.page.timeline import COLUMNS, IDLE, STYLES, _rows, timeline
 from shardprune.report.page.workers import LINES
+from shardprune.shard.ledger import Kind
 from shardprune.storage.folder import Folder
 
 
@@ -14,7 +17,7 @@ def event(time, name, **fields):
 
 
 def work(time, shard, *spans):
-    rows = [[verb, None, start, end, busy, 1, 0] for verb, start, end, busy in spans]
+    rows = [["verb", None, start, end, busy, 1, 0, kind] for kind, start, end, busy in spans]
     return event(time, "work", shard=shard, replica=0, spans=rows)
 
 
@@ -50,6 +53,16 @@ def test_columns_show_what_took_most_of_their_time():
     assert [at(second, seconds / 120) for seconds in (30, 70, 90, 110)] == [None, IDLE, "propagate", None]
     assert first.idle == pytest.approx(1 - 50 / 80)  # there from 20 to 100, when the last worker was done
     assert second.idle == pytest.approx(1 - 28 / 40)
+
+
+def test_spans_of_an_older_version_which_say_no_kind_are_shown_too():
+    spans = event(70.0, "work", shard=0, replica=0, spans=[["solve", 0, 20.0, 60.0, 40.0, 4, 0]])
+    (row,) = _rows(History(attempt(0.0, spans, end=120.0)), 120.0 / COLUMNS)
+    assert at(row, 30 / 120) == "exchange"
+
+
+def test_every_kind_of_work_has_its_style():
+    assert set(get_args(Kind)) | {TRAINING, IDLE} == STYLES.keys()
 
 
 def test_phases_are_the_innermost():

@@ -8,7 +8,7 @@ import torch
 from shardprune.errors import SolverError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton, projection_weight
-from shardprune.shard.blocks import Block
+from shardprune.shard.blocks import Block, SquaredGradients
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.rebuilding import Rebuilding
 from tests.support.tiny import CONFIGS, make_model
@@ -76,14 +76,17 @@ def test_gradients_and_errors_are_those_of_the_whole_layer(layer, label):
     arguments = skeleton.layer_arguments(LAYER, 1, hidden.shape[1])
     squares, lost, norm = plain(skeleton, dense, sparse, hidden, label, names)
 
-    assert block.compare(hidden, arguments, gradients=False) == pytest.approx((lost, norm), rel=1e-4)
-    assert block.squares == {}
-    first, second = (block.compare(part, arguments, gradients=True) for part in (hidden[:2], hidden[2:]))
+    assert block.compare(hidden, arguments, None) == pytest.approx((lost, norm), rel=1e-4)
+    sums, others = SquaredGradients(block.dense), SquaredGradients(block.dense)
+    first = block.compare(hidden[:2], arguments, sums)
+    second = block.compare(hidden[2:], arguments, others)
     assert (first[0] + second[0], first[1] + second[1]) == pytest.approx((lost, norm), rel=1e-4)
-    assert block.samples == 3
-    assert block.squares.keys() == squares.keys()
+    sums.merge([None, others.part()])
+    assert sums.samples == 3
+    assert sums.squares.keys() == squares.keys()
     for name, square in squares.items():
-        assert torch.allclose(block.squares[name], square, rtol=1e-3, atol=1e-6 * float(square.max())), name
+        assert torch.allclose(sums.squares[name], square, rtol=1e-3, atol=1e-6 * float(square.max())), name
+        assert torch.equal(sums.mean(name, "layer"), sums.squares[name] / 3)
         assert bool(square.any())
 
 
@@ -110,9 +113,10 @@ def test_small_errors_beside_a_large_residual_keep_their_gradients(dtype, agreem
         for names in skeleton.family.blocks.values():
             block = Block(sparse, {name: projection_weight(dense, name) for name in names})
             with torch.no_grad():  # as a worker's verbs are
-                lost, _ = block.compare(hidden.to(device, dtype).to(kind), arguments, gradients=True)
+                squares = SquaredGradients(block.dense)
+                lost, _ = block.compare(hidden.to(device, dtype).to(kind), arguments, squares)
             for name in names:
-                found.setdefault(name, []).append((lost, block.squares[name].double().sqrt().flatten().cpu()))
+                found.setdefault(name, []).append((lost, squares.squares[name].double().sqrt().flatten().cpu()))
     for name, ((lost, roots), (exact_lost, exact)) in found.items():
         assert lost == pytest.approx(exact_lost, rel=0.2), name
         assert float(torch.corrcoef(torch.stack([roots, exact]))[0, 1]) > agreement, name
@@ -132,8 +136,7 @@ def test_gradients_that_overflow_name_the_projection(layer):
     skeleton, dense, sparse, _ = layer
     name = skeleton.family.blocks["attention"][0]
     block = Block(sparse, {name: projection_weight(dense, name)})
-    squares = torch.full_like(projection_weight(dense, name), float("inf"))
+    squares = SquaredGradients(block.dense)
+    squares.add([torch.full_like(projection_weight(dense, name), float("inf"))], 1.0)
     with pytest.raises(SolverError, match=rf"layer 1 {name}: its gradients are not finite"):
-        block.rebuild(
-            Rebuilding(0.1, "row", "weight-gradient", False), {name: Unstructured()}, [({name: squares}, 3)], "layer 1"
-        )
+        block.rebuild(Rebuilding(0.1, "row", "weight-gradient", False), {name: Unstructured()}, squares, "layer 1")

@@ -11,6 +11,7 @@ from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.layers import Layers
 from shardprune.shard.waves import Activations
 from shardprune.storage.journal import Journal
+from shardprune.storage.records import LayerRecord
 from tests.support.tiny import make_model
 
 
@@ -34,7 +35,7 @@ def build(tmp_path):
         skeleton.build_layer = watched  # type: ignore[method-assign]
         for index in finished:
             shapes = {name: (torch.float32, shape) for name, shape in skeleton.layer_tensors(index).items()}
-            journal.write_layer(index, shapes, lambda name: checkpoint.read(name) * 0, {"projections": []})
+            journal.write_layer(shapes, lambda name: checkpoint.read(name) * 0, LayerRecord(index))
         return Layers(skeleton, checkpoint, journal, range(4), set(finished), stream), made
 
     return make

@@ -9,16 +9,17 @@ from shardprune.report.page.workers import Key
 
 Event = dict[str, Any]
 
-TRAINING = "recover"  # the phase whose processes have no ledger
+TRAINING_PHASE = "recover"  # whose processes have no ledger
+TRAINING = "train"  # the kind of work that they count as doing throughout
+UNKNOWN = "exchange"  # the kind of work of an older version's spans, which do not say it
 
 
 @dataclass(frozen=True)
 class Work:
-    """Consecutive calls of one verb: `start` and `end` are seconds since the epoch; of that time `busy` seconds were
-    computation.
-    """
+    """Consecutive calls of verbs of one kind: `start` and `end` are seconds since the epoch, of which `busy` seconds
+    were computation."""
 
-    verb: str
+    kind: str
     start: float
     end: float
     busy: float
@@ -135,12 +136,17 @@ class History:
         """Yield the work of every worker, in no particular order."""
         for event in self.events:
             if event["event"] == "work":
-                for verb, _, start, end, busy, *_ in event["spans"]:
-                    yield (event["shard"], event["replica"]), Work(verb, start, end, busy)
+                for _, _, start, end, busy, *rest in event["spans"]:
+                    yield (event["shard"], event["replica"]), Work(_kind(rest), start, end, busy)
         for name, start, end in self.phases:
-            if name == TRAINING:
+            if name == TRAINING_PHASE:
                 for key in trainers:
-                    yield key, Work("train", start, end, end - start)
+                    yield key, Work(TRAINING, start, end, end - start)
+
+
+def _kind(rest: list[Any]) -> str:
+    """The kind of work of a span, from the fields after `busy`: calls, bytes and kind."""
+    return rest[2] if len(rest) > 2 else UNKNOWN
 
 
 def _plans(event: Event) -> bool:

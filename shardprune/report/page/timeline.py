@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from shardprune.report.page.history import History, Stint
+from shardprune.report.page.history import TRAINING, History, Stint
 from shardprune.report.page.plot import Plot, figure
 from shardprune.report.page.workers import Key, lines_of
 
@@ -15,26 +15,15 @@ FRAME_HEIGHT = 230
 PHASES = "phases"
 
 IDLE = "idle"
-EXCHANGE = "exchange"
-VERBS = {
-    "read": ("load", "read"),
-    "forward": ("embed", "forward", "run", "losses", "log_likelihoods", "angles", "judge"),
-    "observe": ("accumulate", "statistics", "observed", "outliers", "gather", "sums", "gradients"),
-    "solve": ("solve", "compare", "rebuild", "measure", "narrow", "choice"),
-    "propagate": ("propagate",),
-    "write": ("write", "finish", "sizes"),
-    "train": ("train",),
-}
-KIND_OF = {verb: kind for kind, verbs in VERBS.items() for verb in verbs}  # all others exchange something
-STYLES = {  # colour and pattern
+STYLES = {  # colour and pattern of each kind of work: those of `shard.ledger.Kind`, and training
     "read": ("#56B4E9", "."),
     "forward": ("#0072B2", "/"),
-    "observe": ("#CC79A7", "\\"),
+    "statistics": ("#CC79A7", "\\"),
     "solve": ("#D55E00", ""),
     "propagate": ("#009E73", "-"),
     "write": ("#E69F00", "x"),
-    "train": ("#D55E00", "+"),
-    EXCHANGE: ("#8C8C8C", "|"),
+    TRAINING: ("#D55E00", "+"),
+    "exchange": ("#8C8C8C", "|"),
     IDLE: ("rgba(140,140,140,0.18)", ""),  # and outlined
 }
 PATTERN = {"fillmode": "overlay", "size": 5, "solidity": 0.2, "fgcolor": "white"}
@@ -94,9 +83,9 @@ def _row(name: str, keys: list[Key], history: History, column: float) -> Row:
             there[place] += seconds
         for work in stint.work:
             start, end = history.at(work.start), history.at(work.end)
-            kind, share = KIND_OF.get(work.verb, EXCHANGE), work.busy / (end - start) if end > start else 0.0
+            share = work.busy / (end - start) if end > start else 0.0
             for place, seconds in _columns(start, end, column):
-                busy[place][kind] = busy[place].get(kind, 0.0) + min(1.0, share) * seconds
+                busy[place][work.kind] = busy[place].get(work.kind, 0.0) + min(1.0, share) * seconds
     kinds = [_kind(took, present, column) for took, present in zip(busy, there, strict=True)]
     return Row(name, kinds, _idle(stints))
 
@@ -183,7 +172,7 @@ def _text(history: History) -> str:
         "Each line is a worker, named shard.replica: what took most of its time in each of "
         f"{COLUMNS} stretches, and idle where it was at work for less than half of it."
     )
-    if any(work.verb == "train" for stint in history.stints for work in stint.work):
+    if any(work.kind == TRAINING for stint in history.stints for work in stint.work):
         told += " Processes of a training keep no account of their own and count as busy throughout."
     marks = []
     for number, entry in enumerate(history.interruptions, 1):

@@ -34,11 +34,12 @@ def layers_of(model) -> torch.nn.ModuleList:
 
 
 def records(out) -> list[dict]:
-    """What the headers of the layer files say was done."""
+    """The structures that every layer has kept, as the headers of the layer files say."""
     found = []
     for file in sorted(Path(out).glob("model-*"))[1:]:
         with safe_open(file, "pt") as opened:
-            found.append(json.loads(opened.metadata()["shardprune"]))
+            record = json.loads(opened.metadata()["shardprune"])
+            found.append({"layer": record["layer"], **record["kept"]})
     return found
 
 
