@@ -53,7 +53,7 @@ def tmp() -> Iterator[Path]:
     tmp.rmdir()
 
 
-def recipe(folder: Path, out: str, samples: int, threads: int) -> dict:
+def recipe(folder: Path, out: str, samples: int, threads: int, shards: int = 3) -> dict:
     """One shard for each node. Paths are relative to the directory that a job is submitted from."""
     make_tokens(folder / f"{samples}.npy", samples=samples, seqlen=256)
     return {
@@ -64,7 +64,7 @@ def recipe(folder: Path, out: str, samples: int, threads: int) -> dict:
         "seqlen": 256,
         "wave": 4,
         "sparsity": 0.5,
-        "shards": 3,
+        "shards": shards,
         "threads": threads,
     }
 
@@ -119,16 +119,16 @@ class Job:
         return dict(word.split("=", 1) for word in said.split() if "=" in word)[fields[name]]
 
 
-def test_a_job_prunes_on_three_nodes(sandbox, tmp_path, monkeypatch):
-    values = recipe(tmp_path, "out", samples=48, threads=2)
+def test_a_job_prunes_on_two_nodes(sandbox, tmp_path, monkeypatch):
+    values = recipe(tmp_path, "out", samples=48, threads=2, shards=2)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     script = str(ROOT / "cluster" / "slurm" / "shardprune.sbatch")
     python = f"PATH={Path(sys.executable).parent}:{sandbox.environment['PATH']}"
-    job = Job(sandbox, tmp_path, "out", "env", python, "sbatch", "--nodes=3", "--time=10", script, "prune", "r.yaml")
+    job = Job(sandbox, tmp_path, "out", "env", python, "sbatch", "--nodes=2", "--time=10", script, "prune", "r.yaml")
     local = undisturbed(values, tmp_path, monkeypatch)
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert job.exit_code == "0:0"
-    assert job.nodes() == {"node1", "node2", "node3"}
+    assert len(job.nodes()) == 2
     assert differing(job.out, local) == []
     assert left_over(sandbox) == ""
 
