@@ -242,6 +242,7 @@ class RayGroup:
         actor = self._actors.get((shard, replica))
         if actor is None:
             raise WorkerLost(f"worker {shard}.{replica} is gone")
+        # Ray builds an actor's methods from its class, by their names: the function itself cannot be called remotely.
         return getattr(actor, verb.__name__).remote(*args)
 
     def get(self, ref: Ref[T]) -> T:
