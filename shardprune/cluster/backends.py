@@ -5,7 +5,7 @@ from shardprune.cluster.local_backend import LocalBackend
 
 
 def backend_of(name: str, address: str | None) -> Backend:
-    """The backend of a name; Ray is imported only where it is used."""
+    """Return the backend of a name; Ray is imported only for `ray`."""
     if name == "local":
         return LocalBackend()
     from shardprune.cluster.ray_backend import RayBackend

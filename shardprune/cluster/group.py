@@ -1,4 +1,4 @@
-"""Workers as the driver sees them: call a verb, get a reference, pass it on, ask for its value."""
+"""Workers as the driver sees them: call a verb, get a reference, pass the reference on, wait for its value."""
 
 import os
 from collections import deque
@@ -41,7 +41,7 @@ class Group(Protocol):
         """
 
     def get(self, ref: Ref[T]) -> T:
-        """The value of a reference.
+        """Return the value of a reference.
 
         Raises:
             WorkerLost: the worker or its node died.
@@ -52,43 +52,43 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class Slots:
-    """What the living nodes of a machine or cluster offer in all, and the most CPUs that one of them has."""
+    """CPUs and GPUs of all living nodes of a machine or cluster, and the most CPUs that one node has."""
 
     cpus: int
     gpus: int
     cpus_of_a_node: int
 
     def workers(self, device: str) -> int:
-        """How many workers fit: one per GPU, or one per CPU."""
+        """Return how many workers fit: one per GPU, or one per CPU."""
         return self.gpus if device == "cuda" else self.cpus
 
 
 def this_machine() -> Slots:
-    """The slots of the machine that this process runs on."""
+    """Return the slots of the machine that this process runs on."""
     # A scheduler may allow this process fewer CPUs than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Slots(cpus, torch.cuda.device_count(), cpus)
 
 
 class Backend(Protocol):
-    """Where workers come from."""
+    """A source of workers."""
 
     def slots(self) -> Slots:
-        """What there is to work on.
+        """Return the slots for workers.
 
         Raises:
             InputError: the cluster cannot be reached.
         """
 
     def room(self, device: str) -> float:
-        """How many workers can work at once; infinitely many where they take turns, or get the slots that they need.
+        """Return how many workers can work at once; infinity where they take turns, or get the slots that they need.
 
         Raises:
             InputError: the cluster cannot be reached.
         """
 
     def start(self, specs: Sequence[ForwardSpec], store_bytes: int, worker: type[ForwardWorker] = PruneWorker) -> Group:
-        """Start workers of a class; `store_bytes` is the memory for what is under way between them.
+        """Start workers of a class; `store_bytes` is the memory for tensors under way between them.
 
         Raises:
             InputError: the cluster does not free what they need.
@@ -96,20 +96,20 @@ class Backend(Protocol):
         """
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
-        """Carry out a training with so many processes; what each of them took.
+        """Fine-tune with so many processes; return the usage of each.
 
         Raises:
             WorkerLost: a worker or its node died.
         """
 
     def settle(self) -> Slots:
-        """After a worker was lost: wait until it is known what is left."""
+        """Wait, after a worker was lost, until every dead node is known; return the slots that are left."""
 
     def close(self) -> None: ...
 
 
 def check_room(backend: Backend, workers: int, device: str, field: str = "shards") -> None:
-    """Check that so many workers, which `field` of a recipe asks for, can work at once.
+    """Raise an error where so many workers, which `field` of a recipe asks for, cannot work at once.
 
     Raises:
         InputError: there are fewer slots.
@@ -121,9 +121,9 @@ def check_room(backend: Backend, workers: int, device: str, field: str = "shards
 
 
 def flow(group: Group, refs: Iterable[Ref[T]], in_flight: int) -> Iterator[T]:
-    """The values of references in their order, at most `in_flight` of them unfinished at any time.
+    """Yield the values of references in their order, with at most `in_flight` calls unfinished at any time.
 
-    `refs` submits a call whenever its next reference is asked for, so that this is where work is held back.
+    `refs` is an iterator that submits a call with every step, so that not stepping on holds work back.
     """
     limit = in_flight if group.concurrent else 1
     window: deque[Ref[T]] = deque()
@@ -136,7 +136,7 @@ def flow(group: Group, refs: Iterable[Ref[T]], in_flight: int) -> Iterator[T]:
 
 
 class ReplicaSubset:
-    """Workers [shard][member], the members being some of the replicas; calls go to the whole group."""
+    """Some of the replicas of a group, as a group of its own: workers [shard][member]."""
 
     def __init__(self, group: Group, members: Sequence[int]) -> None:
         self.concurrent = group.concurrent

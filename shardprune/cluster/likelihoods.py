@@ -1,4 +1,4 @@
-"""How likely a model on its shards finds continuations of texts of any length."""
+"""Log-likelihoods of continuations of texts of any length, from a model on its shards."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ PADDING = 0  # token; whatever follows a token has no influence on it
 
 @dataclass(frozen=True)
 class Query:
-    """Tokens that the model reads, and continuations: each begins inside of them and ends one token after them."""
+    """Tokens that the model reads, and continuations that each begin inside them and end one token after them."""
 
     tokens: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
@@ -29,11 +29,11 @@ class Query:
 class Queries(Waves):
     """Queries as waves over the replicas, the longest first.
 
-    What a wave holds depends on the queries alone, so that no result does on the number of workers.
+    Waves are made of the queries alone, so that no result depends on the number of workers.
 
     Args:
         size: queries of a wave; None for as many as fit into `wave_tokens`, padding included.
-        longest: more tokens than this a wave is not padded to.
+        longest: the most tokens that a wave is padded to.
     """
 
     def __init__(
@@ -51,18 +51,18 @@ class Queries(Waves):
             start = stop
 
     def windows(self, wave: Wave) -> Tensor:
-        """The tokens [wave, width] of one wave, padded on the right."""
+        """Return the tokens [wave, width] of one wave, padded on the right."""
         tokens = torch.full((wave.stop - wave.start, self._width(wave.start)), PADDING, dtype=torch.int64)
         for row, query in zip(tokens, self._queries[wave.start : wave.stop], strict=True):
             row[: len(query.tokens)] = torch.tensor(query.tokens)
         return tokens
 
     def targets(self, wave: Wave) -> list[Targets]:
-        """What is asked of each sequence of a wave."""
+        """Return the continuations of each sequence of a wave."""
         return [Targets(len(query.tokens), query.continuations) for query in self._queries[wave.start : wave.stop]]
 
     def _width(self, start: int) -> int:
-        """The length to which a wave is padded whose first and longest query is that at `start`."""
+        """Return the length that a wave is padded to whose first and longest query is the one at `start`."""
         longest = len(self._queries[start].tokens)
         return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, self._longest))
 
@@ -70,10 +70,8 @@ class Queries(Waves):
 def log_likelihoods(
     group: Group, layout: Layout, queries: Queries, streamed: bool, step: Step
 ) -> Iterator[tuple[int, list[LogLikelihood]]]:
-    """The log-likelihood of every continuation, and whether greedy decoding would have given it.
-
-    Yields each query's place in the order in which they were given, with its values, as soon as they are known.
-    """
+    """Yield each query's place among those given, with the log-likelihood of every continuation and whether greedy
+    decoding would give it, as soon as they are known."""
     waves = {wave.index: wave for wave in queries.all}
     arrived = through_all_layers(group, layout, queries, "dense", streamed, step)
     for index, values in judged(group, layout, arrived, ForwardWorker.log_likelihoods, queries.targets, step):

@@ -1,4 +1,4 @@
-"""Workers of this process, each call done at once: for one GPU, a notebook, a debugger."""
+"""Workers in this process, each call carried out at once: for one GPU, a notebook, a debugger."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
-"""One iteration after another on the workers of a search: candidates built and scored, one of them adopted.
+"""The current model of `mop` on its workers: candidates are built and scored, and one of them is adopted.
 
-Where a shard has several replicas, half of them build and score the narrower candidate while the other half scores
-the shallower one; else the waves of both go through the same shards, at different ones at the same time.
+If a shard has several replicas, half of them build and score the narrower candidate while the other half scores the
+shallower one; otherwise the waves of both candidates go through the same workers, at different shards at a time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ THIRD = -3  # the published rule: MoP always removes the third layer from the en
 
 @dataclass(frozen=True)
 class Shallower:
-    """A candidate without one layer; `score` where it was asked for."""
+    """A candidate without one layer, and its `score` where candidates are scored."""
 
     layer: int
     score: float | None
@@ -69,7 +69,7 @@ class ModelOnWorkers:
         self.narrowing, self.shortening = (ReplicaSubset(group, members) for members in halves)
         self.all = ReplicaSubset(group, range(replicas))
 
-    # -- juries -----------------------------------------------------------------------------------------------
+    # -- scorers ----------------------------------------------------------------------------------------------
 
     @property
     def placement(self) -> tuple[tuple[int, ...], ...]:
@@ -78,19 +78,19 @@ class ModelOnWorkers:
         return tuple(tuple(self.layers[part.start : part.stop]) for part in parts)
 
     def jury(self, team: ReplicaSubset, tokens: Tensor | None = None) -> CandidateScorer:
-        """A team at work on the current model, with the calibration windows or others."""
+        """Return a scorer of the current model that works with some replicas, on the calibration windows or others."""
         layout = Layout((), self.placement, len(team.members))
         waves = Waves(self.tokens if tokens is None else tokens, len(team.members), self.wave)
         return CandidateScorer(team, layout, waves)
 
     def waves_of(self, team: ReplicaSubset) -> int:
-        """The number of calibration waves of a team."""
+        """Return the number of calibration waves of some replicas."""
         return len(self.jury(team).waves.all)
 
     # -- the model --------------------------------------------------------------------------------------------
 
     def read(self, saved: Saved | None) -> None:
-        """Let the workers read the current layers."""
+        """Let the workers read the current layers, from the checkpoint or the files of an iteration."""
         self._wait(
             self.group.submit(shard, replica, MopWorker.read, layers, saved)
             for shard, layers in enumerate(self.placement)
@@ -98,13 +98,13 @@ class ModelOnWorkers:
         )
 
     def refer(self, step: Step) -> None:
-        """Keep the outputs of the original model, which the workers hold now, on every team's last shard."""
+        """Keep the outputs of the original model, which the workers have in memory now, on every last shard."""
         self.jury(self.narrowing).refer(step)
         if self.replicas > 1:
             self.jury(self.shortening).refer(step)
 
     def write(self, folder: str, layers: Sequence[int]) -> None:
-        """Write the current layers into a folder, each in the place that its index has among `layers`."""
+        """Write the current layers into a folder, each at the position of its index in `layers`."""
         self._wait(
             self.group.submit(shard, 0, MopWorker.write, folder, len(layers), layer, layers.index(layer))
             for shard, held in enumerate(self.placement)
@@ -114,10 +114,10 @@ class ModelOnWorkers:
     # -- candidates -------------------------------------------------------------------------------------------
 
     def shallower(self, rule: str, criterion: Criterion | None, step: Step) -> Shallower:
-        """The candidate without the layer that a rule chooses.
+        """Return the candidate without the layer that a rule chooses.
 
         Args:
-            criterion: what it is scored by; None where it is not.
+            criterion: that scores it; None for no score.
         """
         jury, score = self.jury(self.shortening), None
         if rule == "third-last":
@@ -135,7 +135,7 @@ class ModelOnWorkers:
         return Shallower(layer, score)
 
     def narrower(self, widths: Widths, criterion: Criterion | None, step: Step) -> float | None:
-        """Build the candidate with other widths beside the current model; its score where it is asked for."""
+        """Build the candidate with other widths beside the current model; return its score, if there is a criterion."""
         jury = self.jury(self.narrowing)
         if self.scoring.needs_gram(False):
             self._narrow_one_by_one(jury, widths, step)
@@ -147,14 +147,14 @@ class ModelOnWorkers:
         return None if criterion is None else jury.scores(criterion, [None], "narrowed", step)[0]
 
     def passes_to_narrow(self) -> int:
-        """How often all waves of a team go through a layer (or the model) while the narrower candidate is built."""
+        """Return how often all waves go through a layer (or the model) while the narrower candidate is built."""
         if not self.scoring.needs_gram(False):
             return 1
         return 2 * len(self.layers) - 1 if self.scoring.correction else len(self.layers)
 
     def _narrow_one_by_one(self, jury: CandidateScorer, widths: Widths, step: Step) -> None:
-        """Make one layer after another narrower: whole second moments of all at once would not fit, and where they are
-        corrected, each sees what the ones before it give."""
+        """Make one layer after another narrower: the Gram matrices of all layers at once would not fit, and with
+        correction each layer sees the outputs of the narrower ones before it."""
         layout, at = jury.layout, 0
         enter(jury.team, layout, jury.waves, STREAM)
         for index in self.layers:
@@ -199,7 +199,7 @@ class ModelOnWorkers:
     # -- adopting one of them ---------------------------------------------------------------------------------
 
     def adopt_shallower(self, layer: int) -> None:
-        """Take the layer out, and move others so that the shards stay equally long."""
+        """Remove the layer, and move others between shards so that these stay equally long."""
         self._on_all(MopWorker.discard_narrowed)
         for replica in range(self.replicas):
             self.group.get(self.group.submit(self._shard_of(layer), replica, MopWorker.remove, layer))
@@ -211,7 +211,7 @@ class ModelOnWorkers:
                 self._move(index, source, target)
 
     def adopt_narrower(self, widths: Widths) -> None:
-        """Let the narrowed layers take the place of the current ones on all replicas."""
+        """Replace the current layers by the narrowed ones on all replicas."""
         self.widths = widths
         others = [replica for replica in range(self.replicas) if replica not in self.narrowing.members]
         self._wait(
@@ -231,7 +231,7 @@ class ModelOnWorkers:
         return next(shard for shard, held in enumerate(self.placement) if layer in held)
 
     def _move(self, layer: int, source: int, target: int) -> None:
-        """Let another shard hold a layer; it goes from worker to worker."""
+        """Move a layer to another shard, from worker to worker."""
         self._wait(
             self.group.submit(
                 target,

@@ -1,7 +1,7 @@
-"""The observing pass: dense waves through all shards, for what is decided before anything is pruned.
+"""The observing pass: dense waves through all shards before anything is pruned.
 
-It keeps what enters the segments of parallel propagation, and takes every layer's outlier ratios on the
-shard that holds it. Only the ratios travel to the driver.
+It keeps the inputs of the segments of parallel propagation, and computes every layer's outlier ratios on the layer's
+shard. Only the ratios travel to the driver.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from shardprune.solvers.outliers import Outliers
 
 @dataclass(frozen=True)
 class Observation:
-    """What to observe: the segments' first layers whose input is kept, and the M of the outlier ratios
-    (None: no ratios)."""
+    """The subject of an observing pass: the first layers of segments whose inputs are kept, and the M of the outlier
+    ratios (None: no ratios)."""
 
     firsts: tuple[int, ...]
     outlier_m: float | None
@@ -28,11 +28,11 @@ class Observation:
         return bool(self.firsts) or self.outlier_m is not None
 
     def stop(self, layout: Layout) -> int:
-        """The layer before which the waves may end."""
+        """Return the layer before which the waves may end."""
         return layout.stop if self.outlier_m is not None else max(self.firsts)
 
     def parts(self, layout: Layout, waves: Waves, streamed: bool) -> int:
-        """The number of parts that `observe` reports to its progress step."""
+        """Return the number of parts that `observe` reports to its progress step."""
         return len(waves.all) * (self.stop(layout) if streamed else 1)
 
 

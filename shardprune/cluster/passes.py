@@ -1,4 +1,4 @@
-"""Waves on their way through the shards, and the measuring of perplexity.
+"""Passes of waves through the shards, and perplexity.
 
 Resident shards work as a pipeline: while shard 2 has wave 1, shard 1 has wave 2. Streamed shards take
 all waves first and then read each of their layers once.
@@ -31,11 +31,11 @@ class Waves:
         self.all: list[Wave] = waves_of(len(tokens), replicas, size)
 
     def windows(self, wave: Wave) -> Tensor:
-        """The tokens [wave, seqlen] of one wave."""
+        """Return the tokens [wave, seqlen] of one wave."""
         return self.tokens[wave.start : wave.stop]
 
     def in_turn(self) -> list[Wave]:
-        """The waves in the order of sending: every replica gets one before any gets its next."""
+        """Return the waves in the order of sending: every replica gets one before any gets its next."""
         seen: dict[int, int] = {}
         turns = []
         for wave in self.all:
@@ -45,7 +45,7 @@ class Waves:
 
 
 def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step) -> float:
-    """exp of the mean token loss over all windows, of the dense or the latest model."""
+    """Return the perplexity of a version of the model: exp of the mean token loss over all windows."""
     arrived = through_all_layers(group, layout, waves, version, streamed, step)
     sums = dict(judged(group, layout, arrived, ForwardWorker.losses, waves.windows, step))
     total = sum(value for values in in_wave_order(sums) for value in values)
@@ -55,7 +55,7 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
 def through_all_layers(
     group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step
 ) -> Iterator[tuple[Wave, Ref[Tensor]]]:
-    """Send every wave through the model; yield each with what comes out of the last layer."""
+    """Send every wave through the model; yield each with the last layer's output."""
     last, stop = len(layout.shards) - 1, layout.stop
     order = waves.in_turn()
     arrived: Iterator[Ref[Tensor]]
@@ -77,8 +77,8 @@ def judged(
     target: Callable[[Wave], Any],
     step: Step,
 ) -> Iterator[tuple[int, T]]:
-    """Call a verb of the last shard with what came out of the last layer and a wave's `target`; yield each wave's
-    index with the value, and release the workers after the last one."""
+    """Call a verb of the last shard with the last layer's output and a wave's `target`; yield each wave's index with
+    the value, and release the workers after the last one."""
     under_way: deque[int] = deque()
 
     def submitted() -> Iterator[Ref[T]]:
@@ -94,15 +94,15 @@ def judged(
 
 
 def in_wave_order(values: Mapping[int, T]) -> list[T]:
-    """Return values that waves have, by their indices, in the order of the waves.
+    """Return one value of each wave in the order of the waves, from values by their indices.
 
-    They arrive in another one, and a sum of floating-point numbers depends on its order.
+    Waves finish in any order, and a sum of floating-point numbers depends on its order.
     """
     return [values[index] for index in sorted(values)]
 
 
 def parts_of_pass(waves: Waves, layers: int, streamed: bool) -> int:
-    """The number of parts that a pass through all layers reports to its progress step."""
+    """Return the number of parts that a pass through all layers reports to its progress step."""
     return len(waves.all) * (1 + (layers if streamed else 0))
 
 
@@ -125,13 +125,13 @@ def hand_on(group: Group, layout: Layout, waves: Waves, stream: str, shard: int)
 
 
 def release(group: Group, layout: Layout) -> None:
-    """Let every worker give back what only the pass needed."""
+    """Let every worker free what only the pass needed."""
     for shard in range(len(layout.shards)):
         to_all(group, layout, shard, ForwardWorker.release)
 
 
 def account(group: Group, layout: Layout, shards: Iterable[int], record: Callable[..., None]) -> None:
-    """Record what the workers of some shards have done since the last time.
+    """Record the calls of the workers of some shards since the last account.
 
     Args:
         record: takes the event `work` and its fields.
@@ -143,13 +143,13 @@ def account(group: Group, layout: Layout, shards: Iterable[int], record: Callabl
 
 
 def usage(group: Group, layout: Layout) -> list[dict[str, Any]]:
-    """Where every worker ran, and what it took."""
+    """Return where every worker ran, and its peak memory and seconds."""
     workers = [(shard, replica) for shard in range(len(layout.shards)) for replica in range(layout.replicas)]
     return [group.get(group.submit(shard, replica, ForwardWorker.usage)) for shard, replica in workers]
 
 
 def in_flight(layout: Layout) -> int:
-    """How many waves may be under way in all: a few on every worker of a pipeline."""
+    """Return how many waves may be under way in all: a few on every worker of a pipeline."""
     return IN_FLIGHT * layout.replicas + len(layout.shards) - 1
 
 
@@ -162,10 +162,10 @@ def pipeline(
     stop: int,
     observed: bool = False,
 ) -> Iterator[Ref[Tensor]]:
-    """Send every wave through all layers below `stop`, one wave behind the other; yield what comes out.
+    """Send every wave through all layers below `stop`, one wave behind the other; yield the last one's outputs.
 
-    What enters a layer in `record` is kept there as the stream of the segment that it starts. Where
-    `observed`, the layers sum up what their projections read.
+    The inputs of a layer in `record` are kept there as the stream of the segment that it starts. If `observed`, the
+    inputs of all projections add to sums.
     """
     for wave in waves.in_turn():
         hidden = group.submit(0, wave.replica, ForwardWorker.embed, waves.windows(wave))
@@ -187,8 +187,8 @@ def layer_by_layer(
     step: Step,
     observed: bool = False,
 ) -> Iterator[int]:
-    """Send all waves through one layer after another below `stop`, and yield each layer when they are through;
-    what comes out of the last one stays on its shard.
+    """Send all waves through one layer after another below `stop`, and yield each layer when they are through; the
+    outputs of the last one stay on its shard.
 
     `record` and `observed` as in `pipeline`.
     """
@@ -216,13 +216,13 @@ def _shards_up_to(layout: Layout, stop: int) -> list[int]:
 def to_waves(
     group: Group, layout: Layout, waves: Waves, shard: int, verb: Callable[..., T], stream: str, *args: Any
 ) -> Iterator[T]:
-    """Call a verb of a shard's workers for every wave that they keep of a stream; yield as they finish."""
+    """Call a verb of a shard's workers for every wave that they keep of a stream; yield the values."""
     refs = (group.submit(shard, wave.replica, verb, stream, wave.index, *args) for wave in waves.in_turn())
     return flow(group, refs, in_flight(layout))
 
 
 def to_all(group: Group, layout: Layout, shard: int, verb: Callable[..., T], *args: Any) -> list[T]:
-    """Call a verb of all replicas of a shard and wait for them."""
+    """Call a verb of all replicas of a shard; return the values."""
     return [group.get(ref) for ref in [group.submit(shard, r, verb, *args) for r in range(layout.replicas)]]
 
 

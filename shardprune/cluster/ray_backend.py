@@ -65,8 +65,8 @@ T = TypeVar("T")
 class _StartedLater:
     """A worker in a process of its own, which imports this file and so has its settings.
 
-    The work of starting is a verb: what fails there reaches the driver as the error that it is, where an
-    error in the constructor would look like a lost worker.
+    `start` is a call of its own: its errors reach the driver as they are, whereas an error in an actor's constructor
+    would look like a lost worker.
     """
 
     ledger: Ledger
@@ -80,15 +80,15 @@ class _StartedLater:
 
 
 class PruneActor(_StartedLater, PruneWorker):
-    """A worker that prunes."""
+    """A worker of `prune` and `rebuild`."""
 
 
 class MopActor(_StartedLater, MopWorker):
-    """A worker of a search."""
+    """A worker of `mop`."""
 
 
 class ForwardActor(_StartedLater, ForwardWorker):
-    """A worker of an evaluation."""
+    """A worker of `evaluate`."""
 
 
 ACTORS: dict[type[ForwardWorker], type] = {
@@ -166,7 +166,7 @@ class RayBackend:
 
 
 def _check_reachable(address: str) -> None:
-    """Ray itself tries for minutes before it says that nobody is there.
+    """Raise an error where nothing listens at a host:port: Ray itself would try for minutes.
 
     Raises:
         InputError: nothing listens at a host:port.
@@ -181,14 +181,15 @@ def _check_reachable(address: str) -> None:
 
 
 def cluster_slots() -> Slots:
-    """What the living nodes of the connected cluster offer in all."""
+    """Return the CPUs and GPUs of all living nodes of the connected cluster."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in alive]
     return Slots(sum(cpus), int(sum(node.get("GPU", 0) for node in alive)), max(cpus, default=0))
 
 
 def cpus_of(workers: int, threads: int, gpu: bool) -> int:
-    """The CPUs to ask for each of so many workers of the connected cluster: as many as their threads, if there are."""
+    """Return the CPUs to request for each of so many workers of the connected cluster: their threads, if there are
+    enough."""
     available = cluster_slots()
     return 1 if gpu else max(1, min(threads, available.cpus // workers, available.cpus_of_a_node))
 
@@ -241,6 +242,7 @@ class RayGroup:
         actor = self._actors.get((shard, replica))
         if actor is None:
             raise WorkerLost(f"worker {shard}.{replica} is gone")
+        # Ray builds an actor's methods from its class, by their names: the function itself cannot be called remotely.
         return getattr(actor, verb.__name__).remote(*args)
 
     def get(self, ref: Ref[T]) -> T:
@@ -254,7 +256,7 @@ class RayGroup:
             raise error.cause or error from error
 
     def close(self) -> None:
-        """End all workers and give back their slots."""
+        """End all workers and free their slots."""
         actors, self._actors = list(self._actors.values()), {}
         for actor in actors:
             ray.kill(actor)
@@ -262,10 +264,9 @@ class RayGroup:
 
 
 def settled_slots() -> Slots:
-    """After a worker was lost: wait until every node either answers or is declared dead; what is left.
+    """Wait, after a worker was lost, until every node either answers or is declared dead; return the slots left.
 
-    A node that has just gone still counts as alive to Ray for some seconds, and a placement made in that
-    time would wait for it.
+    Ray counts a node that has just died as alive for some seconds, and a placement made in that time would wait for it.
     """
 
     @ray.remote(num_cpus=0, max_retries=0)

@@ -1,4 +1,4 @@
-"""How good a model is that lies on many workers: waves through some of its layers, and what comes out judged."""
+"""Scores of a model that lies on many workers: waves through all or some of its layers, and measures of the outputs."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +27,13 @@ class CandidateScorer:
 
     @property
     def last(self) -> int:
-        """The shard that has the head and the reference, whichever layers it holds."""
+        """The last shard: it has the head, and the outputs of the original model."""
         return len(self.layout.shards) - 1
 
     def through(
         self, without: int | None = None, version: Version = "dense", watched: Watched = "nothing"
     ) -> Iterator[Ref[Tensor]]:
-        """Every wave through all layers but one, one wave behind the other; yields what comes out."""
+        """Send every wave through all layers but one, one wave behind the other; yield the outputs."""
         for wave in self.waves.in_turn():
             hidden = self.team.submit(0, wave.replica, ForwardWorker.embed, self.waves.windows(wave))
             for shard, layers in enumerate(self.layout.shards):
@@ -44,11 +44,11 @@ class CandidateScorer:
             yield hidden
 
     def refer(self, step: Step) -> None:
-        """Keep what the original model's last layer gives: later candidates are compared with it."""
+        """Keep the outputs of the original model's last layer, to compare candidates with."""
         self._at_the_end(ForwardWorker.put, step, lambda wave, hidden: (REFERENCE, wave.index, hidden))
 
     def angles(self, step: Step) -> dict[int, float]:
-        """The mean cosine between the input and the output of each current layer."""
+        """Return the mean cosine similarity over tokens between the input and the output of each current layer."""
         self._at_the_end(ForwardWorker.discard, step, lambda _wave, hidden: (hidden,), "angles")
         tokens = self.waves.tokens.numel()
         means = {}
@@ -62,15 +62,15 @@ class CandidateScorer:
         return means
 
     def gather(self, step: Step) -> None:
-        """Sum up the inputs of all layers of the current model, which takes one pass."""
+        """Sum up the inputs of all layers of the current model in one pass."""
         self._at_the_end(ForwardWorker.discard, step, lambda _wave, hidden: (hidden,), "inputs")
 
     def scores(self, criterion: Criterion, without: Sequence[int | None], version: Version, step: Step) -> list[float]:
-        """How good the model is without each of some layers (None: with all), by one criterion.
+        """Return the scores of the model without each of some layers (None: with all), by one criterion.
 
         The waves of one candidate follow those of the one before it, so that different ones are at different shards
-        at the same time. Perplexity and `kl` (mean divergence from the original model over all tokens) are the better
-        the lower, `cosine` (mean over tokens, of the logits) the higher.
+        at the same time. Lower is better for perplexity and `kl` (mean divergence from the original model over all
+        tokens), higher for `cosine` (mean over tokens, of the logits).
         """
         order = self.waves.in_turn()
 
@@ -105,7 +105,7 @@ class CandidateScorer:
         arguments: Callable[[Wave, Ref], tuple],
         watched: Watched = "nothing",
     ) -> None:
-        """Call a verb of the last shard's workers for everything that comes out of the current model."""
+        """Call a verb of the last shard's workers for every output of the current model."""
         order = self.waves.in_turn()
         refs = (
             self.team.submit(self.last, wave.replica, verb, *arguments(wave, hidden))
@@ -116,5 +116,5 @@ class CandidateScorer:
 
 
 def better(criterion: Criterion, one: float, other: float) -> bool:
-    """Whether one score is better than another."""
+    """Return whether one score is better than another."""
     return one > other if criterion == "cosine" else one < other

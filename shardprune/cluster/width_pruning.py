@@ -1,4 +1,4 @@
-"""Making a layer narrower: its inputs summed up over all waves, one replica chooses and cuts, all take the result."""
+"""Width pruning of a layer: its inputs are summed over all waves, one replica chooses and cuts, all take the result."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from shardprune.storage.records import KeptStructures
 
 
 def narrow_layer(layer: LayerInWork, inputs: tuple[str, ...], widths: Widths, passed_on: bool) -> KeptStructures:
-    """Make a layer narrower on every replica; it has not yet taken the place of the layer as it was.
+    """Make a layer narrower on every replica, beside the layer as it was; return the structures that it keeps.
 
     Args:
         inputs: the layer's inputs, by the first projection that reads each.
@@ -26,7 +26,8 @@ def narrow_layer(layer: LayerInWork, inputs: tuple[str, ...], widths: Widths, pa
 def cut_layer(
     layer: LayerInWork, inputs: tuple[str, ...], widths: Widths
 ) -> tuple[Ref[KeptStructures], list[Ref[Any]]]:
-    """Choose and cut where the inputs of a layer are summed up; return references to wait for, the report's first."""
+    """Make a layer narrower whose inputs are summed up; return references to the structures that it keeps, and to the
+    other calls to wait for."""
     refs: list[Ref[Any]] = [*layer.reduce(dict.fromkeys(inputs, layer.turn))]
     kept = layer.ask(layer.turn, NarrowedLayers.narrow, widths)
     if others := layer.others(layer.turn):

@@ -135,7 +135,7 @@ class ShardedModel:
     def _start(self, wave_tokens: int) -> Group:
         wave = max(wave_tokens, WAVE_TOKENS) * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
         # No sums are exchanged between replicas here, and no weights are sent.
-        return self._backend.start(self._specs(), store_bytes(self.layout, wave, (), 0), ForwardWorker)
+        return self._backend.start(self._specs(), store_bytes(self.layout, wave), ForwardWorker)
 
     def _specs(self) -> list[ForwardSpec]:
         settings = self.settings

@@ -1,8 +1,9 @@
-"""What the workers of a simulated run do over time."""
+"""A text chart of a simulated run: the kind of work of every worker over time."""
 
 from typing import Any
 
-from shardprune.planning.simulation import SimulatedGroup, Stretch
+from shardprune.planning.simulated_worker import Stretch
+from shardprune.planning.simulation import SimulatedGroup
 from shardprune.shard.ledger import Kind
 
 WIDTH = 60  # columns of a timeline
@@ -23,7 +24,7 @@ LEGEND = " ".join(f"{mark}={kind}" for kind, mark in MARKS.items()) + f" {IDLE}=
 
 
 def idle_share(group: SimulatedGroup) -> float:
-    """The share of all workers' time in which they neither compute nor read or exchange anything."""
+    """Return the fraction of all workers' time in which they neither compute, read nor exchange anything."""
     if not group.seconds:
         return 0.0
     shares = [(worker.busy + worker.reading) / group.seconds for worker in group.workers.values()]
@@ -31,7 +32,7 @@ def idle_share(group: SimulatedGroup) -> float:
 
 
 def rows_of(group: SimulatedGroup) -> list[dict[str, Any]]:
-    """Of every worker its idle share, and how long it did what."""
+    """Return every worker's idle fraction, and its seconds by verb."""
     rows = []
     for (shard, replica), worker in group.workers.items():
         seconds: dict[str, float] = {}
@@ -43,7 +44,7 @@ def rows_of(group: SimulatedGroup) -> list[dict[str, Any]]:
 
 
 def timeline(group: SimulatedGroup) -> list[tuple[str, str, float]]:
-    """Lines of a chart: which workers, what they do from left to right, and their idle share."""
+    """Return the lines of a chart: the workers' names, their marks from left to right, and their idle fraction."""
     keys = sorted(group.workers)
     per_line = -(-len(keys) // LINES)
     lines = []
@@ -58,7 +59,8 @@ def timeline(group: SimulatedGroup) -> list[tuple[str, str, float]]:
 
 
 def _chart(spans: list[Stretch], workers: int, group: SimulatedGroup) -> str:
-    """In each column the mark of what took most of its time; idle where nothing took half of it."""
+    """Return for each column the mark of the work that took most of its time; idle if the workers were busy for less
+    than half of it."""
     column = group.seconds / WIDTH or 1.0
     took: list[dict[str, float]] = [{} for _ in range(WIDTH)]
     for span in spans:

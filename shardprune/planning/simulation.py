@@ -10,8 +10,7 @@ clock moves when it waits for a value; lanes that go side by side share no shard
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,52 +21,10 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.pruning_job import Work
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
-from shardprune.planning.workload import Input
+from shardprune.planning.simulated_worker import ROWS, Call, Worker
 from shardprune.report.progress import Reporter
-from shardprune.shard.forward_worker import ForwardWorker
-from shardprune.shard.ledger import Kind
-from shardprune.shard.narrowed_layers import NarrowedLayers
-from shardprune.shard.prune_worker import PruneWorker
-from shardprune.shard.verbs import kind_of, layer_of
+from shardprune.shard.verbs import kind_of
 from shardprune.solvers.allocation.allocation import Share
-from shardprune.solvers.outliers import Outliers
-from shardprune.storage.records import ProjectionReport
-
-
-@dataclass
-class Call(Ref[Any]):
-    """One call: when it was `done`, the value that the driver gets, and what travels to other workers."""
-
-    done: float
-    value: Any = None
-    count: int = 0
-    source: tuple[int, int] = (0, 0)
-    arrived: dict[int, float] = field(default_factory=dict)  # by node
-
-
-@dataclass
-class Stretch:
-    """The time in which a worker does nothing but calls of one verb, or reads: simulated seconds."""
-
-    start: float
-    end: float
-    verb: str
-    kind: Kind
-
-
-@dataclass
-class Worker:
-    """One worker's clock, its layers, and what it did."""
-
-    layers: tuple[int, ...]
-    free: float = 0.0
-    held: set[int] = field(default_factory=set)
-    summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
-    ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
-    frame: set[str] = field(default_factory=set)
-    spans: list[Stretch] = field(default_factory=list)
-    busy: float = 0.0
-    reading: float = 0.0
 
 
 class SimulatedGroup:
@@ -79,8 +36,9 @@ class SimulatedGroup:
         self.costs, places = costs, costs.places
         self.setup, self.task = costs.setup, costs.task
         layout = self.setup.layout
+        self._sizes: dict[int, int] = {}  # sequences of the waves that are on their way
         self.workers = {
-            (shard, replica): Worker(tuple(layout.shards[shard]))
+            (shard, replica): Worker(costs, self._sizes, tuple(layout.shards[shard]))
             for shard in range(len(layout.shards))
             for replica in range(layout.replicas)
         }
@@ -107,13 +65,13 @@ class SimulatedGroup:
             if isinstance(argument, Call):
                 start = max(start, self._arrival(argument, (shard, replica)))
         ready = self._ready(worker, verb, args, start)
-        seconds, value, count = ROWS[verb].cost(self, worker, args)
+        seconds, value, count = ROWS[verb].cost(worker, args)
         worker.free = ready + seconds
         worker.busy += seconds
         worker.reading += ready - start
         if ready + seconds > start:
-            self._note(worker, start, ready, "read", "read")
-            self._note(worker, ready, worker.free, verb.__name__, kind_of(verb))
+            worker.note(start, ready, "read", "read")
+            worker.note(ready, worker.free, verb.__name__, kind_of(verb))
         return Call(worker.free, value, count, (shard, replica))
 
     def get(self, ref: Ref[Any]) -> Any:
@@ -201,186 +159,10 @@ class SimulatedGroup:
         with self._lock:
             self.read += self.task.model.layer
 
-    def _size(self, wave: int) -> int:
-        return self.sizes[wave]
-
     def note_waves(self, waves: Waves) -> None:
         """Learn how many sequences the waves have that are on their way next."""
-        self.sizes = {wave.index: wave.stop - wave.start for wave in waves.all}
-
-    @staticmethod
-    def _note(worker: Worker, start: float, end: float, verb: str, kind: Kind | None) -> None:
-        if end <= start:
-            return
-        assert kind is not None, f"{verb} takes time and is no verb"
-        last = worker.spans[-1] if worker.spans else None
-        if last and last.verb == verb and start - last.end < 1e-9:
-            last.end = end
-        else:
-            worker.spans.append(Stretch(start, end, verb, kind))
-
-
-# A call's seconds, its value for the driver, and the bytes of its result where it travels.
-Cost = tuple[float, Any, int]
-
-
-def _embed(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    sequences = len(args[0])
-    return group.costs.embed(sequences), None, group.costs.wave_bytes(sequences)
-
-
-def _forward(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    wave, _, _, record, stop, _ = args
-    sequences = group._size(wave)
-    layers = sum(1 for layer in worker.layers if layer < stop)
-    kept = sum(group.costs.put(sequences) for layer in worker.layers if layer in record)
-    return group.costs.forward(sequences, layers) + kept, None, group.costs.wave_bytes(sequences)
-
-
-def _of_wave(
-    seconds: Callable[[Costs, int], float], travels: bool = False
-) -> Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost]:
-    def cost(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-        sequences = group._size(args[1])
-        name = seconds.__name__  # of a method that a kind of costs may override
-        return getattr(group.costs, name)(sequences), None, group.costs.wave_bytes(sequences) * travels
-
-    return cost
-
-
-def _losses(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.losses(len(args[1])), [0.0] * len(args[1]), 0
-
-
-def _fork(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.fork(-(-group.task.samples // group.setup.layout.replicas)), None, 0
-
-
-def _accumulate(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    worker.summed.add(args[2])
-    return group.costs.accumulate(group._size(args[1])), None, 0
-
-
-def _hand_out(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    index, name = args
-    if index not in worker.summed:  # observed only: such sums are vectors, which take no time
-        return 0.0, None, 0
-    one = _input_of(group, name)
-    return group.costs.statistics(one), None, group.costs.sums_bytes(one)
-
-
-def _merge(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    index, name, *parts = args
-    return group.costs.merge(_input_of(group, name), len(parts)) if index in worker.summed else 0.0, None, 0
-
-
-def _finish(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    worker.summed.clear()
-    return 0.0, None, 0
-
-
-def _solve(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    index, place, _ = args
-    names = group.task.model.skeleton.family.inputs[place]
-    reports = [ProjectionReport(index, name, target=0.0, zeros=0, zeros_before=0, weights=1) for name in names]
-    return group.costs.solve(group.task.model.inputs[place]), reports, 0
-
-
-def _solved(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = _input_of(group, args[1][0])
-    return group.costs.solved(one), args[1], group.costs.projections_bytes(one)
-
-
-def _install(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.install(_input_of(group, args[1].value[0])), None, 0
-
-
-def _outliers(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.outliers(), Outliers(0.0, {}), 0
-
-
-def _write(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return group.costs.write(), None, 0
-
-
-def _release(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    if group.setup.streamed:
-        worker.held.clear()
-        worker.frame.clear()
-        worker.ahead = None
-    return 0.0, None, 0
-
-
-def _free(group: SimulatedGroup, worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return 0.0, None, 0
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a call of a verb takes.
-
-    `reads` says which layers are read unless they are in memory: the one that the call is about, all of the shard, or
-    those of the shard that a wave goes through. `frame` is the part of the frame that is read likewise.
-    """
-
-    cost: Callable[[SimulatedGroup, Worker, tuple[Any, ...]], Cost] = _free
-    reads: Literal["nothing", "layer", "shard", "passed"] = "nothing"
-    frame: Literal["embedding", "head"] | None = None
-
-    def layers(self, worker: Worker, verb: Callable[..., Any], args: tuple[Any, ...]) -> list[int]:
-        """The layers that a call reads unless they are in memory."""
-        if self.reads == "layer":
-            index = layer_of(verb, args)
-            assert index is not None, "the verb is about no layer"
-            return [index]
-        if self.reads == "passed":
-            return [layer for layer in worker.layers if layer < args[4]]
-        return list(worker.layers) if self.reads == "shard" else []
-
-
-ROWS: dict[Callable[..., Any], Row] = {
-    ForwardWorker.load: Row(reads="shard"),
-    ForwardWorker.embed: Row(_embed, frame="embedding"),
-    ForwardWorker.forward: Row(_forward, reads="passed"),
-    ForwardWorker.put: Row(_of_wave(Costs.put)),
-    ForwardWorker.take: Row(_of_wave(Costs.take, travels=True)),
-    ForwardWorker.propagate: Row(_of_wave(Costs.propagate), reads="layer"),
-    ForwardWorker.losses: Row(_losses, frame="head"),
-    ForwardWorker.fork: Row(_fork),
-    ForwardWorker.discard: Row(),
-    ForwardWorker.drop: Row(),
-    ForwardWorker.release: Row(_release),
-    ForwardWorker.accumulate: Row(_accumulate, reads="layer"),
-    ForwardWorker.hand_out: Row(_hand_out),
-    ForwardWorker.merge: Row(_merge),
-    ForwardWorker.outliers: Row(_outliers, reads="layer"),
-    PruneWorker.solve: Row(_solve, reads="layer"),
-    PruneWorker.solved: Row(_solved, reads="layer"),
-    PruneWorker.install: Row(_install, reads="layer"),
-    PruneWorker.write: Row(_write, reads="layer"),
-    PruneWorker.finish: Row(_finish),
-    # Accounts are no work, and not verbs.
-    ForwardWorker.account: Row(),
-}
-
-# A simulated run evaluates no tasks, rebuilds no masks and removes no structures.
-NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
-    {
-        ForwardWorker.log_likelihoods,
-        NarrowedLayers.narrow,
-        NarrowedLayers.choice,
-        NarrowedLayers.install_narrowed,
-        PruneWorker.compare,
-        PruneWorker.rebuild,
-        PruneWorker.measure,
-        PruneWorker.sizes,
-    }
-)
-
-
-def _input_of(group: SimulatedGroup, name: str) -> Input:
-    """The input whose first projection has a name."""
-    return next(one for one in group.task.model.inputs if next(iter(one.rows)) == name)
+        self._sizes.clear()
+        self._sizes.update({wave.index: wave.stop - wave.start for wave in waves.all})
 
 
 def simulate(costs: Costs) -> SimulatedGroup:

@@ -1,4 +1,4 @@
-"""What a run achieved: `result.json`, the contract between the commands and with everybody's scripts."""
+"""The schema of `result.json`: the result of a run, for later commands, reports and users' scripts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from shardprune.storage.records import LayerRecord, ProjectionReport
 
 
 class ModelSize(BaseModel):
-    """`zeros_after` of the parameters that are left are zeros of projections, where they were counted."""
+    """Numbers of parameters; `zeros_after` of those that are left are zeros of projections, where they were counted."""
 
     parameters_before: int
     parameters_after: int
@@ -20,13 +20,13 @@ class ModelSize(BaseModel):
 
     @property
     def removed(self) -> float:
-        """The share of the parameters that is gone."""
+        """The fraction of the parameters that was removed."""
         return 1 - self.parameters_after / self.parameters_before
 
 
 class ProjectionResult(BaseModel):
-    """`target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers` the
-    percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M."""
+    """One projection: `target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers`
+    the percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M."""
 
     layer: int
     name: str
@@ -40,12 +40,12 @@ class ProjectionResult(BaseModel):
 
     @classmethod
     def of(cls, report: ProjectionReport) -> "ProjectionResult":
-        """Return the part of a report that a result has."""
+        """Return the fields of a report that `result.json` has."""
         return cls(**{name: getattr(report, name) for name in cls.model_fields})
 
 
 class LayerResult(BaseModel):
-    """The same over all projections of a layer."""
+    """Fractions of zeros over all projections of a layer, and its percentage of outliers."""
 
     layer: int
     target: float
@@ -141,7 +141,7 @@ class Perplexity(BaseModel):
 
 
 class MeasuredPerplexity(BaseModel):
-    """Of one model."""
+    """The perplexity of one model on one source."""
 
     value: float
     seqlen: int
@@ -350,7 +350,7 @@ def structure_of(
 
 
 def shape_of(config: PretrainedConfig) -> Shape:
-    """The shape that a config says."""
+    """Return the shape of a model with this config."""
     widths = widths_of(config)
     heads = config.num_attention_heads
     return Shape(layers=config.num_hidden_layers, groups=widths.groups, heads=heads, neurons=widths.neurons)

@@ -15,8 +15,8 @@ from shardprune.storage.journal import Journal
 
 @dataclass(frozen=True)
 class Saved:
-    """Layer files of an iteration: their folder, the widths of the layers, and which layers they are, in the
-    files' order, by their index in the checkpoint."""
+    """The layer files of an iteration: their folder, the widths of the layers, and the layers' indices in the original
+    checkpoint in the order of the files."""
 
     folder: str
     widths: Widths
@@ -34,11 +34,11 @@ class CurrentLayers:
 
     @property
     def indices(self) -> list[int]:
-        """The layers that are held, in ascending order."""
+        """The indices of the layers in memory, ascending."""
         return sorted(self._layers)
 
     def read(self, indices: Iterable[int]) -> None:
-        """Hold these layers and no others, as the checkpoint has them."""
+        """Keep these layers and no others, read from the checkpoint."""
 
         def read(index: int) -> nn.Module:
             names = self._skeleton.layer_tensors(index)
@@ -47,7 +47,7 @@ class CurrentLayers:
         self._hold(indices, read)
 
     def read_saved(self, indices: Iterable[int], journal: Journal, saved: Sequence[int], blanks: Skeleton) -> None:
-        """Hold these layers and no others, from files of the layers `saved` in their order."""
+        """Keep these layers and no others, read from the files of the layers `saved` in their order."""
 
         def read(index: int) -> nn.Module:
             place = saved.index(index)
@@ -63,22 +63,22 @@ class CurrentLayers:
         self.load_seconds += time.monotonic() - started
 
     def get(self, index: int, version: Version) -> nn.Module:
-        """The current layer `index`; there is no other version of it."""
+        """Return the current layer `index`; there is no other version of it."""
         assert version == "dense"
         return self._layers[index]
 
     def put(self, layers: Mapping[int, nn.Module]) -> None:
-        """Let layers take the place of those with the same indices."""
+        """Replace the layers with the same indices."""
         self._layers.update(layers)
 
     def pop(self, index: int) -> nn.Module:
-        """Give a layer up."""
+        """Remove a layer and return it."""
         return self._layers.pop(index)
 
     def release(self) -> None:
-        """Nothing: layers stay until they are given up."""
+        """No-op: these layers are always resident."""
 
 
 def parameters_of(layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's parameters on the CPU by their names within it, ready to travel."""
+    """Return a layer's parameters on the CPU by their names within it, as they travel to another worker."""
     return {name: parameter.cpu() for name, parameter in layer.named_parameters()}

@@ -1,4 +1,4 @@
-"""A worker's waves: in, through the layers of its shard, and out; what only passes through may be observed."""
+"""Forward passes of one worker: waves in, through the layers of its shard, and out; losses and observed statistics."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
 
 
 class ForwardWorker:
-    """One replica of one shard, and what it does with waves that only pass through."""
+    """One replica of one shard: waves pass through its layers, which stay as they are."""
 
     def __init__(self, spec: ForwardSpec) -> None:
         torch.set_num_threads(spec.threads)
@@ -41,7 +41,7 @@ class ForwardWorker:
             torch.cuda.reset_peak_memory_stats()
 
     def _open_layers(self) -> LayerStore:
-        """The decoder layers of the shard."""
+        """Return the decoder layers of the shard."""
         return Layers(
             self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.weights == "streamed"
         )
@@ -56,23 +56,23 @@ class ForwardWorker:
 
     @verb("forward")
     def embed(self, tokens: Tensor) -> Tensor:
-        """The hidden states [wave, seqlen, hidden] that enter the first layer."""
+        """Return the hidden states [wave, seqlen, hidden] that enter the first layer, for tokens [wave, seqlen]."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
         return self.skeleton.embed(tokens).cpu().contiguous()
 
     @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
-        """Keep a wave that has arrived."""
+        """Keep a wave [wave, seqlen, hidden]."""
         self.activations.put(stream, wave, hidden)
 
     @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
-        """Hand a kept wave on."""
+        """Give up a kept wave, for another worker."""
         return self.activations.take(stream, wave).contiguous()
 
     @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
-        """The summed token loss of each sequence, from the last layer's output [wave, seqlen, hidden]."""
+        """Return the summed token loss (nats) of each sequence, from the last layer's output [wave, seqlen, hidden]."""
         self.skeleton.load_frame(self.checkpoint, head=True)
         sums = []
         for sequence, targets in zip(hidden, tokens, strict=True):
@@ -84,8 +84,8 @@ class ForwardWorker:
 
     @verb("forward")
     def log_likelihoods(self, hidden: Tensor, targets: Sequence[Targets]) -> list[list[LogLikelihood]]:
-        """How likely the model finds continuations of sequences, from the last layer's output [wave, seqlen, hidden]
-        for sequences that are padded on their right.
+        """Return the log-likelihoods (nats) of continuations of sequences, from the last layer's output
+        [wave, seqlen, hidden] for sequences that are padded on their right.
 
         Args:
             targets: of each sequence.
@@ -107,10 +107,10 @@ class ForwardWorker:
     def forward(
         self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int, observed: bool
     ) -> Tensor:
-        """One wave through all layers of the shard below `stop`.
+        """Run one wave [wave, seqlen, hidden] through all layers of the shard below `stop`; return its image.
 
-        Before each layer in `record` the wave is kept in the stream that starts there. Where `observed`, what
-        the layers' projections read adds to the sums that `outliers` needs.
+        Before each layer in `record` the wave is kept in the stream that starts there. If `observed`, the inputs of the
+        layers' projections add to the sums that `outliers` needs.
         """
         hidden = hidden.to(self.skeleton.device)
         for index in self.spec.layers:
@@ -122,7 +122,7 @@ class ForwardWorker:
 
     @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
-        """Replace one kept wave by its image under one layer, which may be observed as in `forward`."""
+        """Replace one kept wave by its image under one layer; `observed` as in `forward`."""
         hidden = self.activations.get(stream, wave)
         observing = self._observing(index) if observed else None
         self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
@@ -184,25 +184,25 @@ class ForwardWorker:
 
     @verb("exchange")
     def discard(self, hidden: Tensor) -> None:
-        """The end of a wave that nobody needs any more."""
+        """Take a wave that is no longer needed: the driver waits for it here and sends the next one."""
 
     @verb("exchange")
     def drop(self, stream: str) -> None:
-        """Forget the waves of a stream."""
+        """Free the waves of a stream."""
         self.activations.drop(stream)
 
     @verb("exchange")
     def release(self) -> None:
-        """Give back what only a finished pass needed: the embedding, the head, streamed layers."""
+        """Free what only a finished pass needed: the embedding, the head, streamed layers."""
         if self.spec.weights == "streamed":
             self.skeleton.drop_embeddings()
             self.layers.release()
 
-    # -- what it cost -----------------------------------------------------------------------------------------
+    # -- accounts --------------------------------------------------------------------------------------------
 
     def usage(self) -> dict[str, Any]:
-        """Where this worker ran, its peak memory in bytes and its busy seconds; `load_seconds` are those of reading
-        layers after `load`."""
+        """Return where this worker ran, its peak memory in bytes and its busy seconds; `load_seconds` are those of
+        reading layers after `load`."""
         return {
             "shard": self.spec.shard,
             "replica": self.spec.replica,
@@ -215,13 +215,13 @@ class ForwardWorker:
         }
 
     def account(self) -> list[Span]:
-        """What this worker did since it was last asked."""
+        """Return the calls of verbs since the last account."""
         return self.ledger.hand_out()
 
     # -- inside -----------------------------------------------------------------------------------------------
 
     def _run(self, index: int, version: Version, hidden: Tensor, sums: Mapping[str, Summed] | None = None) -> Tensor:
-        """One wave through one layer; what its projections read adds to `sums` over its inputs."""
+        """Run one wave through one layer; the inputs of its projections add to `sums`."""
         layer = self._layer(index, version)
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
         hooks = []
@@ -261,7 +261,7 @@ class ForwardWorker:
         }
 
     def _place(self) -> Literal["device", "host"]:
-        """Where waves are kept: in host memory where they would not leave a GPU room for the work."""
+        """Return where waves are kept: in host memory if a GPU would have no room left for the work."""
         if self.spec.activations != "auto":
             return self.spec.activations
         if self.skeleton.device.type == "cpu":
@@ -271,5 +271,5 @@ class ForwardWorker:
 
 
 def segment_stream(first_layer: int) -> str:
-    """The name of the calibration waves that enter the segment starting at a layer."""
+    """Return the name of the calibration waves that enter the segment starting at a layer."""
     return f"segment from layer {first_layer}"

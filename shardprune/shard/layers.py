@@ -11,29 +11,29 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
 
-# latest: the pruned layer where it is finished, else the dense one; given: with the sparse checkpoint's projections;
-# narrowed: made narrower, but not finished yet
+# latest: the pruned layer if it is finished, else the dense one; given: with the sparse checkpoint's projections;
+# narrowed: with fewer groups and neurons, but not finished yet
 Version = Literal["dense", "latest", "given", "narrowed"]
 State = Literal["dense", "pruned", "given"]  # of a layer in memory
 
 
 class LayerStore(Protocol):
-    """The decoder layers that a worker has, wherever they are; `load_seconds` went into reading them."""
+    """The decoder layers of a worker; `load_seconds` were spent on reading them."""
 
     load_seconds: float
 
     def get(self, index: int, version: Version) -> nn.Module:
-        """The layer `index` on the device."""
+        """Return the layer `index` on the device."""
 
     def release(self) -> None:
-        """Give back what only a finished pass needed."""
+        """Free what only a finished pass needed."""
 
 
 class Layers:
-    """Decoder layers by index, read when first asked for.
+    """Decoder layers by index, read at first use.
 
-    Resident layers stay; of streamed ones only the last asked for does, while a thread reads the one
-    after it. Without a `journal` there are no finished ones.
+    Resident layers stay in memory. Streamed ones are replaced by the next one used, which a thread reads ahead: two
+    layers at most are in memory. Without a `journal` no layer is finished.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Layers:
         self.load_seconds = 0.0
 
     def get(self, index: int, version: Version) -> nn.Module:
-        """The layer `index` on the device."""
+        """Return the layer `index` on the device."""
         state = self._wanted(index, version)
         if index in self._held and self._held[index][0] == state:
             return self._held[index][1]
@@ -77,7 +77,7 @@ class Layers:
         return self._held[index][1]
 
     def mark_pruned(self, index: int, layer: nn.Module | None = None) -> None:
-        """The held layer `index`, or the one given in its place, is now what its finished file says."""
+        """Take the layer `index` in memory, or the one given, for the finished one that was written."""
         self._finished.add(index)
         self._held[index] = ("pruned", layer or self._held[index][1])
 
@@ -91,7 +91,7 @@ class Layers:
     def _wanted(self, index: int, version: Version) -> State:
         if version == "latest":
             return "pruned" if index in self._finished else "dense"
-        assert version != "narrowed", "such a layer is not read from anywhere"
+        assert version != "narrowed", "narrowed layers are in no file"
         return version
 
     def _fetch(self, index: int, state: State) -> nn.Module:

@@ -11,8 +11,8 @@ LogLikelihood = tuple[float, bool]  # of a continuation, and whether each of its
 
 @dataclass(frozen=True)
 class Targets:
-    """What is asked of a sequence of `length` tokens: continuations, each of which begins inside of it and ends one
-    token after it, so that the sequence's last tokens predict them."""
+    """Continuations of a sequence of `length` tokens: each begins inside the sequence and ends one token after it, so
+    that the sequence's last tokens predict it."""
 
     length: int
     continuations: tuple[tuple[int, ...], ...]
@@ -24,7 +24,7 @@ class Targets:
 
 
 def runs_of(targets: Sequence[Targets], positions: int) -> Iterator[range]:
-    """Contiguous runs of sequences with so many predicting positions at most, or of one sequence."""
+    """Yield contiguous runs of sequences with at most so many predicting positions, or of one sequence."""
     start = count = 0
     for place, target in enumerate(targets):
         own = target.predicting.stop - target.predicting.start
@@ -36,7 +36,8 @@ def runs_of(targets: Sequence[Targets], positions: int) -> Iterator[range]:
 
 
 def scores_of(logs: Tensor, targets: Targets) -> list[LogLikelihood]:
-    """Of every continuation, from log-probabilities [positions, vocabulary] at the predicting positions."""
+    """Return the score of every continuation, from log-probabilities [positions, vocabulary] at the predicting
+    positions."""
     likeliest = logs.argmax(-1)
     scores = []
     for continuation in targets.continuations:

@@ -1,4 +1,4 @@
-"""Whether a worker's device has the memory that the worker will need, found before any weight is read."""
+"""Memory of a worker's device: refuse a run that cannot fit before any weight is read, and measure the peak."""
 
 import os
 import resource
@@ -10,21 +10,21 @@ from shardprune.errors import InputError
 from shardprune.shard.spec import Need
 from shardprune.storage.quantities import gigabytes
 
-DOUBT = 1.2  # what is needed is known to a fifth
+ESTIMATE_ERROR = 1.2  # estimates are within 20 %
 GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
 def check_memory(need: Need, device: torch.device | str) -> None:
-    """Check that a device has as much memory as a worker cannot do without.
+    """Raise an error where a device has too little memory for a worker.
 
-    All of its memory counts, not what is free at the moment, and doubt is the worker's gain: what is refused here
-    could never have worked.
+    All of its memory counts, not what is free at the moment, and only what cannot fit even if the estimate is 20 % too
+    high is refused: it could never have worked.
 
     Raises:
-        InputError: it has less; names by how much, and what would help.
+        InputError: names how many bytes are missing, and what would help.
     """
     room = memory_of(torch.device(device))
-    if need.bytes > DOUBT * room:
+    if need.bytes > ESTIMATE_ERROR * room:
         missing = need.bytes - room
         raise InputError(
             "memory",
@@ -34,7 +34,7 @@ def check_memory(need: Need, device: torch.device | str) -> None:
 
 
 def memory_of(device: torch.device) -> int:
-    """The bytes of memory that this process may have on a device."""
+    """Return the bytes of memory that this process may use on a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -44,7 +44,7 @@ def memory_of(device: torch.device) -> int:
 
 
 def _limit(path: str) -> int | None:
-    """The limit of this process's control group; none where there is no such file, or no limit in it."""
+    """The limit of this process's control group; None where there is no such file, or no limit in it."""
     try:
         text = Path(path).read_text().strip()
     except OSError:
@@ -53,7 +53,7 @@ def _limit(path: str) -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on a GPU, resident in this process on a CPU."""
+    """Return the peak memory in bytes: allocated on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")

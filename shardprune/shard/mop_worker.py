@@ -1,4 +1,4 @@
-"""The worker of a search: it keeps the current layers of its shard and builds candidates beside them."""
+"""The worker of `mop`: it keeps the current layers of its shard, and builds candidates beside them. No Ray here."""
 
 from typing import Any, Literal
 
@@ -18,11 +18,11 @@ from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord
 
 Watched = Literal["nothing", "angles", "inputs"]
-REFERENCE = "reference"  # stream of what comes out of the original model's last layer
+REFERENCE = "reference"  # stream of the outputs of the original model's last layer
 
 
 class MopWorker(ForwardWorker):
-    """One replica of one shard, whose layers may become narrower, go, or move to another shard."""
+    """One replica of one shard, whose layers may become narrower, be removed, or move to another shard."""
 
     spec: WorkerSpec
     layers: CurrentLayers
@@ -39,7 +39,7 @@ class MopWorker(ForwardWorker):
 
     @verb("read")
     def read(self, indices: tuple[int, ...], saved: Saved | None) -> None:
-        """Hold these layers and no others, read from the checkpoint or from what an iteration saved."""
+        """Keep these layers and no others, read from the checkpoint or from the files of an iteration."""
         if saved is None:
             self.layers.read(indices)
         else:
@@ -50,27 +50,27 @@ class MopWorker(ForwardWorker):
 
     @verb("exchange")
     def adopt(self) -> None:
-        """The narrowed layers are the current ones from now on."""
+        """Replace the current layers by the narrowed ones."""
         self.layers.put(self.narrowed.give_up())
 
     @verb("exchange")
     def discard_narrowed(self) -> None:
-        """Forget the narrowed layers."""
+        """Free the narrowed layers."""
         self.narrowed.give_up()
 
     @verb("exchange", layer="index")
     def remove(self, index: int) -> None:
-        """A layer has gone."""
+        """Remove a layer."""
         self.layers.pop(index)
 
     @verb("exchange", layer="index")
     def hand_over(self, index: int) -> dict[str, Tensor]:
-        """Give a layer up to another shard."""
+        """Give up a layer, for another shard; return its parameters by name."""
         return parameters_of(self.layers.pop(index))
 
     @verb("exchange", layer="index")
     def take_over(self, index: int, widths: Widths, parameters: dict[str, Tensor]) -> None:
-        """Hold a layer that another shard has given up."""
+        """Take a layer that another shard has given up."""
         self.layers.put({index: self.narrowed.build(index, widths, parameters)})
 
     @verb("write", layer="index")
@@ -78,19 +78,19 @@ class MopWorker(ForwardWorker):
         """Write a current layer as the one at `position` of a model of `layers` layers."""
         journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
         layer = self.layers.get(index, "dense")
-        # From memory, but for what memory does not hold exactly: norms may be stored wider than they compute.
+        # Tensors that memory holds exactly are written from there; norms may be stored wider than they compute.
         entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
         exact = {name for name, entry in entries.items() if self.skeleton.dtype in (entry.dtype, torch.float32)}
         write_layer(journal, self.checkpoint, self.skeleton, index, layer, exact, LayerRecord(position))
 
-    # -- what candidates are judged by --------------------------------------------------------------------------
+    # -- scoring candidates --------------------------------------------------------------------------
 
     @verb("forward")
     def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, watched: Watched) -> Tensor:
-        """One wave through some of the shard's layers.
+        """Run one wave [wave, seqlen, hidden] through some of the shard's layers; return its image.
 
         Of each layer may be `watched`: its `angles`, the sum over tokens of the cosine between its input and output,
-        or its `inputs`, which add to the sums that narrowing needs.
+        or its `inputs`, which add to the sums that `narrow` needs.
         """
         hidden = hidden.to(self.skeleton.device)
         for index in layers:
@@ -105,13 +105,14 @@ class MopWorker(ForwardWorker):
 
     @verb("exchange", layer="index")
     def angles(self, index: int) -> dict[int, float]:
-        """Hand out a layer's sums of cosines by wave."""
+        """Hand out a layer's sums of cosines by wave: the driver adds them up in the order of the waves, whatever the
+        number of replicas."""
         return {wave: float(total) for wave, total in self._angles.pop(index, {}).items()}
 
     @verb("forward")
     def judge(self, wave: int, hidden: Tensor, criterion: str) -> list[float]:
-        """How near the logits of each sequence are to those of the original model, summed over tokens: the cosine
-        of the angle between them, or the divergence KL(original || this) of the tokens that they predict.
+        """Compare the logits of each sequence with those of the original model; return the sums over tokens of their
+        cosine similarity, or of the divergence KL(original || this) of the predicted distributions (nats).
 
         Args:
             hidden: the last layer's output [wave, seqlen, hidden].
@@ -148,6 +149,6 @@ class MopWorker(ForwardWorker):
         return super()._layer(index, version)
 
     def usage(self) -> dict[str, Any]:
-        """As of every worker; the layers are the first and last of those that it holds now."""
+        """Return the usage of any worker; `layers` are the first and last of the current ones."""
         held = self.layers.indices
         return super().usage() | {"layers": [held[0], held[-1]] if held else None}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def split(count: int, parts: int) -> list[range]:
-    """`parts` contiguous ranges over `count` things, whose lengths differ by one at most."""
+    """Return `parts` contiguous ranges over `count` items, whose lengths differ by one at most."""
     edges = [count * part // parts for part in range(parts + 1)]
     return [range(start, end) for start, end in pairwise(edges)]
 
@@ -25,10 +25,8 @@ class Wave:
 
 
 def waves_of(samples: int, replicas: int, size: int) -> list[Wave]:
-    """The waves of `samples` sequences: each replica has a contiguous share, cut into `size` at most.
-
-    They stand in the order of their sequences; a replica without sequences has no wave.
-    """
+    """Return the waves of `samples` sequences in their order: each replica has a contiguous share, cut into waves of at
+    most `size` sequences. A replica without sequences has no wave."""
     bounds = [
         (replica, start, min(start + size, share.stop))
         for replica, share in enumerate(split(samples, replicas))
@@ -50,7 +48,7 @@ class Activations:
         self._waves: dict[tuple[str, int], Tensor] = {}
 
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
-        """Keep a wave [wave, seqlen, hidden] in memory of its own: what arrives may be read-only."""
+        """Keep a copy of a wave [wave, seqlen, hidden]: tensors that arrive from other processes may be read-only."""
         kept = torch.empty_like(hidden, device=self._held, memory_format=torch.contiguous_format)
         self._waves[stream, wave] = kept.copy_(hidden)
 
@@ -59,6 +57,7 @@ class Activations:
         self._waves[stream, wave].copy_(hidden)
 
     def get(self, stream: str, wave: int) -> Tensor:
+        """Return a wave on the device."""
         return self._waves[stream, wave].to(self._device)
 
     def take(self, stream: str, wave: int) -> Tensor:

@@ -12,7 +12,8 @@ from shardprune.planning.costs import Costs, Places
 from shardprune.planning.memory import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
-from shardprune.planning.simulation import NOT_SIMULATED, ROWS, simulate
+from shardprune.planning.simulated_worker import NOT_SIMULATED, ROWS
+from shardprune.planning.simulation import simulate
 from shardprune.planning.traffic import traffic_of
 from shardprune.planning.workload import planned_task, read_model
 from shardprune.shard.ledger import Kind

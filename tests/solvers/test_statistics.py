@@ -20,6 +20,21 @@ def test_sums_over_waves_and_replicas_are_those_of_all_tokens(device):
     assert torch.allclose(total.mean_squares.cpu().double(), (tokens**2).sum(0) / 8, rtol=1e-5)
 
 
+def test_merged_sums_do_not_depend_on_who_merges(device):
+    """To the bit: replicas are added in their order, wherever that happens."""
+    x = 1e3 * torch.randn(3, 50, 12, generator=torch.Generator().manual_seed(0)).pow(3)
+    merged = []
+    for taker in range(3):
+        replicas = [InputStatistics.empty("gram", 12, device) for _ in range(3)]
+        for replica, share in zip(replicas, x, strict=True):
+            replica.add(share.to(device), 1)
+        replicas[taker].merge([None if place == taker else one.part() for place, one in enumerate(replicas)])
+        merged.append(replicas[taker])
+    assert torch.equal(merged[0].sums, merged[1].sums)
+    assert torch.equal(merged[0].sums, merged[2].sums)
+    assert [one.samples for one in merged] == [3, 3, 3]
+
+
 def test_half_precision_inputs_are_summed_in_float32(device):
     x = (torch.randn(4, 500, 16, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
     statistics = InputStatistics.empty("gram", 16, device)

@@ -1,4 +1,4 @@
-"""The timeline of a run: its phases, and what every worker did when."""
+"""The timeline of a run: its phases, and the kind of work of every worker over time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,7 +32,8 @@ PHASE_COLORS = ("#BFE3F7", "#F5D9A0")  # in turn: their names stand in them
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the timeline: what its workers do in every column (None: not there), and their idle share."""
+    """One line of the timeline: the kind of work of its workers in every column (None: no worker), and their idle
+    share."""
 
     label: str
     kinds: list[str | None]
@@ -40,7 +41,7 @@ class Row:
 
 
 def timeline(history: History) -> Plot:
-    """Phases and workers over the seconds of the run; interruptions are marked."""
+    """Return the plot of phases and workers over the seconds of the run, with interruptions marked."""
     seconds = history.at(history.end) or 1.0
     scale, unit = _unit(seconds)
     rows = _rows(history, seconds / COLUMNS)
@@ -70,7 +71,7 @@ def timeline(history: History) -> Plot:
 
 
 def _rows(history: History, column: float) -> list[Row]:
-    """Lines for all workers, in the order of shards and replicas."""
+    """Return the lines of all workers, in the order of shards and replicas."""
     return [_row(name, keys, history, column) for name, keys in lines_of(list({stint.key for stint in history.stints}))]
 
 
@@ -91,7 +92,7 @@ def _row(name: str, keys: list[Key], history: History, column: float) -> Row:
 
 
 def _columns(start: float, end: float, column: float) -> Iterator[tuple[int, float]]:
-    """The columns that a stretch of time covers, and its seconds in each."""
+    """Yield the columns that a stretch of time covers, and its seconds in each."""
     for place in range(int(start / column), min(COLUMNS, int(end / column) + 1)):
         seconds = min(end, (place + 1) * column) - max(start, place * column)
         if seconds > 0:
@@ -99,7 +100,8 @@ def _columns(start: float, end: float, column: float) -> Iterator[tuple[int, flo
 
 
 def _kind(took: dict[str, float], there: float, column: float) -> str | None:
-    """What took most of a column; idle where they were at work for less than half of the time that they were there."""
+    """Return the kind of work that took most of a column; idle if the workers were busy for less than half of the time
+    in which they existed."""
     if there < column / 2 and not took:
         return None
     if sum(took.values()) < there / 2:
@@ -114,7 +116,7 @@ def _idle(stints: list[Stint]) -> float:
 
 
 def _runs(kinds: list[str | None]) -> list[tuple[str, int, int]]:
-    """Neighbouring columns of one kind together: the kind, the first, the one after the last."""
+    """Return runs of neighbouring columns of one kind: the kind, the first column, the one after the last."""
     found: list[tuple[str, int, int]] = []
     for place, kind in enumerate(kinds):
         if kind is None:

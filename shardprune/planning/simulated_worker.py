@@ -1,0 +1,232 @@
+"""A worker that only knows how long everything takes: what each call of a verb costs it, and which layers it reads."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shardprune.cluster.group import Ref
+from shardprune.planning.costs import Costs
+from shardprune.planning.workload import Input
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.ledger import Kind
+from shardprune.shard.narrowed_layers import NarrowedLayers
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.verbs import layer_of
+from shardprune.solvers.outliers import Outliers
+from shardprune.storage.records import ProjectionReport
+
+
+@dataclass
+class Call(Ref[Any]):
+    """One call: when it was `done`, the value that the driver gets, and what travels to other workers."""
+
+    done: float
+    value: Any = None
+    count: int = 0
+    source: tuple[int, int] = (0, 0)
+    arrived: dict[int, float] = field(default_factory=dict)  # by node
+
+
+@dataclass
+class Stretch:
+    """The time in which a worker does nothing but calls of one verb, or reads: simulated seconds."""
+
+    start: float
+    end: float
+    verb: str
+    kind: Kind
+
+
+@dataclass
+class Worker:
+    """One worker's clock, its layers, and what it did; `sizes` are the sequences of the waves on their way."""
+
+    costs: Costs
+    sizes: dict[int, int]
+    layers: tuple[int, ...]
+    free: float = 0.0
+    held: set[int] = field(default_factory=set)
+    summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
+    ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
+    frame: set[str] = field(default_factory=set)
+    spans: list[Stretch] = field(default_factory=list)
+    busy: float = 0.0
+    reading: float = 0.0
+
+    def size_of(self, wave: int) -> int:
+        """Return the number of sequences of a wave."""
+        return self.sizes[wave]
+
+    def note(self, start: float, end: float, verb: str, kind: Kind | None) -> None:
+        """Note what the worker does from `start` to `end`."""
+        if end <= start:
+            return
+        assert kind is not None, f"{verb} takes time and is no verb"
+        last = self.spans[-1] if self.spans else None
+        if last and last.verb == verb and start - last.end < 1e-9:
+            last.end = end
+        else:
+            self.spans.append(Stretch(start, end, verb, kind))
+
+
+# A call's seconds, its value for the driver, and the bytes of its result where it travels.
+Cost = tuple[float, Any, int]
+
+
+def _embed(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    sequences = len(args[0])
+    return worker.costs.embed(sequences), None, worker.costs.wave_bytes(sequences)
+
+
+def _forward(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    wave, _, _, record, stop, _ = args
+    sequences = worker.size_of(wave)
+    layers = sum(1 for layer in worker.layers if layer < stop)
+    kept = sum(worker.costs.put(sequences) for layer in worker.layers if layer in record)
+    return worker.costs.forward(sequences, layers) + kept, None, worker.costs.wave_bytes(sequences)
+
+
+def _of_wave(
+    seconds: Callable[[Costs, int], float], travels: bool = False
+) -> Callable[[Worker, tuple[Any, ...]], Cost]:
+    def cost(worker: Worker, args: tuple[Any, ...]) -> Cost:
+        sequences = worker.size_of(args[1])
+        name = seconds.__name__  # of a method that a kind of costs may override
+        return getattr(worker.costs, name)(sequences), None, worker.costs.wave_bytes(sequences) * travels
+
+    return cost
+
+
+def _losses(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.losses(len(args[1])), [0.0] * len(args[1]), 0
+
+
+def _fork(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.fork(-(-worker.costs.task.samples // worker.costs.setup.layout.replicas)), None, 0
+
+
+def _accumulate(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.summed.add(args[2])
+    return worker.costs.accumulate(worker.size_of(args[1])), None, 0
+
+
+def _hand_out(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name = args
+    if index not in worker.summed:  # observed only: such sums are vectors, which take no time
+        return 0.0, None, 0
+    one = _input_of(worker, name)
+    return worker.costs.statistics(one), None, worker.costs.sums_bytes(one)
+
+
+def _merge(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name, *parts = args
+    return worker.costs.merge(_input_of(worker, name), len(parts)) if index in worker.summed else 0.0, None, 0
+
+
+def _finish(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.summed.clear()
+    return 0.0, None, 0
+
+
+def _solve(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, place, _ = args
+    names = worker.costs.task.model.skeleton.family.inputs[place]
+    reports = [ProjectionReport(index, name, target=0.0, zeros=0, zeros_before=0, weights=1) for name in names]
+    return worker.costs.solve(worker.costs.task.model.inputs[place]), reports, 0
+
+
+def _solved(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    one = _input_of(worker, args[1][0])
+    return worker.costs.solved(one), args[1], worker.costs.projections_bytes(one)
+
+
+def _install(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.install(_input_of(worker, args[1].value[0])), None, 0
+
+
+def _outliers(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.outliers(), Outliers(0.0, {}), 0
+
+
+def _write(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.write(), None, 0
+
+
+def _release(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    if worker.costs.setup.streamed:
+        worker.held.clear()
+        worker.frame.clear()
+        worker.ahead = None
+    return 0.0, None, 0
+
+
+def _free(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return 0.0, None, 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a call of a verb takes.
+
+    `reads` says which layers are read unless they are in memory: the one that the call is about, all of the shard, or
+    those of the shard that a wave goes through. `frame` is the part of the frame that is read likewise.
+    """
+
+    cost: Callable[[Worker, tuple[Any, ...]], Cost] = _free
+    reads: Literal["nothing", "layer", "shard", "passed"] = "nothing"
+    frame: Literal["embedding", "head"] | None = None
+
+    def layers(self, worker: Worker, verb: Callable[..., Any], args: tuple[Any, ...]) -> list[int]:
+        """The layers that a call reads unless they are in memory."""
+        if self.reads == "layer":
+            index = layer_of(verb, args)
+            assert index is not None, "the verb is about no layer"
+            return [index]
+        if self.reads == "passed":
+            return [layer for layer in worker.layers if layer < args[4]]
+        return list(worker.layers) if self.reads == "shard" else []
+
+
+ROWS: dict[Callable[..., Any], Row] = {
+    ForwardWorker.load: Row(reads="shard"),
+    ForwardWorker.embed: Row(_embed, frame="embedding"),
+    ForwardWorker.forward: Row(_forward, reads="passed"),
+    ForwardWorker.put: Row(_of_wave(Costs.put)),
+    ForwardWorker.take: Row(_of_wave(Costs.take, travels=True)),
+    ForwardWorker.propagate: Row(_of_wave(Costs.propagate), reads="layer"),
+    ForwardWorker.losses: Row(_losses, frame="head"),
+    ForwardWorker.fork: Row(_fork),
+    ForwardWorker.discard: Row(),
+    ForwardWorker.drop: Row(),
+    ForwardWorker.release: Row(_release),
+    ForwardWorker.accumulate: Row(_accumulate, reads="layer"),
+    ForwardWorker.hand_out: Row(_hand_out),
+    ForwardWorker.merge: Row(_merge),
+    ForwardWorker.outliers: Row(_outliers, reads="layer"),
+    PruneWorker.solve: Row(_solve, reads="layer"),
+    PruneWorker.solved: Row(_solved, reads="layer"),
+    PruneWorker.install: Row(_install, reads="layer"),
+    PruneWorker.write: Row(_write, reads="layer"),
+    PruneWorker.finish: Row(_finish),
+    # Accounts are no work, and not verbs.
+    ForwardWorker.account: Row(),
+}
+
+# A simulated run evaluates no tasks, rebuilds no masks and removes no structures.
+NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
+    {
+        ForwardWorker.log_likelihoods,
+        NarrowedLayers.narrow,
+        NarrowedLayers.choice,
+        NarrowedLayers.install_narrowed,
+        PruneWorker.compare,
+        PruneWorker.rebuild,
+        PruneWorker.measure,
+        PruneWorker.sizes,
+    }
+)
+
+
+def _input_of(worker: Worker, name: str) -> Input:
+    """The input whose first projection has a name."""
+    return next(one for one in worker.costs.task.model.inputs if next(iter(one.rows)) == name)
