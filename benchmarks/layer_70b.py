@@ -20,11 +20,13 @@ import torch
 from transformers import LlamaConfig
 
 from shardprune.model.checkpoint import SINGLE
+from shardprune.model.pruning_job import PruningJob, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.shard.memory import peak_bytes
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import WorkerSpec
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.pattern import parse_pattern
 from shardprune.storage.folder import Folder
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import write_tensors
@@ -64,6 +66,8 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
     if cuda:  # what an earlier layer left is none of this one's peak
         gc.collect()
         torch.cuda.empty_cache()
+    pattern = parse_pattern(args.pattern)
+    zeroing = Zeroing(args.method, pattern, args.sparsity, "uniform", outlier_m=5.0, spread=0.08)
     worker = PruneWorker(
         WorkerSpec(
             model=folder,
@@ -72,13 +76,8 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
             shard=0,
             replica=0,
             layers=range(1),
-            method=args.method,
-            pattern=args.pattern,
-            sparse=None,
-            rebuilding=None,
-            scoring=None,
+            job=PruningJob(zeroing, None, None, measure_error=not args.no_error),
             widths=None,
-            measure_error=not args.no_error,
             weights="resident",
             activations="device",
             activation_bytes=0,

@@ -143,12 +143,10 @@ class Prepared:
         Args:
             kept_bytes: what a worker keeps of the calibration waves.
         """
-        placement, job = self.placement, self.job
-        zeroing = job.zeroing
-        method: str | None = None
+        placement, zeroing = self.placement, self.job.zeroing
         need: Sequence[Need | None] = [None] * len(layout.shards)
-        if isinstance(zeroing, Zeroing):
-            method, need = zeroing.method, self._needs(layout, zeroing)
+        if isinstance(zeroing, Zeroing):  # the memory of no other job is modelled
+            need = self._needs(layout, zeroing)
         return [
             WorkerSpec(
                 model=placement.model,
@@ -157,13 +155,8 @@ class Prepared:
                 shard=shard,
                 replica=replica,
                 layers=layers,
-                method=method,
-                pattern=str(zeroing.pattern) if zeroing else "unstructured",
-                sparse=job.sparse,
-                rebuilding=job.rebuilding,
-                scoring=job.scoring,
+                job=self.job,
                 widths=self.widths,
-                measure_error=job.measure_error,
                 weights=placement.weights,
                 activations=placement.activations,
                 activation_bytes=kept_bytes,

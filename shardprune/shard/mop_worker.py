@@ -29,7 +29,7 @@ class MopWorker(ForwardWorker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
-        self.narrowed = NarrowedLayers(self, spec.scoring, spec.measure_error)
+        self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._angles: dict[int, dict[int, Tensor]] = {}
 
     def _open_layers(self) -> CurrentLayers:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.pruning_job import Adopted, Zeroing
 from shardprune.model.saving import write_layer
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, SquaredGradients
@@ -39,15 +40,14 @@ class PruneWorker(ForwardWorker):
         if spec.need:
             check_memory(spec.need, spec.device)
         super().__init__(spec)
-        self.narrowed = NarrowedLayers(self, spec.scoring, spec.measure_error)
+        self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
-        self._solver = METHODS[spec.method].prune if spec.method else None
 
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
         spec = self.spec
         self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
-        self.sparse = Checkpoint(spec.sparse, "sparse") if spec.sparse else None
+        self.sparse = Checkpoint(spec.job.sparse, "sparse") if spec.job.sparse else None
         return Layers(
             self.skeleton,
             self.checkpoint,
@@ -66,31 +66,31 @@ class PruneWorker(ForwardWorker):
         """Prune the projections that read input `group`, by the sums of all replicas, and put them into the layer."""
         layer, names = self.layers.get(index, "dense"), self.skeleton.family.inputs[group]
         statistics = self._input(index, group)
-        rebuilding = self.spec.rebuilding
+        zeroing, rebuilding = self.spec.job.zeroing, self.spec.job.rebuilding
         restore = rebuilding is not None and not rebuilding.keep_corrected
         reports = []
         for name in names:
-            tensor, share = self.skeleton.projection_tensor(index, name), shares.get(name)
+            tensor = self.skeleton.projection_tensor(index, name)
             dense, stored = projection_weight(layer, name).float(), self.checkpoint.entries[tensor].dtype
             if self.sparse is not None:
                 given = self.sparse.read(tensor).to(dense)
-                pattern = self._pattern(given, share)
+                pattern = self._pattern(given, None)
                 weight, report = adopt_projection(dense, given, stored, pattern, restore, index, name)
             else:
-                assert self._solver is not None
-                assert share is not None
-                pattern = self._pattern(dense, share)
+                assert isinstance(zeroing, Zeroing)
+                solver, share = METHODS[zeroing.method].prune, shares[name]
+                pattern = zeroing.pattern.at(share.sparsity)
                 weight, report = prune_projection(
-                    self._solver, dense, stored, statistics, pattern, share, restore, index, name
+                    solver, dense, stored, statistics, pattern, share, restore, index, name
                 )
-            if statistics and self.spec.measure_error and not rebuilding:
+            if statistics and self.spec.job.measure_error and not rebuilding:
                 report = replace(report, error=output_error(dense, weight.float(), statistics))
             projection_weight(layer, name).copy_(weight)
             reports.append(report)
         if statistics:
             # As large as a layer: given back, or kept without the factor for `measure`.
             del self.sums[index][names[0]]
-            if self.spec.measure_error and rebuilding:
+            if self.spec.job.measure_error and rebuilding:
                 self.sums[index][names[0]] = replace(statistics, _factors={})
         return reports
 
@@ -130,14 +130,15 @@ class PruneWorker(ForwardWorker):
     def rebuild(self, index: int, block: str, shares: dict[str, Share]) -> tuple[int, dict[str, int]]:
         """Swap weights of a block in the layer, by the squared gradients of all replicas; return how many pairs, and
         each projection's zeros."""
-        assert self.spec.rebuilding is not None
+        rebuilding = self.spec.job.rebuilding
+        assert rebuilding is not None
         rebuilt = self._block_of(index, block)
         patterns = {
             name: self._pattern(projection_weight(rebuilt.layer, name), shares.get(name)) for name in rebuilt.dense
         }
         squares = self.sums.get(index, {}).pop(block, None)
         assert squares is None or isinstance(squares, SquaredGradients)
-        return rebuilt.rebuild(self.spec.rebuilding, patterns, squares, f"layer {index}")
+        return rebuilt.rebuild(rebuilding, patterns, squares, f"layer {index}")
 
     @verb("solve", layer="index")
     def measure(self, index: int, group: int, block: str) -> dict[str, float]:
@@ -192,9 +193,11 @@ class PruneWorker(ForwardWorker):
 
     def _pattern(self, weight: Tensor, share: Share | None) -> Pattern:
         """The pattern of a projection: the recipe's, or what the zeros of a pruned weight show."""
-        if self.spec.pattern == "auto":
-            return pattern_of(weight)
-        return parse_pattern(self.spec.pattern).at(share.sparsity if share else 0.0)
+        zeroing = self.spec.job.zeroing
+        if isinstance(zeroing, Zeroing) and share:
+            return zeroing.pattern.at(share.sparsity)
+        assert isinstance(zeroing, Adopted)
+        return pattern_of(weight) if zeroing.pattern == "auto" else parse_pattern(zeroing.pattern).at(0.0)
 
     def _block_of(self, index: int, name: str) -> Block:
         """A block of the layer in work; only one is held at any time."""
@@ -216,9 +219,10 @@ class PruneWorker(ForwardWorker):
     def empty_sums(self, index: int) -> dict[str, Summed]:
         """Return what this run sums up over a layer's inputs, from nothing."""
         assert not self.sums, "the layer before this one is not finished"
-        if self.spec.scoring:
+        job = self.spec.job
+        if job.scoring:
             return {**self.narrowed.empty_sums(index)}
-        kind: Kind | None = METHODS[self.spec.method].needs if self.spec.method else None
-        if self.spec.measure_error:  # which takes the whole Gram matrix
+        kind: Kind | None = METHODS[job.zeroing.method].needs if isinstance(job.zeroing, Zeroing) else None
+        if job.measure_error:  # which takes the whole Gram matrix
             kind = "gram"
         return {**self.empty_statistics(index, kind)} if kind else {}
