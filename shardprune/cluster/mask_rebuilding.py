@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.passes import in_wave_order
-from shardprune.cluster.pruning_job import Work
+from shardprune.cluster.pending_work import PendingWork
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.storage.records import BlockReport, LayerRecord
 
 
-def rebuild_layer(work: Work, layer: LayerInWork, record: LayerRecord, solvers: Sequence[int]) -> LayerRecord:
+def rebuild_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord, solvers: Sequence[int]) -> LayerRecord:
     """Rebuild the masks of both blocks on every replica; return the layer's record with what is new.
 
     Args:
@@ -48,7 +48,7 @@ def _compare(layer: LayerInWork, block: str, gradients: bool) -> float:
     return lost / norm if norm > 0 else 0.0
 
 
-def _measure(work: Work, layer: LayerInWork, block: str, solvers: Sequence[int]) -> dict[str, float]:
+def _measure(work: PendingWork, layer: LayerInWork, block: str, solvers: Sequence[int]) -> dict[str, float]:
     """The output errors of a block's projections, each from the replica that solved it."""
     measuring = [
         layer.ask(solver, PruneWorker.measure, group, block)

@@ -77,7 +77,7 @@ class ModelOnWorkers:
         parts = split(len(self.layers), self.shards)
         return tuple(tuple(self.layers[part.start : part.stop]) for part in parts)
 
-    def jury(self, team: ReplicaSubset, tokens: Tensor | None = None) -> CandidateScorer:
+    def scorer(self, team: ReplicaSubset, tokens: Tensor | None = None) -> CandidateScorer:
         """Return a scorer of the current model that works with some replicas, on the calibration windows or others."""
         layout = Layout((), self.placement, len(team.members))
         waves = Waves(self.tokens if tokens is None else tokens, len(team.members), self.wave)
@@ -85,7 +85,7 @@ class ModelOnWorkers:
 
     def waves_of(self, team: ReplicaSubset) -> int:
         """Return the number of calibration waves of some replicas."""
-        return len(self.jury(team).waves.all)
+        return len(self.scorer(team).waves.all)
 
     # -- the model --------------------------------------------------------------------------------------------
 
@@ -99,9 +99,9 @@ class ModelOnWorkers:
 
     def refer(self, step: Step) -> None:
         """Keep the outputs of the original model, which the workers have in memory now, on every last shard."""
-        self.jury(self.narrowing).refer(step)
+        self.scorer(self.narrowing).refer(step)
         if self.replicas > 1:
-            self.jury(self.shortening).refer(step)
+            self.scorer(self.shortening).refer(step)
 
     def write(self, folder: str, layers: Sequence[int]) -> None:
         """Write the current layers into a folder, each at the position of its index in `layers`."""
@@ -119,32 +119,34 @@ class ModelOnWorkers:
         Args:
             criterion: that scores it; None for no score.
         """
-        jury, score = self.jury(self.shortening), None
+        scorer, score = self.scorer(self.shortening), None
         if rule == "third-last":
             layer = self.layers[THIRD]
         elif rule == "cosine":
-            means = jury.angles(step)
+            means = scorer.angles(step)
             layer = max(self.layers, key=lambda index: means[index])
         else:
-            perplexities = jury.scores("perplexity", self.layers, "dense", step)
+            perplexities = scorer.scores("perplexity", self.layers, "dense", step)
             least = min(perplexities)
             layer = self.layers[perplexities.index(least)]
             score = least if criterion == "perplexity" else None
         if criterion and score is None:
-            (score,) = jury.scores(criterion, [layer], "dense", step)
+            (score,) = scorer.scores(criterion, [layer], "dense", step)
         return Shallower(layer, score)
 
     def narrower(self, widths: Widths, criterion: Criterion | None, step: Step) -> float | None:
         """Build the candidate with other widths beside the current model; return its score, if there is a criterion."""
-        jury = self.jury(self.narrowing)
+        scorer = self.scorer(self.narrowing)
         if self.scoring.needs_gram(False):
-            self._narrow_one_by_one(jury, widths, step)
+            self._narrow_one_by_one(scorer, widths, step)
         else:
-            jury.gather(step)
-            in_work = [LayerInWork(jury.team, jury.layout, jury.waves, STREAM, index, step) for index in self.layers]
+            scorer.gather(step)
+            in_work = [
+                LayerInWork(scorer.team, scorer.layout, scorer.waves, STREAM, index, step) for index in self.layers
+            ]
             cuts = [cut_layer(layer, self.inputs, widths) for layer in in_work]
             self._wait(ref for kept, refs in cuts for ref in (kept, *refs))
-        return None if criterion is None else jury.scores(criterion, [None], "narrowed", step)[0]
+        return None if criterion is None else scorer.scores(criterion, [None], "narrowed", step)[0]
 
     def passes_to_narrow(self) -> int:
         """Return how often all waves go through a layer (or the model) while the narrower candidate is built."""
@@ -152,20 +154,20 @@ class ModelOnWorkers:
             return 1
         return 2 * len(self.layers) - 1 if self.scoring.correction else len(self.layers)
 
-    def _narrow_one_by_one(self, jury: CandidateScorer, widths: Widths, step: Step) -> None:
+    def _narrow_one_by_one(self, scorer: CandidateScorer, widths: Widths, step: Step) -> None:
         """Make one layer after another narrower: the Gram matrices of all layers at once would not fit, and with
         correction each layer sees the outputs of the narrower ones before it."""
-        layout, at = jury.layout, 0
-        enter(jury.team, layout, jury.waves, STREAM)
+        layout, at = scorer.layout, 0
+        enter(scorer.team, layout, scorer.waves, STREAM)
         for index in self.layers:
             while at < layout.shard_of(index):
-                hand_on(jury.team, layout, jury.waves, STREAM, at)
+                hand_on(scorer.team, layout, scorer.waves, STREAM, at)
                 at += 1
-            layer = LayerInWork(jury.team, layout, jury.waves, STREAM, index, step)
+            layer = LayerInWork(scorer.team, layout, scorer.waves, STREAM, index, step)
             narrow_layer(layer, self.inputs, widths, not self.scoring.correction)
             if index != self.layers[-1] and self.scoring.correction:
                 layer.over_waves(ForwardWorker.propagate, "narrowed", False)
-        to_all(jury.team, layout, at, ForwardWorker.drop, STREAM)
+        to_all(scorer.team, layout, at, ForwardWorker.drop, STREAM)
 
     def candidates(
         self, rule: str | None, widths: Widths | None, criterion: Criterion | None, step: Step

@@ -9,7 +9,7 @@ from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
-from shardprune.cluster.pruning_job import Work
+from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, segment_stream
@@ -17,7 +17,7 @@ from shardprune.shard.prune_worker import PruneWorker
 from shardprune.storage.records import LayerRecord
 
 
-def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step: Step) -> None:
+def prune_segments(group: Group, layout: Layout, waves: Waves, work: PendingWork, step: Step) -> None:
     """Prune every unfinished segment; lanes that share no worker go at the same time.
 
     The first segment starts from the embedding, the others from what `observe` kept.
@@ -41,7 +41,9 @@ def prune_segments(group: Group, layout: Layout, waves: Waves, work: Work, step:
             raise
 
 
-def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, lane: Sequence[range], step: Step) -> None:
+def _prune_layers(
+    group: Group, layout: Layout, waves: Waves, work: PendingWork, lane: Sequence[range], step: Step
+) -> None:
     """Prune the unfinished layers of the segments of a lane, one after the other."""
     for layers in filter(None, (work.pending(segment) for segment in lane)):
         stream = segment_stream(layers.start)
@@ -63,7 +65,7 @@ def _prune_layers(group: Group, layout: Layout, waves: Waves, work: Work, lane: 
         to_all(group, layout, last, ForwardWorker.release)
 
 
-def _prune_layer(work: Work, layer: LayerInWork) -> None:
+def _prune_layer(work: PendingWork, layer: LayerInWork) -> None:
     """Do what is to be done to a layer and write it: afterwards it is finished on every replica and in the output."""
     started = time.monotonic()
     if work.widths:
@@ -82,7 +84,7 @@ def _prune_layer(work: Work, layer: LayerInWork) -> None:
     _announce(layer, len(work.shapes), record, time.monotonic() - started, written)
 
 
-def solve_layer(work: Work, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
+def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
     """Accumulate the statistics of a layer, solve each of its inputs, and give every replica the result.
 
     Args:
@@ -106,7 +108,7 @@ def solve_layer(work: Work, layer: LayerInWork, solvers: Sequence[int]) -> Layer
     )
 
 
-def _cost(work: Work, layer: int, names: Sequence[str]) -> float:
+def _cost(work: PendingWork, layer: int, names: Sequence[str]) -> float:
     """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the weights."""
     rows, cols = sum(work.shapes[layer][name][0] for name in names), work.shapes[layer][names[0]][1]
     return cols**3 + rows * cols**2

@@ -327,14 +327,14 @@ class MopRun:
 
     def _account(self, model: ModelOnWorkers) -> None:
         """Record what the workers have done since the last time."""
-        account(model.group, model.jury(model.all).layout, range(model.shards), self.reporter.events.emit)
+        account(model.group, model.scorer(model.all).layout, range(model.shards), self.reporter.events.emit)
 
     # -- what is kept -----------------------------------------------------------------------------------------
 
     def _measure(self, model: ModelOnWorkers, when: When) -> None:
         """Measure perplexity on every source on which it is not known."""
         for source, windows in self.state.missing(when):
-            scorer = model.jury(model.all, windows)
+            scorer = model.scorer(model.all, windows)
             label, parts = f"perplexity {when}", len(scorer.waves.all)
             with self.clock.phase("evaluate"), self.reporter.step(label, parts) as step:
                 (value,) = scorer.scores("perplexity", [None], "dense", step)

@@ -8,8 +8,8 @@ from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
+from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
-from shardprune.cluster.pruning_job import Work
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
@@ -224,11 +224,11 @@ class PruningRun:
         if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
             self.reporter.say("the layers' outlier ratios do not differ")
 
-    def _work(self, finished: set[int]) -> Work:
+    def _work(self, finished: set[int]) -> PendingWork:
         """Return what is left to be done to the layers."""
         prepared, outliers = self.prepared, self.state.known.outliers
         scoring = prepared.job.scoring
-        return Work(
+        return PendingWork(
             shares=prepared.shares(outliers),
             finished=frozenset(finished),
             family=prepared.skeleton.family,

@@ -17,8 +17,8 @@ import torch
 from shardprune.cluster.group import Ref
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
+from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
-from shardprune.cluster.pruning_job import Work
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
 from shardprune.planning.simulated_worker import ROWS, Call, Worker
@@ -194,7 +194,7 @@ def simulate(costs: Costs) -> SimulatedGroup:
     family = model.skeleton.family
     shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
     shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
-    work = Work(shares, frozenset(), family, [shapes] * model.layers, [], None, task.errors)
+    work = PendingWork(shares, frozenset(), family, [shapes] * model.layers, [], None, task.errors)
     with group.phase("prune", lanes=len(layout.lanes()) > 1), output.step("prune", 0) as step:
         prune_segments(group, layout, calibration, work, step)
     measure()

@@ -10,7 +10,7 @@ from shardprune.solvers.rebuilding import Rebuilding
 
 
 @dataclass(frozen=True)
-class Work:
+class PendingWork:
     """What is to be done.
 
     `shares` says what each projection gives up (empty where a sparse checkpoint says it), `finished` are the
