@@ -26,7 +26,11 @@ def watched(out: Path) -> Iterator[dict[str, int]]:
     def look() -> None:
         while not over.wait(0.002):
             try:
-                for path in out.glob("model-*"):
+                paths = list(out.glob("model-*"))
+            except FileNotFoundError:  # what tries whether the directory can be written removes it again
+                continue
+            try:
+                for path in paths:
                     found = path.stat()
                     if seen.setdefault(path.name, found.st_mtime_ns) != found.st_mtime_ns:
                         wrong.append(f"{path.name} was written again")
