@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from pydantic import ByteSize
+
 from shardprune.cluster.layout import Propagation
 from shardprune.planning.chart import idle_share
 from shardprune.planning.choosing import choose
@@ -51,6 +53,6 @@ def _variations(recipe: PlanRecipe) -> list[tuple[str, PlanRecipe]]:
         if samples >= max(1, recipe.replicas or 1):
             varied.append((f"{samples} samples", recipe.model_copy(update={"samples": samples})))
     for factor in (0.1, 10):
-        network = int(rate * factor)
+        network = ByteSize(rate * factor)
         varied.append((f"{rate * factor / 1e9:g} GB/s network", recipe.model_copy(update={"network": network})))
     return varied
