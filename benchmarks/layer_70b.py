@@ -24,7 +24,7 @@ from shardprune.model.pruning_job import PruningJob, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.shard.memory import peak_bytes
 from shardprune.shard.prune_worker import PruneWorker
-from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.spec import WorkerSettings, WorkerSpec
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.storage.folder import Folder
@@ -70,7 +70,14 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
     zeroing = Zeroing(args.method, pattern, args.sparsity, "uniform", outlier_m=5.0, spread=0.08)
     worker = PruneWorker(
         WorkerSpec(
-            model=folder,
+            settings=WorkerSettings(
+                model=folder,
+                device=args.device,
+                dtype="bfloat16" if cuda else "float32",
+                threads=torch.get_num_threads(),
+                streamed=False,
+                activations="device",
+            ),
             out=out,
             fingerprint="benchmark",
             shard=0,
@@ -78,12 +85,7 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
             layers=range(1),
             job=PruningJob(zeroing, None, None, measure_error=not args.no_error),
             widths=None,
-            weights="resident",
-            activations="device",
             activation_bytes=0,
-            device=args.device,
-            dtype="bfloat16" if cuda else "float32",
-            threads=torch.get_num_threads(),
             finished=frozenset(),
         )
     )

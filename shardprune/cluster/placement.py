@@ -1,7 +1,7 @@
 """Placement of a run: where it works and in which units, with no choice left open."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -10,52 +10,62 @@ from shardprune.cluster.group import Slots
 from shardprune.cluster.layout import Layout, Propagation, plan_layout
 from shardprune.model.checkpoint import place_of
 from shardprune.model.skeleton import Skeleton
-from shardprune.recipes.identity import LayerRecipe, identifying_fields
+from shardprune.recipes.groups import WorkerFields
+from shardprune.recipes.identity import identifying_fields
+from shardprune.recipes.layer_recipe import LayerRecipe
+from shardprune.shard.spec import WorkerSettings
 from shardprune.storage.folder import absolute
 from shardprune.storage.journal import recorded_recipe
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A run's workers, the units of its work, and its model and output as every process finds them.
+    """A run's workers, the units of its work, and its output as every process finds it.
 
-    `layout` and `threads` (of a worker), `dtype` (of the computation) and `wave` (sequences) shape the result to the
-    bit; attempts after a loss use the layout shrunk.
+    `layout`, `wave` (sequences) and the workers' dtype and threads shape the result to the bit; attempts after a loss
+    use the layout shrunk.
     """
 
     layout: Layout
     propagation: Propagation
-    threads: int
-    device: str
-    dtype: torch.dtype
-    streamed: bool
-    activations: Literal["auto", "device", "host"]
+    workers: WorkerSettings
     wave: int
-    model: str
     out: str
 
     @property
-    def weights(self) -> Literal["resident", "streamed"]:
-        """How a worker holds its layers, in a recipe's words."""
-        return "streamed" if self.streamed else "resident"
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype in torch's words, for other processes."""
-        return str(self.dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        """The dtype of the computation."""
+        return dtype_of(self.workers)
 
     def choices(self) -> dict[str, Any]:
         """Return the fields of a recipe that are decided."""
         return {
-            "model": self.model,
+            "model": self.workers.model,
             "out": self.out,
-            "device": self.device,
-            "threads": self.threads,
+            "device": self.workers.device,
+            "threads": self.workers.threads,
             "wave": self.wave,
             "shards": len(self.layout.shards),
             "replicas": self.layout.replicas,
             "segments": len(self.layout.segments) if self.propagation == "parallel" else None,
         }
+
+
+def worker_settings(fields: WorkerFields, model: str, device: str, dtype: torch.dtype, threads: int) -> WorkerSettings:
+    """Return the settings of a run's workers: the recipe's, with the choices that it leaves open."""
+    return WorkerSettings(
+        model=model,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        threads=threads,
+        streamed=fields.asked.streamed,
+        activations=fields.activations,
+    )
+
+
+def dtype_of(settings: WorkerSettings) -> torch.dtype:
+    """Return the dtype that workers compute in."""
+    return getattr(torch, settings.dtype)
 
 
 def place_run(
@@ -85,18 +95,9 @@ def place_run(
     if parallel and asked.shards and segments and not asked.segments:
         shards = min(shards, segments)  # goes on with the segments of its start
     layout = plan_layout(skeleton.layers, recipe.samples, asked.propagation, shards, replicas, segments)
-    return Placement(
-        layout=layout,
-        propagation=asked.propagation,
-        threads=recipe.threads or recorded.get("threads") or threads_of(slots, layout.workers),
-        device=device,
-        dtype=skeleton.dtype,
-        streamed=asked.streamed,
-        activations=recipe.activations,
-        wave=recipe.sequences_per_wave,
-        model=model,
-        out=out,
-    )
+    threads = recipe.threads or recorded.get("threads") or threads_of(slots, layout.workers)
+    workers = worker_settings(recipe, model, device, skeleton.dtype, threads)
+    return Placement(layout, asked.propagation, workers, recipe.sequences_per_wave, out)
 
 
 def _recorded(recipe: LayerRecipe, decided: dict[str, Any], out: str) -> dict[str, Any]:

@@ -205,16 +205,16 @@ class RayGroup:
     concurrent = True
 
     def __init__(self, specs: Sequence[ForwardSpec], actor: type) -> None:
-        gpu = specs[0].device == "cuda"
-        cpus = cpus_of(len(specs), specs[0].threads, gpu)
+        settings = specs[0].settings
+        gpu = settings.device == "cuda"
+        cpus = cpus_of(len(specs), settings.threads, gpu)
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
         self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
         self._actors: dict[tuple[int, int], Any] = {}
         try:
-            self._wait(len(specs), bundle, specs[0].device)
+            self._wait(len(specs), bundle, settings.device)
             actor_class = ray.remote(max_restarts=0, max_task_retries=0)(actor)
-            streamed = specs[0].weights == "streamed"
-            environment = {"env_vars": STREAMING_ENV} if streamed else None
+            environment = {"env_vars": STREAMING_ENV} if settings.streamed else None
             for index, spec in enumerate(specs):
                 self._actors[spec.shard, spec.replica] = actor_class.options(
                     num_cpus=cpus,

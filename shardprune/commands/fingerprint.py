@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shardprune.cluster.placement import Placement
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.recipes.identity import LayerRecipe
+from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.storage.windows import tokens_hash
 
 FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors

@@ -114,7 +114,7 @@ class MopRun:
 
     def go(self) -> Result:
         """Carry out the run in its output, and return its result."""
-        prepared, device = self.prepared, self.prepared.placement.device
+        prepared, device = self.prepared, self.prepared.placement.workers.device
         with self.state.running(self.reporter, **prepared.facts()):
             self.remove_saved()
             restarts = self.recipe.max_restarts

@@ -24,7 +24,7 @@ from shardprune.model.structure.shape import Widths, changes, reshaped, widths_o
 from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
-from shardprune.recipes.identity import LayerRecipe
+from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
@@ -71,7 +71,7 @@ class Prepared:
 
     @property
     def streamed(self) -> bool:
-        return self.placement.streamed
+        return self.placement.workers.streamed
 
     @property
     def wave(self) -> int:
@@ -112,7 +112,7 @@ class Prepared:
 
     def as_base(self) -> Base:
         """Return this run as the first of two."""
-        return Base(self.placement.model, self.weights, self.skeleton.parameters(), self.journal.fingerprint)
+        return Base(self.placement.workers.model, self.weights, self.skeleton.parameters(), self.journal.fingerprint)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of the event `run`."""
@@ -149,7 +149,7 @@ class Prepared:
             need = self._needs(layout, zeroing)
         return [
             WorkerSpec(
-                model=placement.model,
+                settings=placement.workers,
                 out=placement.out,
                 fingerprint=self.journal.fingerprint,
                 shard=shard,
@@ -157,12 +157,7 @@ class Prepared:
                 layers=layers,
                 job=self.job,
                 widths=self.widths,
-                weights=placement.weights,
-                activations=placement.activations,
                 activation_bytes=kept_bytes,
-                device=placement.device,
-                dtype=placement.dtype_name,
-                threads=placement.threads,
                 finished=frozenset(finished),
                 need=need[shard],
             )
@@ -191,7 +186,7 @@ class Prepared:
 
     def _needs(self, layout: Layout, zeroing: Zeroing) -> list[Need]:
         """Return what a worker of each shard cannot do without."""
-        placement, model = self.placement, self.placement.model
+        placement, model = self.placement, self.placement.workers.model
         task = task_of(
             model_of(self.skeleton, model, stored_dtype(self.checkpoint)),
             zeroing,
@@ -203,7 +198,8 @@ class Prepared:
             windows=max(map(len, self.evaluations.values()), default=0),
             itemsize=placement.dtype.itemsize,
         )
-        gpu, may_leave = placement.device == "cuda", placement.activations != "device"
+        workers = placement.workers
+        gpu, may_leave = workers.device == "cuda", workers.activations != "device"
         return needs(task, Setup(layout, self.streamed, may_leave, gpu))
 
 

@@ -152,7 +152,7 @@ class PruningRun:
     def attempts(self) -> Attempts[Layout]:
         """Return attempts on the workers that there are, until one ends without losing any."""
         prepared, restarts = self.prepared, self.prepared.recipe.max_restarts
-        device = prepared.placement.device
+        device = prepared.placement.workers.device
         return Attempts(prepared.layout, device, restarts, self.backend, self.reporter, self.state.lost)
 
     def attempt(self, layout: Layout) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.likelihoods import Queries, Query, log_likelihoods
 from shardprune.cluster.object_store import store_bytes
 from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
+from shardprune.cluster.placement import worker_settings
 from shardprune.cluster.restarts import Attempts
 from shardprune.model.checkpoint import place_of
 from shardprune.model.opening import open_model
@@ -108,7 +110,7 @@ class ShardedModel:
 
     @property
     def _streamed(self) -> bool:
-        return self.settings.weights == "streamed"
+        return self.settings.asked.streamed
 
     def _attempts(self) -> Attempts[Layout]:
         """Return attempts at a question until one ends without losing workers; `max_restarts` counts all questions."""
@@ -138,21 +140,12 @@ class ShardedModel:
         return self._backend.start(self._specs(), store_bytes(self.layout, wave), ForwardWorker)
 
     def _specs(self) -> list[ForwardSpec]:
-        settings = self.settings
+        workers = worker_settings(self.settings, self._model, self._device, self.skeleton.dtype, self._threads)
+        if workers.activations == "auto":
+            # What is asked next is not known when workers start: only host memory may hold all of it.
+            workers = replace(workers, activations="host")
         return [
-            ForwardSpec(
-                model=self._model,
-                shard=shard,
-                replica=replica,
-                layers=layers,
-                weights=settings.weights,
-                # What is asked next is not known when workers start: only host memory may hold all of it.
-                activations="host" if settings.activations == "auto" else settings.activations,
-                activation_bytes=0,
-                device=self._device,
-                dtype=str(self.skeleton.dtype).removeprefix("torch."),
-                threads=self._threads,
-            )
+            ForwardSpec(workers, shard, replica, layers, activation_bytes=0)
             for shard, layers in enumerate(self.layout.shards)
             for replica in range(self.layout.replicas)
         ]

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import WAVE_TOKENS, Sources, WorkerFields, check_survives_ray_job
+from shardprune.recipes.groups import WAVE_TOKENS, AskedLayout, Sources, WorkerFields, check_survives_ray_job
 from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import FORMS
 
@@ -54,6 +54,10 @@ class ShardFields(WorkerFields):
         "resident", description="resident keeps all layers in memory; streamed loads one at a time"
     )
     wave: int | None = optional(f"{WAVE_TOKENS} / tokens, hf 1", "Texts per micro-batch", ge=1)
+
+    @property
+    def asked(self) -> AskedLayout:
+        return AskedLayout(self.shards, self.replicas, streamed=self.weights == "streamed")
 
 
 class DestinationFields(Settings):

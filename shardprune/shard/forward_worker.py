@@ -28,11 +28,12 @@ class ForwardWorker:
     """One replica of one shard: waves pass through its layers, which stay as they are."""
 
     def __init__(self, spec: ForwardSpec) -> None:
-        torch.set_num_threads(spec.threads)
+        settings = spec.settings
+        torch.set_num_threads(settings.threads)
         self.spec = spec
         self.ledger = Ledger()
-        self.checkpoint = Checkpoint(spec.model)
-        self.skeleton = Skeleton(self.checkpoint.config, spec.device, getattr(torch, spec.dtype))
+        self.checkpoint = Checkpoint(settings.model)
+        self.skeleton = Skeleton(self.checkpoint.config, settings.device, getattr(torch, settings.dtype))
         self.skeleton.load_frame(self.checkpoint)
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
@@ -42,9 +43,7 @@ class ForwardWorker:
 
     def _open_layers(self) -> LayerStore:
         """Return the decoder layers of the shard."""
-        return Layers(
-            self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.weights == "streamed"
-        )
+        return Layers(self.skeleton, self.checkpoint, None, self.spec.layers, set(), stream=self.spec.settings.streamed)
 
     @verb("read")
     def load(self, version: Version) -> None:
@@ -194,7 +193,7 @@ class ForwardWorker:
     @verb("exchange")
     def release(self) -> None:
         """Free what only a finished pass needed: the embedding, the head, streamed layers."""
-        if self.spec.weights == "streamed":
+        if self.spec.settings.streamed:
             self.skeleton.drop_embeddings()
             self.layers.release()
 
@@ -262,8 +261,8 @@ class ForwardWorker:
 
     def _place(self) -> Literal["device", "host"]:
         """Return where waves are kept: in host memory if a GPU would have no room left for the work."""
-        if self.spec.activations != "auto":
-            return self.spec.activations
+        if self.spec.settings.activations != "auto":
+            return self.spec.settings.activations
         if self.skeleton.device.type == "cpu":
             return "host"
         memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory

@@ -38,7 +38,7 @@ class PruneWorker(ForwardWorker):
 
     def __init__(self, spec: WorkerSpec) -> None:
         if spec.need:
-            check_memory(spec.need, spec.device)
+            check_memory(spec.need, spec.settings.device)
         super().__init__(spec)
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
@@ -54,7 +54,7 @@ class PruneWorker(ForwardWorker):
             self.journal,
             spec.layers,
             set(spec.finished),
-            stream=spec.weights == "streamed",
+            stream=spec.settings.streamed,
             given=self.sparse,
             pruned=skeleton_of_widths(self.skeleton, spec.widths) if spec.widths else None,
         )

@@ -9,22 +9,33 @@ from shardprune.model.structure.shape import Widths
 
 
 @dataclass(frozen=True)
+class WorkerSettings:
+    """The settings that all workers of a run share, as plain values that travel to another process.
+
+    `model` is the checkpoint as every process finds it, `dtype` torch's name of the compute dtype. Where layers are
+    `streamed`, a worker holds one and reads the next ahead.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    threads: int
+    streamed: bool
+    activations: Literal["auto", "device", "host"]
+
+
+@dataclass(frozen=True)
 class ForwardSpec:
-    """The arguments of a worker that only lets waves pass through, as plain values that travel to another process.
+    """The arguments of a worker that only lets waves pass through.
 
     `activation_bytes` is the size of the waves that it keeps.
     """
 
-    model: str
+    settings: WorkerSettings
     shard: int
     replica: int
     layers: Sequence[int]
-    weights: Literal["resident", "streamed"]
-    activations: Literal["auto", "device", "host"]
     activation_bytes: int
-    device: str
-    dtype: str
-    threads: int
 
 
 @dataclass(frozen=True)

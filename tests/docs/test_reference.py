@@ -15,6 +15,7 @@ from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
+from shardprune.shard.spec import WorkerSettings
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BESIDE = {
@@ -57,7 +58,8 @@ def test_links_and_columns_fit():
 def test_what_makes_two_runs_the_same_is_what_the_fingerprint_covers(recipe):
     """A field changes a run's fingerprint where the page says so, and only there."""
     layout = plan_layout(4, 8, "exact", 1, 1, None)
-    decided = Placement(layout, "exact", 1, "cpu", torch.float32, False, "auto", 1, "m", "o")
+    workers = WorkerSettings("m", "cpu", "float32", threads=1, streamed=False, activations="auto")
+    decided = Placement(layout, "exact", workers, wave=1, out="o")
 
     def fingerprint(settings):
         placement = replace(decided, wave=settings.sequences_per_wave)
