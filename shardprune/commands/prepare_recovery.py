@@ -1,4 +1,4 @@
-"""Everything that is decided before a training starts: inputs opened and checked, data prepared, output claimed."""
+"""Preparation of a fine-tuning: inputs opened and checked, rows made, the fingerprint decided, the output looked at."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 
 FORMAT = 1  # of what a fingerprint covers
-STATE = "training"  # folder of an output with the state of a training under way
+STATE = "training"  # folder of an output with the checkpoints of a training run under way
 CLAIM = "fingerprint"  # file of a state that says whose it is
 SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense one has a few by rounding
 
@@ -60,7 +60,7 @@ class PreparedRecovery:
 
     @property
     def claim(self) -> str:
-        """What a training's directory says about whose it is."""
+        """The text in the directory of training checkpoints that says whose it is."""
         return f"{self.journal.fingerprint} {without_credentials(self.recipe.out)}"
 
     @property
@@ -243,7 +243,7 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> ZeroCount:
 
 
 def _fingerprint(inputs: Inputs, steps: int) -> str:
-    """A hash of everything that shapes the weights but for rounding: a training goes on with other workers."""
+    """Return a hash of everything that shapes the weights, but for rounding: a training run resumes on other workers."""
     recipe, teacher = inputs.recipe, inputs.teacher
     content = {
         "format": FORMAT,

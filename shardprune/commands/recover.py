@@ -26,7 +26,7 @@ from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, 
 from shardprune.storage.folder import Folder
 from shardprune.storage.records import LayerRecord
 
-POLL_SECONDS = 1.0  # between two looks at the losses of a training under way
+POLL_SECONDS = 1.0  # between two looks at the loss log of a training run
 
 
 def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:

@@ -195,7 +195,7 @@ class WorkerResult(BaseModel):
 
 
 class TrainingLoss(BaseModel):
-    """After a step of a training: the mean loss of its tokens as the weights were before the step, and that of the
+    """After a step of a fine-tuning: the mean loss of its tokens as the weights were before the step, and that of the
     held-out rows after it, where it was measured."""
 
     step: int
@@ -205,7 +205,7 @@ class TrainingLoss(BaseModel):
 
 
 class Recovery(BaseModel):
-    """What a training did. `rows` were learned from, `targets` counts the tokens whose predictions were, `zeros` are
+    """What a fine-tuning did. `rows` were learned from, `targets` counts the tokens whose predictions were, `zeros` are
     those of the projections: `kept` stand where there was one before."""
 
     steps: int

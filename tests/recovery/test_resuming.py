@@ -58,7 +58,7 @@ CUTS = {
         True,
     ),
     "while the last checkpoint takes effect": (Folder, "write_text", lambda _, name, text: text == "step5", False),
-    "while layers are written": (Journal, "write_layer", lambda _, layer, *__: layer == 1, False),
+    "while layers are written": (Journal, "write_layer", lambda _, shapes, tensor, record: record.layer == 1, False),
     "before the frame": (shardprune.recovery.writing, "write_tensors", lambda *_: True, False),
     "before the index": (shardprune.commands.recover, "write_index", lambda *_: True, False),
     "before the result": (Journal, "finish", lambda *_: True, False),
