@@ -1,4 +1,4 @@
-"""What is to be done to a model's layers."""
+"""Pending work: what a pruning run still has to do to a model's layers."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from shardprune.solvers.rebuilding import Rebuilding
 
 @dataclass(frozen=True)
 class PendingWork:
-    """What is to be done.
+    """The unfinished part of a pruning job, laid out by layer and projection.
 
     `shares` says what each projection gives up (empty where a sparse checkpoint says it), `finished` are the
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
@@ -53,7 +53,7 @@ class PendingWork:
 
     @property
     def comparing_passes(self) -> int:
-        """How often all waves go through a block that is rebuilt: for gradients, and for errors before and after."""
+        """Passes of all waves through a block that is rebuilt: for gradients, and for errors before and after."""
         if self.rebuilding is None:
             return 0
         return max(self.rebuilding.needs_gradients, self.measure_error) + self.measure_error

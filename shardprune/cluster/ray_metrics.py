@@ -1,4 +1,4 @@
-"""What a worker does, as metrics of its Ray node: Ray's dashboard and Prometheus take them from there."""
+"""Metrics of a worker at its Ray node, for Ray's dashboard and Prometheus."""
 
 from ray.util.metrics import Counter, Histogram
 

@@ -93,7 +93,7 @@ class _Evaluation:
         self._keep(tasks=tasks, harness=version("lm-eval"), engine=self.recipe.engine)
 
     def result(self) -> EvaluationResult:
-        """What is known by now, of this evaluation and of earlier ones."""
+        """Return the measurements of this evaluation and of earlier ones."""
         places = {"model": place_of(self.recipe.model), "out": self.record.folder.url if self.record.kept else None}
         settings = self.model.settings.model_copy(update=places)
         return EvaluationResult(
@@ -106,7 +106,7 @@ class _Evaluation:
         )
 
     def _answering(self) -> "LM":
-        """What answers the tasks."""
+        """Return the model that answers the tasks: the shards, or lm-eval's own."""
         if self.recipe.engine == "hf":
             from shardprune.evaluation.whole import whole_model
 

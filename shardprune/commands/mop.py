@@ -273,12 +273,12 @@ class MopRun:
 
     @property
     def _criterion(self) -> Criterion | None:
-        """What candidates are scored by; None where the path is known and scores are not asked for."""
+        """The criterion that scores candidates; None if the path is known and scores are not asked for."""
         known = self.recipe.path is not None or self.recipe.criterion == "random"
         return None if known and not self.recipe.scores else self.recipe.scored_by
 
     def _where(self) -> State:
-        """Where the finished iterations have led."""
+        """Return the state after the finished iterations."""
         state = self.path_plan.start
         for entry in self.state.known.path:
             state = state.after(entry.step, self.path_plan.request)
@@ -293,7 +293,7 @@ class MopRun:
         return f"{self.prepared.placement.out}/{name}"
 
     def _saved(self, where: State) -> Saved | None:
-        """Where the current layers lie, if not in the checkpoint: in the output of a finished run, or saved."""
+        """Return the folder of the current layers: a finished run's output, or saved layers; None for the checkpoint."""
         if self.state.previous:
             return Saved(self.prepared.placement.out, where.widths, tuple(self._layers()))
         known = self.state.known

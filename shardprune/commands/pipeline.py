@@ -77,7 +77,7 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
 
 
 class _Progress:
-    """What an output directory says about a pipeline: whose it is, and what was evaluated. The other steps know
+    """The progress of a pipeline in its output: its recipe, and the evaluation that was done. The other steps know
     themselves whether they are finished, and whether they are the same as before.
 
     Raises:
@@ -117,6 +117,6 @@ class _Progress:
 
 
 def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:
-    """What an evaluation measures, wherever it does."""
+    """Return the fields of an evaluation that decide what it measures."""
     fields = {name for group in recipe.shaping for name in group.model_fields}
     return {name: value for name, value in recipe.record().items() if name in fields}

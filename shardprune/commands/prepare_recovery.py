@@ -36,7 +36,7 @@ SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a recipe names, opened and checked, with every choice made that the user left open."""
+    """The inputs of a fine-tuning, opened and checked, and its recipe with every choice made."""
 
     recipe: DecidedRecipe
     checkpoint: Checkpoint
@@ -74,7 +74,7 @@ class PreparedRecovery:
 
     @property
     def processes(self) -> Processes:
-        """How many share the training, as planned."""
+        """The processes that share the training, as planned."""
         return Processes(self.recipe.workers, self.recipe.batch, self.recipe.micro_batch)
 
     @property
@@ -93,7 +93,7 @@ class PreparedRecovery:
         return sum(self.recipe.lora_rank * (rows + cols) for rows, cols in shapes)
 
     def spec(self, processes: Processes) -> TrainingSpec:
-        """What so many processes are told."""
+        """Return the start-up arguments of the training processes."""
         recipe = self.recipe
         config = deepspeed_config(
             zero=recipe.zero,
@@ -243,7 +243,7 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> ZeroCount:
 
 
 def _fingerprint(inputs: Inputs, steps: int) -> str:
-    """Return a hash of everything that shapes the weights, but for rounding: a training run resumes on other workers."""
+    """Return a hash of everything that shapes the weights, but for rounding: other workers resume it."""
     recipe, teacher = inputs.recipe, inputs.teacher
     content = {
         "format": FORMAT,

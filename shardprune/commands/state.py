@@ -29,7 +29,7 @@ class Measured(BaseModel):
 
 
 class ZeroCount(BaseModel):
-    """How many of the projections' `weights` are zero."""
+    """The `count` of zeros among the `weights` of all projections."""
 
     count: int
     weights: int
@@ -56,7 +56,7 @@ class RunFile(BaseModel):
 
 
 class RunState:
-    """What is known of a run, kept in its output as soon as it is known.
+    """The knowledge of a run about itself, kept in its output as soon as it is known.
 
     Args:
         earlier: what the output holds of the run.

@@ -1,1 +1,1 @@
-"""What a run is asked to do: one validated class a command."""
+"""Recipes: the fields of every command, one validated class each."""

@@ -53,7 +53,7 @@ class PathFields(Settings):
 
     @property
     def scored_by(self) -> Criterion:
-        """What candidates are scored by, whether or not the score decides."""
+        """The criterion that scores candidates, whether or not the score decides."""
         return "perplexity" if self.criterion == "random" else self.criterion
 
 
@@ -119,5 +119,5 @@ class MopRecipe(
 
     @property
     def scoring(self) -> Scoring:
-        """How structures are chosen."""
+        """The rule by which structures are chosen."""
         return Scoring(self.score, self.correction, self.outlier_m)

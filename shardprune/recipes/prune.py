@@ -86,7 +86,7 @@ class PruningFields(StructuredFields):
 
     @property
     def zeros(self) -> Pattern | Mixed:
-        """Where zeros may stand."""
+        """The pattern of the zeros."""
         return parse_pattern(self.pattern)
 
     @property
@@ -104,7 +104,7 @@ class PruningFields(StructuredFields):
 
     @property
     def zeroing(self) -> Zeroing:
-        """How weights become zero."""
+        """The zeroing of weights: method, pattern, target and allocation."""
         return Zeroing(
             method=f"{self.method}-variant" if self.wanda_variant else self.method,
             pattern=self.zeros,
@@ -184,7 +184,7 @@ class BarberFields(Settings):
 
     @property
     def swapping(self) -> Rebuilding:
-        """How masks are rebuilt."""
+        """The rule by which masks are rebuilt."""
         return Rebuilding(self.rebuild_threshold, self.rebuild_granularity, self.rebuild_metric, self.keep_corrected)
 
 
@@ -200,7 +200,7 @@ class OptionalBarberFields(BarberFields):
 
     @property
     def rebuilding(self) -> Rebuilding | None:
-        """How masks are rebuilt, if they are."""
+        """The rule by which masks are rebuilt; None if they are not."""
         return self.swapping if self.rebuild == "barber" else None
 
 
