@@ -293,7 +293,7 @@ class MopRun:
         return f"{self.prepared.placement.out}/{name}"
 
     def _saved(self, where: State) -> Saved | None:
-        """Return the folder of the current layers: a finished run's output, or saved layers; None for the checkpoint."""
+        """Return the folder of the current layers: a finished run's output, or saved ones; None for the checkpoint."""
         if self.state.previous:
             return Saved(self.prepared.placement.out, where.widths, tuple(self._layers()))
         known = self.state.known
