@@ -53,6 +53,6 @@ def _measure(work: PendingWork, layer: LayerInWork, block: str, solvers: Sequenc
     measuring = [
         layer.ask(solver, PruneWorker.measure, group, block)
         for group, solver in enumerate(solvers)
-        if work.family.inputs[group][0] in work.family.blocks[block]
+        if work.family.input_names[group] in work.family.blocks[block]
     ]
     return {name: error for errors in layer.wait(measuring) for name, error in errors.items()}

@@ -35,7 +35,7 @@ class Placement:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the computation."""
-        return dtype_of(self.workers)
+        return self.workers.compute_dtype
 
     def choices(self) -> dict[str, Any]:
         """Return the fields of a recipe that are decided."""
@@ -61,11 +61,6 @@ def worker_settings(fields: WorkerFields, model: str, device: str, dtype: torch.
         streamed=fields.asked.streamed,
         activations=fields.activations,
     )
-
-
-def dtype_of(settings: WorkerSettings) -> torch.dtype:
-    """Return the dtype that workers compute in."""
-    return getattr(torch, settings.dtype)
 
 
 def place_run(

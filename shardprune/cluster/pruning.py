@@ -69,8 +69,7 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> None:
     """Do what is to be done to a layer and write it: afterwards it is finished on every replica and in the output."""
     started = time.monotonic()
     if work.widths:
-        inputs = tuple(names[0] for names in work.family.inputs)
-        kept = narrow_layer(layer, inputs, work.widths, work.passes_on_dense)
+        kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
         sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
         record = LayerRecord(layer.layer, kept=kept, sizes=sizes)
     else:
@@ -92,7 +91,7 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     """
     layer.over_waves(PruneWorker.accumulate, False)
     inputs = work.family.inputs
-    waiting = layer.reduce({names[0]: solver for names, solver in zip(inputs, solvers, strict=True)})
+    waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
     solving = [
         layer.ask(solver, PruneWorker.solve, group, work.shares_of(layer.layer, inputs[group]))
         for group, solver in enumerate(solvers)

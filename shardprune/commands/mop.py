@@ -151,7 +151,7 @@ class MopRun:
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, prepared.calibration, prepared.wave
         start = self.path_plan.start
         scoring = self.recipe.scoring
-        inputs = [names[0] for names in prepared.skeleton.family.inputs]
+        inputs = prepared.skeleton.family.input_names
         model = ModelOnWorkers(
             group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, inputs
         )

@@ -177,7 +177,7 @@ class Prepared:
         bytes of weights and gradients."""
         config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
         wave = self.wave * self.calibration.shape[1] * config.hidden_size * itemsize
-        return store_bytes(self.layout, wave, (self.shapes[0][names[0]][1] for names in family.inputs), sent)
+        return store_bytes(self.layout, wave, (self.shapes[0][name][1] for name in family.input_names), sent)
 
     @property
     def layer_bytes(self) -> int:

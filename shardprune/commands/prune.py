@@ -217,7 +217,7 @@ class PruningRun:
             return
         parts = observation.parts(layout, waves, prepared.streamed)
         with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
-            inputs = [names[0] for names in prepared.skeleton.family.inputs]
+            inputs = prepared.skeleton.family.input_names
             found = observe(group, layout, waves, observation, inputs, prepared.streamed, step)
         known.outliers = known.outliers or found
         self.state.save()

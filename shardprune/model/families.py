@@ -41,6 +41,11 @@ class Family:
         return tuple(name for group in self.inputs for name in group)
 
     @property
+    def input_names(self) -> tuple[str, ...]:
+        """The inputs of a layer in the order of the forward pass, each named by the first projection that reads it."""
+        return tuple(names[0] for names in self.inputs)
+
+    @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """The projections of attention and MLP, in the order of the forward pass."""
         attention = tuple(name for name in self.projections if name.startswith("self_attn."))

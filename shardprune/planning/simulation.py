@@ -187,7 +187,7 @@ def simulate(costs: Costs) -> SimulatedGroup:
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     observation = Observation(starts, 5.0 if task.outliers else None)
-    inputs = [names[0] for names in model.skeleton.family.inputs]
+    inputs = model.skeleton.family.input_names
     if observation:
         with group.phase("observe"), output.step("observe", 0) as step:
             observe(group, layout, calibration, observation, inputs, setup.streamed, step)

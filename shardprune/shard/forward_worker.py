@@ -33,7 +33,7 @@ class ForwardWorker:
         self.spec = spec
         self.ledger = Ledger()
         self.checkpoint = Checkpoint(settings.model)
-        self.skeleton = Skeleton(self.checkpoint.config, settings.device, getattr(torch, settings.dtype))
+        self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
         self.skeleton.load_frame(self.checkpoint)
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
@@ -256,7 +256,7 @@ class ForwardWorker:
         shapes = self.skeleton.projection_shapes(index)
         return {
             name: InputStatistics.empty(kind, shapes[name][1], self.skeleton.device)
-            for name, *_ in self.skeleton.family.inputs
+            for name in self.skeleton.family.input_names
         }
 
     def _place(self) -> Literal["device", "host"]:

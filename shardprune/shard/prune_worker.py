@@ -212,7 +212,7 @@ class PruneWorker(ForwardWorker):
 
     def _input(self, index: int, group: int) -> InputStatistics | None:
         """The sums over one input of the layer in work; None where this run needs none."""
-        statistics = self.sums.get(index, {}).get(self.skeleton.family.inputs[group][0])
+        statistics = self.sums.get(index, {}).get(self.skeleton.family.input_names[group])
         assert statistics is None or isinstance(statistics, InputStatistics)
         return statistics
 

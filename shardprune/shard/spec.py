@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from shardprune.model.pruning_job import PruningJob
 from shardprune.model.structure.shape import Widths
 
@@ -22,6 +24,11 @@ class WorkerSettings:
     threads: int
     streamed: bool
     activations: Literal["auto", "device", "host"]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the computation."""
+        return getattr(torch, self.dtype)
 
 
 @dataclass(frozen=True)
