@@ -17,6 +17,7 @@ from torch import Tensor
 from shardprune.solvers.factor import Factor
 from shardprune.solvers.methods import Solution
 from shardprune.solvers.pattern import NM, Pattern
+from shardprune.solvers.products import add_product
 from shardprune.solvers.selection import cumulative_counts, smallest
 from shardprune.solvers.statistics import InputStatistics
 
@@ -92,7 +93,7 @@ class _Sweep:
         """Correct the columns [middle, right) for what [left, middle) lost."""
         if middle < right:
             steps = self.factor.steps[left:middle, middle:right]
-            self.columns[middle:right].addmm_(steps.t(), lost, alpha=-1)
+            add_product(self.columns[middle:right], steps.t(), lost, alpha=-1)
 
     def _choose(self, left: int, right: int) -> None:
         """Choose the zeros of one unit by w^2 / u_jj^2 (equation 3), on the weights as corrected so far."""
