@@ -214,8 +214,8 @@ def correct(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: 
     removed = goes.nonzero().squeeze(1)
     if len(removed) == 0:
         return Correction(weight[:, kept], damping, 0)
-    scale = 2 / statistics.samples
-    factor = factorise(statistics.sums[kept.unsqueeze(1), kept] * scale, damping)
-    shared = weight[:, removed] @ statistics.sums[removed.unsqueeze(1), kept] * scale
+    scale, gram = statistics.scale, statistics.gram
+    factor = factorise(gram[kept.unsqueeze(1), kept], damping, scale)
+    shared = weight[:, removed] @ gram[removed.unsqueeze(1), kept] * scale
     change = (shared @ factor.steps.t() * factor.diagonal.square()) @ factor.steps  # H^-1 = U^T U
     return Correction(weight[:, kept] + change.masked_fill_(factor.dead, 0), factor.damping, factor.retries)
