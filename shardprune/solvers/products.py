@@ -40,6 +40,12 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0,
     return target.addmm_(left, right, alpha=alpha, beta=beta)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left [rows, inner] @ right [inner, cols], for float32 views of any strides."""
+    target = torch.empty(len(left), right.shape[1], dtype=left.dtype, device=left.device)
+    return add_product(target, left, right, beta=0)
+
+
 def in_three(rows: int, cols: int, inner: int) -> bool:
     """Whether a product [rows, inner] @ [inner, cols] is large enough for 3xTF32 to be faster."""
     return rows * cols > NARROW * (rows + cols) and rows * cols * inner >= SMALL

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shardprune.solvers.factor import Factor, factorise
-from shardprune.solvers.products import add_product
+from shardprune.solvers.products import add_product, product
 from shardprune.solvers.triangles import add_square, lower_panels, mirror, panels, whole
 
 Kind = Literal["gram", "squares"]
@@ -145,8 +145,7 @@ def gram_norm(weight: Tensor, gram: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=weight.device)
     for panel in panels(len(gram), gram.device):
         own, below = weight[:, panel], slice(panel.stop, None)
-        image = torch.empty(own.shape, dtype=weight.dtype, device=weight.device)
-        add_product(image, own, whole(gram[panel, panel]), beta=0)
+        image = product(own, whole(gram[panel, panel]))
         if panel.stop < len(gram):
             add_product(image, weight[:, below], gram[below, panel], alpha=2)
         total += image.mul_(own).sum(dtype=torch.float64)

@@ -6,7 +6,7 @@ A symmetric matrix is given by its lower triangle; what lies above it may be any
 import torch
 from torch import Tensor
 
-from shardprune.solvers.products import add_product
+from shardprune.solvers.products import add_product, product
 
 PANELS = 8  # at most: they leave 9/16 of the operations of a whole product, 16 would leave 17/32
 # Columns of a panel are a multiple of this: a processor's products are slow at odd sizes, a GPU's at small ones too.
@@ -23,6 +23,11 @@ def panels(size: int, device: torch.device) -> list[slice]:
 def lower_panels(matrix: Tensor) -> list[Tensor]:
     """Return views of a square matrix that together hold its lower triangle once: panels from the diagonal down."""
     return [matrix[panel.start :, panel] for panel in panels(len(matrix), matrix.device)]
+
+
+def lower_entries(size: int) -> int:
+    """Return the number of entries of the `lower_panels` of a square matrix on CUDA; on a CPU there are no more."""
+    return sum((size - panel.start) * (panel.stop - panel.start) for panel in panels(size, torch.device("cuda")))
 
 
 def whole(symmetric: Tensor) -> Tensor:
@@ -63,4 +68,4 @@ def upper_times(upper: Tensor, right: Tensor, alpha: float = 1.0) -> None:
     """right [n, cols] = alpha * upper [n, n] @ right, in place."""
     for panel in panels(len(upper), upper.device):  # rows above need none of the old values
         old = right[panel.start :]
-        right[panel] = add_product(torch.empty_like(right[panel]), upper[panel, panel.start :], old, alpha, beta=0)
+        right[panel] = product(upper[panel, panel.start :], old).mul_(alpha)
