@@ -201,21 +201,25 @@ class ForwardWorker:
 
     def usage(self) -> dict[str, Any]:
         """Return where this worker ran, its peak memory in bytes and its busy seconds; `load_seconds` are those of
-        reading layers after `load`."""
+        reading layers after `load`, `write_seconds` those in which it could do nothing else for a layer's file."""
+        seconds = self.ledger.seconds
         return {
             "shard": self.spec.shard,
             "replica": self.spec.replica,
             "layers": [self.spec.layers[0], self.spec.layers[-1]],
             "node": socket.gethostname(),
             "peak_bytes": peak_bytes(self.skeleton.device),
-            "busy_seconds": round(sum(self.ledger.seconds.values()), 3),
-            "load_seconds": round(max(0.0, self.layers.load_seconds - self.ledger.seconds.get("load", 0.0)), 3),
-            "write_seconds": round(self.ledger.seconds.get("write", 0.0), 3),
+            "busy_seconds": round(sum(seconds.values()), 3),
+            "load_seconds": round(max(0.0, self.layers.load_seconds - seconds.get("load", 0.0)), 3),
+            "write_seconds": round(seconds.get("write", 0.0) + seconds.get("written", 0.0), 3),
         }
 
     def account(self) -> list[Span]:
         """Return the calls of verbs since the last account."""
         return self.ledger.hand_out()
+
+    def close(self) -> None:
+        """End what goes on beside the calls; a worker in a process of its own ends with that."""
 
     # -- inside -----------------------------------------------------------------------------------------------
 
