@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shardprune.errors import SolverError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton, projection_weight
+from shardprune.shard.clocks import clock_of
 from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
@@ -36,10 +37,10 @@ class ForwardWorker:
         settings = spec.settings
         torch.set_num_threads(settings.threads)
         self.spec = spec
-        self.ledger = Ledger()
         self.checkpoint = Checkpoint(settings.model)
         self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
         self.skeleton.load_frame(self.checkpoint)
+        self.ledger = Ledger(clock_of(self.skeleton.device))
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
         self.sums: dict[int, dict[str, Summed]] = {}  # by layer, then by the name of the statistic
@@ -209,7 +210,7 @@ class ForwardWorker:
     def usage(self) -> dict[str, Any]:
         """Return where this worker ran, its peak memory in bytes and its busy seconds; `load_seconds` are those of
         reading layers after `load`, `write_seconds` those in which it could do nothing else for a layer's file."""
-        seconds = self.ledger.seconds
+        seconds = self.ledger.seconds()
         return {
             "shard": self.spec.shard,
             "replica": self.spec.replica,
