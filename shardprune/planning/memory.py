@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
+from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import BLOCK
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
 GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
+# Waves on the device that are kept on the host: those that have come for the calls that are not done, the next one,
+# and images that go back.
+ON_THEIR_WAY = 2 * CALLS_AHEAD + 1
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ class WorkerMemory:
             return Moment(phase, step, device, Bytes())
         kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
         if setup.waves_on_host and temporaries:
-            temporaries += self._wave()
+            temporaries += ON_THEIR_WAY * self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
         shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
         written = self._written() if phase == "prune" else 0

@@ -17,6 +17,7 @@ from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
 from shardprune.shard.memory import peak_bytes
 from shardprune.shard.spec import ForwardSpec
+from shardprune.shard.streams import to_device, to_host
 from shardprune.shard.verbs import verb
 from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
@@ -63,7 +64,7 @@ class ForwardWorker:
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the hidden states [wave, seqlen, hidden] that enter the first layer, for tokens [wave, seqlen]."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
-        return self.skeleton.embed(tokens).cpu().contiguous()
+        return to_host(self.skeleton.embed(tokens))
 
     @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
@@ -73,7 +74,7 @@ class ForwardWorker:
     @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
         """Give up a kept wave, for another worker."""
-        return self.activations.take(stream, wave).contiguous()
+        return self.activations.take(stream, wave)
 
     @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
@@ -117,13 +118,13 @@ class ForwardWorker:
         Before each layer in `record` the wave is kept in the stream that starts there. If `observed`, the inputs of the
         layers' projections add to the sums that `outliers` needs.
         """
-        hidden = hidden.to(self.skeleton.device)
+        hidden = to_device(hidden, self.skeleton.device)
         for index in self.spec.layers:
             if index in record:
                 self.activations.put(segment_stream(index), wave, hidden)
             if index < stop:
                 hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
-        return hidden.cpu().contiguous()
+        return to_host(hidden)
 
     @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:

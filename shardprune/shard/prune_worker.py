@@ -22,6 +22,7 @@ from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.projections import adopt_projection, prune_projection
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.streams import to_host
 from shardprune.shard.verbs import of_part, verb
 from shardprune.shard.write_behind import WriteBehind
 from shardprune.solvers.allocation.allocation import Share
@@ -101,7 +102,7 @@ class PruneWorker(ForwardWorker):
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Hand out solved projections, for the other replicas."""
         layer = self.layers.get(index, "dense")
-        return {name: projection_weight(layer, name).cpu() for name in names}
+        return {name: to_host(projection_weight(layer, name)) for name in names}
 
     @verb("exchange", layer="index")
     def install(self, index: int, weights: dict[str, Tensor]) -> None:
