@@ -58,7 +58,7 @@ class DeviceReader:
             for name, stored in tensors.items():
                 tensor = torch.empty(stored.entry.shape, dtype=stored.entry.dtype, device=self._device)
                 target = tensor.reshape(-1).view(torch.uint8)
-                for start in range(0, tensor.nbytes, self._chunk):
+                for start in range(0, max(1, tensor.nbytes), self._chunk):
                     if len(under_way) == READERS:
                         yield from self._land(under_way.popleft())
                     part = target[start : start + self._chunk]
