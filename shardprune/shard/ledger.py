@@ -114,7 +114,8 @@ class Ledger:
     def _enter_first(self) -> None:
         """Wait for the oldest call that is under way, and enter it."""
         call, clock = self._under_way.popleft(), self._clock
-        clock.wait(call.ended)
+        if not clock.has_come(call.ended):
+            clock.wait(call.ended)
         seconds, ended = clock.seconds(call.started, call.ended), clock.time(call.ended)
         clock.give_back(call.started, call.ended)
         self._enter(call.verb, call.kind, call.layer, ended, seconds, call.received)
