@@ -159,10 +159,13 @@ class Costs:
     def outliers(self) -> float:
         return self._touched(24 * self.task.model.projections)
 
+    def unload(self) -> float:
+        """Return the seconds to copy a layer to the host, for its file."""
+        return self._moved(self.layer_bytes)
+
     def write(self) -> float:
-        """Return the seconds to write a layer's file."""
-        count = self.layer_bytes
-        return self._moved(count) + count / self.row.storage
+        """Return the seconds to write a layer's file, which goes on beside the next layer."""
+        return self.layer_bytes / self.row.storage
 
     # -- reading ------------------------------------------------------------------------------------------------
 

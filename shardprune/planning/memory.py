@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
+from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
@@ -18,6 +19,9 @@ from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
 GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
+# Waves on the device that are kept on the host: those that have come for the calls that are not done, the next one,
+# and images that go back.
+ON_THEIR_WAY = 2 * CALLS_AHEAD + 1
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class WorkerMemory:
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
-        weights = self._held() + resident
+        weights = self._held() + resident + (0 if self.setup.gpu else self._written())
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
@@ -217,10 +221,11 @@ class WorkerMemory:
             return Moment(phase, step, device, Bytes())
         kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
         if setup.waves_on_host and temporaries:
-            temporaries += self._wave()
+            temporaries += ON_THEIR_WAY * self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
         shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
-        host = Bytes(GPU_PROCESS, reading, kept_there + 2 * self._wave(), shipped, 0)
+        written = self._written() if phase == "prune" else 0
+        host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)
         return Moment(phase, step, device, host)
 
     def _layer(self) -> int:
@@ -229,6 +234,15 @@ class WorkerMemory:
     def _held(self) -> int:
         """Return the bytes of the layers in memory: the shard's, or one and the next."""
         return self._layer() * (min(2, len(self.layers)) if self.setup.streamed else len(self.layers))
+
+    def _written(self) -> int:
+        """Return the bytes of the layer before the one in work, whose file is being written: its copy in the stored
+        dtype, or on a CPU that computes in it the layer itself, which resident weights have anyway.
+        """
+        setup, task = self.setup, self.task
+        if setup.gpu or task.stored != task.itemsize:
+            return self.model.layer * task.stored if len(self.layers) > 1 else 0
+        return self._layer() if setup.streamed and len(self.layers) > 2 else 0
 
     def _frame(self, embedding: bool = False, head: bool = False) -> int:
         model = self.model
