@@ -2,11 +2,10 @@
 
 import torch
 
-from tests.simulated.bounds import SWEEP_TOLERANCE
 from tests.support.tiny import load_tensors
 
 
-def check_same(one, other, tolerance: float = SWEEP_TOLERANCE) -> None:
+def check_same(one, other, tolerance: float) -> None:
     """Check that two checkpoints have the same zeros and the same values, to the bit where the tolerance is 0."""
     first, second = load_tensors(one), load_tensors(other)
     assert first.keys() == second.keys()

@@ -8,6 +8,7 @@ from shardprune import EvaluateRecipe, MopRecipe, RebuildRecipe, Recipe, evaluat
 from shardprune.cli import main
 from shardprune.report.progress import Reporter
 from tests.simulated.agreement import check_same
+from tests.simulated.bounds import TOLERANCE
 from tests.support.simulated_cuda import needs_simulated_cuda, simulated_cuda
 from tests.support.tiny import make_model, make_tokens
 
@@ -68,10 +69,11 @@ def test_prune(folder, tmp_path, name):
     with simulated_cuda() as gpu:
         there = prune(Recipe.checked(fields(folder, "cuda", tmp_path / "cuda", **changed)), QUIET)
     assert gpu.counts.total().launches > 0
-    check_same(tmp_path / "cuda", tmp_path / "cpu")
+    exact = changed.get("method") in ("wanda", "magnitude") and "structured" not in changed
+    check_same(tmp_path / "cuda", tmp_path / "cpu", 0.0 if exact else TOLERANCE)
     assert there.perplexity.keys() == here.perplexity.keys()
     for source, found in there.perplexity.items():
-        assert found.after == pytest.approx(here.perplexity[source].after, rel=1e-6)
+        assert found.after == pytest.approx(here.perplexity[source].after, rel=1e-5)
     assert [worker.peak_bytes > 0 for worker in there.workers] == [True] * len(there.workers)
 
 
@@ -81,7 +83,7 @@ def test_rebuild(folder, tmp_path):
     rebuild(RebuildRecipe.checked(fields(folder, "cpu", tmp_path / "cpu", **values)), QUIET)
     with simulated_cuda():
         rebuild(RebuildRecipe.checked(fields(folder, "cuda", tmp_path / "cuda", **values)), QUIET)
-    check_same(tmp_path / "cuda", tmp_path / "cpu")
+    check_same(tmp_path / "cuda", tmp_path / "cpu", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_mop(folder, tmp_path, changed):
     with simulated_cuda():
         there = mop(MopRecipe.checked(fields(folder, "cuda", tmp_path / "cuda", **changed)), QUIET)
     assert there.structure.after == here.structure.after
-    check_same(tmp_path / "cuda", tmp_path / "cpu")
+    check_same(tmp_path / "cuda", tmp_path / "cpu", TOLERANCE)
 
 
 @pytest.mark.parametrize("weights", ["resident", "streamed"])
@@ -111,7 +113,7 @@ def test_evaluate(folder, tmp_path, weights):
     with simulated_cuda():
         there = evaluate(EvaluateRecipe.checked({**asked, "device": "cuda"}), QUIET)
     (found,), (expected,) = there.evaluation.perplexity.values(), here.evaluation.perplexity.values()
-    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert found.value == pytest.approx(expected.value, rel=1e-5)
 
 
 # -- errors are one line --------------------------------------------------------------------------------------------

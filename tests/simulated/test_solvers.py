@@ -8,7 +8,7 @@ from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics, output_error
-from tests.simulated.bounds import SWEEP_TOLERANCE
+from tests.simulated.bounds import TOLERANCE
 from tests.support.simulated_cuda import needs_simulated_cuda, simulated_cuda, to_cpu
 
 pytestmark = needs_simulated_cuda
@@ -54,7 +54,7 @@ def test_methods(method, pattern, ties):
     there, here = both(step)
     assert there.weight.is_cuda
     assert torch.equal(to_cpu(there.mask), here.mask)
-    tolerance = SWEEP_TOLERANCE * float(here.weight.abs().max())
+    tolerance = (TOLERANCE if method == "sparsegpt" else 0.0) * float(here.weight.abs().max())
     assert torch.allclose(to_cpu(there.weight), here.weight, rtol=0, atol=tolerance)
 
 
@@ -75,7 +75,7 @@ def test_sums_in_bfloat16_are_float32():
 
     there, here = both(step)
     assert there.dtype == torch.float32
-    assert torch.equal(to_cpu(there), here)
+    assert torch.allclose(to_cpu(there).tril(), here.tril(), rtol=0, atol=1e-6 * float(here.max()))
 
 
 def test_outlier_ratios():
@@ -112,4 +112,4 @@ def test_structures_and_their_correction():
 
     (kept, weight), (expected, corrected) = both(step)
     assert torch.equal(to_cpu(kept), expected)
-    assert torch.allclose(to_cpu(weight), corrected, rtol=0, atol=1e-6)
+    assert torch.allclose(to_cpu(weight), corrected, rtol=0, atol=TOLERANCE * float(corrected.abs().max()))
