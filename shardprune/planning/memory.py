@@ -12,7 +12,7 @@ from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.selection import SORTED
-from shardprune.solvers.sparsegpt import BLOCK
+from shardprune.solvers.stack import BLOCK
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
 GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured

@@ -17,7 +17,7 @@ class Factor:
     """U without its diagonal: `steps` [cols, cols] float32 is u_jk / u_jj, `diagonal` [cols] is u_jj.
 
     `dead` [cols] marks inputs that were always zero; `damping` is the final fraction of the mean diagonal that was
-    added, after `retries` increases.
+    added, after `retries` increases; `ridge` [] is the amount.
     """
 
     steps: Tensor
@@ -25,6 +25,7 @@ class Factor:
     dead: Tensor
     damping: float
     retries: int
+    ridge: Tensor
 
 
 def factorise(hessian: Tensor, damping: float) -> Factor:
@@ -44,11 +45,12 @@ def factorise(hessian: Tensor, damping: float) -> Factor:
 
     fraction, retries = damping, 0
     while True:
-        diagonal.copy_(undamped + fraction * undamped.mean())
+        ridge = fraction * undamped.mean()
+        diagonal.copy_(undamped + ridge)
         upper = torch.zeros_like(hessian)
         if _invert_into(hessian, upper):
             scale = upper.diagonal().clone()
-            return Factor(upper.div_(scale.unsqueeze(1)), scale, dead, fraction, retries)
+            return Factor(upper.div_(scale.unsqueeze(1)), scale, dead, fraction, retries, ridge)
         if fraction >= DAMPING_LIMIT:
             raise SolverError(f"the Hessian is not positive definite with damping {fraction:g} after {retries} retries")
         fraction = min(max(fraction, 1e-4) * DAMPING_GROWTH, DAMPING_LIMIT)

@@ -116,14 +116,17 @@ def add_gram(gram: Tensor, tokens: Tensor) -> None:
         gram.addmm_(wide.t(), wide)
 
 
+def gram_norm(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return ||X W^T||^2 = tr(W G W^T) for W float32 [rows, cols] and G = X^T X [cols, cols], float64 [] on the
+    device."""
+    return ((weight @ gram) * weight).sum(dtype=torch.float64)
+
+
 def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float:
     """Return the relative output error ||XW - XW'||^2 / ||XW||^2 of a projection, from X^T X.
 
     Args:
         dense, pruned: weights [rows, cols], float32.
     """
-    gram = statistics.sums
-    change = dense - pruned
-    norm = ((dense @ gram) * dense).sum(dtype=torch.float64)
-    lost = ((change @ gram) * change).sum(dtype=torch.float64)
+    norm, lost = gram_norm(dense, statistics.sums), gram_norm(dense - pruned, statistics.sums)
     return float(lost / norm) if norm > 0 else 0.0
