@@ -12,7 +12,7 @@ from torch import Tensor
 from shardprune.solvers.factor import Factor
 from shardprune.solvers.pattern import NM
 from shardprune.solvers.products import add_product
-from shardprune.solvers.selection import cumulative_count, smallest
+from shardprune.solvers.selection import smallest
 from shardprune.solvers.stack import Stack
 
 
@@ -67,7 +67,5 @@ class ColumnRecursion:
         if isinstance(stack.pattern, NM):
             stack.mask[left:right] = stack.pattern.mask(scores.t(), stack.pattern.sparsity, per_row=True).t()
             return
-        for span, sparsity in zip(stack.spans, stack.sparsities, strict=True):
-            rows = span.stop - span.start
-            count = cumulative_count(right * rows, sparsity) - cumulative_count(left * rows, sparsity)
+        for span, count in zip(stack.spans, stack.counts(left, right), strict=True):
             stack.mask[left:right, span] = smallest(scores[:, span], count)

@@ -11,17 +11,22 @@ Projections that read one input are swept together, see `stack`.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from shardprune.solvers.column_recursion import ColumnRecursion
 from shardprune.solvers.factor import Factor
+from shardprune.solvers.kernels import kernels_run
 from shardprune.solvers.methods import Solution, Sweep, Target
-from shardprune.solvers.pattern import Pattern
+from shardprune.solvers.pattern import NM, Pattern
 from shardprune.solvers.products import add_product
 from shardprune.solvers.stack import Stack
 from shardprune.solvers.statistics import InputStatistics
+
+if TYPE_CHECKING:
+    from shardprune.solvers.column_kernel import ColumnKernel
 
 DAMPING = 0.01
 SUMMED = 2**24  # entries whose squares are taken at once
@@ -58,13 +63,23 @@ def prune_together(targets: Sequence[Target], statistics: InputStatistics) -> li
 
 
 def _sweep(stack: Stack, factor: Factor) -> Sweep:
-    """Prune a stack from left to right; return the way of its column steps."""
-    steps = ColumnRecursion(stack, factor)
+    """Prune a stack from left to right; return the way of the steps over columns."""
+    way, steps = _steps(stack, factor)
     for left, right in stack.blocks:
         lost = steps.prune_block(left, right)
         if right < len(stack.columns):
             add_product(stack.columns[right:], factor.steps[left:right, right:].t(), lost, alpha=-1)
-    return "recursion"
+    return way
+
+
+def _steps(stack: Stack, factor: Factor) -> "tuple[Sweep, ColumnKernel | ColumnRecursion]":
+    """Return the steps over columns where the stack is."""
+    if kernels_run(stack.columns.device):
+        from shardprune.solvers import column_kernel  # which imports Triton
+
+        if not isinstance(stack.pattern, NM) or stack.pattern.m <= column_kernel.GROUP:
+            return "kernel", column_kernel.ColumnKernel(stack, factor)
+    return "recursion", ColumnRecursion(stack, factor)
 
 
 def _squared_change(dense: Tensor, pruned: Tensor, dead: Tensor) -> Tensor:

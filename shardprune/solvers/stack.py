@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shardprune.solvers.methods import Target
 from shardprune.solvers.pattern import NM, Pattern
+from shardprune.solvers.selection import cumulative_count
 
 BLOCK = 128  # columns whose zeros are chosen together where the pattern is unstructured
 
@@ -74,3 +75,11 @@ class Stack:
         """The first column of each block, and that behind its last."""
         cols = len(self.columns)
         return [(left, min(left + self.block, cols)) for left in range(0, cols, self.block)]
+
+    def counts(self, left: int, right: int) -> list[int]:
+        """Return the number of zeros of each projection in the columns [left, right) of an unstructured pattern."""
+        rows = [span.stop - span.start for span in self.spans]
+        return [
+            cumulative_count(right * each, sparsity) - cumulative_count(left * each, sparsity)
+            for each, sparsity in zip(rows, self.sparsities, strict=True)
+        ]
