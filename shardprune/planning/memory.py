@@ -14,7 +14,7 @@ from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
-from shardprune.solvers.sparsegpt import BLOCK
+from shardprune.solvers.stack import BLOCK
 from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured

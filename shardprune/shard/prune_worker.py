@@ -20,7 +20,7 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Layers
 from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
-from shardprune.shard.projections import adopt_projection, prune_projection
+from shardprune.shard.projections import adopt_projection, prune_projections
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.streams import to_host
 from shardprune.shard.verbs import of_part, verb
@@ -69,28 +69,28 @@ class PruneWorker(ForwardWorker):
     def solve(self, index: int, group: int, shares: dict[str, Share]) -> list[ProjectionReport]:
         """Prune the projections that read input `group`, by the sums of all replicas, and put them into the layer."""
         layer, names = self.layers.get(index, "dense"), self.skeleton.family.inputs[group]
+        weights = {name: projection_weight(layer, name) for name in names}
+        tensors = {name: self.skeleton.projection_tensor(index, name) for name in names}
+        stored = {name: self.checkpoint.entries[tensor].dtype for name, tensor in tensors.items()}
         statistics = self._input(index, group)
         zeroing, rebuilding = self.spec.job.zeroing, self.spec.job.rebuilding
         restore = rebuilding is not None and not rebuilding.keep_corrected
-        reports = []
-        for name in names:
-            tensor = self.skeleton.projection_tensor(index, name)
-            dense, stored = projection_weight(layer, name).float(), self.checkpoint.entries[tensor].dtype
-            if self.sparse is not None:
-                given = self.sparse.read(tensor).to(dense)
+        if self.sparse is not None:
+            reports = []
+            for name, weight in weights.items():
+                dense = weight.float()
+                given = self.sparse.read(tensors[name]).to(dense)
                 pattern = self._pattern(given, None)
-                weight, report = adopt_projection(dense, given, stored, pattern, restore, index, name)
-            else:
-                assert isinstance(zeroing, Zeroing)
-                solver, share = METHODS[zeroing.method].prune, shares[name]
-                pattern = zeroing.pattern.at(share.sparsity)
-                weight, report = prune_projection(
-                    solver, dense, stored, statistics, pattern, share, restore, index, name
-                )
-            if statistics and self.spec.job.measure_error and not rebuilding:
-                report = replace(report, error=output_error(dense, weight.float(), statistics))
-            projection_weight(layer, name).copy_(weight)
-            reports.append(report)
+                adopted, report = adopt_projection(dense, given, stored[name], pattern, restore, index, name)
+                weight.copy_(adopted)
+                reports.append(report)
+        else:
+            assert isinstance(zeroing, Zeroing)
+            measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
+            method = METHODS[zeroing.method]
+            reports = prune_projections(
+                method, weights, stored, statistics, zeroing.pattern, shares, restore, measured, index
+            )
         if statistics:
             # As large as a layer: given back, or kept without the factor for `measure`.
             del self.sums[index][names[0]]
