@@ -1,5 +1,6 @@
 """Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
 
+gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
 propagation      parallel propagation against exact: seconds and perplexity
 quality          perplexity of methods, allocations and rebuilt masks

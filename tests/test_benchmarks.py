@@ -61,5 +61,5 @@ def test_a_benchmark_runs_and_prints_its_table(name, monkeypatch, capsys):
 
 def test_every_benchmark_is_run_and_listed():
     modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
-    tested_apart = {"same_bits"}  # in test_same_bits.py
+    tested_apart = {"same_bits", "gpu"}  # in test_same_bits.py and test_gpu_benchmark.py
     assert modules == SMALL.keys() | tested_apart == set(re.findall(r"^(\w+)  ", benchmarks.__doc__, re.MULTILINE))
