@@ -2,6 +2,7 @@
 
 gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
+peers            SparseGPT of llm-compressor and ours in turn; the floor that the operations give
 propagation      parallel propagation against exact: seconds and perplexity
 quality          perplexity of methods, allocations and rebuilt masks
 rebuilding       what outlier ratios and rebuilt masks cost beside pruning

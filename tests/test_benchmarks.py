@@ -15,6 +15,10 @@ SMALL = {
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
     ),
+    "peers": (
+        *("--samples", "2", "--seqlen", "64", "--random-samples", "2", "--random-seqlen", "32"),
+        *("--hidden", "128", "--layers", "1", "--threads", "1", "--repeats", "1"),
+    ),
     "propagation": (
         *("--samples", "2", "--seqlen", "64", "--workers", "2", "--repeats", "1"),
         *("--backend", "local", "--eval", "constraints.txt", *TEXT),
@@ -41,6 +45,7 @@ SMALL = {
 }
 PRINTED = {
     "layer_70b": "peak memory",
+    "peers": "before the first layer",
     "propagation": "prune step",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",
@@ -55,7 +60,10 @@ PRINTED = {
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_runs_and_prints_its_table(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *SMALL[name]])
-    importlib.import_module(f"benchmarks.{name}").main()
+    module = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(module, "__path__"):  # a package
+        module = importlib.import_module(f"benchmarks.{name}.__main__")
+    module.main()
     assert PRINTED[name] in capsys.readouterr().out
 
 
