@@ -102,7 +102,8 @@ class Training:
     def _start_engine(self) -> deepspeed.DeepSpeedEngine:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         try:
-            return deepspeed.initialize(model=self.model, model_parameters=trained, config=self.spec.config)[0]
+            with redirect_stdout(io.StringIO()):  # stage 1 prints about memory
+                return deepspeed.initialize(model=self.model, model_parameters=trained, config=self.spec.config)[0]
         except Exception as error:  # DeepSpeed checks settings in many ways, each with an error of its own
             if self.recipe.deepspeed is None:
                 raise

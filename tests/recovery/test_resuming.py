@@ -19,6 +19,9 @@ UPDATES = {**STEPS, "lora_rank": 4, "lora_dropout": 0.2}
 WAYS = {"full": FULL, "low-rank": UPDATES}
 
 
+BF16 = {"precision": "bf16", "zero": 1}  # the stage with an optimizer of its own for gradients in float32
+
+
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     """Output and result of a training that nothing cuts off."""
@@ -90,6 +93,14 @@ def test_a_training_that_is_cut_off_goes_on(folder, undisturbed, way, place, tmp
     assert result.sparsity == expected.sparsity
     assert result.recovery.workers == 1
     assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+def test_a_training_in_bf16_goes_on_to_the_bit(folder, tmp_path):
+    expected = train(folder, tmp_path / "reference", **FULL, **BF16)
+    with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "o", **FULL, **BF16)
+    assert train(folder, tmp_path / "o", **FULL, **BF16).recovery.losses == expected.recovery.losses
+    assert differing(tmp_path / "o", tmp_path / "reference") == []
 
 
 def test_a_claim_that_a_kill_left_half_written_does_no_harm(folder, undisturbed, tmp_path):

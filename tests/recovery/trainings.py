@@ -142,7 +142,7 @@ def _serve(rank, end) -> None:
         dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
         try:
             with _cut(cut_after):
-                answer = train_worker(spec)
+                answer = train_worker(spec, torch.device("cpu"))
         except BaseException as error:
             answer = repr(error)
         _end_group()
