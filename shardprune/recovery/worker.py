@@ -101,7 +101,7 @@ def _prepare(spec: TrainingSpec, device: torch.device) -> None:
     torch.set_num_threads(spec.recipe.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # DeepSpeed takes the GPU of this index, which is not the rank on the node where each process sees its own alone.
+        # DeepSpeed takes the GPU of this index; a rank on the node is another number where a process sees one GPU.
         os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("DS_ACCELERATOR", spec.recipe.device)
     # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.

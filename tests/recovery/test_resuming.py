@@ -115,6 +115,10 @@ def test_a_claim_that_a_kill_left_half_written_does_no_harm(folder, undisturbed,
 def test_a_line_of_losses_that_was_cut_off_does_no_harm(folder, undisturbed, tmp_path):
     with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "o", **FULL)
+    records = Losses(str(tmp_path / "o" / "training")).read()
+    assert [record.step for record in records] == [1, 2, 3]
+    assert all(record.tokens > record.targets > 0 for record in records)  # the first token of a row is no target
+    assert all(record.seconds > 0 and record.peak_bytes > 2**20 for record in records)
     with next(tmp_path.glob("o/training/losses*")).open("a") as file:
         file.write('{"step": 4, "lo')
     result = train(folder, tmp_path / "o", **FULL)
