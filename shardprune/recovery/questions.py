@@ -43,7 +43,9 @@ class Questions:
         return Questions(inputs, self.places.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
 
-def ahead(rows: Rows, batches: Iterable[Sequence[int]], mask: bool, device: torch.device) -> Generator[Questions, None, None]:
+def ahead(
+    rows: Rows, batches: Iterable[Sequence[int]], mask: bool, device: torch.device
+) -> Generator[Questions, None, None]:
     """Yield the questions of batches on a device; a thread makes each while the one before it is in use."""
 
     def make(chosen: Sequence[int]) -> Questions:

@@ -22,7 +22,8 @@ from shardprune.recovery.loss import Lesson
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.lowrank import add_updates
 from shardprune.recovery.masks import freeze_zeros
-from shardprune.recovery.model import load_model, partition
+from shardprune.recovery.model import load_model
+from shardprune.recovery.partitioning import Partitioning
 from shardprune.recovery.questions import Questions, ahead
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
@@ -54,7 +55,7 @@ class Training:
         self.losses = Losses(recipe.state)
         self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        partitioning = spec.config if recipe.zero == 3 else None
+        partitioning = Partitioning(spec.config) if recipe.zero == 3 else None
         self.model = load_model(Checkpoint(recipe.model), device, dtype, partitioning)
         self.masked = needs_mask(self.model.config.model_type)
         self._choose_what_is_trained(partitioning)
@@ -82,7 +83,7 @@ class Training:
 
     # -- the parts --------------------------------------------------------------------------------------------
 
-    def _choose_what_is_trained(self, partitioning: dict[str, Any] | None) -> None:
+    def _choose_what_is_trained(self, partitioning: Partitioning | None) -> None:
         recipe = self.recipe
         if recipe.full:
             self.model.requires_grad_(True)
@@ -92,7 +93,7 @@ class Training:
             options = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.keep_sparsity, recipe.seed
             for module in add_updates(self.model, self.spec.targets, *options):
                 if partitioning is not None:
-                    partition(module, partitioning)
+                    partitioning.partition(module)
         if recipe.recompute:
             # Under ZeRO-3 the recomputed forward may see weights gathered that were partitioned in the first one; only
             # reentrant checkpointing tolerates that. It needs an input that requires gradients.
@@ -100,7 +101,7 @@ class Training:
             self.model.enable_input_require_grads()
 
     def _load_teacher(
-        self, name: str, dtype: torch.dtype, partitioning: dict[str, Any] | None
+        self, name: str, dtype: torch.dtype, partitioning: Partitioning | None
     ) -> Callable[[Questions], Lesson]:
         """Return the function that gives the teacher's predictions."""
         recipe = self.recipe
