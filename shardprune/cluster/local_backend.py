@@ -34,6 +34,8 @@ class LocalGroup:
         return cast(T, ref)  # a call is done when it is submitted: its reference is its value
 
     def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
         self._workers.clear()
         torch.set_num_threads(self._threads)
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
@@ -38,13 +37,13 @@ def verb(kind: Kind, layer: str | None = None) -> Callable[[Callable[P, T]], Cal
 
         @functools.wraps(method)
         def timed(self: _HasLedger, *args: Any) -> T:
-            started = time.monotonic()
+            started = self.ledger.begin()
             try:
                 with torch.no_grad():
                     return method(self, *args)  # type: ignore[call-arg, arg-type]
             finally:
                 index = layer_of(cast(Callable[P, T], timed), args)
-                self.ledger.add(method.__name__, kind, index, time.monotonic() - started, _bytes(args))
+                self.ledger.end(method.__name__, kind, index, started, _bytes(args))
 
         stated = cast(_Verb, timed)
         stated.kind, stated.layer = kind, place
