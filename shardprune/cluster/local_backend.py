@@ -55,8 +55,9 @@ class LocalBackend:
         return LocalGroup(specs, worker)
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
-        with alone(spec.recipe.device):
-            return [train_worker(spec)]
+        device = spec.recipe.device
+        with alone(device):
+            return [train_worker(spec, torch.device("cuda", 0) if device == "cuda" else torch.device(device))]
 
     def settle(self) -> Slots:
         raise AssertionError("a worker of this process cannot be replaced")
