@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from shardprune.cluster.defaults import exchange_of
 from shardprune.cluster.layout import Propagation, plan_layout
 from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
@@ -111,11 +112,13 @@ def _held(
     """Yield the candidates of one layout: weights resident or streamed, waves on device or host."""
     segments = recipe.segments if propagation == "parallel" else None
     layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments)
+    joined = exchange_of(recipe.exchange, "ray", "cuda" if row.gpu else "cpu") == "group"
     for weights in ("resident", "streamed") if recipe.weights == "auto" else (recipe.weights,):
         places = ("device", "host") if recipe.activations == "auto" and row.gpu else (recipe.activations,)
         for place in places:
             on_host = place == "host" or not row.gpu
-            yield Candidate(task, Setup(layout, weights == "streamed", on_host, row.gpu), row, recipe.gpus)
+            setup = Setup(layout, weights == "streamed", on_host, row.gpu, joined and layout.workers > 1)
+            yield Candidate(task, setup, row, recipe.gpus)
 
 
 def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candidate | None:

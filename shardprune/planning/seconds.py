@@ -30,7 +30,11 @@ class Expected:
     A pass of W waves of a replica through shards that take t_k each is a pipeline, sum t_k + (W - 1) max t_k, where
     shards are resident, and W sum t_k where each takes all waves before the next. A layer is pruned in
 
-        W (accumulate + propagate) + statistics + max over replicas of its solves + solved + install + write.
+        W (accumulate + propagate) + statistics + max over replicas of its solves + solved + install + write,
+
+    in a process group with one chain for each input before the solves and one after them instead:
+
+        W (accumulate + propagate) + sums + max over replicas of its solves + broadcasts + write.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -88,13 +92,17 @@ class Expected:
         sizes = self._sizes(task.samples)
         seconds = sum(costs.accumulate(size) + costs.propagate(size) for size in sizes)
         inputs = task.model.inputs
-        merges = [costs.merge(one, replicas) if replicas > 1 else 0.0 for one in inputs]
+        copied = self.setup.copies_sums
+        merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
         load = [0.0] * min(replicas, len(inputs))
         for solve in solves:
             load[load.index(min(load))] += solve
         seconds += max(load)
-        if replicas > 1:
+        if replicas > 1 and not copied:
+            ranks = range(replicas)
+            seconds += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
+        if copied:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
             seconds += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
             seconds += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
@@ -118,9 +126,9 @@ class Expected:
         return sum(stages[0]) + sum(max(stage) for stage in stages[1:])
 
     def _network(self, count: int) -> float:
-        """Return the seconds to send bytes between workers; 0 on a single node."""
+        """Return the seconds to send bytes between workers; 0 through the object store of a single node."""
         if self.layout.workers <= self.places.per_node:
-            return 0.0
+            return count / self.costs.row.peer if self.setup.joined else 0.0
         return count / self.costs.row.network
 
     def _reads(self, passes: int) -> float:

@@ -14,6 +14,7 @@ from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
 from shardprune.shard.memory import peak_bytes
+from shardprune.shard.peers import HeldTensor, Peers, travels
 from shardprune.shard.spec import ForwardSpec
 from shardprune.shard.verbs import verb
 from shardprune.shard.waves import Activations
@@ -32,6 +33,7 @@ class ForwardWorker:
         torch.set_num_threads(settings.threads)
         self.spec = spec
         self.ledger = Ledger()
+        self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = Checkpoint(settings.model)
         self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
         self.skeleton.load_frame(self.checkpoint)
@@ -53,21 +55,39 @@ class ForwardWorker:
 
     # -- waves in and out -----------------------------------------------------------------------------------
 
+    @travels
     @verb("forward")
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the hidden states [wave, seqlen, hidden] that enter the first layer, for tokens [wave, seqlen]."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
-        return self.skeleton.embed(tokens).cpu().contiguous()
+        return self.leaving(self.skeleton.embed(tokens))
 
     @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
         """Keep a wave [wave, seqlen, hidden]."""
         self.activations.put(stream, wave, hidden)
 
+    @travels
     @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
         """Give up a kept wave, for another worker."""
-        return self.activations.take(stream, wave).contiguous()
+        return self.leaving(self.activations.take(stream, wave))
+
+    @verb("exchange")
+    def send(self, held: HeldTensor, to: int) -> None:
+        """Send a tensor that is held here to the worker of another rank."""
+        assert self.peers is not None
+        self.peers.send(held, to)
+
+    @verb("exchange")
+    def receive(self, held: HeldTensor) -> Tensor:
+        """Return a tensor that is held here or by another worker, which sends it."""
+        assert self.peers is not None
+        return self.peers.take(held)
+
+    def leaving(self, hidden: Tensor) -> Tensor:
+        """Return a tensor as it leaves this worker: on the device for a process group, else on the CPU."""
+        return (hidden.to(self.skeleton.device) if self.peers else hidden.cpu()).contiguous()
 
     @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
@@ -102,6 +122,7 @@ class ForwardWorker:
 
     # -- passing through ------------------------------------------------------------------------------------
 
+    @travels
     @verb("forward")
     def forward(
         self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int, observed: bool
@@ -117,7 +138,7 @@ class ForwardWorker:
                 self.activations.put(segment_stream(index), wave, hidden)
             if index < stop:
                 hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
-        return hidden.cpu().contiguous()
+        return self.leaving(hidden)
 
     @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
@@ -147,10 +168,7 @@ class ForwardWorker:
 
         Those of an input are named by the first projection that reads it, those of a block by the block.
         """
-        sums = self.sums.get(index, {})
-        statistic = sums.pop(name, None)
-        if not sums:
-            self.sums.pop(index, None)
+        statistic = self._give_up(index, name)
         return statistic.part() if statistic else None
 
     @verb("exchange", layer="index")
@@ -161,6 +179,25 @@ class ForwardWorker:
         """
         if statistic := self.sums.get(index, {}).get(name):
             statistic.merge(parts)
+
+    @verb("exchange", layer="index")
+    def sum_up(self, index: int, name: str, ranks: Sequence[int], taker: int) -> None:
+        """Add up a statistic of a layer over the replicas of some ranks, all of which are in this call; the one of rank
+        `taker` has the sums of all then, the others have given theirs up. Nothing happens where this run does not need
+        the statistic.
+
+        The result is that of `hand_out` and `merge`, to the bit.
+        """
+        assert self.peers is not None
+        if (statistic := self.sums.get(index, {}).get(name)) is None:
+            return
+        samples = torch.tensor([statistic.samples], device=self.skeleton.device)
+        for tensor in (samples, *statistic.tensors().values()):
+            self.peers.sum_up(tensor, ranks, taker)
+        if self.peers.rank == taker:
+            statistic.samples = int(samples)
+        else:
+            self._give_up(index, name)
 
     @verb("solve", layer="index")
     def outliers(self, index: int, m: float) -> Outliers:
@@ -210,6 +247,7 @@ class ForwardWorker:
             "peak_bytes": peak_bytes(self.skeleton.device),
             "busy_seconds": round(sum(self.ledger.seconds.values()), 3),
             "load_seconds": round(max(0.0, self.layers.load_seconds - self.ledger.seconds.get("load", 0.0)), 3),
+            "exchange": self.peers.backend if self.peers else None,
             "write_seconds": round(self.ledger.seconds.get("write", 0.0), 3),
         }
 
@@ -218,6 +256,14 @@ class ForwardWorker:
         return self.ledger.hand_out()
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _give_up(self, index: int, name: str) -> Summed | None:
+        """Remove a statistic of a layer and return it, if there is one."""
+        sums = self.sums.get(index, {})
+        statistic = sums.pop(name, None)
+        if not sums:
+            self.sums.pop(index, None)
+        return statistic
 
     def _run(self, index: int, version: Version, hidden: Tensor, sums: Mapping[str, Summed] | None = None) -> Tensor:
         """Run one wave through one layer; the inputs of its projections add to `sums`."""

@@ -6,6 +6,7 @@ every wave and `rebuild` come before `write`, once for each block; where structu
 place of `solve`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -106,6 +107,15 @@ class PruneWorker(ForwardWorker):
         layer = self.layers.get(index, "dense")
         for name, weight in weights.items():
             projection_weight(layer, name).copy_(weight)
+
+    @verb("exchange", layer="index")
+    def broadcast(self, index: int, names: tuple[str, ...], ranks: Sequence[int], source: int) -> None:
+        """Put projections that the replica of rank `source` solved into the layer of those of all `ranks`, all of which
+        are in this call."""
+        assert self.peers is not None
+        layer = self.layers.get(index, "dense")
+        for name in names:
+            self.peers.broadcast(projection_weight(layer, name), ranks, source)
 
     # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 

@@ -61,8 +61,8 @@ class Activations:
         return self._waves[stream, wave].to(self._device)
 
     def take(self, stream: str, wave: int) -> Tensor:
-        """Remove a wave and return it on the CPU, ready to travel."""
-        return self._waves.pop((stream, wave)).cpu()
+        """Remove a wave and return it."""
+        return self._waves.pop((stream, wave))
 
     def fork(self, stream: str, into: str) -> None:
         """Copy all waves of a stream to another."""
