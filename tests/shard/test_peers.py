@@ -1,4 +1,4 @@
-"""Tensors through a process group of real processes: the same bits as sums of whole parts, and an end for a lost peer."""
+"""Tensors through a process group of real processes: the same bits as sums of whole parts, and a peer that is lost."""
 
 import os
 import signal
