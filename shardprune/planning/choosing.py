@@ -13,7 +13,7 @@ from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
-from shardprune.storage.quantities import gigabytes
+from shardprune.storage.quantities import duration, gigabytes
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,26 @@ def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candid
     if fitting:
         return min(fitting, key=lambda one: (round(one.seconds.total, 1), one.setup.layout.workers))
     return min(found, key=lambda one: max(one.excess)) if found else None
+
+
+def unused(recipe: PlanRecipe, model: Model, propagation: Propagation, chosen: Candidate) -> str | None:
+    """Return the reason why the chosen layout leaves GPUs without work; None where it uses all."""
+    there, used = recipe.nodes * recipe.gpus, chosen.setup.layout.workers
+    if used == there or (recipe.shards and recipe.replicas):
+        return None
+    more = [one for one in candidates(recipe, model, propagation) if one.setup.layout.workers > used]
+    fitting = [one for one in more if one.fits]
+    if not fitting:
+        none = "no layout on more of them fits" if more else "these options allow no layout on more of them"
+        return f"uses {used} of {there} GPUs: {none}"
+    # The one that uses most; of several that do, the fastest.
+    best = min(fitting, key=lambda one: (-one.setup.layout.workers, one.seconds.total))
+    layout, parts = best.setup.layout, Expected(best.costs).parts()
+    listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
+    return (
+        f"uses {used} of {there} GPUs: {len(layout.shards)} x {layout.replicas} (shards x replicas) would take"
+        f" {duration(best.seconds.total)}, a layer {listed}"
+    )
 
 
 def second_shard(recipe: PlanRecipe, model: Model) -> str:

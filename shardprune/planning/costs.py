@@ -216,12 +216,16 @@ class Costs:
 
     @property
     def crowd(self) -> int:
-        """The number of a node's workers that read weights at the same time: all of them, or only one shard's replicas
-        when streamed shards are pruned in turn.
+        """The number of reads of a node from storage that go on at the same time: of all its workers, or only of one
+        shard's replicas when streamed shards are pruned in turn. Replicas read the same layer, which comes from files
+        once (the rest from the page cache), and from object storage to each.
         """
         together = not self.setup.streamed or len(self.setup.layout.segments) > 1
         layout = self.setup.layout
-        return min(self.places.per_node, layout.workers if together else layout.replicas)
+        replicas = min(self.places.per_node, layout.replicas)
+        shards = min(-(-self.places.per_node // replicas), len(layout.shards)) if together else 1
+        readers = min(self.places.per_node, layout.workers if together else layout.replicas)
+        return readers if "://" in self.task.model.name else shards
 
     def read(self, elements: int) -> float:
         """Return the seconds to read tensors of `elements` elements while others of the node read theirs."""

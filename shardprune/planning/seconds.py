@@ -88,25 +88,32 @@ class Expected:
 
     def _layer(self) -> float:
         """Return the seconds to prune one layer, without writing it."""
+        parts = self.parts()
+        reading = parts.pop("reading")
+        return max(sum(parts.values()), reading)
+
+    def parts(self) -> dict[str, float]:
+        """Return the seconds of a layer: its waves, the replica that solves longest, what replicas exchange before and
+        after that, and the reading of a streamed layer, which goes on meanwhile.
+        """
         costs, task, replicas = self.costs, self.task, self.layout.replicas
-        sizes = self._sizes(task.samples)
-        seconds = sum(costs.accumulate(size) + costs.propagate(size) for size in sizes)
-        inputs = task.model.inputs
-        copied = self.setup.copies_sums
+        inputs, copied = task.model.inputs, self.setup.copies_sums
+        waves = sum(costs.accumulate(size) + costs.propagate(size) for size in self._sizes(task.samples))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
         load = [0.0] * min(replicas, len(inputs))
         for solve in solves:
             load[load.index(min(load))] += solve
-        seconds += max(load)
-        if replicas > 1 and not copied:
-            ranks = range(replicas)
-            seconds += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
+        exchange = 0.0
         if copied:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
-            seconds += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
-            seconds += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
-        return max(seconds, costs.read(task.model.layer)) if self.setup.streamed else seconds
+            exchange += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+            exchange += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
+        elif replicas > 1:
+            ranks = range(replicas)
+            exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
+        reading = costs.read(task.model.layer) if self.setup.streamed else 0.0
+        return {"waves": waves, "solving": max(load), "exchange": exchange, "reading": reading}
 
     def _relays(self) -> float:
         """Return the seconds of sending waves to the first shard, and in exact propagation across every boundary."""

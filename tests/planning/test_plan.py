@@ -58,7 +58,10 @@ def test_70b_fits(machines):
         assert setup.streamed
         assert setup.waves_on_host
     else:
-        assert plans["parallel"].candidate.seconds.total < plans["exact"].candidate.seconds.total / 2
+        # Exact propagation divides a layer over its replicas, but not the solving of one input nor the writing.
+        parallel, exact = (plans[name].candidate.seconds for name in ("parallel", "exact"))
+        assert parallel.total < exact.total
+        assert parallel.prune < exact.prune / 2
 
 
 def test_405b_does_not_fit_where_its_widest_factorisation_does_not():
