@@ -20,7 +20,7 @@ from shardprune.recovery.batches import Processes
 from shardprune.recovery.loss_log import Losses
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.report.clock import Clock
-from shardprune.report.page.write import leave_report
+from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of, zeros_of
 from shardprune.storage.folder import Folder

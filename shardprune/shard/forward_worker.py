@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,10 @@ from shardprune.solvers.statistics import InputStatistics, Kind, Part, Summed
 
 ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
+
+
+class _AllSeen(Exception):
+    """Ends a layer's forward pass of which only the inputs of projections were wanted."""
 
 
 class ForwardWorker:
@@ -155,10 +160,12 @@ class ForwardWorker:
         """
         if index not in self.sums:
             self.sums[index] = self.empty_sums(index)
-        if self.sums[index] or passed_on:  # a method that looks at the weights alone sums up nothing
+        if passed_on:
             image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
-            if passed_on:
-                self.activations.replace(stream, wave, image)
+            self.activations.replace(stream, wave, image)
+        elif self.sums[index]:  # a method that looks at the weights alone sums up nothing
+            with suppress(_AllSeen):
+                self._run(index, "dense", self.activations.get(stream, wave), self.sums[index], to_the_end=False)
 
     # -- sums of replicas ---------------------------------------------------------------------------------------
 
@@ -265,16 +272,35 @@ class ForwardWorker:
             self.sums.pop(index, None)
         return statistic
 
-    def _run(self, index: int, version: Version, hidden: Tensor, sums: Mapping[str, Summed] | None = None) -> Tensor:
-        """Run one wave through one layer; the inputs of its projections add to `sums`."""
+    def _run(
+        self,
+        index: int,
+        version: Version,
+        hidden: Tensor,
+        sums: Mapping[str, Summed] | None = None,
+        to_the_end: bool = True,
+    ) -> Tensor:
+        """Run one wave through one layer; the inputs of its projections add to `sums`.
+
+        Raises:
+            _AllSeen: not `to_the_end`, and every input has been added.
+        """
         layer = self._layer(index, version)
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
+        unseen = set(sums or ())
+
+        def add(name: str, statistics: InputStatistics, inputs: tuple[Tensor, ...]) -> None:
+            statistics.add(inputs[0], len(hidden))
+            unseen.discard(name)
+            if not unseen and not to_the_end:
+                raise _AllSeen
+
         hooks = []
         for name, statistics in (sums or {}).items():
             assert isinstance(statistics, InputStatistics)
             hooks.append(
                 layer.get_submodule(name).register_forward_pre_hook(
-                    lambda _module, inputs, target=statistics: target.add(inputs[0], len(hidden))
+                    lambda _module, inputs, name=name, statistics=statistics: add(name, statistics, inputs)
                 )
             )
         try:

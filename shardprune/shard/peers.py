@@ -117,14 +117,17 @@ class Peers:
                 ours, theirs, summed = step - place, step - place + 1, step - last
                 operations = []
                 if place and 0 <= theirs < len(pieces):
-                    partial[theirs] = torch.empty_like(pieces[theirs])
+                    partial[theirs] = self._room(pieces[theirs])
                     operations.append(dist.P2POp(dist.irecv, partial[theirs], ranks[place - 1]))
                 if following is not None and 0 <= ours < len(pieces):
-                    outgoing = partial.pop(ours) if place else pieces[ours] + 0
+                    outgoing = partial.pop(ours) if place else (pieces[ours] + 0).contiguous()
                     operations.append(dist.P2POp(dist.isend, outgoing, following))
                 if closing and 0 <= summed < len(pieces):
-                    operations.append(dist.P2POp(dist.irecv, pieces[summed], ranks[last]))
+                    total = self._room(pieces[summed])
+                    operations.append(dist.P2POp(dist.irecv, total, ranks[last]))
                 self._transfer(operations)
+                if closing and 0 <= summed < len(pieces):
+                    pieces[summed].copy_(total)
                 if theirs in partial:
                     partial[theirs] += pieces[theirs]
                     if following is None:
@@ -141,19 +144,28 @@ class Peers:
         place = chain.index(self.rank)
         with self._exchange():
             pieces = self._pieces(tensor)
+            arrived = pieces[0]
             for step in range(len(pieces) + 1):
-                operations = []
+                operations, outgoing = [], arrived
                 if place and step < len(pieces):
-                    operations.append(dist.P2POp(dist.irecv, pieces[step], chain[place - 1]))
+                    arrived = self._room(pieces[step])
+                    operations.append(dist.P2POp(dist.irecv, arrived, chain[place - 1]))
                 if place + 1 < len(chain) and step:
-                    operations.append(dist.P2POp(dist.isend, pieces[step - 1], chain[place + 1]))
+                    outgoing = outgoing if place else pieces[step - 1].contiguous()
+                    operations.append(dist.P2POp(dist.isend, outgoing, chain[place + 1]))
                 self._transfer(operations)
+                if place and step < len(pieces):
+                    pieces[step].copy_(arrived)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of a contiguous tensor, PIECE_BYTES each."""
-        return tensor.view(-1).split(PIECE_BYTES // tensor.itemsize)
+        """Views of whole rows of a tensor, which need not be contiguous, of PIECE_BYTES or of one row."""
+        return tensor.split(max(1, PIECE_BYTES // (tensor.itemsize * max(1, tensor[0].numel()))))
+
+    def _room(self, piece: Tensor) -> Tensor:
+        """Contiguous memory for a piece: nothing else can be sent and received."""
+        return torch.empty(piece.shape, dtype=piece.dtype, device=piece.device)
 
     def _transfer(self, operations: list[dist.P2POp]) -> None:
         """Carry out sends and receives at once: none of them waits for another."""
