@@ -144,7 +144,7 @@ class Peers:
         place = chain.index(self.rank)
         with self._exchange():
             pieces = self._pieces(tensor)
-            arrived = pieces[0]
+            arrived = tensor
             for step in range(len(pieces) + 1):
                 operations, outgoing = [], arrived
                 if place and step < len(pieces):
@@ -160,8 +160,10 @@ class Peers:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of whole rows of a tensor, which need not be contiguous, of PIECE_BYTES or of one row."""
-        return tensor.split(max(1, PIECE_BYTES // (tensor.itemsize * max(1, tensor[0].numel()))))
+        """Views of whole rows of a tensor, which need not be contiguous, of PIECE_BYTES or of one row; none of an empty one."""
+        if not tensor.numel():
+            return ()
+        return tensor.split(max(1, PIECE_BYTES * len(tensor) // tensor.nbytes))
 
     def _room(self, piece: Tensor) -> Tensor:
         """Contiguous memory for a piece: nothing else can be sent and received."""

@@ -40,7 +40,7 @@ def sums_and_projections(peers: Peers) -> None:
         for end in ranks:
             sums, weight = part_of(peers.rank), part_of(peers.rank)
             if peers.rank in ranks:
-                for columns in (slice(0, 4), slice(4, COLS)):  # panels, which are not contiguous
+                for columns in (slice(0, 4), slice(4, COLS), slice(COLS, COLS)):  # not contiguous; the last is empty
                     peers.sum_up(sums[:, columns], ranks, end)
                     peers.broadcast(weight[:, columns], ranks, end)
             expected = merged(ranks) if peers.rank == end else part_of(peers.rank)
