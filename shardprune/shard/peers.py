@@ -160,7 +160,7 @@ class Peers:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _pieces(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Views of whole rows of a tensor, which need not be contiguous, of PIECE_BYTES or of one row; none of an empty one."""
+        """Views of whole rows of a tensor, contiguous or not, of PIECE_BYTES or of one row; none of an empty tensor."""
         if not tensor.numel():
             return ()
         return tensor.split(max(1, PIECE_BYTES * len(tensor) // tensor.nbytes))
