@@ -58,12 +58,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Setup:
-    """The placement of weights and waves by the workers of a layout."""
+    """The placement of weights and waves by the workers of a layout, which may be joined in a process group."""
 
     layout: Layout
     streamed: bool
     waves_on_host: bool
     gpu: bool
+    joined: bool = False
+
+    @property
+    def copies_sums(self) -> bool:
+        """Whether replicas send each other their sums as a whole: in a process group they go piece by piece."""
+        return self.layout.replicas > 1 and not self.joined
 
 
 class WorkerMemory:
@@ -136,9 +142,9 @@ class WorkerMemory:
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
-            left = self.model.inputs[place:] if self.setup.layout.replicas == 1 else self.model.inputs
+            left = self.model.inputs if self.setup.copies_sums else self.model.inputs[place:]
             held = sum(self._sums(other) for other in left)
-            exchanged = self._sent(one) if self.setup.layout.replicas > 1 else 0
+            exchanged = self._sent(one) if self.setup.copies_sums else 0
             for step, workspace in self._solve(one):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
@@ -223,7 +229,7 @@ class WorkerMemory:
         if setup.waves_on_host and temporaries:
             temporaries += ON_THEIR_WAY * self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
-        shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
+        shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
         written = self._written() if phase == "prune" else 0
         host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)
         return Moment(phase, step, device, host)
@@ -296,8 +302,8 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
-    sent = task.model.projections * task.itemsize if setup.layout.replicas > 1 else 0
-    columns = (one.cols for one in task.model.inputs)
+    sent = task.model.projections * task.itemsize if setup.copies_sums else 0
+    columns = (one.cols for one in task.model.inputs if setup.copies_sums)
     return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
 
 

@@ -93,13 +93,13 @@ class Activations:
         return coming.arrived()
 
     def take(self, stream: str, wave: int) -> Tensor:
-        """Remove a wave and return it on the CPU, ready to travel."""
+        """Remove a wave and return it where it is kept."""
         key = stream, wave
         if moment := self._whole.pop(key, None):
             moment.wait()
         if self._next and self._next.key == key:
             self._next = None
-        return to_host(self._waves.pop(key))
+        return self._waves.pop(key)
 
     def fork(self, stream: str, into: str) -> None:
         """Copy all waves of a stream to another."""

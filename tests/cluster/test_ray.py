@@ -1,6 +1,7 @@
 """Real Ray actors: the same tensors as in one process, and real kills."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
+from shardprune.cluster import ray_exchange
+from shardprune.cluster.ray_exchange import Exchange
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
@@ -111,6 +114,40 @@ def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, t
     assert len(sharded.workers) == fields.get("shards", 1) * fields.get("replicas", 1)
 
 
+# The scenarios above go through the object store.
+JOINED = {
+    "shards and replicas": {"shards": 2, "replicas": 2, "allocation": "owl", **BARBER},
+    "replicas, more than inputs": {"replicas": 4, "samples": 11},
+    "parallel, streamed": {
+        "shards": 2,
+        "replicas": 2,
+        "segments": 3,
+        "propagation": "parallel",
+        "weights": "streamed",
+        "allocation": "mosaic",
+        "outlier_m": 3.0,
+    },
+    "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
+}
+
+
+@pytest.mark.parametrize("fields", JOINED.values(), ids=JOINED)
+def test_a_process_group_gives_the_same_bits(ray, folder, fields, tmp_path):
+    local = prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
+    joined = prune(recipe(folder, tmp_path / "ray", exchange="group", **fields), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "ray") == []
+    assert (joined.perplexity, joined.sparsity) == (local.perplexity, local.sparsity)
+    assert {worker.exchange for worker in joined.workers} == {"gloo"}
+    assert {worker.exchange for worker in local.workers} == {None}
+    assert (joined.recipe["exchange"], local.recipe["exchange"]) == ("group", "auto")
+
+
+def test_workers_that_do_not_reach_one_another(ray, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_exchange, "JOIN_SECONDS", 0.0)
+    with pytest.raises(InputError, match="exchange: 'group': the workers do not reach one another at .*; use store"):
+        prune(recipe(folder, tmp_path / "o", shards=2, exchange="group"), QUIET)
+
+
 def test_a_sparse_checkpoint_is_rebuilt_on_shards(ray, folder, tmp_path):
     prune(recipe(folder, tmp_path / "sparse", backend="local"), QUIET)
     fields = recipe(folder, "o").model_dump(include=set(RebuildRecipe.model_fields)) | {
@@ -127,6 +164,8 @@ SEARCHES = {
     "candidates one behind the other on shards": {"shards": 3, "criterion": "perplexity", "depth_rule": "cosine"},
     "shards and replicas": {"shards": 2, "replicas": 2, "criterion": "cosine", "score": "obs"},
     "every layer tried": {"shards": 2, "criterion": "random", "depth_rule": "perplexity", "correction": False},
+    "candidates side by side in a process group": {"shards": 3, "criterion": "kl", "exchange": "group"},
+    "replicas in a process group": {"shards": 1, "replicas": 4, "criterion": "cosine", "exchange": "group"},
 }
 
 
@@ -137,7 +176,8 @@ def search_recipe(folder, out, **fields) -> MopRecipe:
 
 @pytest.mark.parametrize("fields", SEARCHES.values(), ids=SEARCHES)
 def test_searches_equal_one_process(ray, folder, fields, tmp_path):
-    local = mop(search_recipe(folder, tmp_path / "local", **{**fields, "shards": 1, "backend": "local"}), QUIET)
+    alone = {**fields, "shards": 1, "backend": "local", "exchange": "auto"}
+    local = mop(search_recipe(folder, tmp_path / "local", **alone), QUIET)
     sharded = mop(search_recipe(folder, tmp_path / "ray", **fields), QUIET)
     assert (sharded.structure, sharded.perplexity) == (local.structure, local.perplexity)
     assert differing(tmp_path / "local", tmp_path / "ray") == []
@@ -259,6 +299,32 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     assert result.restarts == 1
     assert result.structure == undisturbed.structure
     assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
+def test_workers_die_in_the_middle_of_exchanges(ray, undisturbed, tmp_path, monkeypatch):
+    """In a chain that has begun, and in the next attempt while a wave goes from shard to shard: others wait for
+    the worker that is killed."""
+    submit, moments = Exchange.submit, ["sum_up", "put"]
+    processes = {}  # of the second replicas of both shards, by their group
+
+    def submitted(self, place, verb, *args):
+        if self not in processes:
+            asked = [self._actors[rank].__ray_call__.remote(lambda worker: os.getpid()) for rank in (1, 3)]
+            processes[self] = ray.get(asked)
+        ref = submit(self, place, verb, *args)
+        chain = verb.__name__ == "sum_up" and args[0] == 2 and place == (0, 0)
+        wave = verb.__name__ == "put" and args[0] == "segment from layer 0" and place == (1, 1)
+        if (chain or wave) and moments[:1] == [verb.__name__]:
+            moments.pop(0)
+            os.kill(processes[self][1 if wave else 0], signal.SIGKILL)
+        return ref
+
+    monkeypatch.setattr(Exchange, "submit", submitted)
+    fields = {"shards": 2, "replicas": 2}
+    result = prune(slow_recipe(tmp_path / "o", exchange="group", **fields), QUIET)
+    assert moments == []
+    assert result.restarts == 2
+    assert differing(undisturbed(**fields), tmp_path / "o") == []
 
 
 def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):

@@ -57,7 +57,10 @@ def test_70b_fits(machines):
     if machines is SMALL:
         assert setup.streamed
     else:
-        assert plans["parallel"].candidate.seconds.total < plans["exact"].candidate.seconds.total / 2
+        # Exact propagation divides a layer over its replicas, but not the solving of one input nor the writing.
+        parallel, exact = (plans[name].candidate.seconds for name in ("parallel", "exact"))
+        assert parallel.total < exact.total
+        assert parallel.prune < exact.prune / 2
 
 
 def test_405b_does_not_fit_where_its_widest_projection_does_not():
