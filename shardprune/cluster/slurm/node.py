@@ -136,7 +136,6 @@ def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> tu
         "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_prestart_worker_first_driver": "0",  # workers without the command's environment, which it would not use
     }
     with (folder / START_LOG).open("w") as log:
         ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
