@@ -17,7 +17,8 @@ from rich.console import Console
 from shardprune.cluster.signals import EXIT_CODE, stoppable
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
-from shardprune.errors import InputError, SolverError, Stopped, StorageError, TrainingError, WorkerLost
+from shardprune.errors import InputError, OutOfMemory, SolverError, Stopped, StorageError, TrainingError, WorkerLost
+from shardprune.imports import uncollected
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
 from shardprune.recipes.demo import demo_recipe
@@ -97,8 +98,9 @@ def plan(
 
     Exit code 1 if nothing fits."""
     recipe = recipe_of(PlanRecipe, options)
-    from shardprune.planning.plan import plan as run
-    from shardprune.planning.printing import show as show_plan
+    with uncollected():
+        from shardprune.planning.plan import plan as run
+        from shardprune.planning.printing import show as show_plan
 
     planned = run(recipe, simulate)
     if as_json:
@@ -207,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ClickException as error:
         message = error.format_message()  # type: ignore[attr-defined]
         sys.exit(_fail(message, 2) if message else 2)  # without one the help was shown, as nothing was asked for
-    except (SolverError, StorageError, TrainingError, WorkerLost) as error:
+    except (OutOfMemory, SolverError, StorageError, TrainingError, WorkerLost) as error:
         sys.exit(_fail(str(error), 1))
     except Stopped:
         sys.exit(
@@ -229,7 +231,7 @@ def _fail(message: str, code: int) -> int:
 
 def show(results: Any, settings: Any) -> None:
     """Print the result of a run, or those of a pipeline's steps, and the place of the report."""
-    from shardprune.report.page.write import report_of
+    from shardprune.report.page.place import report_of
     from shardprune.report.result import EvaluationResult
     from shardprune.report.summary import evaluation_summary, summary
 

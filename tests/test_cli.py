@@ -286,3 +286,15 @@ def test_bad_input_is_refused_before_anything_heavy_is_imported(command, words, 
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert done.stdout.split() == []
+
+
+def test_stories_import_neither_what_draws_reports_nor_what_only_some_runs_use():
+    code = (
+        "import gc, sys\n"
+        "from shardprune.recipes.commands import COMMANDS\n"
+        "for command in COMMANDS.values():\n    command.story\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 100_000)\n"
+        "print(*(name for name in ('plotly', 'ray', 'datasets', 'lm_eval', 'pandas') if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n\n"

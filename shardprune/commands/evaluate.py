@@ -16,7 +16,7 @@ from shardprune.model.checks import check_seqlen
 from shardprune.model.opening import open_texts
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.report.clock import Clock
-from shardprune.report.page.write import leave_report
+from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
 from shardprune.storage.retrying import preflight

@@ -22,7 +22,7 @@ from shardprune.model.structure.path_plan import PathPlan
 from shardprune.model.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
 from shardprune.recipes.mop import MopRecipe
 from shardprune.report.clock import Clock
-from shardprune.report.page.write import leave_report
+from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter, Step
 from shardprune.report.result import CalibrationResult, Iteration, ModelSize, Result, Structure, shape_of
 from shardprune.shard.current_layers import Saved

@@ -15,7 +15,7 @@ from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.recover import RecoverRecipe
-from shardprune.report.page.write import leave_report
+from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.storage.folder import PARTIAL, absolute, output_folder

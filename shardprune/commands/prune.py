@@ -18,7 +18,7 @@ from shardprune.errors import without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.report.clock import Clock
-from shardprune.report.page.write import leave_report
+from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import (
     CalibrationResult,

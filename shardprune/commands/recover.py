@@ -20,7 +20,7 @@ from shardprune.recovery.batches import Processes
 from shardprune.recovery.loss_log import Losses
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.report.clock import Clock
-from shardprune.report.page.write import leave_report
+from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of, zeros_of
 from shardprune.storage.folder import Folder
@@ -149,9 +149,10 @@ class RecoveryRun:
                 while True:
                     last = over.wait(POLL_SECONDS)
                     losses = self.losses.read()
-                    if losses and losses[-1].step > step.done:
-                        step.describe(f"loss {losses[-1].loss:.4f}")
-                        step.advance(losses[-1].step - step.done)
+                    if losses and (loss := losses[-1]).step > step.done:
+                        speed = f"{loss.tokens / loss.seconds:,.0f} tokens/s, {loss.seconds:.2f} s/step"
+                        step.describe(f"loss {loss.loss:.4f}, {speed}, {loss.peak_bytes / 1e9:.1f} GB")
+                        step.advance(loss.step - step.done)
                     if last:
                         return
 

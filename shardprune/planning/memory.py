@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
+from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
+from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
-from shardprune.solvers.sparsegpt import BLOCK
+from shardprune.solvers.stack import BLOCK
+from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
 GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
+# Waves on the device that are kept on the host: those that have come for the calls that are not done, the next one,
+# and images that go back.
+ON_THEIR_WAY = 2 * CALLS_AHEAD + 1
 
 
 @dataclass(frozen=True)
@@ -126,17 +132,17 @@ class WorkerMemory:
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
-        weights = self._held() + resident
+        weights = self._held() + resident + (0 if self.setup.gpu else self._written())
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
             left = self.model.inputs[place:] if self.setup.layout.replicas == 1 else self.model.inputs
             held = sum(self._sums(other) for other in left)
-            exchanged = self._sums(one) if self.setup.layout.replicas > 1 else 0
+            exchanged = self._sent(one) if self.setup.layout.replicas > 1 else 0
             for step, workspace in self._solve(one):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
-                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one, sums))
+                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one))
                 label = f"{step} {'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in one.rows)}"
                 yield self._moment("prune", label, weights, 0, statistics, workspace + copied, kept=kept)
 
@@ -174,8 +180,9 @@ class WorkerMemory:
         sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
         choosing = (20 if self.setup.gpu else 4) * weights
         if task.solver == "sparsegpt":
-            # H and its factor; in the recursion three quarters of a matrix more.
-            yield "factor", dense + 11 * square
+            # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
+            split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+            yield "factor", dense + 6 * square + split
             factor = 4 * square
             swept = factor + dense + 5 * weights  # float32 columns and the mask
             yield "sweep", swept + 20 * BLOCK * rows
@@ -189,9 +196,11 @@ class WorkerMemory:
         if task.solver != "sparsegpt":
             yield "check", dense + 5 * weights + narrow + checking
         if task.errors:
-            # The change, and its product with the Gram matrix twice, or once widened to float64.
+            # The change, and a panel of its product with the Gram matrix, which a CPU also widens to float64; on CUDA
+            # the operands of the product are split.
             pruned = narrow + 4 * weights
-            yield "error", factor + dense + pruned + 4 * weights + 12 * weights
+            split = 12 * min(PIECE, weights + square // PANELS) if self.setup.gpu else 0
+            yield "error", factor + dense + pruned + 4 * weights + 12 * weights // PANELS + split
 
     def _moment(
         self,
@@ -212,10 +221,11 @@ class WorkerMemory:
             return Moment(phase, step, device, Bytes())
         kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
         if setup.waves_on_host and temporaries:
-            temporaries += self._wave()
+            temporaries += ON_THEIR_WAY * self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
         shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
-        host = Bytes(GPU_PROCESS, reading, kept_there + 2 * self._wave(), shipped, 0)
+        written = self._written() if phase == "prune" else 0
+        host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)
         return Moment(phase, step, device, host)
 
     def _layer(self) -> int:
@@ -224,6 +234,15 @@ class WorkerMemory:
     def _held(self) -> int:
         """Return the bytes of the layers in memory: the shard's, or one and the next."""
         return self._layer() * (min(2, len(self.layers)) if self.setup.streamed else len(self.layers))
+
+    def _written(self) -> int:
+        """Return the bytes of the layer before the one in work, whose file is being written: its copy in the stored
+        dtype, or on a CPU that computes in it the layer itself, which resident weights have anyway.
+        """
+        setup, task = self.setup, self.task
+        if setup.gpu or task.stored != task.itemsize:
+            return self.model.layer * task.stored if len(self.layers) > 1 else 0
+        return self._layer() if setup.streamed and len(self.layers) > 2 else 0
 
     def _frame(self, embedding: bool = False, head: bool = False) -> int:
         model = self.model
@@ -240,11 +259,16 @@ class WorkerMemory:
     def _forward(self) -> int:
         return self.model.forward_bytes(min(self.task.wave, self.sequences), self.task.seqlen, self.task.itemsize)
 
-    def _mapped(self, one: Input, sums: int) -> int:
+    def _mapped(self, one: Input) -> int:
         """Return the bytes of the object store mapped by a CPU worker that solves an input: the other replicas' sums of
         that input, and its own of all others.
         """
-        return (self.setup.layout.replicas - 1) * self._sums(one) + sums - self._sums(one)
+        own = sum(self._sent(other) for other in self.model.inputs if other is not one)
+        return (self.setup.layout.replicas - 1) * self._sent(one) + own
+
+    def _sent(self, one: Input) -> int:
+        """Return the bytes of one input's float32 sums as replicas exchange them."""
+        return 4 * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
 
     def _sums(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums."""

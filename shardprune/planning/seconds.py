@@ -30,7 +30,9 @@ class Expected:
     A pass of W waves of a replica through shards that take t_k each is a pipeline, sum t_k + (W - 1) max t_k, where
     shards are resident, and W sum t_k where each takes all waves before the next. A layer is pruned in
 
-        W (accumulate + propagate) + statistics + max over replicas of its solves + solved + install + write.
+        W (accumulate + propagate) + statistics + max over replicas of its solves + solved + install + unload,
+
+    or in the time that its file takes, where that is longer: one is written while the next layer is in work.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -51,12 +53,15 @@ class Expected:
             observe = self._pass(task.samples, observed)
             observe += layers * self.costs.outliers() if task.outliers else 0.0
         length = task.model.layers if segments == 1 else layers
-        prune = length * self._layer() + self._relays()
+        layer = self._layer()
+        prune = length * layer + self._relays()
         # The last layer's output is not needed.
         prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))
         reads = self._reads(passes + bool(observe))
         frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
-        return Phases(reads + frame, observe, prune, length * self.costs.write(), evaluate)
+        # The last layer's file, and as much of the others' as takes longer than a layer.
+        write = self.costs.write() + (length - 1) * max(0.0, self.costs.write() - layer)
+        return Phases(reads + frame, observe, prune, write, evaluate)
 
     def _sizes(self, samples: int) -> list[int]:
         """Return the wave sizes of the replica with the most sequences."""
@@ -98,6 +103,7 @@ class Expected:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
             seconds += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
             seconds += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
+        seconds += costs.unload()
         return max(seconds, costs.read(task.model.layer)) if self.setup.streamed else seconds
 
     def _relays(self) -> float:

@@ -45,6 +45,8 @@ class Worker:
     sizes: dict[int, int]
     layers: tuple[int, ...]
     free: float = 0.0
+    now: float = 0.0  # when the call begins that it is asked for
+    file: float = 0.0  # when the file that it writes is there
     held: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
     ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
@@ -149,7 +151,14 @@ def _outliers(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _write(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return worker.costs.write(), None, 0
+    """The copy on the host; the file is there later."""
+    seconds = worker.costs.unload()
+    worker.file = worker.now + seconds + worker.costs.write()
+    return seconds, None, 0
+
+
+def _written(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return max(0.0, worker.file - worker.now), 0, 0
 
 
 def _release(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -207,6 +216,7 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.solved: Row(_solved, reads="layer"),
     PruneWorker.install: Row(_install, reads="layer"),
     PruneWorker.write: Row(_write, reads="layer"),
+    PruneWorker.written: Row(_written),
     PruneWorker.finish: Row(_finish),
     # Accounts are no work, and not verbs.
     ForwardWorker.account: Row(),

@@ -65,6 +65,7 @@ class SimulatedGroup:
             if isinstance(argument, Call):
                 start = max(start, self._arrival(argument, (shard, replica)))
         ready = self._ready(worker, verb, args, start)
+        worker.now = ready
         seconds, value, count = ROWS[verb].cost(worker, args)
         worker.free = ready + seconds
         worker.busy += seconds

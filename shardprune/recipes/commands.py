@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from shardprune.imports import uncollected
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
@@ -42,7 +43,8 @@ class Command:
     @property
     def story(self) -> Callable[..., Any]:
         """The function that carries out a recipe; imported on first use."""
-        return cast(Callable[..., Any], getattr(import_module(self.module), self.name))
+        with uncollected():
+            return cast(Callable[..., Any], getattr(import_module(self.module), self.name))
 
     def words(self, file: Path | str) -> list[str]:
         """Return the command with a recipe's file, as words of a command line."""

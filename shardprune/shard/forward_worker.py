@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -10,18 +11,26 @@ from torch import Tensor, nn
 from shardprune.errors import SolverError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton, projection_weight
+from shardprune.shard.clocks import clock_of
+from shardprune.shard.cuda import keep_float32, set_allocator
+from shardprune.shard.device_errors import device_errors
+from shardprune.shard.device_room import device_room
 from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
-from shardprune.shard.memory import peak_bytes
+from shardprune.shard.memory import memory_of, peak_bytes
 from shardprune.shard.spec import ForwardSpec
+from shardprune.shard.streams import to_device, to_host
 from shardprune.shard.verbs import verb
 from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
 from shardprune.solvers.statistics import InputStatistics, Kind, Part, Summed
 
-ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
+
+
+class _AllSeen(Exception):
+    """Ends a layer's forward pass of which only the inputs of projections were wanted."""
 
 
 class ForwardWorker:
@@ -30,11 +39,15 @@ class ForwardWorker:
     def __init__(self, spec: ForwardSpec) -> None:
         settings = spec.settings
         torch.set_num_threads(settings.threads)
+        if settings.device == "cuda":
+            set_allocator()
+            keep_float32()
         self.spec = spec
-        self.ledger = Ledger()
         self.checkpoint = Checkpoint(settings.model)
-        self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
-        self.skeleton.load_frame(self.checkpoint)
+        with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
+            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
+            self.skeleton.load_frame(self.checkpoint)
+        self.ledger = Ledger(clock_of(self.skeleton.device))
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
         self.sums: dict[int, dict[str, Summed]] = {}  # by layer, then by the name of the statistic
@@ -57,7 +70,7 @@ class ForwardWorker:
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the hidden states [wave, seqlen, hidden] that enter the first layer, for tokens [wave, seqlen]."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
-        return self.skeleton.embed(tokens).cpu().contiguous()
+        return to_host(self.skeleton.embed(tokens))
 
     @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
@@ -67,7 +80,7 @@ class ForwardWorker:
     @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
         """Give up a kept wave, for another worker."""
-        return self.activations.take(stream, wave).contiguous()
+        return self.activations.take(stream, wave)
 
     @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
@@ -111,13 +124,13 @@ class ForwardWorker:
         Before each layer in `record` the wave is kept in the stream that starts there. If `observed`, the inputs of the
         layers' projections add to the sums that `outliers` needs.
         """
-        hidden = hidden.to(self.skeleton.device)
+        hidden = to_device(hidden, self.skeleton.device)
         for index in self.spec.layers:
             if index in record:
                 self.activations.put(segment_stream(index), wave, hidden)
             if index < stop:
                 hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
-        return hidden.cpu().contiguous()
+        return to_host(hidden)
 
     @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
@@ -134,10 +147,12 @@ class ForwardWorker:
         """
         if index not in self.sums:
             self.sums[index] = self.empty_sums(index)
-        if self.sums[index] or passed_on:  # a method that looks at the weights alone sums up nothing
+        if passed_on:
             image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
-            if passed_on:
-                self.activations.replace(stream, wave, image)
+            self.activations.replace(stream, wave, image)
+        elif self.sums[index]:  # a method that looks at the weights alone sums up nothing
+            with suppress(_AllSeen):
+                self._run(index, "dense", self.activations.get(stream, wave), self.sums[index], to_the_end=False)
 
     # -- sums of replicas ---------------------------------------------------------------------------------------
 
@@ -201,34 +216,57 @@ class ForwardWorker:
 
     def usage(self) -> dict[str, Any]:
         """Return where this worker ran, its peak memory in bytes and its busy seconds; `load_seconds` are those of
-        reading layers after `load`."""
+        reading layers after `load`, `write_seconds` those in which it could do nothing else for a layer's file."""
+        seconds = self.ledger.seconds()
         return {
             "shard": self.spec.shard,
             "replica": self.spec.replica,
             "layers": [self.spec.layers[0], self.spec.layers[-1]],
             "node": socket.gethostname(),
             "peak_bytes": peak_bytes(self.skeleton.device),
-            "busy_seconds": round(sum(self.ledger.seconds.values()), 3),
-            "load_seconds": round(max(0.0, self.layers.load_seconds - self.ledger.seconds.get("load", 0.0)), 3),
-            "write_seconds": round(self.ledger.seconds.get("write", 0.0), 3),
+            "busy_seconds": round(sum(seconds.values()), 3),
+            "load_seconds": round(max(0.0, self.layers.load_seconds - seconds.get("load", 0.0)), 3),
+            "write_seconds": round(seconds.get("write", 0.0) + seconds.get("written", 0.0), 3),
         }
 
     def account(self) -> list[Span]:
         """Return the calls of verbs since the last account."""
         return self.ledger.hand_out()
 
+    def close(self) -> None:
+        """End what goes on beside the calls; a worker in a process of its own ends with that."""
+
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _run(self, index: int, version: Version, hidden: Tensor, sums: Mapping[str, Summed] | None = None) -> Tensor:
-        """Run one wave through one layer; the inputs of its projections add to `sums`."""
+    def _run(
+        self,
+        index: int,
+        version: Version,
+        hidden: Tensor,
+        sums: Mapping[str, Summed] | None = None,
+        to_the_end: bool = True,
+    ) -> Tensor:
+        """Run one wave through one layer; the inputs of its projections add to `sums`.
+
+        Raises:
+            _AllSeen: not `to_the_end`, and every input has been added.
+        """
         layer = self._layer(index, version)
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
+        unseen = set(sums or ())
+
+        def add(name: str, statistics: InputStatistics, inputs: tuple[Tensor, ...]) -> None:
+            statistics.add(inputs[0], len(hidden))
+            unseen.discard(name)
+            if not unseen and not to_the_end:
+                raise _AllSeen
+
         hooks = []
         for name, statistics in (sums or {}).items():
             assert isinstance(statistics, InputStatistics)
             hooks.append(
                 layer.get_submodule(name).register_forward_pre_hook(
-                    lambda _module, inputs, target=statistics: target.add(inputs[0], len(hidden))
+                    lambda _module, inputs, name=name, statistics=statistics: add(name, statistics, inputs)
                 )
             )
         try:
@@ -260,13 +298,13 @@ class ForwardWorker:
         }
 
     def _place(self) -> Literal["device", "host"]:
-        """Return where waves are kept: in host memory if a GPU would have no room left for the work."""
+        """Return where waves are kept: in host memory if a GPU has no room for them beside all else."""
         if self.spec.settings.activations != "auto":
             return self.spec.settings.activations
         if self.skeleton.device.type == "cpu":
             return "host"
-        memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory
-        return "device" if self.spec.activation_bytes <= ACTIVATIONS_SHARE * memory else "host"
+        needed = self.spec.other_bytes + self.spec.activation_bytes
+        return "device" if needed <= device_room(memory_of(self.skeleton.device)) else "host"
 
 
 def segment_stream(first_layer: int) -> str:

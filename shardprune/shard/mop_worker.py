@@ -12,6 +12,7 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.streams import to_device, to_host
 from shardprune.shard.verbs import of_part, verb
 from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal
@@ -92,7 +93,7 @@ class MopWorker(ForwardWorker):
         Of each layer may be `watched`: its `angles`, the sum over tokens of the cosine between its input and output,
         or its `inputs`, which add to the sums that `narrow` needs.
         """
-        hidden = hidden.to(self.skeleton.device)
+        hidden = to_device(hidden, self.skeleton.device)
         for index in layers:
             sums = None
             if watched == "inputs":
@@ -101,7 +102,7 @@ class MopWorker(ForwardWorker):
             if watched == "angles":
                 cosines = nn.functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
                 self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
-        return hidden.cpu().contiguous()
+        return to_host(hidden)
 
     @verb("exchange", layer="index")
     def angles(self, index: int) -> dict[int, float]:

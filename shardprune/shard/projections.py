@@ -1,69 +1,141 @@
-"""One projection from its dense weight to the pruned one that is written, with its report."""
+"""The projections that read one input, from their dense weights to the pruned ones that are written, with reports."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardprune.errors import SolverError
 from shardprune.solvers.allocation.allocation import Share
-from shardprune.solvers.methods import Solver
-from shardprune.solvers.pattern import NM, Pattern
-from shardprune.solvers.statistics import InputStatistics
+from shardprune.solvers.methods import Method, Solution, Target
+from shardprune.solvers.pattern import NM, Mixed, Pattern
+from shardprune.solvers.statistics import InputStatistics, gram_norm
 from shardprune.storage.records import ProjectionReport
 
 
-def prune_projection(
-    solver: Solver,
-    dense: Tensor,
-    stored: torch.dtype,
+@dataclass(frozen=True)
+class Findings:
+    """Facts about one pruned projection, each a tensor [] on its device: the host reads those of all at once.
+
+    Attributes:
+        finite: whether the weight is.
+        masked: entries of the mask.
+        zeros: those of the rounded weight; `zeros_before` of the dense one.
+        broken: groups of N:M with too many weights.
+        lost, norm: ||XW - XW'||^2 and ||XW||^2, where the error is measured.
+    """
+
+    finite: Tensor
+    masked: Tensor
+    zeros: Tensor
+    zeros_before: Tensor
+    broken: Tensor
+    lost: Tensor
+    norm: Tensor
+
+
+def prune_projections(
+    method: Method,
+    weights: Mapping[str, Tensor],
+    stored: Mapping[str, torch.dtype],
     statistics: InputStatistics | None,
-    pattern: Pattern,
-    share: Share,
+    pattern: Pattern | Mixed,
+    shares: Mapping[str, Share],
     restore: bool,
+    measure_error: bool,
     layer: int,
-    name: str,
-) -> tuple[Tensor, ProjectionReport]:
-    """Prune a weight [rows, cols] and round it to the dtype that the checkpoint stores.
+) -> list[ProjectionReport]:
+    """Prune the projections that read one input, in place.
 
     Args:
-        solver: `prune` of the method.
+        weights: those of the layer by name, [rows, cols], dense.
+        stored: the dtypes of the checkpoint, to which pruned weights are rounded.
         restore: put the dense values back where the method left weights.
+        measure_error: report the output errors, which takes statistics of kind `gram`.
 
-    Returns the weight and its report, with the number of zeros counted on the rounded weight.
+    Returns the reports, with the zeros counted on the rounded weights.
 
     Raises:
         SolverError: names the projection.
     """
-    label = f"layer {layer} {name}"
-    weight = dense.float()
+    patterns = {name: pattern.at(shares[name].sparsity) for name in weights}
+    targets = [Target(weights[name], patterns[name], shares[name].sparsity) for name in weights]
+    labels = {name: f"layer {layer} {name}" for name in weights}
+    names = list(weights)
     if statistics is not None and not statistics.finite:
-        raise SolverError(f"{label}: its inputs are not finite: the activations overflow")
-    try:
-        solution = solver(weight, statistics, pattern, share.sparsity)
-    except SolverError as error:
-        raise SolverError(f"{label}: {error}") from error
-    if not bool(torch.isfinite(solution.weight).all()):
-        raise SolverError(f"{label}: the pruned weight is not finite")
-    pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored)
+        raise SolverError(f"{labels[names[0]]}: its inputs are not finite: the activations overflow")
+    gram = statistics.sums if statistics is not None and measure_error else None
+    solutions, found = [], []
+    solving = method.solve(targets, statistics)
+    for name, weight in weights.items():
+        try:
+            solution = next(solving)
+        except SolverError as error:
+            raise SolverError(f"{labels[name]}: {error}") from error
+        pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored[name])
+        found.append(_findings(weight, solution, pruned, patterns[name], gram))
+        solutions.append((solution.sweep, solution.retries, solution.damping))
+        weight.copy_(pruned)
+        del solution, pruned
 
-    rows, cols = weight.shape
-    expected = pattern.zeros(rows, cols, share.sparsity)
-    zeros = int((pruned == 0).sum())
-    # Rounding to 16 bits may add zeros to those of the mask, never take one away.
-    assert int(solution.mask.sum()) == expected <= zeros, f"{label}: {zeros} zeros, not {expected}"
-    assert pattern.holds(pruned), f"{label}: the zeros break the pattern {pattern}"
-    report = ProjectionReport(
-        layer,
-        name,
-        target=share.sparsity,
-        zeros=zeros,
-        zeros_before=int((weight == 0).sum()),
-        weights=weight.numel(),
-        pattern=_named(pattern),
-        retries=solution.retries,
-        damping=solution.damping,
-        outliers=share.outliers,
+    reports = []
+    for name, facts, (sweep, retries, damping) in zip(names, _read(found), solutions, strict=True):
+        rows, cols = weights[name].shape
+        expected = patterns[name].zeros(rows, cols, shares[name].sparsity)
+        finite, masked, zeros, zeros_before, broken, lost, norm = facts
+        if not finite:
+            raise SolverError(f"{labels[name]}: the pruned weight is not finite")
+        # Rounding to 16 bits may add zeros to those of the mask, never take one away.
+        assert int(masked) == expected <= int(zeros), f"{labels[name]}: {int(zeros)} zeros, not {expected}"
+        assert not broken, f"{labels[name]}: the zeros break the pattern {patterns[name]}"
+        reports.append(
+            ProjectionReport(
+                layer,
+                name,
+                target=shares[name].sparsity,
+                zeros=int(zeros),
+                zeros_before=int(zeros_before),
+                weights=rows * cols,
+                pattern=_named(patterns[name]),
+                retries=retries,
+                damping=damping,
+                sweep=sweep,
+                outliers=shares[name].outliers,
+                error=None if gram is None else (lost / norm if norm > 0 else 0.0),
+            )
+        )
+    return reports
+
+
+def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Pattern, gram: Tensor | None) -> Findings:
+    """Return what there is to know of a projection; `pruned` is its rounded weight."""
+    lost = norm = dense.new_zeros((), dtype=torch.float64)
+    if gram is not None:
+        wide = dense.float()
+        norm = gram_norm(wide, gram)
+        if solution.lost is None:
+            lost = gram_norm(wide - pruned, gram)
+        else:
+            lost = solution.lost
+            if pruned.dtype != torch.float32:
+                # Roundings of different weights are independent: those of one output add up like their squares.
+                rounding = torch.linalg.vector_norm(solution.weight - pruned, dim=0).square_()
+                lost = lost + (rounding * gram.diagonal()).sum(dtype=torch.float64)
+    return Findings(
+        finite=torch.isfinite(solution.weight).all(),
+        masked=solution.mask.sum(),
+        zeros=(pruned == 0).sum(),
+        zeros_before=(dense == 0).sum(),
+        broken=pattern.broken(pruned),
+        lost=lost,
+        norm=norm,
     )
-    return pruned, report
+
+
+def _read(found: list[Findings]) -> list[list[float]]:
+    """Return the findings as numbers, in one look at the device; counts are exact below 2^53."""
+    return torch.stack([torch.stack([fact.double() for fact in vars(facts).values()]) for facts in found]).tolist()
 
 
 def adopt_projection(

@@ -1,9 +1,10 @@
 """The worker that prunes the layers of its shard: the verbs that a driver calls. No Ray here.
 
-Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, `write`, then
-`propagate` for every wave, which turns the layer's inputs into the next layer's. Where masks are rebuilt, `compare` for
-every wave and `rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the
-place of `solve`.
+Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, `write` and
+`finish`, then `propagate` for every wave, which turns the layer's inputs into the next layer's. The file is written
+meanwhile; `written` waits for it before the next layer's `write`. Where masks are rebuilt, `compare` for every wave and
+`rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the place of
+`solve`.
 """
 
 from dataclasses import replace
@@ -12,16 +13,18 @@ from torch import Tensor
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.pruning_job import Adopted, Zeroing
-from shardprune.model.saving import write_layer
+from shardprune.model.saving import changed_tensors, shapes_of, write_tensors_of_layer
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, SquaredGradients
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Layers
 from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
-from shardprune.shard.projections import adopt_projection, prune_projection
+from shardprune.shard.projections import adopt_projection, prune_projections
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.streams import to_host
 from shardprune.shard.verbs import of_part, verb
+from shardprune.shard.write_behind import WriteBehind
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Pattern, parse_pattern, pattern_of
@@ -42,6 +45,7 @@ class PruneWorker(ForwardWorker):
         super().__init__(spec)
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
+        self._files = WriteBehind(self.skeleton.device)
 
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
@@ -65,28 +69,28 @@ class PruneWorker(ForwardWorker):
     def solve(self, index: int, group: int, shares: dict[str, Share]) -> list[ProjectionReport]:
         """Prune the projections that read input `group`, by the sums of all replicas, and put them into the layer."""
         layer, names = self.layers.get(index, "dense"), self.skeleton.family.inputs[group]
+        weights = {name: projection_weight(layer, name) for name in names}
+        tensors = {name: self.skeleton.projection_tensor(index, name) for name in names}
+        stored = {name: self.checkpoint.entries[tensor].dtype for name, tensor in tensors.items()}
         statistics = self._input(index, group)
         zeroing, rebuilding = self.spec.job.zeroing, self.spec.job.rebuilding
         restore = rebuilding is not None and not rebuilding.keep_corrected
-        reports = []
-        for name in names:
-            tensor = self.skeleton.projection_tensor(index, name)
-            dense, stored = projection_weight(layer, name).float(), self.checkpoint.entries[tensor].dtype
-            if self.sparse is not None:
-                given = self.sparse.read(tensor).to(dense)
+        if self.sparse is not None:
+            reports = []
+            for name, weight in weights.items():
+                dense = weight.float()
+                given = self.sparse.read(tensors[name]).to(dense)
                 pattern = self._pattern(given, None)
-                weight, report = adopt_projection(dense, given, stored, pattern, restore, index, name)
-            else:
-                assert isinstance(zeroing, Zeroing)
-                solver, share = METHODS[zeroing.method].prune, shares[name]
-                pattern = zeroing.pattern.at(share.sparsity)
-                weight, report = prune_projection(
-                    solver, dense, stored, statistics, pattern, share, restore, index, name
-                )
-            if statistics and self.spec.job.measure_error and not rebuilding:
-                report = replace(report, error=output_error(dense, weight.float(), statistics))
-            projection_weight(layer, name).copy_(weight)
-            reports.append(report)
+                adopted, report = adopt_projection(dense, given, stored[name], pattern, restore, index, name)
+                weight.copy_(adopted)
+                reports.append(report)
+        else:
+            assert isinstance(zeroing, Zeroing)
+            measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
+            method = METHODS[zeroing.method]
+            reports = prune_projections(
+                method, weights, stored, statistics, zeroing.pattern, shares, restore, measured, index
+            )
         if statistics:
             # As large as a layer: given back, or kept without the factor for `measure`.
             del self.sums[index][names[0]]
@@ -98,7 +102,7 @@ class PruneWorker(ForwardWorker):
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Hand out solved projections, for the other replicas."""
         layer = self.layers.get(index, "dense")
-        return {name: projection_weight(layer, name).cpu() for name in names}
+        return {name: to_host(projection_weight(layer, name)) for name in names}
 
     @verb("exchange", layer="index")
     def install(self, index: int, weights: dict[str, Tensor]) -> None:
@@ -175,19 +179,35 @@ class PruneWorker(ForwardWorker):
     # -- the end of a layer -----------------------------------------------------------------------------------
 
     @verb("write", layer="index")
-    def write(self, index: int, record: LayerRecord) -> int:
-        """Write the pruned layer with its record: projections in their stored dtype, everything else as it was. Return
-        the bytes of its tensors."""
-        projections = {self.skeleton.projection_tensor(index, name) for name in self.skeleton.family.projections}
+    def write(self, index: int, record: LayerRecord) -> None:
+        """Begin to write the pruned layer with its record: projections in their stored dtype, everything else as it
+        was. It may not change from now on; `written` waits for its file."""
+        family = self.skeleton.family
+        projections = {self.skeleton.projection_tensor(index, name) for name in family.projections}
         layer = self.narrowed.get(index) or self.layers.get(index, "dense")
-        return write_layer(self.journal, self.checkpoint, self.skeleton, index, layer, projections, record)
+        shapes, tensors = shapes_of(layer), changed_tensors(self.checkpoint, family, index, layer, projections)
+        self._files.begin(
+            index,
+            tensors,
+            lambda tensor: write_tensors_of_layer(self.journal, self.checkpoint, family, index, shapes, tensor, record),
+        )
+
+    @verb("write", layer="index")
+    def written(self, index: int) -> int:
+        """Wait until the layer's file is there; return the bytes of its tensors."""
+        return self._files.wait(index)
 
     @verb("exchange", layer="index")
     def finish(self, index: int) -> None:
-        """The layer is written: from now on it is the pruned one, and its statistics are gone."""
+        """Nothing is left to be done to the layer: from now on it is the pruned one, and its statistics are gone. Its
+        file may not be there yet."""
         self.layers.mark_pruned(index, self.narrowed.give_up().get(index))
         self.sums.pop(index, None)
         self._block = None
+
+    def close(self) -> None:
+        """End the threads of this worker. A file under way has some seconds to be finished."""
+        self._files.close()
 
     # -- inside -----------------------------------------------------------------------------------------------
 

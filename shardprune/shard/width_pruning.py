@@ -156,7 +156,7 @@ class Narrowing:
             activity = sums[name].activity
             return keep_largest(activity if unit == "neuron" else activity.view(-1, self.heads.queries).sum(1), count)
         if self.scoring.score == "obs":
-            factor = factorise(sums[name].hessian, DAMPING)  # as large as H: given back at once
+            factor = factorise(sums[name].sums, DAMPING, sums[name].scale)  # given back at once: as large as the sums
             return keep_by_error(weight.float(), factor, self.heads.rows(unit), count)
         shares, means = self._outliers(name, unit, sums)
         return keep_largest(shares, count, ties=means).to(weight.device)

@@ -1,15 +1,17 @@
 """The one factorisation that SparseGPT needs: U upper triangular with H^-1 = U^T U."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shardprune.errors import SolverError
+from shardprune.solvers.triangles import add_square, times_upper, times_upper_transposed, upper_times
 
 DAMPING_GROWTH = 10.0
 DAMPING_LIMIT = 1.0  # as a fraction of the mean diagonal
-LEAF = 256  # columns
+LEAF, CUDA_LEAF = 256, 1024  # columns: a leaf fits a cache; on a GPU it is worth its launches
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Factor:
     """U without its diagonal: `steps` [cols, cols] float32 is u_jk / u_jj, `diagonal` [cols] is u_jj.
 
     `dead` [cols] marks inputs that were always zero; `damping` is the final fraction of the mean diagonal that was
-    added, after `retries` increases.
+    added, after `retries` increases; `ridge` [] is the amount.
     """
 
     steps: Tensor
@@ -25,38 +27,49 @@ class Factor:
     dead: Tensor
     damping: float
     retries: int
+    ridge: Tensor
 
 
-def factorise(hessian: Tensor, damping: float) -> Factor:
-    """Factorise a damped Hessian [cols, cols]; its diagonal is overwritten.
+def factorise(gram: Tensor, damping: float, scale: float = 1.0) -> Factor:
+    """Factorise a damped Hessian, `scale` times the symmetric `gram` [cols, cols], whose lower triangle alone is read.
 
-    If H is not positive definite, the damping grows tenfold at a time up to `DAMPING_LIMIT`.
+    If H is not positive definite, the damping grows tenfold at a time up to `DAMPING_LIMIT`. Memory beyond the argument
+    and the result is half a matrix.
 
     Raises:
         SolverError: H has entries that are not finite, or no damping up to the limit helps.
     """
-    diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):  # no other entry of X^T X is larger
-        raise SolverError("the Hessian has entries that are not finite: the activations overflow")
+    diagonal = gram.diagonal()
+    finite = torch.isfinite(diagonal).all()  # no other entry of X^T X is larger
     dead = diagonal == 0
-    diagonal[dead] = 1
-    undamped = diagonal.clone()
+    replaced = dead / scale  # 1 in the Hessian
+    mean = (diagonal + replaced).mean()
 
+    # U of `gram`, which is that of H times the root of the scale: its steps are the same.
     fraction, retries = damping, 0
     while True:
-        diagonal.copy_(undamped + fraction * undamped.mean())
-        upper = torch.zeros_like(hessian)
-        if _invert_into(hessian, upper):
-            scale = upper.diagonal().clone()
-            return Factor(upper.div_(scale.unsqueeze(1)), scale, dead, fraction, retries)
+        ridge = fraction * mean
+        upper = torch.zeros_like(gram)
+        faults: list[Tensor] = []
+        _invert_into(gram, replaced + ridge, upper, faults)
+        # The one look at the result that waits for the device: leaves after a failed one have computed garbage.
+        usable, failed = torch.stack([finite, torch.stack(faults).any()]).tolist()
+        if not usable:
+            raise SolverError("the Hessian has entries that are not finite: the activations overflow")
+        if not failed:
+            own = upper.diagonal().clone()
+            upper.div_(own.unsqueeze(1))
+            return Factor(upper, own / math.sqrt(scale), dead, fraction, retries, ridge * scale)
         if fraction >= DAMPING_LIMIT:
             raise SolverError(f"the Hessian is not positive definite with damping {fraction:g} after {retries} retries")
         fraction = min(max(fraction, 1e-4) * DAMPING_GROWTH, DAMPING_LIMIT)
         retries += 1
 
 
-def _invert_into(hessian: Tensor, upper: Tensor) -> bool:
-    """Fill `upper` with U; return False if H is not positive definite.
+def _invert_into(symmetric: Tensor, added: Tensor, upper: Tensor, faults: list[Tensor]) -> None:
+    """Fill `upper`, zeros, with U of H = `symmetric` [cols, cols] + diag(`added`); its lower triangle alone is read.
+
+    `faults` receives an int32 [] of every leaf that is not 0 if H is not positive definite; U is garbage then.
 
     H = R R^T with R upper triangular, and U = R^-1. Split in half, with H = [[A, B], [B^T, C]]:
 
@@ -66,18 +79,23 @@ def _invert_into(hessian: Tensor, upper: Tensor) -> bool:
     any processor. LAPACK's own factorisation and triangular inverse of the whole take twice as long on a CPU, half of
     it in copying between row and column order.
     """
-    size = len(hessian)
-    if size <= LEAF:
-        # With J reversing the order, J H J = L L^T gives R = J L J.
-        lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        identity = torch.eye(size, dtype=hessian.dtype, device=hessian.device)
-        upper.copy_(torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True))
-        return int(info) == 0
+    size = len(symmetric)
+    if size <= (CUDA_LEAF if symmetric.is_cuda else LEAF):
+        # With J reversing the order, J H J = L L^T gives R = J L J; reversed, the lower triangle is the upper one.
+        damped = symmetric.clone()
+        damped.diagonal().add_(added)
+        transposed, fault = torch.linalg.cholesky_ex(damped.flip(0, 1), upper=True)
+        identity = torch.eye(size, dtype=symmetric.dtype, device=symmetric.device)
+        upper.copy_(torch.linalg.solve_triangular(transposed.t().flip(0, 1), identity, upper=True))
+        faults.append(fault)
+        return
     half = size // 2
-    if not _invert_into(hessian[half:, half:], upper[half:, half:]):
-        return False
-    right = hessian[:half, half:] @ upper[half:, half:].t()
-    if not _invert_into(torch.addmm(hessian[:half, :half], right, right.t(), alpha=-1), upper[:half, :half]):
-        return False
-    upper[:half, half:] = (upper[:half, :half] @ (right @ upper[half:, half:])).neg_()
-    return True
+    first, last, corner = upper[:half, :half], upper[half:, half:], upper[:half, half:]
+    _invert_into(symmetric[half:, half:], added[half:], last, faults)
+    right = times_upper_transposed(symmetric[half:, :half].t(), last)
+    times_upper(right, last, into=corner)
+    rest = symmetric[:half, :half].clone()
+    add_square(rest, right, alpha=-1)
+    del right
+    _invert_into(rest, added[:half], first, faults)
+    upper_times(first, corner, alpha=-1)

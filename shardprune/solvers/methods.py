@@ -1,15 +1,32 @@
 """The interface and the table of pruning methods."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shardprune.solvers.pattern import Pattern
     from shardprune.solvers.statistics import InputStatistics, Kind
+
+Sweep = Literal["kernel", "recursion"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A projection to prune.
+
+    Attributes:
+        weight: dense, [rows, cols] in any floating dtype; stays as it is.
+        pattern: where zeros may stand.
+        sparsity: fraction of its weights that become zero.
+    """
+
+    weight: "Tensor"
+    pattern: "Pattern"
+    sparsity: float
 
 
 @dataclass(frozen=True)
@@ -21,12 +38,16 @@ class Solution:
         mask: bool [rows, cols], True where pruned.
         retries: damping increases that the factorisation needed.
         damping: its final damping; None without a factorisation.
+        lost: ||XW - XW'||^2 over the calibration tokens, 0-dim float64 on the device, where the method knows it.
+        sweep: the way of the steps over columns, where there are any: `kernel` (Triton) or `recursion`.
     """
 
     weight: "Tensor"
     mask: "Tensor"
     retries: int = 0
     damping: float | None = None
+    lost: "Tensor | None" = None
+    sweep: Sweep | None = None
 
 
 # `prune(weight, statistics, pattern, sparsity)` of a method; the statistics may be None where it needs none.
@@ -41,24 +62,39 @@ class Method:
         solver: module and function, imported on first use: recipes are read without torch.
         needs: kind of statistics that it requires; None: weights alone.
         named: whether it is a value of a recipe's `method`.
+        together: module and function `prune_together(targets, statistics)` of a method that gains by solving the
+            projections that read one input at once; it returns their solutions in order.
     """
 
     solver: str
     needs: "Kind | None"
     named: bool = True
+    together: str | None = None
 
     @property
     def prune(self) -> "Solver":
         """The function `prune(weight, statistics, pattern, sparsity)`, which leaves its float32 weight [rows, cols]
         unchanged.
         """
-        module, function = self.solver.split(".")
-        return getattr(import_module(f"shardprune.solvers.{module}"), function)
+        return _function(self.solver)
+
+    def solve(self, targets: Sequence[Target], statistics: "InputStatistics | None") -> Iterator[Solution]:
+        """Yield the solutions of the projections that read one input: one after the other, or of all at once."""
+        if self.together:
+            yield from _function(self.together)(targets, statistics)
+        else:
+            for target in targets:
+                yield self.prune(target.weight.float(), statistics, target.pattern, target.sparsity)
+
+
+def _function(name: str) -> Any:
+    module, function = name.split(".")
+    return getattr(import_module(f"shardprune.solvers.{module}"), function)
 
 
 METHODS: dict[str, Method] = {
     "magnitude": Method("magnitude.prune", needs=None),
     "wanda": Method("wanda.prune", needs="squares"),
     "wanda-variant": Method("wanda.prune_variant", needs="squares", named=False),  # chosen by an option
-    "sparsegpt": Method("sparsegpt.prune", needs="gram"),
+    "sparsegpt": Method("sparsegpt.prune", needs="gram", together="sparsegpt.prune_together"),
 }

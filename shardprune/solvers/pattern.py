@@ -43,6 +43,10 @@ class Unstructured:
         """Return the number of zeros of such a mask."""
         return int(rows * cols * sparsity + 0.5)
 
+    def broken(self, weight: "Tensor") -> "Tensor":
+        """Return the number of groups of a row with too many nonzeros, [] on the device: there are no groups."""
+        return weight.new_zeros(())
+
     def holds(self, weight: "Tensor") -> bool:
         return True
 
@@ -79,12 +83,16 @@ class NM:
         groups, rest = divmod(cols, self.m)
         return rows * (groups * (self.m - self.n) + max(0, rest - self.n))
 
-    def holds(self, weight: "Tensor") -> bool:
-        """Return whether `weight` [rows, cols] has at most `n` nonzeros in every group."""
+    def broken(self, weight: "Tensor") -> "Tensor":
+        """Return the number of groups of `weight` [rows, cols] with more than `n` nonzeros, [] on the device."""
         rows, cols = weight.shape
         whole = cols // self.m * self.m
         full, rest = (weight != 0).split([whole, cols - whole], dim=1)
-        return bool((full.reshape(rows, -1, self.m).sum(-1) <= self.n).all() and (rest.sum(-1) <= self.n).all())
+        return (full.reshape(rows, -1, self.m).sum(-1) > self.n).sum() + (rest.sum(-1) > self.n).sum()
+
+    def holds(self, weight: "Tensor") -> bool:
+        """Return whether `weight` [rows, cols] has at most `n` nonzeros in every group."""
+        return int(self.broken(weight)) == 0
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

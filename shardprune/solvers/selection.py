@@ -10,7 +10,8 @@ SORTED = 2**24  # entries at once: a sort on CUDA takes 36 bytes for each
 def smallest(scores: Tensor, count: int) -> Tensor:
     """Return the boolean mask of the `count` smallest entries of `scores`, of any shape.
 
-    Selects the k-th value instead of sorting: one pass finds the threshold, one compares with it.
+    Selects the k-th value instead of sorting: one pass finds the threshold, one compares with it. The host does
+    not wait for a GPU.
     """
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
@@ -18,9 +19,12 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     if count >= flat.numel():
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_value(flat, count)
-    mask = flat < threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
-    mask[ties[: count - int(mask.sum())]] = True
+    mask, ties = flat < threshold, flat == threshold
+    if flat.is_cuda:
+        places = ties.cumsum(0, dtype=torch.int32 if flat.numel() < 2**31 else torch.int64)
+        mask |= ties & (places <= count - mask.sum())
+    else:  # ties are few, and looking at the result costs nothing
+        mask[ties.nonzero().squeeze(1)[: count - int(mask.sum())]] = True
     return mask.view_as(scores)
 
 
@@ -72,11 +76,16 @@ def _smallest_of_each(groups: Tensor, count: int) -> Tensor:
     return mask
 
 
+def cumulative_count(entries: int, fraction: float) -> int:
+    """Return `fraction` of the first `entries` entries, rounded: what two of these differ by is taken between them."""
+    return int(entries * fraction + 0.5)
+
+
 def cumulative_counts(parts: int, size: int, fraction: float) -> Tensor:
     """Return the number of entries to take from each of `parts` equal parts of `size` entries, int64 [parts].
 
-    The running total is `fraction` of all entries so far, rounded: every part is within one entry of its share, and the
-    sum within half an entry of the whole.
+    The running total is `cumulative_count`: every part is within one entry of its share, and the sum within half an
+    entry of the whole.
     """
     ends = torch.arange(parts + 1, dtype=torch.float64) * size
     return (ends * fraction + 0.5).floor().diff().to(torch.int64)

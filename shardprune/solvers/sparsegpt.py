@@ -4,25 +4,32 @@ From left to right, the columns to the right make up for the value that a pruned
 -= w_j * (u_jk / u_jj) for every k > j (algorithm 1).
 
 A column's correction has to reach a column to its right only before that column's turn. Columns are therefore taken in
-blocks, and a block is halved recursively: the left half is finished first, then one matrix product corrects the right
-half for everything that the left half lost. Few columns get many small updates this way; nearly all arithmetic is in
-large products. The weights are kept transposed, [cols, rows], so that a column is contiguous.
+blocks: the steps inside a block come first, then one matrix product corrects all columns behind it for everything that
+the block lost. The steps inside a block are one kernel on GPUs (`column_kernel`), a recursion elsewhere.
+
+Projections that read one input are swept together, see `stack`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from shardprune.solvers.column_recursion import ColumnRecursion
 from shardprune.solvers.factor import Factor
-from shardprune.solvers.methods import Solution
+from shardprune.solvers.kernels import kernels_run
+from shardprune.solvers.methods import Solution, Sweep, Target
 from shardprune.solvers.pattern import NM, Pattern
 from shardprune.solvers.products import add_product
-from shardprune.solvers.selection import cumulative_counts, smallest
+from shardprune.solvers.stack import Stack
 from shardprune.solvers.statistics import InputStatistics
 
+if TYPE_CHECKING:
+    from shardprune.solvers.column_kernel import ColumnKernel
+
 DAMPING = 0.01
-BLOCK = 128  # columns whose zeros are chosen together where the pattern is unstructured
+SUMMED = 2**24  # entries whose squares are taken at once
 
 
 def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsity: float) -> Solution:
@@ -31,76 +38,55 @@ def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsit
     Raises:
         SolverError: the Hessian cannot be factorised.
     """
+    return prune_together([Target(weight, pattern, sparsity)], statistics)[0]
+
+
+def prune_together(targets: Sequence[Target], statistics: InputStatistics) -> list[Solution]:
+    """Prune the projections that read one input, those of equal patterns in one sweep; the arguments of `prune`.
+
+    Raises:
+        SolverError: the Hessian cannot be factorised.
+    """
     factor = statistics.factor(DAMPING)
-    columns = weight.t().clone(memory_format=torch.contiguous_format)
-    columns[factor.dead] = 0
-    sweep = _Sweep(columns, torch.empty_like(columns, dtype=torch.bool), factor, pattern, sparsity)
-    for left in range(0, len(columns), sweep.block):
-        sweep.prune_block(left, min(left + sweep.block, len(columns)))
-    return Solution(columns.t(), sweep.mask.t(), factor.retries, factor.damping)
+    solutions: dict[int, Solution] = {}
+    for pattern in dict.fromkeys(target.pattern for target in targets):
+        places = [place for place, target in enumerate(targets) if target.pattern == pattern]
+        stack = Stack.of([targets[place] for place in places], factor.dead)
+        way = _sweep(stack, factor)
+        for place, span in zip(places, stack.spans, strict=True):
+            weight = stack.columns[:, span].t()
+            change = _squared_change(targets[place].weight, weight, factor.dead)
+            # The sweep's squares are tr(dW (2/N X^T X + ridge I) dW^T): U factorises the inverse of that matrix.
+            lost = (stack.squares[span].sum() - factor.ridge * change).clamp_(min=0) * (statistics.samples / 2)
+            solutions[place] = Solution(weight, stack.mask[:, span].t(), factor.retries, factor.damping, lost, way)
+    return [solutions[place] for place in range(len(targets))]
 
 
-@dataclass(frozen=True)
-class _Sweep:
-    """One pass over the `columns` [cols, rows], pruned in place; fills `mask` [cols, rows]."""
+def _sweep(stack: Stack, factor: Factor) -> Sweep:
+    """Prune a stack from left to right; return the way of the steps over columns."""
+    way, steps = _steps(stack, factor)
+    for left, right in stack.blocks:
+        lost = steps.prune_block(left, right)
+        if right < len(stack.columns):
+            add_product(stack.columns[right:], factor.steps[left:right, right:].t(), lost, alpha=-1)
+    return way
 
-    columns: Tensor
-    mask: Tensor
-    factor: Factor
-    pattern: Pattern
-    sparsity: float
 
-    @property
-    def unit(self) -> int:
-        """Number of columns whose zeros are chosen together: a group of N:M, or a block."""
-        return self.pattern.m if isinstance(self.pattern, NM) else BLOCK
+def _steps(stack: Stack, factor: Factor) -> "tuple[Sweep, ColumnKernel | ColumnRecursion]":
+    """Return the steps over columns where the stack is."""
+    if kernels_run(stack.columns.device):
+        from shardprune.solvers import column_kernel  # which imports Triton
 
-    @property
-    def block(self) -> int:
-        """Number of columns that correct all those to their right in one product: whole units."""
-        return max(1, BLOCK // self.unit) * self.unit
+        if not isinstance(stack.pattern, NM) or stack.pattern.m <= column_kernel.GROUP:
+            return "kernel", column_kernel.ColumnKernel(stack, factor)
+    return "recursion", ColumnRecursion(stack, factor)
 
-    def prune_block(self, left: int, right: int) -> None:
-        """Prune the columns [left, right) and correct everything to their right."""
-        lost = torch.empty_like(self.columns[left:right])
-        self._over_units(left, right, lost)
-        self._correct(left, right, len(self.columns), lost)
 
-    def _over_units(self, left: int, right: int, lost: Tensor) -> None:
-        """Prune the columns [left, right), whole units; `lost` [right - left, rows] receives what they lose."""
-        units = -(-(right - left) // self.unit)
-        if units == 1:
-            self._choose(left, right)
-            self._over_columns(left, right, lost, self.mask[left:right].to(self.columns.dtype))
-        else:
-            size = units // 2 * self.unit
-            self._over_units(left, left + size, lost[:size])
-            self._correct(left, left + size, right, lost[:size])
-            self._over_units(left + size, right, lost[size:])
-
-    def _over_columns(self, left: int, right: int, lost: Tensor, chosen: Tensor) -> None:
-        """Prune the columns [left, right); `chosen` [right - left, rows] is 1 at pruned weights, else 0."""
-        if right - left == 1:
-            torch.mul(self.columns[left], chosen[0], out=lost[0])
-            self.columns[left].sub_(lost[0])  # exactly zero where pruned, unchanged elsewhere
-        else:
-            half = (right - left) // 2
-            self._over_columns(left, left + half, lost[:half], chosen[:half])
-            self._correct(left, left + half, right, lost[:half])
-            self._over_columns(left + half, right, lost[half:], chosen[half:])
-
-    def _correct(self, left: int, middle: int, right: int, lost: Tensor) -> None:
-        """Correct the columns [middle, right) for what [left, middle) lost."""
-        if middle < right:
-            steps = self.factor.steps[left:middle, middle:right]
-            add_product(self.columns[middle:right], steps.t(), lost, alpha=-1)
-
-    def _choose(self, left: int, right: int) -> None:
-        """Choose the zeros of one unit by w^2 / u_jj^2 (equation 3), on the weights as corrected so far."""
-        scores = (self.columns[left:right] / self.factor.diagonal[left:right].unsqueeze(1)).square_()
-        if isinstance(self.pattern, NM):
-            self.mask[left:right] = self.pattern.mask(scores.t(), self.sparsity, per_row=True).t()
-        else:
-            cols, rows = self.columns.shape
-            counts = cumulative_counts(cols, rows, self.sparsity)  # per column, with an exact total
-            self.mask[left:right] = smallest(scores, int(counts[left:right].sum()))
+def _squared_change(dense: Tensor, pruned: Tensor, dead: Tensor) -> Tensor:
+    """Return ||W - W'||^2 over the inputs that are not always zero, float64, for weights [rows, cols]."""
+    total = torch.zeros((), dtype=torch.float64, device=dead.device)
+    size = max(1, SUMMED // len(dense))
+    for before, after, gone in zip(dense.t().split(size), pruned.t().split(size), dead.split(size), strict=True):
+        change = (before - after).masked_fill_(gone.unsqueeze(1), 0)
+        total += torch.linalg.vector_norm(change, dtype=torch.float64).square()
+    return total

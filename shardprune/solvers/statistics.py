@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from shardprune.solvers.factor import Factor, factorise
+from shardprune.solvers.products import add_product, product
+from shardprune.solvers.triangles import add_square, lower_panels, mirror, panels, whole
 
 Kind = Literal["gram", "squares"]
 Part = tuple[dict[str, Tensor], int]  # one replica's sums by name, on the CPU, and the number of sequences behind them
@@ -28,7 +30,7 @@ class Summed(ABC):
 
     def part(self) -> Part:
         """Return the sums as they travel to the replica that needs those of all."""
-        return {name: tensor.cpu() for name, tensor in self.tensors().items()}, self.samples
+        return {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}, self.samples
 
     def merge(self, parts: Sequence[Part | None]) -> None:
         """Become the sums of all replicas, of which None stands for this one.
@@ -51,8 +53,8 @@ class Summed(ABC):
 class InputStatistics(Summed):
     """Sums over the tokens of one input X [tokens, cols], shared by the projections that read it.
 
-    `sums` is X^T X, float32 [cols, cols] (kind `gram`), or its diagonal alone, float32 [cols]
-    (kind `squares`); `samples` is the number N of sequences behind it.
+    `sums` is the lower triangle of X^T X, float32 [cols, cols] whose other entries mean nothing (kind `gram`), or its
+    diagonal alone, float32 [cols] (kind `squares`); `samples` is the number N of sequences behind it.
     """
 
     kind: Kind
@@ -78,7 +80,16 @@ class InputStatistics(Summed):
             add_gram(self.sums, tokens)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"sums": self.sums}
+        """Return the sums, of a Gram matrix the panels of its lower triangle: views, not contiguous."""
+        if self.kind == "squares":
+            return {"sums": self.sums}
+        return {f"panel {place}": panel for place, panel in enumerate(lower_panels(self.sums))}
+
+    @property
+    def gram(self) -> Tensor:
+        """X^T X, float32 [cols, cols]: the sums themselves, whose upper triangle is filled in."""
+        assert self.kind == "gram"
+        return mirror(self.sums)
 
     @property
     def mean_squares(self) -> Tensor:
@@ -91,29 +102,54 @@ class InputStatistics(Summed):
         return bool(torch.isfinite(self.mean_squares).all())
 
     @property
+    def scale(self) -> float:
+        """2/N, by which X^T X becomes the Hessian."""
+        return 2 / self.samples
+
+    @property
     def hessian(self) -> Tensor:
         """H = 2/N X^T X, float32 [cols, cols]."""
-        return self.sums * (2 / self.samples)
+        return self.gram * self.scale
 
     def factor(self, damping: float) -> Factor:
         """Return the upper factor of the inverse Hessian, computed once for all projections that read this input."""
         if damping not in self._factors:
-            self._factors[damping] = factorise(self.hessian, damping)
+            self._factors[damping] = factorise(self.sums, damping, self.scale)
         return self._factors[damping]
 
 
 def add_gram(gram: Tensor, tokens: Tensor) -> None:
-    """gram [cols, cols] += tokens^T tokens in float32, for tokens [count, cols].
+    """gram [cols, cols] += tokens^T tokens in float32, its lower triangle alone, for tokens [count, cols].
 
     On CUDA half-precision tokens go through the tensor cores and leave them as float32 sums: a product
     of two 16-bit numbers is exact there, so nothing is lost against float32 arithmetic. The CPU has no
     such product and widens first.
     """
     if tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16):
-        torch.addmm(gram, tokens.t(), tokens, out_dtype=torch.float32, out=gram)
+        for panel in panels(len(gram), gram.device):
+            sums = gram[panel.start :, panel]
+            left, right = tokens[:, panel.start :].t(), tokens[:, panel]
+            torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
     else:
-        wide = tokens.float()
-        gram.addmm_(wide.t(), wide)
+        add_square(gram, tokens.float().t())
+
+
+def gram_norm(weight: Tensor, gram: Tensor) -> Tensor:
+    """Return ||X W^T||^2 = tr(W G W^T) for W float32 [rows, cols] and G = X^T X [cols, cols], float64 [] on the device.
+
+    Only G's lower triangle is read, and what lies below the diagonal counts twice. Panel by panel, p its columns and b
+    those below its square:
+
+        tr(W G W^T) = sum over p of <W_p G_pp + 2 W_b G_bp, W_p>.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for panel in panels(len(gram), gram.device):
+        own, below = weight[:, panel], slice(panel.stop, None)
+        image = product(own, whole(gram[panel, panel]))
+        if panel.stop < len(gram):
+            add_product(image, weight[:, below], gram[below, panel], alpha=2)
+        total += image.mul_(own).sum(dtype=torch.float64)
+    return total
 
 
 def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> float:
@@ -122,8 +158,5 @@ def output_error(dense: Tensor, pruned: Tensor, statistics: InputStatistics) -> 
     Args:
         dense, pruned: weights [rows, cols], float32.
     """
-    gram = statistics.sums
-    change = dense - pruned
-    norm = ((dense @ gram) * dense).sum(dtype=torch.float64)
-    lost = ((change @ gram) * change).sum(dtype=torch.float64)
+    norm, lost = gram_norm(dense, statistics.sums), gram_norm(dense - pruned, statistics.sums)
     return float(lost / norm) if norm > 0 else 0.0

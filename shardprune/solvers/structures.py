@@ -13,9 +13,11 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.solvers.factor import Factor, factorise
 from shardprune.solvers.outliers import BLOCK
+from shardprune.solvers.products import add_product, product
 from shardprune.solvers.statistics import InputStatistics
 
 BATCHES = 64  # removals are divided into about so many batches; structures are scored again after each
+OUTPUTS = 2**27  # float32 entries of heads' outputs at once on CUDA
 
 
 def columns_of(structures: Tensor, size: int) -> Tensor:
@@ -26,13 +28,22 @@ def columns_of(structures: Tensor, size: int) -> Tensor:
 def head_contributions(inputs: Tensor, weight: Tensor, size: int) -> Tensor:
     """Sum over the tokens t of ||W_k x_tk||_1 for each structure k, float32 [structures].
 
-    The score of AMP (arXiv 2504.21174), as MoP (arXiv 2602.06127) uses it. Structures are processed one at a time:
-    memory beyond the arguments is one [tokens, rows] in float32.
+    The score of AMP (arXiv 2504.21174), as MoP (arXiv 2602.06127) uses it. Memory beyond the arguments is one [tokens,
+    rows] in float32 for each structure that is processed at once: one on a CPU, on CUDA up to OUTPUTS entries of
+    16-bit inputs, whose products leave the tensor cores as float32.
 
     Args:
         inputs, weight: X [..., cols] and W [rows, cols] of the output projection, any floating dtype.
     """
     tokens = inputs.reshape(-1, inputs.shape[-1])
+    if tokens.is_cuda and tokens.dtype == weight.dtype and tokens.dtype in (torch.bfloat16, torch.float16):
+        together = max(1, OUTPUTS // (len(tokens) * len(weight)))
+        pairs = zip(
+            tokens.unflatten(1, (-1, size)).transpose(0, 1).split(together),
+            weight.unflatten(1, (-1, size)).permute(1, 2, 0).split(together),
+            strict=True,
+        )
+        return torch.cat([torch.bmm(x, w, out_dtype=torch.float32).abs_().sum((1, 2)) for x, w in pairs])
     pairs = zip(tokens.split(size, dim=1), weight.split(size, dim=1), strict=True)
     return torch.stack([(x.float() @ w.float().t()).abs_().sum() for x, w in pairs])
 
@@ -132,7 +143,7 @@ def keep_by_error(weight: Tensor, factor: Factor, size: int, count: int) -> Tens
     structures = weight.shape[1] // size
     weight = weight.masked_fill(factor.dead, 0)
     upper = factor.steps * factor.diagonal.unsqueeze(1)
-    inverse = upper.t() @ upper
+    inverse = product(upper.t(), upper)
     del upper
     stays = torch.ones(structures, dtype=torch.bool, device=weight.device)
     left = structures - count  # to remove
@@ -172,8 +183,8 @@ def _eliminate(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
     lower = _cholesky(inverse[columns.unsqueeze(1), columns])
     steps = torch.linalg.solve_triangular(lower, inverse[columns], upper=False)
     lost = torch.linalg.solve_triangular(lower, weight[:, columns].t(), upper=False)
-    weight.addmm_(lost.t(), steps, alpha=-1)
-    inverse.addmm_(steps.t(), steps, alpha=-1)
+    add_product(weight, lost.t(), steps, alpha=-1)
+    add_product(inverse, steps.t(), steps, alpha=-1)
     inverse[columns] = 0
     inverse[:, columns] = 0
     inverse[columns, columns] = 1
@@ -214,8 +225,8 @@ def correct(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: 
     removed = goes.nonzero().squeeze(1)
     if len(removed) == 0:
         return Correction(weight[:, kept], damping, 0)
-    scale = 2 / statistics.samples
-    factor = factorise(statistics.sums[kept.unsqueeze(1), kept] * scale, damping)
-    shared = weight[:, removed] @ statistics.sums[removed.unsqueeze(1), kept] * scale
-    change = (shared @ factor.steps.t() * factor.diagonal.square()) @ factor.steps  # H^-1 = U^T U
+    scale, gram = statistics.scale, statistics.gram
+    factor = factorise(gram[kept.unsqueeze(1), kept], damping, scale)
+    shared = product(weight[:, removed], gram[removed.unsqueeze(1), kept]) * scale
+    change = product(product(shared, factor.steps.t()) * factor.diagonal.square(), factor.steps)  # H^-1 = U^T U
     return Correction(weight[:, kept] + change.masked_fill_(factor.dead, 0), factor.damping, factor.retries)

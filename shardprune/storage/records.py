@@ -15,8 +15,8 @@ class ProjectionReport:
     `target` is the fraction of zeros that was asked for; `zeros` of its `weights` are counted on the tensor written,
     `zeros_before` on the dense one. `error` is ||XW - XW'||^2 / ||XW||^2 where it was measured, `outliers` the
     percentage of outliers where the allocation looked at them, `pattern` its N:M. The solver needed so many `retries`
-    and ended with the `damping`, where it factorises. `zeros_kept` of the zeros before are still zero, where that was
-    counted.
+    and ended with the `damping`, where it factorises; `sweep` is the way of its steps over columns (`kernel` or
+    `recursion`), where it has any. `zeros_kept` of the zeros before are still zero, where that was counted.
     """
 
     layer: int
@@ -28,6 +28,7 @@ class ProjectionReport:
     pattern: str | None = None
     retries: int = 0
     damping: float | None = None
+    sweep: str | None = None
     outliers: float | None = None
     error: float | None = None
     zeros_kept: int | None = None

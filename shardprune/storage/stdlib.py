@@ -1,6 +1,7 @@
 """The running Python's standard library as a corpus, which every machine has."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,15 @@ def split_of(module: str) -> Split:
 
 def modules(split: Split) -> Iterator[tuple[str, Path]]:
     """Yield the dotted names and source files of one split's modules, sorted by name."""
-    root = Path(sysconfig.get_path("stdlib"))
+    root = sysconfig.get_path("stdlib")
     named = {}
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]) and "_sysconfigdata" not in path.name:
-            named[".".join(relative.with_suffix("").parts)] = path
+    for folder, folders, files in os.walk(root):
+        # Not entered: most of all files are third-party packages.
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
+        package = [] if folder == root else os.path.relpath(folder, root).split(os.sep)
+        for file in files:
+            if file.endswith(".py") and "_sysconfigdata" not in file:
+                named[".".join([*package, file.removesuffix(".py")])] = Path(folder, file)
     for name in sorted(named):
         if split_of(name) == split:
             yield name, named[name]

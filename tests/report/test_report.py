@@ -14,7 +14,8 @@ from shardprune.cli import main
 from shardprune.errors import InputError, StorageError
 from shardprune.report.page.comparison import names_of, points_of
 from shardprune.report.page.finished_run import finished_runs
-from shardprune.report.page.write import place_of_report, write_comparison, write_report
+from shardprune.report.page.place import place_of_report
+from shardprune.report.page.write import write_comparison, write_report
 from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from tests.support.running import run, search_run

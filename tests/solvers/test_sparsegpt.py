@@ -4,6 +4,7 @@ import torch
 from shardprune.errors import SolverError
 from shardprune.solvers import sparsegpt
 from shardprune.solvers.factor import factorise
+from shardprune.solvers.methods import Target
 from shardprune.solvers.pattern import Unstructured, parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
@@ -101,6 +102,50 @@ def test_dead_inputs_get_weight_zero(pattern, device):
     assert not solution.weight[:, list(dead)].any()
     assert torch.equal(solution.weight.cpu() == 0, expected == 0)
     assert relative(solution.weight, expected) < 1e-4
+
+
+MIXED = [
+    ("unstructured", 24, 0.5),
+    ("2:4", 9, 0.5),
+    ("unstructured", 17, 0.7),
+    ("unstructured", 5, 0.0),
+    ("2:4", 8, 0.5),
+]
+
+
+def test_projections_of_one_input_get_the_zeros_that_each_would_get_alone(device):
+    statistics = gathered(inputs(6, 80, 200, seed=2, dead=(1, 130)), device)
+    generator = torch.Generator().manual_seed(3)
+    targets = [
+        Target(torch.randn(rows, 200, generator=generator).to(device), parse_pattern(pattern), sparsity)
+        for pattern, rows, sparsity in MIXED
+    ]
+    kept = [target.weight.clone() for target in targets]
+    together = sparsegpt.prune_together(targets, statistics)
+    for target, weight, solution in zip(targets, kept, together, strict=True):
+        alone = sparsegpt.prune(weight, statistics, target.pattern, target.sparsity)
+        assert torch.equal(solution.mask, alone.mask)
+        assert relative(solution.weight, alone.weight.cpu()) < 1e-5
+        assert float(solution.lost) == pytest.approx(float(alone.lost), rel=1e-5)
+        assert torch.equal(target.weight, weight)
+
+
+@pytest.mark.parametrize("dead", [(), (0, 3, 127, 128, 150)])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.5), ("unstructured", 0.02), ("2:4", 0.5)])
+def test_the_sweep_knows_what_the_outputs_lose(pattern, sparsity, dead, device):
+    weight = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))
+    x = inputs(6, 80, 200, seed=1, dead=dead)
+    x[..., 7] *= 100  # as the massive activations of real models
+    solution = sparsegpt.prune(weight.to(device), gathered(x, device), parse_pattern(pattern), sparsity)
+    change = weight.double() - solution.weight.cpu().double()
+    expected = (x.double().reshape(-1, 200) @ change.T).square().sum()
+    assert float(solution.lost) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_pruning_that_loses_nothing_has_lost_nothing():
+    x = inputs(6, 80, 64, seed=1)
+    weight = torch.zeros(8, 64)
+    assert float(sparsegpt.prune(weight, gathered(x), Unstructured(), 0.5).lost) == 0
 
 
 def test_correction_lowers_the_output_error():

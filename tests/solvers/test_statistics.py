@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from shardprune.solvers.statistics import InputStatistics, output_error
+from shardprune.solvers import triangles
+from shardprune.solvers.statistics import InputStatistics, add_gram, gram_norm, output_error
 
 
 def test_sums_over_waves_and_replicas_are_those_of_all_tokens(device):
@@ -30,8 +31,8 @@ def test_merged_sums_do_not_depend_on_who_merges(device):
             replica.add(share.to(device), 1)
         replicas[taker].merge([None if place == taker else one.part() for place, one in enumerate(replicas)])
         merged.append(replicas[taker])
-    assert torch.equal(merged[0].sums, merged[1].sums)
-    assert torch.equal(merged[0].sums, merged[2].sums)
+    assert torch.equal(merged[0].gram, merged[1].gram)
+    assert torch.equal(merged[0].gram, merged[2].gram)
     assert [one.samples for one in merged] == [3, 3, 3]
 
 
@@ -41,7 +42,48 @@ def test_half_precision_inputs_are_summed_in_float32(device):
     statistics.add(x.to(device), len(x))
     tokens = x.double().reshape(-1, 16)
     assert statistics.sums.dtype == torch.float32
-    assert torch.allclose(statistics.sums.cpu().double(), tokens.T @ tokens, rtol=1e-4)
+    assert torch.allclose(statistics.gram.cpu().double(), tokens.T @ tokens, rtol=1e-4)
+
+
+def test_replicas_exchange_little_more_than_the_lower_triangle():
+    statistics = InputStatistics.empty("gram", 1024)
+    statistics.add(torch.randn(1, 50, 1024, generator=torch.Generator().manual_seed(0)), 1)
+    sums, samples = statistics.part()
+    assert sum(tensor.numel() for tensor in sums.values()) == 9 / 16 * 1024**2
+    assert all(tensor.is_contiguous() for tensor in sums.values())
+    other = InputStatistics.empty("gram", 1024)
+    other.merge([(sums, samples)])
+    assert torch.equal(other.gram, statistics.gram)
+    assert torch.equal(other.gram, other.gram.t())
+
+
+@pytest.mark.parametrize("cols", [10, 300, 1100])
+def test_norm_of_outputs_is_that_by_a_gram_matrix(cols, device):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(500, cols, generator=generator) + 1, torch.randn(7, cols, generator=generator)
+    gram = (x.T @ x).tril() + torch.full((cols, cols), torch.nan).triu(triangles.CUDA_GRAIN)
+    found = gram_norm(weight.to(device), gram.to(device))
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(float((x.double() @ weight.double().T).square().sum()), rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cols", [200, 5000])  # one panel; five, the last of them narrow
+def test_16_bit_products_leave_a_gpu_as_float32_sums(cols, dtype):
+    """Into panels, whose rows are not contiguous."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    x = (torch.randn(2, 700, cols, generator=torch.Generator().manual_seed(0)) + 1).to(dtype).cuda()
+    gram = torch.zeros(cols, cols, device="cuda")
+    for tokens in x:
+        add_gram(gram, tokens)
+    exact = sum(tokens.double().t() @ tokens.double() for tokens in x)
+    assert torch.allclose(gram.tril().double(), exact.tril(), rtol=1e-5, atol=1e-3)
+    again = torch.zeros_like(gram)
+    for tokens in x:
+        add_gram(again, tokens)
+    assert torch.equal(again, gram)
 
 
 @pytest.mark.parametrize("kind", ["gram", "squares"])

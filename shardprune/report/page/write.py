@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from shardprune.errors import InputError, first_line, without_credentials
+from shardprune.errors import InputError, without_credentials
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.page.finished_run import FinishedRun, finished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
@@ -12,17 +12,15 @@ from shardprune.report.page.history import History
 from shardprune.report.page.memory import memory_of_workers
 from shardprune.report.page.mop_path import path_of_search
 from shardprune.report.page.output_errors import block_errors, narrowing_errors, projection_errors
+from shardprune.report.page.place import FILE, place_of_report
 from shardprune.report.page.plot import Plot
 from shardprune.report.page.render import Grid, Section, render
 from shardprune.report.page.timeline import timeline
 from shardprune.report.page.training import loss_curve
-from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
 from shardprune.storage.folder import Folder, absolute, output_folder
 from shardprune.storage.retrying import preflight
-
-FILE = "report.html"
 
 
 @preflight()
@@ -32,41 +30,15 @@ def write_report(out: str) -> str:
     Raises:
         InputError: the output holds no finished run, or cannot be read or written.
     """
-    _write(absolute(out))
+    write_page(absolute(out))
     return place_of_report(out)
 
 
-def _write(out: str) -> None:
+def write_page(out: str) -> None:
+    """Write the report of an output, an absolute path or URL, into it."""
     folder = output_folder(out)
     runs = finished_runs(folder.url)
     folder.write_text(FILE, render(_title(runs), [_section(run) for run in runs]))
-
-
-def leave_report(out: str, reporter: Reporter, new: bool = False) -> None:
-    """Write the report of an output at the end of a run, if it is missing or out of date.
-
-    The model is complete at this point: if the report cannot be written, say why and do not fail the run.
-
-    Args:
-        new: something was measured that leaves no events.
-    """
-    try:
-        folder = output_folder(absolute(out))
-        if new or reporter.events.recorded_any or not folder.is_file(FILE):
-            _write(folder.url)
-    except Exception as error:
-        place = without_credentials(out)
-        reporter.say(f"no report was written: {first_line(error)}; `shardprune report {place}` tries again")
-
-
-def report_of(out: str) -> str | None:
-    """Return the location of an output's report, if it has one."""
-    return place_of_report(out) if output_folder(absolute(out)).is_file(FILE) else None
-
-
-def place_of_report(out: str) -> str:
-    """Return the location where an output's report is written, for messages."""
-    return f"{without_credentials(absolute(out)).rstrip('/')}/{FILE}"
 
 
 @preflight()
