@@ -13,7 +13,7 @@ from shardprune.shard.layers import Version
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.peers import travels
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.streams import to_device, to_host
+from shardprune.shard.streams import to_device
 from shardprune.shard.verbs import of_part, verb
 from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardprune.shard.streams import Moment, SideStream, host_memory, to_device, to_host, used_here
+from shardprune.shard.streams import Moment, SideStream, host_memory, to_device, used_here
 
 
 def split(count: int, parts: int) -> list[range]:

@@ -1,19 +1,16 @@
 """Real Ray actors: the same tensors as in one process, and real kills."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
+from shardprune.cli import main
 from shardprune.cluster import ray_exchange
 from shardprune.cluster.ray_exchange import Exchange
 from shardprune.errors import InputError, WorkerLost
@@ -57,6 +54,17 @@ def recipe(folder, out, model="llama-3.1", **fields) -> Recipe:
         **fields,
     }
     return Recipe.checked(values)
+
+
+def test_an_address_where_no_cluster_answers(folder, tmp_path, capsys):
+    command = ["prune", str(folder / "llama-3.1"), "--out", str(tmp_path / "o"), "--address", "127.0.0.1:1"]
+    command += ["--calibration", str(folder / "tokens.npy"), "--samples", "4", "--seqlen", "24", "--sparsity", "0.5"]
+    with pytest.raises(SystemExit) as end:  # before `ray` connects this process
+        main(command)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: address: no Ray cluster answers at '127.0.0.1:1'")
+    assert not (tmp_path / "o").exists()
 
 
 # The other families differ from these in nothing that a worker's process could change; tests/commands/test_prune.py
@@ -223,85 +231,37 @@ def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_an_address_where_no_cluster_answers(folder, tmp_path):
-    command = [sys.executable, "-m", "shardprune", "prune", str(folder / "llama-3.1"), "--out", str(tmp_path / "o")]
-    command += ["--calibration", str(folder / "tokens.npy"), "--samples", "4", "--seqlen", "24", "--sparsity", "0.5"]
-    code = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, check=False)
-    assert code.returncode == 2
-    assert code.stderr.strip().splitlines()[-1].startswith("error: address: no Ray cluster answers at '127.0.0.1:1'")
-    assert not (tmp_path / "o").exists()
-
-
 # -- kills ----------------------------------------------------------------------------------------------------
 
 
-def slow_recipe(out, **fields) -> Recipe:
-    """The bundled model with enough samples that there is time to interfere."""
+def bundled(out, **fields) -> Recipe:
+    """A run over the bundled model."""
     values = {
         "model": bundled_model(),
         "out": str(out),
         "sparsity": 0.5,
         "calibration": "stdlib",
-        "samples": 64,
-        "seqlen": 256,
+        "samples": 16,
+        "seqlen": 128,
         "threads": 1,
         **fields,
     }
     return Recipe.checked(values)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Outputs of the slow run in one process, by its layout."""
-    made = {}
-
-    def get(**fields) -> Path:
-        key = str(sorted(fields.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("undisturbed") / "o"
-            prune(slow_recipe(made[key], backend="local", **fields), QUIET)
-        return made[key]
-
-    return get
-
-
-def layer_files(out: Path) -> dict[str, int]:
-    """The finished layer files and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in Path(out).glob("model-*")}
-
-
-def wait_for_layers(out: Path, count: int) -> dict[str, int]:
-    deadline = time.monotonic() + 120
-    while len(layer_files(out)) < count:
-        assert time.monotonic() < deadline, "no layer was finished in time"
-        time.sleep(0.02)
-    return layer_files(out)
-
-
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
-    values = slow_recipe("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
-    fields = {**values, "samples": 32, "seqlen": 128, "remove": 0.35, "criterion": "kl"}
+    values = bundled("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
+    fields = {**values, "remove": 0.35, "criterion": "kl"}
     undisturbed = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "local"), "backend": "local"}), QUIET)
-    states = []
-
-    def kill() -> None:
-        while len(states[-1]["path"] if states else []) < 2:
-            time.sleep(0.02)
-            assert not (tmp_path / "o" / "result.json").exists(), "the search was over before its third iteration"
-            if (tmp_path / "o" / "run.json").exists():
-                states.append(json.loads((tmp_path / "o" / "run.json").read_text()))
-        processes_of("MopActor")[-1].send_signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "o"), "shards": 2}), QUIET)
-    killer.join()
+    moment = Moment("iteration 3", 0.5, lambda: kill(processes_of("MopActor")[-1]))
+    result = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "o"), "shards": 2}), Heard(moment))
+    assert moment.passed
     assert result.restarts == 1
     assert result.structure == undisturbed.structure
     assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
-def test_workers_die_in_the_middle_of_exchanges(ray, undisturbed, tmp_path, monkeypatch):
+def test_workers_die_in_the_middle_of_exchanges(ray, tmp_path, monkeypatch):
     """In a chain that has begun, and in the next attempt while a wave goes from shard to shard: others wait for
     the worker that is killed."""
     submit, moments = Exchange.submit, ["sum_up", "put"]
@@ -321,13 +281,14 @@ def test_workers_die_in_the_middle_of_exchanges(ray, undisturbed, tmp_path, monk
 
     monkeypatch.setattr(Exchange, "submit", submitted)
     fields = {"shards": 2, "replicas": 2}
-    result = prune(slow_recipe(tmp_path / "o", exchange="group", **fields), QUIET)
+    result = prune(bundled(tmp_path / "o", exchange="group", **fields), QUIET)
+    prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
     assert moments == []
     assert result.restarts == 2
-    assert differing(undisturbed(**fields), tmp_path / "o") == []
+    assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
-def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
+def test_workers_that_keep_dying_end_the_run(ray, tmp_path):
     stop = threading.Event()
 
     def kill_all() -> None:
@@ -339,9 +300,10 @@ def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
     killer.start()
     try:
         with pytest.raises(WorkerLost):
-            prune(slow_recipe(tmp_path / "o", shards=2, max_restarts=1), QUIET)
+            prune(bundled(tmp_path / "o", shards=2, max_restarts=1), QUIET)
     finally:
         stop.set()
         killer.join()
-    assert prune(slow_recipe(tmp_path / "o", shards=2), QUIET).restarts == 2
-    assert differing(undisturbed(shards=2), tmp_path / "o") == []
+    assert prune(bundled(tmp_path / "o", shards=2), QUIET).restarts == 2
+    prune(bundled(tmp_path / "local", shards=2, backend="local"), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "o") == []
