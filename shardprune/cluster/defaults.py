@@ -27,7 +27,7 @@ def exchange_of(
     """Return the way of tensors between workers; `auto` where there is one process, and so no way.
 
     On GPUs NCCL copies from memory to memory, and the object store over the host three times. On CPUs gloo copies
-    through sockets, which takes longer than shared memory.
+    through sockets, which is no faster than shared memory.
     """
     if backend == "local" or asked != "auto":
         return asked

@@ -24,7 +24,7 @@ class WorkerSettings:
     threads: int
     streamed: bool
     activations: Literal["auto", "device", "host"]
-    exchange: Literal["auto", "group", "store"]
+    exchange: Literal["auto", "group", "store"] = "auto"
 
     @property
     def compute_dtype(self) -> torch.dtype:
