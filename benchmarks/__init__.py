@@ -1,6 +1,7 @@
 """Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
 
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
+launches         what one layer asks of a GPU, counted on a simulated one, and the seconds that this makes
 propagation      parallel propagation against exact: seconds and perplexity
 quality          perplexity of methods, allocations and rebuilt masks
 rebuilding       what outlier ratios and rebuilt masks cost beside pruning

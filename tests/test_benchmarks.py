@@ -15,6 +15,7 @@ SMALL = {
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
     ),
+    "launches": ("--hidden", "64"),
     "propagation": (
         *("--samples", "2", "--seqlen", "64", "--workers", "2", "--repeats", "1"),
         *("--backend", "local", "--eval", "constraints.txt", *TEXT),
@@ -42,6 +43,7 @@ SMALL = {
 }
 PRINTED = {
     "layer_70b": "peak memory",
+    "launches": "planned for an H200",
     "propagation": "prune step",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",

@@ -73,6 +73,8 @@ def this_machine() -> Slots:
 class Backend(Protocol):
     """A source of workers."""
 
+    replaces: bool  # whether others can take the place of lost workers
+
     def slots(self) -> Slots:
         """Return the slots for workers.
 

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
-from shardprune.errors import WorkerLost
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import alone, train_worker
 from shardprune.shard.forward_worker import ForwardWorker
@@ -43,6 +42,8 @@ class LocalGroup:
 class LocalBackend:
     """This process on this machine."""
 
+    replaces = False
+
     def slots(self) -> Slots:
         machine = this_machine()
         return replace(machine, gpus=min(1, machine.gpus))  # one process works on one GPU
@@ -58,7 +59,7 @@ class LocalBackend:
             return [train_worker(spec)]
 
     def settle(self) -> Slots:
-        raise WorkerLost("a worker of this process cannot be replaced")
+        raise AssertionError("a worker of this process cannot be replaced")
 
     def close(self) -> None:
         pass

@@ -37,6 +37,7 @@ from shardprune.cluster.ray_metrics import metrics
 from shardprune.cluster.signals import handlers_kept
 from shardprune.errors import InputError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
+from shardprune.shard.device_errors import context_is_dead
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Ledger
 from shardprune.shard.mop_worker import MopWorker
@@ -100,6 +101,8 @@ ACTORS: dict[type[ForwardWorker], type] = {
 
 class RayBackend:
     """A Ray cluster: the one at `address` or RAY_ADDRESS, else one of this machine's own that ends with the run."""
+
+    replaces = True
 
     def __init__(self, address: str | None) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
@@ -251,7 +254,7 @@ class RayGroup:
         except LOST as error:
             raise WorkerLost(first_line(error)) from error
         except RayTaskError as error:
-            if isinstance(error.cause, LOST):
+            if isinstance(error.cause, LOST) or context_is_dead(error.cause):
                 raise WorkerLost(first_line(error.cause)) from error
             raise error.cause or error from error
 

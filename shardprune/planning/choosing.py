@@ -7,11 +7,12 @@ from functools import cached_property
 from shardprune.cluster.layout import Propagation, plan_layout
 from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
-from shardprune.planning.hardware import CONTEXT_BYTES, FRAGMENTED, HARDWARE, SPARE_HOST, Hardware
+from shardprune.planning.hardware import HARDWARE, SPARE_HOST, Hardware
 from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks_of
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
+from shardprune.shard.device_room import device_room, memory_for
 from shardprune.storage.quantities import gigabytes
 
 
@@ -44,7 +45,7 @@ class Candidate:
     @property
     def device_room(self) -> int:
         """Memory that a worker may use on its device."""
-        return int((self.row.bytes - CONTEXT_BYTES) * (1 - FRAGMENTED))
+        return device_room(self.row.bytes)
 
     @property
     def node_room(self) -> int:
@@ -195,7 +196,7 @@ def _larger_machines(recipe: PlanRecipe, nearest: Candidate) -> str:
     device, node = nearest.over
     needs = []
     if device:
-        need = nearest.worst[0].device.peak / (1 - FRAGMENTED) + CONTEXT_BYTES
+        need = memory_for(nearest.worst[0].device.peak)
         names = [row.name for row in HARDWARE.values() if row.gpu and row.bytes >= need]
         known = f" ({', '.join(names)})" if names else ""
         needs.append(f"GPUs of {gigabytes(need)}{known}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
+from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
 
@@ -109,7 +110,10 @@ class Costs:
     # -- layers -------------------------------------------------------------------------------------------------
 
     def sums_bytes(self, one: Input) -> int:
-        return 0 if self.task.kind is None else 4 * one.cols ** (2 if self.task.kind == "gram" else 1)
+        """Return the bytes of an input's sums, as replicas exchange them."""
+        if self.task.kind is None:
+            return 0
+        return 4 * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
 
     def statistics(self, one: Input) -> float:
         """Return the seconds to send the sums of an input."""

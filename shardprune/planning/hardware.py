@@ -9,10 +9,6 @@ from dataclasses import dataclass, replace
 GIGA = 10**9
 TERA = 10**12
 
-# Memory of a GPU that plans leave free: CUDA's context and cuBLAS, and a share for the allocator's fragmentation and
-# for estimates that have not been measured.
-CONTEXT_BYTES = GIGA
-FRAGMENTED = 0.1
 SPARE_HOST = 0.05  # of a node's memory, for other processes
 
 CALL_SECONDS = 1e-3  # from a call to an idle actor until it starts

@@ -12,8 +12,10 @@ from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
 from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
+from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import BLOCK
+from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
 GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
@@ -136,11 +138,11 @@ class WorkerMemory:
         for place, one in enumerate(self.model.inputs):
             left = self.model.inputs[place:] if self.setup.layout.replicas == 1 else self.model.inputs
             held = sum(self._sums(other) for other in left)
-            exchanged = self._sums(one) if self.setup.layout.replicas > 1 else 0
+            exchanged = self._sent(one) if self.setup.layout.replicas > 1 else 0
             for step, workspace in self._solve(one):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
-                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one, sums))
+                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one))
                 label = f"{step} {'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in one.rows)}"
                 yield self._moment("prune", label, weights, 0, statistics, workspace + copied, kept=kept)
 
@@ -178,8 +180,9 @@ class WorkerMemory:
         sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
         choosing = (20 if self.setup.gpu else 4) * weights
         if task.solver == "sparsegpt":
-            # H and its factor; in the recursion three quarters of a matrix more.
-            yield "factor", dense + 11 * square
+            # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
+            split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+            yield "factor", dense + 6 * square + split
             factor = 4 * square
             swept = factor + dense + 5 * weights  # float32 columns and the mask
             yield "sweep", swept + 20 * BLOCK * rows
@@ -193,9 +196,11 @@ class WorkerMemory:
         if task.solver != "sparsegpt":
             yield "check", dense + 5 * weights + narrow + checking
         if task.errors:
-            # The change, and its product with the Gram matrix twice, or once widened to float64.
+            # The change, and a panel of its product with the Gram matrix, which a CPU also widens to float64; on CUDA
+            # the operands of the product are split.
             pruned = narrow + 4 * weights
-            yield "error", factor + dense + pruned + 4 * weights + 12 * weights
+            split = 12 * min(PIECE, weights + square // PANELS) if self.setup.gpu else 0
+            yield "error", factor + dense + pruned + 4 * weights + 12 * weights // PANELS + split
 
     def _moment(
         self,
@@ -254,11 +259,16 @@ class WorkerMemory:
     def _forward(self) -> int:
         return self.model.forward_bytes(min(self.task.wave, self.sequences), self.task.seqlen, self.task.itemsize)
 
-    def _mapped(self, one: Input, sums: int) -> int:
+    def _mapped(self, one: Input) -> int:
         """Return the bytes of the object store mapped by a CPU worker that solves an input: the other replicas' sums of
         that input, and its own of all others.
         """
-        return (self.setup.layout.replicas - 1) * self._sums(one) + sums - self._sums(one)
+        own = sum(self._sent(other) for other in self.model.inputs if other is not one)
+        return (self.setup.layout.replicas - 1) * self._sent(one) + own
+
+    def _sent(self, one: Input) -> int:
+        """Return the bytes of one input's float32 sums as replicas exchange them."""
+        return 4 * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
 
     def _sums(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums."""

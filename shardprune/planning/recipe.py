@@ -15,10 +15,11 @@ from pydantic import (
 )
 
 from shardprune.errors import InputError
-from shardprune.planning.hardware import CONTEXT_BYTES, HARDWARE, Hardware
+from shardprune.planning.hardware import HARDWARE, Hardware
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields
 from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
 from shardprune.recipes.settings import Settings, optional
+from shardprune.shard.device_room import CONTEXT_BYTES
 from shardprune.storage.quantities import gigabytes
 
 if TYPE_CHECKING:

@@ -12,10 +12,13 @@ from shardprune.errors import SolverError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.clocks import clock_of
+from shardprune.shard.cuda import keep_float32, set_allocator
+from shardprune.shard.device_errors import device_errors
+from shardprune.shard.device_room import device_room
 from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
-from shardprune.shard.memory import peak_bytes
+from shardprune.shard.memory import memory_of, peak_bytes
 from shardprune.shard.spec import ForwardSpec
 from shardprune.shard.streams import to_device, to_host
 from shardprune.shard.verbs import verb
@@ -23,7 +26,6 @@ from shardprune.shard.waves import Activations
 from shardprune.solvers.outliers import Outliers, outlier_ratios
 from shardprune.solvers.statistics import InputStatistics, Kind, Part, Summed
 
-ACTIVATIONS_SHARE = 0.4  # of a GPU's memory that kept waves may take
 LOGITS = 2**26  # at once, so that they take a quarter of a gigabyte in float32
 
 
@@ -37,10 +39,14 @@ class ForwardWorker:
     def __init__(self, spec: ForwardSpec) -> None:
         settings = spec.settings
         torch.set_num_threads(settings.threads)
+        if settings.device == "cuda":
+            set_allocator()
+            keep_float32()
         self.spec = spec
         self.checkpoint = Checkpoint(settings.model)
-        self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
-        self.skeleton.load_frame(self.checkpoint)
+        with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
+            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
+            self.skeleton.load_frame(self.checkpoint)
         self.ledger = Ledger(clock_of(self.skeleton.device))
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
@@ -292,13 +298,13 @@ class ForwardWorker:
         }
 
     def _place(self) -> Literal["device", "host"]:
-        """Return where waves are kept: in host memory if a GPU would have no room left for the work."""
+        """Return where waves are kept: in host memory if a GPU has no room for them beside all else."""
         if self.spec.settings.activations != "auto":
             return self.spec.settings.activations
         if self.skeleton.device.type == "cpu":
             return "host"
-        memory = torch.cuda.get_device_properties(self.skeleton.device).total_memory
-        return "device" if self.spec.activation_bytes <= ACTIVATIONS_SHARE * memory else "host"
+        needed = self.spec.other_bytes + self.spec.activation_bytes
+        return "device" if needed <= device_room(memory_of(self.skeleton.device)) else "host"
 
 
 def segment_stream(first_layer: int) -> str:

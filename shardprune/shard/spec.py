@@ -1,7 +1,7 @@
 """The start-up arguments of a worker."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -35,7 +35,8 @@ class WorkerSettings:
 class ForwardSpec:
     """The arguments of a worker that only lets waves pass through.
 
-    `activation_bytes` is the size of the waves that it keeps.
+    `activation_bytes` is the size of the waves that it keeps, `other_bytes` what else its device must hold at the same
+    time: layers, sums, and the largest workspace.
     """
 
     settings: WorkerSettings
@@ -43,6 +44,12 @@ class ForwardSpec:
     replica: int
     layers: Sequence[int]
     activation_bytes: int
+    other_bytes: int = field(default=0, kw_only=True)
+
+    @property
+    def label(self) -> str:
+        """The worker's name in messages."""
+        return f"worker {self.shard}.{self.replica}"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 NARROW = 512
 SMALL = 2**30  # multiplications
 
-PIECE = 2**26  # entries of the left operand that are split at once, 12 bytes for each
+PIECE = 2**26  # entries of both operands that are split at once, 12 bytes for each
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -54,13 +54,14 @@ def in_three(rows: int, cols: int, inner: int) -> bool:
 def add_split_product(target: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> Tensor:
     """`add_product` by 3xTF32, for entries that are finite.
 
-    Memory beyond the arguments is 12 bytes for each entry of `right` and for PIECE entries of `left`.
+    The inner dimension is taken piece by piece: memory beyond the arguments is 12 bytes for each entry of both, or for
+    PIECE entries if that is less.
     """
-    terms = _terms(right.t(), high=(0, 2), low=1).t()
-    step = max(1, PIECE // left.shape[1])
-    for part, piece in zip(target.split(step), left.split(step), strict=True):
+    step = max(1, PIECE // (len(left) + right.shape[1]))
+    for place, (first, second) in enumerate(zip(left.split(step, 1), right.split(step), strict=True)):
+        terms = _terms(first, high=(1, 2), low=0), _terms(second.t(), high=(0, 2), low=1).t()
         with _tf32():
-            part.addmm_(_terms(piece, high=(1, 2), low=0), terms, alpha=alpha, beta=beta)
+            target.addmm_(*terms, alpha=alpha, beta=1.0 if place else beta)
     return target
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from shardprune.solvers.products import add_product, product
 
 PANELS = 8  # at most: they leave 9/16 of the operations of a whole product, 16 would leave 17/32
-# Columns of a panel are a multiple of this: a processor's products are slow at odd sizes, a GPU's at small ones too.
-GRAIN, CUDA_GRAIN = 64, 512
+# Columns of a panel are a multiple of this: a processor's products are slow at odd sizes, a GPU's at small ones too
+# (`products.in_three`).
+GRAIN, CUDA_GRAIN = 64, 1024
 
 
 def panels(size: int, device: torch.device) -> list[slice]:

@@ -57,8 +57,8 @@ def test_a_worker_that_cannot_have_enough_memory_says_so_at_once(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: memory: a worker takes 16.")
-    assert "(prune, factor down), and its cpu has 8.0 GB: " in line
+    assert line.startswith("error: memory: a worker takes 14.")
+    assert "(prune, check down), and its cpu has 8.0 GB: " in line
     assert "method wanda without measure_error takes " in line
     assert not list((tmp_path / "out").glob("*.safetensors"))
 

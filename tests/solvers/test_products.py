@@ -1,5 +1,7 @@
 """Products against float64; 3xTF32 where a processor has it, and on the CPU with its rounding emulated."""
 
+import sys
+
 import pytest
 import torch
 
@@ -67,6 +69,13 @@ def test_split_product_is_the_product(monkeypatch):
     assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
+def everywhere(monkeypatch, replacement):
+    """Make all solvers' products go through a replacement."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("shardprune.solvers.") and hasattr(module, "add_product"):
+            monkeypatch.setattr(module, "add_product", replacement)
+
+
 def spectrum(decay, cols=512):
     """Statistics of inputs whose directions shrink, with two massive features; the Hessian's condition is up to 1e5."""
     generator = torch.Generator().manual_seed(1)
@@ -98,10 +107,10 @@ def test_factor_by_split_products_is_as_accurate_as_by_float32(decay, monkeypatc
         return float((steps.double() - exact).norm() / exact.norm())
 
     plain = distance()
-    monkeypatch.setattr("shardprune.solvers.triangles.add_product", split_product)
+    everywhere(monkeypatch, split_product)
     split = distance()
     assert split < 2 * plain
-    monkeypatch.setattr("shardprune.solvers.triangles.add_product", tf32_product)
+    everywhere(monkeypatch, tf32_product)
     assert factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale).retries or distance() > 20 * split
 
 
@@ -109,8 +118,7 @@ def test_factor_by_split_products_is_as_accurate_as_by_float32(decay, monkeypatc
 def test_masks_and_errors_by_split_products_are_those_by_float32(decay, monkeypatch):
     (weight,) = tensors((128, 512))
     plain = sparsegpt.prune(weight, spectrum(decay), Unstructured(), 0.5)
-    for module in ("triangles", "sparsegpt"):
-        monkeypatch.setattr(f"shardprune.solvers.{module}.add_product", split_product)
+    everywhere(monkeypatch, split_product)
     split = sparsegpt.prune(weight, spectrum(decay), Unstructured(), 0.5)
     assert float((split.mask == plain.mask).double().mean()) > 0.9999
     errors = [output_error(weight, one.weight, spectrum(decay)) for one in (plain, split)]
