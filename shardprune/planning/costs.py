@@ -12,9 +12,11 @@ from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
 from shardprune.shard.peers import PIECE_BYTES
-from shardprune.solvers.triangles import lower_entries
+from shardprune.solvers.triangles import PANELS, lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
+KERNEL_ROWS = 2**15  # which a GPU sweeps over at the same time
+PANELS_SHARE = (PANELS + 1) / (2 * PANELS)  # of a product with a symmetric matrix, by panels of its lower triangle
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ class Costs:
         if self.task.kind is None:
             return 0.0
         tokens = sequences * self.task.seqlen
+        inputs = self.task.model.inputs
         if self.task.kind == "gram":
-            operations = sum(2 * tokens * one.cols**2 for one in self.task.model.inputs)
+            operations = sum(2 * tokens * lower_entries(one.cols) for one in inputs)
             sums = operations / (self._products if self.task.itemsize == 2 else self.row.float32)
         else:
-            sums = self._touched(sum(12 * tokens * one.cols for one in self.task.model.inputs))
-        return self._kept(self.wave_bytes(sequences)) + self.layer(sequences) + sums
+            sums = self._touched(sum(12 * tokens * one.cols for one in inputs))
+        # The pass ends at the last input: the projections that read it are not multiplied with it.
+        spared = 2 * tokens * sum(inputs[-1].rows.values()) * inputs[-1].cols / self._products
+        return self._kept(self.wave_bytes(sequences)) + self.layer(sequences) - spared + sums
 
     def propagate(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a layer; the output replaces the wave."""
@@ -148,21 +153,20 @@ class Costs:
     def solve(self, one: Input) -> float:
         """Return the seconds to prune the projections that read an input, from the sums of all replicas."""
         task, row = self.task, self.row
-        seconds = 0.0
+        rows, cols = sum(one.rows.values()), one.cols
+        weights = rows * cols
+        norm = PANELS_SHARE * 2 * weights * cols / row.large  # of the outputs, from the Gram matrix
         if task.solver == "sparsegpt":
-            seconds += 4 / 3 * one.cols**3 / row.float32
-        for rows in one.rows.values():
-            weights = rows * one.cols
-            if task.solver == "sparsegpt":
-                seconds += weights * one.cols / row.float32 + one.cols * row.step
-                seconds += self._touched(120 * weights)  # bytes of selection, transposes and checks
-            elif task.solver == "magnitude" and not task.grouped:
-                seconds += self._touched(120 * weights)
-            else:
-                seconds += weights / row.sorted + self._touched(60 * weights)
-            if task.errors:
-                seconds += 4 * weights * one.cols / row.float32 + self._touched(40 * weights)
-        return seconds
+            # Updates of all columns behind a block are products of 128, whose target is read and written.
+            updates = max(weights * cols / row.large, self._touched(weights * cols / 32))
+            seconds = cols**3 / row.large + updates + cols * row.step * max(1.0, rows / KERNEL_ROWS)
+            seconds += self._touched(120 * weights)  # bytes of selection, transposes and checks
+            return seconds + (norm + self._touched(40 * weights) if task.errors else 0.0)
+        if task.solver == "magnitude" and not task.grouped:
+            seconds = self._touched(120 * weights)
+        else:
+            seconds = weights / row.sorted + self._touched(60 * weights)
+        return seconds + (2 * norm + self._touched(40 * weights) if task.errors else 0.0)
 
     def projections_bytes(self, one: Input) -> int:
         """Return the bytes of the solved projections of an input, as they are sent."""
@@ -211,8 +215,11 @@ class Costs:
         return self._moved(self.layer_bytes)
 
     def write(self) -> float:
-        """Return the seconds to write a layer's file, which goes on beside the next layer."""
-        return self.layer_bytes / self.row.storage
+        """Return the seconds to write a layer's file, which goes on beside the next layer, while the other shards of the
+        node that prune at the same time write theirs."""
+        layout = self.setup.layout
+        shards = -(-self.places.per_node // layout.replicas) if len(layout.segments) > 1 else 1
+        return min(shards, len(layout.shards)) * self.layer_bytes / self.row.storage
 
     # -- reading ------------------------------------------------------------------------------------------------
 
