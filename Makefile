@@ -1,8 +1,9 @@
 PYTHON ?= python3
 WORKERS ?= 3
+OUT ?= runs/gpu
 
 # The tests' environment has the development tools; the demo's has what a user gets.
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs gpu clean
 
 demo: .venv/ready
 	.venv/bin/shardprune demo
@@ -19,6 +20,10 @@ lint: .venv-test/ready
 # The pages that are made from the code.
 docs: .venv-test/ready
 	.venv-test/bin/python -m docs.make_reference docs/reference.md
+
+# Checks and measurements on one NVIDIA GPU, under nine minutes; the machine's own Python, with its PyTorch.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,9 @@
 """Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
 
+gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
+launches         what one layer asks of a GPU, counted on a simulated one, and the seconds that this makes
+peers            SparseGPT of llm-compressor and ours in turn; the floor that the operations give
 propagation      parallel propagation against exact: seconds and perplexity
 quality          perplexity of methods, allocations and rebuilt masks
 rebuilding       what outlier ratios and rebuilt masks cost beside pruning
@@ -10,4 +13,5 @@ searching        a MoP search on one worker and on several
 solver           SparseGPT on one projection against the column-by-column formulation
 streamed_memory  peak memory of a worker that streams a model larger than itself
 structured       perplexity and latency of shallower and narrower models
+writing_behind   the prune step with layers' files written behind the next layer, and at once
 """

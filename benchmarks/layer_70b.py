@@ -4,9 +4,10 @@
 
 Random bf16 weights and activations; the layer is pruned as a worker prunes it: every wave goes through the dense layer
 while the Hessians of its four inputs accumulate, the seven projections are solved, every wave goes through the pruned
-layer. With `--warmup`, the default on a GPU, a small layer goes first, so that the CUDA context, cuBLAS handles and the
-lazy loading of kernels fall into no figure. The layer is pruned `--repeat` times, and each step's least seconds are
-printed. `--hidden` and `--intermediate` make it smaller, for a trial without a GPU (`--device cpu`).
+layer while its file is written (`written` is the rest of that; in a run it goes on beside the next layer). With
+`--warmup`, the default on a GPU, a small layer goes first, so that the CUDA context, cuBLAS handles and the lazy
+loading of kernels fall into no figure. The layer is pruned `--repeat` times, and each step's least seconds are printed.
+`--hidden` and `--intermediate` make it smaller, for a trial without a GPU (`--device cpu`).
 """
 
 import argparse
@@ -60,15 +61,11 @@ def make_checkpoint(folder: str, config: LlamaConfig, device: str) -> None:
     write_tensors(Folder(folder, "out"), SINGLE, tensors, {})
 
 
-def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, float]:
-    """Prune the layer of a checkpoint once; the seconds of each step, and the peaks of memory in GiB."""
+def worker_of(folder: str, out: str, args: argparse.Namespace) -> PruneWorker:
+    """Start the worker that prunes the one layer of a checkpoint."""
     cuda = args.device == "cuda"
-    if cuda:  # what an earlier layer left is none of this one's peak
-        gc.collect()
-        torch.cuda.empty_cache()
-    pattern = parse_pattern(args.pattern)
-    zeroing = Zeroing(args.method, pattern, args.sparsity, "uniform", outlier_m=5.0, spread=0.08)
-    worker = PruneWorker(
+    zeroing = Zeroing(args.method, parse_pattern(args.pattern), args.sparsity, "uniform", outlier_m=5.0, spread=0.08)
+    return PruneWorker(
         WorkerSpec(
             settings=WorkerSettings(
                 model=folder,
@@ -89,11 +86,26 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
             finished=frozenset(),
         )
     )
+
+
+def give_waves(worker: PruneWorker, args: argparse.Namespace) -> range:
+    """Give a worker random waves, and read its layer; return the waves' numbers."""
     waves = range(args.samples // args.wave)
     for wave in waves:
         hidden = torch.randn(args.wave, args.seqlen, args.hidden, device=args.device, dtype=worker.skeleton.dtype)
         worker.put(STREAM, wave, hidden)
     worker.layers.get(0, "dense")
+    return waves
+
+
+def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, float]:
+    """Prune the layer of a checkpoint once; return the seconds of each step."""
+    cuda = args.device == "cuda"
+    if cuda:  # what an earlier layer left is none of this one's peak
+        gc.collect()
+        torch.cuda.empty_cache()
+    worker = worker_of(folder, out, args)
+    waves = give_waves(worker, args)
     steps: dict[str, Callable[[], object]] = {
         "accumulate": lambda: [worker.accumulate(STREAM, wave, 0, False) for wave in waves],
         **{
@@ -107,6 +119,7 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
             worker.finish(0),
             [worker.propagate(STREAM, wave, 0, "latest", False) for wave in waves],
         ),
+        "written": lambda: worker.written(0),
     }
     seconds = {}
     for label, step in steps.items():
@@ -126,7 +139,22 @@ def peak_memory(device: str) -> str:
     return f"{allocated / 2**30:.1f} GiB allocated, {reserved / 2**30:.1f} GiB reserved"
 
 
-def main() -> None:
+def measure(args: argparse.Namespace, warmup: bool) -> dict[str, float]:
+    """Prune the layer `args.repeat` times, with `warmup` after a small one; the least seconds of each step."""
+    small = argparse.Namespace(**{**vars(args), **SMALL})
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn, settings in enumerate(([small] if warmup else []) + [args] * args.repeat):
+            model = f"{folder}/{'small' if settings is small else 'layer'}"
+            if not Path(model).exists():
+                make_checkpoint(model, llama(settings), args.device)
+            seconds = prune_layer(model, f"{folder}/out{turn}", settings)
+            if settings is not small:
+                runs.append(seconds)
+    return {label: min(run[label] for run in runs) for label in runs[0]}
+
+
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=8192)
     parser.add_argument("--intermediate", type=int, default=28672)
@@ -142,20 +170,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--warmup", action=argparse.BooleanOptionalAction, help="prune a small layer first (on a GPU)")
     parser.add_argument("--repeat", type=int, default=1, help="prune the layer so many times")
-    args = parser.parse_args()
-    warmup = args.device == "cuda" if args.warmup is None else args.warmup
-    small = argparse.Namespace(**{**vars(args), **SMALL})
+    return parser
 
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        for turn, settings in enumerate(([small] if warmup else []) + [args] * args.repeat):
-            model = f"{folder}/{'small' if settings is small else 'layer'}"
-            if not Path(model).exists():
-                make_checkpoint(model, llama(settings), args.device)
-            seconds = prune_layer(model, f"{folder}/out{turn}", settings)
-            if settings is not small:
-                runs.append(seconds)
-    least = {label: min(run[label] for run in runs) for label in runs[0]}
+
+def main() -> None:
+    args = options().parse_args()
+    warmup = args.device == "cuda" if args.warmup is None else args.warmup
+    least = measure(args, warmup)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     print(f"hidden {args.hidden}, intermediate {args.intermediate}, {args.samples} x {args.seqlen} tokens, {name}")
     print(f"{args.method} {args.pattern}, least of {args.repeat}{', after a small layer' if warmup else ''}")

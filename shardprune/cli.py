@@ -17,7 +17,7 @@ from rich.console import Console
 from shardprune.cluster.signals import EXIT_CODE, stoppable
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
-from shardprune.errors import InputError, SolverError, Stopped, StorageError, TrainingError, WorkerLost
+from shardprune.errors import InputError, OutOfMemory, SolverError, Stopped, StorageError, TrainingError, WorkerLost
 from shardprune.imports import uncollected
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ClickException as error:
         message = error.format_message()  # type: ignore[attr-defined]
         sys.exit(_fail(message, 2) if message else 2)  # without one the help was shown, as nothing was asked for
-    except (SolverError, StorageError, TrainingError, WorkerLost) as error:
+    except (OutOfMemory, SolverError, StorageError, TrainingError, WorkerLost) as error:
         sys.exit(_fail(str(error), 1))
     except Stopped:
         sys.exit(

@@ -44,6 +44,10 @@ class SolverError(RuntimeError):
     """A projection cannot be solved. Its text names the projection and what was tried."""
 
 
+class OutOfMemory(RuntimeError):
+    """A worker's device has too little memory. Its text names the worker, the layer and what would help."""
+
+
 class TrainingError(RuntimeError):
     """A training run cannot continue. Its text names the step, or the resource that is too small."""
 

@@ -15,6 +15,11 @@ SMALL = {
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
     ),
+    "launches": ("--hidden", "64"),
+    "peers": (
+        *("--samples", "2", "--seqlen", "64", "--random-samples", "2", "--random-seqlen", "32"),
+        *("--hidden", "128", "--layers", "1", "--threads", "1", "--repeats", "1"),
+    ),
     "propagation": (
         *("--samples", "2", "--seqlen", "64", "--workers", "2", "--repeats", "1"),
         *("--backend", "local", "--eval", "constraints.txt", *TEXT),
@@ -37,10 +42,13 @@ SMALL = {
         *("--eval", "constraints.txt", *TEXT),
     ),
     "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
+    "writing_behind": ("--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16", "--repeats", "1"),
     "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
 PRINTED = {
     "layer_70b": "peak memory",
+    "launches": "planned for an H200",
+    "peers": "before the first layer",
     "propagation": "prune step",
     "quality": "| sparsegpt | mosaic |",
     "rebuilding": "| owl |",
@@ -49,17 +57,21 @@ PRINTED = {
     "structured": "| 0.1 | MoP, perplexity path |",
     "solver": "masks agree",
     "streamed_memory": "peak",
+    "writing_behind": "| behind |",
 }
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_runs_and_prints_its_table(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, *SMALL[name]])
-    importlib.import_module(f"benchmarks.{name}").main()
+    module = importlib.import_module(f"benchmarks.{name}")
+    if hasattr(module, "__path__"):  # a package
+        module = importlib.import_module(f"benchmarks.{name}.__main__")
+    module.main()
     assert PRINTED[name] in capsys.readouterr().out
 
 
 def test_every_benchmark_is_run_and_listed():
     modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
-    tested_apart = {"same_bits"}  # in test_same_bits.py
+    tested_apart = {"same_bits", "gpu"}  # in test_same_bits.py and test_gpu_benchmark.py
     assert modules == SMALL.keys() | tested_apart == set(re.findall(r"^(\w+)  ", benchmarks.__doc__, re.MULTILINE))

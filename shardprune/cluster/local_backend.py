@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 import torch
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
-from shardprune.errors import WorkerLost
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import alone, train_worker
 from shardprune.shard.forward_worker import ForwardWorker
@@ -33,13 +32,20 @@ class LocalGroup:
     def get(self, ref: Ref[T]) -> T:
         return cast(T, ref)  # a call is done when it is submitted: its reference is its value
 
+    def ranks(self, shard: int, replicas: Sequence[int]) -> None:
+        return None
+
     def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()
         self._workers.clear()
         torch.set_num_threads(self._threads)
 
 
 class LocalBackend:
     """This process on this machine."""
+
+    replaces = False
 
     def slots(self) -> Slots:
         machine = this_machine()
@@ -52,11 +58,12 @@ class LocalBackend:
         return LocalGroup(specs, worker)
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
-        with alone(spec.recipe.device):
-            return [train_worker(spec)]
+        device = spec.recipe.device
+        with alone(device):
+            return [train_worker(spec, torch.device("cuda", 0) if device == "cuda" else torch.device(device))]
 
     def settle(self) -> Slots:
-        raise WorkerLost("a worker of this process cannot be replaced")
+        raise AssertionError("a worker of this process cannot be replaced")
 
     def close(self) -> None:
         pass

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 
 from shardprune.cluster.group import Group
 from shardprune.cluster.layer_in_work import LayerInWork
@@ -11,6 +12,7 @@ from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.width_pruning import narrow_layer
+from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
@@ -44,43 +46,47 @@ def prune_segments(group: Group, layout: Layout, waves: Waves, work: PendingWork
 def _prune_layers(
     group: Group, layout: Layout, waves: Waves, work: PendingWork, lane: Sequence[range], step: Step
 ) -> None:
-    """Prune the unfinished layers of the segments of a lane, one after the other."""
-    for layers in filter(None, (work.pending(segment) for segment in lane)):
-        stream = segment_stream(layers.start)
-        if layers.start == 0:
-            enter(group, layout, waves, stream)
-        for index in layers:
-            layer = LayerInWork(group, layout, waves, stream, index, step)
-            if index not in work.finished:
-                step.describe(f"layer {index + 1}/{len(work.shapes)}")
-                _prune_layer(work, layer)
-            if index + 1 in layers:
-                if index in work.finished or not work.passes_on_dense:
-                    version = "dense" if work.passes_on_dense else "latest"
-                    layer.over_waves(ForwardWorker.propagate, version, False)
-                if layout.shard_of(index + 1) != layer.shard:
-                    hand_on(group, layout, waves, stream, layer.shard)
-        last = layout.shard_of(layers[-1])
-        to_all(group, layout, last, ForwardWorker.drop, stream)
-        to_all(group, layout, last, ForwardWorker.release)
+    """Prune the unfinished layers of the segments of a lane, one after the other. The file of one is written while the
+    next one is in work."""
+    files = _Files(len(work.shapes))
+    try:
+        for layers in filter(None, (work.pending(segment) for segment in lane)):
+            stream = segment_stream(layers.start)
+            if layers.start == 0:
+                enter(group, layout, waves, stream)
+            for index in layers:
+                layer = LayerInWork(group, layout, waves, stream, index, step)
+                if index not in work.finished:
+                    step.describe(f"layer {index + 1}/{len(work.shapes)}")
+                    started = time.monotonic()
+                    record = _prune_layer(work, layer)
+                    files.write(layer, record, started)
+                if index + 1 in layers:
+                    if index in work.finished or not work.passes_on_dense:
+                        version = "dense" if work.passes_on_dense else "latest"
+                        layer.over_waves(ForwardWorker.propagate, version, False)
+                    if layout.shard_of(index + 1) != layer.shard:
+                        hand_on(group, layout, waves, stream, layer.shard)
+            last = layout.shard_of(layers[-1])
+            to_all(group, layout, last, ForwardWorker.drop, stream)
+            to_all(group, layout, last, ForwardWorker.release)
+    except WorkerLost:
+        raise
+    except Exception:  # such as a layer that cannot be solved: the one before it is kept
+        files.settle()
+        raise
+    files.settle()
 
 
-def _prune_layer(work: PendingWork, layer: LayerInWork) -> None:
-    """Do what is to be done to a layer and write it: afterwards it is finished on every replica and in the output."""
-    started = time.monotonic()
+def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
+    """Do what is to be done to a layer on every replica, but for its file; return its record."""
     if work.widths:
         kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
         sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
-        record = LayerRecord(layer.layer, kept=kept, sizes=sizes)
-    else:
-        solvers = layer.share_out([_cost(work, layer.layer, names) for names in work.family.inputs])
-        record = solve_layer(work, layer, solvers)
-        if work.rebuilding:
-            record = rebuild_layer(work, layer, record, solvers)
-    written = layer.group.get(layer.ask(0, PruneWorker.write, record))
-    to_all(layer.group, layer.layout, layer.shard, PruneWorker.finish, layer.layer)
-    account(layer.group, layer.layout, [layer.shard], layer.step.record)
-    _announce(layer, len(work.shapes), record, time.monotonic() - started, written)
+        return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+    solvers = layer.share_out([_cost(work, layer.layer, names) for names in work.family.inputs])
+    record = solve_layer(work, layer, solvers)
+    return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
 
 
 def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
@@ -113,13 +119,43 @@ def _cost(work: PendingWork, layer: int, names: Sequence[str]) -> float:
     return cols**3 + rows * cols**2
 
 
-def _announce(layer: LayerInWork, layers: int, record: LayerRecord, seconds: float, written: int) -> None:
-    """Say and record that a layer is finished."""
-    facts: dict[str, float] = {"seconds": round(seconds, 3), "bytes": written}
-    if record.sparsity is not None:
-        facts["sparsity"] = round(record.sparsity, 6)
-    if record.error is not None:
-        facts["error"] = round(record.error, 8)
-    layer.step.record("layer", layer=layer.layer, shard=layer.shard, **facts, **layer.step.position())
-    found = "".join(f", {name} {facts[name]:.4f}" for name in ("sparsity", "error") if name in facts)
-    layer.step.say(f"layer {layer.layer + 1}/{layers} is finished{found}, {seconds:.1f} s")
+@dataclass
+class _Files:
+    """The files of a lane's layers, of which one is written behind the layer in work: a layer is finished when its file
+    is there.
+
+    `layers` is the number of layers of the model. `_under_way` is the layer whose file is being written, with its
+    record and the seconds that it took.
+    """
+
+    layers: int
+    _under_way: tuple[LayerInWork, LayerRecord, float] | None = None
+
+    def write(self, layer: LayerInWork, record: LayerRecord, started: float) -> None:
+        """Begin to write a layer, once the file before it is there; it is the pruned one on every replica then.
+
+        Args:
+            started: when work on the layer began.
+        """
+        seconds = time.monotonic() - started
+        self.settle()
+        layer.wait([layer.ask(0, PruneWorker.write, record)])
+        to_all(layer.group, layer.layout, layer.shard, PruneWorker.finish, layer.layer)
+        self._under_way = layer, record, seconds
+
+    def settle(self) -> None:
+        """Wait for the file that is being written, and say and record that its layer is finished."""
+        if self._under_way is None:
+            return
+        (layer, record, seconds), self._under_way = self._under_way, None
+        started = time.monotonic()
+        written = layer.group.get(layer.ask(0, PruneWorker.written))
+        account(layer.group, layer.layout, [layer.shard], layer.step.record)
+        facts: dict[str, float] = {"seconds": round(seconds + time.monotonic() - started, 3), "bytes": written}
+        if record.sparsity is not None:
+            facts["sparsity"] = round(record.sparsity, 6)
+        if record.error is not None:
+            facts["error"] = round(record.error, 8)
+        layer.step.record("layer", layer=layer.layer, shard=layer.shard, **facts, **layer.step.position())
+        found = "".join(f", {name} {facts[name]:.4f}" for name in ("sparsity", "error") if name in facts)
+        layer.step.say(f"layer {layer.layer + 1}/{self.layers} is finished{found}, {facts['seconds']:.1f} s")

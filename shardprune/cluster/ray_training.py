@@ -6,9 +6,10 @@ Checkpoints go to shared storage without Ray: reports to Ray just before a worke
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
@@ -16,8 +17,8 @@ from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import train_worker
 from shardprune.storage.folder import Folder
 
-# Covers waiting for another process that converts a large checkpoint; Ray reports a dead process much sooner.
-PATIENCE_SECONDS = 4 * 3600
+# After which a collective that no process died of fails: a link hangs. Ray reports a dead process much sooner.
+COLLECTIVE_SECONDS = 30 * 60
 
 
 class Reports:
@@ -58,7 +59,7 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
     trainer = TorchTrainer(
         _work,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE_SECONDS),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
         run_config=RunConfig(
             name="ray",
@@ -84,8 +85,9 @@ def _work(config: dict[str, Any]) -> None:
     """Run in every worker: train and leave a report."""
     spec: TrainingSpec = config["spec"]
     reports, rank = Reports(spec), get_context().get_world_rank()
+    device = get_device() if spec.recipe.device == "cuda" else torch.device("cpu")
     try:
-        reports.write(rank, train_worker(spec))
+        reports.write(rank, train_worker(spec, device))
     except (InputError, StorageError) as error:
         told = {"text": error.problem, "field": error.field, "storage": isinstance(error, StorageError)}
         reports.write(rank, {"error": told})
@@ -94,7 +96,7 @@ def _work(config: dict[str, Any]) -> None:
         reports.write(rank, {"error": {"text": first_line(error)}})
         raise
     except Exception as error:
-        if not _others_are_gone(error):
+        if not _ends_an_attempt(error):
             reports.write(rank, {"error": None})
         raise
 
@@ -106,6 +108,9 @@ def _named(text: str, field: str | None = None, storage: bool = False) -> InputE
     return StorageError(field, text) if storage else InputError(field, text)
 
 
-def _others_are_gone(error: Exception) -> bool:
-    """Return whether a collective failed because another process ended."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+def _ends_an_attempt(error: Exception) -> bool:
+    """Return whether another process ended or a link hangs, so that a collective failed, or this process's GPU failed.
+
+    New processes can go on in each case; a context of CUDA in which something has failed works no more.
+    """
+    return isinstance(error, (dist.DistError, torch.AcceleratorError)) or "gloo" in str(error)

@@ -34,7 +34,7 @@ class Attempts(Generic[L]):
         on_loss: called whenever workers were lost.
 
     Raises:
-        WorkerLost: that happened more than `max_restarts` times, or no worker is left.
+        WorkerLost: that happened more than `max_restarts` times, no worker is left, or the backend replaces none.
     """
 
     def __init__(
@@ -69,6 +69,8 @@ class Attempts(Generic[L]):
         self._reporter.events.emit("lost", reason=first_line(error))
         self._on_loss()
         if self._losses > self._max_restarts:
+            return False
+        if not self._backend.replaces:
             return False
         self._reporter.say(f"a worker was lost ({error}); going on with what is left")
         left = self._backend.settle().workers(self._device)

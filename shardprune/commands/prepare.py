@@ -1,7 +1,6 @@
 """Preparation of a run: inputs opened and checked, layout and fingerprint decided, the output looked at. Nothing is
 written here."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,11 +27,14 @@ from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
-from shardprune.solvers.pattern import Mixed
+from shardprune.solvers.pattern import Mixed, Unstructured
 from shardprune.storage.folder import check_reachable
 from shardprune.storage.journal import Earlier, Journal
 from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import calibration_windows
+
+# A job with the largest statistics and workspace.
+STAND_IN = Zeroing("sparsegpt", Unstructured(), 0.5, "uniform", outlier_m=5.0, spread=0.08)
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,8 @@ class Prepared:
         Args:
             kept_bytes: what a worker keeps of the calibration waves.
         """
-        placement, zeroing = self.placement, self.job.zeroing
-        need: Sequence[Need | None] = [None] * len(layout.shards)
-        if isinstance(zeroing, Zeroing):  # the memory of no other job is modelled
-            need = self._needs(layout, zeroing)
+        placement = self.placement
+        needs, others = self._needs(layout), self._other_bytes
         return [
             WorkerSpec(
                 settings=placement.workers,
@@ -159,7 +159,8 @@ class Prepared:
                 widths=self.widths,
                 activation_bytes=kept_bytes,
                 finished=frozenset(finished),
-                need=need[shard],
+                need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
+                other_bytes=needs[shard].bytes + others,
             )
             for shard, layers in enumerate(layout.shards)
             for replica in range(layout.replicas)
@@ -177,6 +178,8 @@ class Prepared:
         bytes of weights and gradients."""
         config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
         wave = self.wave * self.calibration.shape[1] * config.hidden_size * itemsize
+        if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
+            return store_bytes(self.layout, 0, sent=sent)
         return store_bytes(self.layout, wave, (self.shapes[0][name][1] for name in family.input_names), sent)
 
     @property
@@ -184,9 +187,23 @@ class Prepared:
         """The bytes of a layer's projections as they are computed with."""
         return sum(rows * cols for rows, cols in self.shapes[0].values()) * self.placement.dtype.itemsize
 
-    def _needs(self, layout: Layout, zeroing: Zeroing) -> list[Need]:
-        """Return what a worker of each shard cannot do without."""
+    @property
+    def _other_bytes(self) -> int:
+        """Return the bytes of what other jobs than zeroing hold beside what zeroing holds: a narrowed layer beside the
+        one that it comes from, or the dense weights of a block whose masks are rebuilt, their gradients, and the
+        float32 sums of those squared."""
+        itemsize = self.placement.dtype.itemsize
+        if self.job.scoring:
+            return self.layer_bytes
+        return (4 + 2 * itemsize) * self.layer_bytes // itemsize if self.job.rebuilding else 0
+
+    def _needs(self, layout: Layout) -> list[Need]:
+        """Return what a worker of each shard cannot do without, kept waves not counted where they may be on the host;
+        jobs that zero no weights are taken for SparseGPT, whose statistics and factors they have."""
         placement, model = self.placement, self.placement.workers.model
+        zeroing = self.job.zeroing
+        if not isinstance(zeroing, Zeroing):
+            zeroing = STAND_IN
         task = task_of(
             model_of(self.skeleton, model, stored_dtype(self.checkpoint)),
             zeroing,
@@ -200,7 +217,8 @@ class Prepared:
         )
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
-        return needs(task, Setup(layout, self.streamed, may_leave, gpu))
+        joined = workers.exchange == "group" and layout.workers > 1
+        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined))
 
 
 @preflight()

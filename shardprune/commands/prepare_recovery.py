@@ -28,7 +28,7 @@ from shardprune.storage.journal import Earlier, Journal, recorded_recipe
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 
-FORMAT = 1  # of what a fingerprint covers
+FORMAT = 2  # of what a fingerprint covers, and of the training's state
 STATE = "training"  # folder of an output with the checkpoints of a training run under way
 CLAIM = "fingerprint"  # file of a state that says whose it is
 SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense one has a few by rounding

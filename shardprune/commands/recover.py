@@ -149,9 +149,10 @@ class RecoveryRun:
                 while True:
                     last = over.wait(POLL_SECONDS)
                     losses = self.losses.read()
-                    if losses and losses[-1].step > step.done:
-                        step.describe(f"loss {losses[-1].loss:.4f}")
-                        step.advance(losses[-1].step - step.done)
+                    if losses and (loss := losses[-1]).step > step.done:
+                        speed = f"{loss.tokens / loss.seconds:,.0f} tokens/s, {loss.seconds:.2f} s/step"
+                        step.describe(f"loss {loss.loss:.4f}, {speed}, {loss.peak_bytes / 1e9:.1f} GB")
+                        step.advance(loss.step - step.done)
                     if last:
                         return
 

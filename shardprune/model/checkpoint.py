@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from shardprune.errors import InputError, first_line
 from shardprune.model.families import TOWERS
 from shardprune.storage.folder import Folder, absolute
-from shardprune.storage.safetensors_file import Entry, copy_tensors, read_header, read_tensor
+from shardprune.storage.safetensors_file import Entry, StoredTensor, copy_tensors, read_elements, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -101,7 +101,15 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype."""
-        return read_tensor(self.folder, self.entries[name])
+        return self.stored(name).read()
+
+    def stored(self, name: str) -> StoredTensor:
+        """Return a tensor in its file."""
+        return StoredTensor(self.folder, self.entries[name])
+
+    def read_elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Read elements `start` to `stop` of one tensor, counted in C order, [stop - start] in its stored dtype."""
+        return read_elements(self.folder, self.entries[name], start, stop)
 
     def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
         """Copy tensors into a file of another folder, byte by byte."""

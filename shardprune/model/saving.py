@@ -63,15 +63,28 @@ def write_layer(
         index: of the layer in the checkpoint. The record has its index in the new model, which is another one if layers
             before it were removed.
     """
-    prefix = f"{skeleton.family.layers}.{index}."
-    parameters = dict(layer.named_parameters())
+    tensors = changed_tensors(checkpoint, skeleton.family, index, layer, changed)
+    return write_tensors_of_layer(journal, checkpoint, skeleton.family, index, shapes_of(layer), tensors.get, record)
 
-    def changed_tensor(name: str) -> Tensor | None:
-        same_shape = parameters[name].shape == checkpoint.entries[prefix + name].shape
-        return None if same_shape and prefix + name not in changed else parameters[name]
 
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return write_tensors_of_layer(journal, checkpoint, skeleton.family, index, shapes, changed_tensor, record)
+def changed_tensors(
+    checkpoint: Checkpoint, family: Family, index: int, layer: nn.Module, changed: set[str]
+) -> dict[str, Tensor]:
+    """Return the parameters of a layer that are written from memory, by their names within it, in the checkpoint's
+    dtypes: those in `changed` and those whose shape has changed. Where a dtype is the parameter's own, the tensor is
+    the parameter."""
+    prefix = f"{family.layers}.{index}."
+    tensors = {}
+    for name, parameter in layer.named_parameters():
+        entry = checkpoint.entries[prefix + name]
+        if parameter.shape != entry.shape or prefix + name in changed:
+            tensors[name] = parameter.detach().to(entry.dtype)
+    return tensors
+
+
+def shapes_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a layer's parameters by their names within it."""
+    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
 
 def write_tensors_of_layer(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
+from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
@@ -19,6 +20,9 @@ from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
 GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
+# Waves on the device that are kept on the host: those that have come for the calls that are not done, the next one,
+# and images that go back.
+ON_THEIR_WAY = 2 * CALLS_AHEAD + 1
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Setup:
-    """The placement of weights and waves by the workers of a layout."""
+    """The placement of weights and waves by the workers of a layout, which may be joined in a process group."""
 
     layout: Layout
     streamed: bool
     waves_on_host: bool
     gpu: bool
+    joined: bool = False
+
+    @property
+    def copies_sums(self) -> bool:
+        """Whether replicas send each other their sums as a whole: in a process group they go piece by piece."""
+        return self.layout.replicas > 1 and not self.joined
 
 
 class WorkerMemory:
@@ -129,13 +139,13 @@ class WorkerMemory:
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
-        weights = self._held() + resident
+        weights = self._held() + resident + (0 if self.setup.gpu else self._written())
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
-            left = self.model.inputs[place:] if self.setup.layout.replicas == 1 else self.model.inputs
+            left = self.model.inputs if self.setup.copies_sums else self.model.inputs[place:]
             held = sum(self._sums(other) for other in left)
-            exchanged = self._sent(one) if self.setup.layout.replicas > 1 else 0
+            exchanged = self._sent(one) if self.setup.copies_sums else 0
             for step, workspace in self._solve(one):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
@@ -219,10 +229,11 @@ class WorkerMemory:
             return Moment(phase, step, device, Bytes())
         kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
         if setup.waves_on_host and temporaries:
-            temporaries += self._wave()
+            temporaries += ON_THEIR_WAY * self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
-        shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
-        host = Bytes(GPU_PROCESS, reading, kept_there + 2 * self._wave(), shipped, 0)
+        shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
+        written = self._written() if phase == "prune" else 0
+        host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)
         return Moment(phase, step, device, host)
 
     def _layer(self) -> int:
@@ -231,6 +242,15 @@ class WorkerMemory:
     def _held(self) -> int:
         """Return the bytes of the layers in memory: the shard's, or one and the next."""
         return self._layer() * (min(2, len(self.layers)) if self.setup.streamed else len(self.layers))
+
+    def _written(self) -> int:
+        """Return the bytes of the layer before the one in work, whose file is being written: its copy in the stored
+        dtype, or on a CPU that computes in it the layer itself, which resident weights have anyway.
+        """
+        setup, task = self.setup, self.task
+        if setup.gpu or task.stored != task.itemsize:
+            return self.model.layer * task.stored if len(self.layers) > 1 else 0
+        return self._layer() if setup.streamed and len(self.layers) > 2 else 0
 
     def _frame(self, embedding: bool = False, head: bool = False) -> int:
         model = self.model
@@ -284,8 +304,8 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
-    sent = task.model.projections * task.itemsize if setup.layout.replicas > 1 else 0
-    columns = (one.cols for one in task.model.inputs)
+    sent = task.model.projections * task.itemsize if setup.copies_sums else 0
+    columns = (one.cols for one in task.model.inputs if setup.copies_sums)
     return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
 
 

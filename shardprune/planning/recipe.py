@@ -15,10 +15,11 @@ from pydantic import (
 )
 
 from shardprune.errors import InputError
-from shardprune.planning.hardware import CONTEXT_BYTES, HARDWARE, Hardware
+from shardprune.planning.hardware import HARDWARE, Hardware
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields
 from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
 from shardprune.recipes.settings import Settings, optional
+from shardprune.shard.device_room import CONTEXT_BYTES
 from shardprune.storage.quantities import gigabytes
 
 if TYPE_CHECKING:
@@ -105,6 +106,9 @@ class Choices(Settings):
         "auto", description="resident keeps all layers in memory; streamed loads one at a time"
     )
     activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
+    exchange: Literal["auto", "group", "store"] = Field(
+        "auto", description="Tensors between workers: process group (NCCL, gloo) or object store; auto: group on GPUs"
+    )
     dtype: Literal["auto", "float32"] = Field("auto", description="Compute dtype")
 
 

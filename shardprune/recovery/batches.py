@@ -36,13 +36,21 @@ class Batches:
     def step(self, step: int) -> list[int]:
         """Return the rows of a step."""
         places = [divmod(place, len(self.rows)) for place in range(step * self.batch, (step + 1) * self.batch)]
-        epochs = {epoch for epoch, _ in places}
-        self._orders = {epoch: self._order(epoch) for epoch in epochs}
-        return [int(self._orders[epoch][index]) for epoch, index in places]
+        known = self._orders  # which another thread may replace
+        orders = {
+            epoch: known[epoch] if epoch in known else self.rows.order(epoch, self.seed)
+            for epoch in {epoch for epoch, _ in places}
+        }
+        self._orders = orders
+        return [int(orders[epoch][index]) for epoch, index in places]
 
     def targets(self, step: int) -> int:
         """Return the number of tokens in a step whose predictions enter the loss."""
         return self.rows.targets(self.step(step))
+
+    def tokens(self, step: int) -> int:
+        """Return the number of tokens in a step, padding not included."""
+        return self.rows.size(self.step(step))
 
     def of(self, step: int, process: int, processes: int) -> Iterator[MicroBatch]:
         """Yield the micro-batches of one process in a step."""
@@ -52,9 +60,6 @@ class Batches:
             chosen = rows[number * self.micro : (number + 1) * self.micro]
             # A large prime as stride, so that runs with neighbouring seeds share no micro-batch's random numbers.
             yield MicroBatch(chosen, seed=self.seed + 1_000_003 * (step * count + number + 1))
-
-    def _order(self, epoch: int) -> Tensor:
-        return self._orders[epoch] if epoch in self._orders else self.rows.order(epoch, self.seed)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from deepspeed.checkpoint import ds_to_universal
 from shardprune.storage.folder import Folder
 
 LATEST = "latest"
+CONVERSION = timedelta(hours=4)  # which the other processes wait at most for a large checkpoint's conversion
 PARTITION = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 
 
@@ -86,6 +88,8 @@ class Checkpoints:
     def _universal(self, tag: str) -> str:
         """Convert an ordinary checkpoint into a universal one; return its name."""
         universal = f"universal-{tag}"
+        # A group of its own, because collectives between GPUs fail much sooner. It notices a process that dies.
+        waiting = dist.new_group(backend="gloo", timeout=CONVERSION)
         if dist.get_rank() == 0:
             shutil.rmtree(self._path / universal, ignore_errors=True)
             options = argparse.Namespace(
@@ -99,7 +103,8 @@ class Checkpoints:
             )
             with redirect_stdout(sys.stderr):  # it prints its progress
                 ds_to_universal.main(options)
-        dist.barrier()
+        dist.barrier(waiting)
+        dist.destroy_process_group(waiting)
         return universal
 
 

@@ -44,6 +44,8 @@ def deepspeed_config(
         overrides: the user's own settings.
     """
     zero_optimization: dict[str, Any] = {"stage": zero}
+    if zero == 2:  # reduce gradients beside the backward pass, as stage 3 does by default
+        zero_optimization["overlap_comm"] = True
     if offload:
         zero_optimization["offload_optimizer"] = {"device": "cpu"}
     if offload and zero == 3:
@@ -51,8 +53,8 @@ def deepspeed_config(
     optimizer: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay}
     if overrides.get("optimizer", {}).get("type", ADAM) == ADAM:
         optimizer["eps"] = 1e-8
-        if not offload:  # torch's AdamW needs no compiler, and its updates are the same on every machine
-            optimizer["torch_adam"] = True
+        if not offload:  # torch's AdamW needs no compiler, and in one kernel no temporaries as large as the partition
+            optimizer |= {"torch_adam": True, "fused": True}
     ours = {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": micro,
@@ -60,6 +62,7 @@ def deepspeed_config(
         "gradient_clipping": clip,
         "zero_optimization": zero_optimization,
         "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},  # in bf16 a sum of micro-batches loses what is small beside it
         "optimizer": {"type": ADAM, "params": optimizer},
         "steps_per_print": 2**31 - 1,
     }

@@ -1,34 +1,165 @@
-"""The losses of a training run: next-token cross entropy, and divergence from a teacher."""
+"""The losses of a training run: next-token cross entropy, and divergence from a teacher.
+
+Logits of all predictions would take gigabytes: 2.1 GB in float32 for 4,096 tokens and a vocabulary of 128,256, several
+times over. The head of the model computes its loss a chunk of predictions at a time, and the loss's gradient in the
+same pass, while the chunk's logits are there: nothing is computed twice, and only gradients of the size of the head's
+input and weight are kept.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardprune.recovery.rows import IGNORED
+CHUNK = 1024  # predictions whose logits are in memory at a time
 
 
-def hard_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the summed cross entropy of the labelled tokens.
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a teacher makes of the loss: `weight` of it is divergence from the teacher's predictions.
+
+    Attributes:
+        logits: the teacher's [predictions, vocabulary], of any dtype, before its cap.
+        cap: of the teacher's logits, see `capped`.
+    """
+
+    logits: Tensor
+    cap: float | None
+    temperature: float
+    weight: float
+
+
+class LossHead(nn.Module):
+    """The output head of a causal language model with its loss, as a replacement for the head's `nn.Linear`.
+
+    It keeps the linear map's parameter names, and its parameters are whole while it runs, also under ZeRO-3.
 
     Args:
-        logits: [batch, length, vocabulary], of any dtype; the loss is computed in float32.
-        labels: [batch, length], the tokens themselves, or IGNORED.
+        cap: of the logits, see `capped`.
     """
-    counted = labels[:, 1:] != IGNORED
-    return nn.functional.cross_entropy(_counted(logits, counted), labels[:, 1:][counted], reduction="sum")
+
+    def __init__(self, head: nn.Linear, cap: float | None) -> None:
+        super().__init__()
+        self.weight, self.bias, self.cap = head.weight, head.bias, cap
+
+    def forward(self, hidden: Tensor, targets: Tensor, lesson: Lesson | None = None) -> Tensor:
+        """Return the summed loss of predictions, float32, computed in float32.
+
+        Args:
+            hidden: [predictions, width], the model's last hidden states where something is predicted.
+            targets: int64 [predictions], the tokens that follow.
+        """
+        return _SummedLoss.apply(hidden, self.weight, self.bias, targets, self.cap, lesson, torch.is_grad_enabled())
 
 
-def soft_loss(logits: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Compute the summed divergence T^2 KL(teacher || student) of the labelled predictions at temperature T.
+class _SummedLoss(torch.autograd.Function):
+    """The summed loss of predictions; its forward pass computes the gradients as well."""
 
-    The factor T^2 keeps gradients of the size of the hard loss's (arXiv 1503.02531, section 2). Shapes as in
-    `hard_loss`.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        cap: float | None,
+        lesson: Lesson | None,
+        learning: bool,
+    ) -> Tensor:
+        of_hidden, of_weight, of_bias = (learning and needed for needed in ctx.needs_input_grad[:3])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        to_hidden = torch.empty_like(hidden) if of_hidden else None
+        # Sums over chunks are float32, whatever the dtype of the weights.
+        to_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        to_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None
+        for start in range(0, len(hidden), CHUNK):
+            part = slice(start, start + CHUNK)
+            logits = nn.functional.linear(hidden[part], weight, bias)
+            taught = lesson and replace(lesson, logits=lesson.logits[part])
+            loss, gradient = loss_and_gradient(logits, targets[part], cap, taught)
+            total += loss
+            gradient = gradient.to(weight.dtype)
+            if to_hidden is not None:
+                torch.mm(gradient, weight, out=to_hidden[part])
+            if to_weight is not None:
+                _add_product(to_weight, gradient.T, hidden[part])
+            if to_bias is not None:
+                to_bias += gradient.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+
+        def scaled(kept: Tensor | None) -> Tensor | None:
+            return kept if kept is None else torch.mul(kept, gradients[0], out=torch.empty_like(kept, dtype=ctx.dtype))
+
+        return *map(scaled, ctx.saved_tensors), None, None, None, None
+
+
+def loss_and_gradient(
+    logits: Tensor, targets: Tensor, cap: float | None, lesson: Lesson | None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of predictions, and its gradient for their logits, float32 [predictions, vocabulary].
+
+    The loss is the cross entropy; with a lesson of weight w, it is w times `divergence` plus 1 - w times that.
+
+    Args:
+        logits: [predictions, vocabulary], of any dtype, before the cap.
+        targets: int64 [predictions].
     """
-    counted = labels[:, 1:] != IGNORED
-    student = torch.log_softmax(_counted(logits, counted) / temperature, dim=-1)
-    wanted = torch.log_softmax(_counted(teacher, counted) / temperature, dim=-1)
-    return temperature**2 * nn.functional.kl_div(student, wanted, reduction="sum", log_target=True)
+    given = capped(logits, cap)
+    loss, gradient = cross_entropy(given, targets)
+    if lesson is not None:
+        wanted = capped(lesson.logits, lesson.cap)
+        taught, towards = divergence(given, wanted, lesson.temperature)
+        loss = torch.lerp(loss, taught, lesson.weight)
+        gradient = gradient.lerp_(towards, lesson.weight)
+    if cap is not None:
+        gradient *= 1 - (given / cap).square_()  # the derivative of the cap
+    return loss, gradient
 
 
-def _counted(logits: Tensor, counted: Tensor) -> Tensor:
-    """Return the float32 logits [tokens, vocabulary] of the labelled predictions; all of them would take gigabytes."""
-    return logits[:, :-1][counted].float()
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return logits, or cap * tanh(logits / cap) in float32 where the model has a cap (Gemma 2, arXiv 2408.00118)."""
+    return logits if cap is None else (logits.float() / cap).tanh_().mul_(cap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy of predictions, and its gradient for their logits, both in float32.
+
+    Args:
+        logits: [predictions, vocabulary], of any dtype.
+        targets: int64 [predictions].
+    """
+    chances = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+    places = targets[:, None]
+    loss = -chances.gather(1, places).sum()
+    gradient = chances.exp_()
+    return loss, gradient.scatter_add_(1, places, gradient.new_full((len(targets), 1), -1.0))
+
+
+def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the summed divergence T^2 KL(teacher || student) at temperature T, and its gradient for the student, both
+    in float32.
+
+    The factor T^2 keeps gradients of the size of the cross entropy's (arXiv 1503.02531, section 2).
+
+    Args:
+        logits: the student's [predictions, vocabulary], of any dtype.
+        wanted: the teacher's.
+    """
+    given = torch.log_softmax(logits.float() / temperature, dim=1)
+    taught = torch.log_softmax(wanted.float() / temperature, dim=1)
+    loss = temperature**2 * nn.functional.kl_div(given, taught, reduction="sum", log_target=True)
+    return loss, given.exp_().sub_(taught.exp_()).mul_(temperature)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left [rows, n] @ right [n, cols] to a float32 total [rows, cols], without rounding to the factors' dtype."""
+    if left.is_cuda and left.dtype != total.dtype:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(left.float(), right.float())

@@ -21,6 +21,9 @@ class Loss:
         loss: mean loss of the step's targets, before the update.
         gradient_norm: global norm of the gradient.
         targets: tokens whose predictions enter the loss.
+        tokens: all tokens of the step's rows, padding not included.
+        seconds: of the step, without checkpoints and held-out rows.
+        peak_bytes: the most memory that the first process has taken so far, of its GPU or of the host.
         held_out: mean loss of the held-out rows after the update; None if it was not measured.
     """
 
@@ -29,6 +32,9 @@ class Loss:
     learning_rate: float
     gradient_norm: float
     targets: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
     held_out: float | None = None
 
 

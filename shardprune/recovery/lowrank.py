@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 UPDATES = ("lora_A", "lora_B")
+BLOCK = 2048  # columns of a weight whose gradient is in memory at a time
 
 
 class LowRankLinear(nn.Module):
@@ -64,7 +65,8 @@ class _MaskedUpdate(torch.autograd.Function):
     """inputs (mask * (scale * B A))^T, or with `whole` inputs (W + mask * (scale * B A))^T.
 
     The product of B and A has the size of the weight and is recomputed in the backward pass: kept for all layers, it
-    would take as much memory as the model.
+    would take as much memory as the model. The backward pass makes it, and the gradient of its size that A's and B's
+    come from, a block of columns at a time.
     """
 
     @staticmethod
@@ -78,16 +80,24 @@ class _MaskedUpdate(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (inputs,), (weight, a, b), (scale, whole) = ctx.saved_tensors, ctx.parameters, ctx.how
         gradient = gradients[0]
-        to_inputs = gradient @ _product(weight, a, b, scale, whole) if ctx.needs_input_grad[0] else None
-        to_update = gradient.flatten(0, -2).T @ inputs.flatten(0, -2)
-        to_update = to_update.mul_(weight != 0).mul_(scale)
-        return to_inputs, None, b.T @ to_update, to_update @ a.T, None, None
+        tokens, of_outputs = inputs.flatten(0, -2), gradient.flatten(0, -2)
+        to_inputs = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
+        to_a, to_b = torch.empty_like(a), torch.zeros_like(b, dtype=torch.promote_types(b.dtype, torch.float32))
+        for start in range(0, weight.shape[1], BLOCK):
+            block = slice(start, start + BLOCK)
+            part, part_of_a = weight[:, block], a[:, block]
+            if to_inputs is not None:
+                to_inputs[..., block] = gradient @ _product(part, part_of_a, b, scale, whole)
+            to_update = (of_outputs.T @ tokens[:, block]).masked_fill_(part == 0, 0)
+            to_a[:, block] = (b.T @ to_update).mul_(scale)
+            to_b += to_update @ part_of_a.T
+        return to_inputs, None, to_a, to_b.mul_(scale).to(b.dtype), None, None
 
 
 def _product(weight: Tensor, a: Tensor, b: Tensor, scale: float, whole: bool) -> Tensor:
     """Return the masked update [rows, cols], or weight plus update if `whole`."""
-    update = (b @ a).mul_(weight != 0).mul_(scale)
-    return update.add_(weight) if whole else update
+    update = (b * scale) @ a  # scaled while it is small
+    return (update.add_(weight) if whole else update).masked_fill_(weight == 0, 0)
 
 
 def add_updates(

@@ -105,6 +105,10 @@ class Rows:
         """Count the targets of the loss in these rows."""
         return sum(int(self.row(index).learned.sum()) for index in rows)
 
+    def size(self, rows: Sequence[int]) -> int:
+        """Count the tokens of these rows."""
+        return sum(len(self.row(index).tokens) for index in rows)
+
     def select(self, rows: Sequence[int]) -> "Rows":
         """Return some of the rows, in the order given."""
         chosen = [self.row(index) for index in rows]

@@ -2,28 +2,34 @@
 
 import io
 import math
+import time
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import closing, redirect_stdout
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from shardprune.errors import InputError, TrainingError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.checkpoints import Checkpoints
-from shardprune.recovery.loss import hard_loss, soft_loss
+from shardprune.recovery.loss import Lesson
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.lowrank import add_updates
 from shardprune.recovery.masks import freeze_zeros
-from shardprune.recovery.model import load_model, partition
+from shardprune.recovery.model import load_model
+from shardprune.recovery.partitioning import Partitioning
+from shardprune.recovery.questions import Questions, ahead
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
+from shardprune.recovery.student import Student, Teacher, cap_of
+from shardprune.shard.memory import peak_bytes
 from shardprune.storage.folder import Folder
 
 # DeepSpeed calls collectives by names that torch is about to change.
@@ -49,8 +55,9 @@ class Training:
         self.losses = Losses(recipe.state)
         self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
-        partitioning = spec.config if recipe.zero == 3 else None
+        partitioning = Partitioning(spec.config) if recipe.zero == 3 else None
         self.model = load_model(Checkpoint(recipe.model), device, dtype, partitioning)
+        self.masked = needs_mask(self.model.config.model_type)
         self._choose_what_is_trained(partitioning)
         self.teacher = self._load_teacher(recipe.teacher, dtype, partitioning) if recipe.teacher else None
         self.engine = self._start_engine()
@@ -61,20 +68,22 @@ class Training:
         start = self.checkpoints.load(self.engine)
         if self.rank == 0:
             self.losses.mend()
-        for step in range(start, spec.steps):
-            loss = self._step(step)
-            last = step + 1 == spec.steps
-            due = last or (step + 1) % recipe.checkpoint_every == 0
-            held_out = self._mean_held_out() if due and self.held_out else None
-            if self.rank == 0:
-                self.losses.append(Loss(step=step + 1, **loss, held_out=held_out))
-            if due:
-                self.checkpoints.save(self.engine, step + 1)
+        rows = (micro.rows for step in range(start, spec.steps) for micro in self._micro_batches(step))
+        with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as questions:
+            for step in range(start, spec.steps):
+                loss = self._step(step, questions)
+                last = step + 1 == spec.steps
+                due = last or (step + 1) % recipe.checkpoint_every == 0
+                held_out = self._mean_held_out() if due and self.held_out else None
+                if self.rank == 0:
+                    self.losses.append(Loss(step=step + 1, **loss, held_out=held_out))
+                if due:
+                    self.checkpoints.save(self.engine, step + 1)
         return self.model
 
     # -- the parts --------------------------------------------------------------------------------------------
 
-    def _choose_what_is_trained(self, partitioning: dict[str, Any] | None) -> None:
+    def _choose_what_is_trained(self, partitioning: Partitioning | None) -> None:
         recipe = self.recipe
         if recipe.full:
             self.model.requires_grad_(True)
@@ -84,25 +93,36 @@ class Training:
             options = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.keep_sparsity, recipe.seed
             for module in add_updates(self.model, self.spec.targets, *options):
                 if partitioning is not None:
-                    partition(module, partitioning)
+                    partitioning.partition(module)
         if recipe.recompute:
             # Under ZeRO-3 the recomputed forward may see weights gathered that were partitioned in the first one; only
             # reentrant checkpointing tolerates that. It needs an input that requires gradients.
             self.model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
             self.model.enable_input_require_grads()
 
-    def _load_teacher(self, name: str, dtype: torch.dtype, partitioning: dict[str, Any] | None) -> nn.Module:
-        teacher = load_model(Checkpoint(name, "teacher"), self.device, dtype, partitioning)
-        teacher.eval().requires_grad_(False)
-        if partitioning is None:
-            return teacher
-        config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}
-        return deepspeed.initialize(model=teacher, config=config)[0]
+    def _load_teacher(
+        self, name: str, dtype: torch.dtype, partitioning: Partitioning | None
+    ) -> Callable[[Questions], Lesson]:
+        """Return the function that gives the teacher's predictions."""
+        recipe = self.recipe
+        model = load_model(Checkpoint(name, "teacher"), self.device, dtype, partitioning)
+        teacher: Callable[[Questions], Tensor] = Teacher(model).eval().requires_grad_(False)
+        if partitioning is not None:
+            config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}
+            teacher = deepspeed.initialize(model=teacher, config=config)[0]
+
+        def teach(questions: Questions) -> Lesson:
+            with torch.no_grad():
+                return Lesson(teacher(questions), cap_of(model.config), recipe.temperature, recipe.teacher_weight)
+
+        return teach
 
     def _start_engine(self) -> deepspeed.DeepSpeedEngine:
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        student = Student(self.model)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         try:
-            return deepspeed.initialize(model=self.model, model_parameters=trained, config=self.spec.config)[0]
+            with redirect_stdout(io.StringIO()):  # stage 1 prints about memory
+                return deepspeed.initialize(model=student, model_parameters=trained, config=self.spec.config)[0]
         except Exception as error:  # DeepSpeed checks settings in many ways, each with an error of its own
             if self.recipe.deepspeed is None:
                 raise
@@ -111,42 +131,47 @@ class Training:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int) -> dict[str, Any]:
-        """Run one step over all processes; return its record for the loss log."""
-        recipe = self.recipe
+    def _step(self, step: int, upcoming: Iterator[Questions]) -> dict[str, Any]:
+        """Run one step over all processes; return its record for the loss log.
+
+        Args:
+            upcoming: the questions of the micro-batches of this step and later ones.
+        """
+        recipe, started = self.recipe, time.monotonic()
         rate = learning_rate(step, self.spec.steps, recipe.highest_rate, recipe.warmup, recipe.schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         targets = self.batches.targets(step)
         # DeepSpeed averages over micro-batches and processes, but their numbers of targets differ: scale the loss.
         scale = self.processes * self.engine.gradient_accumulation_steps() / targets
-        total = torch.zeros((), dtype=torch.float64)
+        # On the device: it works on one micro-batch after another, and the host waits for it once a step.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         self.engine.train()
-        for micro in self.batches.of(step, self.rank, self.processes):
-            loss = self._loss(micro)
+        for micro in self._micro_batches(step):
+            torch.manual_seed(micro.seed)  # of dropout: the same on any process
+            questions = next(upcoming)
+            loss = self.engine(questions, self.teacher(questions) if self.teacher else None)
             self.engine.backward(loss * scale)
             self.engine.step()
-            total += float(loss.detach())
-        mean = float(self._sum(total)) / targets
+            total += loss.detach()
+        mean = self._summed(total) / targets
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not (math.isfinite(mean) and math.isfinite(norm)) or self.engine.skipped_steps:
             raise TrainingError(
                 f"step {step + 1}: the loss is {mean:g} and its gradient's norm {norm:g}; use a lower learning rate"
             )
-        return {"loss": mean, "learning_rate": rate, "gradient_norm": norm, "targets": targets}
+        return {
+            "loss": mean,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "targets": targets,
+            "tokens": self.batches.tokens(step),
+            "seconds": round(time.monotonic() - started, 6),
+            "peak_bytes": peak_bytes(self.device),
+        }
 
-    def _loss(self, micro: MicroBatch) -> Tensor:
-        torch.manual_seed(micro.seed)  # of dropout: the same on any process
-        batch = self._batch(self.batches.rows, micro.rows)
-        labels = batch.pop("labels")
-        logits = self.engine(**batch).logits
-        if self.teacher is None:
-            return hard_loss(logits, labels)
-        with torch.no_grad():
-            wanted = self.teacher(**batch).logits
-        weight = self.recipe.teacher_weight
-        soft = soft_loss(logits, wanted, labels, self.recipe.temperature)
-        return soft * weight + hard_loss(logits, labels) * (1 - weight)
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        return self.batches.of(step, self.rank, self.processes)
 
     @torch.no_grad()
     def _mean_held_out(self) -> float:
@@ -154,23 +179,18 @@ class Training:
         rows = self.held_out
         assert rows is not None
         self.engine.eval()
-        total, micro = torch.zeros((), dtype=torch.float64), self.batches.micro
-        turns = -(-len(rows) // (micro * self.processes))
-        for turn in range(turns):  # every process runs as many passes: under ZeRO-3 each gathers weights from all
-            first = (turn * self.processes + self.rank) * micro
-            batch = self._batch(rows, list(range(first, min(first + micro, len(rows)))) or [0])
-            labels = batch.pop("labels")
-            loss = hard_loss(self.engine(**batch).logits, labels)
-            total += float(loss) if first < len(rows) else 0.0
-        return float(self._sum(total)) / rows.targets(range(len(rows)))
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        micro = self.batches.micro
+        # Every process runs as many passes: under ZeRO-3 each gathers weights from all.
+        firsts = [first + self.rank * micro for first in range(0, len(rows), micro * self.processes)]
+        chosen = [range(first, min(first + micro, len(rows))) or range(1) for first in firsts]
+        for first, questions in zip(firsts, ahead(rows, chosen, self.masked, self.device), strict=True):
+            loss = self.engine(questions)
+            if first < len(rows):
+                total += loss
+        return self._summed(total) / rows.targets(range(len(rows)))
 
-    def _batch(self, rows: Rows, chosen: list[int]) -> dict[str, Any]:
-        tensors = rows.collate(chosen, mask=needs_mask(self.model.config.model_type))
-        # With a cache, transformers does not detect packed rows by their positions.
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()} | {"use_cache": False}
-
-    def _sum(self, value: Tensor) -> Tensor:
-        """Sum a number over all processes."""
-        value = value.to(self.device)
+    def _summed(self, value: Tensor) -> float:
+        """Sum a number over all processes; the host waits for the device."""
         dist.all_reduce(value)
-        return value
+        return float(value)

@@ -21,33 +21,32 @@ from shardprune.shard.memory import peak_bytes
 from shardprune.storage.journal import Journal
 
 
-def train_worker(spec: TrainingSpec) -> dict[str, Any]:
+def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
     """Train and write the result as one process of torch's default group; return its measurements.
 
     A failure here happens in all processes, or ends the others' collectives.
+
+    Args:
+        device: the process's own; a GPU has an index among those that the process sees.
 
     Raises:
         InputError: an input that the driver has checked is gone, or DeepSpeed rejects the user's settings.
         TrainingError: the loss diverges, or a GPU is too small.
     """
     try:
-        return _take_part(spec)
+        return _take_part(spec, device)
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"a GPU is too small ({first_line(error)}); --zero 3, --offload, --recompute and --micro-batch 1 help"
         ) from error
 
 
-def _take_part(spec: TrainingSpec) -> dict[str, Any]:
+def _take_part(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
     started = time.monotonic()
-    _prepare(spec)
+    _prepare(spec, device)
     from shardprune.recovery.training import Training
     from shardprune.recovery.writing import write_layers, write_trained_frame
 
-    device = torch.device(spec.recipe.device)
-    if device.type == "cuda":  # the same choice of a node's GPUs as DeepSpeed's
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     training = Training(spec, device)
     loaded = time.monotonic()
     model = training.run()
@@ -97,9 +96,13 @@ def alone(device: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _prepare(spec: TrainingSpec) -> None:
+def _prepare(spec: TrainingSpec, device: torch.device) -> None:
     """Set the environment and devices that DeepSpeed needs before it is imported."""
     torch.set_num_threads(spec.recipe.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # DeepSpeed takes the GPU of this index; a rank on the node is another number where a process sees one GPU.
+        os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("DS_ACCELERATOR", spec.recipe.device)
     # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))

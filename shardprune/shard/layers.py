@@ -3,12 +3,15 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from torch import nn
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
+from shardprune.shard.device_reader import DeviceReader
+from shardprune.shard.streams import Moment, SideStream, used_here
 from shardprune.storage.journal import Journal
 
 # latest: the pruned layer if it is finished, else the dense one; given: with the sparse checkpoint's projections;
@@ -33,7 +36,7 @@ class Layers:
     """Decoder layers by index, read at first use.
 
     Resident layers stay in memory. Streamed ones are replaced by the next one used, which a thread reads ahead: two
-    layers at most are in memory. Without a `journal` no layer is finished.
+    layers at most are in memory. A GPU's come on a side stream. Without a `journal` no layer is finished.
     """
 
     def __init__(
@@ -57,7 +60,10 @@ class Layers:
         self._given = given
         self._held: dict[int, tuple[State, nn.Module]] = {}
         self._reader = ThreadPoolExecutor(max_workers=1)
-        self._next: tuple[int, State, Future[nn.Module]] | None = None
+        self._next: tuple[int, State, Future[_Read]] | None = None
+        self._device = skeleton.device
+        self._coming = SideStream(self._device)
+        self._device_reader = DeviceReader(self._device) if self._device.type == "cuda" else None
         self.load_seconds = 0.0
 
     def get(self, index: int, version: Version) -> nn.Module:
@@ -69,10 +75,11 @@ class Layers:
         if self._stream:
             self._held.clear()
         self._held.pop(index, None)
-        self._held[index] = (state, self._fetch(index, state))
+        freed = Moment.now(self._device)  # the memory of the layer before
+        self._held[index] = (state, self._fetch(index, state, freed))
         if self._stream and index + 1 in self._indices:
             ahead = self._wanted(index + 1, version)
-            self._next = (index + 1, ahead, self._reader.submit(self._read, index + 1, ahead))
+            self._next = (index + 1, ahead, self._reader.submit(self._read, index + 1, ahead, freed))
         self.load_seconds += time.monotonic() - started
         return self._held[index][1]
 
@@ -94,24 +101,49 @@ class Layers:
         assert version != "narrowed", "narrowed layers are in no file"
         return version
 
-    def _fetch(self, index: int, state: State) -> nn.Module:
+    def _fetch(self, index: int, state: State, freed: Moment) -> nn.Module:
         if self._next:
             ahead, ahead_state, future = self._next
             self._next = None
-            layer = future.result()
+            read = future.result()
             if (ahead, ahead_state) == (index, state):
-                return layer
-        return self._read(index, state)
+                return read.arrived()
+        return self._read(index, state, freed).arrived()
 
-    def _read(self, index: int, state: State) -> nn.Module:
+    def _read(self, index: int, state: State, freed: Moment) -> "_Read":
+        """Read a layer; streamed, once the device has done its work with the layer whose memory it takes."""
+        if self._stream:
+            freed.wait()
         names = self._skeleton.layer_tensors(index)
+        skeleton = self._skeleton
         if state == "pruned":
             assert self._journal is not None
-            return self._pruned.build_layer(index, self._journal.read_layer(index, names))
-        given = {}
-        if state == "given":
-            assert self._given is not None
-            projections = self._skeleton.family.projections
-            given = {self._skeleton.projection_tensor(index, name): self._given for name in projections}
-        tensors = ((name, given.get(name, self._checkpoint).read(name)) for name in names)
-        return self._skeleton.build_layer(index, tensors)
+            skeleton, stored = self._pruned, self._journal.stored_layer(index, names)
+        else:
+            given = {}
+            if state == "given":
+                assert self._given is not None
+                projections = self._skeleton.family.projections
+                given = {self._skeleton.projection_tensor(index, name): self._given for name in projections}
+            stored = {name: given.get(name, self._checkpoint).stored(name) for name in names}
+        with self._coming.after():
+            if self._device_reader:
+                layer = skeleton.build_layer(index, self._device_reader.read(stored))
+            else:
+                layer = skeleton.build_layer(index, ((name, tensor.read()) for name, tensor in stored.items()))
+            return _Read(layer, Moment.now(self._device))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A layer that has been read, and the moment at which it is on the device."""
+
+    layer: nn.Module
+    there: Moment
+
+    def arrived(self) -> nn.Module:
+        """Return the layer, for work on the current stream."""
+        self.there.precedes_what_follows()
+        for parameter in self.layer.parameters():
+            used_here(parameter)
+        return self.layer

@@ -24,7 +24,7 @@ class NarrowedLayers:
     """
 
     def __init__(self, worker: ForwardWorker, scoring: Scoring | None, measure_error: bool) -> None:
-        self.ledger = worker.ledger
+        self.ledger, self.spec = worker.ledger, worker.spec
         self._worker, self._skeleton, self._checkpoint = worker, worker.skeleton, worker.checkpoint
         self._scoring, self._measure_error = scoring, measure_error
         self._heads = heads_of(self._skeleton.config)

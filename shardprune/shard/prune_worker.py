@@ -1,18 +1,20 @@
 """The worker that prunes the layers of its shard: the verbs that a driver calls. No Ray here.
 
-Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, `write`, then
-`propagate` for every wave, which turns the layer's inputs into the next layer's. Where masks are rebuilt, `compare` for
-every wave and `rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the
-place of `solve`.
+Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, `write` and
+`finish`, then `propagate` for every wave, which turns the layer's inputs into the next layer's. The file is written
+meanwhile; `written` waits for it before the next layer's `write`. Where masks are rebuilt, `compare` for every wave and
+`rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the place of
+`solve`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.pruning_job import Adopted, Zeroing
-from shardprune.model.saving import write_layer
+from shardprune.model.saving import changed_tensors, shapes_of, write_tensors_of_layer
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, SquaredGradients
 from shardprune.shard.forward_worker import ForwardWorker
@@ -21,7 +23,9 @@ from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.projections import adopt_projection, prune_projections
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.streams import to_host
 from shardprune.shard.verbs import of_part, verb
+from shardprune.shard.write_behind import WriteBehind
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Pattern, parse_pattern, pattern_of
@@ -42,6 +46,7 @@ class PruneWorker(ForwardWorker):
         super().__init__(spec)
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
+        self._files = WriteBehind(self.skeleton.device)
 
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
@@ -98,7 +103,7 @@ class PruneWorker(ForwardWorker):
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Hand out solved projections, for the other replicas."""
         layer = self.layers.get(index, "dense")
-        return {name: projection_weight(layer, name).cpu() for name in names}
+        return {name: to_host(projection_weight(layer, name)) for name in names}
 
     @verb("exchange", layer="index")
     def install(self, index: int, weights: dict[str, Tensor]) -> None:
@@ -106,6 +111,15 @@ class PruneWorker(ForwardWorker):
         layer = self.layers.get(index, "dense")
         for name, weight in weights.items():
             projection_weight(layer, name).copy_(weight)
+
+    @verb("exchange", layer="index")
+    def broadcast(self, index: int, names: tuple[str, ...], ranks: Sequence[int], source: int) -> None:
+        """Put projections that the replica of rank `source` solved into the layer of those of all `ranks`, all of which
+        are in this call."""
+        assert self.peers is not None
+        layer = self.layers.get(index, "dense")
+        for name in names:
+            self.peers.broadcast(projection_weight(layer, name), ranks, source)
 
     # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 
@@ -175,19 +189,35 @@ class PruneWorker(ForwardWorker):
     # -- the end of a layer -----------------------------------------------------------------------------------
 
     @verb("write", layer="index")
-    def write(self, index: int, record: LayerRecord) -> int:
-        """Write the pruned layer with its record: projections in their stored dtype, everything else as it was. Return
-        the bytes of its tensors."""
-        projections = {self.skeleton.projection_tensor(index, name) for name in self.skeleton.family.projections}
+    def write(self, index: int, record: LayerRecord) -> None:
+        """Begin to write the pruned layer with its record: projections in their stored dtype, everything else as it
+        was. It may not change from now on; `written` waits for its file."""
+        family = self.skeleton.family
+        projections = {self.skeleton.projection_tensor(index, name) for name in family.projections}
         layer = self.narrowed.get(index) or self.layers.get(index, "dense")
-        return write_layer(self.journal, self.checkpoint, self.skeleton, index, layer, projections, record)
+        shapes, tensors = shapes_of(layer), changed_tensors(self.checkpoint, family, index, layer, projections)
+        self._files.begin(
+            index,
+            tensors,
+            lambda tensor: write_tensors_of_layer(self.journal, self.checkpoint, family, index, shapes, tensor, record),
+        )
+
+    @verb("write", layer="index")
+    def written(self, index: int) -> int:
+        """Wait until the layer's file is there; return the bytes of its tensors."""
+        return self._files.wait(index)
 
     @verb("exchange", layer="index")
     def finish(self, index: int) -> None:
-        """The layer is written: from now on it is the pruned one, and its statistics are gone."""
+        """Nothing is left to be done to the layer: from now on it is the pruned one, and its statistics are gone. Its
+        file may not be there yet."""
         self.layers.mark_pruned(index, self.narrowed.give_up().get(index))
         self.sums.pop(index, None)
         self._block = None
+
+    def close(self) -> None:
+        """End the threads of this worker. A file under way has some seconds to be finished."""
+        self._files.close()
 
     # -- inside -----------------------------------------------------------------------------------------------
 

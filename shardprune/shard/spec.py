@@ -1,7 +1,7 @@
 """The start-up arguments of a worker."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ class WorkerSettings:
     """The settings that all workers of a run share, as plain values that travel to another process.
 
     `model` is the checkpoint as every process finds it, `dtype` torch's name of the compute dtype. Where layers are
-    `streamed`, a worker holds one and reads the next ahead.
+    `streamed`, a worker holds one and reads the next ahead. `exchange` is `auto` where one process is all.
     """
 
     model: str
@@ -24,6 +24,7 @@ class WorkerSettings:
     threads: int
     streamed: bool
     activations: Literal["auto", "device", "host"]
+    exchange: Literal["auto", "group", "store"] = "auto"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -35,7 +36,8 @@ class WorkerSettings:
 class ForwardSpec:
     """The arguments of a worker that only lets waves pass through.
 
-    `activation_bytes` is the size of the waves that it keeps.
+    `activation_bytes` is the size of the waves that it keeps, `other_bytes` what else its device must hold at the same
+    time: layers, sums, and the largest workspace.
     """
 
     settings: WorkerSettings
@@ -43,6 +45,12 @@ class ForwardSpec:
     replica: int
     layers: Sequence[int]
     activation_bytes: int
+    other_bytes: int = field(default=0, kw_only=True)
+
+    @property
+    def label(self) -> str:
+        """The worker's name in messages."""
+        return f"worker {self.shard}.{self.replica}"
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from shardprune.shard.device_errors import device_errors
 from shardprune.shard.ledger import Kind, Ledger
+from shardprune.shard.spec import ForwardSpec
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _HasLedger(Protocol):
+class _Worker(Protocol):
     ledger: Ledger
+    spec: ForwardSpec
 
 
 class _Verb(Protocol):
@@ -25,7 +27,8 @@ class _Verb(Protocol):
 
 
 def verb(kind: Kind, layer: str | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Make a method of a worker a verb: its calls run without gradients and enter the worker's ledger.
+    """Make a method of a worker a verb: its calls run without gradients and enter the worker's ledger, and errors of
+    its device say whose they are.
 
     Args:
         layer: the parameter that takes the index of the layer which a call is about; None where it is about none in
@@ -37,14 +40,16 @@ def verb(kind: Kind, layer: str | None = None) -> Callable[[Callable[P, T]], Cal
         place = names.index(layer) - 1 if layer else None
 
         @functools.wraps(method)
-        def timed(self: _HasLedger, *args: Any) -> T:
-            started = time.monotonic()
-            try:
-                with torch.no_grad():
-                    return method(self, *args)  # type: ignore[call-arg, arg-type]
-            finally:
-                index = layer_of(cast(Callable[P, T], timed), args)
-                self.ledger.add(method.__name__, kind, index, time.monotonic() - started, _bytes(args))
+        def timed(self: _Worker, *args: Any) -> T:
+            # A device's clock comes upon its errors as well: those of calls before.
+            with device_errors(lambda: f"{self.spec.label}, {work_of(timed, args)}"):
+                started = self.ledger.begin()
+                try:
+                    with torch.no_grad():
+                        return method(self, *args)  # type: ignore[call-arg, arg-type]
+                finally:
+                    index = layer_of(cast(Callable[P, T], timed), args)
+                    self.ledger.end(method.__name__, kind, index, started, _bytes(args))
 
         stated = cast(_Verb, timed)
         stated.kind, stated.layer = kind, place
@@ -76,6 +81,12 @@ def layer_of(method: Callable[..., Any], args: Sequence[Any]) -> int | None:
     """Return the index of the layer that a call of a verb with some arguments is about."""
     place = cast(_Verb, method).layer
     return None if place is None else args[place]
+
+
+def work_of(method: Callable[..., Any], args: Sequence[Any]) -> str:
+    """Return the name of a verb and the layer that a call with some arguments is about, for messages."""
+    index = layer_of(method, args)
+    return method.__name__ if index is None else f"layer {index}, {method.__name__}"
 
 
 def verbs_of(worker: type) -> dict[str, Callable[..., Any]]:

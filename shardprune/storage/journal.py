@@ -17,7 +17,7 @@ from shardprune.errors import InputError
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, RESULT, STATE
 from shardprune.storage.records import LayerRecord
-from shardprune.storage.safetensors_file import Shapes, read_header, read_tensor, write_each
+from shardprune.storage.safetensors_file import Shapes, StoredTensor, read_header, write_each
 
 KEY = "shardprune"  # of the record in the metadata of a layer file
 
@@ -147,9 +147,13 @@ class Journal:
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors of a finished layer by name, one at a time."""
+        for name, stored in self.stored_layer(layer, names).items():
+            yield name, stored.read()
+
+    def stored_layer(self, layer: int, names: Iterable[str]) -> dict[str, StoredTensor]:
+        """Return tensors of a finished layer in its file, by name."""
         entries, _ = read_header(self.folder, self.layer_file(layer))
-        for name in names:
-            yield name, read_tensor(self.folder, entries[self._stored_name(name)])
+        return {name: StoredTensor(self.folder, entries[self._stored_name(name)]) for name in names}
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and remove the state, which is no longer needed."""

@@ -94,12 +94,33 @@ def _entry(folder: Folder, file: str, offset: int, value: dict) -> Entry:
     return entry
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a file."""
+
+    folder: Folder
+    entry: Entry
+
+    def read(self) -> Tensor:
+        """Read the tensor into memory of its own."""
+        return read_tensor(self.folder, self.entry)
+
+    def read_part(self, start: int, buffer: Tensor) -> None:
+        """Fill a buffer of bytes (uint8, contiguous, on the CPU) with the tensor's from `start` on."""
+        self.folder.read_into(self.entry.file, self.entry.start + start, _bytes(buffer))
+
+
 def read_tensor(folder: Folder, entry: Entry) -> Tensor:
     """Read one tensor into memory of its own."""
-    tensor = torch.empty(entry.shape, dtype=entry.dtype)
-    if tensor.numel():
-        folder.read_into(entry.file, entry.start, _bytes(tensor))
-    return tensor
+    return read_elements(folder, entry, 0, math.prod(entry.shape)).reshape(entry.shape)
+
+
+def read_elements(folder: Folder, entry: Entry, start: int, stop: int) -> Tensor:
+    """Read elements `start` to `stop` of a tensor, counted in C order, into memory of their own [stop - start]."""
+    elements = torch.empty(stop - start, dtype=entry.dtype)
+    if start < stop:
+        folder.read_into(entry.file, entry.start + start * entry.dtype.itemsize, _bytes(elements))
+    return elements
 
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

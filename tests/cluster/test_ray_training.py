@@ -5,7 +5,10 @@ import threading
 import time
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from shardprune.cluster.ray_training import _ends_an_attempt
 from shardprune.errors import InputError
 from tests.recovery.trainings import (
     QUIET,
@@ -49,7 +52,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, 
     killed = []
 
     def kill() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # on a busy machine processes take minutes to start
         checkpoint = tmp_path / "o" / "training" / "latest"
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -68,3 +71,18 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, 
     assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-4
     assert same_zeros(folder / "sparse", tmp_path / "o")
     assert not (tmp_path / "o" / "training").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (dist.DistBackendError("NCCL communicator was aborted"), True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (ValueError("a fault of the program"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_new_processes_go_on_after_a_gpu_or_a_link_fails(error, ends):
+    assert _ends_an_attempt(error) is ends

@@ -299,6 +299,7 @@ def test_what_a_lost_worker_left_behind_is_removed(folder, tmp_path, monkeypatch
         raise WorkerLost("killed")
 
     monkeypatch.setattr(PruneWorker, "write", dying)
+    monkeypatch.setattr(LocalBackend, "replaces", True)
     monkeypatch.setattr(LocalBackend, "settle", LocalBackend.slots)
     assert run(folder, tmp_path / "o", sparsity=0.5).restarts == 1
     assert not list((tmp_path / "o").glob(".*"))

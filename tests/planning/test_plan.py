@@ -57,7 +57,10 @@ def test_70b_fits(machines):
     if machines is SMALL:
         assert setup.streamed
     else:
-        assert plans["parallel"].candidate.seconds.total < plans["exact"].candidate.seconds.total / 2
+        # Exact propagation divides a layer over its replicas, but not the solving of one input nor the writing.
+        parallel, exact = (plans[name].candidate.seconds for name in ("parallel", "exact"))
+        assert parallel.total < exact.total
+        assert parallel.prune < exact.prune / 2
 
 
 def test_405b_does_not_fit_where_its_widest_projection_does_not():
@@ -88,7 +91,7 @@ def test_405b_does_not_fit_where_its_widest_projection_does_not():
         ({**EIGHT, "weights": "resident", "replicas": 8}, "--weights streamed"),
         ({**EIGHT, "weights": "resident", "shards": 1}, "a layout of its own choice"),
         ({**SMALL, "wave": 64}, "--wave 1"),
-        ({**SMALL, "host_memory": "10GB", "samples": 256}, "--samples 128"),
+        ({**SMALL, "host_memory": "12GB", "samples": 256}, "--samples 128"),
         ({**SMALL, "host_memory": "32GB", "samples": 1024, "method": "wanda", "measure_error": False}, "--nodes 2"),
         ({**SMALL, "gpu_memory": "16GB"}, "--method wanda --no-measure-error"),
     ],

@@ -32,7 +32,17 @@ def test_the_recipe_becomes_deepspeeds_words():
     assert config["zero_optimization"]["stage"] == 2
     assert config["bf16"] == {"enabled": False}
     assert config["optimizer"]["type"] == "AdamW"
-    assert config["optimizer"]["params"].items() >= {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}.items()
+    given = {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True, "fused": True}
+    assert config["optimizer"]["params"].items() >= given.items()
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_deepspeeds_own_optimizer_for_cpus_takes_no_settings_of_torchs():
+    assert not {"torch_adam", "fused"} & built(offload=True)["optimizer"]["params"].keys()
+
+
+def test_reductions_overlap_the_backward_pass_under_stage_2():
+    assert [built(zero=zero)["zero_optimization"].get("overlap_comm") for zero in range(4)] == [None, None, True, None]
 
 
 @pytest.mark.parametrize(
@@ -49,12 +59,12 @@ def test_what_is_offloaded(zero, offloaded):
 def test_overrides_reach_into_objects():
     overrides = {
         "optimizer": {"params": {"betas": [0.5, 0.6], "weight_decay": 0.3}},
-        "zero_optimization": {"overlap_comm": True},
+        "zero_optimization": {"overlap_comm": False},
         "wall_clock_breakdown": True,
     }
     config, plain = built(overrides), built()
     assert config["optimizer"]["params"] == plain["optimizer"]["params"] | {"betas": [0.5, 0.6], "weight_decay": 0.3}
-    assert config["zero_optimization"] == plain["zero_optimization"] | {"overlap_comm": True}
+    assert config["zero_optimization"] == plain["zero_optimization"] | {"overlap_comm": False}
     assert config["wall_clock_breakdown"] is True
     assert config["optimizer"]["type"] == "AdamW"
 

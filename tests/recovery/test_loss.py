@@ -1,57 +1,178 @@
-"""The losses against Hugging Face's own and against a loop."""
+"""The losses and their gradients against Hugging Face's own and against the formulas, and the memory that they take."""
 
 import math
 
+import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from shardprune.recovery.loss import hard_loss, soft_loss
-from shardprune.recovery.rows import IGNORED
+import shardprune.recovery.loss
+from shardprune.recovery.loss import Lesson, LossHead, divergence, loss_and_gradient
+from shardprune.recovery.questions import Questions
+from shardprune.recovery.rows import Example, Rows
+from shardprune.recovery.student import Student, Teacher, cap_of
+from tests.support.tiny import CONFIGS, make_model
+
+TOKENS, WIDTH, VOCABULARY = 11, 5, 9
 
 
-def logits_and_labels():
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    """Three chunks of predictions, the last one not full."""
+    monkeypatch.setattr(shardprune.recovery.loss, "CHUNK", 4)
+
+
+def inputs(dtype=torch.float32, bias=True):
+    """The head's input, the head, the tokens that follow, and a teacher's logits."""
     torch.manual_seed(0)
-    labels = torch.randint(0, 9, (3, 7))
-    labels[torch.rand(3, 7) < 0.4] = IGNORED
-    return torch.randn(3, 7, 9), torch.randn(3, 7, 9), labels
+    head = nn.Linear(WIDTH, VOCABULARY, bias=bias).to(dtype)
+    hidden = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
+    return hidden, head, torch.randint(0, VOCABULARY, (TOKENS,)), 3 * torch.randn(TOKENS, VOCABULARY, dtype=dtype)
 
 
-def test_the_hard_loss_is_hugging_faces_times_the_tokens_that_count(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder / "sparse")
-    _, _, labels = logits_and_labels()
-    tokens = torch.randint(0, 64, labels.shape)
+def plain_loss(hidden, head, targets, cap, lesson):
+    """The loss of every prediction in turn."""
+
+    def cut(logits, cap):
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    total = torch.zeros((), dtype=torch.float64)
+    for place, target in enumerate(targets.tolist()):
+        given = cut(hidden[place].double() @ head.weight.double().T + head.bias.double(), cap)
+        hard = -torch.log_softmax(given, 0)[target]
+        if lesson is None:
+            total = total + hard
+            continue
+        t = lesson.temperature
+        wanted = torch.softmax(cut(lesson.logits[place].double(), lesson.cap) / t, 0)
+        soft = t**2 * sum(p * (p.log() - q) for p, q in zip(wanted, torch.log_softmax(given / t, 0), strict=True))
+        total = total + lesson.weight * soft + (1 - lesson.weight) * hard
+    return total
+
+
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("taught", [None, (None, 1.7, 0.3), (2.0, 0.8, 1.0)], ids=str)
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_loss_and_its_gradients_are_the_formulas(cap, taught, trained):
+    hidden, head, targets, logits = inputs()
+    lesson = Lesson(logits, *taught) if taught else None
+    expected = plain_loss(hidden, head, targets, cap, lesson)
+    wanted = torch.autograd.grad(expected * 0.1, [hidden, head.weight, head.bias])
+    head.requires_grad_(trained)
+    loss_head = LossHead(head, cap)
+    assert dict(loss_head.named_parameters()).keys() == dict(head.named_parameters()).keys()
+    loss = loss_head(hidden, targets, lesson)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected)
+    (loss * 0.1).backward()
+    torch.testing.assert_close(hidden.grad, wanted[0])
+    for parameter, gradient in zip((head.weight, head.bias), wanted[1:], strict=True):
+        if trained:
+            torch.testing.assert_close(parameter.grad, gradient)
+        else:
+            assert parameter.grad is None
     with torch.no_grad():
-        output = model(tokens, labels=labels)
-    count = int((labels[:, 1:] != IGNORED).sum())
-    torch.testing.assert_close(hard_loss(output.logits, labels), output.loss * count)
+        assert torch.equal(loss_head(hidden, targets, lesson), loss)
 
 
-def test_the_soft_loss_is_the_divergence_of_every_prediction_that_counts():
-    student, teacher, labels = logits_and_labels()
-    temperature = 1.7
-    total = 0.0
-    for row in range(3):
-        for place in range(1, 7):
-            if labels[row, place] == IGNORED:
-                continue
-            wanted = torch.softmax(teacher[row, place - 1] / temperature, 0).tolist()
-            given = torch.softmax(student[row, place - 1] / temperature, 0).tolist()
-            total += temperature**2 * sum(p * math.log(p / q) for p, q in zip(wanted, given, strict=True))
-    assert abs(float(soft_loss(student, teacher, labels, temperature)) - total) < 1e-4
-    assert abs(float(soft_loss(teacher, teacher, labels, temperature))) < 1e-6
+def test_the_gradient_of_a_loss_is_numerically_right():
+    _, _, targets, logits = inputs()
+    given = torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)
+    lesson = Lesson(logits, 2.0, 1.7, 0.3)
+    _, gradient = loss_and_gradient(given, targets, 1.5, lesson)
+    for place, column in ((0, 0), (3, int(targets[3])), (10, 8)):
+        step = torch.zeros_like(given)
+        step[place, column] = 1e-2
+        ends = [loss_and_gradient(given + sign * step, targets, 1.5, lesson)[0] for sign in (1, -1)]
+        assert float(ends[0] - ends[1]) / 2e-2 == pytest.approx(float(gradient[place, column]), abs=2e-3)
 
 
-def test_losses_are_computed_in_float32():
-    student, teacher, labels = (
-        tensor.bfloat16() if tensor.is_floating_point() else tensor for tensor in logits_and_labels()
-    )
-    hard, soft = hard_loss(student, labels), soft_loss(student, teacher, labels, 2.0)
-    assert hard.dtype == soft.dtype == torch.float32
-    torch.testing.assert_close(hard, hard_loss(student.float(), labels))
-    torch.testing.assert_close(soft, soft_loss(student.float(), teacher.float(), labels, 2.0))
+def test_in_bf16_losses_are_computed_and_sums_over_chunks_kept_in_float32():
+    hidden, head, targets, logits = inputs(torch.bfloat16)
+    lesson = Lesson(logits, None, 2.0, 0.5)
+    loss = LossHead(head, None)(hidden, targets, lesson)
+    loss.backward()
+    products = nn.functional.linear(hidden, head.weight, head.bias).detach()  # rounded, as the model makes them
+    expected, gradient = loss_and_gradient(products, targets, None, lesson)
+    torch.testing.assert_close(loss, expected)
+    rounded = gradient.bfloat16()
+    exact = rounded.double().T @ hidden.detach().double()
+    torch.testing.assert_close(head.weight.grad, exact.bfloat16())
+    torch.testing.assert_close(hidden.grad, (rounded.double() @ head.weight.detach().double()).bfloat16())
 
 
-def test_nothing_that_counts_is_a_loss_of_zero():
-    student, teacher, labels = logits_and_labels()
-    nothing = torch.full_like(labels, IGNORED)
-    assert float(hard_loss(student, nothing)) == float(soft_loss(student, teacher, nothing, 2.0)) == 0
+def test_the_divergence_of_a_teacher_from_itself_is_nothing():
+    *_, logits = inputs()
+    loss, gradient = divergence(logits, logits, 1.7)
+    assert abs(float(loss)) < 1e-5
+    assert gradient.abs().max() < 1e-6
+
+
+def test_nothing_that_is_predicted_is_a_loss_of_zero():
+    hidden, head, targets, _ = inputs()
+    loss = LossHead(head, None)(hidden[:0], targets[:0])
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert not head.weight.grad.any()
+    assert not hidden.grad.any()
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_no_tensor_has_the_logits_of_all_predictions(monkeypatch, taught):
+    monkeypatch.setattr(shardprune.recovery.loss, "CHUNK", 32)
+    head = nn.Linear(2, 500)
+    hidden, targets = torch.randn(200, 2, requires_grad=True), torch.randint(0, 500, (200,))
+    lesson = Lesson(torch.randn(200, 500), 3.0, 2.0, 0.5) if taught else None
+    with Largest() as largest:
+        LossHead(head, 2.0)(hidden, targets, lesson).backward()
+    assert largest.elements == 32 * 500
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_family_loses_the_same_as_in_transformers(family, tmp_path):
+    """Its head with whatever it does to logits, on rows of different lengths of which only a part counts."""
+    make_model(tmp_path, family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    examples = [
+        Example(
+            torch.randint(0, 64, (length,), generator=generator).int(), torch.rand(length, generator=generator) < 0.7
+        )
+        for length in (7, 12, 3)
+    ]
+    rows = Rows.of([[example] for example in examples])
+    total, count, logits = 0.0, 0, []
+    for index in range(len(rows)):
+        row = rows.row(index)
+        labels = torch.where(row.learned, row.tokens.long(), -100)[None]
+        with torch.no_grad():
+            output = model(row.tokens.long()[None], labels=labels)
+        predicted = row.learned[1:]
+        total += float(output.loss) * int(predicted.sum()) if predicted.any() else 0.0
+        count += int(predicted.sum())
+        logits.append(output.logits[0, :-1][predicted])
+    questions = Questions.of(rows, range(3), mask=False)
+    assert len(questions.targets) == count == rows.targets(range(3))
+    with torch.no_grad():
+        cap = cap_of(model.config)
+        given = Teacher(model)(questions)
+        capped = given if cap is None else cap * torch.tanh(given / cap)
+        torch.testing.assert_close(capped, torch.cat(logits), rtol=1e-4, atol=1e-4)
+        assert math.isclose(float(Student(model)(questions)), total, rel_tol=1e-5)

@@ -4,7 +4,7 @@ from shardprune.recovery.loss_log import Loss, Losses
 
 
 def loss(step, value=1.0, held_out=None):
-    return Loss(step, value, learning_rate=0.1, gradient_norm=2.0, targets=7, held_out=held_out)
+    return Loss(step, value, 0.1, gradient_norm=2.0, targets=7, tokens=9, seconds=0.5, peak_bytes=10, held_out=held_out)
 
 
 def test_the_last_record_of_a_step_counts(tmp_path):

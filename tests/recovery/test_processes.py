@@ -1,8 +1,13 @@
-"""How many processes share a batch."""
+"""How many processes share a batch, and which GPU each takes."""
+
+import os
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from shardprune.recovery.batches import Processes, micro_batch_of
+from shardprune.recovery.worker import _prepare
 
 
 @pytest.mark.parametrize(("slots", "left"), [(9, 8), (8, 8), (7, 4), (5, 4), (3, 2), (1, 1)])
@@ -20,3 +25,15 @@ def test_a_batch_that_only_odd_numbers_share():
 )
 def test_a_micro_batch_is_about_4096_tokens_and_divides_its_part(batch, processes, length, micro):
     assert micro_batch_of(batch, processes, length) == micro
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_deepspeed_takes_the_gpu_that_the_process_was_given(monkeypatch, index):
+    """The rank on the node is another number where every process sees its own GPU alone."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR", "PATH"):
+        monkeypatch.setenv(name, "7")
+    _prepare(SimpleNamespace(recipe=SimpleNamespace(threads=1, device="cuda")), torch.device("cuda", index))
+    assert taken == [torch.device("cuda", index)]
+    assert os.environ["LOCAL_RANK"] == str(index)

@@ -19,6 +19,9 @@ UPDATES = {**STEPS, "lora_rank": 4, "lora_dropout": 0.2}
 WAYS = {"full": FULL, "low-rank": UPDATES}
 
 
+BF16 = {"precision": "bf16", "zero": 1}  # the stage with an optimizer of its own for gradients in float32
+
+
 @pytest.fixture(scope="module")
 def undisturbed(folder, tmp_path_factory):
     """Output and result of a training that nothing cuts off."""
@@ -92,6 +95,14 @@ def test_a_training_that_is_cut_off_goes_on(folder, undisturbed, way, place, tmp
     assert {path.name for path in out.iterdir()} == {path.name for path in reference.iterdir()}
 
 
+def test_a_training_in_bf16_goes_on_to_the_bit(folder, tmp_path):
+    expected = train(folder, tmp_path / "reference", **FULL, **BF16)
+    with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "o", **FULL, **BF16)
+    assert train(folder, tmp_path / "o", **FULL, **BF16).recovery.losses == expected.recovery.losses
+    assert differing(tmp_path / "o", tmp_path / "reference") == []
+
+
 def test_a_claim_that_a_kill_left_half_written_does_no_harm(folder, undisturbed, tmp_path):
     with cut_off(Folder, "write_text", lambda _, name, *__: name == "fingerprint"), pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "o", **FULL)
@@ -104,6 +115,10 @@ def test_a_claim_that_a_kill_left_half_written_does_no_harm(folder, undisturbed,
 def test_a_line_of_losses_that_was_cut_off_does_no_harm(folder, undisturbed, tmp_path):
     with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "o", **FULL)
+    records = Losses(str(tmp_path / "o" / "training")).read()
+    assert [record.step for record in records] == [1, 2, 3]
+    assert all(record.tokens > record.targets > 0 for record in records)  # the first token of a row is no target
+    assert all(record.seconds > 0 and record.peak_bytes > 2**20 for record in records)
     with next(tmp_path.glob("o/training/losses*")).open("a") as file:
         file.write('{"step": 4, "lo')
     result = train(folder, tmp_path / "o", **FULL)

@@ -63,6 +63,13 @@ def test_two_processes_that_train_all_weights_without_sparsity(folder, pair, pla
     check(train(folder, tmp_path / "o", pair, zero=0, **FULL), tmp_path / "o", plain(**FULL))
 
 
+@pytest.mark.parametrize(("zero", "shares"), [(2, 1), (3, 2)])
+def test_under_stage_3_each_process_reads_its_own_part_of_the_model(folder, pair, zero, shares, tmp_path):
+    train(folder, tmp_path / "o", pair, zero=zero, steps=1, lora_rank=2)
+    tensors = load_tensors(folder / "sparse").values()
+    assert pair.loaded_bytes == [sum(tensor.nbytes for tensor in tensors) // shares] * 2
+
+
 # -- a teacher --------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,6 +20,7 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows
 from shardprune.recovery.schedule import learning_rate
 from shardprune.report.progress import Reporter
+from shardprune.storage.folder import Folder
 from tests.support.tiny import CONFIGS, VOCABULARY, load_tensors, make_model
 from tests.support.words import WORDS, words_tokenizer
 
@@ -103,16 +105,19 @@ class Pair(LocalBackend):
         for worker in self.workers:
             worker.start()
         self.cut_after: int | None = None
+        self.loaded_bytes: list[int] = []  # that each process has read of the last training's model
 
     def train(self, spec, workers):
         """What the processes report; they end after the checkpoint of the step `cut_after`, if that is given."""
         with tempfile.TemporaryDirectory() as store:
             for end in self.ends:
                 end.send((spec, f"{store}/store", self.cut_after))
-            answers = []
+            answers, self.loaded_bytes = [], []
             for end in self.ends:
                 assert end.poll(120), "a process of the training hangs"
-                answers.append(end.recv())
+                answer, loaded = end.recv()
+                answers.append(answer)
+                self.loaded_bytes.append(loaded)
         if self.cut_after is not None:
             raise KeyboardInterrupt
         assert all(isinstance(answer, dict) for answer in answers), answers
@@ -140,14 +145,15 @@ def _serve(rank, end) -> None:
     while True:
         spec, store, cut_after = end.recv()
         dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+        loaded: list[int] = []
         try:
-            with _cut(cut_after):
-                answer = train_worker(spec)
+            with _cut(cut_after), _counted_loading(loaded):
+                answer = train_worker(spec, torch.device("cpu"))
         except BaseException as error:
             answer = repr(error)
         _end_group()
         torch.nn.functional.linear = linear
-        end.send(answer)
+        end.send((answer, sum(loaded)))
 
 
 def _cut(step):
@@ -161,6 +167,25 @@ def _cut(step):
             raise KeyboardInterrupt
 
     return patch.object(Checkpoints, "save", saving)
+
+
+@contextmanager
+def _counted_loading(sizes):
+    """Keep the sizes of what is read while a model is loaded."""
+    from shardprune.recovery import training
+
+    load, read = training.load_model, Folder.read_into
+
+    def reading(self, name, start, buffer):
+        sizes.append(len(buffer))
+        read(self, name, start, buffer)
+
+    def loading(*arguments):
+        with patch.object(Folder, "read_into", reading):
+            return load(*arguments)
+
+    with patch.object(training, "load_model", loading):
+        yield
 
 
 # -- the same in plain PyTorch ------------------------------------------------------------------------------------

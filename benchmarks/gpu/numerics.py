@@ -1,0 +1,54 @@
+"""Does it run, and is it right: the Gram matrix against float64, a solve on the device against one on the CPU."""
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.results import Rows
+from benchmarks.gpu.setting import Setting
+from shardprune.solvers import sparsegpt, wanda
+from shardprune.solvers.methods import Solution, Solver
+from shardprune.solvers.pattern import parse_pattern
+from shardprune.solvers.statistics import InputStatistics
+
+AGREE = 0.999  # of the mask: rounding in float32 flips near-ties
+NEAR = 1e-2  # relative distance of the weights: one flipped weight changes all that make up for it
+
+
+def run(setting: Setting, rows: Rows) -> None:
+    _gram(setting, rows)
+    _solve(setting, rows)
+
+
+def _gram(setting: Setting, rows: Rows) -> None:
+    """Compare sums of bfloat16 products with float64; of a width that no panel divides, too."""
+    for cols in (setting.size(4096, 256), setting.size(3000, 200)):
+        statistics = InputStatistics.empty("gram", cols, setting.device)
+        expected = torch.zeros(cols, cols, dtype=torch.float64, device=setting.device)
+        for _ in range(2):  # sequences, so that the Hessian 2/N X^T X is X^T X
+            tokens = torch.randn(2048, cols, device=setting.device, dtype=torch.bfloat16)
+            statistics.add(tokens, 1)
+            expected += tokens.double().t() @ tokens.double()
+        distance = float((statistics.hessian - expected).norm() / expected.norm())
+        rows.add(f"Gram matrix of {cols} inputs, distance from float64", distance, ok=distance < 1e-6)
+
+
+def _solve(setting: Setting, rows: Rows) -> None:
+    """Solve one projection on both devices."""
+    size = setting.size(1024, 256)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size, size, generator=generator)
+    mixing = torch.eye(size) + torch.randn(size, size, generator=generator) / size**0.5
+    inputs = torch.randn(4, 1024, size, generator=generator) @ mixing
+    for method, prune in (("sparsegpt", sparsegpt.prune), ("wanda", wanda.prune)):
+        for pattern in ("unstructured", "2:4"):
+            there, here = (_pruned(prune, weight, inputs, pattern, device) for device in (setting.device, "cpu"))
+            agree = float((there.mask.cpu() == here.mask).double().mean())
+            distance = float((there.weight.cpu() - here.weight).norm() / here.weight.norm())
+            rows.add(f"{method} {pattern}, masks agree with the CPU's", agree, ok=agree >= AGREE)
+            rows.add(f"{method} {pattern}, distance of the weights", distance, ok=distance < NEAR)
+
+
+def _pruned(prune: Solver, weight: Tensor, inputs: Tensor, pattern: str, device: str) -> Solution:
+    statistics = InputStatistics.empty("gram", weight.shape[1], device)
+    statistics.add(inputs.to(device), len(inputs))
+    return prune(weight.to(device), statistics, parse_pattern(pattern), 0.5)

@@ -1,0 +1,59 @@
+"""Settings of the solver's parts on one Hessian, each against the one that is in use: seconds, masks, weights."""
+
+from unittest.mock import patch
+
+import torch
+
+from benchmarks.gpu.results import Rows
+from benchmarks.gpu.setting import Setting
+from shardprune.solvers import factor, sparsegpt
+from shardprune.solvers.pattern import parse_pattern
+from shardprune.solvers.statistics import InputStatistics
+
+LEAVES = (256, 512, 1024, 2048)
+
+
+def run(setting: Setting, rows: Rows) -> None:
+    narrow = _statistics(setting.size(8192, 512), setting)
+    _leaves(narrow, setting, rows)
+    _sweeps(narrow, setting, rows)
+    del narrow
+    wide = _statistics(setting.size(28672, 640), setting)
+    taken = setting.seconds(lambda: factor.factorise(wide.sums, sparsegpt.DAMPING, wide.scale), repeats=1)
+    rows.add(f"factor of {len(wide.sums)} inputs", taken, "s")
+
+
+def _statistics(cols: int, setting: Setting) -> InputStatistics:
+    """Return sums over correlated inputs."""
+    statistics = InputStatistics.empty("gram", cols, setting.device)
+    mixing = torch.randn(64, cols, device=setting.device)
+    for _ in range(2):
+        common = torch.randn(cols, 64, device=setting.device) @ mixing
+        statistics.add(common.mul_(0.05).add_(torch.randn(cols, cols, device=setting.device)).bfloat16(), 1)
+    return statistics
+
+
+def _leaves(statistics: InputStatistics, setting: Setting, rows: Rows) -> None:
+    """Measure the factorisation with recursions that end at other sizes."""
+    field = "CUDA_LEAF" if setting.cuda else "LEAF"
+    reference = statistics.factor(sparsegpt.DAMPING)
+    cols = len(statistics.sums)
+    for leaf in LEAVES:
+        with patch.object(factor, field, leaf):
+            other = factor.factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale)
+            taken = setting.seconds(
+                lambda: factor.factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale), repeats=3
+            )
+        distance = float((other.steps - reference.steps).norm() / reference.steps.norm())
+        rows.add(f"factor of {cols} inputs, leaves of {leaf}", 1e3 * taken, "ms")
+        rows.add(f"leaves of {leaf}, distance from those in use", distance, ok=distance < 1e-4)
+
+
+def _sweeps(statistics: InputStatistics, setting: Setting, rows: Rows) -> None:
+    """Measure a square projection, factorised already."""
+    cols = len(statistics.sums)
+    weight = torch.randn(cols, cols, device=setting.device)
+    for name in ("unstructured", "2:4"):
+        pattern = parse_pattern(name)
+        taken = setting.seconds(lambda pattern=pattern: sparsegpt.prune(weight, statistics, pattern, 0.5), repeats=3)
+        rows.add(f"sweep of {cols} x {cols}, {name}", taken, "s")

@@ -1,0 +1,73 @@
+"""One process on one GPU needs torch and transformers, and nothing of what clusters, reports and trainings need."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.simulated_cuda import needs_simulated_cuda
+from tests.support.tiny import make_model, make_tokens
+
+ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2")
+WITHOUT = f"""
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in {ABSENT} else find(name, path, target)
+
+PathFinder.find_spec = staticmethod(find_spec)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bare")
+    make_model(folder / "model")
+    make_tokens(folder / "tokens.npy", samples=4)
+    return folder
+
+
+def carry_out(program: str) -> str:
+    done = subprocess.run([sys.executable, "-c", WITHOUT + program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def words(folder, out, device: str) -> list[str]:
+    options = {"--calibration": str(folder / "tokens.npy"), "--eval": str(folder / "tokens.npy"), "--out": str(out)}
+    options |= {"--sparsity": "0.5", "--samples": "4", "--seqlen": "24", "--backend": "local", "--threads": "1"}
+    flat = [word for option in options.items() for word in option]
+    return ["prune", str(folder / "model"), *flat, "--device", device, "--no-report"]
+
+
+def test_the_command_line_prunes(folder, tmp_path):
+    program = f"from shardprune.cli import main; main({words(folder, tmp_path / 'o', 'cpu')})"
+    assert "sparsity" in carry_out(program)
+    assert (tmp_path / "o" / "result.json").exists()
+
+
+@needs_simulated_cuda
+def test_the_command_line_prunes_on_a_gpu(folder, tmp_path):
+    program = f"""
+from tests.support.simulated_cuda import simulated_cuda
+from shardprune.cli import main
+with simulated_cuda():
+    main({words(folder, tmp_path / "o", "cuda")})
+"""
+    assert "sparsity" in carry_out(program)
+    assert (tmp_path / "o" / "result.json").exists()
+
+
+def test_python_prunes_rebuilds_and_searches(folder, tmp_path):
+    program = f"""
+from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
+common = dict(model={str(folder / "model")!r}, calibration={str(folder / "tokens.npy")!r}, samples=4, seqlen=24)
+common |= dict(backend="local", threads=1, report=False)
+prune(Recipe(out={str(tmp_path / "half")!r}, sparsity=0.5, **common))
+rebuild(RebuildRecipe(out={str(tmp_path / "rebuilt")!r}, sparse={str(tmp_path / "half")!r}, **common))
+mop(MopRecipe(out={str(tmp_path / "small")!r}, path="L", **common))
+"""
+    carry_out(program)
+    assert all((tmp_path / name / "result.json").exists() for name in ("half", "rebuilt", "small"))
