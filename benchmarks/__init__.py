@@ -13,4 +13,5 @@ searching        a MoP search on one worker and on several
 solver           SparseGPT on one projection against the column-by-column formulation
 streamed_memory  peak memory of a worker that streams a model larger than itself
 structured       perplexity and latency of shallower and narrower models
+writing_behind   the prune step with layers' files written behind the next layer, and at once
 """

@@ -4,9 +4,10 @@
 
 Random bf16 weights and activations; the layer is pruned as a worker prunes it: every wave goes through the dense layer
 while the Hessians of its four inputs accumulate, the seven projections are solved, every wave goes through the pruned
-layer. With `--warmup`, the default on a GPU, a small layer goes first, so that the CUDA context, cuBLAS handles and the
-lazy loading of kernels fall into no figure. The layer is pruned `--repeat` times, and each step's least seconds are
-printed. `--hidden` and `--intermediate` make it smaller, for a trial without a GPU (`--device cpu`).
+layer while its file is written (`written` is the rest of that; in a run it goes on beside the next layer). With
+`--warmup`, the default on a GPU, a small layer goes first, so that the CUDA context, cuBLAS handles and the lazy
+loading of kernels fall into no figure. The layer is pruned `--repeat` times, and each step's least seconds are printed.
+`--hidden` and `--intermediate` make it smaller, for a trial without a GPU (`--device cpu`).
 """
 
 import argparse
@@ -118,6 +119,7 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
             worker.finish(0),
             [worker.propagate(STREAM, wave, 0, "latest", False) for wave in waves],
         ),
+        "written": lambda: worker.written(0),
     }
     seconds = {}
     for label, step in steps.items():

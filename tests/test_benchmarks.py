@@ -42,6 +42,7 @@ SMALL = {
         *("--eval", "constraints.txt", *TEXT),
     ),
     "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
+    "writing_behind": ("--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16", "--repeats", "1"),
     "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
 PRINTED = {
@@ -56,6 +57,7 @@ PRINTED = {
     "structured": "| 0.1 | MoP, perplexity path |",
     "solver": "masks agree",
     "streamed_memory": "peak",
+    "writing_behind": "| behind |",
 }
 
 

@@ -21,6 +21,19 @@ def device_of(asked: Literal["auto", "cpu", "cuda"], slots: Slots) -> Literal["c
     return device
 
 
+def exchange_of(
+    asked: Literal["auto", "group", "store"], backend: str, device: str
+) -> Literal["auto", "group", "store"]:
+    """Return the way of tensors between workers; `auto` where there is one process, and so no way.
+
+    On GPUs NCCL copies from memory to memory, and the object store over the host three times. On CPUs gloo copies
+    through sockets, which is no faster than shared memory.
+    """
+    if backend == "local" or asked != "auto":
+        return asked
+    return "group" if device == "cuda" else "store"
+
+
 def threads_of(slots: Slots, workers: int) -> int:
     """Return the CPU threads of each of `workers` workers."""
     return max(1, min(slots.cpus // workers, slots.cpus_of_a_node))

@@ -47,6 +47,13 @@ class Group(Protocol):
             WorkerLost: the worker or its node died.
         """
 
+    def ranks(self, shard: int, replicas: Sequence[int]) -> tuple[int, ...] | None:
+        """Return the ranks of workers in the process group of all; None where there is none and tensors travel as
+        arguments.
+
+        Verbs that take `ranks` are called for all of them in one go, by one thread: see `shardprune.shard.peers`.
+        """
+
     def close(self) -> None: ...
 
 
@@ -150,6 +157,9 @@ class ReplicaSubset:
 
     def get(self, ref: Ref[T]) -> T:
         return self._group.get(ref)
+
+    def ranks(self, shard: int, replicas: Sequence[int]) -> tuple[int, ...] | None:
+        return self._group.ranks(shard, [self.members[replica] for replica in replicas])
 
     def close(self) -> None:
         self._group.close()

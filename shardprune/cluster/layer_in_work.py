@@ -55,14 +55,20 @@ class LayerInWork:
 
     def reduce(self, statistics: Mapping[str, int]) -> list[Ref[None]]:
         """Merge statistics of the layer, each at the replica given with its name; return references to wait for."""
-        if self.layout.replicas == 1:
+        replicas = range(self.layout.replicas)
+        if len(replicas) == 1:
             return []
+        if ranks := self.group.ranks(self.shard, replicas):
+            return [
+                self.ask(replica, ForwardWorker.sum_up, name, ranks, ranks[taker])
+                for name, taker in statistics.items()
+                for replica in replicas
+            ]
         # Every replica hands out all its sums before any merges: a worker's calls run in order, and sums behind a merge
         # would keep the others waiting.
         parts = {
             name: [
-                None if replica == taker else self.ask(replica, ForwardWorker.hand_out, name)
-                for replica in range(self.layout.replicas)
+                None if replica == taker else self.ask(replica, ForwardWorker.hand_out, name) for replica in replicas
             ]
             for name, taker in statistics.items()
         }
@@ -73,6 +79,9 @@ class LayerInWork:
         others = self.others(source)
         if not others:
             return []
+        replicas = range(self.layout.replicas)
+        if ranks := self.group.ranks(self.shard, replicas):
+            return [self.ask(replica, PruneWorker.broadcast, names, ranks, ranks[source]) for replica in replicas]
         weights = self.ask(source, PruneWorker.solved, names)
         return [self.ask(replica, PruneWorker.install, weights) for replica in others]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from shardprune.cluster.defaults import threads_of
+from shardprune.cluster.defaults import exchange_of, threads_of
 from shardprune.cluster.group import Slots
 from shardprune.cluster.layout import Layout, Propagation, plan_layout
 from shardprune.model.checkpoint import place_of
@@ -44,6 +44,7 @@ class Placement:
             "out": self.out,
             "device": self.workers.device,
             "threads": self.workers.threads,
+            "exchange": self.workers.exchange,
             "wave": self.wave,
             "shards": len(self.layout.shards),
             "replicas": self.layout.replicas,
@@ -60,6 +61,7 @@ def worker_settings(fields: WorkerFields, model: str, device: str, dtype: torch.
         threads=threads,
         streamed=fields.asked.streamed,
         activations=fields.activations,
+        exchange=exchange_of(fields.exchange, fields.backend, device),
     )
 
 

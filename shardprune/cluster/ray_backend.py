@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 # starts for itself listens on loopback only. Both are read when Ray is imported.
 os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# Errors of calls whose values nobody asks for reach the driver by those calls that wait for them.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 # A submitted job's own runtime environment may set what WORKER_ENV passes on, which Ray refuses otherwise.
 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
@@ -33,6 +35,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
+from shardprune.cluster.ray_exchange import Exchange, Held, JoiningActor
 from shardprune.cluster.ray_metrics import metrics
 from shardprune.cluster.signals import handlers_kept
 from shardprune.errors import InputError, WorkerLost, first_line
@@ -80,15 +83,15 @@ class _StartedLater:
         self.ledger.watcher = metrics(self.spec.shard, self.spec.replica)
 
 
-class PruneActor(_StartedLater, PruneWorker):
+class PruneActor(_StartedLater, JoiningActor, PruneWorker):
     """A worker of `prune` and `rebuild`."""
 
 
-class MopActor(_StartedLater, MopWorker):
+class MopActor(_StartedLater, JoiningActor, MopWorker):
     """A worker of `mop`."""
 
 
-class ForwardActor(_StartedLater, ForwardWorker):
+class ForwardActor(_StartedLater, JoiningActor, ForwardWorker):
     """A worker of `evaluate`."""
 
 
@@ -201,7 +204,7 @@ class RayGroup:
     """Workers [shard][replica] as actors that are never restarted: the driver owns recovery.
 
     Raises:
-        InputError: the cluster does not free what the workers need.
+        InputError: the cluster does not free what the workers need, or they cannot join in a process group.
         WorkerLost: a worker died while it started.
     """
 
@@ -214,6 +217,7 @@ class RayGroup:
         bundle: dict[str, float] = {"CPU": cpus, **({"GPU": 1} if gpu else {})}
         self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
         self._actors: dict[tuple[int, int], Any] = {}
+        self._exchange: Exchange | None = None
         try:
             self._wait(len(specs), bundle, settings.device)
             actor_class = ray.remote(max_restarts=0, max_task_retries=0)(actor)
@@ -227,9 +231,18 @@ class RayGroup:
                 ).remote(spec)
             for ref in [self.submit(shard, replica, _StartedLater.start) for shard, replica in self._actors]:
                 self.get(ref)
+            if settings.exchange == "group" and len(specs) > 1:
+                self._join()
         except BaseException:
             self.close()
             raise
+
+    def _join(self) -> None:
+        """Make a process group of all workers."""
+        try:
+            self._exchange = Exchange(self._actors)
+        except LOST as error:
+            raise WorkerLost(first_line(error)) from error
 
     def _wait(self, workers: int, bundle: dict[str, float], device: str) -> None:
         """Wait until the cluster has freed what the workers need."""
@@ -245,11 +258,16 @@ class RayGroup:
         actor = self._actors.get((shard, replica))
         if actor is None:
             raise WorkerLost(f"worker {shard}.{replica} is gone")
+        if self._exchange:
+            return self._exchange.submit((shard, replica), verb, *args)
         # Ray builds an actor's methods from its class, by their names: the function itself cannot be called remotely.
         return getattr(actor, verb.__name__).remote(*args)
 
     def get(self, ref: Ref[T]) -> T:
+        assert not isinstance(ref, Held), "a tensor that a worker holds is no value of the driver"
         try:
+            if self._exchange:
+                self._exchange.wait(ref)
             return ray.get(ref)
         except LOST as error:
             raise WorkerLost(first_line(error)) from error
@@ -257,6 +275,11 @@ class RayGroup:
             if isinstance(error.cause, LOST) or context_is_dead(error.cause):
                 raise WorkerLost(first_line(error.cause)) from error
             raise error.cause or error from error
+
+    def ranks(self, shard: int, replicas: Sequence[int]) -> tuple[int, ...] | None:
+        if self._exchange is None:
+            return None
+        return tuple(self._exchange.ranks[shard, replica] for replica in replicas)
 
     def close(self) -> None:
         """End all workers and free their slots."""

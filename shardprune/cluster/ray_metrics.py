@@ -27,7 +27,7 @@ def metrics(shard: int, replica: int) -> Watcher:
             moved.inc(received)
         if kind in OF_ONE_WAVE:
             waves.inc(tags={"verb": verb})
-        elif kind == "write":
+        if verb == PruneWorker.written.__name__:  # `write` has only begun a file
             layers.inc()
         if verb == PruneWorker.solve.__name__:  # other verbs of its kind solve no single input
             solving.observe(seconds)

@@ -178,6 +178,8 @@ class Prepared:
         bytes of weights and gradients."""
         config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
         wave = self.wave * self.calibration.shape[1] * config.hidden_size * itemsize
+        if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
+            return store_bytes(self.layout, 0, sent=sent)
         return store_bytes(self.layout, wave, (self.shapes[0][name][1] for name in family.input_names), sent)
 
     @property
@@ -215,7 +217,8 @@ class Prepared:
         )
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
-        return needs(task, Setup(layout, self.streamed, may_leave, gpu))
+        joined = workers.exchange == "group" and layout.workers > 1
+        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined))
 
 
 @preflight()

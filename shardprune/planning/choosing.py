@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from shardprune.cluster.defaults import exchange_of
 from shardprune.cluster.layout import Propagation, plan_layout
 from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
@@ -13,7 +14,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
 from shardprune.shard.device_room import device_room, memory_for
-from shardprune.storage.quantities import gigabytes
+from shardprune.storage.quantities import duration, gigabytes
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,13 @@ def _held(
     """Yield the candidates of one layout: weights resident or streamed, waves on device or host."""
     segments = recipe.segments if propagation == "parallel" else None
     layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments)
+    joined = exchange_of(recipe.exchange, "ray", "cuda" if row.gpu else "cpu") == "group"
     for weights in ("resident", "streamed") if recipe.weights == "auto" else (recipe.weights,):
         places = ("device", "host") if recipe.activations == "auto" and row.gpu else (recipe.activations,)
         for place in places:
             on_host = place == "host" or not row.gpu
-            yield Candidate(task, Setup(layout, weights == "streamed", on_host, row.gpu), row, recipe.gpus)
+            setup = Setup(layout, weights == "streamed", on_host, row.gpu, joined and layout.workers > 1)
+            yield Candidate(task, setup, row, recipe.gpus)
 
 
 def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candidate | None:
@@ -130,6 +133,26 @@ def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candid
     if fitting:
         return min(fitting, key=lambda one: (round(one.seconds.total, 1), one.setup.layout.workers))
     return min(found, key=lambda one: max(one.excess)) if found else None
+
+
+def unused(recipe: PlanRecipe, model: Model, propagation: Propagation, chosen: Candidate) -> str | None:
+    """Return the reason why the chosen layout leaves GPUs without work; None where it uses all."""
+    there, used = recipe.nodes * recipe.gpus, chosen.setup.layout.workers
+    if used == there or (recipe.shards and recipe.replicas):
+        return None
+    more = [one for one in candidates(recipe, model, propagation) if one.setup.layout.workers > used]
+    fitting = [one for one in more if one.fits]
+    if not fitting:
+        none = "no layout on more of them fits" if more else "these options allow no layout on more of them"
+        return f"uses {used} of {there} GPUs: {none}"
+    # The one that uses most; of several that do, the fastest.
+    best = min(fitting, key=lambda one: (-one.setup.layout.workers, one.seconds.total))
+    layout, parts = best.setup.layout, Expected(best.costs).parts()
+    listed = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
+    return (
+        f"uses {used} of {there} GPUs: {len(layout.shards)} x {layout.replicas} (shards x replicas) would take"
+        f" {duration(best.seconds.total)}, a layer {listed}"
+    )
 
 
 def second_shard(recipe: PlanRecipe, model: Model) -> str:

@@ -4,11 +4,14 @@
 weights, and the driver. docs/planning.md has the formulae.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
+from shardprune.shard.peers import PIECE_BYTES
 from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
@@ -21,8 +24,14 @@ class Places:
     replicas: int
     per_node: int
 
+    def rank(self, shard: int, replica: int) -> int:
+        return shard * self.replicas + replica
+
     def node(self, shard: int, replica: int) -> int:
-        return (shard * self.replicas + replica) // self.per_node
+        return self.node_of(self.rank(shard, replica))
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.per_node
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,14 @@ class Costs:
         """Return the seconds to fetch bytes of a kept wave, or to store them."""
         return self._moved(count) if self.setup.waves_on_host else 0.0
 
+    def _leaves(self, count: float) -> float:
+        """Return the seconds of bytes from the device into the object store; a process group takes them there."""
+        return 0.0 if self.setup.joined else self._moved(count) + count / self.row.store
+
+    def _arrives(self, count: float) -> float:
+        """Return the seconds of bytes from the object store to the device."""
+        return 0.0 if self.setup.joined else self._moved(count)
+
     # -- waves --------------------------------------------------------------------------------------------------
 
     def wave_bytes(self, sequences: int) -> int:
@@ -67,12 +84,12 @@ class Costs:
 
     def embed(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
-        return self._touched(2 * count) + self._moved(count) + count / self.row.store
+        return self._touched(2 * count) + self._leaves(count)
 
     def forward(self, sequences: int, layers: int) -> float:
-        """Return the seconds of one wave through `layers` layers, from the store and back to it."""
+        """Return the seconds of one wave through `layers` layers, from another worker and on its way to the next."""
         count = self.wave_bytes(sequences)
-        return layers * self.layer(sequences) + 2 * self._moved(count) + count / self.row.store
+        return layers * self.layer(sequences) + self._arrives(count) + self._leaves(count)
 
     def accumulate(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
@@ -92,10 +109,13 @@ class Costs:
 
     def put(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
-        return self._touched(2 * count) + (0.0 if self.setup.waves_on_host else self._moved(count))
+        on_host, joined = self.setup.waves_on_host, self.setup.joined
+        return self._touched(2 * count) + (self._moved(count) if on_host == joined else 0.0)
 
     def take(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
+        if self.setup.joined:
+            return self._kept(count)
         return (0.0 if self.setup.waves_on_host else self._moved(count)) + count / self.row.store
 
     def fork(self, sequences: int) -> float:
@@ -105,7 +125,7 @@ class Costs:
         task = self.task
         tokens, vocabulary = sequences * task.seqlen, task.model.vocabulary
         products = 2 * tokens * task.model.hidden * vocabulary / self._products
-        return self._moved(self.wave_bytes(sequences)) + products + self._touched(24 * tokens * vocabulary)
+        return self._arrives(self.wave_bytes(sequences)) + products + self._touched(24 * tokens * vocabulary)
 
     # -- layers -------------------------------------------------------------------------------------------------
 
@@ -156,6 +176,33 @@ class Costs:
         count = self.projections_bytes(one)
         return self._moved(count) + self._touched(count)
 
+    # -- process group ------------------------------------------------------------------------------------------
+
+    def rate(self, ranks: Sequence[int]) -> float:
+        """Return the bytes per second that go from rank to rank of a chain, where it is slowest."""
+        nodes = {self.places.node_of(rank) for rank in ranks}
+        return self.row.peer if len(nodes) == 1 else min(self.row.peer, self.row.network)
+
+    def borders(self, ranks: Sequence[int]) -> int:
+        """Return how often a chain of ranks goes from node to node."""
+        nodes = [self.places.node_of(rank) for rank in ranks]
+        return sum(one != other for one, other in pairwise(nodes))
+
+    def sum_up(self, one: Input, ranks: Sequence[int]) -> float:
+        """Return the seconds to add up the sums of an input along a chain of ranks and on to the taker."""
+        count = self.sums_bytes(one)
+        return self._along(count, len(ranks), ranks) + self._touched(3 * count)
+
+    def broadcast(self, one: Input, ranks: Sequence[int]) -> float:
+        """Return the seconds to send the solved projections of an input along a chain of ranks."""
+        return self._along(self.projections_bytes(one), len(ranks) - 1, ranks)
+
+    def _along(self, count: int, hops: int, ranks: Sequence[int]) -> float:
+        """Return the seconds of bytes that go so many hops, piece behind piece."""
+        return (count + (hops - 1) * min(count, PIECE_BYTES)) / self.rate(ranks)
+
+    # -- the rest of a layer ------------------------------------------------------------------------------------
+
     def outliers(self) -> float:
         return self._touched(24 * self.task.model.projections)
 
@@ -176,12 +223,16 @@ class Costs:
 
     @property
     def crowd(self) -> int:
-        """The number of a node's workers that read weights at the same time: all of them, or only one shard's replicas
-        when streamed shards are pruned in turn.
+        """The number of reads of a node from storage that go on at the same time: of all its workers, or only of one
+        shard's replicas when streamed shards are pruned in turn. Replicas read the same layer, which comes from files
+        once (the rest from the page cache), and from object storage to each.
         """
         together = not self.setup.streamed or len(self.setup.layout.segments) > 1
         layout = self.setup.layout
-        return min(self.places.per_node, layout.workers if together else layout.replicas)
+        replicas = min(self.places.per_node, layout.replicas)
+        shards = min(-(-self.places.per_node // replicas), len(layout.shards)) if together else 1
+        readers = min(self.places.per_node, layout.workers if together else layout.replicas)
+        return readers if "://" in self.task.model.name else shards
 
     def read(self, elements: int) -> float:
         """Return the seconds to read tensors of `elements` elements while others of the node read theirs."""

@@ -21,10 +21,10 @@ class Hardware:
     """One accelerator and its share of a node.
 
     Rates are per second: `products` operations of 16-bit products (of a CPU, float32), `float32` operations, `memory`
-    and `link` bytes (of the accelerator's memory, and between it and the host), `sorted` weights sorted, `store` bytes
-    that one process puts into or takes from Ray's store. `network` and `storage` are a node's, in bytes. `bytes` is
-    the accelerator's memory, `host` the node's for each of them. `step` is the seconds of one column's own operations
-    in SparseGPT.
+    and `link` bytes (of the accelerator's memory, and between it and the host), `peer` bytes that it sends to another
+    one of its node, `sorted` weights sorted, `store` bytes that one process puts into or takes from Ray's store.
+    `network` and `storage` are a node's, in bytes. `bytes` is the accelerator's memory, `host` the node's for each of
+    them. `step` is the seconds of one column's own operations in SparseGPT.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Hardware:
     float32: float
     memory: float
     link: float
+    peer: float
     host: int
     network: float
     storage: float
@@ -51,14 +52,26 @@ class Hardware:
             float32=0.7 * self.float32,
             memory=0.6 * self.memory,
             link=0.5 * self.link,
+            peer=0.6 * self.peer,
             network=0.5 * self.network,
         )
 
 
 def _gpu(
-    name: str, gigabytes: int, products: float, float32: float, memory: float, link: float, host: int, network: float
+    name: str,
+    gigabytes: int,
+    products: float,
+    float32: float,
+    memory: float,
+    link: float,
+    peer: float,
+    host: int,
+    network: float,
 ) -> Hardware:
-    """Build a row from teraflops, gigabytes (per second), and a network in gigabits per second."""
+    """Build a row from teraflops, gigabytes (per second), and a network in gigabits per second.
+
+    `peer` is NVLink in one direction, or PCIe where there is none.
+    """
     return Hardware(
         name=name,
         bytes=gigabytes * GIGA,
@@ -66,6 +79,7 @@ def _gpu(
         float32=float32 * TERA,
         memory=memory * GIGA,
         link=link * GIGA,
+        peer=peer * GIGA,
         host=host * GIGA,
         network=network * GIGA / 8,
         storage=2 * GIGA,
@@ -77,15 +91,15 @@ def _gpu(
 HARDWARE: dict[str, Hardware] = {
     row.name: row
     for row in (
-        _gpu("b200", 180, 2250, 75, 8000, 64, 250, 400),
-        _gpu("h200", 141, 989, 67, 4800, 64, 250, 400),
-        _gpu("h100", 80, 989, 67, 3350, 64, 250, 400),
-        _gpu("a100", 80, 312, 19.5, 2039, 32, 125, 200),
-        _gpu("a100-40gb", 40, 312, 19.5, 1555, 32, 125, 200),
-        _gpu("l40s", 48, 362, 91.6, 864, 32, 96, 100),
-        _gpu("a10g", 24, 70, 31.2, 600, 32, 48, 25),
-        _gpu("l4", 24, 121, 30.3, 300, 32, 48, 25),
-        _gpu("rtx4090", 24, 165, 82.6, 1008, 32, 64, 10),
+        _gpu("b200", 180, 2250, 75, 8000, 64, 900, 250, 400),
+        _gpu("h200", 141, 989, 67, 4800, 64, 450, 250, 400),
+        _gpu("h100", 80, 989, 67, 3350, 64, 450, 250, 400),
+        _gpu("a100", 80, 312, 19.5, 2039, 32, 300, 125, 200),
+        _gpu("a100-40gb", 40, 312, 19.5, 1555, 32, 300, 125, 200),
+        _gpu("l40s", 48, 362, 91.6, 864, 32, 32, 96, 100),
+        _gpu("a10g", 24, 70, 31.2, 600, 32, 32, 48, 25),
+        _gpu("l4", 24, 121, 30.3, 300, 32, 32, 48, 25),
+        _gpu("rtx4090", 24, 165, 82.6, 1008, 32, 32, 64, 10),
         Hardware(
             name="cpu",
             bytes=6 * GIGA,
@@ -93,6 +107,7 @@ HARDWARE: dict[str, Hardware] = {
             float32=1.2e11,
             memory=1.3e10,
             link=1.3e10,
+            peer=2.5e9,
             host=6 * GIGA,
             network=10 * GIGA / 8,
             storage=GIGA,

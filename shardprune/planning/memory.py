@@ -14,6 +14,7 @@ from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
+from shardprune.solvers.sparsegpt import SUMMED
 from shardprune.solvers.stack import BLOCK
 from shardprune.solvers.triangles import PANELS, lower_entries
 
@@ -58,12 +59,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Setup:
-    """The placement of weights and waves by the workers of a layout."""
+    """The placement of weights and waves by the workers of a layout, which may be joined in a process group."""
 
     layout: Layout
     streamed: bool
     waves_on_host: bool
     gpu: bool
+    joined: bool = False
+
+    @property
+    def copies_sums(self) -> bool:
+        """Whether replicas send each other their sums as a whole: in a process group they go piece by piece."""
+        return self.layout.replicas > 1 and not self.joined
 
 
 class WorkerMemory:
@@ -136,9 +143,9 @@ class WorkerMemory:
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
-            left = self.model.inputs[place:] if self.setup.layout.replicas == 1 else self.model.inputs
+            left = self.model.inputs if self.setup.copies_sums else self.model.inputs[place:]
             held = sum(self._sums(other) for other in left)
-            exchanged = self._sent(one) if self.setup.layout.replicas > 1 else 0
+            exchanged = self._sent(one) if self.setup.copies_sums else 0
             for step, workspace in self._solve(one):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
@@ -169,11 +176,11 @@ class WorkerMemory:
     def _solve(self, one: Input) -> Iterator[tuple[str, int]]:
         """Yield the workspace of each step of solving the projections that read an input, without its sums."""
         task = self.task
-        square, weights, rows = one.cols**2, one.largest, max(one.rows.values())
+        square, weights, rows = one.cols**2, one.largest, sum(one.rows.values())
         dense = 4 * weights if task.itemsize != 4 else 0  # float32 layers are used as they are
         narrow = 2 * weights if task.stored != 4 else 0  # in the stored dtype
         yield "merge", 0
-        factor = 0
+        swept = 0
         # Checks of the result: finite entries, zeros, and N:M groups counted in int32.
         checking = (11 if task.grouped else 6) * weights
         # float32 values and int64 places, which CUDA's sort has three times; its top-k of half the entries takes less.
@@ -182,10 +189,11 @@ class WorkerMemory:
         if task.solver == "sparsegpt":
             # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
             split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
-            yield "factor", dense + 6 * square + split
-            factor = 4 * square
-            swept = factor + dense + 5 * weights  # float32 columns and the mask
-            yield "sweep", swept + 20 * BLOCK * rows
+            yield "factor", 6 * square + split
+            # Beside the factor, float32 columns and masks of all projections that read the input; then a block's scores
+            # and losses, or a part of the change.
+            swept = 4 * square + 5 * one.cols * rows
+            yield "sweep", swept + max(20 * BLOCK * rows, 4 * min(weights, SUMMED))
             yield "check", swept + narrow + checking
         elif task.solver == "magnitude":
             yield "select", dense + 4 * weights + (sorting if task.grouped else choosing)
@@ -196,11 +204,11 @@ class WorkerMemory:
         if task.solver != "sparsegpt":
             yield "check", dense + 5 * weights + narrow + checking
         if task.errors:
-            # The change, and a panel of its product with the Gram matrix, which a CPU also widens to float64; on CUDA
-            # the operands of the product are split.
-            pruned = narrow + 4 * weights
+            # A panel of the dense weight's product with the Gram matrix, which a CPU also widens to float64, on CUDA
+            # with split operands. The change is another weight, unless the sweep knows what outputs lose.
             split = 12 * min(PIECE, weights + square // PANELS) if self.setup.gpu else 0
-            yield "error", factor + dense + pruned + 4 * weights + 12 * weights // PANELS + split
+            pruned = swept if task.solver == "sparsegpt" else 8 * weights
+            yield "error", pruned + dense + narrow + 12 * weights // PANELS + split
 
     def _moment(
         self,
@@ -223,7 +231,7 @@ class WorkerMemory:
         if setup.waves_on_host and temporaries:
             temporaries += ON_THEIR_WAY * self._wave()
         device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
-        shipped = statistics if setup.layout.replicas > 1 else 0  # copies that are being sent to another replica
+        shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
         written = self._written() if phase == "prune" else 0
         host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)
         return Moment(phase, step, device, host)
@@ -296,8 +304,8 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
-    sent = task.model.projections * task.itemsize if setup.layout.replicas > 1 else 0
-    columns = (one.cols for one in task.model.inputs)
+    sent = task.model.projections * task.itemsize if setup.copies_sums else 0
+    columns = (one.cols for one in task.model.inputs if setup.copies_sums)
     return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from shardprune.cluster.layout import Propagation
 from shardprune.planning.chart import idle_share, rows_of
-from shardprune.planning.choosing import Candidate, choose, missing, remedies
+from shardprune.planning.choosing import Candidate, choose, missing, remedies, unused
 from shardprune.planning.growth import Growth, growth
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
@@ -18,8 +18,8 @@ PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan for one propagation: the layout, `missing` and `helps` if it does not fit, and the simulated growth if
-    asked for.
+    """The plan for one propagation: the layout, `missing` and `helps` if it does not fit, why GPUs are `unused` if some
+    are, and the simulated growth if asked for.
     """
 
     propagation: Propagation
@@ -28,6 +28,7 @@ class Planned:
     group: SimulatedGroup
     missing: str | None
     helps: list[str]
+    unused: str | None
     growth: list[Growth]
 
     @property
@@ -67,6 +68,7 @@ class Planned:
             "fits": self.fits,
             "missing": self.missing,
             "helps": self.helps,
+            "unused": self.unused,
             "layout": {
                 "shards": len(setup.layout.shards),
                 "replicas": setup.layout.replicas,
@@ -144,5 +146,6 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         short = None if candidate.fits else missing(candidate)
         helps = remedies(recipe, model, propagation, candidate) if short else []
         grown = growth(recipe, model, propagation) if simulated and candidate.fits else []
-        plans.append(Planned(propagation, candidate, traffic_of(group), group, short, helps, grown))
+        idle = None if short else unused(recipe, model, propagation, candidate)
+        plans.append(Planned(propagation, candidate, traffic_of(group), group, short, helps, idle, grown))
     return PlanResult(recipe, model, plans, simulated)

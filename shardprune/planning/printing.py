@@ -52,6 +52,8 @@ def _show_plan(plan: Planned, console: Console, unit: str) -> None:
     if plan.missing:
         console.print(f"missing: {plan.missing}", highlight=False, soft_wrap=True)
         console.print(f"what helps: {'; or '.join(plan.helps)}", highlight=False, soft_wrap=True)
+    if plan.unused:
+        console.print(plan.unused, highlight=False, soft_wrap=True)
     console.print(f"GB of a {unit} at its peak:", highlight=False)
     console.print(_memory_table(plan))
     if setup.gpu:

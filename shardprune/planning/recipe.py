@@ -106,6 +106,9 @@ class Choices(Settings):
         "auto", description="resident keeps all layers in memory; streamed loads one at a time"
     )
     activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
+    exchange: Literal["auto", "group", "store"] = Field(
+        "auto", description="Tensors between workers: process group (NCCL, gloo) or object store; auto: group on GPUs"
+    )
     dtype: Literal["auto", "float32"] = Field("auto", description="Compute dtype")
 
 

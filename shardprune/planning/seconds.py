@@ -32,6 +32,10 @@ class Expected:
 
         W (accumulate + propagate) + statistics + max over replicas of its solves + solved + install + unload,
 
+    in a process group with one chain for each input before the solves and one after them instead:
+
+        W (accumulate + propagate) + sums + max over replicas of its solves + broadcasts + unload,
+
     or in the time that its file takes, where that is longer: one is written while the next layer is in work.
     """
 
@@ -89,22 +93,34 @@ class Expected:
 
     def _layer(self) -> float:
         """Return the seconds to prune one layer, without writing it."""
+        parts = self.parts()
+        reading = parts.pop("reading")
+        return max(sum(parts.values()), reading)
+
+    def parts(self) -> dict[str, float]:
+        """Return the seconds of a layer: its waves, the replica that solves longest, what replicas exchange before and
+        after that, the copy on the host for its file, and the reading of a streamed layer, which goes on meanwhile.
+        """
         costs, task, replicas = self.costs, self.task, self.layout.replicas
-        sizes = self._sizes(task.samples)
-        seconds = sum(costs.accumulate(size) + costs.propagate(size) for size in sizes)
-        inputs = task.model.inputs
-        merges = [costs.merge(one, replicas) if replicas > 1 else 0.0 for one in inputs]
+        inputs, copied = task.model.inputs, self.setup.copies_sums
+        waves = sum(costs.accumulate(size) + costs.propagate(size) for size in self._sizes(task.samples))
+        merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
         load = [0.0] * min(replicas, len(inputs))
         for solve in solves:
             load[load.index(min(load))] += solve
-        seconds += max(load)
-        if replicas > 1:
+        exchange = 0.0
+        if copied:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
-            seconds += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
-            seconds += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
-        seconds += costs.unload()
-        return max(seconds, costs.read(task.model.layer)) if self.setup.streamed else seconds
+            exchange += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+            exchange += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
+        elif replicas > 1:
+            ranks = range(replicas)
+            exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
+        reading = costs.read(task.model.layer) if self.setup.streamed else 0.0
+        unloading = costs.unload()
+        parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": unloading}
+        return {**parts, "reading": reading}
 
     def _relays(self) -> float:
         """Return the seconds of sending waves to the first shard, and in exact propagation across every boundary."""
@@ -124,9 +140,9 @@ class Expected:
         return sum(stages[0]) + sum(max(stage) for stage in stages[1:])
 
     def _network(self, count: int) -> float:
-        """Return the seconds to send bytes between workers; 0 on a single node."""
+        """Return the seconds to send bytes between workers; 0 through the object store of a single node."""
         if self.layout.workers <= self.places.per_node:
-            return 0.0
+            return count / self.costs.row.peer if self.setup.joined else 0.0
         return count / self.costs.row.network
 
     def _reads(self, passes: int) -> float:

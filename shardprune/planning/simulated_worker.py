@@ -125,6 +125,20 @@ def _merge(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return worker.costs.merge(_input_of(worker, name), len(parts)) if index in worker.summed else 0.0, None, 0
 
 
+def _sum_up(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, name, ranks, _ = args
+    if index not in worker.summed:
+        return 0.0, None, 0
+    one = _input_of(worker, name)
+    return worker.costs.sum_up(one, ranks), None, worker.costs.sums_bytes(one)
+
+
+def _broadcast(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    _, names, ranks, _ = args
+    one = _input_of(worker, names[0])
+    return worker.costs.broadcast(one, ranks), None, worker.costs.projections_bytes(one)
+
+
 def _finish(worker: Worker, args: tuple[Any, ...]) -> Cost:
     worker.summed.clear()
     return 0.0, None, 0
@@ -178,12 +192,14 @@ class Row:
     """What a call of a verb takes.
 
     `reads` says which layers are read unless they are in memory: the one that the call is about, all of the shard, or
-    those of the shard that a wave goes through. `frame` is the part of the frame that is read likewise.
+    those of the shard that a wave goes through. `frame` is the part of the frame that is read likewise. Calls of all
+    replicas that make up a `chain`, summing or spreading, begin and end together; their bytes go from rank to rank.
     """
 
     cost: Callable[[Worker, tuple[Any, ...]], Cost] = _free
     reads: Literal["nothing", "layer", "shard", "passed"] = "nothing"
     frame: Literal["embedding", "head"] | None = None
+    chain: Literal["summing", "spreading"] | None = None
 
     def layers(self, worker: Worker, verb: Callable[..., Any], args: tuple[Any, ...]) -> list[int]:
         """The layers that a call reads unless they are in memory."""
@@ -211,10 +227,12 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.accumulate: Row(_accumulate, reads="layer"),
     ForwardWorker.hand_out: Row(_hand_out),
     ForwardWorker.merge: Row(_merge),
+    ForwardWorker.sum_up: Row(_sum_up, chain="summing"),
     ForwardWorker.outliers: Row(_outliers, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.solved: Row(_solved, reads="layer"),
     PruneWorker.install: Row(_install, reads="layer"),
+    PruneWorker.broadcast: Row(_broadcast, reads="layer", chain="spreading"),
     PruneWorker.write: Row(_write, reads="layer"),
     PruneWorker.written: Row(_written),
     PruneWorker.finish: Row(_finish),
@@ -222,10 +240,13 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.account: Row(),
 }
 
-# A simulated run evaluates no tasks, rebuilds no masks and removes no structures.
+# A simulated run evaluates no tasks, rebuilds no masks and removes no structures; what a group of actors calls
+# itself, for tensors on their way, takes the time until they arrive.
 NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
     {
         ForwardWorker.log_likelihoods,
+        ForwardWorker.send,
+        ForwardWorker.receive,
         NarrowedLayers.narrow,
         NarrowedLayers.choice,
         NarrowedLayers.install_narrowed,

@@ -8,8 +8,9 @@ clock moves when it waits for a value; lanes that go side by side share no shard
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class SimulatedGroup:
         nodes = {key: places.node(*key) for key in self.workers}
         shards_on = {node: len({key[0] for key in nodes if nodes[key] == node}) for node in set(nodes.values())}
         self._nodes, self._shards_on = nodes, shards_on
+        self._chains: dict[tuple[Any, ...], tuple[float, int]] = {}  # begin, and calls that have not come
         self._link_free: dict[tuple[int, int], float] = {}
         self._clocks: dict[int, float] = {}  # of the driver; of its lanes by shard, where several go side by side
         self._lanes = False
@@ -67,11 +69,14 @@ class SimulatedGroup:
         ready = self._ready(worker, verb, args, start)
         worker.now = ready
         seconds, value, count = ROWS[verb].cost(worker, args)
+        if kind := ROWS[verb].chain:
+            ready = self._meet(kind, verb, args, ready, count)
         worker.free = ready + seconds
         worker.busy += seconds
-        worker.reading += ready - start
+        worker.reading += ready - start if not kind else 0.0
         if ready + seconds > start:
-            worker.note(start, ready, "read", "read")
+            if not kind:
+                worker.note(start, ready, "read", "read")
             worker.note(ready, worker.free, verb.__name__, kind_of(verb))
         return Call(worker.free, value, count, (shard, replica))
 
@@ -79,6 +84,11 @@ class SimulatedGroup:
         assert isinstance(ref, Call)
         self._advance(ref.source[0], max(self._clock(ref.source[0]), ref.done))
         return ref.value
+
+    def ranks(self, shard: int, replicas: Sequence[int]) -> tuple[int, ...] | None:
+        if not self.setup.joined:
+            return None
+        return tuple(self.costs.places.rank(shard, replica) for replica in replicas)
 
     def close(self) -> None:
         pass
@@ -106,14 +116,35 @@ class SimulatedGroup:
         self._clocks[shard if self._lanes else 0] = time
         return time
 
+    def _meet(self, kind: str, verb: Callable[..., Any], args: tuple[Any, ...], ready: float, count: int) -> float:
+        """When the calls of a chain begin: as soon as all its workers have done what came before.
+
+        They are sent together, so that what comes before is known of all when the first one is sent.
+        """
+        ranks, end = args[-2], args[-1]
+        with self._lock:
+            if (verb, args) not in self._chains:
+                free = [self.workers[divmod(rank, self.setup.layout.replicas)].free for rank in ranks]
+                self._chains[verb, args] = max(ready, *free), len(ranks)
+                at = ranks.index(end)
+                chain = [*ranks, end] if kind == "summing" else [*ranks[at:], *ranks[:at]]
+                self.between_workers += count * sum(one != other for one, other in pairwise(chain))
+                self.between_nodes += count * self.costs.borders(chain)
+            begins, left = self._chains.pop((verb, args))
+            if left > 1:
+                self._chains[verb, args] = begins, left - 1
+        return max(begins, ready)
+
     def _arrival(self, call: Call, target: tuple[int, int]) -> float:
         """When a call's result is on the node of a worker; a node fetches it once, one result after the other."""
-        node = self._nodes[target]
+        node, joined = self._nodes[target], self.setup.joined
         with self._lock:
             if call.source != target:
                 self.between_workers += call.count
-            if not call.count or node == self._nodes[call.source]:
+            if not call.count or call.source == target:
                 return call.done
+            if node == self._nodes[call.source]:
+                return call.done + (call.count / self.costs.row.peer if joined else 0.0)
             if node not in call.arrived:
                 self.between_nodes += call.count
                 link = target[0], node

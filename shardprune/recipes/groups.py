@@ -127,6 +127,10 @@ class WorkerFields(BackendFields):
     shards: int | None = optional("exact 1, parallel GPUs", "Number of contiguous runs of layers", ge=1)
     replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the samples", ge=1)
     activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
+    exchange: Literal["auto", "group", "store"] = Field(
+        "auto",
+        description="Tensors between workers: process group (NCCL, gloo) or object store; auto: group on GPUs",
+    )
     dtype: Literal["auto", "float32"] = Field(
         "auto", description="Compute dtype; auto: stored dtype on GPUs, float32 on CPUs"
     )

@@ -186,7 +186,7 @@ class CalibrationResult(BaseModel):
 
 class WorkerResult(BaseModel):
     """`layers` are the first and last of the shard, if it has any; `peak_bytes` is resident memory, on a GPU allocated
-    memory."""
+    memory; `exchange` is the process group that tensors went through, `nccl` or `gloo`, None without one."""
 
     shard: int
     replica: int
@@ -194,6 +194,7 @@ class WorkerResult(BaseModel):
     node: str
     peak_bytes: int
     busy_seconds: float
+    exchange: str | None = None
 
 
 class TrainingLoss(BaseModel):

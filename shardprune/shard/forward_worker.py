@@ -19,6 +19,7 @@ from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
 from shardprune.shard.memory import memory_of, peak_bytes
+from shardprune.shard.peers import HeldTensor, Peers, travels
 from shardprune.shard.spec import ForwardSpec
 from shardprune.shard.streams import to_device, to_host
 from shardprune.shard.verbs import verb
@@ -43,6 +44,7 @@ class ForwardWorker:
             set_allocator()
             keep_float32()
         self.spec = spec
+        self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = Checkpoint(settings.model)
         with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
             self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
@@ -66,21 +68,39 @@ class ForwardWorker:
 
     # -- waves in and out -----------------------------------------------------------------------------------
 
+    @travels
     @verb("forward")
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the hidden states [wave, seqlen, hidden] that enter the first layer, for tokens [wave, seqlen]."""
         self.skeleton.load_frame(self.checkpoint, embedding=True)
-        return to_host(self.skeleton.embed(tokens))
+        return self.leaving(self.skeleton.embed(tokens))
 
     @verb("exchange")
     def put(self, stream: str, wave: int, hidden: Tensor) -> None:
         """Keep a wave [wave, seqlen, hidden]."""
         self.activations.put(stream, wave, hidden)
 
+    @travels
     @verb("exchange")
     def take(self, stream: str, wave: int) -> Tensor:
         """Give up a kept wave, for another worker."""
-        return self.activations.take(stream, wave)
+        return self.leaving(self.activations.take(stream, wave))
+
+    @verb("exchange")
+    def send(self, held: HeldTensor, to: int) -> None:
+        """Send a tensor that is held here to the worker of another rank."""
+        assert self.peers is not None
+        self.peers.send(held, to)
+
+    @verb("exchange")
+    def receive(self, held: HeldTensor) -> Tensor:
+        """Return a tensor that is held here or by another worker, which sends it."""
+        assert self.peers is not None
+        return self.peers.take(held)
+
+    def leaving(self, hidden: Tensor) -> Tensor:
+        """Return a tensor as it leaves this worker: on the device for a process group, else on the CPU."""
+        return to_device(hidden, self.skeleton.device).contiguous() if self.peers else to_host(hidden)
 
     @verb("forward")
     def losses(self, hidden: Tensor, tokens: Tensor) -> list[float]:
@@ -115,6 +135,7 @@ class ForwardWorker:
 
     # -- passing through ------------------------------------------------------------------------------------
 
+    @travels
     @verb("forward")
     def forward(
         self, wave: int, hidden: Tensor, version: Version, record: tuple[int, ...], stop: int, observed: bool
@@ -130,7 +151,7 @@ class ForwardWorker:
                 self.activations.put(segment_stream(index), wave, hidden)
             if index < stop:
                 hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
-        return to_host(hidden)
+        return self.leaving(hidden)
 
     @verb("propagate", layer="index")
     def propagate(self, stream: str, wave: int, index: int, version: Version, observed: bool) -> None:
@@ -162,10 +183,7 @@ class ForwardWorker:
 
         Those of an input are named by the first projection that reads it, those of a block by the block.
         """
-        sums = self.sums.get(index, {})
-        statistic = sums.pop(name, None)
-        if not sums:
-            self.sums.pop(index, None)
+        statistic = self._give_up(index, name)
         return statistic.part() if statistic else None
 
     @verb("exchange", layer="index")
@@ -176,6 +194,28 @@ class ForwardWorker:
         """
         if statistic := self.sums.get(index, {}).get(name):
             statistic.merge(parts)
+
+    @verb("exchange", layer="index")
+    def sum_up(self, index: int, name: str, ranks: Sequence[int], taker: int) -> None:
+        """Add up a statistic of a layer over the replicas of some ranks, all of which are in this call; the one of rank
+        `taker` has the sums of all then, the others have given theirs up. Nothing happens where this run does not need
+        the statistic.
+
+        The result is that of `hand_out` and `merge`, to the bit.
+        """
+        assert self.peers is not None
+        if (statistic := self.sums.get(index, {}).get(name)) is None:
+            return
+        samples = torch.tensor([statistic.samples], device=self.skeleton.device)
+        for tensor in (samples, *statistic.tensors().values()):
+            gathered = tensor.contiguous()  # a panel of a triangle is not
+            self.peers.sum_up(gathered, ranks, taker)
+            if gathered is not tensor and self.peers.rank == taker:
+                tensor.copy_(gathered)
+        if self.peers.rank == taker:
+            statistic.samples = int(samples)
+        else:
+            self._give_up(index, name)
 
     @verb("solve", layer="index")
     def outliers(self, index: int, m: float) -> Outliers:
@@ -226,6 +266,7 @@ class ForwardWorker:
             "peak_bytes": peak_bytes(self.skeleton.device),
             "busy_seconds": round(sum(seconds.values()), 3),
             "load_seconds": round(max(0.0, self.layers.load_seconds - seconds.get("load", 0.0)), 3),
+            "exchange": self.peers.backend if self.peers else None,
             "write_seconds": round(seconds.get("write", 0.0) + seconds.get("written", 0.0), 3),
         }
 
@@ -237,6 +278,14 @@ class ForwardWorker:
         """End what goes on beside the calls; a worker in a process of its own ends with that."""
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def _give_up(self, index: int, name: str) -> Summed | None:
+        """Remove a statistic of a layer and return it, if there is one."""
+        sums = self.sums.get(index, {})
+        statistic = sums.pop(name, None)
+        if not sums:
+            self.sums.pop(index, None)
+        return statistic
 
     def _run(
         self,

@@ -11,8 +11,9 @@ from shardprune.shard.current_layers import CurrentLayers, Saved, parameters_of
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
+from shardprune.shard.peers import travels
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.streams import to_device, to_host
+from shardprune.shard.streams import to_device
 from shardprune.shard.verbs import of_part, verb
 from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal
@@ -86,6 +87,7 @@ class MopWorker(ForwardWorker):
 
     # -- scoring candidates --------------------------------------------------------------------------
 
+    @travels
     @verb("forward")
     def run(self, wave: int, hidden: Tensor, layers: tuple[int, ...], version: Version, watched: Watched) -> Tensor:
         """Run one wave [wave, seqlen, hidden] through some of the shard's layers; return its image.
@@ -102,7 +104,7 @@ class MopWorker(ForwardWorker):
             if watched == "angles":
                 cosines = nn.functional.cosine_similarity(before.float(), hidden.float(), dim=-1)
                 self._angles.setdefault(index, {})[wave] = cosines.sum(dtype=torch.float64).cpu()
-        return to_host(hidden)
+        return self.leaving(hidden)
 
     @verb("exchange", layer="index")
     def angles(self, index: int) -> dict[int, float]:

@@ -112,10 +112,9 @@ def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Patter
     """Return what there is to know of a projection; `pruned` is its rounded weight."""
     lost = norm = dense.new_zeros((), dtype=torch.float64)
     if gram is not None:
-        wide = dense.float()
-        norm = gram_norm(wide, gram)
+        norm = gram_norm(dense.float(), gram)
         if solution.lost is None:
-            lost = gram_norm(wide - pruned, gram)
+            lost = gram_norm(dense.float() - pruned, gram)
         else:
             lost = solution.lost
             if pruned.dtype != torch.float32:

@@ -7,6 +7,7 @@ meanwhile; `written` waits for it before the next layer's `write`. Where masks a
 `solve`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -110,6 +111,15 @@ class PruneWorker(ForwardWorker):
         layer = self.layers.get(index, "dense")
         for name, weight in weights.items():
             projection_weight(layer, name).copy_(weight)
+
+    @verb("exchange", layer="index")
+    def broadcast(self, index: int, names: tuple[str, ...], ranks: Sequence[int], source: int) -> None:
+        """Put projections that the replica of rank `source` solved into the layer of those of all `ranks`, all of which
+        are in this call."""
+        assert self.peers is not None
+        layer = self.layers.get(index, "dense")
+        for name in names:
+            self.peers.broadcast(projection_weight(layer, name), ranks, source)
 
     # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 

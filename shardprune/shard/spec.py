@@ -15,7 +15,7 @@ class WorkerSettings:
     """The settings that all workers of a run share, as plain values that travel to another process.
 
     `model` is the checkpoint as every process finds it, `dtype` torch's name of the compute dtype. Where layers are
-    `streamed`, a worker holds one and reads the next ahead.
+    `streamed`, a worker holds one and reads the next ahead. `exchange` is `auto` where one process is all.
     """
 
     model: str
@@ -24,6 +24,7 @@ class WorkerSettings:
     threads: int
     streamed: bool
     activations: Literal["auto", "device", "host"]
+    exchange: Literal["auto", "group", "store"] = "auto"
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shardprune.shard.streams import Moment, SideStream, host_memory, to_device, to_host, used_here
+from shardprune.shard.streams import Moment, SideStream, host_memory, to_device, used_here
 
 
 def split(count: int, parts: int) -> list[range]:
@@ -93,13 +93,13 @@ class Activations:
         return coming.arrived()
 
     def take(self, stream: str, wave: int) -> Tensor:
-        """Remove a wave and return it on the CPU, ready to travel."""
+        """Remove a wave and return it where it is kept."""
         key = stream, wave
         if moment := self._whole.pop(key, None):
             moment.wait()
         if self._next and self._next.key == key:
             self._next = None
-        return to_host(self._waves.pop(key))
+        return self._waves.pop(key)
 
     def fork(self, stream: str, into: str) -> None:
         """Copy all waves of a stream to another."""

@@ -88,5 +88,5 @@ def _squared_change(dense: Tensor, pruned: Tensor, dead: Tensor) -> Tensor:
     size = max(1, SUMMED // len(dense))
     for before, after, gone in zip(dense.t().split(size), pruned.t().split(size), dead.split(size), strict=True):
         change = (before - after).masked_fill_(gone.unsqueeze(1), 0)
-        total += torch.linalg.vector_norm(change, dtype=torch.float64).square()
+        total += torch.linalg.vector_norm(change, dim=1).double().square_().sum()
     return total

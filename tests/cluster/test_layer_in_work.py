@@ -14,8 +14,8 @@ class Recording:
 
     concurrent = True
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, joined):
+        self.calls, self.joined = [], joined
 
     def submit(self, shard, replica, verb, *args):
         self.calls.append((shard, replica, verb.__name__, args))
@@ -24,13 +24,16 @@ class Recording:
     def get(self, ref):
         return ref
 
+    def ranks(self, shard, replicas):
+        return tuple(10 * shard + replica for replica in replicas) if self.joined else None
+
     def close(self): ...
 
 
-def in_work(replicas: int, layer: int = 5) -> LayerInWork:
+def in_work(replicas: int, layer: int = 5, joined: bool = False) -> LayerInWork:
     layout = plan_layout(8, 12, "exact", 2, replicas, None)
     waves = Waves(torch.zeros(12, 4), replicas, 2)
-    return LayerInWork(Recording(), layout, waves, "stream", layer, Step("step", 1, Reporter(quiet=True)))
+    return LayerInWork(Recording(joined), layout, waves, "stream", layer, Step("step", 1, Reporter(quiet=True)))
 
 
 def test_all_sums_are_handed_out_before_any_are_merged():
@@ -45,8 +48,9 @@ def test_all_sums_are_handed_out_before_any_are_merged():
     ]
 
 
-def test_one_replica_has_the_sums_of_all():
-    layer = in_work(1)
+@pytest.mark.parametrize("joined", [False, True])
+def test_one_replica_has_the_sums_of_all(joined):
+    layer = in_work(1, joined=joined)
     assert layer.reduce({"q": 0}) == []
     assert layer.share(("q",), 0) == []
     assert layer.group.calls == []
@@ -71,4 +75,16 @@ def test_solved_projections_go_to_all_others():
         (1, 1, "solved", (5, ("q", "k"))),
         (1, 0, "install", (5, "solved of 1")),
         (1, 2, "install", (5, "solved of 1")),
+    ]
+
+
+def test_replicas_of_a_process_group_go_through_one_chain_after_the_other():
+    layer = in_work(3, joined=True)
+    assert len(layer.reduce({"q": 0, "o": 2})) == 6
+    layer.share(("q", "k"), 1)
+    ranks = (10, 11, 12)
+    assert layer.group.calls == [
+        *((1, replica, "sum_up", (5, "q", ranks, 10)) for replica in range(3)),
+        *((1, replica, "sum_up", (5, "o", ranks, 12)) for replica in range(3)),
+        *((1, replica, "broadcast", (5, ("q", "k"), ranks, 11)) for replica in range(3)),
     ]

@@ -1,18 +1,18 @@
 """Real Ray actors: the same tensors as in one process, and real kills."""
 
-import json
+import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
+from shardprune.cli import main
+from shardprune.cluster import ray_exchange
+from shardprune.cluster.ray_exchange import Exchange
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
@@ -54,6 +54,17 @@ def recipe(folder, out, model="llama-3.1", **fields) -> Recipe:
         **fields,
     }
     return Recipe.checked(values)
+
+
+def test_an_address_where_no_cluster_answers(folder, tmp_path, capsys):
+    command = ["prune", str(folder / "llama-3.1"), "--out", str(tmp_path / "o"), "--address", "127.0.0.1:1"]
+    command += ["--calibration", str(folder / "tokens.npy"), "--samples", "4", "--seqlen", "24", "--sparsity", "0.5"]
+    with pytest.raises(SystemExit) as end:  # before `ray` connects this process
+        main(command)
+    assert end.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-1].startswith("error: address: no Ray cluster answers at '127.0.0.1:1'")
+    assert not (tmp_path / "o").exists()
 
 
 # The other families differ from these in nothing that a worker's process could change; tests/commands/test_prune.py
@@ -111,6 +122,40 @@ def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, t
     assert len(sharded.workers) == fields.get("shards", 1) * fields.get("replicas", 1)
 
 
+# The scenarios above go through the object store.
+JOINED = {
+    "shards and replicas": {"shards": 2, "replicas": 2, "allocation": "owl", **BARBER},
+    "replicas, more than inputs": {"replicas": 4, "samples": 11},
+    "parallel, streamed": {
+        "shards": 2,
+        "replicas": 2,
+        "segments": 3,
+        "propagation": "parallel",
+        "weights": "streamed",
+        "allocation": "mosaic",
+        "outlier_m": 3.0,
+    },
+    "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
+}
+
+
+@pytest.mark.parametrize("fields", JOINED.values(), ids=JOINED)
+def test_a_process_group_gives_the_same_bits(ray, folder, fields, tmp_path):
+    local = prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
+    joined = prune(recipe(folder, tmp_path / "ray", exchange="group", **fields), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "ray") == []
+    assert (joined.perplexity, joined.sparsity) == (local.perplexity, local.sparsity)
+    assert {worker.exchange for worker in joined.workers} == {"gloo"}
+    assert {worker.exchange for worker in local.workers} == {None}
+    assert (joined.recipe["exchange"], local.recipe["exchange"]) == ("group", "auto")
+
+
+def test_workers_that_do_not_reach_one_another(ray, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_exchange, "JOIN_SECONDS", 0.0)
+    with pytest.raises(InputError, match="exchange: 'group': the workers do not reach one another at .*; use store"):
+        prune(recipe(folder, tmp_path / "o", shards=2, exchange="group"), QUIET)
+
+
 def test_a_sparse_checkpoint_is_rebuilt_on_shards(ray, folder, tmp_path):
     prune(recipe(folder, tmp_path / "sparse", backend="local"), QUIET)
     fields = recipe(folder, "o").model_dump(include=set(RebuildRecipe.model_fields)) | {
@@ -127,6 +172,8 @@ SEARCHES = {
     "candidates one behind the other on shards": {"shards": 3, "criterion": "perplexity", "depth_rule": "cosine"},
     "shards and replicas": {"shards": 2, "replicas": 2, "criterion": "cosine", "score": "obs"},
     "every layer tried": {"shards": 2, "criterion": "random", "depth_rule": "perplexity", "correction": False},
+    "candidates side by side in a process group": {"shards": 3, "criterion": "kl", "exchange": "group"},
+    "replicas in a process group": {"shards": 1, "replicas": 4, "criterion": "cosine", "exchange": "group"},
 }
 
 
@@ -137,7 +184,8 @@ def search_recipe(folder, out, **fields) -> MopRecipe:
 
 @pytest.mark.parametrize("fields", SEARCHES.values(), ids=SEARCHES)
 def test_searches_equal_one_process(ray, folder, fields, tmp_path):
-    local = mop(search_recipe(folder, tmp_path / "local", **{**fields, "shards": 1, "backend": "local"}), QUIET)
+    alone = {**fields, "shards": 1, "backend": "local", "exchange": "auto"}
+    local = mop(search_recipe(folder, tmp_path / "local", **alone), QUIET)
     sharded = mop(search_recipe(folder, tmp_path / "ray", **fields), QUIET)
     assert (sharded.structure, sharded.perplexity) == (local.structure, local.perplexity)
     assert differing(tmp_path / "local", tmp_path / "ray") == []
@@ -183,85 +231,64 @@ def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_an_address_where_no_cluster_answers(folder, tmp_path):
-    command = [sys.executable, "-m", "shardprune", "prune", str(folder / "llama-3.1"), "--out", str(tmp_path / "o")]
-    command += ["--calibration", str(folder / "tokens.npy"), "--samples", "4", "--seqlen", "24", "--sparsity", "0.5"]
-    code = subprocess.run([*command, "--address", "127.0.0.1:1"], capture_output=True, text=True, check=False)
-    assert code.returncode == 2
-    assert code.stderr.strip().splitlines()[-1].startswith("error: address: no Ray cluster answers at '127.0.0.1:1'")
-    assert not (tmp_path / "o").exists()
-
-
 # -- kills ----------------------------------------------------------------------------------------------------
 
 
-def slow_recipe(out, **fields) -> Recipe:
-    """The bundled model with enough samples that there is time to interfere."""
+def bundled(out, **fields) -> Recipe:
+    """A run over the bundled model."""
     values = {
         "model": bundled_model(),
         "out": str(out),
         "sparsity": 0.5,
         "calibration": "stdlib",
-        "samples": 64,
-        "seqlen": 256,
+        "samples": 16,
+        "seqlen": 128,
         "threads": 1,
         **fields,
     }
     return Recipe.checked(values)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Outputs of the slow run in one process, by its layout."""
-    made = {}
-
-    def get(**fields) -> Path:
-        key = str(sorted(fields.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("undisturbed") / "o"
-            prune(slow_recipe(made[key], backend="local", **fields), QUIET)
-        return made[key]
-
-    return get
-
-
-def layer_files(out: Path) -> dict[str, int]:
-    """The finished layer files and when each was written."""
-    return {path.name: path.stat().st_mtime_ns for path in Path(out).glob("model-*")}
-
-
-def wait_for_layers(out: Path, count: int) -> dict[str, int]:
-    deadline = time.monotonic() + 120
-    while len(layer_files(out)) < count:
-        assert time.monotonic() < deadline, "no layer was finished in time"
-        time.sleep(0.02)
-    return layer_files(out)
-
-
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
-    values = slow_recipe("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
-    fields = {**values, "samples": 32, "seqlen": 128, "remove": 0.35, "criterion": "kl"}
+    values = bundled("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
+    fields = {**values, "remove": 0.35, "criterion": "kl"}
     undisturbed = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "local"), "backend": "local"}), QUIET)
-    states = []
-
-    def kill() -> None:
-        while len(states[-1]["path"] if states else []) < 2:
-            time.sleep(0.02)
-            assert not (tmp_path / "o" / "result.json").exists(), "the search was over before its third iteration"
-            if (tmp_path / "o" / "run.json").exists():
-                states.append(json.loads((tmp_path / "o" / "run.json").read_text()))
-        processes_of("MopActor")[-1].send_signal(signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "o"), "shards": 2}), QUIET)
-    killer.join()
+    moment = Moment("iteration 3", 0.5, lambda: kill(processes_of("MopActor")[-1]))
+    result = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "o"), "shards": 2}), Heard(moment))
+    assert moment.passed
     assert result.restarts == 1
     assert result.structure == undisturbed.structure
     assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
-def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
+def test_workers_die_in_the_middle_of_exchanges(ray, tmp_path, monkeypatch):
+    """In a chain that has begun, and in the next attempt while a wave goes from shard to shard: others wait for
+    the worker that is killed."""
+    submit, moments = Exchange.submit, ["sum_up", "put"]
+    processes = {}  # of the second replicas of both shards, by their group
+
+    def submitted(self, place, verb, *args):
+        if self not in processes:
+            asked = [self._actors[rank].__ray_call__.remote(lambda worker: os.getpid()) for rank in (1, 3)]
+            processes[self] = ray.get(asked)
+        ref = submit(self, place, verb, *args)
+        chain = verb.__name__ == "sum_up" and args[0] == 2 and place == (0, 0)
+        wave = verb.__name__ == "put" and args[0] == "segment from layer 0" and place == (1, 1)
+        if (chain or wave) and moments[:1] == [verb.__name__]:
+            moments.pop(0)
+            os.kill(processes[self][1 if wave else 0], signal.SIGKILL)
+        return ref
+
+    monkeypatch.setattr(Exchange, "submit", submitted)
+    fields = {"shards": 2, "replicas": 2}
+    result = prune(bundled(tmp_path / "o", exchange="group", **fields), QUIET)
+    prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
+    assert moments == []
+    assert result.restarts == 2
+    assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
+def test_workers_that_keep_dying_end_the_run(ray, tmp_path):
     stop = threading.Event()
 
     def kill_all() -> None:
@@ -273,9 +300,10 @@ def test_workers_that_keep_dying_end_the_run(ray, undisturbed, tmp_path):
     killer.start()
     try:
         with pytest.raises(WorkerLost):
-            prune(slow_recipe(tmp_path / "o", shards=2, max_restarts=1), QUIET)
+            prune(bundled(tmp_path / "o", shards=2, max_restarts=1), QUIET)
     finally:
         stop.set()
         killer.join()
-    assert prune(slow_recipe(tmp_path / "o", shards=2), QUIET).restarts == 2
-    assert differing(undisturbed(shards=2), tmp_path / "o") == []
+    assert prune(bundled(tmp_path / "o", shards=2), QUIET).restarts == 2
+    prune(bundled(tmp_path / "local", shards=2, backend="local"), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "o") == []

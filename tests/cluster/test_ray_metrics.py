@@ -49,7 +49,7 @@ def test_every_wave_counts_by_its_verb(ledger):
 
 
 def test_layers_solves_and_bytes_count(ledger):
-    for name, received in (("solve", 8), ("rebuild", 0), ("write", 0), ("put", 4)):
+    for name, received in (("solve", 8), ("rebuild", 0), ("write", 0), ("written", 0), ("put", 4)):
         ledger.add(name, kind_of(getattr(PruneWorker, name)), 2, 0.5, received)
     found = {name: [value for value, _ in metric.calls] for name, metric in MADE.items()}
     assert found["shardprune_solver_seconds"] == [0.5]

@@ -2,26 +2,28 @@
 
 import re
 import shlex
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import dedent
 
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ("console", "bash")
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 FILE_NAME = re.compile(r"`([\w./-]+\.\w+)`:$")
+COMMAND = r"(?P<command>(?:.*\\\n)*.+)"  # a backslash continues a line
+PLAIN = re.compile(rf"^{COMMAND}(?P<shown>)", re.MULTILINE)
+PROMPTED = re.compile(rf"^\$ {COMMAND}\n?(?P<shown>(?:(?!\$ ).*\n)*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code. One that is indented is of commands; a fence names its language.
+    """A block of code; its language is what its fence names, and `console` where it is indented.
 
     Attributes:
         line: of the page, on which the code begins.
-        file: which the paragraph before names at its end.
+        file: the file that the paragraph before names at its end.
         runs: False behind a comment `<!-- not run: why -->`.
     """
 
@@ -31,14 +33,14 @@ class Block:
     file: str | None
     runs: bool
 
-
-@dataclass(frozen=True)
-class Command:
-    """A command; `shown` is the output under it, where it stands behind a prompt `$ `."""
-
-    words: list[str]
-    line: int
-    shown: str
+    def commands(self) -> Iterator[tuple[int, list[str], str]]:
+        """The line and the words of every command, and the output that is shown under it behind a prompt `$ `."""
+        if self.language not in ("console", "bash"):
+            return
+        for found in (PROMPTED if self.text.startswith("$ ") else PLAIN).finditer(self.text):
+            text = re.sub(r"\[(.*?)\]", r"\1", found["command"].replace("\\\n", " "))  # [--option] is taken
+            if words := shlex.split(text, comments=True):
+                yield self.line + self.text.count("\n", 0, found.start()), words, found["shown"]
 
 
 @dataclass
@@ -58,50 +60,20 @@ class Page:
 
     @classmethod
     def parse(cls, name: str, text: str) -> "Page":
-        page = cls(name, text)
-        before, heading = "", False
+        page, before, heading = cls(name, text), "", False
         for token in MarkdownIt("commonmark").enable("table").parse(text):
             line = token.map[0] + 1 if token.map else 0
-            heading = heading or token.type == "heading_open"
             if token.type in ("fence", "code_block"):
-                language = token.info.strip() if token.type == "fence" else COMMANDS[0]
-                file = FILE_NAME.search(before)
-                code = textwrap.dedent(token.content)
-                start = line + (token.type == "fence")
-                page.blocks.append(Block(language, code, start, file and file[1], not NOT_RUN.search(before)))
+                indented, file = token.type == "code_block", FILE_NAME.search(before)
+                language, start = ("console", line) if indented else (token.info.strip(), line + 1)
+                runs = not NOT_RUN.search(before)
+                page.blocks.append(Block(language, dedent(token.content), start, file and file[1], runs))
                 before = ""
-            elif token.type == "html_block":
-                before = token.content
-            elif token.type == "inline":
-                before = token.content
-                for child in token.children or []:
-                    if child.type == "code_inline":
-                        page.inline.append((line, child.content))
-                    elif child.type in ("link_open", "image"):
-                        page.links.append((line, str(child.attrs.get("href") or child.attrs["src"])))
-                if heading:
-                    page.headings.append("".join(child.content for child in token.children or []))
-                    heading = False
+            elif token.type in ("html_block", "inline"):
+                before, parts = token.content, token.children or []
+                page.inline += [(line, part.content) for part in parts if part.type == "code_inline"]
+                targets = [part.attrs.get("href") or part.attrs.get("src") for part in parts]
+                page.links += [(line, str(target)) for target in targets if target]
+                page.headings += ["".join(part.content for part in parts)] if heading else []
+            heading = token.type == "heading_open"
         return page
-
-
-def commands_of(block: Block) -> Iterator[Command]:
-    """The commands of a block, one a line; a backslash continues a line, `[--option]` on it is taken."""
-    lines = block.text.splitlines()
-    prompted = block.text.startswith("$ ")
-    at = 0
-    while at < len(lines):
-        start = at
-        text = lines[at]
-        while text.endswith("\\"):
-            at += 1
-            text = f"{text[:-1]} {lines[at].strip()}"
-        at += 1
-        shown = []
-        while prompted and at < len(lines) and not lines[at].startswith("$ "):
-            shown.append(lines[at])
-            at += 1
-        words = [word.removeprefix("[") for word in shlex.split(text.removeprefix("$ "), comments=True)]
-        words = [word.removesuffix("]") if "[" not in word else word for word in words]
-        if words:
-            yield Command(words, block.line + start, "\n".join(shown))

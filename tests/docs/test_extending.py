@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.pages import COMMANDS, ROOT, Page, commands_of
+from tests.docs.pages import ROOT, Page
 from tests.support.tiny import load_tensors
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -64,9 +64,8 @@ def steps() -> list[tuple[str, str | list[str]]]:
     for block in Page.read(PAGE).blocks:
         if block.language == "python" and block.file is None:
             found.append(("python", block.text))
-        elif block.language in COMMANDS:
-            for command in commands_of(block):
-                words = command.words
+        else:
+            for _, words, _ in block.commands():
                 if words[0] == "shardprune":
                     found.append(("shardprune", [*words[1:], *SMALLER["shardprune"]]))
                 elif words[:3] == ["python", "-m", "pytest"]:

@@ -1,263 +1,160 @@
-"""Every command of README and docs/*.md runs as it stands, in the order of its page.
+"""The commands and the Python of README and docs/*.md run as they stand, in the order of their page.
 
-An indented block, and a fence named `console`, is of commands; other fences name their language. What cannot run here
-(a download, a cluster, an installation) stands behind a comment, `<!-- not run: why -->`: of its commands the options
-of ours and the files of the repository are checked, as in the headers of recipes and in the help. Nothing else needs
-to be known to write a page.
+A block that is indented, or fenced as `console` or `python`, runs; one behind `<!-- not run: why -->` does not, and
+test_commands.py reads its commands. A model, or an output of a run, that a page names without having made it is a tiny
+model that was pruned to half its weights. Nothing else needs to be known to write a page.
 
-The trade: pages run in this process with the sizes, models and data sets of conftest.py, whatever their recipes say.
-So a mistyped option, field, value or file, a wrong order, Python that raises and a plan that prints something else are
-found; numbers of real models, a hub name that does not exist, and the programs of others are not.
+The trade: recipes have the sizes of SMALL, and data sets twelve rows, whatever a page says. So a mistyped option,
+field, value or file, a wrong order, Python that raises and output that is not what a page shows are found; a hub's name
+that does not exist and the numbers of real models are not.
 """
 
 import io
 import json
+import os
 import re
 import shutil
-import traceback
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import datasets
 import pytest
-import typer
 
-from shardprune.cli import app, main
+from shardprune.cli import main
+from shardprune.evaluation.tasks import SETS
 from shardprune.recipes.settings import Settings
-from tests.docs.conftest import OUTPUTS, provide
-from tests.docs.pages import COMMANDS, ROOT, Block, Command, Page, commands_of
+from shardprune.storage import stdlib
+from tests.docs.pages import ROOT, Page
+from tests.evaluation.material import write_task
+from tests.support.running import run as prune
+from tests.support.tiny import GROUPED, make_model, make_tokens
+from tests.support.words import WORDS, words_tokenizer
 
-PARSERS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-ALL_PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+ALL = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 # test_extending.py runs the one on a copy of the package; the other is made from the code, its examples are the help's.
-PAGES = [path for path in ALL_PAGES if path.name not in ("extending.md", "reference.md")]
-HEADERS = sorted(
-    path for kind in ("jobs/recipes/*.yaml", "ray_configs/*.yaml", "cluster/**/*.sbatch") for path in ROOT.glob(kind)
-)
-REPOSITORY = re.compile(r"(?:benchmarks|cluster|dev|docs|jobs|ray_configs|shardprune|tests)/[\w./-]+\.\w+")
-REMOTE = re.compile(r"^(s3://|gs://|/)")
-MADE = {  # all outputs that a page makes
-    REMOTE.sub("remote/", out)
-    for path in ALL_PAGES
-    for out in re.findall(r"(?:--out |\bout=\"|\"out\": \")([\w./:-]+)", path.read_text())
-}
+PAGES = [path for path in ALL if path.name not in ("extending.md", "reference.md")]
+TEXT = " ".join(WORDS[3:] * 10)
+ROW = {"text": TEXT, "sentence": TEXT, "instruction": "one two", "input": "", "output": "three four five"}
+SMALL = {"backend": "local", "device": "cpu", "threads": 1, "report": False, "samples": 8, "seqlen": 24}
+SMALL |= {"eval_windows": 2, "windows": 2, "steps": 1, "batch": 4, "workers": 1}
+LEFT_TO_THE_COMMAND = ("address", "wave", "micro_batch", "epochs")
+NAME = r"(?<![\w./-])(?P<name>runs/[\w-]+|remote/[\w/-]+|OUT\b)"  # of an output
+OUTPUT = re.compile(rf"(?P<made>--out |--file |\bout=\"|\"out\": \")?{NAME}")
 
 
-class Checked(BaseException):
-    """What ends a command that is only checked, once its recipe is complete and right."""
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with a model of which half is zeros, and the tasks of the papers with two documents each."""
+    folder = tmp_path_factory.mktemp("pages")
+    name, values = GROUPED["llama-3.1"]
+    make_model(folder / "model", "llama", configs={"llama": (name, {**values, "max_position_embeddings": 4096})})
+    words_tokenizer().save_pretrained(folder / "model")
+    make_tokens(folder / "tokens.npy")
+    prune(folder, "pruned", sparsity=0.5)
+    for task in SETS["zeroshot"]:
+        write_task(folder / "tasks", task, documents=2)
+    return folder
 
 
-def problems_of(page: Page, material: Path) -> list[str]:
-    """What is wrong on a page, each with its line."""
+@pytest.fixture(autouse=True)
+def place(tiny, tmp_path, monkeypatch) -> None:
+    """The working directory of a page, with the repository's files, in which recipes become small once checked."""
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name not in ("build", "runs"):
+            (tmp_path / entry.name).symlink_to(entry)
+    construct, load_dataset = Settings.__init__, datasets.load_dataset
+
+    def construct_small(self, **values):
+        construct(self, **values)
+        for name in {"model", "sparse", "teacher"} & values.keys():
+            if values[name] and not re.match(rf"/|{NAME}", values[name]):  # of earlier runs
+                provide(values[name], tiny)
+        if getattr(self, "command", "pipeline") == "pipeline":  # whose steps are small
+            return
+        small = {name: value for name, value in SMALL.items() if name in type(self).model_fields}
+        small |= {"shards": min(values["shards"], 4)} if values.get("shards") else {}
+        small |= {"path": values["path"][:2]} if values.get("path") else {}
+        small |= {"tasks_dir": str(tiny / "tasks")} if values.get("tasks") else {}
+        if self.command == "evaluate" and not self.perplexity:
+            del small["seqlen"], small["windows"]
+        construct(self, **{name: value for name, value in values.items() if name not in LEFT_TO_THE_COMMAND} | small)
+
+    def load_row(path, *arguments, **options):
+        return load_dataset(path, *arguments, **options) if path == "json" else datasets.Dataset.from_list([ROW] * 12)
+
+    monkeypatch.setattr(Settings, "__init__", construct_small)
+    monkeypatch.setattr(datasets, "load_dataset", load_row)
+    monkeypatch.setattr(stdlib, "documents", lambda split: [TEXT] * 12)
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def provide(name: str, tiny: Path) -> None:
+    if not Path(name).exists():
+        shutil.copytree(tiny / "pruned", name)
+
+
+def follow(page: Page, tiny: Path) -> None:
+    """Run a page from top to bottom; the first thing that is wrong on it ends the test with its line."""
     names = {"__name__": "__main__"}
-    problems = []
-
-    def attempt(line: int, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:
-            said = str(error).partition("\nassert ")[0] or traceback.format_exc(limit=-3)
-            said = said if isinstance(error, AssertionError) else traceback.format_exc(limit=-3)
-            problems.append(f"{page.name}:{line}: {said}")
-
     for block in page.blocks:
         if block.language == "yaml" and block.runs:  # a command may stand before its recipe
             Path(block.file or "RECIPE.yaml").write_text(block.text)
     for block in page.blocks:
-        if block.language in COMMANDS:
-            for command in commands_of(block):
-                attempt(command.line, lambda: run(command, material) if block.runs else check(command))
+        assert block.language, f"{page.name}:{block.line}: a fence without a language; use text for what is none"
+        if block.language == "json":
+            [json.loads(value) for value in re.split(r"\n(?={)", block.text)]
         elif block.language == "python" and block.runs:
-            attempt(block.line, lambda: run_python(page, block, names, material))
-        elif block.language == "json":
-            attempt(block.line, lambda: [json.loads(value) for value in re.split(r"\n(?={)", block.text)])
-        elif not block.language:
-            problems.append(f"{page.name}:{block.line}: a fence without a language; use text for what is none")
-    return problems
+            read_what_is_made(block.text, tiny)
+            with redirect_stdout(io.StringIO()):
+                exec(compile("\n" * (block.line - 1) + block.text, page.name, "exec"), names)
+        elif block.runs:
+            for line, words, shown in block.commands():
+                run(f"{page.name}:{line}", [word.replace("s3://", "remote/") for word in words], shown, tiny)
 
 
-def run(command: Command, material: Path) -> None:
-    """Run a command of shardprune and compare what it prints with what the page shows under a prompt."""
-    assert command.words[0] == "shardprune", "only shardprune runs here; put <!-- not run: why --> before the block"
-    words = [REMOTE.sub("remote/", word) for word in command.words[1:]]
-    for before, word in zip(["", *words], words, strict=False):
-        if before == "--out" and word == "OUT":
-            shutil.rmtree(word, ignore_errors=True)  # which stands for another directory each time
-        elif before not in ("--out", "--file"):
-            provide_output(word, material)
-    code, said = ended(words)
-    fits = "does not fit" not in command.shown or code != 1
-    assert code == 0 or not fits, f"exit code {code}: {said.strip().splitlines()[-1]}"
-    for part in re.split(r"^\s*\.\.\.\s*$", command.shown, flags=re.MULTILINE):
-        assert squeezed(part) in squeezed(said), f"it prints something else:\n{said}"
+def read_what_is_made(text: str, tiny: Path) -> None:
+    """Put the outputs that a command or a program reads where they are, unless the page has made them there."""
+    found = list(OUTPUT.finditer(text))
+    for name in {output["name"] for output in found} - {output["name"] for output in found if output["made"]}:
+        provide(name, tiny)
 
 
-def run_python(page: Page, block: Block, names: dict, material: Path) -> None:
-    made = re.findall(r'(?:\bout=|"out": )"([^"]*)"', block.text)
-    for name in re.findall(rf'"({OUTPUTS.pattern})', block.text):
-        if name not in made:
-            provide_output(name.removesuffix("/result.json"), material)
-    code = compile("\n" * (block.line - 1) + block.text, page.name, "exec")
-    with redirect_stdout(io.StringIO()):
-        exec(code, names)
-
-
-def provide_output(name: str, material: Path) -> None:
-    """Put a pruned model where a page reads what another page has made."""
-    if OUTPUTS.fullmatch(name):
-        assert name == "OUT" or name in MADE, f"no page makes {name!r}"
-        provide(name, material / "pruned")
-
-
-def check(command: Command) -> None:
-    """Check of a command that cannot run here the parts that are ours: options, recipes, modules, files."""
-    words = [REMOTE.sub("remote/", word) for word in command.words]
-    for at, word in enumerate(words):
-        rest = words[at + 1 :]
-        if word == "shardprune" and (at == 0 or words[at - 1] == "--"):
-            check_ours(rest)
-        elif word == "-m" and rest[0].removeprefix("jobs.") in PARSERS:
-            check_job(rest[0].removeprefix("jobs."), rest[1:])
-        elif word == "-m":
-            module = find_spec(rest[0])
-            assert module, f"no module {rest[0]}"
-            source = Path(module.origin).read_text()
-            wrong = [word for word in rest if word.startswith("--") and f'"{word}"' not in source]
-            assert not (wrong and rest[0].startswith("benchmarks.")), f"no option {wrong}"
-        elif word.endswith(".sbatch"):
-            check_job(Path(word).stem, rest) if Path(word).stem in PARSERS else check_job(rest[0], rest[1:])
-        if REPOSITORY.fullmatch(word):
-            assert Path(word).exists(), f"no file {word}"
-    if words[0] == "make":
-        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in words[1:] if "=" not in word and word not in targets] == [], "no such target"
-
-
-def check_job(command: str, words: list[str]) -> None:
-    """A job takes its recipe first; pipeline does so on the command line, too."""
-    check_ours([command, *([] if command == "pipeline" else ["--recipe"]), *words])
-
-
-def check_ours(words: list[str]) -> None:
-    """Let the parser read a command, and its recipe be built where it has one that exists."""
-    command, *rest = words
-    assert command in PARSERS, f"shardprune has no command {command!r}"
-    try:
-        parameters = PARSERS[command].make_context(command, list(rest)).params
-    except typer.Exit:  # --help
-        return
-    except Exception as error:  # of whichever click typer uses
-        raise AssertionError(getattr(error, "message", error)) from error
-    recipe = parameters.get("recipe")
-    if "recipe" not in parameters or (recipe and re.fullmatch(r"RECIPE(\.yaml)?|r\.yaml", str(recipe))):
-        return
-    load = Settings.load.__func__
-
-    def stop(cls, *given):
-        load(cls, *given)
-        raise Checked
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Settings, "load", classmethod(stop))
-        try:
-            code, said = ended(words)
-        except Checked:
-            return
-    raise AssertionError(f"exit code {code}: {said.strip()}")
-
-
-def ended(words: list[str]) -> tuple[int, str]:
-    """The exit code of a command of ours, and all that it prints."""
+def run(place: str, words: list[str], shown: str, tiny: Path) -> None:
+    """Run a command of shardprune, and compare what it prints with what is shown under it."""
+    assert words[0] == "shardprune", f"{place}: {words[0]} cannot run; put <!-- not run: why --> before the block"
+    read_what_is_made(" ".join(words), tiny)
+    if words[-2:] == ["--out", "OUT"] or "--out OUT " in " ".join(words):
+        shutil.rmtree("OUT", ignore_errors=True)  # which stands for another directory each time
     said = io.StringIO()
-    with redirect_stdout(said), redirect_stderr(said):
-        try:
-            main(words)
-        except SystemExit as end:
-            return int(end.code or 0), said.getvalue()
-    raise AssertionError("a command ends with an exit code")
-
-
-def squeezed(text: str) -> str:
-    return "".join(text.split())
+    with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as end:
+        main(words[1:])
+    good = (0, 1) if "does not fit" in shown else (0,)
+    assert end.value.code in good, f"{place}: exit code {end.value.code}: {said.getvalue().strip()}"
+    for part in re.split(r"^\s*\.\.\.\s*$", shown, flags=re.MULTILINE):
+        assert "".join(part.split()) in "".join(said.getvalue().split()), f"{place}: prints else:\n{said.getvalue()}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_command_of_a_page_runs(path, folder, material):
-    problems = problems_of(Page.read(path), material)
-    assert not problems, "\n".join(problems)
+def test_what_a_page_shows_runs(path, tiny):
+    follow(Page.read(path), tiny)
 
 
-@pytest.mark.parametrize("path", HEADERS, ids=lambda path: path.name)
-def test_the_commands_in_a_header_are_right(path, folder):
-    text = re.sub(r"\\\n#\s*", "", path.read_text())
-    lines = re.findall(r"^#\s+((?:shardprune|sbatch|ray job|python -m) .*)$", text, re.MULTILINE)
-    assert lines or path.name == "kuberay-rayjob.yaml"
-    for line in lines:
-        for command in commands_of(Block("console", line, 1, None, False)):
-            check(command)
-
-
-@pytest.mark.parametrize("name", PARSERS)
-def test_the_example_in_the_help_of_a_command_is_right(name, folder):
-    example = PARSERS[name].epilog.partition("\n")[2]
-    (command,) = commands_of(Block("console", example, 1, None, False))
-    assert command.words[:2] == ["shardprune", name]
-    check(command)
-
-
-WRONG = """\
-    shardprune evaluate MODEL \\
-      --perplexity c4 --windows 1   # right
-    shardprune prune meta-llama/Llama-3.1-8B --out runs/b --sparsty 0.5
-    shardprune prune meta-llama/Llama-3.1-8B --out runs/b --sparsity 1.5
-    shardprnue prune MODEL --out OUT --sparsity 0.5
-    shardprune evaluate runs/c --perplexity c4
-
-<!-- not run: a cluster -->
-
-    ray job submit -- python -m jobs.prune RECIPE --out OUT    # right
-    ray job submit -- python -m jobs.prune RECIPE --ouput OUT
-    ray job submit -- python -m jobs.prune jobs/recipes/owl-sparsegpt-70.yaml --out OUT --sparsity 2
-    sbatch cluster/slurm/prune.sbatch jobs/recipes/nowhere.yaml MODEL --out OUT
-    shardprune trim MODEL
-    python -m benchmarks.solver --threads 2 --row 2
-
-```console
-$ shardprune plan ray_configs/models/llama-3.1-8b/config.json --gpu-memory 80GB
-...
-exact: does not fit
-```
-
-```python
-raise KeyError("x")
-```
-
-```yaml
-sparsity: 0.5
-alocation: owl
-```
-
-    shardprune prune MODEL --out OUT --recipe RECIPE.yaml
-"""
-FOUND = {
-    3: "No such option: --sparsty",
-    4: "sparsity: 1.5 is not allowed",
-    5: "only shardprune runs here",
-    6: "no page makes 'runs/c'",
-    11: "No such option: --ouput",
-    12: "sparsity: 2.0 is not allowed",
-    13: "'jobs/recipes/nowhere.yaml' cannot be read",
-    14: "shardprune has no command 'trim'",
-    15: "no option ['--row']",
-    18: "it prints something else",
-    24: "KeyError",
-    32: "alocation: no field of a recipe has this name",
+WRONG = {
+    "    shardprune prune MODEL --out OUT --sparsty 0.5": "wrong.md:1: exit code 2: .*No such option: --sparsty",
+    "    shardprune prune MODEL \\\n      --out OUT --sparsity 1.5": "wrong.md:1: .* sparsity: 1.5 is not allowed",
+    "Text.\n\n    shardprnue prune MODEL --out OUT": "wrong.md:3: shardprnue cannot run",
+    "```yaml\nalocation: owl\n```\n\n    shardprune prune MODEL --out OUT --recipe RECIPE.yaml": "alocation: no field",
+    "```console\n$ shardprune prune --help\n...\nno such line\n```": "wrong.md:2: prints else",
+    "```python\nraise AssertionError('here')\n```": "here",
+    "```\ntext\n```": "wrong.md:2: a fence without a language",
 }
 
 
-def test_what_is_wrong_on_a_page_is_found_with_its_line(folder, material):
-    problems = problems_of(Page.parse("wrong.md", WRONG), material)
-    assert [int(problem.split(":")[1]) for problem in problems] == list(FOUND), problems
-    for problem, reason in zip(problems, FOUND.values(), strict=True):
-        assert reason in problem
+@pytest.mark.parametrize("text", WRONG)
+def test_what_is_wrong_on_a_page_is_found(text, tiny):
+    with pytest.raises(AssertionError, match=re.compile(WRONG[text], re.DOTALL)):
+        follow(Page.parse("wrong.md", text), tiny)

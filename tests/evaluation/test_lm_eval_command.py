@@ -1,8 +1,7 @@
 """lm-eval's own command, with shardprune's model in it."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -12,14 +11,14 @@ from shardprune.errors import InputError
 from tests.evaluation.material import evaluated, make_readable, write_task
 
 
-def test_the_command_knows_the_model(tmp_path):
+def test_the_command_knows_the_model(tmp_path, monkeypatch):
     model = make_readable(tmp_path / "model")
     write_task(tmp_path / "tasks", "words", documents=20)
-    command = [sys.executable, "-m", "shardprune.evaluation.lm_eval", "--model", "shardprune"]
+    command = ["lm_eval", "--model", "shardprune"]
     command += ["--model_args", f"pretrained={model},shards=2,backend=local,threads=2"]
     command += ["--tasks", "words", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "o")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_module("shardprune.evaluation.lm_eval", run_name="__main__")
     (stored,) = (tmp_path / "o").rglob("results_*.json")
     found = json.loads(stored.read_text())
     own = evaluated(model, tasks="words", tasks_dir=str(tmp_path / "tasks"), shards=2).evaluation.tasks["words"]

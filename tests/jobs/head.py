@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -96,11 +97,12 @@ class Head:
 
     def busy(self) -> list[str]:
         """What runs of drivers and workers that do the work of a job."""
-        titles = []
-        for process in self.processes():
-            with suppress(psutil.NoSuchProcess):
-                titles.append(" ".join(process.cmdline()))
+        titles = [" ".join(_words(process)) for process in self.processes()]
         return [title for title in titles if "-m jobs." in title or "ray::PruneActor" in title]
+
+    def command(self, job: str) -> psutil.Process | None:
+        """The process of a job's command, once it has started."""
+        return next((process for process in self.processes() if _words(process)[1:3] == ["-m", job]), None)
 
     def close(self) -> None:
         processes = self.processes()
@@ -108,6 +110,20 @@ class Head:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(processes, timeout=30)
+
+
+def _words(process: psutil.Process) -> list[str]:
+    """The command line of a process, which may be gone."""
+    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return process.cmdline()
+    return []
+
+
+def is_told_to_stop(process: psutil.Process) -> bool:
+    """Whether a suspended process has a SIGTERM to act on once it is resumed."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 @contextmanager

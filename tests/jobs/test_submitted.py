@@ -9,13 +9,13 @@ import yaml
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
-from tests.jobs.head import Head, head
+from tests.jobs.head import Head, head, is_told_to_stop
 from tests.support.tiny import differing, make_tokens
 
 RECIPE = {
     "model": bundled_model(),
     "sparsity": 0.5,
-    "samples": 96,  # a run is stopped in its middle: `ray job stop` takes seconds to say so
+    "samples": 48,
     "seqlen": 256,
     "device": "cpu",
     "threads": 1,
@@ -81,8 +81,13 @@ def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, 
     out = folder / "out"
     command = ["python", "-m", "jobs.prune", str(folder / "good.yaml"), "--out", str(out)]
     assert cluster.submit(*command, wait=False, name="first").wait() == 0
+    driver = wait_until(lambda: cluster.command("jobs.prune"))
     wait_until(lambda: layers(out))
-    assert cluster.job("stop", "first").wait() == 0
+    driver.suspend()  # `ray job stop` takes seconds to say so, which is more than all layers take
+    stop = cluster.job("stop", "first")
+    wait_until(lambda: is_told_to_stop(driver))
+    driver.resume()
+    assert stop.wait() == 0
     kept = layers(out)
     assert 1 <= len(kept) < 8
     log, _ = cluster.job("logs", "first").communicate()
@@ -103,8 +108,10 @@ def layers(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in files if "model-00001-" not in file.name}
 
 
-def wait_until(true, seconds: float = 120.0) -> None:
+def wait_until(found, seconds: float = 120.0):
+    """What is found, once it is."""
     deadline = time.monotonic() + seconds
-    while not true():
+    while not (it := found()):
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
+    return it

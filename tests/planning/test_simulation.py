@@ -26,13 +26,22 @@ WAVE = 10.0
 
 
 def costs_of(
-    shards=1, replicas=1, propagation="exact", streamed=False, gpus=8, model="8b", kind=Costs, on_host=False, **fields
+    shards=1,
+    replicas=1,
+    propagation="exact",
+    streamed=False,
+    gpus=8,
+    model="8b",
+    kind=Costs,
+    on_host=False,
+    joined=False,
+    **fields,
 ):
     values = {"samples": 16, "wave": 1, **fields}
     recipe = PlanRecipe.checked({"model": str(CONFIGS / f"llama-3.1-{model}"), **values})
     shapes = read_model(recipe.model)
     layout = plan_layout(shapes.layers, recipe.samples, propagation, shards, replicas, None)
-    setup = Setup(layout, streamed, on_host, gpu=True)
+    setup = Setup(layout, streamed, on_host, gpu=True, joined=joined)
     return kind(planned_task(recipe, shapes), setup, recipe.row, Places(replicas, gpus))
 
 
@@ -122,6 +131,26 @@ def test_the_bytes_of_replicas_are_their_sums_and_solved_projections():
     assert traffic_of(group).between_nodes == 32 * across
 
 
+def test_in_a_process_group_sums_and_projections_go_from_rank_to_rank():
+    group = simulate(costs_of(1, 4, gpus=2, joined=True))
+    model = group.task.model
+    sums, solved = sum(4 * one.cols**2 for one in model.inputs), 2 * model.projections
+    # Three hops each; every layer's sums go on from the last replica to those that solve the other three inputs.
+    moved = traffic_of(group).between_workers - 32 * 3 * (sums + solved)
+    assert 0 < moved < 32 * sums
+    # Of the three hops of a chain one is between the nodes; broadcasts may come round to a second.
+    across = traffic_of(group).between_nodes
+    assert 32 * (sums + solved) <= across <= 2 * 32 * (sums + solved)
+
+
+def test_what_comes_before_a_chain_is_waited_for_by_all_its_workers():
+    apart, joined = (simulate(costs_of(1, 4, joined=joined, streamed=True)) for joined in (False, True))
+    assert joined.seconds < apart.seconds
+    # Where one worker goes from chain to chain, another waits in between; all end their last one together.
+    ends = [max(span.end for span in worker.spans if span.verb == "sum_up") for worker in joined.workers.values()]
+    assert ends == pytest.approx([ends[0]] * 4, abs=1e-2)
+
+
 def test_every_worker_reads_its_layers_once_or_once_per_pass():
     fields = {"eval": "wikitext2", "eval_windows": 4}
     resident, streamed = simulate(costs_of(2, **fields)), simulate(costs_of(2, streamed=True, **fields))
@@ -132,6 +161,8 @@ def test_every_worker_reads_its_layers_once_or_once_per_pass():
 
 
 LAYOUTS = [
+    {"replicas": 8, "streamed": True, "joined": True, "samples": 128, "model": "70b", "wave": 2},
+    {"shards": 4, "joined": True},
     {},
     {"streamed": True},
     {"streamed": True, "on_host": True},

@@ -19,9 +19,9 @@ from shardprune.shard.waves import Activations
 from shardprune.shard.write_behind import WriteBehind
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import StoredTensor, read_header, write_tensors
+from tests.support import simulated_cuda as simulation
 from tests.support.tiny import make_model
 
-simulation = pytest.importorskip("tests.support.simulated_cuda")
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 

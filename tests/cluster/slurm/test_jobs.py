@@ -9,8 +9,10 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -105,6 +107,21 @@ class Job:
     def log(self) -> str:
         return "\n".join(path.read_text() for path in self.folder.glob(f"*-{self.number}.log"))
 
+    def hold(self) -> None:
+        """Stop the command's process, which goes on where it is when it is released."""
+        (self._command,) = filter(self._is_command, psutil.process_iter())
+        self._command.suspend()
+        assert not (self.out / "result.json").exists(), "the run was over already"
+
+    def release(self) -> None:
+        self._command.resume()
+
+    def _is_command(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            ours = process.environ().get("SLURM_JOB_ID") == self.number
+            return ours and process.cmdline()[1:4] == ["-m", "shardprune", "prune"]
+        return False
+
     def layers(self) -> int:
         """How many files of layers there are."""
         return len(list(self.out.glob("model-*.safetensors")))
@@ -117,6 +134,17 @@ class Job:
         fields = {"state": "JobState", "exit_code": "ExitCode", "restarts": "Restarts", "node_list": "NodeList"}
         said = self._sandbox.client("scontrol", "show", "job", "-o", self.number).stdout
         return dict(word.split("=", 1) for word in said.split() if "=" in word)[fields[name]]
+
+
+def hold(layers: dict[Job, int]) -> None:
+    """Hold each job as soon as it has so many layers; asking Slurm meanwhile would take longer than a layer."""
+    end, waiting = time.monotonic() + WAIT_SECONDS, dict(layers)
+    while waiting:
+        assert time.monotonic() < end, "\n".join(job.log() for job in waiting)
+        for job in [job for job, count in waiting.items() if job.layers() >= count]:
+            job.hold()
+            del waiting[job]
+        time.sleep(0.01)
 
 
 def test_a_job_prunes_on_two_nodes(sandbox, tmp_path, monkeypatch):
@@ -145,20 +173,21 @@ def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int) -
 def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, tmp_path, tmp, monkeypatch):
     """Of two jobs on the same nodes one is cancelled, and leaves nothing behind. The other loses a node and goes on,
     and after Slurm's notice of its time limit again, on the nodes that are left."""
-    values = recipe(tmp_path, "out", samples=128, threads=1)
+    values = recipe(tmp_path, "out", samples=32, threads=1)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     job = submitted(sandbox, tmp_path, "out", tmp, nodes=3)
     cancelled = submitted(sandbox, tmp_path, "cancelled", tmp, nodes=2)
-    for each in (job, cancelled):
-        each.wait("the first layer", lambda: each.layers() > 0)
+    hold({job: 1, cancelled: 1})
     finished = {path: path.stat().st_mtime_ns for path in job.out.glob("model-*.safetensors")}
     sandbox.kill_node("node3")
     sandbox.client("scancel", cancelled.number)
+    for each in (job, cancelled):
+        each.release()
     job.wait("going on", lambda: "going on with what is left" in job.log())
-    layers = job.layers()
-    job.wait("another layer", lambda: job.layers() > layers)
+    hold({job: job.layers() + 1})
     assert job.state == "RUNNING", job.log()
     sandbox.client("scancel", "--signal=USR1", "--batch", job.number)
+    job.release()
     local = undisturbed(values, tmp_path, monkeypatch)
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert (job.exit_code, job.restarts, job.node_list) == ("0:0", "1", "node[1-2]"), job.log()
