@@ -20,7 +20,7 @@ FOUND = {
     "suite": "exit code of pytest",
     "rates": "add_product, distance from float64",
     "layer": "SparseGPT 2:4: all",
-    "variants": "sweep of 512 x 512, 2:4",
+    "variants": "sweep of 512 x 512, 2:4, recursion: masks agree",
     "profile": "solve o_proj: all kernels",
     "whole_run": "two runs are the same to the bit",
     "memory": "planned / measured",

@@ -1,16 +1,20 @@
 """Settings of the solver's parts on one Hessian, each against the one that is in use: seconds, masks, weights."""
 
+from collections.abc import Callable
 from unittest.mock import patch
 
 import torch
 
+from benchmarks.gpu.numerics import AGREE
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
 from shardprune.solvers import factor, sparsegpt
-from shardprune.solvers.pattern import parse_pattern
+from shardprune.solvers.methods import Solution
+from shardprune.solvers.pattern import Pattern, parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
 LEAVES = (256, 512, 1024, 2048)
+PROGRAMS = ((32, 1), (64, 2), (64, 4), (128, 4))  # rows and warps of the kernel's programs
 
 
 def run(setting: Setting, rows: Rows) -> None:
@@ -50,10 +54,33 @@ def _leaves(statistics: InputStatistics, setting: Setting, rows: Rows) -> None:
 
 
 def _sweeps(statistics: InputStatistics, setting: Setting, rows: Rows) -> None:
-    """Measure a square projection, factorised already."""
+    """Measure the sweep of a square projection: the kernel with other programs, and the recursion."""
     cols = len(statistics.sums)
     weight = torch.randn(cols, cols, device=setting.device)
     for name in ("unstructured", "2:4"):
         pattern = parse_pattern(name)
-        taken = setting.seconds(lambda pattern=pattern: sparsegpt.prune(weight, statistics, pattern, 0.5), repeats=3)
-        rows.add(f"sweep of {cols} x {cols}, {name}", taken, "s")
+
+        def prune(pattern: Pattern = pattern) -> Solution:
+            return sparsegpt.prune(weight, statistics, pattern, 0.5)
+
+        label = f"sweep of {cols} x {cols}, {name}"
+        used = prune()
+        rows.add(f"{label}: way", str(used.sweep), ok=used.sweep == "kernel" if setting.cuda else None)
+        rows.add(label, setting.seconds(prune, repeats=3), "s")
+        if setting.cuda:
+            from shardprune.solvers import column_kernel  # which imports Triton
+
+            for height, warps in PROGRAMS:
+                with patch.multiple(column_kernel, ROWS=height, WARPS=warps):
+                    _against(used, f"{label}, {height} rows, {warps} warps", prune, setting, rows)
+        with patch.object(sparsegpt, "kernels_run", lambda device: False):
+            _against(used, f"{label}, recursion", prune, setting, rows)
+
+
+def _against(used: Solution, label: str, prune: Callable[[], Solution], setting: Setting, rows: Rows) -> None:
+    """Measure a variant, and compare its solution with that of the one in use."""
+    other = prune()
+    rows.add(label, setting.seconds(prune, repeats=1), "s")
+    agree = float((other.mask == used.mask).double().mean())
+    rows.add(f"{label}: masks agree", agree, ok=agree >= AGREE)
+    rows.add(f"{label}: distance of the weights", float((other.weight - used.weight).norm() / used.weight.norm()))

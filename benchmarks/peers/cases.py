@@ -1,11 +1,14 @@
 """Models and calibration tokens that both tools get."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from shardprune.recipes.demo import bundled_model
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ def random_llama(folder: str, hidden: int, layers: int, samples: int, seqlen: in
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     model.save_pretrained(f"{folder}/random")
+    for file in Path(bundled_model()).glob("tokenizer*"):  # llm-compressor asks for one, whatever it is given
+        shutil.copy(file, f"{folder}/random")
     tokens = torch.randint(256, (samples, seqlen))
     name = f"random, {model.num_parameters() / 1e6:.0f} M, {samples} x {seqlen}"
     return _case(name, f"{folder}/random", f"{folder}/random.npy", tokens)
