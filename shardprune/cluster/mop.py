@@ -5,7 +5,7 @@ shallower one; otherwise the waves of both candidates go through the same worker
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from shardprune.cluster.layer_in_work import LayerInWork, turn_of
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.scoring import CandidateScorer
+from shardprune.cluster.signals import as_completed
 from shardprune.cluster.width_pruning import cut_layer, narrow_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.report.progress import Step

@@ -2,7 +2,11 @@
 
 import time
 from collections.abc import Sequence
+<<<<<<< ours
 from concurrent.futures import ThreadPoolExecutor, as_completed
+=======
+from concurrent.futures import ThreadPoolExecutor
+>>>>>>> theirs
 from dataclasses import dataclass
 
 from shardprune.cluster.group import Group
@@ -11,6 +15,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pending_work import PendingWork
+from shardprune.cluster.signals import as_completed
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step

@@ -2,14 +2,18 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from shardprune.errors import Stopped
 
 EXIT_CODE = 128 + signal.SIGTERM
+TURN_SECONDS = 0.5
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -57,3 +61,16 @@ def handlers_kept() -> Iterator[None]:
     finally:
         signal.signal = set_handler
         signal.signal(signal.SIGTERM, before)  # Ray's C++ library sets one, too, after connecting
+
+
+def as_completed(futures: Iterable["Future[T]"]) -> Iterator["Future[T]"]:
+    """Yield futures as they complete, and let SIGTERM interrupt the wait for them.
+
+    The kernel may give a signal to any thread, as it does when a suspended process is resumed. Python's handler runs
+    in the main thread all the same, yet only once that is no longer in a wait without a limit, as of
+    `concurrent.futures.as_completed`.
+    """
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, TURN_SECONDS, FIRST_COMPLETED)
+        yield from done

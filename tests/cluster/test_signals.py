@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from shardprune.cluster.signals import EXIT_CODE, handlers_kept, stoppable
+from shardprune.cluster.signals import EXIT_CODE, as_completed, handlers_kept, stoppable
 from shardprune.errors import Stopped
 from shardprune.recipes.demo import bundled_model
 
@@ -80,6 +82,24 @@ def set_below_python() -> None:
 def test_a_library_cannot_change_what_sigterm_does(library):
     with pytest.raises(Stopped), stoppable():
         library()
+
+
+def test_a_signal_that_another_thread_gets_ends_the_wait_for_futures():
+    over = threading.Event()
+
+    def work() -> None:
+        time.sleep(0.2)  # until the main thread waits
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        over.wait(60)
+
+    with ThreadPoolExecutor() as pool:
+        future = pool.submit(work)
+        try:
+            with pytest.raises(Stopped), stoppable():
+                list(as_completed([future]))
+            assert not future.done()
+        finally:
+            over.set()
 
 
 def test_a_library_may_change_what_other_signals_do():
