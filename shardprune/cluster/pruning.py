@@ -2,11 +2,7 @@
 
 import time
 from collections.abc import Sequence
-<<<<<<< ours
-from concurrent.futures import ThreadPoolExecutor, as_completed
-=======
 from concurrent.futures import ThreadPoolExecutor
->>>>>>> theirs
 from dataclasses import dataclass
 
 from shardprune.cluster.group import Group
