@@ -18,10 +18,10 @@ from shardprune.cluster.signals import EXIT_CODE, stoppable
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError, OutOfMemory, SolverError, Stopped, StorageError, TrainingError, WorkerLost
-from shardprune.imports import uncollected
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
 from shardprune.recipes.demo import demo_recipe
+from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
 

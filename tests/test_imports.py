@@ -18,7 +18,7 @@ FLOORS = (
     {"shard", "recipes", "report"},
     {"model"},
     {"solvers", "storage"},
-    {"errors", "imports"},
+    {"errors"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

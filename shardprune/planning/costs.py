@@ -215,8 +215,9 @@ class Costs:
         return self._moved(self.layer_bytes)
 
     def write(self) -> float:
-        """Return the seconds to write a layer's file, which goes on beside the next layer, while the other shards of the
-        node that prune at the same time write theirs."""
+        """Return the seconds to write a layer's file, which goes on beside the next layer, while the other shards of
+        the node that prune at the same time write theirs.
+        """
         layout = self.setup.layout
         shards = -(-self.places.per_node // layout.replicas) if len(layout.segments) > 1 else 1
         return min(shards, len(layout.shards)) * self.layer_bytes / self.row.storage

@@ -11,8 +11,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
-from shardprune.imports import uncollected
 from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.imports import uncollected
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
