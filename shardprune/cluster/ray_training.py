@@ -15,6 +15,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import train_worker
+from shardprune.shard.device_errors import context_is_dead
 from shardprune.storage.folder import Folder
 
 # After which a collective that no process died of fails: a link hangs. Ray reports a dead process much sooner.
@@ -113,4 +114,4 @@ def _ends_an_attempt(error: Exception) -> bool:
 
     New processes can go on in each case; a context of CUDA in which something has failed works no more.
     """
-    return isinstance(error, (dist.DistError, torch.AcceleratorError)) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or context_is_dead(error) or "gloo" in str(error)

@@ -16,7 +16,7 @@ CHUNK = 1024  # predictions whose logits are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Lesson:
+class Distillation:
     """What a teacher makes of the loss: `weight` of it is divergence from the teacher's predictions.
 
     Attributes:
@@ -43,14 +43,16 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight, self.bias, self.cap = head.weight, head.bias, cap
 
-    def forward(self, hidden: Tensor, targets: Tensor, lesson: Lesson | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor, distillation: Distillation | None = None) -> Tensor:
         """Return the summed loss of predictions, float32, computed in float32.
 
         Args:
             hidden: [predictions, width], the model's last hidden states where something is predicted.
             targets: int64 [predictions], the tokens that follow.
         """
-        return _SummedLoss.apply(hidden, self.weight, self.bias, targets, self.cap, lesson, torch.is_grad_enabled())
+        return _SummedLoss.apply(
+            hidden, self.weight, self.bias, targets, self.cap, distillation, torch.is_grad_enabled()
+        )
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -64,7 +66,7 @@ class _SummedLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         cap: float | None,
-        lesson: Lesson | None,
+        distillation: Distillation | None,
         learning: bool,
     ) -> Tensor:
         of_hidden, of_weight, of_bias = (learning and needed for needed in ctx.needs_input_grad[:3])
@@ -76,8 +78,8 @@ class _SummedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = nn.functional.linear(hidden[part], weight, bias)
-            taught = lesson and replace(lesson, logits=lesson.logits[part])
-            loss, gradient = loss_and_gradient(logits, targets[part], cap, taught)
+            distilled = distillation and replace(distillation, logits=distillation.logits[part])
+            loss, gradient = loss_and_gradient(logits, targets[part], cap, distilled)
             total += loss
             gradient = gradient.to(weight.dtype)
             if to_hidden is not None:
@@ -100,11 +102,11 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(
-    logits: Tensor, targets: Tensor, cap: float | None, lesson: Lesson | None
+    logits: Tensor, targets: Tensor, cap: float | None, distillation: Distillation | None
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of predictions, and its gradient for their logits, float32 [predictions, vocabulary].
 
-    The loss is the cross entropy; with a lesson of weight w, it is w times `divergence` plus 1 - w times that.
+    The loss is the cross entropy; with a distillation of weight w, it is w times `divergence` plus 1 - w times that.
 
     Args:
         logits: [predictions, vocabulary], of any dtype, before the cap.
@@ -112,11 +114,11 @@ def loss_and_gradient(
     """
     given = capped(logits, cap)
     loss, gradient = cross_entropy(given, targets)
-    if lesson is not None:
-        wanted = capped(lesson.logits, lesson.cap)
-        taught, towards = divergence(given, wanted, lesson.temperature)
-        loss = torch.lerp(loss, taught, lesson.weight)
-        gradient = gradient.lerp_(towards, lesson.weight)
+    if distillation is not None:
+        wanted = capped(distillation.logits, distillation.cap)
+        distilled, towards = divergence(given, wanted, distillation.temperature)
+        loss = torch.lerp(loss, distilled, distillation.weight)
+        gradient = gradient.lerp_(towards, distillation.weight)
     if cap is not None:
         gradient *= 1 - (given / cap).square_()  # the derivative of the cap
     return loss, gradient
@@ -152,9 +154,9 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tens
         wanted: the teacher's.
     """
     given = torch.log_softmax(logits.float() / temperature, dim=1)
-    taught = torch.log_softmax(wanted.float() / temperature, dim=1)
-    loss = temperature**2 * nn.functional.kl_div(given, taught, reduction="sum", log_target=True)
-    return loss, given.exp_().sub_(taught.exp_()).mul_(temperature)
+    distilled = torch.log_softmax(wanted.float() / temperature, dim=1)
+    loss = temperature**2 * nn.functional.kl_div(given, distilled, reduction="sum", log_target=True)
+    return loss, given.exp_().sub_(distilled.exp_()).mul_(temperature)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from shardprune.recovery.loss import Lesson, LossHead
-from shardprune.recovery.questions import Questions
+from shardprune.recovery.loss import Distillation, LossHead
+from shardprune.recovery.predictions import PredictionBatch
 
 
 class Student(nn.Module):
@@ -17,9 +17,9 @@ class Student(nn.Module):
         assert isinstance(head, nn.Linear)
         model.set_output_embeddings(LossHead(head, cap_of(model.config)))
 
-    def forward(self, questions: Questions, lesson: Lesson | None = None) -> Tensor:
+    def forward(self, batch: PredictionBatch, distillation: Distillation | None = None) -> Tensor:
         head = self.model.get_output_embeddings()
-        return head(last_hidden_states(self.model, questions), questions.targets, lesson)
+        return head(last_hidden_states(self.model, batch), batch.targets, distillation)
 
 
 class Teacher(nn.Module):
@@ -29,16 +29,16 @@ class Teacher(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, questions: Questions) -> Tensor:
-        return self.model.get_output_embeddings()(last_hidden_states(self.model, questions))
+    def forward(self, batch: PredictionBatch) -> Tensor:
+        return self.model.get_output_embeddings()(last_hidden_states(self.model, batch))
 
 
-def last_hidden_states(model: PreTrainedModel, questions: Questions) -> Tensor:
+def last_hidden_states(model: PreTrainedModel, batch: PredictionBatch) -> Tensor:
     """Return the last hidden states where a model predicts, [predictions, width]."""
     # With a cache, transformers does not detect packed rows by their positions.
-    output = model.base_model(**questions.inputs, use_cache=False)
+    output = model.base_model(**batch.inputs, use_cache=False)
     # Indices, because a mask of the places would make the host wait for their number.
-    return output.last_hidden_state.flatten(0, 1).index_select(0, questions.places)
+    return output.last_hidden_state.flatten(0, 1).index_select(0, batch.places)
 
 
 def cap_of(config: PretrainedConfig) -> float | None:

@@ -18,13 +18,13 @@ from shardprune.errors import InputError, TrainingError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.checkpoints import Checkpoints
-from shardprune.recovery.loss import Lesson
+from shardprune.recovery.loss import Distillation
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.lowrank import add_updates
 from shardprune.recovery.masks import freeze_zeros
 from shardprune.recovery.model import load_model
 from shardprune.recovery.partitioning import Partitioning
-from shardprune.recovery.questions import Questions, ahead
+from shardprune.recovery.predictions import PredictionBatch, ahead
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
@@ -69,9 +69,9 @@ class Training:
         if self.rank == 0:
             self.losses.mend()
         rows = (micro.rows for step in range(start, spec.steps) for micro in self._micro_batches(step))
-        with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as questions:
+        with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as batch:
             for step in range(start, spec.steps):
-                loss = self._step(step, questions)
+                loss = self._step(step, batch)
                 last = step + 1 == spec.steps
                 due = last or (step + 1) % recipe.checkpoint_every == 0
                 held_out = self._mean_held_out() if due and self.held_out else None
@@ -102,18 +102,18 @@ class Training:
 
     def _load_teacher(
         self, name: str, dtype: torch.dtype, partitioning: Partitioning | None
-    ) -> Callable[[Questions], Lesson]:
+    ) -> Callable[[PredictionBatch], Distillation]:
         """Return the function that gives the teacher's predictions."""
         recipe = self.recipe
         model = load_model(Checkpoint(name, "teacher"), self.device, dtype, partitioning)
-        teacher: Callable[[Questions], Tensor] = Teacher(model).eval().requires_grad_(False)
+        teacher: Callable[[PredictionBatch], Tensor] = Teacher(model).eval().requires_grad_(False)
         if partitioning is not None:
             config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}
             teacher = deepspeed.initialize(model=teacher, config=config)[0]
 
-        def teach(questions: Questions) -> Lesson:
+        def teach(batch: PredictionBatch) -> Distillation:
             with torch.no_grad():
-                return Lesson(teacher(questions), cap_of(model.config), recipe.temperature, recipe.teacher_weight)
+                return Distillation(teacher(batch), cap_of(model.config), recipe.temperature, recipe.teacher_weight)
 
         return teach
 
@@ -131,11 +131,11 @@ class Training:
 
     # -- a step ---------------------------------------------------------------------------------------------------
 
-    def _step(self, step: int, upcoming: Iterator[Questions]) -> dict[str, Any]:
+    def _step(self, step: int, upcoming: Iterator[PredictionBatch]) -> dict[str, Any]:
         """Run one step over all processes; return its record for the loss log.
 
         Args:
-            upcoming: the questions of the micro-batches of this step and later ones.
+            upcoming: the batches of the micro-batches of this step and later ones.
         """
         recipe, started = self.recipe, time.monotonic()
         rate = learning_rate(step, self.spec.steps, recipe.highest_rate, recipe.warmup, recipe.schedule)
@@ -149,8 +149,8 @@ class Training:
         self.engine.train()
         for micro in self._micro_batches(step):
             torch.manual_seed(micro.seed)  # of dropout: the same on any process
-            questions = next(upcoming)
-            loss = self.engine(questions, self.teacher(questions) if self.teacher else None)
+            batch = next(upcoming)
+            loss = self.engine(batch, self.teacher(batch) if self.teacher else None)
             self.engine.backward(loss * scale)
             self.engine.step()
             total += loss.detach()
@@ -184,8 +184,8 @@ class Training:
         # Every process runs as many passes: under ZeRO-3 each gathers weights from all.
         firsts = [first + self.rank * micro for first in range(0, len(rows), micro * self.processes)]
         chosen = [range(first, min(first + micro, len(rows))) or range(1) for first in firsts]
-        for first, questions in zip(firsts, ahead(rows, chosen, self.masked, self.device), strict=True):
-            loss = self.engine(questions)
+        for first, batch in zip(firsts, ahead(rows, chosen, self.masked, self.device), strict=True):
+            loss = self.engine(batch)
             if first < len(rows):
                 total += loss
         return self._summed(total) / rows.targets(range(len(rows)))

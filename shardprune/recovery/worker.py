@@ -17,6 +17,8 @@ from shardprune.errors import TrainingError, first_line
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.families import family_of
 from shardprune.recovery.spec import TrainingSpec
+from shardprune.shard.cuda import keep_float32, set_allocator
+from shardprune.shard.device_errors import is_out_of_memory
 from shardprune.shard.memory import peak_bytes
 from shardprune.storage.journal import Journal
 
@@ -30,12 +32,15 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         device: the process's own; a GPU has an index among those that the process sees.
 
     Raises:
-        InputError: an input that the driver has checked is gone, or DeepSpeed rejects the user's settings.
+        InputError: an input that the driver has checked is gone, DeepSpeed rejects the user's settings, or the
+            environment makes float32 products less exact.
         TrainingError: the loss diverges, or a GPU is too small.
     """
     try:
         return _take_part(spec, device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"a GPU is too small ({first_line(error)}); --zero 3, --offload, --recompute and --micro-batch 1 help"
         ) from error
@@ -100,6 +105,8 @@ def _prepare(spec: TrainingSpec, device: torch.device) -> None:
     """Set the environment and devices that DeepSpeed needs before it is imported."""
     torch.set_num_threads(spec.recipe.threads)
     if device.type == "cuda":
+        set_allocator()
+        keep_float32()
         torch.cuda.set_device(device)
         # DeepSpeed takes the GPU of this index; a rank on the node is another number where a process sees one GPU.
         os.environ["LOCAL_RANK"] = str(device.index)

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import shardprune.recovery.loss
-from shardprune.recovery.loss import Lesson, LossHead, divergence, loss_and_gradient
-from shardprune.recovery.questions import Questions
+from shardprune.recovery.loss import Distillation, LossHead, divergence, loss_and_gradient
+from shardprune.recovery.predictions import PredictionBatch
 from shardprune.recovery.rows import Example, Rows
 from shardprune.recovery.student import Student, Teacher, cap_of
 from tests.support.tiny import CONFIGS, make_model
@@ -32,7 +32,7 @@ def inputs(dtype=torch.float32, bias=True):
     return hidden, head, torch.randint(0, VOCABULARY, (TOKENS,)), 3 * torch.randn(TOKENS, VOCABULARY, dtype=dtype)
 
 
-def plain_loss(hidden, head, targets, cap, lesson):
+def plain_loss(hidden, head, targets, cap, distillation):
     """The loss of every prediction in turn."""
 
     def cut(logits, cap):
@@ -42,28 +42,28 @@ def plain_loss(hidden, head, targets, cap, lesson):
     for place, target in enumerate(targets.tolist()):
         given = cut(hidden[place].double() @ head.weight.double().T + head.bias.double(), cap)
         hard = -torch.log_softmax(given, 0)[target]
-        if lesson is None:
+        if distillation is None:
             total = total + hard
             continue
-        t = lesson.temperature
-        wanted = torch.softmax(cut(lesson.logits[place].double(), lesson.cap) / t, 0)
+        t = distillation.temperature
+        wanted = torch.softmax(cut(distillation.logits[place].double(), distillation.cap) / t, 0)
         soft = t**2 * sum(p * (p.log() - q) for p, q in zip(wanted, torch.log_softmax(given / t, 0), strict=True))
-        total = total + lesson.weight * soft + (1 - lesson.weight) * hard
+        total = total + distillation.weight * soft + (1 - distillation.weight) * hard
     return total
 
 
 @pytest.mark.parametrize("cap", [None, 0.7])
-@pytest.mark.parametrize("taught", [None, (None, 1.7, 0.3), (2.0, 0.8, 1.0)], ids=str)
+@pytest.mark.parametrize("distilled", [None, (None, 1.7, 0.3), (2.0, 0.8, 1.0)], ids=str)
 @pytest.mark.parametrize("trained", [True, False])
-def test_the_loss_and_its_gradients_are_the_formulas(cap, taught, trained):
+def test_the_loss_and_its_gradients_are_the_formulas(cap, distilled, trained):
     hidden, head, targets, logits = inputs()
-    lesson = Lesson(logits, *taught) if taught else None
-    expected = plain_loss(hidden, head, targets, cap, lesson)
+    distillation = Distillation(logits, *distilled) if distilled else None
+    expected = plain_loss(hidden, head, targets, cap, distillation)
     wanted = torch.autograd.grad(expected * 0.1, [hidden, head.weight, head.bias])
     head.requires_grad_(trained)
     loss_head = LossHead(head, cap)
     assert dict(loss_head.named_parameters()).keys() == dict(head.named_parameters()).keys()
-    loss = loss_head(hidden, targets, lesson)
+    loss = loss_head(hidden, targets, distillation)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected)
     (loss * 0.1).backward()
@@ -74,28 +74,28 @@ def test_the_loss_and_its_gradients_are_the_formulas(cap, taught, trained):
         else:
             assert parameter.grad is None
     with torch.no_grad():
-        assert torch.equal(loss_head(hidden, targets, lesson), loss)
+        assert torch.equal(loss_head(hidden, targets, distillation), loss)
 
 
 def test_the_gradient_of_a_loss_is_numerically_right():
     _, _, targets, logits = inputs()
     given = torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)
-    lesson = Lesson(logits, 2.0, 1.7, 0.3)
-    _, gradient = loss_and_gradient(given, targets, 1.5, lesson)
+    distillation = Distillation(logits, 2.0, 1.7, 0.3)
+    _, gradient = loss_and_gradient(given, targets, 1.5, distillation)
     for place, column in ((0, 0), (3, int(targets[3])), (10, 8)):
         step = torch.zeros_like(given)
         step[place, column] = 1e-2
-        ends = [loss_and_gradient(given + sign * step, targets, 1.5, lesson)[0] for sign in (1, -1)]
+        ends = [loss_and_gradient(given + sign * step, targets, 1.5, distillation)[0] for sign in (1, -1)]
         assert float(ends[0] - ends[1]) / 2e-2 == pytest.approx(float(gradient[place, column]), abs=2e-3)
 
 
 def test_in_bf16_losses_are_computed_and_sums_over_chunks_kept_in_float32():
     hidden, head, targets, logits = inputs(torch.bfloat16)
-    lesson = Lesson(logits, None, 2.0, 0.5)
-    loss = LossHead(head, None)(hidden, targets, lesson)
+    distillation = Distillation(logits, None, 2.0, 0.5)
+    loss = LossHead(head, None)(hidden, targets, distillation)
     loss.backward()
     products = nn.functional.linear(hidden, head.weight, head.bias).detach()  # rounded, as the model makes them
-    expected, gradient = loss_and_gradient(products, targets, None, lesson)
+    expected, gradient = loss_and_gradient(products, targets, None, distillation)
     torch.testing.assert_close(loss, expected)
     rounded = gradient.bfloat16()
     exact = rounded.double().T @ hidden.detach().double()
@@ -134,14 +134,14 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_no_tensor_has_the_logits_of_all_predictions(monkeypatch, taught):
+@pytest.mark.parametrize("distilled", [True, False])
+def test_no_tensor_has_the_logits_of_all_predictions(monkeypatch, distilled):
     monkeypatch.setattr(shardprune.recovery.loss, "CHUNK", 32)
     head = nn.Linear(2, 500)
     hidden, targets = torch.randn(200, 2, requires_grad=True), torch.randint(0, 500, (200,))
-    lesson = Lesson(torch.randn(200, 500), 3.0, 2.0, 0.5) if taught else None
+    distillation = Distillation(torch.randn(200, 500), 3.0, 2.0, 0.5) if distilled else None
     with Largest() as largest:
-        LossHead(head, 2.0)(hidden, targets, lesson).backward()
+        LossHead(head, 2.0)(hidden, targets, distillation).backward()
     assert largest.elements == 32 * 500
 
 
@@ -168,11 +168,11 @@ def test_a_family_loses_the_same_as_in_transformers(family, tmp_path):
         total += float(output.loss) * int(predicted.sum()) if predicted.any() else 0.0
         count += int(predicted.sum())
         logits.append(output.logits[0, :-1][predicted])
-    questions = Questions.of(rows, range(3), mask=False)
-    assert len(questions.targets) == count == rows.targets(range(3))
+    batch = PredictionBatch.of(rows, range(3), mask=False)
+    assert len(batch.targets) == count == rows.targets(range(3))
     with torch.no_grad():
         cap = cap_of(model.config)
-        given = Teacher(model)(questions)
+        given = Teacher(model)(batch)
         capped = given if cap is None else cap * torch.tanh(given / cap)
         torch.testing.assert_close(capped, torch.cat(logits), rtol=1e-4, atol=1e-4)
-        assert math.isclose(float(Student(model)(questions)), total, rel_tol=1e-5)
+        assert math.isclose(float(Student(model)(batch)), total, rel_tol=1e-5)

@@ -11,7 +11,7 @@ from shardprune.recovery.rows import IGNORED, Rows
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
+class PredictionBatch:
     """A batch of rows.
 
     Attributes:
@@ -25,35 +25,37 @@ class Questions:
     targets: Tensor
 
     @classmethod
-    def of(cls, rows: Rows, chosen: Sequence[int], mask: bool) -> "Questions":
+    def of(cls, rows: Rows, chosen: Sequence[int], mask: bool) -> "PredictionBatch":
         """Collate rows; `mask` as in `Rows.collate`."""
         inputs = rows.collate(chosen, mask)
         following = nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()
         places = (following != IGNORED).nonzero()[:, 0]
         return cls(inputs, places, following[places])
 
-    def pinned(self) -> "Questions":
+    def pinned(self) -> "PredictionBatch":
         """Return the same in pinned memory, from which a GPU copies while the host goes on."""
         inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
-        return Questions(inputs, self.places.pin_memory(), self.targets.pin_memory())
+        return PredictionBatch(inputs, self.places.pin_memory(), self.targets.pin_memory())
 
-    def to(self, device: torch.device) -> "Questions":
+    def to(self, device: torch.device) -> "PredictionBatch":
         """Return the same on a device; a copy from pinned memory is queued behind the device's work."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
-        return Questions(inputs, self.places.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        return PredictionBatch(
+            inputs, self.places.to(device, non_blocking=True), self.targets.to(device, non_blocking=True)
+        )
 
 
 def ahead(
     rows: Rows, batches: Iterable[Sequence[int]], mask: bool, device: torch.device
-) -> Generator[Questions, None, None]:
-    """Yield the questions of batches on a device; a thread makes each while the one before it is in use."""
+) -> Generator[PredictionBatch, None, None]:
+    """Yield the batches of batches on a device; a thread makes each while the one before it is in use."""
 
-    def make(chosen: Sequence[int]) -> Questions:
-        questions = Questions.of(rows, chosen, mask)
-        return questions.pinned() if device.type == "cuda" else questions
+    def make(chosen: Sequence[int]) -> PredictionBatch:
+        batch = PredictionBatch.of(rows, chosen, mask)
+        return batch.pinned() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1) as thread:
-        upcoming: Future[Questions] | None = None
+        upcoming: Future[PredictionBatch] | None = None
         for chosen in batches:
             due, upcoming = upcoming, thread.submit(make, chosen)
             if due is not None:
