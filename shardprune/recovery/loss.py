@@ -17,7 +17,7 @@ CHUNK = 1024  # predictions whose logits are in memory at a time
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """What a teacher makes of the loss: `weight` of it is divergence from the teacher's predictions.
+    """A teacher's part in the loss: `weight` of it is divergence from the teacher's predictions.
 
     Attributes:
         logits: the teacher's [predictions, vocabulary], of any dtype, before its cap.

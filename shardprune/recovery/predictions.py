@@ -48,7 +48,7 @@ class PredictionBatch:
 def ahead(
     rows: Rows, batches: Iterable[Sequence[int]], mask: bool, device: torch.device
 ) -> Generator[PredictionBatch, None, None]:
-    """Yield the batches of batches on a device; a thread makes each while the one before it is in use."""
+    """Yield batches of rows on a device; a thread makes each while the one before it is in use."""
 
     def make(chosen: Sequence[int]) -> PredictionBatch:
         batch = PredictionBatch.of(rows, chosen, mask)

@@ -69,9 +69,9 @@ class Training:
         if self.rank == 0:
             self.losses.mend()
         rows = (micro.rows for step in range(start, spec.steps) for micro in self._micro_batches(step))
-        with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as batch:
+        with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as upcoming:
             for step in range(start, spec.steps):
-                loss = self._step(step, batch)
+                loss = self._step(step, upcoming)
                 last = step + 1 == spec.steps
                 due = last or (step + 1) % recipe.checkpoint_every == 0
                 held_out = self._mean_held_out() if due and self.held_out else None
@@ -111,11 +111,11 @@ class Training:
             config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}
             teacher = deepspeed.initialize(model=teacher, config=config)[0]
 
-        def teach(batch: PredictionBatch) -> Distillation:
+        def distil(batch: PredictionBatch) -> Distillation:
             with torch.no_grad():
                 return Distillation(teacher(batch), cap_of(model.config), recipe.temperature, recipe.teacher_weight)
 
-        return teach
+        return distil
 
     def _start_engine(self) -> deepspeed.DeepSpeedEngine:
         student = Student(self.model)
@@ -135,7 +135,7 @@ class Training:
         """Run one step over all processes; return its record for the loss log.
 
         Args:
-            upcoming: the batches of the micro-batches of this step and later ones.
+            upcoming: the micro-batches of this step and later ones.
         """
         recipe, started = self.recipe, time.monotonic()
         rate = learning_rate(step, self.spec.steps, recipe.highest_rate, recipe.warmup, recipe.schedule)
