@@ -15,7 +15,7 @@ from shardprune.report.progress import Reporter
 from shardprune.report.result import Perplexity
 
 EVALUATED = "stdlib"
-NEAR = 1e-3  # of the perplexity after pruning: zeros at near-ties differ
+NEAR = 3e-3  # of the perplexity after pruning: at near-ties sums in another order choose other zeros, worth 1e-3
 SAME = 1e-4  # of the dense one
 
 
