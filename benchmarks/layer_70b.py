@@ -53,10 +53,10 @@ def llama(args: argparse.Namespace) -> LlamaConfig:
 def make_checkpoint(folder: str, config: LlamaConfig, device: str) -> None:
     """Write random weights, drawn on the device: a CPU's thread takes ten seconds for those of a layer."""
     config.save_pretrained(folder)
-    generator = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
     tensors = {}
     for name, shape in Skeleton(config, "cpu", torch.bfloat16).tensors().items():
-        drawn = torch.randn(shape, generator=generator, device=device).mul_(0.02)
+        drawn = torch.randn(shape, device=device).mul_(0.02)
         tensors[name] = (torch.ones(shape) if len(shape) == 1 else drawn).bfloat16().cpu()
     write_tensors(Folder(folder, "out"), SINGLE, tensors, {})
 
@@ -128,6 +128,7 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
         if cuda:
             torch.cuda.synchronize()
         seconds[label] = time.perf_counter() - started
+    worker.close()
     return seconds
 
 
