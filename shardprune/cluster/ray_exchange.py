@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from shardprune.cluster.group import Ref
 from shardprune.errors import InputError, first_line
+from shardprune.shard.device_errors import device_errors
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.peers import HeldTensor, Peers, does_travel
 
@@ -57,7 +58,8 @@ class JoiningActor(ForwardWorker):
         """Raise the error that an exchange ended with here, if any did."""
         assert self.peers is not None
         if self.peers.failure:
-            raise self.peers.failure
+            with device_errors(lambda: f"{self.spec.label}, exchange"):
+                raise self.peers.failure
 
 
 def interface_of(address: str) -> str | None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shardprune.errors import WorkerLost, first_line
+from shardprune.shard.device_errors import context_is_dead, is_out_of_memory
 
 TIMEOUT = timedelta(minutes=30)  # for a peer that is silent: solving one input of the largest models takes minutes
 PIECE_BYTES = 16 * 2**20  # of a tensor along a chain: while one worker has a piece, the next has the one before
@@ -188,9 +189,9 @@ class Peers:
         """
         try:
             yield
-        except torch.OutOfMemoryError as error:
-            self.failure = error
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error) or context_is_dead(error):
+                self.failure = error
+                raise
             self.failure = WorkerLost(f"rank {self.rank} lost a peer in an exchange: {first_line(error)}")
             raise self.failure from error

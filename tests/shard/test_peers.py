@@ -85,6 +85,14 @@ def a_lost_peer(peers: Peers) -> None:
     assert isinstance(peers.failure, WorkerLost)
 
 
+def too_little_memory(peers: Peers) -> None:
+    """What a device says is no lost peer, and is kept for a driver that waits for another participant."""
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("illegal memory access")):
+        with pytest.raises(type(error)), peers._exchange():
+            raise error
+        assert peers.failure is error
+
+
 def run(rank: int, port: int, story: Callable[[Peers], None]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -112,6 +120,7 @@ def everything(peers: Peers) -> None:
         exchange.PIECE_BYTES = piece
         sums_and_projections(peers)
     waves(peers)
+    too_little_memory(peers)
 
 
 def test_chains_give_the_bits_of_whole_parts_and_waves_arrive():
