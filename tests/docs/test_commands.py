@@ -49,7 +49,9 @@ def check(words: list[str]) -> None:
         elif before == "-m" and word.removeprefix("jobs.") in PARSERS:
             check_job(word.removeprefix("jobs."), *rest)
         elif before == "-m":
-            source = Path(find_spec(word).origin).read_text()
+            origin = Path(find_spec(word).origin)
+            files = origin.parent.glob("*.py") if origin.name == "__init__.py" else [origin]
+            source = "".join(file.read_text() for file in files)
             options = [word for word in rest if word.startswith("--")] if word.startswith("benchmarks.") else []
             assert [option for option in options if f'"{option}"' not in source] == []
         elif word == "make" and before == "--":

@@ -19,7 +19,7 @@ from tests.planning.material import CONFIGS
 from tests.support.tiny import make_model
 
 SMALL = {"hardware": "rtx4090", "gpu_memory": "24GB"}
-EIGHT = {"gpus": 8, "gpu_memory": "80GB"}
+EIGHT = {"gpus": 8, "gpu_memory": "80GB", "storage": "20GB/s"}
 
 
 def config(size):

@@ -19,6 +19,7 @@ from shardprune.planning.workload import planned_task, read_model
 from shardprune.shard.ledger import Kind
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.verbs import kind_of, verbs_of
+from shardprune.solvers.triangles import lower_entries
 from tests.planning.material import CONFIGS
 
 SLACK = 0.02  # what calls and their sending take, of steps of ten seconds
@@ -99,7 +100,7 @@ def test_parallel_propagation_prunes_all_segments_at_once():
 def test_one_worker_waits_for_nobody():
     group = simulate(costs_of(streamed=True))
     worker = group.workers[0, 0]
-    assert worker.busy + worker.reading == pytest.approx(group.seconds, rel=SLACK)
+    assert worker.busy + worker.reading == pytest.approx(group.seconds, rel=2 * SLACK)  # layers are short
 
 
 def test_streamed_layers_are_read_while_the_one_before_is_in_work():
@@ -134,7 +135,7 @@ def test_the_bytes_of_replicas_are_their_sums_and_solved_projections():
 def test_in_a_process_group_sums_and_projections_go_from_rank_to_rank():
     group = simulate(costs_of(1, 4, gpus=2, joined=True))
     model = group.task.model
-    sums, solved = sum(4 * one.cols**2 for one in model.inputs), 2 * model.projections
+    sums, solved = sum(4 * lower_entries(one.cols) for one in model.inputs), 2 * model.projections
     # Three hops each; every layer's sums go on from the last replica to those that solve the other three inputs.
     moved = traffic_of(group).between_workers - 32 * 3 * (sums + solved)
     assert 0 < moved < 32 * sums
