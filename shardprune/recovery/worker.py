@@ -119,4 +119,7 @@ def _end_group() -> None:
     """Destroy DeepSpeed's group and torch's."""
     import deepspeed.comm
 
-    deepspeed.comm.destroy_process_group()
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    else:  # an error came before DeepSpeed took torch's group
+        dist.destroy_process_group()
