@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import setuptools  # noqa: F401  before DeepSpeed imports distutils, which it replaces
 import torch
 
 from shardprune.shard.prune_worker import PruneWorker

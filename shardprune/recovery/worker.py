@@ -1,12 +1,13 @@
 """The whole life of one training process, under Ray or alone."""
 
 import gc
+import importlib
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,9 @@ def _prepare(spec: TrainingSpec, device: torch.device) -> None:
         # DeepSpeed takes the GPU of this index; a rank on the node is another number where a process sees one GPU.
         os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("DS_ACCELERATOR", spec.recipe.device)
+    # DeepSpeed imports distutils to look for libraries, and setuptools cannot be imported behind that.
+    with suppress(ImportError):
+        importlib.import_module("setuptools")
     # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
