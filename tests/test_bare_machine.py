@@ -3,10 +3,7 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.support.simulated_cuda import needs_simulated_cuda
-from tests.support.tiny import make_model, make_tokens
 
 ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2")
 WITHOUT = f"""
@@ -19,14 +16,6 @@ def find_spec(name, path=None, target=None):
 
 PathFinder.find_spec = staticmethod(find_spec)
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bare")
-    make_model(folder / "model")
-    make_tokens(folder / "tokens.npy", samples=4)
-    return folder
 
 
 def carry_out(program: str) -> str:

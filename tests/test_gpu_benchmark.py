@@ -22,7 +22,7 @@ FOUND = {
     "layer": "SparseGPT 2:4: all",
     "variants": "sweep of 512 x 512, 2:4, recursion: masks agree",
     "profile": "solve o_proj: all kernels",
-    "whole_run": "two runs are the same to the bit",
+    "whole_run": "layers streamed: the same to the bit",
     "memory": "planned / measured",
     "recovery": "loss of the last step",
 }

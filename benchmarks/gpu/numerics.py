@@ -1,10 +1,11 @@
-"""Does it run, and is it right: the Gram matrix against float64, a solve on the device against one on the CPU."""
+"""Does it run, and is it right: Gram matrix and fine-tuning loss against float64, a solve against one on the CPU."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
+from shardprune.recovery.loss import LossHead
 from shardprune.solvers import sparsegpt, wanda
 from shardprune.solvers.methods import Solution, Solver
 from shardprune.solvers.pattern import parse_pattern
@@ -17,6 +18,7 @@ NEAR = 1e-2  # relative distance of the weights: one flipped weight changes all 
 def run(setting: Setting, rows: Rows) -> None:
     _gram(setting, rows)
     _solve(setting, rows)
+    _loss(setting, rows)
 
 
 def _gram(setting: Setting, rows: Rows) -> None:
@@ -52,3 +54,21 @@ def _pruned(prune: Solver, weight: Tensor, inputs: Tensor, pattern: str, device:
     statistics = InputStatistics.empty("gram", weight.shape[1], device)
     statistics.add(inputs.to(device), len(inputs))
     return prune(weight.to(device), statistics, parse_pattern(pattern), 0.5)
+
+
+def _loss(setting: Setting, rows: Rows) -> None:
+    """Compare the loss of a fine-tuning, which is computed a chunk of predictions at a time, and its gradient."""
+    width, vocabulary, count = setting.size(1024, 64), setting.size(32768, 512), setting.size(3000, 1500)
+    head = nn.Linear(width, vocabulary, bias=False, device=setting.device)
+    hidden = torch.randn(count, width, device=setting.device, requires_grad=True)
+    targets = torch.randint(vocabulary, (count,), device=setting.device)
+    loss = LossHead(head, None)(hidden, targets)
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = nn.functional.cross_entropy(exact @ head.weight.detach().double().t(), targets, reduction="sum")
+    expected.backward()
+    assert hidden.grad is not None and exact.grad is not None
+    distance = float((hidden.grad - exact.grad).norm() / exact.grad.norm())
+    off = float((loss / expected - 1).abs())
+    rows.add("loss by chunks, distance from float64", off, ok=off < 1e-5)
+    rows.add("its gradient, distance from float64", distance, ok=distance < 1e-5)

@@ -12,11 +12,10 @@ from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
 from shardprune.shard.peers import PIECE_BYTES
-from shardprune.solvers.triangles import PANELS, lower_entries
+from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
 KERNEL_ROWS = 2**15  # which a GPU sweeps over at the same time
-PANELS_SHARE = (PANELS + 1) / (2 * PANELS)  # of a product with a symmetric matrix, by panels of its lower triangle
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class Costs:
         task, row = self.task, self.row
         rows, cols = sum(one.rows.values()), one.cols
         weights = rows * cols
-        norm = PANELS_SHARE * 2 * weights * cols / row.large  # of the outputs, from the Gram matrix
+        norm = 2 * rows * lower_entries(cols) / row.large  # of the outputs, from the Gram matrix
         if task.solver == "sparsegpt":
             # Updates of all columns behind a block are products of 128, whose target is read and written.
             updates = max(weights * cols / row.large, self._touched(weights * cols / 32))

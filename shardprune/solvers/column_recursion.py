@@ -4,8 +4,6 @@ A block is halved recursively: the left half is finished first, then one matrix 
 everything that the left half lost. Few columns get many small updates this way; nearly all arithmetic is in products.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -16,19 +14,18 @@ from shardprune.solvers.selection import smallest
 from shardprune.solvers.stack import Stack
 
 
-@dataclass(frozen=True)
 class ColumnRecursion:
     """The steps over the columns of a stack, block by block."""
 
-    stack: Stack
-    factor: Factor
+    def __init__(self, stack: Stack, factor: Factor) -> None:
+        self.stack, self.factor = stack, factor
+        self._inverse = factor.diagonal.square().reciprocal_()  # 1 / u_jj^2
 
     def prune_block(self, left: int, right: int) -> Tensor:
         """Prune the columns [left, right), whole units; return the weights that they lose, [right - left, rows]."""
         lost = torch.empty_like(self.stack.columns[left:right])
         self._over_units(left, right, lost)
-        inverse = self.factor.diagonal[left:right].square().reciprocal_()
-        self.stack.squares.add_(torch.mv(lost.square().t(), inverse))
+        self.stack.squares.add_(torch.mv(lost.square().t(), self._inverse[left:right]))
         return lost
 
     def _over_units(self, left: int, right: int, lost: Tensor) -> None:

@@ -22,7 +22,7 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     mask, ties = flat < threshold, flat == threshold
     if flat.is_cuda:
         places = ties.cumsum(0, dtype=torch.int32 if flat.numel() < 2**31 else torch.int64)
-        mask |= ties & (places <= count - mask.sum())
+        mask = torch.where(ties, places <= count - mask.sum(), mask)
     else:  # ties are few, and looking at the result costs nothing
         mask[ties.nonzero().squeeze(1)[: count - int(mask.sum())]] = True
     return mask.view_as(scores)

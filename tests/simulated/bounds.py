@@ -10,10 +10,10 @@ TOLERANCE = 1e-5  # of float32 weights that a solution of SparseGPT's or least s
 
 STEPS = {
     "accumulate": (47, 0, 0),
-    "solve q, k, v": (1045, 4, 1),
-    "solve o": (891, 4, 1),
-    "solve gate, up": (970, 4, 1),
-    "solve down": (2906, 4, 1),
+    "solve q, k, v": (1037, 4, 1),
+    "solve o": (887, 4, 1),
+    "solve gate, up": (964, 4, 1),
+    "solve down": (2887, 4, 1),
     "write": (7, 1, 1632),
     "finish": (0, 0, 0),
     "propagate": (46, 0, 0),

@@ -10,18 +10,9 @@ from shardprune.report.progress import Reporter
 from tests.simulated.agreement import check_same
 from tests.simulated.bounds import TOLERANCE
 from tests.support.simulated_cuda import needs_simulated_cuda, simulated_cuda
-from tests.support.tiny import make_model, make_tokens
 
 pytestmark = needs_simulated_cuda
 QUIET = Reporter(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("simulated")
-    make_model(folder / "model")
-    make_tokens(folder / "tokens.npy", samples=4)
-    return folder
 
 
 def fields(folder, device: str, out, **changed) -> dict:
