@@ -62,13 +62,14 @@ def _loss(setting: Setting, rows: Rows) -> None:
     head = nn.Linear(width, vocabulary, bias=False, device=setting.device)
     hidden = torch.randn(count, width, device=setting.device, requires_grad=True)
     targets = torch.randint(vocabulary, (count,), device=setting.device)
-    loss = LossHead(head, None)(hidden, targets)
+    loss = LossHead(head, cap=None)(hidden, targets)
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
     expected = nn.functional.cross_entropy(exact @ head.weight.detach().double().t(), targets, reduction="sum")
     expected.backward()
-    assert hidden.grad is not None and exact.grad is not None
+    assert hidden.grad is not None
+    assert exact.grad is not None
     distance = float((hidden.grad - exact.grad).norm() / exact.grad.norm())
-    off = float((loss / expected - 1).abs())
+    off = float((loss.detach() / expected.detach() - 1).abs())
     rows.add("loss by chunks, distance from float64", off, ok=off < 1e-5)
     rows.add("its gradient, distance from float64", distance, ok=distance < 1e-5)
