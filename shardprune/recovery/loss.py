@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardprune.solvers.products import add_product
+
 CHUNK = 1024  # predictions whose logits are in memory at a time
 
 
@@ -85,7 +87,7 @@ class _SummedLoss(torch.autograd.Function):
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part])
             if to_weight is not None:
-                _add_product(to_weight, gradient.T, hidden[part])
+                add_product(to_weight, gradient.T, hidden[part])
             if to_bias is not None:
                 to_bias += gradient.sum(0, dtype=torch.float32)
         ctx.save_for_backward(to_hidden, to_weight, to_bias)
@@ -157,11 +159,3 @@ def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tens
     distilled = torch.log_softmax(wanted.float() / temperature, dim=1)
     loss = temperature**2 * nn.functional.kl_div(given, distilled, reduction="sum", log_target=True)
     return loss, given.exp_().sub_(distilled.exp_()).mul_(temperature)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left [rows, n] @ right [n, cols] to a float32 total [rows, cols], without rounding to the factors' dtype."""
-    if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(left.float(), right.float())

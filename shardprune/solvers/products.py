@@ -31,8 +31,14 @@ PIECE = 2**26  # entries of both operands that are split at once, 12 bytes for e
 def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
     """target [rows, cols] = beta * target + alpha * left [rows, inner] @ right [inner, cols], in place.
 
-    float32 views of any strides; with `beta` 0 the target may be uninitialised. Returns the target.
+    The target is float32, a view of any strides, and may be uninitialised with `beta` 0. Factors are float32, or of 16
+    bits: two such numbers have an exact product in float32, which the tensor cores add up as float32. A CPU has no such
+    product and widens them. Returns the target.
     """
+    if left.dtype != target.dtype:
+        if target.is_cuda:
+            return torch.addmm(target, left, right, out_dtype=target.dtype, alpha=alpha, beta=beta, out=target)
+        left, right = left.to(target.dtype), right.to(target.dtype)
     rows, inner = left.shape
     cols = right.shape[1]
     if target.is_cuda and in_three(rows, cols, inner) and _has_fast_tf32(target.device):

@@ -121,17 +121,9 @@ class InputStatistics(Summed):
 def add_gram(gram: Tensor, tokens: Tensor) -> None:
     """gram [cols, cols] += tokens^T tokens in float32, its lower triangle alone, for tokens [count, cols].
 
-    On CUDA half-precision tokens go through the tensor cores and leave them as float32 sums: a product
-    of two 16-bit numbers is exact there, so nothing is lost against float32 arithmetic. The CPU has no
-    such product and widens first.
+    A CPU widens 16-bit tokens once for all panels.
     """
-    if tokens.is_cuda and tokens.dtype in (torch.bfloat16, torch.float16):
-        for panel in panels(len(gram), gram.device):
-            sums = gram[panel.start :, panel]
-            left, right = tokens[:, panel.start :].t(), tokens[:, panel]
-            torch.addmm(sums, left, right, out_dtype=torch.float32, out=sums)
-    else:
-        add_square(gram, tokens.float().t())
+    add_square(gram, (tokens if tokens.is_cuda else tokens.float()).t())
 
 
 def gram_norm(weight: Tensor, gram: Tensor) -> Tensor:
