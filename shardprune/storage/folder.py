@@ -16,6 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
 from shardprune.storage.host_memory import host_memory
@@ -32,6 +33,7 @@ REQUEST = 16 * 2**20  # bytes of one of several parallel requests
 REQUESTS = 8  # in parallel
 # Protocols that show a file only when its upload ends; everywhere else `write` needs a temporary name and a rename.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 EXTRAS = {
     "s3": "s3",
@@ -433,6 +435,8 @@ def _of_storage(error: Exception) -> bool:
 
 def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     # No cached listings, since other workers write, too. A model on the hub does not change during a run.
+    if UNWRITABLE.search(url):
+        raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)
@@ -440,8 +444,10 @@ def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         extra = EXTRAS.get(url.partition("://")[0])
         hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
-    except (ValueError, OSError) as error:
+    except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root
 
 
