@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shardprune.model.checkpoint import CONFIG, INDEX, Checkpoint
+from shardprune.model.checkpoint import INDEX, Checkpoint
+from shardprune.model.config_file import CONFIG, with_changes
 from shardprune.model.families import Family
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
@@ -24,6 +25,8 @@ def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) ->
 def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any]) -> None:
     """Write the index of all files, then config, tokenizer and the other files beside the weights.
 
+    The config says whether the head is a tensor of its own, as the files do: not all readers look at the files.
+
     Args:
         changes: new values of fields of the language model's config.
     """
@@ -37,10 +40,10 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
         INDEX, {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": placed}
     )
     for name in checkpoint.companions():
-        if name == CONFIG and changes:
-            config = checkpoint.folder.read_json(CONFIG)
-            (config["text_config"] if checkpoint.has_tower else config).update(changes)
-            journal.folder.write_json(CONFIG, config)
+        if name == CONFIG and (changes or checkpoint.own_head):
+            raw = checkpoint.folder.read_json(CONFIG)
+            changed = with_changes(raw, changes, tower=checkpoint.has_tower, untied=checkpoint.own_head)
+            journal.folder.write_json(CONFIG, changed)
         else:
             journal.folder.write_bytes(name, checkpoint.folder.read_bytes(name))
 
