@@ -1,12 +1,11 @@
 """Hugging Face checkpoints on any file system, read tensor by tensor."""
 
 import hashlib
-import json
 import os
 import re
 from functools import cached_property
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -17,6 +16,8 @@ from shardprune.model.families import TOWERS, family_of
 from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder, absolute
+from shardprune.storage.json_file import dump_json, parse_model
+from shardprune.storage.malformed import located
 from shardprune.storage.safetensors_file import Entry, StoredTensor, copy_tensors, read_elements, read_header
 
 SINGLE = "model.safetensors"
@@ -153,7 +154,7 @@ class Checkpoint:
         """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor."""
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
-        digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
+        digest.update(dump_json([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
         for sample in self.folder.read_ranges([_sample(entry) for _, entry in entries]):
             digest.update(sample)
         return digest.hexdigest()
@@ -170,19 +171,34 @@ class Checkpoint:
         raise InputError(self.folder.field, f"{self.folder.url} holds {reason}")
 
     def _indexed_entries(self) -> dict[str, Entry]:
-        where = f"{self.folder.url}/{INDEX}"
-        try:
-            placed = TypeAdapter(dict[str, str]).validate_python(self.folder.read_json(INDEX)["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(self.folder.field, f"{where} cannot be read as an index of tensors") from error
-        for file in placed.values():
-            if not is_plain_name(file):
-                raise InputError(self.folder.field, f"{where} names {file!r}, which is no file of that folder")
+        placed = _read_index(self.folder)
         headers = {file: read_header(self.folder, file)[0] for file in sorted(set(placed.values()))}
         for name, file in placed.items():
             if name not in headers[file]:
+                where = f"{self.folder.url}/{INDEX}"
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
+
+
+class _Index(BaseModel):
+    """The content of an index: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _read_index(folder: Folder) -> dict[str, str]:
+    """Return the file of each tensor.
+
+    Raises:
+        InputError: the index cannot be read, or names a file outside the folder; names the folder's field.
+    """
+    where = f"{folder.url}/{INDEX}"
+    with located(folder.field, where):
+        placed = parse_model(folder.read_bytes(INDEX), _Index).weight_map
+    for file in placed.values():
+        if not is_plain_name(file):
+            raise InputError(folder.field, f"{where} names {file!r}, which is no file of that folder")
+    return placed
 
 
 def is_plain_name(file: str) -> bool:
@@ -213,10 +229,10 @@ def locate(model: str, field: str = "model") -> str:
         return model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise InputError(field, f"{model!r} is no directory, no URL and no hub name (organisation/name)")
-    return _cached_snapshot(model) or f"hf://{model}"
+    return _cached_snapshot(model, field) or f"hf://{model}"
 
 
-def _cached_snapshot(name: str) -> str | None:
+def _cached_snapshot(name: str, field: str) -> str | None:
     """Return the folder of a hub model if the local cache holds all of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -226,11 +242,9 @@ def _cached_snapshot(name: str) -> str | None:
     except (LocalEntryNotFoundError, ValueError):
         return None
     present = {name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))}
+    files = {SINGLE}
     if SINGLE not in present and INDEX in present:
-        with open(os.path.join(folder, INDEX)) as file:
-            files = set(json.load(file)["weight_map"].values())
-    else:
-        files = {SINGLE}
+        files = set(_read_index(Folder(folder, field)).values())
     return folder if present >= {CONFIG, *files} else None
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field
 from transformers import AutoConfig, PretrainedConfig
 
 from shardprune.errors import InputError
 from shardprune.model.families import TOWERS, family_of
+from shardprune.storage.json_file import parse_model
+from shardprune.storage.malformed import located
 
 CONFIG = "config.json"
 REASON = 300  # characters of another library's error that are shown
@@ -24,8 +26,6 @@ class _Sizes(BaseModel):
     A model is built from a config before its tensors are compared with it. The bounds are far above any model's and
     keep that a matter of seconds.
     """
-
-    model_config = ConfigDict(strict=True)
 
     num_hidden_layers: int | None = Field(None, ge=1, le=2000)
     hidden_size: int | None = Field(None, ge=1, le=2**20)
@@ -55,11 +55,8 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
     Raises:
         InputError: its family is not supported, or transformers reads no config from it; names `field`.
     """
-    try:
-        raw = TypeAdapter(dict[str, JsonValue]).validate_json(content)
-        model_type = _File.model_validate(raw).model_type
-    except ValidationError as error:
-        raise InputError(field, f"{place} cannot be read as a config: {_reason(error)}") from error
+    with located(field, place):
+        model_type = parse_model(content, _File).model_type
     if model_type not in TOWERS:
         family_of(model_type, field)
     with tempfile.TemporaryDirectory() as local, deferred_warnings():  # AutoConfig reads from a local path only
@@ -129,11 +126,3 @@ class _Held(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
-
-
-def _reason(error: ValidationError) -> str:
-    """Return the first of pydantic's findings: field, allowed values and value."""
-    found = error.errors(include_url=False)[0]
-    name = ".".join(str(part) for part in found["loc"]) or "the file"
-    value = repr(found["input"])
-    return f"{name}: {found['msg']}, not {value if len(value) <= 80 else value[:80] + '...'}"
