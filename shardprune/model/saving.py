@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from shardprune.model.checkpoint import INDEX, Checkpoint
@@ -13,6 +14,12 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import read_header
+
+
+def overflow(tensor: str, dtype: torch.dtype) -> str:
+    """Return the reason of an error about a tensor that the dtype in which it is stored cannot hold."""
+    name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    return f"the {tensor} overflows {name}, in which it is stored (up to {largest:.5g}), or is not finite"
 
 
 def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) -> None:
