@@ -92,7 +92,8 @@ def place_run(
     if parallel and asked.shards and segments and not asked.segments:
         shards = min(shards, segments)  # goes on with the segments of its start
     layout = plan_layout(skeleton.layers, recipe.samples, asked.propagation, shards, replicas, segments)
-    threads = recipe.threads or recorded.get("threads") or threads_of(slots, layout.workers)
+    # Another number of threads adds in another order: a run keeps the one that it began with.
+    threads = recorded.get("threads") or recipe.threads or threads_of(slots, layout.workers)
     workers = worker_settings(recipe, model, device, skeleton.dtype, threads)
     return Placement(layout, asked.propagation, workers, recipe.sequences_per_wave, out)
 

@@ -47,6 +47,11 @@ class Inputs:
     evaluations: dict[str, Tensor]
     overrides: dict[str, Any]
 
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The checkpoints that are read, by the recipe's fields that name them."""
+        return {"model": self.checkpoint} | ({"teacher": self.teacher} if self.teacher else {})
+
 
 @dataclass(frozen=True)
 class PreparedRecovery:
@@ -107,7 +112,8 @@ class PreparedRecovery:
             weight_decay=recipe.weight_decay,
             overrides=self.inputs.overrides,
         )
-        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps)
+        states = {field: checkpoint.state() for field, checkpoint in self.inputs.checkpoints.items()}
+        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps, states)
 
     def _shapes(self, index: int) -> list[tuple[int, int]]:
         return list(self.skeleton.projection_shapes(index).values())

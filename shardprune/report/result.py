@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from transformers import PretrainedConfig
 
 from shardprune.model.structure.shape import Widths, reshaped, widths_of
+from shardprune.storage.manifest import FileRecord
 from shardprune.storage.records import LayerRecord, ProjectionReport
 
 
@@ -224,7 +225,8 @@ class Recovery(BaseModel):
 
 
 class Result(BaseModel):
-    """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished."""
+    """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished, `files` those that
+    make the model, by their names in the output."""
 
     version: int = 1
     command: str
@@ -240,6 +242,7 @@ class Result(BaseModel):
     seconds: dict[str, float]
     workers: list[WorkerResult]
     restarts: int
+    files: dict[str, FileRecord] = {}
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
