@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field
+
+from shardprune.storage.json_file import fitting
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Weights = Annotated[int, Field(gt=0, strict=True)]
@@ -128,9 +130,6 @@ class LayerRecord:
         """Return the record that `plain` gave these values of.
 
         Raises:
-            ValueError: they are those of no record of this version.
+            Malformed: they are those of no record of this version.
         """
-        return _RECORD.validate_python(fields)
-
-
-_RECORD = TypeAdapter(LayerRecord)
+        return fitting(dict(fields), cls)

@@ -5,12 +5,12 @@ The header stands before the data, so tensors are hashed before they are written
 tensors are the same, or one is damaged.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from shardprune.storage.digests import digest_of
 from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import dump_json, parse_json
 from shardprune.storage.safetensors_file import NAMES, Entry, Shapes, read_header
 
 KEY = "shardprune"  # of the record in the metadata of a file
@@ -31,8 +31,8 @@ def sealed(record: Mapping[str, Any], digests: Mapping[str, str], shapes: Shapes
     Args:
         digests: of its tensors, by name.
     """
-    fields = {**record, DIGESTS: dict(sorted(digests.items()))}
-    return {KEY: json.dumps({**fields, SEAL: _seal(fields, shapes)})}
+    fields = parse_json(dump_json({**record, DIGESTS: dict(sorted(digests.items()))}))  # as it is read back
+    return {KEY: dump_json({**fields, SEAL: _seal(fields, shapes)})}
 
 
 def read_sealed(folder: Folder, file: str) -> tuple[dict[str, Entry], dict[str, Any], dict[str, str]]:
@@ -45,7 +45,7 @@ def read_sealed(folder: Folder, file: str) -> tuple[dict[str, Entry], dict[str, 
     """
     entries, metadata = read_header(folder, file)
     try:
-        fields = json.loads(metadata[KEY])
+        fields = parse_json(metadata[KEY])
         seal, digests = fields.pop(SEAL), fields[DIGESTS]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise NoSeal("was written by another version") from error
@@ -58,4 +58,4 @@ def read_sealed(folder: Folder, file: str) -> tuple[dict[str, Entry], dict[str, 
 
 def _seal(fields: Mapping[str, Any], shapes: Shapes) -> str:
     stated = {name: [NAMES[dtype], list(shape)] for name, (dtype, shape) in shapes.items()}
-    return digest_of(json.dumps([fields, stated], sort_keys=True).encode())
+    return digest_of(dump_json([fields, stated], sort_keys=True).encode())
