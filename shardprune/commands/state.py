@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from shardprune.errors import InputError, StorageError
@@ -16,7 +16,10 @@ from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, Iteration, Perplexity, Result, WorkerResult
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.journal import Earlier, Journal
+from shardprune.storage.json_file import fitting
+from shardprune.storage.malformed import located
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
+from shardprune.storage.output_names import RESULT, STATE
 from shardprune.storage.windows import tokens_hash
 
 When = Literal["before", "after"]
@@ -35,8 +38,8 @@ class Measured(BaseModel):
 class ZeroCount(BaseModel):
     """The `count` of zeros among the `weights` of all projections."""
 
-    count: int
-    weights: int
+    count: Annotated[int, Field(ge=0)]
+    weights: Annotated[int, Field(gt=0)]
 
 
 class RunFile(BaseModel):
@@ -53,10 +56,10 @@ class RunFile(BaseModel):
     fingerprint: str
     recipe: dict[str, Any] = {}
     perplexity: dict[str, Measured] = {}
-    restarts: int = 0
+    restarts: Annotated[int, Field(ge=0)] = 0
     outliers: list[Outliers] = []
     path: list[Iteration] = []
-    saved: str | None = None
+    saved: Annotated[str, Field(pattern=r"^(iteration|layers)-\d+$")] | None = None
     zeros: ZeroCount | None = None
     workers: list[dict[str, Any]] = []
     inputs: dict[str, SourceState] = {}
@@ -88,15 +91,12 @@ class RunState:
         self.previous: Result | None = None  # of an earlier run, to which this one may only add measurements
         self.resumed = bool(earlier)
         self._evaluations = evaluations
-        try:
-            if earlier.result is not None:
-                self.previous = Result(**earlier.result)
-                self.known = _known_of(self.previous)
-            else:
-                self.known = RunFile(**{"fingerprint": journal.fingerprint, **(earlier.state or {})})
-        except ValidationError as error:
-            reason = "holds a run of another version of shardprune; choose an empty directory"
-            raise InputError("out", f"{journal.folder.url} {reason}") from error
+        if earlier.result is not None:
+            with located("out", f"{journal.folder.url}/{RESULT}"):
+                self.previous = fitting(earlier.result, Result)
+            self.known = _known_of(self.previous)
+        else:
+            self.known = run_file(journal, earlier)
         self.known.recipe = recipe
         self._inputs = inputs
         if self.previous is None:
@@ -261,6 +261,16 @@ class RunState:
     def perplexities(self) -> dict[str, Perplexity]:
         """Return what was measured, by source."""
         return {source: Perplexity(**record.model_dump()) for source, record in self.known.perplexity.items()}
+
+
+def run_file(journal: Journal, earlier: Earlier) -> RunFile:
+    """Return the state of an unfinished attempt, or that of a run that begins.
+
+    Raises:
+        InputError: it is none that this version writes.
+    """
+    with located("out", f"{journal.folder.url}/{STATE}"):
+        return fitting({"fingerprint": journal.fingerprint, **(earlier.state or {})}, RunFile)
 
 
 def _known_of(result: Result) -> RunFile:

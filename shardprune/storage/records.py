@@ -35,7 +35,7 @@ class ProjectionReport:
     zeros: Count
     zeros_before: Count
     weights: Weights
-    pattern: str | None = None
+    pattern: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = None
     retries: Count = 0
     damping: float | None = None
     sweep: str | None = None
