@@ -20,7 +20,6 @@ from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord, ProjectionReport
-from shardprune.storage.safetensors_file import write_tensors
 
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
@@ -60,7 +59,7 @@ def write_trained_frame(
         tensors = {
             checkpoint.stored_name(name): frame[name] if name in frame else checkpoint.read(name) for name in names
         }
-        write_tensors(journal.folder, journal.frame_file, tensors, {})
+        journal.write_frame(tensors)
     dist.barrier()
 
 

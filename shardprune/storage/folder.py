@@ -75,10 +75,11 @@ class Folder:
     @property
     def appends(self) -> bool:
         """Whether `append_text` works here; most storage takes whole files only."""
-        return self._local or "memory" in _protocols(self.fs)
+        return self.local or "memory" in _protocols(self.fs)
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether this is a directory of this machine, as far as the operating system shows."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -105,15 +106,22 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of the files and folders directly inside; empty if the folder does not exist."""
+        entries = {entry.rstrip("/") for entry in self._list(detail=False)}
+        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
 
-        def look() -> list[str]:
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of every file directly inside, by name: its `size`, and whatever tells its
+        versions apart there."""
+        return {posixpath.basename(info["name"]): info for info in self._list(detail=True) if info["type"] == "file"}
+
+    def _list(self, detail: bool) -> list[Any]:
+        def look() -> list[Any]:
             try:
-                return self.fs.ls(self.root, detail=False, refresh=True)
+                return self.fs.ls(self.root, detail=detail, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        entries = {entry.rstrip("/") for entry in self._persist("listed", "", look)}
-        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
+        return self._persist("listed", "", look)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -231,11 +239,11 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
-                if self._local:  # a node that loses power could otherwise keep the name and lose the content
+                if self.local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
-            if self._local:
+            if self.local:
                 _sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
