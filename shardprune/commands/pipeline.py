@@ -20,6 +20,7 @@ from shardprune.report.progress import Reporter
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.storage.folder import PARTIAL, absolute, output_folder
 from shardprune.storage.output_names import RESULT
+from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.retrying import preflight
 
 STATE = "pipeline.json"
@@ -94,7 +95,7 @@ class _Progress:
         if STATE not in names:
             held = "a run" if RESULT in names else "something else"
             raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
-        state = self.folder.read_json(STATE)
+        state = absolute_paths(self.folder.read_json(STATE), self.folder.url)
         if [state.get("model"), state.get("steps")] != [self._model, list(recipe.steps)]:
             raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
         if not recipe.resume:
@@ -113,7 +114,7 @@ class _Progress:
             "evaluated": self.evaluated,
             "recipe": self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
         }
-        self.folder.write_json(STATE, state)
+        self.folder.write_json(STATE, relative_paths(state, self.folder.url))
 
 
 def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:
