@@ -22,9 +22,9 @@ Count = Annotated[int, Field(ge=0, le=2**63)]
 
 
 class _Event(BaseModel):
-    """Base of all events: `time` is in seconds since the epoch, further fields may come with other versions."""
+    """Base of all events: `time` is in seconds since the epoch. Further fields, as of other versions, are left out."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     time: Moment
 
@@ -152,8 +152,8 @@ EVENT: TypeAdapter[Any] = TypeAdapter(
 def event_of(line: str) -> dict[str, Any] | None:
     """Return the event of a line, with printable texts; None where the line holds none."""
     try:
-        event = parse_json(line, LINE)
-        EVENT.validate_json(line)
+        parse_json(line, LINE)
+        event = EVENT.validate_json(line).model_dump(mode="json", exclude_unset=True)
     except (Malformed, ValidationError):
         return None
     return {name: printable(value) if isinstance(value, str) else value for name, value in event.items()}

@@ -77,7 +77,9 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.quiet:
-            self.console.print(printable(without_credentials(text)), highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                printable(without_credentials(text)), highlight=False, markup=False, emoji=False, soft_wrap=True
+            )
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
@@ -106,7 +108,7 @@ class Reporter:
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.console) as self._bars:
-                self._tasks[id(step)] = self._bars.add_task(label, total=total)
+                self._tasks[id(step)] = self._bars.add_task(step.label, total=total)
                 try:
                     yield step
                 finally:
