@@ -16,6 +16,7 @@ from shardprune.model.families import Family
 from shardprune.model.saving import write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
+from shardprune.recovery.masked_update import Way
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord, ProjectionReport
 from shardprune.storage.safetensors_file import write_tensors
@@ -69,14 +70,15 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
         name = f"{projection}.weight"
         before, after = checkpoint.read(prefix + name), trained(name)
         # Counted in the stored dtype: rounding to it can make further zeros.
-        return _report(index, projection, before, before if after is None else after.to(before.dtype))
+        way = updated[name].way if name in updated else None
+        return _report(index, projection, before, before if after is None else after.to(before.dtype), way)
 
     record = LayerRecord(index, tuple(report(projection) for projection in family.projections))
     shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
     write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 
-def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionReport:
+def _report(layer: int, name: str, before: Tensor, after: Tensor, way: Way | None) -> ProjectionReport:
     """Count the zeros of a projection before and after training."""
     was, zero = before == 0, (after == 0).cpu()
     weights, zeros_before = was.numel(), int(was.sum())
@@ -87,6 +89,7 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionR
         zeros=int(zero.sum()),
         zeros_before=zeros_before,
         weights=weights,
+        update=way,
         zeros_kept=int((was & zero).sum()),
     )
 
