@@ -3,7 +3,6 @@
 A recipe is checked before its story is imported, and with it torch, Ray or plotly: bad input is refused in a second.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from shardprune.recipes.demo import demo_recipe
 from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
+from shardprune.storage.json_file import dump_json
 
 START, PLAN, LOOK = "Start here", "Plan and run on clusters", "Look"  # panels, beside those of the table of commands
 FIRST_STEPS = (
@@ -104,7 +104,7 @@ def plan(
 
     planned = run(recipe, simulate)
     if as_json:
-        print(json.dumps(planned.as_json(), indent=1))
+        print(dump_json(planned.as_json(), indent=1))
     else:
         show_plan(planned, Console())
     return 0 if planned.fits else 1
@@ -150,7 +150,7 @@ def status(
     from shardprune.report.status import status_of
 
     for found in status_of(out):
-        print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
+        print(dump_json(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
 
 
 @_command(LOOK, "shardprune report --compare runs/half runs/half-rebuilt")

@@ -1,7 +1,6 @@
 """Preparation of a fine-tuning: inputs opened and checked, rows made, the fingerprint decided, the output looked at."""
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.storage.folder import PARTIAL, Folder, absolute, check_reachable
 from shardprune.storage.journal import Earlier, Journal, recorded_recipe
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 
@@ -256,7 +256,7 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
         "steps": steps,
         "deepspeed": inputs.overrides,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_state(plan: PreparedRecovery) -> None:

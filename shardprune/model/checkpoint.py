@@ -1,7 +1,6 @@
 """Hugging Face checkpoints on any file system, read tensor by tensor."""
 
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from shardprune.errors import InputError, first_line
 from shardprune.model.families import TOWERS
 from shardprune.storage.folder import Folder, absolute
+from shardprune.storage.json_file import dump_json, parse_json
 from shardprune.storage.safetensors_file import Entry, StoredTensor, copy_tensors, read_elements, read_header
 
 SINGLE = "model.safetensors"
@@ -120,7 +120,7 @@ class Checkpoint:
         """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor."""
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
-        digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
+        digest.update(dump_json([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
         for sample in self.folder.read_ranges([_sample(entry) for _, entry in entries]):
             digest.update(sample)
         return digest.hexdigest()
@@ -203,12 +203,8 @@ def _cached_snapshot(name: str) -> str | None:
     except (LocalEntryNotFoundError, ValueError):
         return None
     index = os.path.join(folder, INDEX)
-    if os.path.isfile(index):
-        with open(index) as file:
-            files = set(json.load(file)["weight_map"].values())
-    else:
-        files = {SINGLE}
-    complete = all(os.path.isfile(os.path.join(folder, name)) for name in {CONFIG, *files})
+    listed = parse_json(Path(index).read_bytes())["weight_map"].values() if os.path.isfile(index) else [SINGLE]
+    complete = all(os.path.isfile(os.path.join(folder, name)) for name in {CONFIG, *listed})
     return folder if complete else None
 
 

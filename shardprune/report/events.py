@@ -13,7 +13,6 @@ A thread of its own writes them, so that a run never waits for the log. Nothing 
 run.json are the record.
 """
 
-import json
 import logging
 import threading
 import time
@@ -23,6 +22,7 @@ from typing import Any
 
 from shardprune.errors import Stopped, StorageError, first_line, without_credentials
 from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import dump_json, parse_json
 from shardprune.storage.output_names import EVENTS as FILE
 
 HEARTBEAT_SECONDS = 15.0  # between two heartbeats of a running command
@@ -45,7 +45,7 @@ class Events:
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event; thread-safe."""
         with self._lock:
-            self._waiting.append(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
+            self._waiting.append(dump_json({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
         if self._writer:
             self._writer.wake.set()
 
@@ -142,7 +142,7 @@ def read_events(folder: Folder) -> list[dict[str, Any]]:
 def _parsed(line: str) -> dict[str, Any] | None:
     """Parse the event of a line; None for a partial line, left by a failed write."""
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return None
     return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None

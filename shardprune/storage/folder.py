@@ -3,10 +3,10 @@
 Every operation is tried again on transient errors: see `shardprune.storage.retrying`.
 """
 
-import json
 import os
 import posixpath
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -18,7 +18,12 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
+from shardprune.storage.host_memory import host_memory
+from shardprune.storage.json_file import LIMIT, dump_json, parse_json
+from shardprune.storage.malformed import Malformed
+from shardprune.storage.quantities import gigabytes
 from shardprune.storage.retrying import retry
+from shardprune.storage.text_file import decode
 
 T = TypeVar("T")
 
@@ -158,13 +163,29 @@ class Folder:
                 done += count
 
     def read_bytes(self, name: str) -> bytes:
-        return self._persist("read", name, lambda: self.fs.cat_file(self.path(name)))
+        """Return the content of a file. A device or a pipe, which has no end, is refused as one that cannot be read."""
+        return self._persist("read", name, lambda: _content(self.fs, self.path(name)))
 
     def read_text(self, name: str) -> str:
-        return self.read_bytes(name).decode()
+        """Return the text of a file without its byte-order mark.
 
-    def read_json(self, name: str) -> Any:
-        return json.loads(self.read_text(name))
+        Raises:
+            Malformed: it is in no encoding of Unicode.
+        """
+        return decode(self.read_bytes(name))
+
+    def read_json(self, name: str, limit: int = LIMIT) -> Any:
+        """Return the value in a file.
+
+        Args:
+            limit: largest size in bytes.
+
+        Raises:
+            Malformed: it is larger, or `parse_json` refuses it.
+        """
+        if (size := self.size(name) or 0) > limit:
+            raise Malformed(f"is too large for JSON here: {size:,} bytes, at most {limit:,}")
+        return parse_json(self.read_bytes(name), limit)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -241,7 +262,8 @@ class Folder:
         self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=1) + "\n")
+        """Write a value. Numbers that are not finite become null: see `dump_json`."""
+        self.write_text(name, dump_json(value, indent=1) + "\n")
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
@@ -342,11 +364,23 @@ def read_file(url: str, field: str) -> bytes:
     """Read the bytes of one file.
 
     Raises:
-        InputError: it cannot be read; names `field`.
+        InputError: it is larger than a quarter of this machine's memory, or cannot be read; names `field`.
     """
     fs, path = _resolve(url, field)
+    limit = host_memory() // 4  # the rest is for its text, and for what is made from that
+
+    def read() -> bytes:
+        size = fs.info(path)["size"]  # None where a web server does not say
+        if size is not None and size > limit:
+            raise InputError(
+                field,
+                f"{url!r} has {gigabytes(size)}; it is read whole, for which this machine's memory has room up to "
+                f"{gigabytes(limit)}",
+            )
+        return _content(fs, path)
+
     try:
-        return retry(lambda: fs.cat_file(path), url)
+        return retry(read, url)
     except FileNotFoundError as error:
         raise InputError(field, f"{url!r} does not exist") from error
     except Exception as error:
@@ -358,6 +392,16 @@ def read_file(url: str, field: str) -> bytes:
 def _refuse_hub(url: str, field: str) -> None:
     if url.startswith(READ_ONLY):
         raise InputError(field, f"{url} cannot be written: the hub is only read from")
+
+
+def _content(fs: AbstractFileSystem, path: str) -> bytes:
+    """Return the bytes of a file; those of a local path only if they have an end."""
+    if isinstance(fs, LocalFileSystem):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise OSError(f"it is {kind}, not a file")
+    return fs.cat_file(path)
 
 
 def _sync_folder(path: str) -> None:

@@ -5,7 +5,6 @@ fingerprint and the layer's report. `run.json` claims the directory and keeps th
 make again.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
+from shardprune.storage.json_file import dump_json, parse_json
 from shardprune.storage.output_names import EVENTS, RESULT, STATE
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import Shapes, StoredTensor, read_header, write_each
@@ -127,7 +127,7 @@ class Journal:
                     _, metadata = read_header(self.folder, self.layer_file(layer))
                 except InputError:  # damaged, for example by a crash of the file system: prune the layer again
                     continue
-                record = json.loads(metadata.get(KEY, "{}"))
+                record = parse_json(metadata.get(KEY, "{}"))
                 if record.pop("fingerprint", None) != self.fingerprint:
                     raise InputError("out", f"{self.layer_file(layer)} belongs to another run")
                 try:
@@ -142,7 +142,7 @@ class Journal:
         whole = {"fingerprint": self.fingerprint, **record.plain()}
         names = {self._stored_name(name): name for name in shapes}
         stored = {key: shapes[name] for key, name in names.items()}
-        metadata = {KEY: json.dumps(whole)}
+        metadata = {KEY: dump_json(whole)}
         write_each(self.folder, self.layer_file(record.layer), stored, lambda key: tensor(names[key]), metadata)
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

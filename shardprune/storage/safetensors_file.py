@@ -5,7 +5,6 @@ without holes. The library's `safe_open` reads single tensors of local files onl
 of a file in memory; here a tensor of a remote file is one ranged read, and a file is written one tensor at a time.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.storage.folder import CHUNK, Folder
+from shardprune.storage.json_file import dump_json, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -69,7 +69,7 @@ def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, 
     if 8 + length > len(start):
         start += folder.read_range(name, len(start), 8 + length)
     try:
-        header = json.loads(start[8 : 8 + length])
+        header = parse_json(start[8 : 8 + length])
         metadata = header.pop("__metadata__", {})
         entries = {key: _entry(folder, name, 8 + length, value) for key, value in header.items()}
     except InputError:
@@ -177,7 +177,7 @@ def _write(
         size = math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = dump_json(header, compact=True).encode()
     text += b" " * (-len(text) % 8)
 
     def parts() -> Iterator[bytes | memoryview]:
