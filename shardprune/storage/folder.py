@@ -53,7 +53,8 @@ Parts = Callable[[], Iterable[bytes | memoryview]]
 class Folder:
     """A directory on any file system; all paths given to its methods are relative to it.
 
-    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable.
+    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable, or a file
+    is shorter than what is read of it.
 
     Args:
         url: local path or fsspec URL.
@@ -74,10 +75,11 @@ class Folder:
     @property
     def appends(self) -> bool:
         """Whether `append_text` works here; most storage takes whole files only."""
-        return self._local or "memory" in _protocols(self.fs)
+        return self.local or "memory" in _protocols(self.fs)
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether this is a directory of this machine, as far as the operating system shows."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -104,15 +106,22 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of the files and folders directly inside; empty if the folder does not exist."""
+        entries = {entry.rstrip("/") for entry in self._list(detail=False)}
+        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
 
-        def look() -> list[str]:
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of every file directly inside, by name: its `size`, and whatever tells its
+        versions apart there."""
+        return {posixpath.basename(info["name"]): info for info in self._list(detail=True) if info["type"] == "file"}
+
+    def _list(self, detail: bool) -> list[Any]:
+        def look() -> list[Any]:
             try:
-                return self.fs.ls(self.root, detail=False, refresh=True)
+                return self.fs.ls(self.root, detail=detail, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        entries = {entry.rstrip("/") for entry in self._persist("listed", "", look)}
-        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
+        return self._persist("listed", "", look)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -125,6 +134,9 @@ class Folder:
             parts = self.fs.cat_ranges(paths, starts, ends, on_error="return")
             if error := next((part for part in parts if isinstance(part, BaseException)), None):
                 raise error
+            for part, start, end in zip(parts, starts, ends, strict=True):
+                if len(part) < end - start:
+                    raise _too_short(start + len(part), end - start - len(part))
             return parts
 
         return self._persist("read", names[0] if len(set(names)) == 1 else "", read)
@@ -133,11 +145,7 @@ class Folder:
         return self.read_ranges([(name, start, end)])[0]
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start` on.
-
-        Raises:
-            EOFError: the file is shorter than that.
-        """
+        """Fill `buffer` with the bytes from `start` on."""
         if isinstance(self.fs, AsyncFileSystem):
             self._read_by_requests(name, start, buffer)
         else:
@@ -148,8 +156,6 @@ class Folder:
             wanted = min(REQUESTS * REQUEST, len(buffer) - done)
             offsets = range(start + done, start + done + wanted, REQUEST)
             parts = self.read_ranges([(name, at, min(at + REQUEST, start + done + wanted)) for at in offsets])
-            if (found := sum(map(len, parts))) < wanted:
-                raise _too_short(name, start + done + found, len(buffer) - done - found)
             for part in parts:
                 buffer[done : done + len(part)] = part
                 done += len(part)
@@ -161,7 +167,7 @@ class Folder:
             while done < len(buffer):
                 count = file.readinto(buffer[done : done + CHUNK])
                 if not count:
-                    raise _too_short(name, start + done, len(buffer) - done)
+                    raise _too_short(start + done, len(buffer) - done)
                 done += count
 
     def read_bytes(self, name: str) -> bytes:
@@ -233,11 +239,11 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
-                if self._local:  # a node that loses power could otherwise keep the name and lose the content
+                if self.local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
-            if self._local:
+            if self.local:
                 _sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
@@ -422,8 +428,9 @@ def _fill(file: Any, parts: Iterable[bytes | memoryview]) -> None:
             file.write(view[start : start + CHUNK])
 
 
-def _too_short(name: str, end: int, missing: int) -> EOFError:
-    return EOFError(f"{name} ends at byte {end}, {missing} bytes early")
+def _too_short(end: int, missing: int) -> OSError:
+    """Return the error of a file that is shorter than it was when its size was read."""
+    return OSError(f"it ends at byte {end}, {missing} bytes early")
 
 
 def _of_storage(error: Exception) -> bool:

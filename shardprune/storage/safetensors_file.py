@@ -153,7 +153,10 @@ class StoredTensor:
 
     def read_part(self, start: int, buffer: Tensor) -> None:
         """Fill a buffer of bytes (uint8, contiguous, on the CPU) with the tensor's from `start` on."""
-        self.folder.read_into(self.entry.file, self.entry.start + start, _bytes(buffer))
+        self.folder.read_into(self.entry.file, self.entry.start + start, bytes_of(buffer))
+
+    def passed(self, start: int, part: Tensor) -> None:
+        """Take note of bytes of the tensor, from `start` on, that `read_part` has read; called in their order."""
 
 
 def read_tensor(folder: Folder, entry: Entry) -> Tensor:
@@ -165,7 +168,7 @@ def read_elements(folder: Folder, entry: Entry, start: int, stop: int) -> Tensor
     """Read elements `start` to `stop` of a tensor, counted in C order, into memory of their own [stop - start]."""
     elements = torch.empty(stop - start, dtype=entry.dtype)
     if start < stop:
-        folder.read_into(entry.file, entry.start + start * entry.dtype.itemsize, _bytes(elements))
+        folder.read_into(entry.file, entry.start + start * entry.dtype.itemsize, bytes_of(elements))
     return elements
 
 
@@ -184,7 +187,7 @@ def write_each(
     """Write a file of tensors that are computed one at a time, each when it is written."""
 
     def content(key: str) -> Iterator[memoryview]:
-        yield _bytes(tensor(key).detach().cpu().contiguous())
+        yield bytes_of(tensor(key).detach().cpu().contiguous())
 
     _write(folder, name, shapes, metadata, content)
 
@@ -234,6 +237,6 @@ def _write(
     folder.write(name, parts)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.page.finished_run import FinishedRun, finished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
@@ -89,7 +89,7 @@ def _section(run: FinishedRun) -> Section:
 
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
-    facts = [("model", run.model), ("output", without_credentials(run.folder))]
+    facts = [("model", run.model), ("output", run.name)]
     if result.sparsity and result.recovery:  # recover has no target
         facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
     elif result.sparsity:
