@@ -150,9 +150,7 @@ def test_bad_stored_tokens(tmp_path, tokenizer, tokens, message):
 
 def test_windows_that_memory_has_no_room_for(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "x.txt").write_text(SENTENCE)
-    reason = (
-        "samples: 1000000000 windows of 6 tokens take 96.0 GB while .* 1.0 GB of them; use at most 10,4"
-    )
+    reason = "samples: 1000000000 windows of 6 tokens take 96.0 GB while .* 1.0 GB of them; use at most 10,4"
     monkeypatch.setattr(windows, "host_memory", lambda: 2 * 10**9)
     with pytest.raises(InputError, match=f"^{reason}16,666$"):
         calibrate(tmp_path / "x.txt", tokenizer, samples=10**9)
