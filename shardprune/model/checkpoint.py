@@ -3,22 +3,24 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from functools import cached_property
 
 from pydantic import BaseModel
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shardprune.errors import InputError
+from shardprune.errors import InputChanged, InputError
 from shardprune.model.companions import check_companion, companions
 from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.families import TOWERS, family_of
+from shardprune.model.sources import Source, SourceState, SourceTensor
 from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder, absolute
 from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.malformed import located
-from shardprune.storage.safetensors_file import Entry, StoredTensor, copy_tensors, read_elements, read_header
+from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -51,8 +53,12 @@ class Checkpoint:
         if not self.folder.is_file(CONFIG):
             raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
         check_companion(self.folder, CONFIG)
+        beside = self.companions()
+        weights = [name for name in self.folder.names() if name.endswith(".safetensors")]
+        self.source = Source(self.folder, [CONFIG, INDEX, *beside, *weights])  # before any of them is read
         family_of(self.config.model_type, field)
         stored = self._entries()
+        self.source.keep([CONFIG, INDEX, *beside, *{entry.file for entry in stored.values()}])
         prefixes = self._tower_prefixes(stored)
         self._stored = {_replace_prefix(name, prefixes): name for name in stored}
         if len(self._stored) < len(stored):
@@ -139,19 +145,31 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """Return a tensor in its file."""
-        return StoredTensor(self.folder, self.entries[name])
+        return SourceTensor(self.folder, self.entries[name], self._stored[name], self.source)
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """Read elements `start` to `stop` of one tensor, counted in C order, [stop - start] in its stored dtype."""
         return read_elements(self.folder, self.entries[name], start, stop)
 
-    def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
-        """Copy tensors into a file of another folder, byte by byte."""
-        entries = {self.stored_name(name): self.entries[name] for name in names}
-        copy_tensors(self.folder, entries, target, file, metadata)
+    def check_unchanged(self, names: Iterable[str] | None = None) -> None:
+        """Check that the files of some tensors, or all files, are still those that were opened.
+
+        Raises:
+            InputChanged: one is not.
+        """
+        self.source.check(None if names is None else {self.entries[name].file for name in names})
+
+    def state(self) -> SourceState:
+        """Return what other processes and later attempts of a run must know to notice a change."""
+        return self.source.state(self.identity())
 
     def identity(self) -> str:
-        """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor."""
+        """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor, when it was first
+        asked for."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
         digest.update(dump_json([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
@@ -178,6 +196,22 @@ class Checkpoint:
                 where = f"{self.folder.url}/{INDEX}"
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
+
+
+def reopened(model: str, state: SourceState | None, field: str = "model") -> Checkpoint:
+    """Open a checkpoint that another process of the run has opened, as its `state` says.
+
+    Raises:
+        InputChanged: it is not the same any more.
+    """
+    if state is None:
+        return Checkpoint(model, field)
+    try:
+        checkpoint = Checkpoint(model, field)
+    except InputError as error:
+        raise InputChanged(field, f"the model changed under the run: {error.problem}") from error
+    checkpoint.source.admit(state, checkpoint.identity)
+    return checkpoint
 
 
 class _Index(BaseModel):

@@ -26,7 +26,9 @@ def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) ->
     """Copy every tensor that is not part of a decoder layer, byte by byte."""
     inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
     outside = [name for name in checkpoint.entries if name not in inside]
-    checkpoint.copy(outside, journal.folder, journal.frame_file, {})
+    tensors = {checkpoint.stored_name(name): checkpoint.stored(name) for name in outside}
+    journal.copy_frame(checkpoint.folder, tensors)
+    checkpoint.check_unchanged(outside)
 
 
 def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any]) -> None:

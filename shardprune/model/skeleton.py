@@ -153,9 +153,11 @@ class Skeleton:
             skipped.add(id(inputs))
         if not head and not (embedding and inputs is outputs):
             skipped.add(id(outputs))
-        for name, parameter in list(self.model.named_parameters()):
-            if id(parameter) not in skipped and parameter.is_meta:
-                self._materialise(parameter, checkpoint.read(name))
+        read = [name for name, p in self.model.named_parameters() if id(p) not in skipped and p.is_meta]
+        for name in read:
+            self._materialise(self.model.get_parameter(name), checkpoint.read(name))
+        if read:
+            checkpoint.check_unchanged(read)
 
     def drop_embeddings(self) -> None:
         """Free the memory of the input embedding and the output head."""

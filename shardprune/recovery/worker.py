@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from shardprune.errors import TrainingError, first_line
-from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.checkpoint import reopened
 from shardprune.model.families import family_of
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.cuda import keep_float32, set_allocator
@@ -58,7 +58,7 @@ def _take_part(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
     loaded = time.monotonic()
     model = training.run()
     trained = time.monotonic()
-    checkpoint = Checkpoint(spec.recipe.model)
+    checkpoint = reopened(spec.recipe.model, spec.inputs["model"])
     family = family_of(checkpoint.config.model_type)
     journal = Journal(spec.recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.stored_name)
     write_layers(model, family, checkpoint, journal, spec.recipe.zero)

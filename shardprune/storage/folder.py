@@ -16,6 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
 from shardprune.storage.host_memory import host_memory
@@ -32,6 +33,7 @@ REQUEST = 16 * 2**20  # bytes of one of several parallel requests
 REQUESTS = 8  # in parallel
 # Protocols that show a file only when its upload ends; everywhere else `write` needs a temporary name and a rename.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 EXTRAS = {
     "s3": "s3",
@@ -73,10 +75,11 @@ class Folder:
     @property
     def appends(self) -> bool:
         """Whether `append_text` works here; most storage takes whole files only."""
-        return self._local or "memory" in _protocols(self.fs)
+        return self.local or "memory" in _protocols(self.fs)
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether this is a directory of this machine, as far as the operating system shows."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -103,15 +106,22 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of the files and folders directly inside; empty if the folder does not exist."""
+        entries = {entry.rstrip("/") for entry in self._list(detail=False)}
+        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
 
-        def look() -> list[str]:
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of every file directly inside, by name: its `size`, and whatever tells its
+        versions apart there."""
+        return {posixpath.basename(info["name"]): info for info in self._list(detail=True) if info["type"] == "file"}
+
+    def _list(self, detail: bool) -> list[Any]:
+        def look() -> list[Any]:
             try:
-                return self.fs.ls(self.root, detail=False, refresh=True)
+                return self.fs.ls(self.root, detail=detail, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        entries = {entry.rstrip("/") for entry in self._persist("listed", "", look)}
-        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
+        return self._persist("listed", "", look)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -229,11 +239,11 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
-                if self._local:  # a node that loses power could otherwise keep the name and lose the content
+                if self.local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
-            if self._local:
+            if self.local:
                 _sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
@@ -432,6 +442,8 @@ def _of_storage(error: Exception) -> bool:
 
 def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     # No cached listings, since other workers write, too. A model on the hub does not change during a run.
+    if UNWRITABLE.search(url):
+        raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)
@@ -439,8 +451,10 @@ def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         extra = EXTRAS.get(url.partition("://")[0])
         hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
-    except (ValueError, OSError) as error:
+    except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root
 
 
