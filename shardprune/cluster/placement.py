@@ -116,7 +116,14 @@ def _recorded(recipe: LayerRecipe, decided: dict[str, Any], out: str) -> _Record
         return _Recorded()
     recorded, sparse = recorded_recipe(out), recipe.job().sparse
     asked = recipe.model_copy(update={**decided, **({"sparse": place_of(sparse)} if sparse else {})}).record()
-    if any(recorded.get(name) != asked[name] for name in identifying_fields(type(recipe))):
+    same = all(_name(recorded.get(name)) == _name(asked[name]) for name in identifying_fields(type(recipe)))
+    if not same:
         return _Recorded()
     with located("out", f"the recipe that {out} holds"):
         return fitting(recorded, _Recorded)
+
+
+def _name(value: Any) -> Any:
+    """Return a recipe's value, of a path its last part: the output may have been moved, and its fingerprint says whose
+    it is."""
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value

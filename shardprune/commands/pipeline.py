@@ -24,6 +24,7 @@ from shardprune.storage.folder import PARTIAL, absolute, output_folder
 from shardprune.storage.json_file import fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.output_names import RESULT
+from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.retrying import preflight
 
 STATE = "pipeline.json"
@@ -108,7 +109,7 @@ class _Progress:
             held = "a run" if RESULT in names else "something else"
             raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
         with located("out", f"{recipe.out}/{STATE}"):
-            state = fitting(self.folder.read_json(STATE), _PipelineFile)
+            state = fitting(absolute_paths(self.folder.read_json(STATE), self.folder.url), _PipelineFile)
         if (state.model, state.steps) != (self._model, list(recipe.steps)):
             raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
         if not recipe.resume:
@@ -127,7 +128,7 @@ class _Progress:
             evaluated=self.evaluated,
             recipe=self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
         )
-        self.folder.write_json(STATE, state.model_dump(mode="json"))
+        self.folder.write_json(STATE, relative_paths(state.model_dump(mode="json"), self.folder.url))
 
 
 def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:

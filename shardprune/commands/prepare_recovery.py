@@ -66,8 +66,11 @@ class PreparedRecovery:
 
     @property
     def claim(self) -> str:
-        """The text in the directory of training checkpoints that says whose it is."""
-        return f"{self.journal.fingerprint} {without_credentials(self.recipe.out)}"
+        """The text in the directory of training checkpoints that says whose it is: its run and the run's output, which
+        may be moved with what lies in it."""
+        state, out = self.recipe.state, self.recipe.out
+        place = os.path.relpath(out, state) if state.startswith(f"{out}/") else without_credentials(out)
+        return f"{self.journal.fingerprint} {place}"
 
     @property
     def recipe(self) -> DecidedRecipe:

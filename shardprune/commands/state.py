@@ -16,7 +16,7 @@ from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, Iteration, Perplexity, Result, WorkerResult
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.journal import Earlier, Journal
-from shardprune.storage.json_file import fitting
+from shardprune.storage.json_file import MaybeMeasurement, fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import RESULT, STATE
@@ -31,8 +31,8 @@ class Measured(BaseModel):
     seqlen: int
     windows: int
     tokens_sha256: str
-    before: float | None = None
-    after: float | None = None
+    before: MaybeMeasurement = None
+    after: MaybeMeasurement = None
 
 
 class ZeroCount(BaseModel):
@@ -154,9 +154,8 @@ class RunState:
                     raise InputError("out", f"{folder.url} is not whole: {name} {fault}; choose an empty directory")
             self._reopen(faults, reporter)
             return None
-        measured = {source: record.tokens_sha256 for source, record in self.previous.perplexity.items()}
-        wanted = {source: tokens_hash(windows) for source, windows in self._evaluations.items()}
-        if not wanted.items() <= measured.items():
+        measured = {record.tokens_sha256 for record in self.previous.perplexity.values()}
+        if not measured.issuperset(map(tokens_hash, self._evaluations.values())):
             self.journal.folder.check_writable()
             return None
         reporter.say(f"{self.journal.folder.url} is finished already")
@@ -237,11 +236,20 @@ class RunState:
         as not measured."""
         for source, windows in self._evaluations.items():
             text = Measured(seqlen=windows.shape[1], windows=len(windows), tokens_sha256=tokens_hash(windows))
-            record = self.known.perplexity.get(source)
-            if record is None or record.tokens_sha256 != text.tokens_sha256 or record.seqlen != text.seqlen:
+            record = self.known.perplexity.get(source) or self._of_another_name(source, text)
+            if record is None or not _same_text(record, text):
                 record = self.known.perplexity[source] = text
             if getattr(record, when) is None:
                 yield source, windows
+
+    def _of_another_name(self, source: str, text: Measured) -> Measured | None:
+        """Return what is known of a text under a name that it no longer has, as where the output was moved away from
+        it, and keep it under its own."""
+        for name, record in self.known.perplexity.items():
+            if name not in self._evaluations and _same_text(record, text):
+                self.known.perplexity[source] = self.known.perplexity.pop(name)
+                return record
+        return None
 
     def keep(self, source: str, when: When, value: float) -> None:
         """Record a perplexity at once, so that no later attempt measures it again."""
@@ -271,6 +279,10 @@ def run_file(journal: Journal, earlier: Earlier) -> RunFile:
     """
     with located("out", f"{journal.folder.url}/{STATE}"):
         return fitting({"fingerprint": journal.fingerprint, **(earlier.state or {})}, RunFile)
+
+
+def _same_text(record: Measured, text: Measured) -> bool:
+    return (record.tokens_sha256, record.seqlen) == (text.tokens_sha256, text.seqlen)
 
 
 def _known_of(result: Result) -> RunFile:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from shardprune.errors import InputError, first_line
+from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.families import family_of
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
@@ -213,12 +214,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         InputError: transformers builds no model from the config.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), deferred_warnings():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
             )
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
-        raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
+        raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
     model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
     for module in model.modules():
         for name, buffer in module._buffers.items():

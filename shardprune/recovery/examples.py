@@ -151,19 +151,10 @@ def _exchange(where: str, value: Any) -> Exchange:
     if texts["input"] is None:
         texts["input"] = ""
     for name, text in texts.items():
-        if not _is_text(text):
+        if not isinstance(text, str):
             raise InputError("data", f"{where} has no text {name!r}")
     template = PROMPT_WITH_INPUT if texts["input"] else PROMPT
     return Exchange(template.format(instruction=texts["instruction"], input=texts["input"]), texts["output"])
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value can be tokenised: a string without lone surrogates, which JSON may hold."""
-    try:
-        value.encode()
-    except (AttributeError, UnicodeEncodeError):
-        return False
-    return True
 
 
 # -- examples ---------------------------------------------------------------------------------------------
@@ -190,9 +181,6 @@ def _from_exchanges(
 
 
 def _from_corpus(source: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
-    for number, document in enumerate(corpus.documents, 1):
-        if not _is_text(document):
-            raise InputError("data", f"{source!r} row {number} is no text")
     documents = [document for document in corpus.documents if document.strip()]
     if not documents:
         raise InputError("data", f"{source!r} is empty")
@@ -214,13 +202,9 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: Tensor) 
 
 
 def _stored(source: str, length: int, vocabulary: int) -> list[Example]:
-    tokens = torch.from_numpy(load_tokens("data", source))
-    if not len(tokens):
-        raise InputError("data", f"{source!r} is empty")
+    tokens = torch.from_numpy(load_tokens("data", source, vocabulary))
     if tokens.shape[1] != length:
         raise InputError("data", f"{source!r} has rows of {tokens.shape[1]} tokens, not of length {length}")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise InputError("data", f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
     return [Example(row, torch.ones(length, dtype=torch.bool)) for row in tokens.int()]
 
 

@@ -90,7 +90,7 @@ class Training:
             for path in self.spec.targets if recipe.keep_sparsity else ():
                 freeze_zeros(self.model.get_parameter(f"{path}.weight"))
         else:
-            options = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.keep_sparsity, recipe.seed
+            options = recipe.lora_rank, recipe.lora_alpha, recipe.dropout, recipe.keep_sparsity, recipe.seed
             for module in add_updates(self.model, self.spec.targets, *options):
                 if partitioning is not None:
                     partitioning.partition(module)

@@ -35,7 +35,8 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
     Raises:
         InputError: an input that the driver has checked is gone, DeepSpeed rejects the user's settings, or the
             environment makes float32 products less exact.
-        TrainingError: the loss diverges, or a GPU is too small.
+        TrainingError: the loss diverges, a trained tensor overflows the dtype in which it is stored, or a GPU is too
+            small.
     """
     try:
         return _take_part(spec, device)

@@ -18,6 +18,7 @@ from shardprune.storage.digests import stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, RESULT, STATE
 from shardprune.storage.records import LayerRecord
+from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.safetensors_file import (
     Shapes,
     StoredTensor,
@@ -102,7 +103,8 @@ class Journal:
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state of the run; the first call claims the directory."""
-        self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
+        content = {"fingerprint": self.fingerprint, **state}
+        self.folder.write_json(STATE, relative_paths(content, self.folder.url))
 
     @contextmanager
     def claimed(self, resumed: bool) -> Iterator[None]:
@@ -260,6 +262,7 @@ class Journal:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and remove the state, which is no longer needed."""
+        result = relative_paths(result, self.folder.url)
         self.folder.write_json(RESULT, result)  # first: a directory with neither file is not recognised as a run
         self.folder.remove(STATE)
 
@@ -277,7 +280,7 @@ def recorded_recipe(out: str) -> dict[str, Any]:
 def _record(folder: Folder, name: str) -> dict[str, Any]:
     """Return the fields of a state or result file; empty if it is not one of shardprune's."""
     try:
-        record = folder.read_json(name)
+        record = absolute_paths(folder.read_json(name), folder.url)
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}

@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
+from shardprune.storage.host_memory import host_memory
+from shardprune.storage.quantities import gigabytes
 from shardprune.storage.sources import Corpus, is_tokens, load_corpus, load_tokens
 
 Tokenizer = Callable[[], PreTrainedTokenizerBase]  # loads the tokenizer, only if text has to be tokenised
@@ -20,13 +22,14 @@ def calibration_windows(
     """Draw windows from a source's token stream with a seed; return int64 [samples, seqlen].
 
     Raises:
-        InputError: the source is shorter than one window, or holds too few samples.
+        InputError: the source is shorter than one window, or holds too few samples; or memory does not hold so many.
     """
     if is_tokens(source):
         tokens = _stored_windows("calibration", source, seqlen, vocabulary)
         if len(tokens) < samples:
             raise InputError("samples", f"{samples} is more than the {len(tokens)} rows of {source!r}")
         return tokens[:samples]
+    _check_room(samples, seqlen)
     corpus = load_corpus("calibration", source, "calibration")
     if corpus.by_document:
         return _draw_from_documents(corpus, tokenizer(), samples, seqlen, seed, source)
@@ -74,12 +77,27 @@ def _check_length(field: str, source: str, stream: Tensor, seqlen: int) -> None:
 
 
 def _stored_windows(field: str, source: str, seqlen: int, vocabulary: int) -> Tensor:
-    tokens = torch.from_numpy(load_tokens(field, source))
+    tokens = torch.from_numpy(load_tokens(field, source, vocabulary))
     if tokens.shape[1] != seqlen:
         raise InputError("seqlen", f"{seqlen} is not the row length {tokens.shape[1]} of {source!r}")
-    if not len(tokens) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise InputError(field, f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
     return tokens
+
+
+def _check_room(samples: int, seqlen: int) -> None:
+    """Check that the ids of all windows, and what they are put together from, fit into half of this machine's memory.
+
+    Raises:
+        InputError: they do not; names the number that does.
+    """
+    needed, room = 2 * samples * seqlen * torch.int64.itemsize, host_memory() // 2
+    if needed > room:
+        fit = samples * room // needed
+        use = f"use at most {fit:,}" if fit else "use a smaller seqlen"
+        raise InputError(
+            "samples",
+            f"{samples} windows of {seqlen} tokens take {gigabytes(needed)} while they are drawn, and this machine's "
+            f"memory has room for {gigabytes(room)} of them; {use}",
+        )
 
 
 def _draw_from_documents(
