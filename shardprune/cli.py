@@ -154,6 +154,21 @@ def status(
         print(dump_json(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
 
 
+@_command(LOOK, "shardprune check s3://bucket/llama-70b-50")
+def check(
+    out: Annotated[str, typer.Argument(help="Output directory or URL of a finished run", metavar="OUT")],
+) -> int:
+    """Check that an output is whole and what it says it is, from its files.
+
+    Exit code 1, and one line for each fault, if it is not."""
+    with uncollected():
+        from shardprune.commands.check import check as run
+
+    verdicts = run(out)
+    print("\n".join(line for verdict in verdicts for line in verdict.lines))
+    return 1 if any(verdict.faults for verdict in verdicts) else 0
+
+
 @_command(LOOK, "shardprune report --compare runs/half runs/half-rebuilt")
 def report(
     outs: Annotated[list[str], typer.Argument(help="Outputs of finished runs or pipelines", metavar="OUT")],

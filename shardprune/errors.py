@@ -48,6 +48,10 @@ class StorageError(FieldError, RuntimeError):
     """
 
 
+class InputChanged(StorageError):
+    """An input that is not any more what it was when the run began. Its text names the file or the tensor."""
+
+
 class SolverError(RunError, RuntimeError):
     """A projection cannot be solved. Its text names the projection and what was tried."""
 

@@ -16,6 +16,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
 from shardprune.storage.host_memory import host_memory
@@ -32,6 +33,7 @@ REQUEST = 16 * 2**20  # bytes of one of several parallel requests
 REQUESTS = 8  # in parallel
 # Protocols that show a file only when its upload ends; everywhere else `write` needs a temporary name and a rename.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 EXTRAS = {
     "s3": "s3",
@@ -51,7 +53,8 @@ Parts = Callable[[], Iterable[bytes | memoryview]]
 class Folder:
     """A directory on any file system; all paths given to its methods are relative to it.
 
-    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable.
+    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable, or a file
+    is shorter than what is read of it.
 
     Args:
         url: local path or fsspec URL.
@@ -72,10 +75,11 @@ class Folder:
     @property
     def appends(self) -> bool:
         """Whether `append_text` works here; most storage takes whole files only."""
-        return self._local or "memory" in _protocols(self.fs)
+        return self.local or "memory" in _protocols(self.fs)
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether this is a directory of this machine, as far as the operating system shows."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -102,15 +106,22 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of the files and folders directly inside; empty if the folder does not exist."""
+        entries = {entry.rstrip("/") for entry in self._list(detail=False)}
+        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
 
-        def look() -> list[str]:
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of every file directly inside, by name: its `size`, and whatever tells its
+        versions apart there."""
+        return {posixpath.basename(info["name"]): info for info in self._list(detail=True) if info["type"] == "file"}
+
+    def _list(self, detail: bool) -> list[Any]:
+        def look() -> list[Any]:
             try:
-                return self.fs.ls(self.root, detail=False, refresh=True)
+                return self.fs.ls(self.root, detail=detail, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        entries = {entry.rstrip("/") for entry in self._persist("listed", "", look)}
-        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
+        return self._persist("listed", "", look)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -123,6 +134,9 @@ class Folder:
             parts = self.fs.cat_ranges(paths, starts, ends, on_error="return")
             if error := next((part for part in parts if isinstance(part, BaseException)), None):
                 raise error
+            for part, start, end in zip(parts, starts, ends, strict=True):
+                if len(part) < end - start:
+                    raise _too_short(start + len(part), end - start - len(part))
             return parts
 
         return self._persist("read", names[0] if len(set(names)) == 1 else "", read)
@@ -131,11 +145,7 @@ class Folder:
         return self.read_ranges([(name, start, end)])[0]
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start` on.
-
-        Raises:
-            EOFError: the file is shorter than that.
-        """
+        """Fill `buffer` with the bytes from `start` on."""
         if isinstance(self.fs, AsyncFileSystem):
             self._read_by_requests(name, start, buffer)
         else:
@@ -146,8 +156,6 @@ class Folder:
             wanted = min(REQUESTS * REQUEST, len(buffer) - done)
             offsets = range(start + done, start + done + wanted, REQUEST)
             parts = self.read_ranges([(name, at, min(at + REQUEST, start + done + wanted)) for at in offsets])
-            if (found := sum(map(len, parts))) < wanted:
-                raise _too_short(name, start + done + found, len(buffer) - done - found)
             for part in parts:
                 buffer[done : done + len(part)] = part
                 done += len(part)
@@ -159,7 +167,7 @@ class Folder:
             while done < len(buffer):
                 count = file.readinto(buffer[done : done + CHUNK])
                 if not count:
-                    raise _too_short(name, start + done, len(buffer) - done)
+                    raise _too_short(start + done, len(buffer) - done)
                 done += count
 
     def read_bytes(self, name: str) -> bytes:
@@ -231,11 +239,11 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
-                if self._local:  # a node that loses power could otherwise keep the name and lose the content
+                if self.local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
-            if self._local:
+            if self.local:
                 _sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
@@ -420,8 +428,9 @@ def _fill(file: Any, parts: Iterable[bytes | memoryview]) -> None:
             file.write(view[start : start + CHUNK])
 
 
-def _too_short(name: str, end: int, missing: int) -> EOFError:
-    return EOFError(f"{name} ends at byte {end}, {missing} bytes early")
+def _too_short(end: int, missing: int) -> OSError:
+    """Return the error of a file that is shorter than it was when its size was read."""
+    return OSError(f"it ends at byte {end}, {missing} bytes early")
 
 
 def _of_storage(error: Exception) -> bool:
@@ -433,6 +442,8 @@ def _of_storage(error: Exception) -> bool:
 
 def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     # No cached listings, since other workers write, too. A model on the hub does not change during a run.
+    if UNWRITABLE.search(url):
+        raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)
@@ -440,8 +451,10 @@ def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         extra = EXTRAS.get(url.partition("://")[0])
         hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
-    except (ValueError, OSError) as error:
+    except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root
 
 

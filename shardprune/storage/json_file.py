@@ -7,7 +7,8 @@ with a RecursionError on deep content. Pydantic's refuses all of these but equal
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
@@ -77,9 +78,14 @@ def fitting(value: Any, shape: type[T]) -> T:
     """
     try:
         # As JSON again, since only there pydantic takes a list for a tuple while it takes no text for a number.
-        return TypeAdapter(shape).validate_json(json.dumps(value), strict=True)
+        return _adapter(cast(Any, shape)).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         raise Malformed(_problem(error)) from error
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
 
 
 def _problem(error: ValidationError) -> str:

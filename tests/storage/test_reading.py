@@ -16,7 +16,7 @@ from shardprune.storage.text_file import decode
 
 ROOT = Path(shardprune.__file__).parent
 # The only file that may import what parses a format.
-READERS = {"json": "storage/json_file.py"}
+READERS = {"json": "storage/json_file.py", "yaml": "storage/yaml_file.py"}
 
 
 def test_nothing_else_parses_a_format():

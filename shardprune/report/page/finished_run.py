@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shardprune.errors import InputError, first_line, without_credentials
+from shardprune.errors import InputError, without_credentials
 from shardprune.report.events import read_events
 from shardprune.report.page.history import History
-from shardprune.report.result import EvaluationResult, Result
+from shardprune.report.result import EvaluationResult, Result, read_result
 from shardprune.storage.folder import READ_ONLY, Folder
+from shardprune.storage.malformed import Malformed
 from shardprune.storage.output_names import RESULT, run_folders
 from shardprune.storage.relative_paths import absolute_paths
 
@@ -77,8 +78,6 @@ def finished_runs(out: str) -> list[FinishedRun]:
 
 def _finished(folder: Folder) -> FinishedRun:
     try:
-        record = folder.read_json(RESULT)
-        kind = EvaluationResult if record["command"] == "evaluate" else Result
-        return FinishedRun(folder.url, kind(**record), read_events(folder))
-    except (ValueError, TypeError, KeyError) as error:  # pydantic's and json's are ValueErrors
-        raise InputError(folder.field, f"{folder.url}/{RESULT} is no result of a run: {first_line(error)}") from error
+        return FinishedRun(folder.url, read_result(folder), read_events(folder))
+    except Malformed as error:
+        raise InputError(folder.field, f"{folder.url}/{RESULT} {error}") from error
