@@ -436,7 +436,7 @@ def test_credentials_stay_out_of_errors_and_records(folder, tmp_path):
 
 def test_no_resume_refuses_what_is_there(folder, tmp_path):
     run(folder, tmp_path / "o", sparsity=0.5)
-    with pytest.raises(InputError, match="out: .* holds this run already"):
+    with pytest.raises(InputError, match="out: .* holds a run already"):
         run(folder, tmp_path / "o", sparsity=0.5, resume=False)
 
 
