@@ -19,6 +19,7 @@ FLOORS = (
     {"model"},
     {"solvers", "storage"},
     {"errors"},
+    {"printable"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -124,7 +124,7 @@ def test_waves_do_not_depend_on_the_machine():
         ({"structured": 0}, "structured: 0 is not allowed; use a number above 0 and below 1"),
         ({"structured": 1}, "structured: 1 is not allowed; use a number above 0 and below 1"),
         ({"structured": 1.5, "sparsity": 0.5}, "structured: 1.5 is not allowed; use a number above 0 and below 1"),
-        ({"structured": float("nan")}, "structured: nan is not allowed; use a number above 0 and below 1"),
+        ({"structured": float("nan")}, "structured: nan is not allowed; use a finite number"),
         ({"structured": "x"}, "structured: 'x' is not allowed; use "),
         ({**STRUCTURED, "sparsity": 0.1}, "sparsity: 0.1 is less than structured removes, 0.2"),
         ({**STRUCTURED, "sparsity": 0}, "sparsity: 0.0 is less than structured removes, 0.2"),
@@ -307,9 +307,10 @@ def test_missing_fields_are_named():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
+        (None, "does not exist"),
         (b"a: [", "is not YAML"),
-        (b"\xff\xfe\xfa", "is not YAML"),
+        (b"\xff\xfe\xfa", "is not UTF-16 text"),
+        (b"sparsity: 0.5\nsparsity: 0.6", "is not YAML: 'sparsity' stands there twice at line 2"),
         (b"- a", "must hold fields and values"),
         (b"1: 2", "must hold fields and values"),
     ],
