@@ -21,6 +21,7 @@ class Command:
         needs: files and folders of the material that it reads.
         makes: the folder that holds a pruned checkpoint at its end; "" where it makes none.
         same: the output of the material whose tensors that checkpoint must have to the bit; "" for none.
+        finds: whether exit code 0 says that nothing is wrong with the input.
         source: the checkpoint that it prunes, and whose perplexity it measures if the words say so; "" for none.
     """
 
@@ -29,6 +30,7 @@ class Command:
     makes: str = ""
     same: str = ""
     source: str = ""
+    finds: bool = False
 
 
 TEXTS = ("tokens.npy", "text.txt", "documents.jsonl", "instructions.json", "instructions.jsonl")
@@ -132,6 +134,9 @@ COMMANDS = {
     "status finished": Command(("status", "measured", "--json"), ("measured",)),
     "report": Command(("report", "measured"), ("measured",)),
     "report of a search": Command(("report", "mopped"), ("mopped",)),
+    "check": Command(("check", "pruned"), ("pruned",), finds=True),
+    "check a result": Command(("check", "measured"), ("measured",)),
+    "check an unfinished run": Command(("check", "half"), ("half",)),
     "compare": Command(("report", "--compare", "pruned", "measured", "--file", "c.html"), ("pruned", "measured")),
 }
 CONFIG_READERS = ("prune", "prune structured", "plan", "plan a config", "mop", "rebuild", "evaluate", "recover")

@@ -90,7 +90,7 @@ def _record(content: bytes, draw: random.Random) -> bytes:
 
 def _damaged_output(material: Path, folder: Path, draw: random.Random) -> Input:
     """A finished output of which a file is gone, cut, changed, or another one."""
-    command = COMMANDS["prune finished"]
+    command = COMMANDS[draw.choice(("prune finished", "check"))]
     _copied(material, folder, command.needs)
     files = sorted(path for path in (folder / "pruned").iterdir() if path.name not in ("report.html", "events.jsonl"))
     place = draw.choice(files)
@@ -275,9 +275,17 @@ KINDS: dict[str, Build] = {
     "recipe of recover": _changed("recover.yaml", yaml_mutations.yaml_file, "recover a recipe"),
     "recipe of evaluate": _changed("evaluate.yaml", yaml_mutations.yaml_file, "evaluate a recipe"),
     "recipe of pipeline": _changed("pipeline.yaml", yaml_mutations.yaml_file, "pipeline"),
-    "run.json": _changed("half/run.json", mutations.json_file, "prune again", "prune again", "status"),
+    "run.json": _changed(
+        "half/run.json", mutations.json_file, "prune again", "prune again", "status", "check an unfinished run"
+    ),
     "result.json": _changed(
-        "measured/result.json", mutations.json_file, "status finished", "report", "compare", "evaluate a result"
+        "measured/result.json",
+        mutations.json_file,
+        "status finished",
+        "report",
+        "compare",
+        "evaluate a result",
+        "check a result",
     ),
     "result.json of mop": _changed("mopped/result.json", mutations.json_file, "report of a search"),
     "layer record": _layer(_record),

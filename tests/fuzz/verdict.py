@@ -17,6 +17,10 @@ from tests.support.tiny import load_tensors
 
 LONGEST = 2000  # characters of an error
 SECRET = "SECRET"
+ANSWERING = (
+    "plan",
+    "check",
+)  # commands whose exit code 1 is an answer, given on stdout: nothing fits, something is wrong
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LIBRARY = re.compile(r"Warning|warn\(|Traceback|^\s+File ", re.MULTILINE)
 
@@ -54,14 +58,19 @@ def state_of(folder: Path) -> State:
     return found
 
 
-def judge(command: Command, outcome: Outcome, before: State, folder: Path) -> list[str]:
-    """The problems of an outcome, each as one line that begins with its kind."""
+def judge(command: Command, outcome: Outcome, before: State, folder: Path, well_formed: bool = False) -> list[str]:
+    """The problems of an outcome, each as one line that begins with its kind.
+
+    Args:
+        well_formed: nothing is wrong with the input.
+    """
     verdict = Verdict()
     if outcome.code is None:
         return [f"traceback: {outcome.crash}"]
     verdict.expect(outcome.code in (0, 1, 2), f"exit code: {outcome.code}")
     _judge_words(verdict, outcome, command)
     _judge_files(verdict, outcome, before, folder)
+    verdict.expect(outcome.code != 0 or not command.finds or well_formed, "accepted: damage that was not noticed")
     if outcome.code == 0 and command.makes:
         try:
             verdict.problems += wrong_in(folder, command)
@@ -86,7 +95,7 @@ def _judge_words(verdict: Verdict, outcome: Outcome, command: Command) -> None:
     if outcome.code == 2:
         verdict.expect(len(lines) == 1 and len(errors) == 1, f"words: {len(lines)} lines on stderr, not one")
         verdict.expect(not texts["stdout"], "words: bad input, and words on stdout")
-    elif outcome.code == 1 and command.words[0] != "plan":  # which says so on stdout if nothing fits
+    elif outcome.code == 1 and not (command.words[0] in ANSWERING and texts["stdout"]):
         verdict.expect(len(errors) == 1 and lines[-1] == errors[0], f"words: {len(errors)} errors on stderr, not one")
     verdict.expect(
         all(len(line) <= LONGEST + 7 for line in errors),
@@ -104,13 +113,19 @@ def _judge_files(verdict: Verdict, outcome: Outcome, before: State, folder: Path
         verdict.expect(not changed, f"touched: {changed[:3]}")
     partial = [name for name in after.keys() - before.keys() if name.endswith(".tmp")]
     verdict.expect(not partial, f"half-written: {partial[:3]}")
-    given = {(folder / name).read_bytes() for name in before if name.endswith(".json") and (folder / name).is_file()}
+    given = {path.read_bytes() for path in map(folder.joinpath, before) if path.suffix == ".json" and _is_plain(path)}
     for name in changed:
         path = folder / name
-        if path.suffix in (".json", ".jsonl", ".html", ".txt") and path.is_file() and not path.is_symlink():
+        if path.suffix in (".json", ".jsonl", ".html", ".txt") and _is_plain(path):
             verdict.expect(SECRET not in path.read_text(errors="replace"), f"credentials: in {path.name}")
-        if path.suffix == ".json" and path.is_file() and path.read_bytes() not in given:  # not a copy of what was given
+        if (
+            path.suffix == ".json" and _is_plain(path) and path.read_bytes() not in given
+        ):  # not a copy of what was given
             _read_json(verdict, path)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _read_json(verdict: Verdict, path: Path) -> None:
