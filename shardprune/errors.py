@@ -1,6 +1,7 @@
 """Errors that a run can end with and that are not defects of the program."""
 
 import re
+import signal
 
 
 def without_credentials(text: str) -> str:
@@ -57,7 +58,11 @@ class WorkerLost(RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM was received. Only the command line catches it.
+    """A signal was received that stops the process. Only the command line catches it.
 
     It is a KeyboardInterrupt because no other exception raised in a signal handler interrupts `ray.get` and `ray.wait`.
     """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)

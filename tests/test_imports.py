@@ -18,6 +18,8 @@ FLOORS = (
     {"shard", "recipes", "report"},
     {"model"},
     {"solvers", "storage"},
+    {"process"},
+    {"signals", "standard_streams"},
     {"errors"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shardprune.errors import Stopped, StorageError, first_line, without_credentials
+from shardprune.errors import StorageError, first_line, without_credentials
+from shardprune.signals import stopping
 from shardprune.storage.folder import Folder
 from shardprune.storage.output_names import EVENTS as FILE
 
@@ -74,11 +75,11 @@ class Events:
             self.emit("run", **facts)
             yield
             self.emit("done")
-        except (Stopped, KeyboardInterrupt):
-            self.emit("stopped")
-            raise
         except BaseException as error:
-            self.emit("failed", error=without_credentials(f"{type(error).__name__}: {first_line(error)}"))
+            if stopping() or isinstance(error, KeyboardInterrupt):
+                self.emit("stopped")
+            else:
+                self.emit("failed", error=without_credentials(f"{type(error).__name__}: {first_line(error)}"))
             raise
         finally:
             writer, self._writer = self._writer, None
