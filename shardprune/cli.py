@@ -4,7 +4,6 @@ A recipe is checked before its story is imported, and with it torch, Ray or plot
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.printable import printable
 from shardprune.process import failed, run
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
 from shardprune.recipes.demo import demo_recipe
@@ -26,6 +25,7 @@ from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
 from shardprune.standard_streams import lost_text
+from shardprune.storage.json_file import dump_json
 
 START, PLAN, LOOK = "Start here", "Plan and run on clusters", "Look"  # panels, beside those of the table of commands
 FIRST_STEPS = (
@@ -117,12 +117,13 @@ def plan(
     with uncollected():
         from shardprune.planning.plan import plan as run
         from shardprune.planning.printing import show as show_plan
+        from shardprune.report.console import PlainConsole
 
     planned = run(recipe, simulate)
     if as_json:
-        print(json.dumps(planned.as_json(), indent=1))
+        print(dump_json(planned.as_json(), indent=1))
     else:
-        show_plan(planned, Console())
+        show_plan(planned, PlainConsole())
     return 0 if planned.fits else 1
 
 
@@ -166,7 +167,22 @@ def status(
     from shardprune.report.status import status_of
 
     for found in status_of(out):
-        print(json.dumps(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
+        print(dump_json(asdict(found)) if as_json else "\n".join(found.lines(time.time())))
+
+
+@_command(LOOK, "shardprune check s3://bucket/llama-70b-50")
+def check(
+    out: Annotated[str, typer.Argument(help="Output directory or URL of a finished run", metavar="OUT")],
+) -> int:
+    """Check that an output is whole and what it says it is, from its files.
+
+    Exit code 1, and one line for each fault, if it is not."""
+    with uncollected():
+        from shardprune.commands.check import check as run
+
+    verdicts = run(out)
+    print("\n".join(line for verdict in verdicts for line in verdict.lines))
+    return 1 if any(verdict.faults for verdict in verdicts) else 0
 
 
 @_command(LOOK, "shardprune report --compare runs/half runs/half-rebuilt")
@@ -185,7 +201,7 @@ def report(
 
     places = [write_comparison(outs, file or "comparison.html")] if compare else [write_report(out) for out in outs]
     for place in places:
-        print(f"report: {place}")
+        print(printable(f"report: {place}"))
 
 
 # The fields of every command that has a panel for them.
@@ -222,26 +238,28 @@ def carry_out(arguments: list[str] | None = None) -> int:
     try:
         command = app(arguments, standalone_mode=False)
     except ClickException as error:
-        message = error.format_message()  # type: ignore[attr-defined]
-        return failed(message, 2) if message else 2  # without one the help was shown, as nothing was asked for
+        text = error.format_message()  # type: ignore[attr-defined]
+        return failed(text, 2) if text else 2  # without one the help was shown, as nothing was asked for
     code = command() if callable(command) else command  # the code of --help
     return code if isinstance(code, int) else 0
 
 
 def show(results: Any, settings: Any) -> None:
     """Print the result of a run, or those of a pipeline's steps, and the place of the report."""
+    from shardprune.report.console import PlainConsole
     from shardprune.report.page.place import report_of
     from shardprune.report.result import EvaluationResult
     from shardprune.report.summary import evaluation_summary, summary
 
     steps = list(results.values()) if isinstance(results, dict) else [results]
     for result in steps:
-        Console().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
+        PlainConsole().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
     out = settings.out or steps[-1].recipe["out"]
     if settings.report and out and (place := report_of(out)):
-        print(f"report: {place}")
+        print(printable(f"report: {place}"))
     if out and (reason := lost_text()):  # the run's product lies in its output
-        print(f"standard output cannot be written ({reason}); the result is in {out}", file=sys.stderr)
+        lost = f"standard output cannot be written ({reason}); the result is in {out}"
+        print(printable(lost), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from shardprune.errors import InputError, OutOfMemory, SolverError, Stopped, StorageError, TrainingError, WorkerLost
+from shardprune.errors import InputError, RunError, Stopped
+from shardprune.printable import message
 from shardprune.signals import NAMES, stoppable
 from shardprune.standard_streams import outputs
 
@@ -21,7 +22,7 @@ def run(command: Callable[[], int]) -> NoReturn:
                 code = command()
         except InputError as error:
             code = failed(str(error), 2)
-        except (OutOfMemory, SolverError, StorageError, TrainingError, WorkerLost) as error:
+        except RunError as error:
             code = failed(str(error), 1)
         except Stopped as stop:
             code = failed(_stopped(NAMES[stop.signal]), 128 + stop.signal)
@@ -37,7 +38,7 @@ def _stopped(reason: str) -> str:
     return f"stopped by {reason}; what a run has finished is kept, and the same command goes on from there"
 
 
-def failed(message: str, code: int) -> int:
+def failed(text: str, code: int) -> int:
     """Print an error as one line, and return the exit code."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {message(text)}", file=sys.stderr)
     return code

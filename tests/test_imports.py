@@ -21,6 +21,7 @@ FLOORS = (
     {"process"},
     {"signals", "standard_streams"},
     {"errors"},
+    {"printable"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -63,6 +63,7 @@ class Prepared:
     placement: Placement
     layout: Layout  # for the workers that there are now
     checkpoint: Checkpoint
+    sparse: Checkpoint | None
     skeleton: Skeleton
     calibration: Tensor
     evaluations: dict[str, Tensor]
@@ -70,6 +71,11 @@ class Prepared:
     earlier: Earlier
     widths: Widths | None
     base: Base | None
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """The checkpoints that are read, by the recipe's fields that name them."""
+        return {"model": self.checkpoint} | ({"sparse": self.sparse} if self.sparse else {})
 
     @property
     def streamed(self) -> bool:
@@ -147,6 +153,7 @@ class Prepared:
         """
         placement = self.placement
         needs, others = self._needs(layout), self._other_bytes
+        states = {field: checkpoint.state() for field, checkpoint in self.inputs.items()}
         return [
             WorkerSpec(
                 settings=placement.workers,
@@ -161,6 +168,8 @@ class Prepared:
                 finished=frozenset(finished),
                 need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
                 other_bytes=needs[shard].bytes + others,
+                model=states["model"],
+                sparse=states.get("sparse"),
             )
             for shard, layers in enumerate(layout.shards)
             for replica in range(layout.replicas)
@@ -277,6 +286,7 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         placement=placement,
         layout=layout,
         checkpoint=checkpoint,
+        sparse=sparse,
         skeleton=skeleton,
         calibration=calibration,
         evaluations=evaluations,

@@ -7,7 +7,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
-from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
+from shardprune.cluster.passes import Waves, digests, load, parts_of_pass, perplexity, usage
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.restarts import Attempts
@@ -131,7 +131,9 @@ class PruningRun:
         self.prepared, self.steps, self.narrowed = prepared, steps, narrowed
         self.backend, self.reporter, self.clock = backend, reporter, clock
         self.journal = prepared.journal
-        self.state = RunState(prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations)
+        self.state = RunState(
+            prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations, prepared.inputs
+        )
         if narrowed:
             self.state.adopt(narrowed)
         self.workers: list[dict[str, Any]] = []  # what each says of itself
@@ -144,6 +146,11 @@ class PruningRun:
                 self.reporter.say(
                     f"{asked} workers were asked for; the run goes on with {there}, for which there are slots"
                 )
+            threads, wanted = self.prepared.placement.workers.threads, self.prepared.recipe.threads
+            if wanted and wanted != threads:
+                self.reporter.say(f"the run keeps the {threads} threads of a worker with which it began")
+            if self.state.resumed:
+                self.journal.remove_damaged(self.reporter.say)
             for attempt in self.attempts():
                 with attempt as layout:
                     self.attempt(layout)
@@ -166,8 +173,10 @@ class PruningRun:
         with self.clock.phase("load"):
             group = self._start(layout, finished)
         with closing(group):
+            self.state.learn(digests(group, layout))
             if "before" in self.steps:
                 self._measure(group, layout, "before", "given" if prepared.job.sparse else "dense")
+                self.state.learn(digests(group, layout))
             if "prune" in self.steps and len(finished) < layers:
                 waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
                 self._observe(group, layout, waves, finished)
@@ -219,6 +228,7 @@ class PruningRun:
         with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
             inputs = prepared.skeleton.family.input_names
             found = observe(group, layout, waves, observation, inputs, prepared.streamed, step)
+        self.state.learn(digests(group, layout))
         known.outliers = known.outliers or found
         self.state.save()
         if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:

@@ -15,7 +15,6 @@ hf:NAME[:CONFIG]:SPLIT:FIELD  the texts in one column of any data set; if FIELD 
 FILE may be a path or any URL that fsspec reads.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
 from shardprune.recovery.rows import Example, Rows, pack
+from shardprune.storage.json_file import parse_json
+from shardprune.storage.malformed import located
 from shardprune.storage.sources import (
     Corpus,
     HubSplit,
@@ -131,10 +132,8 @@ def _json_exchanges(source: str) -> list[Exchange]:
     text = read_text("data", source)
     if not text.strip():
         raise InputError("data", f"{source!r} is empty")
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise InputError("data", f"{source!r} is not JSON") from error
+    with located("data", repr(source)):
+        values = parse_json(text, limit=len(text))
     if not isinstance(values, list):
         raise InputError("data", f"{source!r} is no JSON list of objects with instruction, input and output")
     return [_exchange(f"{source!r} row {number}", value) for number, value in enumerate(values, 1)]

@@ -10,7 +10,6 @@ hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by
 """
 
 import io
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ import numpy as np
 from shardprune.errors import InputError, first_line
 from shardprune.storage import stdlib
 from shardprune.storage.folder import read_file
+from shardprune.storage.json_file import parse_json
+from shardprune.storage.malformed import located
+from shardprune.storage.text_file import decode
 
 Role = Literal["calibration", "perplexity"]
 FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"
@@ -165,31 +167,26 @@ def parse_hub(source: str) -> HubSplit:
 
 
 def read_text(field: str, url: str) -> str:
-    """Read a file as UTF-8 text.
+    """Read a file as text: UTF-8, or what its byte-order mark says.
 
     Raises:
-        InputError: it is missing or not UTF-8.
+        InputError: it is missing, too large for this machine's memory, or in no encoding of Unicode.
     """
-    try:
-        return read_file(url, field).decode()
-    except UnicodeDecodeError as error:
-        raise InputError(field, f"{url!r} is not UTF-8 text") from error
+    with located(field, repr(url)):
+        return decode(read_file(url, field))
 
 
 def read_json_lines(field: str, url: str) -> list[tuple[int, Any]]:
-    """Read the JSON values of all non-blank lines with their line numbers (from 1); None for a line that is not JSON.
+    """Read the JSON values of all non-blank lines with their line numbers (from 1).
 
     Raises:
-        InputError: the file is missing or not UTF-8.
+        InputError: the file cannot be read as text, or a line is no JSON.
     """
     values = []
     for number, line in enumerate(read_text(field, url).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values.append((number, json.loads(line)))
-        except ValueError:
-            values.append((number, None))
+        if line.strip():
+            with located(field, f"{url!r} line {number}"):
+                values.append((number, parse_json(line)))
     return values
 
 

@@ -114,6 +114,7 @@ def test_a_home_that_cannot_be_written_leaves_the_state_of_the_training(tmp_path
     assert Cache.of(str(tmp_path / "state"), "cpu").folder == tmp_path / "state" / "operations"
 
 
+@pytest.mark.timeout(1200)  # on a busy machine the compiler takes minutes
 def test_deepspeed_loads_from_the_cache_past_the_lock_of_a_dead_build(tmp_path, monkeypatch):
     """The lock lies where torch would build, and torch would wait for it for ever."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")

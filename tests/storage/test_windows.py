@@ -48,6 +48,15 @@ def test_jsonl_documents_and_fields(tmp_path, tokenizer):
     assert four in calibrate(f"{tmp_path / 'x.jsonl'}:body", tokenizer).flatten().tolist()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, encoding):
+    (tmp_path / "x.txt").write_text(SENTENCE * 20)
+    (tmp_path / "marked.txt").write_text(SENTENCE * 20, encoding=encoding)
+    assert torch.equal(calibrate(tmp_path / "marked.txt", tokenizer), calibrate(tmp_path / "x.txt", tokenizer))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one two three"}), encoding=encoding)
+    assert calibrate(tmp_path / "x.jsonl", tokenizer, seqlen=3).shape == (4, 3)
+
+
 def test_line_separators_inside_a_json_string_are_text(tmp_path, tokenizer):
     (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one two\u2028three " * 9}, ensure_ascii=False) + "\n")
     assert calibrate(tmp_path / "x.jsonl", tokenizer).shape == (4, 6)
@@ -104,8 +113,10 @@ def test_stdlib_calibrates_on_training_modules_and_measures_on_held_out_ones(tok
     ("content", "name", "message"),
     [
         (b"one two", "x.txt", "calibration: .*x.txt' has 2 tokens, too short for one window of seqlen 6"),
-        (b"\xff\xfe\x00", "x.txt", "calibration: .* is not UTF-8 text"),
+        (b"\xff\xfe\x00", "x.txt", "calibration: .* is not UTF-16 text: truncated"),
         (b'{"text": "one"}\n{"txt": "two"}', "x.jsonl", "calibration: .* line 2 is no JSON object with a text 'text'"),
+        (rb'{"text": "\ud800"}', "x.jsonl", "calibration: .* line 1 is not JSON: .* hex escape"),
+        (b"caf\xe9", "x.txt", "calibration: .* is not UTF-8 text: .* at byte 3"),
         (b'{"text": 5}', "x.jsonl", "calibration: .* line 1 is no JSON object with a text 'text'"),
         (b"not an array", "x.npy", "calibration: .* is not a .npy array"),
         (None, "x.txt", "calibration: .* does not exist"),

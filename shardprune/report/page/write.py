@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import yaml
-
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.page.finished_run import FinishedRun, finished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
@@ -21,6 +19,7 @@ from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
 from shardprune.storage.folder import Folder, absolute, output_folder
 from shardprune.storage.retrying import preflight
+from shardprune.storage.yaml_file import dump_yaml
 
 
 @preflight()
@@ -70,7 +69,7 @@ def _title(runs: list[FinishedRun]) -> str:
 
 
 def _section(run: FinishedRun) -> Section:
-    recipe = yaml.safe_dump(run.result.recipe, sort_keys=False, allow_unicode=True)
+    recipe = dump_yaml(run.result.recipe)
     if isinstance(run.result, EvaluationResult):
         grids = [_evaluation_grid(run.result.evaluation)]
         return Section("evaluate", _costs(run), grids, _work(run), recipe=recipe)
@@ -90,7 +89,7 @@ def _section(run: FinishedRun) -> Section:
 
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
-    facts = [("model", run.model), ("output", without_credentials(run.folder))]
+    facts = [("model", run.model), ("output", run.name)]
     if result.sparsity and result.recovery:  # recover has no target
         facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
     elif result.sparsity:
