@@ -35,7 +35,7 @@ def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Evalua
         WorkerLost: workers died more than `max_restarts` times.
     """
     reporter = reporter or Reporter()
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         clock = Clock(reporter.events)
         with clock.phase("plan"), preflight():
             model = ShardedModel(recipe.model, recipe, backend, reporter)

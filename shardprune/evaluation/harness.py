@@ -170,7 +170,7 @@ class ShardpruneLM(ShardedLM):
         if device == "cpu":  # the command's default is cuda:0, even without a GPU
             settings.setdefault("device", "cpu")
         shards = ShardFields.checked(settings)
-        backend = backend_of(shards.backend, shards.address)
+        backend = backend_of(shards)
         model = ShardedModel(pretrained, shards, backend, Reporter())
         super().__init__(model, max_length)
         weakref.finalize(self, _close, model, backend)  # lm-eval has no hook for the end of its use
