@@ -305,8 +305,11 @@ def read_result(folder: Folder) -> Result | EvaluationResult:
     """
     content = folder.read_json(RESULT)
     if not isinstance(content, dict) or "command" not in content:
-        raise Malformed("is no result of a run")
-    return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+        raise Malformed("is no result of a run: it names no command")
+    try:
+        return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+    except Malformed as error:
+        raise Malformed(f"is no result of a run: it {error}") from error
 
 
 def not_finite(result: Result | EvaluationResult) -> list[str]:
