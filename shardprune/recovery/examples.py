@@ -17,6 +17,7 @@ FILE may be a path or any URL that fsspec reads.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -179,7 +180,7 @@ def _from_exchanges(
     for batch in _batches(exchanges):
         texts = [exchange.prompt + exchange.response for exchange in batch]
         encoded = tokenise(
-            lambda texts=texts: tokenizer(texts, return_offsets_mapping=not prompt_loss, verbose=False),
+            partial(tokenizer, texts, return_offsets_mapping=not prompt_loss, verbose=False),
             sum(map(len, texts)),
             "data",
             repr(source),
@@ -203,7 +204,7 @@ def _from_corpus(source: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
         raise InputError("data", f"{source!r} is empty")
     for batch in _batches(documents if corpus.by_document else [corpus.text]):
         characters = sum(map(len, batch))
-        encoded = tokenise(lambda batch=batch: tokenizer(batch, verbose=False), characters, "data", repr(source))
+        encoded = tokenise(partial(tokenizer, batch, verbose=False), characters, "data", repr(source))
         for ids in encoded["input_ids"]:
             tokens, learned = _tensor(ids), torch.ones(len(ids), dtype=torch.bool)
             if corpus.by_document:
