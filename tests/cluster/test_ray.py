@@ -13,8 +13,8 @@ import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.cli import main
-from shardprune.cluster import ray_exchange
-from shardprune.cluster.ray_backend import RayGroup
+from shardprune.cluster import ray_backend, ray_exchange
+from shardprune.cluster.ray_backend import RayGroup, settled_slots
 from shardprune.cluster.ray_exchange import Exchange
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
@@ -312,6 +312,19 @@ def test_workers_that_keep_dying_end_the_run(ray, tmp_path):
     assert prune(bundled(tmp_path / "o", shards=2), QUIET).restarts == 2
     prune(bundled(tmp_path / "local", shards=2, backend="local"), QUIET)
     assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
+def test_a_node_that_is_slow_to_answer_is_asked_once(ray, monkeypatch):
+    asked, looked, nodes = [], [], ray.nodes
+    place = ray_backend.NodeAffinitySchedulingStrategy
+    monkeypatch.setattr(
+        ray_backend, "NodeAffinitySchedulingStrategy", lambda node, soft: asked.append(node) or place(node, soft=soft)
+    )
+    monkeypatch.setattr(ray_backend, "PROBE_SECONDS", 0.0)  # no answer comes in time
+    monkeypatch.setattr(ray, "nodes", lambda: looked.append(1) or nodes())
+    assert settled_slots().cpus == 4
+    assert len(looked) > 2  # and one look to count the slots
+    assert len(asked) == 1
 
 
 # -- processes that hang ------------------------------------------------------------------------------------------
