@@ -11,7 +11,7 @@ from shardprune.recipes.demo import bundled_model
 from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
-from tests.recovery.trainings import SHALLOW, checked, make_documents, make_sparse
+from tests.recovery.trainings import SHALLOW, checked, make_documents, make_sparse, recover
 from tests.support.terminal import Terminal
 from tests.support.tiny import differing
 
@@ -138,6 +138,5 @@ def test_ctrl_c_during_recovery(moment, folder, tmp_path):
     assert read_events(Folder(str(out), "out"))[-1]["event"] == "stopped"
     if moment == "a checkpoint stands":
         assert stands.read_text().startswith("step")
-        assert (
-            recover(checked(folder, out, **LONG, backend="local", report=False), QUIET).recovery.steps == LONG["steps"]
-        )
+        resumed = recover(checked(folder, out, **LONG, backend="local", report=False), QUIET)
+        assert resumed.recovery.steps == LONG["steps"]
