@@ -249,11 +249,13 @@ def show(results: Any, settings: Any) -> None:
     from shardprune.report.console import PlainConsole
     from shardprune.report.page.place import report_of
     from shardprune.report.result import EvaluationResult
-    from shardprune.report.summary import evaluation_summary, summary
+    from shardprune.report.summary import evaluation_summary, remark_on_numbers, summary
 
     steps = list(results.values()) if isinstance(results, dict) else [results]
     for result in steps:
         PlainConsole().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
+        if remark := remark_on_numbers(result):
+            PlainConsole().print(remark)
     out = settings.out or steps[-1].recipe["out"]
     if settings.report and out and (place := report_of(out)):
         print(printable(f"report: {place}"))

@@ -33,6 +33,7 @@ from shardprune.report.result import (
 )
 from shardprune.shard.layers import Version
 from shardprune.storage.folder import absolute
+from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.windows import tokens_hash
 
@@ -92,7 +93,8 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
         claim = claim_output(recipe, first)
     result = claim.done(reporter)
     if result is None:
-        with reporter.events.recorded(claim.journal.folder, **first.facts()):
+        folder = claim.journal.folder
+        with owned(folder), reporter.events.recorded(folder, **first.facts()):
             if claim.previous:  # finished, but asked to be measured on more
                 measuring = PruningRun(first, backend, reporter, clock, ("before",))
                 for attempt in measuring.attempts():
