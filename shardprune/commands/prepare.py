@@ -28,8 +28,8 @@ from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
-from shardprune.storage.folder import check_reachable
-from shardprune.storage.journal import Earlier, Journal
+from shardprune.storage.folder import absolute, check_reachable
+from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import calibration_windows
 
@@ -245,6 +245,9 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
     for field, url in (("model", recipe.model), ("sparse", job.sparse), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
+    for out in (claimed, recipe.out):  # before models and texts are read, which may be downloads
+        if out:
+            check_output(absolute(out), recipe.resume)
     slots = backend.slots()
     device = device_of(recipe.device, slots)
     # Where structures go, all that is cut passes through memory: biases and norms, too.

@@ -54,7 +54,7 @@ def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         if recipe.structured is not None and recipe.zeroes:
             result = _prune_composite(recipe, backend, reporter, clock)
         else:
@@ -72,7 +72,7 @@ def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
     `prune`."""
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare(recipe, backend)
         run = PruningRun(prepared, backend, reporter, clock)

@@ -16,7 +16,7 @@ from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, Iteration, Perplexity, Result, WorkerResult
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.journal import Earlier, Journal
-from shardprune.storage.json_file import fitting
+from shardprune.storage.json_file import MaybeMeasurement, fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import RESULT, STATE
@@ -32,8 +32,8 @@ class Measured(BaseModel):
     seqlen: int
     windows: int
     tokens_sha256: str
-    before: float | None = None
-    after: float | None = None
+    before: MaybeMeasurement = None
+    after: MaybeMeasurement = None
 
 
 class ZeroCount(BaseModel):

@@ -10,6 +10,7 @@ from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import DATA_FORMS, check_data
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
+DROPOUT = 0.05  # MoP's; a masked update without dropout is one product with its weight, with it another one
 
 
 class LearningFields(Settings):
@@ -20,7 +21,7 @@ class LearningFields(Settings):
     full: bool = Field(False, description="Train all weights instead of LoRA")
     lora_rank: int = Field(32, ge=1, description="LoRA rank; updates are merged at the end")
     lora_alpha: float = Field(10.0, gt=0, description="LoRA alpha (updates are scaled by alpha / rank)")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout probability")
+    lora_dropout: float | None = optional(f"{DROPOUT}, with keep_sparsity 0", "LoRA dropout probability", ge=0, lt=1)
     keep_sparsity: bool = Field(False, description="Keep the zeros of the projections")
     epochs: float = Field(2.0, gt=0, description="Number of epochs")
     steps: int | None = Field(None, ge=1, description="Number of steps, instead of epochs")
@@ -36,6 +37,13 @@ class LearningFields(Settings):
     def highest_rate(self) -> float:
         """The learning rate that the schedule starts from."""
         return self.learning_rate or (FULL_RATE if self.full else LORA_RATE)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which a low-rank update does not see an input."""
+        if self.lora_dropout is None:
+            return 0.0 if self.keep_sparsity else DROPOUT
+        return self.lora_dropout
 
     @model_validator(mode="after")
     def _low_rank_options_have_an_effect(self) -> "LearningFields":

@@ -18,6 +18,7 @@ from shardprune.model.families import Family
 from shardprune.model.saving import overflow, write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
+from shardprune.recovery.masked_update import Way
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord, ProjectionReport
 
@@ -79,7 +80,8 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
     def report(projection: str) -> ProjectionReport:
         name = f"{projection}.weight"
         before, after = checkpoint.read(prefix + name), trained(name)
-        return _report(index, projection, before, before if after is None else after)
+        way = updated[name].way if name in updated else None
+        return _report(index, projection, before, before if after is None else after, way)
 
     record = LayerRecord(index, tuple(report(projection) for projection in family.projections))
     shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
@@ -98,7 +100,7 @@ def _stored(trained: Tensor, dtype: torch.dtype, label: str) -> Tensor:
     return rounded
 
 
-def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionReport:
+def _report(layer: int, name: str, before: Tensor, after: Tensor, way: Way | None) -> ProjectionReport:
     """Count the zeros of a projection before and after training."""
     was, zero = before == 0, (after == 0).cpu()
     weights, zeros_before = was.numel(), int(was.sum())
@@ -109,6 +111,7 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionR
         zeros=int(zero.sum()),
         zeros_before=zeros_before,
         weights=weights,
+        update=way,
         zeros_kept=int((was & zero).sum()),
     )
 

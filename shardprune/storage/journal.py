@@ -273,6 +273,22 @@ class Journal:
         self.folder.remove(STATE)
 
 
+def check_output(out: str, resume: bool) -> None:
+    """Check what can be said of an output directory before anything that shapes its run has been read.
+
+    Raises:
+        InputError: it holds something else than a run, or one that may not be resumed, or cannot be written.
+    """
+    folder = output_folder(out)
+    names = {name for name in folder.names() if not PARTIAL.fullmatch(name)}
+    if names and not names & {STATE, RESULT}:
+        raise InputError("out", f"{folder.url} is not empty and holds no run; choose an empty directory")
+    if names and not resume:
+        raise InputError("out", f"{folder.url} holds a run already; resume it or choose an empty directory")
+    if RESULT not in names:
+        folder.check_writable()
+
+
 def recorded_recipe(out: str) -> dict[str, Any]:
     """Return the recipe, with all defaults resolved, of the run in an output directory; empty if it holds none."""
     folder = output_folder(out)

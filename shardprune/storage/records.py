@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from shardprune.storage.json_file import fitting
+from shardprune.storage.json_file import Measurement, fitting
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Weights = Annotated[int, Field(gt=0, strict=True)]
@@ -24,7 +24,8 @@ class ProjectionReport:
     `zeros_before` on the dense one. `error` is ||XW - XW'||^2 / ||XW||^2 where it was measured, `outliers` the
     percentage of outliers where the allocation looked at them, `pattern` its N:M. The solver needed so many `retries`
     and ended with the `damping`, where it factorises; `sweep` is the way of its steps over columns (`kernel` or
-    `recursion`), where it has any. `zeros_kept` of the zeros before are still zero, where that was counted.
+    `recursion`), where it has any. `update` is the way of a masked low-rank update (`kernel` or `products`), where
+    there was one, and `zeros_kept` of the zeros before are still zero, where that was counted.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
@@ -41,6 +42,7 @@ class ProjectionReport:
     sweep: str | None = None
     outliers: float | None = None
     error: float | None = None
+    update: str | None = None
     zeros_kept: Count | None = None
 
     @property
@@ -72,7 +74,7 @@ class KeptStructures:
 
     groups: tuple[Count, ...]
     neurons: tuple[Count, ...]
-    errors: dict[str, float]
+    errors: dict[str, Measurement]
     retries: Count
 
 

@@ -262,6 +262,21 @@ def test_recovery_has_the_published_settings():
     assert (loaded.data, loaded.prompt_loss) == ("alpaca", False)
 
 
+@pytest.mark.parametrize(
+    ("fields", "dropout"),
+    [
+        ({}, 0.05),
+        ({"keep_sparsity": True}, 0),
+        ({"keep_sparsity": True, "lora_dropout": 0.1}, 0.1),
+        ({"lora_dropout": 0}, 0),
+    ],
+    ids=str,
+)
+def test_updates_that_are_masked_have_no_dropout_of_their_own(fields, dropout):
+    loaded = RecoverRecipe.checked({"model": "m", "out": "o", "data": "alpaca", **fields})
+    assert loaded.dropout == dropout
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipelines_are_the_recipes_of_their_steps(name):
     loaded = PipelineRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})

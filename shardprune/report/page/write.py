@@ -16,7 +16,13 @@ from shardprune.report.page.render import Grid, Section, render
 from shardprune.report.page.timeline import timeline
 from shardprune.report.page.training import loss_curve
 from shardprune.report.result import Evaluation, EvaluationResult, Result
-from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
+from shardprune.report.summary import (
+    EVALUATION_HEADINGS,
+    evaluation_rows,
+    remark_on_numbers,
+    summary_rows,
+    what_was_done,
+)
 from shardprune.storage.folder import Folder, absolute, output_folder
 from shardprune.storage.retrying import preflight
 from shardprune.storage.yaml_file import dump_yaml
@@ -72,7 +78,7 @@ def _section(run: FinishedRun) -> Section:
     recipe = dump_yaml(run.result.recipe)
     if isinstance(run.result, EvaluationResult):
         grids = [_evaluation_grid(run.result.evaluation)]
-        return Section("evaluate", _costs(run), grids, _work(run), recipe=recipe)
+        return Section("evaluate", _costs(run), grids, _work(run), _remark_on_numbers(run.result), recipe)
     result = run.result
     grids = [Grid(("", "before", "after"), list(summary_rows(result)))]
     if result.evaluation:
@@ -144,9 +150,14 @@ def _work(run: FinishedRun) -> list[Plot]:
     return plots
 
 
+def _remark_on_numbers(result: Result | EvaluationResult) -> list[str]:
+    remark = remark_on_numbers(result)
+    return [remark] if remark else []
+
+
 def _remarks(result: Result) -> list[str]:
     """Return the reasons why parts of a report are missing."""
-    remarks: list[str] = []
+    remarks = _remark_on_numbers(result)
     zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
     if zeroed and result.sparsity and result.sparsity.projections:
         if all(layer.outliers is None for layer in result.sparsity.layers):
