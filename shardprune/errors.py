@@ -1,25 +1,35 @@
-"""Errors that a run can end with and that are not defects of the program."""
+"""Errors that a run can end with and that are not defects of the program.
 
-import re
+Their texts are one printable line without credentials, whatever they quote.
+"""
 
+import signal
 
-def without_credentials(text: str) -> str:
-    """Remove user names, passwords and query strings from the URLs in a text."""
-    return re.sub(r"(\w+://[^\s'\"?]*)\?[^\s'\"]*", r"\1", re.sub(r"(\w+://)[^\s'\"/@]*@", r"\1", text))
+from shardprune.printable import message
+from shardprune.printable import without_credentials as without_credentials  # what names a location needs it, too
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or the name of its class if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of an error's text, or the name of its class if it has no text; printable, without
+    credentials. A line that ends with a colon goes on with the next one, which has the reason."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return message(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
 
 
-class FieldError(Exception):
-    """An error about one field of a recipe, without credentials in its text."""
+class RunError(Exception):
+    """Base of the errors, whose text is a message of one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(message(text))
+
+
+class FieldError(RunError):
+    """An error about one field of a recipe."""
 
     def __init__(self, field: str, problem: str) -> None:
-        super().__init__(f"{field}: {without_credentials(problem)}")
-        self.field = field
-        self.problem = problem
+        super().__init__(f"{message(field)}: {message(problem)}")
+        self.field = message(field)
+        self.problem = message(problem)
 
     def __reduce__(self) -> tuple[type["FieldError"], tuple[str, str]]:
         # An exception is pickled with its text alone, which is not what the constructor takes.
@@ -40,24 +50,32 @@ class StorageError(FieldError, RuntimeError):
     """
 
 
-class SolverError(RuntimeError):
+class InputChanged(StorageError):
+    """An input that is not any more what it was when the run began. Its text names the file or the tensor."""
+
+
+class SolverError(RunError, RuntimeError):
     """A projection cannot be solved. Its text names the projection and what was tried."""
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(RunError, RuntimeError):
     """A worker's device has too little memory. Its text names the worker, the layer and what would help."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(RunError, RuntimeError):
     """A training run cannot continue. Its text names the step, or the resource that is too small."""
 
 
-class WorkerLost(RuntimeError):
+class WorkerLost(RunError, RuntimeError):
     """A worker's process or node died. The driver restarts on the remaining workers."""
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM was received. Only the command line catches it.
+    """A signal was received that stops the process. Only the command line catches it.
 
     It is a KeyboardInterrupt because no other exception raised in a signal handler interrupts `ray.get` and `ray.wait`.
     """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)

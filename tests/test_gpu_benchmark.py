@@ -24,6 +24,7 @@ FOUND = {
     "profile": "solve o_proj: all kernels",
     "whole_run": "layers streamed: the same to the bit",
     "memory": "planned / measured",
+    "masked_update": "products, bfloat16: distance from float64",
     "recovery": "loss of the last step",
 }
 

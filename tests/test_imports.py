@@ -18,7 +18,10 @@ FLOORS = (
     {"shard", "recipes", "report"},
     {"model"},
     {"solvers", "storage"},
+    {"process"},
+    {"signals", "standard_streams"},
     {"errors"},
+    {"printable"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -23,13 +23,14 @@ STEPS = {
     for step in (
         Step("facts", 20),
         Step("numerics", 45),
-        Step("suite", 120),
+        Step("suite", 110),
         Step("rates", 50),
         Step("layer", 90),
-        Step("variants", 70),
+        Step("variants", 60),
         Step("profile", 30),
         Step("whole_run", 60),
         Step("memory", 25),
+        Step("masked_update", 24),
         Step("recovery", 25),
     )
 }

@@ -148,6 +148,12 @@ def usage(group: Group, layout: Layout) -> list[dict[str, Any]]:
     return [group.get(group.submit(shard, replica, ForwardWorker.usage)) for shard, replica in workers]
 
 
+def digests(group: Group, layout: Layout) -> list[dict[str, dict[str, str]]]:
+    """Return, of every worker, the digests of the tensors that it has read since the last call."""
+    workers = [(shard, replica) for shard in range(len(layout.shards)) for replica in range(layout.replicas)]
+    return [group.get(group.submit(shard, replica, ForwardWorker.digests)) for shard, replica in workers]
+
+
 def in_flight(layout: Layout) -> int:
     """Return how many waves may be under way in all: a few on every worker of a pipeline."""
     return IN_FLIGHT * layout.replicas + len(layout.shards) - 1

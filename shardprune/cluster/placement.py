@@ -1,9 +1,10 @@
 """Placement of a run: where it works and in which units, with no choice left open."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 
 from shardprune.cluster.defaults import exchange_of, threads_of
 from shardprune.cluster.group import Slots
@@ -16,6 +17,8 @@ from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.shard.spec import WorkerSettings
 from shardprune.storage.folder import absolute
 from shardprune.storage.journal import recorded_recipe
+from shardprune.storage.json_file import fitting
+from shardprune.storage.malformed import located
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ def place_run(
     """
     model, out, asked = place_of(recipe.model), absolute(recipe.out), recipe.asked
     decided = {"model": model, "out": out, "wave": recipe.sequences_per_wave, "device": device}
-    recorded = _recorded(recipe, decided, out) or (_recorded(recipe, decided, claimed) if claimed else {})
+    recorded = _recorded(recipe, decided, out)
+    if claimed and recorded == _Recorded():
+        recorded = _recorded(recipe, decided, claimed)
     parallel = asked.propagation == "parallel"
-    segments = asked.segments or (recorded.get("segments") if parallel else None)
+    segments = asked.segments or (recorded.segments if parallel else None)
     shards = asked.shards or 1
     if parallel and not asked.shards:
         fitting = slots.workers(device) // (asked.replicas or 1)
@@ -92,16 +97,33 @@ def place_run(
     if parallel and asked.shards and segments and not asked.segments:
         shards = min(shards, segments)  # goes on with the segments of its start
     layout = plan_layout(skeleton.layers, recipe.samples, asked.propagation, shards, replicas, segments)
-    threads = recipe.threads or recorded.get("threads") or threads_of(slots, layout.workers)
+    # Another number of threads adds in another order: a run keeps the one that it began with.
+    threads = recorded.threads or recipe.threads or threads_of(slots, layout.workers)
     workers = worker_settings(recipe, model, device, skeleton.dtype, threads)
     return Placement(layout, asked.propagation, workers, recipe.sequences_per_wave, out)
 
 
-def _recorded(recipe: LayerRecipe, decided: dict[str, Any], out: str) -> dict[str, Any]:
-    """Return the recipe that an output holds of the same run, cut off earlier; nothing of another one."""
+class _Recorded(BaseModel):
+    """The choices of an earlier attempt that shape the result to the bit."""
+
+    threads: Annotated[int, Field(ge=1)] | None = None
+    segments: Annotated[int, Field(ge=1)] | None = None
+
+
+def _recorded(recipe: LayerRecipe, decided: dict[str, Any], out: str) -> _Recorded:
+    """Return what an output holds of the same run, cut off earlier; nothing of another one."""
     if not recipe.resume:
-        return {}
+        return _Recorded()
     recorded, sparse = recorded_recipe(out), recipe.job().sparse
     asked = recipe.model_copy(update={**decided, **({"sparse": place_of(sparse)} if sparse else {})}).record()
-    same = all(recorded.get(name) == asked[name] for name in identifying_fields(type(recipe)))
-    return recorded if same else {}
+    same = all(_name(recorded.get(name)) == _name(asked[name]) for name in identifying_fields(type(recipe)))
+    if not same:
+        return _Recorded()
+    with located("out", f"the recipe that {out} holds"):
+        return fitting(recorded, _Recorded)
+
+
+def _name(value: Any) -> Any:
+    """Return a recipe's value, of a path its last part: the output may have been moved, and its fingerprint says whose
+    it is."""
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value

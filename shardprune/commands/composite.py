@@ -20,7 +20,7 @@ def claim_output(recipe: PruneRecipe, first: Prepared) -> RunState:
     earlier = journal.check(recipe.resume)
     if not earlier:
         journal.save({})
-    return RunState(journal, earlier, second.record(), first.evaluations)
+    return RunState(journal, earlier, second.record(), first.evaluations, {})
 
 
 def second_recipe(recipe: PruneRecipe, first: Prepared, model: str) -> PruneRecipe:

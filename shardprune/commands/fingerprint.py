@@ -1,13 +1,13 @@
 """The run fingerprint: a hash of everything that changes the output tensors."""
 
 import hashlib
-import json
 
 from torch import Tensor
 
 from shardprune.cluster.placement import Placement
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recipes.layer_recipe import LayerRecipe
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.windows import tokens_hash
 
 FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
@@ -33,4 +33,4 @@ def fingerprint_of(
     }
     if sparse:
         content["sparse"] = sparse.identity()
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,6 @@
 """The story of `shardprune mop`: iteration after iteration a layer goes, or every layer gets narrower."""
 
+import math
 from contextlib import closing
 from typing import Any
 
@@ -7,12 +8,12 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mop import ModelOnWorkers, Shallower
-from shardprune.cluster.passes import account, usage
+from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, SolverError, without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import Budget
@@ -46,14 +47,14 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare(recipe, backend)
             path_plan = path_plan_of(recipe, prepared.skeleton)
             path_plan.check()
         run = MopRun(recipe, prepared, path_plan, backend, reporter, clock)
         run.check_kept()
-        if done := run.state.done(reporter):
+        if done := run.state.done(reporter, lambda name: True):  # from the last iteration nothing leads back
             run.remove_saved()
         result = done or run.go()
     if recipe.report:
@@ -93,7 +94,9 @@ class MopRun:
         self.recipe, self.prepared, self.path_plan = recipe, prepared, path_plan
         self.backend, self.reporter, self.clock = backend, reporter, clock
         self.journal = prepared.journal
-        self.state = RunState(prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations)
+        self.state = RunState(
+            prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations, prepared.inputs
+        )
         self.workers: list[dict[str, Any]] = []  # what each says of itself
 
     def check_kept(self) -> None:
@@ -117,6 +120,7 @@ class MopRun:
         prepared, device = self.prepared, self.prepared.placement.workers.device
         with self.state.running(self.reporter, **prepared.facts()):
             self.remove_saved()
+            self._check_saved()
             restarts = self.recipe.max_restarts
             for attempt in Attempts(prepared.layout, device, restarts, self.backend, self.reporter, self.state.lost):
                 with attempt as layout:
@@ -159,6 +163,7 @@ class MopRun:
         if compared or not self.state.known.path or any(True for _ in self.state.missing("before")):
             model.read(None)
             self._measure(model, "before")
+            self.state.learn(digests(group, layout))
         if compared:
             with self.clock.phase("search"), self.reporter.step("original", self._refer_parts(model)) as step:
                 model.refer(step)
@@ -178,6 +183,9 @@ class MopRun:
             shorter, scores = self._build(model, built, step)
             if chosen is None:
                 assert self._criterion is not None
+                if not all(map(math.isfinite, scores.values())):
+                    found = ", ".join(f"{letter}: {score:g}" for letter, score in scores.items())
+                    raise SolverError(f"{label}: candidates cannot be compared by {self._criterion}, which is {found}")
                 chosen = "L" if better(self._criterion, scores["L"], scores["G"]) else "G"
             after = candidates[chosen]
             if chosen != "L":
@@ -230,6 +238,20 @@ class MopRun:
             if name.startswith(SAVED) and name != self.state.known.saved:
                 self.journal.folder.remove_folder(name)
 
+    def _check_saved(self) -> None:
+        """Check that the layers from which an attempt goes on are what was written.
+
+        Raises:
+            InputError: they are not, and nothing leads back to them.
+        """
+        saved = self._saved(self._where())
+        if not self.state.resumed or saved is None:
+            return
+        journal = Journal(saved.folder, self.journal.fingerprint, len(saved.layers))
+        for layer in range(journal.layers):
+            if fault := journal.fault(layer):
+                raise InputError("out", f"{saved.folder} is not whole: {fault}; choose an empty directory")
+
     def _finish(self) -> Result:
         """Write the result last."""
         prepared, recipe, where = self.prepared, self.recipe, self._where()
@@ -263,7 +285,8 @@ class MopRun:
                 seconds=seconds,
                 workers=workers,
                 restarts=self.state.known.restarts,
-            )
+            ),
+            kept=[entry.folder for entry in self.state.known.path if entry.folder],
         )
         self.state.known.saved = None
         self.remove_saved()

@@ -6,6 +6,8 @@ Every step that makes a model has a folder of its own and resumes as it does alo
 from contextlib import closing
 from typing import Any
 
+from pydantic import BaseModel
+
 from shardprune.cluster.backends import backend_of
 from shardprune.commands.evaluate import check_evaluation
 from shardprune.commands.prepare_recovery import open_inputs
@@ -19,7 +21,10 @@ from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.storage.folder import PARTIAL, absolute, output_folder
+from shardprune.storage.json_file import fitting
+from shardprune.storage.malformed import located
 from shardprune.storage.output_names import RESULT
+from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.retrying import preflight
 
 STATE = "pipeline.json"
@@ -66,7 +71,7 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
     for step in recipe.steps:
         section = recipe.section(step)
         try:
-            with closing(backend_of(section.backend, section.address)) as backend:
+            with closing(backend_of(section)) as backend:
                 unpruned = section.model_copy(update={"model": recipe.model})
                 if isinstance(unpruned, RecoverRecipe):
                     open_inputs(unpruned, backend)
@@ -74,6 +79,15 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
                     check_evaluation(unpruned, backend, reporter)
         except InputError as error:
             raise InputError(f"{step}.{error.field}", error.problem) from error
+
+
+class _PipelineFile(BaseModel):
+    """The content of `pipeline.json`."""
+
+    model: str
+    steps: list[str]
+    evaluated: dict[str, Any] | None
+    recipe: dict[str, Any]
 
 
 class _Progress:
@@ -94,12 +108,13 @@ class _Progress:
         if STATE not in names:
             held = "a run" if RESULT in names else "something else"
             raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
-        state = self.folder.read_json(STATE)
-        if [state.get("model"), state.get("steps")] != [self._model, list(recipe.steps)]:
+        with located("out", f"{recipe.out}/{STATE}"):
+            state = fitting(absolute_paths(self.folder.read_json(STATE), self.folder.url), _PipelineFile)
+        if (state.model, state.steps) != (self._model, list(recipe.steps)):
             raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
         if not recipe.resume:
             raise InputError("out", f"{recipe.out} holds this pipeline already; resume it or choose an empty directory")
-        self.evaluated = state["evaluated"]
+        self.evaluated = state.evaluated
 
     @property
     def _model(self) -> str:
@@ -107,13 +122,13 @@ class _Progress:
 
     def save(self) -> None:
         """Record what is known, and with the first call claim the directory."""
-        state = {
-            "model": self._model,
-            "steps": self.recipe.steps,
-            "evaluated": self.evaluated,
-            "recipe": self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
-        }
-        self.folder.write_json(STATE, state)
+        state = _PipelineFile(
+            model=self._model,
+            steps=list(self.recipe.steps),
+            evaluated=self.evaluated,
+            recipe=self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
+        )
+        self.folder.write_json(STATE, relative_paths(state.model_dump(mode="json"), self.folder.url))
 
 
 def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:

@@ -28,8 +28,8 @@ from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
-from shardprune.storage.folder import check_reachable
-from shardprune.storage.journal import Earlier, Journal
+from shardprune.storage.folder import absolute, check_reachable
+from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import calibration_windows
 
@@ -63,6 +63,7 @@ class Prepared:
     placement: Placement
     layout: Layout  # for the workers that there are now
     checkpoint: Checkpoint
+    sparse: Checkpoint | None
     skeleton: Skeleton
     calibration: Tensor
     evaluations: dict[str, Tensor]
@@ -70,6 +71,11 @@ class Prepared:
     earlier: Earlier
     widths: Widths | None
     base: Base | None
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """The checkpoints that are read, by the recipe's fields that name them."""
+        return {"model": self.checkpoint} | ({"sparse": self.sparse} if self.sparse else {})
 
     @property
     def streamed(self) -> bool:
@@ -147,6 +153,7 @@ class Prepared:
         """
         placement = self.placement
         needs, others = self._needs(layout), self._other_bytes
+        states = {field: checkpoint.state() for field, checkpoint in self.inputs.items()}
         return [
             WorkerSpec(
                 settings=placement.workers,
@@ -161,6 +168,8 @@ class Prepared:
                 finished=frozenset(finished),
                 need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
                 other_bytes=needs[shard].bytes + others,
+                model=states["model"],
+                sparse=states.get("sparse"),
             )
             for shard, layers in enumerate(layout.shards)
             for replica in range(layout.replicas)
@@ -236,6 +245,9 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
     for field, url in (("model", recipe.model), ("sparse", job.sparse), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
+    for out in (claimed, recipe.out):  # before models and texts are read, which may be downloads
+        if out:
+            check_output(absolute(out), recipe.resume)
     slots = backend.slots()
     device = device_of(recipe.device, slots)
     # Where structures go, all that is cut passes through memory: biases and norms, too.
@@ -277,6 +289,7 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         placement=placement,
         layout=layout,
         checkpoint=checkpoint,
+        sparse=sparse,
         skeleton=skeleton,
         calibration=calibration,
         evaluations=evaluations,

@@ -1,7 +1,6 @@
 """Preparation of a fine-tuning: inputs opened and checked, rows made, the fingerprint decided, the output looked at."""
 
 import hashlib
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from shardprune.cluster.defaults import device_of, threads_of
 from shardprune.cluster.group import Backend, Slots, check_room
-from shardprune.commands.state import ZeroCount
+from shardprune.commands.state import ZeroCount, run_file
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen
@@ -24,7 +23,9 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.storage.folder import PARTIAL, Folder, absolute, check_reachable
-from shardprune.storage.journal import Earlier, Journal, recorded_recipe
+from shardprune.storage.journal import Earlier, Journal, check_output, recorded_recipe
+from shardprune.storage.json_file import dump_json
+from shardprune.storage.malformed import located
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 
@@ -47,6 +48,11 @@ class Inputs:
     evaluations: dict[str, Tensor]
     overrides: dict[str, Any]
 
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The checkpoints that are read, by the recipe's fields that name them."""
+        return {"model": self.checkpoint} | ({"teacher": self.teacher} if self.teacher else {})
+
 
 @dataclass(frozen=True)
 class PreparedRecovery:
@@ -60,8 +66,11 @@ class PreparedRecovery:
 
     @property
     def claim(self) -> str:
-        """The text in the directory of training checkpoints that says whose it is."""
-        return f"{self.journal.fingerprint} {without_credentials(self.recipe.out)}"
+        """The text in the directory of training checkpoints that says whose it is: its run and the run's output, which
+        may be moved with what lies in it."""
+        state, out = self.recipe.state, self.recipe.out
+        place = os.path.relpath(out, state) if state.startswith(f"{out}/") else without_credentials(out)
+        return f"{self.journal.fingerprint} {place}"
 
     @property
     def recipe(self) -> DecidedRecipe:
@@ -107,7 +116,8 @@ class PreparedRecovery:
             weight_decay=recipe.weight_decay,
             overrides=self.inputs.overrides,
         )
-        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps)
+        states = {field: checkpoint.state() for field, checkpoint in self.inputs.checkpoints.items()}
+        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps, states)
 
     def _shapes(self, index: int) -> list[tuple[int, int]]:
         return list(self.skeleton.projection_shapes(index).values())
@@ -125,6 +135,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
+    check_output(recipe.out, recipe.resume)  # before models and texts are read, which may be downloads
     opened = open_model(recipe.model)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     check_seqlen(recipe.length, skeleton, "length")
@@ -157,8 +168,7 @@ def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecover
     earlier = journal.check(recipe.resume)
     if earlier.result is not None:  # nothing is left to train
         return PreparedRecovery(inputs, steps, None, journal, earlier)
-    counted = (earlier.state or {}).get("zeros")
-    zeros = ZeroCount(**counted) if counted else _count_zeros(inputs.checkpoint, inputs.skeleton)
+    zeros = run_file(journal, earlier).zeros or _count_zeros(inputs.checkpoint, inputs.skeleton)
     if recipe.keep_sparsity and not is_sparse(zeros):
         dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
         raise InputError("keep_sparsity", dense)
@@ -193,10 +203,16 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
             "device": device,
             "workers": workers,
             "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),
-            "threads": recipe.threads or threads_of(slots, workers),
+            "threads": _recorded_threads(out) or recipe.threads or threads_of(slots, workers),
             "precision": precision,
         }
     )
+
+
+def _recorded_threads(out: str) -> int | None:
+    """Return the threads with which the training in an output began; another number adds in another order."""
+    threads = recorded_recipe(out).get("threads")
+    return threads if isinstance(threads, int) and threads > 0 else None
 
 
 def _check_compiler(recipe: DecidedRecipe) -> None:
@@ -256,7 +272,7 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
         "steps": steps,
         "deepspeed": inputs.overrides,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
 
 
 def _check_state(plan: PreparedRecovery) -> None:
@@ -270,7 +286,8 @@ def _check_state(plan: PreparedRecovery) -> None:
     if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
         raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")
     folder = Folder(recipe.state, "state")
-    claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
+    with located("state", f"{recipe.state}/{CLAIM}"):
+        claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
     names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
     if claimed != plan.claim and names:
         held = "is not empty" if claimed is None else "holds another training"

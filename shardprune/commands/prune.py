@@ -7,7 +7,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
-from shardprune.cluster.passes import Waves, load, parts_of_pass, perplexity, usage
+from shardprune.cluster.passes import Waves, digests, load, parts_of_pass, perplexity, usage
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.restarts import Attempts
@@ -33,6 +33,7 @@ from shardprune.report.result import (
 )
 from shardprune.shard.layers import Version
 from shardprune.storage.folder import absolute
+from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.windows import tokens_hash
 
@@ -53,7 +54,7 @@ def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         if recipe.structured is not None and recipe.zeroes:
             result = _prune_composite(recipe, backend, reporter, clock)
         else:
@@ -71,7 +72,7 @@ def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
     `prune`."""
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare(recipe, backend)
         run = PruningRun(prepared, backend, reporter, clock)
@@ -92,7 +93,8 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
         claim = claim_output(recipe, first)
     result = claim.done(reporter)
     if result is None:
-        with reporter.events.recorded(claim.journal.folder, **first.facts()):
+        folder = claim.journal.folder
+        with owned(folder), reporter.events.recorded(folder, **first.facts()):
             if claim.previous:  # finished, but asked to be measured on more
                 measuring = PruningRun(first, backend, reporter, clock, ("before",))
                 for attempt in measuring.attempts():
@@ -131,7 +133,9 @@ class PruningRun:
         self.prepared, self.steps, self.narrowed = prepared, steps, narrowed
         self.backend, self.reporter, self.clock = backend, reporter, clock
         self.journal = prepared.journal
-        self.state = RunState(prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations)
+        self.state = RunState(
+            prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations, prepared.inputs
+        )
         if narrowed:
             self.state.adopt(narrowed)
         self.workers: list[dict[str, Any]] = []  # what each says of itself
@@ -144,6 +148,11 @@ class PruningRun:
                 self.reporter.say(
                     f"{asked} workers were asked for; the run goes on with {there}, for which there are slots"
                 )
+            threads, wanted = self.prepared.placement.workers.threads, self.prepared.recipe.threads
+            if wanted and wanted != threads:
+                self.reporter.say(f"the run keeps the {threads} threads of a worker with which it began")
+            if self.state.resumed:
+                self.journal.remove_damaged(self.reporter.say)
             for attempt in self.attempts():
                 with attempt as layout:
                     self.attempt(layout)
@@ -166,8 +175,10 @@ class PruningRun:
         with self.clock.phase("load"):
             group = self._start(layout, finished)
         with closing(group):
+            self.state.learn(digests(group, layout))
             if "before" in self.steps:
                 self._measure(group, layout, "before", "given" if prepared.job.sparse else "dense")
+                self.state.learn(digests(group, layout))
             if "prune" in self.steps and len(finished) < layers:
                 waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
                 self._observe(group, layout, waves, finished)
@@ -219,6 +230,7 @@ class PruningRun:
         with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
             inputs = prepared.skeleton.family.input_names
             found = observe(group, layout, waves, observation, inputs, prepared.streamed, step)
+        self.state.learn(digests(group, layout))
         known.outliers = known.outliers or found
         self.state.save()
         if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:

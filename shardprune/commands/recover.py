@@ -18,6 +18,7 @@ from shardprune.recipes.groups import BackendFields
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes
 from shardprune.recovery.loss_log import Losses
+from shardprune.recovery.operations import build_what_is_used
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
@@ -40,11 +41,11 @@ def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare_recovery(recipe, backend)
         run = RecoveryRun(prepared, backend, reporter, clock)
-        result = run.state.done(reporter) or run.go()
+        result = run.state.done(reporter, run.is_trained) or run.go()
     if os.path.isdir(run.training):
         shutil.rmtree(run.training)
     if recipe.report:
@@ -59,7 +60,8 @@ class RecoveryRun:
         self.prepared, self.backend, self.reporter, self.clock = prepared, backend, reporter, clock
         self.recipe, self.journal = prepared.recipe, prepared.journal
         evaluations = prepared.inputs.evaluations
-        self.state = RunState(prepared.journal, prepared.earlier, prepared.recipe.record(), evaluations)
+        inputs = prepared.inputs.checkpoints
+        self.state = RunState(prepared.journal, prepared.earlier, prepared.recipe.record(), evaluations, inputs)
         self.state.known.zeros = prepared.zeros
         self.training = prepared.recipe.state  # directory of the training's state
         self.losses = Losses(self.training)
@@ -71,8 +73,12 @@ class RecoveryRun:
             self._measure("before", self.recipe.model)
             if self.state.previous is None:
                 self._say_what_is_lost()
+                if self.state.resumed:
+                    self.journal.remove_damaged(self.reporter.say)
                 if not self._trained():
                     self._share_inputs()
+                    if self.recipe.device == "cpu":  # on GPUs, which other machines have, each worker does
+                        build_what_is_used(self.recipe.offload, self.training, self.reporter.say)
                     room = min(self.backend.room(self.recipe.device), prepared.processes.count)
                     for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
                         with attempt as processes, self.clock.phase("recover"), self._progress():
@@ -83,6 +89,11 @@ class RecoveryRun:
             return self._finish()
 
     # -- the steps ----------------------------------------------------------------------------------------------
+
+    def is_trained(self, file: str) -> bool:
+        """Return whether a file of the output comes from the training, which cannot be made again."""
+        frame = {self.journal.frame_file} if self.recipe.full else set()
+        return file in frame | {self.journal.layer_file(layer) for layer in range(self.journal.layers)}
 
     def _trained(self) -> bool:
         """Whether all layers are trained and written."""

@@ -1,18 +1,26 @@
 """The state of a run in its output: `run.json` while it is under way, `result.json` at its end."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, StorageError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.sources import SourceState
 from shardprune.report.clock import Clock
 from shardprune.report.progress import Reporter
-from shardprune.report.result import Iteration, Perplexity, Result, WorkerResult
+from shardprune.report.result import Evaluation, Iteration, Perplexity, Result, WorkerResult
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.journal import Earlier, Journal
+from shardprune.storage.json_file import MaybeMeasurement, fitting
+from shardprune.storage.malformed import located
+from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
+from shardprune.storage.output_names import RESULT, STATE
+from shardprune.storage.owner import Ownership, owned
 from shardprune.storage.windows import tokens_hash
 
 When = Literal["before", "after"]
@@ -24,22 +32,24 @@ class Measured(BaseModel):
     seqlen: int
     windows: int
     tokens_sha256: str
-    before: float | None = None
-    after: float | None = None
+    before: MaybeMeasurement = None
+    after: MaybeMeasurement = None
 
 
 class ZeroCount(BaseModel):
     """The `count` of zeros among the `weights` of all projections."""
 
-    count: int
-    weights: int
+    count: Annotated[int, Field(ge=0)]
+    weights: Annotated[int, Field(gt=0)]
 
 
 class RunFile(BaseModel):
     """The content of `run.json`: the recipe with every choice made, and all that a later attempt must not do anew.
 
     Fields of one command: `outliers` of prune, by layer; `path` and `saved` (the folder with the layers of the last
-    iteration that changed them) of mop; `zeros` and `workers` (what each process took) of recover.
+    iteration that changed them) of mop; `zeros` and `workers` (what each process took) of recover. `inputs` are the
+    checkpoints that are read, by the recipe's fields that name them, as they were when the run began. `evaluation` is
+    what `shardprune evaluate` has measured of a run that was finished, and goes on.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -47,12 +57,14 @@ class RunFile(BaseModel):
     fingerprint: str
     recipe: dict[str, Any] = {}
     perplexity: dict[str, Measured] = {}
-    restarts: int = 0
+    restarts: Annotated[int, Field(ge=0)] = 0
     outliers: list[Outliers] = []
     path: list[Iteration] = []
-    saved: str | None = None
+    saved: Annotated[str, Field(pattern=r"^(iteration|layers)-\d+$")] | None = None
     zeros: ZeroCount | None = None
     workers: list[dict[str, Any]] = []
+    inputs: dict[str, SourceState] = {}
+    evaluation: Evaluation | None = None
 
 
 class RunState:
@@ -62,44 +74,108 @@ class RunState:
         earlier: what the output holds of the run.
         recipe: for files that others read.
         evaluations: windows [windows, seqlen] by source, on which perplexity is to be measured.
+        inputs: the checkpoints that are read, by the recipe's fields that name them.
 
     Raises:
-        InputError: the output holds a run of another version.
+        InputError: the output holds a run of another version, or an input is not the one with which the run began.
     """
 
     def __init__(
-        self, journal: Journal, earlier: Earlier, recipe: dict[str, Any], evaluations: dict[str, Tensor]
+        self,
+        journal: Journal,
+        earlier: Earlier,
+        recipe: dict[str, Any],
+        evaluations: dict[str, Tensor],
+        inputs: Mapping[str, Checkpoint],
     ) -> None:
         self.journal = journal
         self.previous: Result | None = None  # of an earlier run, to which this one may only add measurements
-        self._resumed = bool(earlier)
+        self.resumed = bool(earlier)
         self._evaluations = evaluations
-        try:
-            if earlier.result is not None:
-                self.previous = Result(**earlier.result)
-                self.known = _known_of(self.previous)
-            else:
-                self.known = RunFile(**{"fingerprint": journal.fingerprint, **(earlier.state or {})})
-        except ValidationError as error:
-            reason = "holds a run of another version of shardprune; choose an empty directory"
-            raise InputError("out", f"{journal.folder.url} {reason}") from error
+        if earlier.result is not None:
+            with located("out", f"{journal.folder.url}/{RESULT}"):
+                self.previous = fitting(earlier.result, Result)
+            self.known = _known_of(self.previous)
+        else:
+            self.known = run_file(journal, earlier)
         self.known.recipe = recipe
+        self._inputs = inputs
+        self._ownership: Ownership | None = None
+        if self.previous is None:
+            self._resume_inputs()
 
-    def done(self, reporter: Reporter) -> Result | None:
-        """Return the result of a finished run that lacks nothing of what is asked for.
+    def _resume_inputs(self) -> None:
+        """Compare the inputs with what earlier attempts knew of them."""
+        for field, checkpoint in self._inputs.items():
+            if field in self.known.inputs:
+                checkpoint.source.resume(self.known.inputs[field], self._unread(checkpoint))
+
+    def _unread(self, checkpoint: Checkpoint) -> set[str]:
+        """Return the tensors, by their names in the files, from which no finished layer was made."""
+        done: set[str] = set()
+        for layer in self.journal.finished():
+            done |= self.journal.layer_tensors(layer)
+        return {checkpoint.stored_name(name) for name in checkpoint.entries} - done
+
+    def learn(self, found: Iterable[Mapping[str, Mapping[str, str]]]) -> None:
+        """Record the digests of tensors that workers have read, by the inputs' fields and the tensors' names.
 
         Raises:
-            InputError: it lacks something, which cannot be written.
+            InputChanged: one was not what it was for another worker, or earlier.
+        """
+        for digests in found:
+            for field, own in digests.items():
+                self._inputs[field].source.learn(own)
+        self.save()
+
+    def check_inputs(self) -> None:
+        """Check that the inputs are still the files that were opened.
+
+        Raises:
+            InputChanged: one is not.
+        """
+        for checkpoint in self._inputs.values():
+            checkpoint.check_unchanged()
+
+    def done(self, reporter: Reporter, lasting: Callable[[str], bool] = lambda name: False) -> Result | None:
+        """Return the result of a finished run that lacks nothing of what is asked for, and whose files are what they
+        were when it ended. Other files are made again: the run counts as unfinished then.
+
+        Args:
+            lasting: whether a file of the output, by its name, cannot be made again.
+
+        Raises:
+            InputError: it lacks something, which cannot be written or cannot be made again.
         """
         if self.previous is None:
             return None
-        measured = {source: record.tokens_sha256 for source, record in self.previous.perplexity.items()}
-        wanted = {source: tokens_hash(windows) for source, windows in self._evaluations.items()}
-        if not wanted.items() <= measured.items():
+        folder = self.journal.folder
+        if faults := manifest_faults(folder, self.previous.files):
+            for name, fault in faults.items():
+                if lasting(name):
+                    raise InputError("out", f"{folder.url} is not whole: {name} {fault}; choose an empty directory")
+            self._reopen(faults, reporter)
+            return None
+        measured = {record.tokens_sha256 for record in self.previous.perplexity.values()}
+        if not measured.issuperset(map(tokens_hash, self._evaluations.values())):
             self.journal.folder.check_writable()
             return None
         reporter.say(f"{self.journal.folder.url} is finished already")
         return self.previous
+
+    def _reopen(self, faults: Mapping[str, str], reporter: Reporter) -> None:
+        """Make a finished run one that goes on, without the files that are not what they were."""
+        folder, layers = self.journal.folder, {self.journal.layer_file(layer) for layer in range(self.journal.layers)}
+        folder.check_writable()
+        self.previous = None
+        if not layers.isdisjoint(faults):
+            for measured in self.known.perplexity.values():
+                measured.after = None
+        self.save()  # first: with it the output holds a run that is not finished
+        for name, fault in faults.items():
+            reporter.say(f"{folder.url}/{name} {fault}: it is made again")
+            if name in layers:
+                folder.remove(name)
 
     @contextmanager
     def running(self, reporter: Reporter, **facts: Any) -> Iterator[None]:
@@ -107,15 +183,29 @@ class RunState:
 
         Args:
             facts: of the event `run`.
+
+        Raises:
+            InputError: another process drives a run there.
         """
-        self.journal.folder.remove_partial()
-        self.save()
-        with self.journal.claimed(self._resumed), reporter.events.recorded(self.journal.folder, **facts):
-            yield
+        folder = self.journal.folder
+        with owned(folder) as self._ownership:
+            folder.remove_partial()
+            self.save()
+            with self.journal.claimed(self.resumed), reporter.events.recorded(folder, **facts):
+                yield
 
     def save(self) -> None:
-        """Record what is known, but for what a finished run's result says already."""
+        """Record what is known, but for what a finished run's result says already.
+
+        Raises:
+            StorageError: the output is not this run's any more.
+        """
+        if self._ownership:
+            self._ownership.check()
         if self.previous is None:
+            for field, checkpoint in self._inputs.items():
+                first = self.known.inputs.setdefault(field, checkpoint.state())  # stamps stay those of the beginning
+                self.known.inputs[field] = replace(first, digests=dict(checkpoint.source.digests))
             self.journal.save(self.known.model_dump(mode="json", exclude_none=True))
 
     def lost(self) -> None:
@@ -123,12 +213,36 @@ class RunState:
         self.known.restarts += 1
         self.save()
 
-    def finish(self, result: Result) -> Result:
-        """Write the result, last of all; what `shardprune evaluate` has added to an earlier one stays."""
-        if self.previous:
-            result = result.model_copy(update={"evaluation": self.previous.evaluation})
+    def finish(self, result: Result, kept: Iterable[str] = ()) -> Result:
+        """Write the result, last of all; what `shardprune evaluate` has added to an earlier one stays.
+
+        Args:
+            kept: folders in the output that hold models, too.
+
+        Raises:
+            InputChanged: an input is not the file that it was.
+            StorageError: what was written cannot be read back, or the output is not this run's any more.
+        """
+        if self._ownership:
+            self._ownership.check()
+        self.check_inputs()
+        files = self.previous.files if self.previous else self._written(kept)
+        result = result.model_copy(update={"evaluation": self.known.evaluation, "files": files})
         self.journal.finish(result.as_json())
         return result
+
+    def _written(self, kept: Iterable[str]) -> dict[str, FileRecord]:
+        """Return the records of all files of the models in the output, which are opened for that."""
+        folder = self.journal.folder
+        files: dict[str, FileRecord] = {}
+        for place in ("", *(f"{name}/" for name in kept)):
+            try:
+                model = Checkpoint(f"{folder.url}/{place}".rstrip("/"), "out")
+            except InputError as error:
+                raise StorageError("out", error.problem) from error
+            found = manifest_of(model.folder, model.source.stamps)
+            files |= {f"{place}{name}": record for name, record in found.items()}
+        return files
 
     # -- perplexity -----------------------------------------------------------------------------------------------
 
@@ -137,11 +251,20 @@ class RunState:
         as not measured."""
         for source, windows in self._evaluations.items():
             text = Measured(seqlen=windows.shape[1], windows=len(windows), tokens_sha256=tokens_hash(windows))
-            record = self.known.perplexity.get(source)
-            if record is None or record.tokens_sha256 != text.tokens_sha256 or record.seqlen != text.seqlen:
+            record = self.known.perplexity.get(source) or self._of_another_name(source, text)
+            if record is None or not _same_text(record, text):
                 record = self.known.perplexity[source] = text
             if getattr(record, when) is None:
                 yield source, windows
+
+    def _of_another_name(self, source: str, text: Measured) -> Measured | None:
+        """Return what is known of a text under a name that it no longer has, as where the output was moved away from
+        it, and keep it under its own."""
+        for name, record in self.known.perplexity.items():
+            if name not in self._evaluations and _same_text(record, text):
+                self.known.perplexity[source] = self.known.perplexity.pop(name)
+                return record
+        return None
 
     def keep(self, source: str, when: When, value: float) -> None:
         """Record a perplexity at once, so that no later attempt measures it again."""
@@ -163,12 +286,27 @@ class RunState:
         return {source: Perplexity(**record.model_dump()) for source, record in self.known.perplexity.items()}
 
 
+def run_file(journal: Journal, earlier: Earlier) -> RunFile:
+    """Return the state of an unfinished attempt, or that of a run that begins.
+
+    Raises:
+        InputError: it is none that this version writes.
+    """
+    with located("out", f"{journal.folder.url}/{STATE}"):
+        return fitting({"fingerprint": journal.fingerprint, **(earlier.state or {})}, RunFile)
+
+
+def _same_text(record: Measured, text: Measured) -> bool:
+    return (record.tokens_sha256, record.seqlen) == (text.tokens_sha256, text.seqlen)
+
+
 def _known_of(result: Result) -> RunFile:
     """Return what a finished run knew."""
     return RunFile(
         fingerprint=result.fingerprint,
         perplexity={source: Measured(**measured.model_dump()) for source, measured in result.perplexity.items()},
         restarts=result.restarts,
+        evaluation=result.evaluation,
         path=(result.structure.path or []) if result.structure else [],
     )
 

@@ -9,6 +9,7 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.report.result import Evaluation, EvaluationResult
 from shardprune.storage.folder import PARTIAL, Folder, absolute, output_folder
 from shardprune.storage.output_names import RESULT
+from shardprune.storage.relative_paths import absolute_paths, relative_paths
 
 
 class Record:
@@ -46,7 +47,7 @@ class Record:
         content = result.as_json()
         if not self._alone:
             content = {**_content(self.folder), "evaluation": content["evaluation"]}
-        self.folder.write_json(RESULT, content)
+        self.folder.write_json(RESULT, relative_paths(content, self.folder.url))
 
     def _check_writable(self) -> None:
         try:
@@ -70,7 +71,7 @@ def _content(folder: Folder) -> dict[str, Any]:
     if not folder.is_file(RESULT):
         return {}
     try:
-        content = folder.read_json(RESULT)
+        content = absolute_paths(folder.read_json(RESULT), folder.url)
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

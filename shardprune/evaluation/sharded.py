@@ -72,6 +72,7 @@ class ShardedModel:
                 parts = parts_of_pass(waves, self.skeleton.layers, self._streamed)
                 with self._reporter.step("perplexity", parts) as step:
                     value = perplexity(group, layout, waves, "dense", self._streamed, step)
+        self.checkpoint.check_unchanged()
         return value
 
     def log_likelihoods(self, queries: Sequence[Query], longest: int) -> list[list[LogLikelihood]]:
@@ -94,6 +95,7 @@ class ShardedModel:
                 with self._reporter.step("log-likelihoods", parts) as step:
                     for place, values in log_likelihoods(group, layout, waves, self._streamed, step):
                         found[left[place]] = values  # is not asked again after a loss
+        self.checkpoint.check_unchanged()
         return [found[place] for place in range(len(queries))]
 
     def usage(self) -> list[dict[str, Any]]:
@@ -144,8 +146,9 @@ class ShardedModel:
         if workers.activations == "auto":
             # What is asked next is not known when workers start: only host memory may hold all of it.
             workers = replace(workers, activations="host")
+        state = self.checkpoint.state()
         return [
-            ForwardSpec(workers, shard, replica, layers, activation_bytes=0)
+            ForwardSpec(workers, shard, replica, layers, activation_bytes=0, model=state)
             for shard, layers in enumerate(self.layout.shards)
             for replica in range(self.layout.replicas)
         ]

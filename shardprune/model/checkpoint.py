@@ -1,30 +1,30 @@
 """Hugging Face checkpoints on any file system, read tensor by tensor."""
 
 import hashlib
-import json
 import os
 import re
-import tempfile
+from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from shardprune.errors import InputError, first_line
-from shardprune.model.families import TOWERS
+from shardprune.errors import InputChanged, InputError
+from shardprune.model.companions import check_companion, companions
+from shardprune.model.config_file import CONFIG, language_config, parse_config
+from shardprune.model.families import TOWERS, family_of
+from shardprune.model.sources import Source, SourceState, SourceTensor
+from shardprune.model.ties import equal, tied_names
+from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder, absolute
-from shardprune.storage.safetensors_file import Entry, StoredTensor, copy_tensors, read_elements, read_header
+from shardprune.storage.json_file import dump_json, parse_model
+from shardprune.storage.malformed import located
+from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-# Files of a checkpoint beside the weights: configuration, tokenizer, chat template.
-COMPANION = re.compile(
-    r"(config|generation_config|preprocessor_config|processor_config|.*token.*|chat_template.*|vocab|merges)"
-    r"\.(json|txt|model|jinja)"
-)
+ADAPTER = "adapter_config.json"  # of low-rank updates that peft keeps beside, or instead of, the weights
 SAMPLE = 1024  # bytes in the middle of every tensor that enter the checkpoint's identity
 
 
@@ -33,6 +33,12 @@ class Checkpoint:
 
     For a model with a language tower (LLaVA), `config` is the tower's, and its tensors have the names that they would
     have in a causal language model; `stored_name` maps them to the names in the files.
+
+    Input embedding and head are tied as transformers ties them: if the config says so, and the files hold one of the
+    two, or both with the same values. `config` says what is true of the files.
+
+    Attributes:
+        own_head: the files hold a head of its own although the config ties it.
 
     Args:
         model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
@@ -46,15 +52,55 @@ class Checkpoint:
         self.folder = Folder(locate(model, field), field)
         if not self.folder.is_file(CONFIG):
             raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
+        check_companion(self.folder, CONFIG)
+        beside = self.companions()
+        weights = [name for name in self.folder.names() if name.endswith(".safetensors")]
+        self.source = Source(self.folder, [CONFIG, INDEX, *beside, *weights])  # before any of them is read
+        family_of(self.config.model_type, field)
         stored = self._entries()
+        self.source.keep([CONFIG, INDEX, *beside, *{entry.file for entry in stored.values()}])
         prefixes = self._tower_prefixes(stored)
         self._stored = {_replace_prefix(name, prefixes): name for name in stored}
+        if len(self._stored) < len(stored):
+            twice = next(name for name in stored if self._stored[_replace_prefix(name, prefixes)] != name)
+            raise InputError(field, f"{self.folder.url} holds {twice} under two names")
         self.entries = {name: stored[self._stored[name]] for name in self._stored}
+        self.own_head = self._settle_ties()
 
     @property
     def config(self) -> PretrainedConfig:
         """The configuration of the language model, as transformers reads it."""
-        return self._whole_config.get_text_config() if self.has_tower else self._whole_config
+        return self._language_config
+
+    @cached_property
+    def _language_config(self) -> PretrainedConfig:
+        return language_config(self._whole_config)
+
+    def _settle_ties(self) -> bool:
+        """Decide whether input embedding and head are one tensor; return whether the files contradict the config.
+
+        A head that is there alone becomes the embedding.
+        """
+        names = tied_names(self.config)
+        if names is None:
+            return False
+        embedding, head = names
+        if head in self.entries and embedding not in self.entries:
+            self.entries[embedding] = self.entries.pop(head)
+            self._stored[embedding] = self._stored.pop(head)
+        if head not in self.entries or equal(self.folder, self.entries[embedding], self.entries[head]):
+            return False
+        self.config.tie_word_embeddings = False
+        return True
+
+    def notes(self) -> list[str]:
+        """Return what was decided about the files where they allow more than one reading, a line each."""
+        url, found = self.folder.url, []
+        if self.folder.is_file(ADAPTER):
+            found.append(f"{url} holds weights and an adapter: the weights are taken, the adapter is not applied")
+        if self.own_head:
+            found.append(f"{url}: its config ties the embeddings, but it holds a head of its own, which is taken")
+        return found
 
     @property
     def has_tower(self) -> bool:
@@ -80,24 +126,18 @@ class Checkpoint:
         """Load the checkpoint's tokenizer.
 
         Raises:
-            InputError: there is none.
+            InputError: there is none, or it does not work.
         """
-        with tempfile.TemporaryDirectory() as local:  # transformers reads these files from a local path only
-            for name in self.companions():
-                Path(local, name).write_bytes(self.folder.read_bytes(name))
-            try:
-                return AutoTokenizer.from_pretrained(local, trust_remote_code=False)
-            except Exception as error:  # each tokenizer class raises errors of its own
-                reason = first_line(error).replace(local, self.folder.url)
-                raise InputError(
-                    self.folder.field, f"{self.folder.url} holds no tokenizer that loads: {reason}"
-                ) from error
+        return load_tokenizer(self.folder)
 
     def companions(self) -> list[str]:
         """Return the names of the files beside the weights that belong to a checkpoint (config, tokenizer, chat
         template).
+
+        Raises:
+            InputError: one of them is a link that leaves the folder, no file, or too large.
         """
-        return [name for name in self.folder.names() if COMPANION.fullmatch(name) and name != INDEX]
+        return companions(self.folder)
 
     def read(self, name: str) -> Tensor:
         """Read one tensor in its stored dtype."""
@@ -105,66 +145,99 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """Return a tensor in its file."""
-        return StoredTensor(self.folder, self.entries[name])
+        return SourceTensor(self.folder, self.entries[name], self._stored[name], self.source)
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """Read elements `start` to `stop` of one tensor, counted in C order, [stop - start] in its stored dtype."""
         return read_elements(self.folder, self.entries[name], start, stop)
 
-    def copy(self, names: list[str], target: Folder, file: str, metadata: dict[str, str]) -> None:
-        """Copy tensors into a file of another folder, byte by byte."""
-        entries = {self.stored_name(name): self.entries[name] for name in names}
-        copy_tensors(self.folder, entries, target, file, metadata)
+    def check_unchanged(self, names: Iterable[str] | None = None) -> None:
+        """Check that the files of some tensors, or all files, are still those that were opened.
+
+        Raises:
+            InputChanged: one is not.
+        """
+        self.source.check(None if names is None else {self.entries[name].file for name in names})
+
+    def state(self) -> SourceState:
+        """Return what other processes and later attempts of a run must know to notice a change."""
+        return self.source.state(self.identity())
 
     def identity(self) -> str:
-        """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor."""
+        """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor, when it was first
+        asked for."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
-        digest.update(json.dumps([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
+        digest.update(dump_json([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
         for sample in self.folder.read_ranges([_sample(entry) for _, entry in entries]):
             digest.update(sample)
         return digest.hexdigest()
 
     def _entries(self) -> dict[str, Entry]:
+        if self.folder.is_file(SINGLE):  # before an index, as transformers does: one may be left of other files
+            return read_header(self.folder, SINGLE)[0]
         if self.folder.is_file(INDEX):
             return self._indexed_entries()
-        if self.folder.is_file(SINGLE):
-            return read_header(self.folder, SINGLE)[0]
-        raise InputError(
-            self.folder.field,
-            f"{self.folder.url} holds neither {SINGLE} nor {INDEX}; other weight formats are not read",
-        )
+        if self.folder.is_file(ADAPTER):
+            reason = "an adapter without the weights that it belongs to; merge it into its base model first"
+        else:
+            reason = f"neither {SINGLE} nor {INDEX}; other weight formats are not read"
+        raise InputError(self.folder.field, f"{self.folder.url} holds {reason}")
 
     def _indexed_entries(self) -> dict[str, Entry]:
-        where = f"{self.folder.url}/{INDEX}"
-        try:
-            placed = TypeAdapter(dict[str, str]).validate_python(self.folder.read_json(INDEX)["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(self.folder.field, f"{where} cannot be read as an index of tensors") from error
+        placed = _read_index(self.folder)
         headers = {file: read_header(self.folder, file)[0] for file in sorted(set(placed.values()))}
         for name, file in placed.items():
             if name not in headers[file]:
+                where = f"{self.folder.url}/{INDEX}"
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
         return {name: headers[file][name] for name, file in placed.items()}
 
 
-def parse_config(content: bytes, place: str, field: str = "model") -> PretrainedConfig:
-    """Parse the content of a config.json.
-
-    Args:
-        place: path or URL of the file, for the error.
+def reopened(model: str, state: SourceState | None, field: str = "model") -> Checkpoint:
+    """Open a checkpoint that another process of the run has opened, as its `state` says.
 
     Raises:
-        InputError: transformers reads no config from it; names `field`.
+        InputChanged: it is not the same any more.
     """
-    with tempfile.TemporaryDirectory() as local:  # AutoConfig reads from a local path only
-        file = Path(local, CONFIG)
-        file.write_bytes(content)
-        try:
-            return AutoConfig.from_pretrained(local, trust_remote_code=False)
-        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = first_line(error).replace(str(file), place).replace(local, place)
-            raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
+    if state is None:
+        return Checkpoint(model, field)
+    try:
+        checkpoint = Checkpoint(model, field)
+    except InputError as error:
+        raise InputChanged(field, f"the model changed under the run: {error.problem}") from error
+    checkpoint.source.admit(state, checkpoint.identity)
+    return checkpoint
+
+
+class _Index(BaseModel):
+    """The content of an index: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+def _read_index(folder: Folder) -> dict[str, str]:
+    """Return the file of each tensor.
+
+    Raises:
+        InputError: the index cannot be read, or names a file outside the folder; names the folder's field.
+    """
+    where = f"{folder.url}/{INDEX}"
+    with located(folder.field, where):
+        placed = parse_model(folder.read_bytes(INDEX), _Index).weight_map
+    for file in placed.values():
+        if not is_plain_name(file):
+            raise InputError(folder.field, f"{where} names {file!r}, which is no file of that folder")
+    return placed
+
+
+def is_plain_name(file: str) -> bool:
+    """Return whether a name is that of a file directly inside a folder, on every file system."""
+    return file not in ("", ".", "..") and not any(mark in file for mark in "/\\\0")
 
 
 def _sample(entry: Entry) -> tuple[str, int, int]:
@@ -190,10 +263,10 @@ def locate(model: str, field: str = "model") -> str:
         return model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
         raise InputError(field, f"{model!r} is no directory, no URL and no hub name (organisation/name)")
-    return _cached_snapshot(model) or f"hf://{model}"
+    return _cached_snapshot(model, field) or f"hf://{model}"
 
 
-def _cached_snapshot(name: str) -> str | None:
+def _cached_snapshot(name: str, field: str) -> str | None:
     """Return the folder of a hub model if the local cache holds all of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -202,14 +275,11 @@ def _cached_snapshot(name: str) -> str | None:
         folder = snapshot_download(name, local_files_only=True)
     except (LocalEntryNotFoundError, ValueError):
         return None
-    index = os.path.join(folder, INDEX)
-    if os.path.isfile(index):
-        with open(index) as file:
-            files = set(json.load(file)["weight_map"].values())
-    else:
-        files = {SINGLE}
-    complete = all(os.path.isfile(os.path.join(folder, name)) for name in {CONFIG, *files})
-    return folder if complete else None
+    present = {name for name in os.listdir(folder) if os.path.isfile(os.path.join(folder, name))}
+    files = {SINGLE}
+    if SINGLE not in present and INDEX in present:
+        files = set(_read_index(Folder(folder, field)).values())
+    return folder if present >= {CONFIG, *files} else None
 
 
 def place_of(model: str) -> str:

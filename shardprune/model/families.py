@@ -117,13 +117,16 @@ TOWERS: dict[str, tuple[dict[str, str], ...]] = {
 }
 
 
-def family_of(model_type: str) -> Family:
+def family_of(model_type: str, field: str = "model") -> Family:
     """Return the family of a config's `model_type`.
+
+    Args:
+        field: the recipe's field that names the checkpoint, for the error.
 
     Raises:
         InputError: it is not supported; the error lists the supported ones.
     """
     if model_type not in FAMILIES:
         known = ", ".join((*FAMILIES, *TOWERS))
-        raise InputError("model", f"model_type {model_type!r} is not supported; use one of {known}")
+        raise InputError(field, f"model_type {model_type!r} is not supported; use one of {known}")
     return FAMILIES[model_type]

@@ -1,8 +1,9 @@
 """Opening what a recipe names: a checkpoint with its skeleton, and the texts that it is measured on."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_tensors
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.windows import perplexity_windows
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,17 @@ def open_model(model: str, field: str = "model", *, float32: bool = True, whole:
         InputError: there is no such checkpoint, or it is not whole.
     """
     checkpoint = Checkpoint(place_of(model), field)
+    for note in checkpoint.notes():
+        say_once(note)
     skeleton = Skeleton(checkpoint.config, "cpu", torch.float32 if float32 else stored_dtype(checkpoint, whole))
     check_tensors(skeleton, checkpoint)
     return OpenedModel(checkpoint, skeleton)
+
+
+@cache
+def say_once(note: str) -> None:
+    """Log a note about a model, once in a process: a pipeline opens the same model for each of its steps."""
+    _logger.warning("%s", note)
 
 
 def stored_dtype(checkpoint: Checkpoint, whole: bool = False) -> torch.dtype:

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from shardprune.model.checkpoint import CONFIG, INDEX, Checkpoint
+from shardprune.model.checkpoint import INDEX, Checkpoint
+from shardprune.model.config_file import CONFIG, with_changes
 from shardprune.model.families import Family
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
@@ -14,15 +16,25 @@ from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import read_header
 
 
+def overflow(tensor: str, dtype: torch.dtype) -> str:
+    """Return the reason of an error about a tensor that the dtype in which it is stored cannot hold."""
+    name, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    return f"the {tensor} overflows {name}, in which it is stored (up to {largest:.5g}), or is not finite"
+
+
 def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) -> None:
     """Copy every tensor that is not part of a decoder layer, byte by byte."""
     inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
     outside = [name for name in checkpoint.entries if name not in inside]
-    checkpoint.copy(outside, journal.folder, journal.frame_file, {})
+    tensors = {checkpoint.stored_name(name): checkpoint.stored(name) for name in outside}
+    journal.copy_frame(checkpoint.folder, tensors)
+    checkpoint.check_unchanged(outside)
 
 
 def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any]) -> None:
     """Write the index of all files, then config, tokenizer and the other files beside the weights.
+
+    The config says whether the head is a tensor of its own, as the files do: not all readers look at the files.
 
     Args:
         changes: new values of fields of the language model's config.
@@ -37,10 +49,10 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
         INDEX, {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": placed}
     )
     for name in checkpoint.companions():
-        if name == CONFIG and changes:
-            config = checkpoint.folder.read_json(CONFIG)
-            (config["text_config"] if checkpoint.has_tower else config).update(changes)
-            journal.folder.write_json(CONFIG, config)
+        if name == CONFIG and (changes or checkpoint.own_head):
+            raw = checkpoint.folder.read_json(CONFIG)
+            changed = with_changes(raw, changes, tower=checkpoint.has_tower, untied=checkpoint.own_head)
+            journal.folder.write_json(CONFIG, changed)
         else:
             journal.folder.write_bytes(name, checkpoint.folder.read_bytes(name))
 

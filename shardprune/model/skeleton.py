@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from shardprune.errors import InputError, first_line
+from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.families import family_of
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
@@ -152,9 +153,11 @@ class Skeleton:
             skipped.add(id(inputs))
         if not head and not (embedding and inputs is outputs):
             skipped.add(id(outputs))
-        for name, parameter in list(self.model.named_parameters()):
-            if id(parameter) not in skipped and parameter.is_meta:
-                self._materialise(parameter, checkpoint.read(name))
+        read = [name for name, p in self.model.named_parameters() if id(p) not in skipped and p.is_meta]
+        for name in read:
+            self._materialise(self.model.get_parameter(name), checkpoint.read(name))
+        if read:
+            checkpoint.check_unchanged(read)
 
     def drop_embeddings(self) -> None:
         """Free the memory of the input embedding and the output head."""
@@ -211,12 +214,12 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         InputError: transformers builds no model from the config.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), deferred_warnings():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
             )
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
-        raise InputError("model", f"its config.json makes no model: {first_line(error)}") from error
+        raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
     model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
     for module in model.modules():
         for name, buffer in module._buffers.items():

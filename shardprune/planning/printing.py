@@ -35,7 +35,8 @@ def show(result: PlanResult, console: Console) -> None:
             _show_simulation(plan, console)
     asked = recipe.propagation in ("parallel", "both")
     if asked and not any(plan.propagation == "parallel" for plan in result.plans):
-        console.print(f"\nparallel: {second_shard(recipe, model)}", highlight=False, soft_wrap=True)
+        console.print()
+        console.print(f"parallel: {second_shard(recipe, model)}", highlight=False, soft_wrap=True)
 
 
 def _show_plan(plan: Planned, console: Console, unit: str) -> None:

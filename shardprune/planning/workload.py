@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from shardprune.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint, locate, parse_config, place_of
+from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
-from shardprune.model.families import TOWERS
+from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton, attention_of
@@ -233,6 +233,5 @@ def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
 
 
 def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:
-    config = parse_config(content, name)
-    config = config.get_text_config() if config.model_type in TOWERS else config
+    config = language_config(parse_config(content, name))
     return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16

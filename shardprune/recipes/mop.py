@@ -64,7 +64,6 @@ class MopWidthFields(WidthFields):
     outlier_m: float = Field(
         5.0,
         gt=0,
-        allow_inf_nan=False,
         description="Outlier threshold M: a weight counts if its metric exceeds M x the mean",
     )
 

@@ -10,6 +10,7 @@ from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import DATA_FORMS, check_data
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
+DROPOUT = 0.05  # MoP's; a masked update without dropout is one product with its weight, with it another one
 
 
 class LearningFields(Settings):
@@ -20,24 +21,29 @@ class LearningFields(Settings):
     full: bool = Field(False, description="Train all weights instead of LoRA")
     lora_rank: int = Field(32, ge=1, description="LoRA rank; updates are merged at the end")
     lora_alpha: float = Field(10.0, gt=0, description="LoRA alpha (updates are scaled by alpha / rank)")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="LoRA dropout probability")
+    lora_dropout: float | None = optional(f"{DROPOUT}, with keep_sparsity 0", "LoRA dropout probability", ge=0, lt=1)
     keep_sparsity: bool = Field(False, description="Keep the zeros of the projections")
-    epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="Number of epochs")
+    epochs: float = Field(2.0, gt=0, description="Number of epochs")
     steps: int | None = Field(None, ge=1, description="Number of steps, instead of epochs")
     batch: int = Field(16, ge=1, description="Global batch size, in rows")
     micro_batch: int | None = optional(f"{WAVE_TOKENS} / length", "Micro-batch size per worker, in rows", ge=1)
-    learning_rate: float | None = optional(
-        f"{LORA_RATE}, full {FULL_RATE}", "Peak learning rate", gt=0, allow_inf_nan=False
-    )
+    learning_rate: float | None = optional(f"{LORA_RATE}, full {FULL_RATE}", "Peak learning rate", gt=0)
     schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="Learning-rate schedule")
     warmup: float = Field(0.03, ge=0, lt=1, description="Warm-up, as a fraction of steps")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="Decoupled weight decay (AdamW)")
-    clip: float = Field(1.0, ge=0, allow_inf_nan=False, description="Gradient norm limit; 0 for none")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW)")
+    clip: float = Field(1.0, ge=0, description="Gradient norm limit; 0 for none")
 
     @property
     def highest_rate(self) -> float:
         """The learning rate that the schedule starts from."""
         return self.learning_rate or (FULL_RATE if self.full else LORA_RATE)
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which a low-rank update does not see an input."""
+        if self.lora_dropout is None:
+            return 0.0 if self.keep_sparsity else DROPOUT
+        return self.lora_dropout
 
     @model_validator(mode="after")
     def _low_rank_options_have_an_effect(self) -> "LearningFields":
@@ -72,7 +78,7 @@ class TeachingFields(Settings):
     title: ClassVar[str] = "Distillation"
 
     teacher: str | None = Field(None, description="Teacher model, such as the dense checkpoint")
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="Distillation temperature")
+    temperature: float = Field(2.0, gt=0, description="Distillation temperature")
     teacher_weight: float = Field(0.5, gt=0, le=1, description="Weight of the distillation loss")
 
     @model_validator(mode="after")

@@ -1,13 +1,16 @@
 """Settings: groups of validated fields, from a YAML file and overrides, with errors of one line."""
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shardprune.errors import InputError, without_credentials
+from shardprune.storage.folder import UNWRITABLE, read_file
+from shardprune.storage.malformed import located, shown
+from shardprune.storage.yaml_file import parse_yaml
 
 S = TypeVar("S", bound="Settings")
 
@@ -20,9 +23,19 @@ def optional(default: str, description: str, **bounds: Any) -> Any:
 class Settings(BaseModel):
     """Base of every group of settings: unknown fields are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     title: ClassVar[str] = ""  # of the panel in --help and docs/reference.md; a recipe's own fields are arguments
     unlisted: ClassVar[tuple[str, ...]] = ()  # panels of fields that a command accepts and does nothing with
+
+    @model_validator(mode="before")
+    @classmethod
+    def _texts_can_be_written(cls, values: Any) -> Any:
+        for name in values if isinstance(values, dict) else ():
+            for text in _texts(values[name]):
+                if UNWRITABLE.search(text):
+                    reason = "holds a character that is in no text and no file's name (NUL, or half a surrogate pair)"
+                    raise InputError(shown(name).strip("'"), f"{shown(text)} {reason}")
+        return values
 
     def record(self) -> dict[str, Any]:
         """All fields as plain values, for files that others read: URLs without credentials."""
@@ -85,15 +98,23 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    try:
-        values = yaml.safe_load(Path(file).read_text())
-    except OSError as error:
-        raise InputError("recipe", f"{str(file)!r} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError("recipe", f"{str(file)!r} is not YAML: {str(error).splitlines()[0]}") from error
+    with located("recipe", repr(str(file))):
+        values = parse_yaml(read_file(str(file), "recipe"))
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError("recipe", f"{str(file)!r} must hold fields and values")
     return values
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a value of a recipe's file."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in (*value, *value.values()):
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _without_credentials(value: Any) -> Any:
@@ -108,7 +129,7 @@ def _input_error(error: ValidationError, settings: type[Settings]) -> InputError
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
-    field = str(first["loc"][0])
+    field, held = str(first["loc"][0]), shown(first["input"])
     if first["type"] == "missing":
         return InputError(field, "missing")
     if first["type"] == "extra_forbidden":
@@ -116,6 +137,6 @@ def _input_error(error: ValidationError, settings: type[Settings]) -> InputError
         known = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(settings.model_fields))}"
         return InputError(field, f"no field of a recipe has this name; {known}")
     if first["type"] == "literal_error":
-        return InputError(field, f"{first['input']!r} is not allowed; use one of {', '.join(settings.choices(field))}")
+        return InputError(field, f"{held} is not allowed; use one of {', '.join(settings.choices(field))}")
     reason = str(cause) if cause else first["msg"].replace("Input should be", "use")
-    return InputError(field, f"{first['input']!r} is not allowed; {reason}")
+    return InputError(field, f"{held} is not allowed; {reason}")

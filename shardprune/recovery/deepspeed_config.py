@@ -1,10 +1,11 @@
 """DeepSpeed's configuration, built from a recipe and overridden by the user's file."""
 
-import json
 from typing import Any
 
 from shardprune.errors import InputError
 from shardprune.storage.folder import read_file
+from shardprune.storage.json_file import parse_json
+from shardprune.storage.malformed import located, shown
 
 ADAM = "AdamW"
 # Settings that the training loop relies on and that the recipe determines.
@@ -75,16 +76,15 @@ def read_overrides(file: str) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, no JSON object, or sets a value that belongs to the recipe.
     """
-    content = read_file(file, "deepspeed")
-    try:
-        values = json.loads(content)
-    except ValueError as error:
-        raise InputError("deepspeed", f"{file!r} is not JSON: {error}") from error
+    with located("deepspeed", repr(file)):
+        values = parse_json(read_file(file, "deepspeed"))
     if not isinstance(values, dict):
         raise InputError("deepspeed", f"{file!r} must hold an object with DeepSpeed's settings")
     for name in ("optimizer", "zero_optimization"):
         if not isinstance(values.get(name, {}), dict):
-            raise InputError("deepspeed", f"{file!r} sets {name} to {values[name]!r}; use an object with its settings")
+            raise InputError(
+                "deepspeed", f"{file!r} sets {name} to {shown(values[name])}; use an object with its settings"
+            )
     for path, field in OURS.items():
         if _has(values, path):
             raise InputError("deepspeed", f"{file!r} sets {'.'.join(path)}, which the recipe says; use {field}")

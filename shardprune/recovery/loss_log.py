@@ -3,12 +3,12 @@
 A run that resumes from a checkpoint repeats steps; the last line of a step counts.
 """
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shardprune.report.events import whole_lines
+from shardprune.storage.json_file import MaybeMeasurement, dump_json, parse_model
 
 FILE = "losses.jsonl"
 
@@ -35,7 +35,7 @@ class Loss:
     tokens: int
     seconds: float
     peak_bytes: int
-    held_out: float | None = None
+    held_out: MaybeMeasurement = None
 
 
 class Losses:
@@ -47,7 +47,7 @@ class Losses:
     def append(self, loss: Loss) -> None:
         values = {name: value for name, value in asdict(loss).items() if value is not None}
         with self._file.open("a") as file:  # one short write: a kill leaves at most one partial line
-            file.write(json.dumps(values) + "\n")
+            file.write(dump_json(values) + "\n")
 
     def mend(self) -> None:
         """Drop a partial last line, as a killed process leaves it."""
@@ -62,5 +62,5 @@ class Losses:
         if not self._file.exists():
             return []
         lines = whole_lines(self._file.read_text()).splitlines()
-        records = {record["step"]: Loss(**record) for record in map(json.loads, lines)}
+        records = {loss.step: loss for loss in (parse_model(line, Loss) for line in lines)}
         return [records[step] for step in sorted(records)]

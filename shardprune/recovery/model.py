@@ -37,5 +37,6 @@ def load_model(
             parameter = partitioning.load(checkpoint, names[key], device, dtype)
         for module, name in targets:
             module._parameters[name] = parameter
+    checkpoint.check_unchanged()
     model.config.use_cache = False
     return model

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from shardprune.model.sources import SourceState
 from shardprune.recipes.recover import RecoverRecipe
 
 ROWS = "rows.safetensors"  # in the training directory: the rows to learn from
@@ -28,6 +29,7 @@ class TrainingSpec:
         config: DeepSpeed's.
         targets: paths of the linear maps that are trained, or whose zeros are kept.
         steps: in all, those done before a resume included.
+        inputs: the checkpoints, by the recipe's fields that name them, as the driver has opened them.
     """
 
     recipe: DecidedRecipe
@@ -35,3 +37,4 @@ class TrainingSpec:
     config: dict[str, Any]
     targets: tuple[str, ...]
     steps: int
+    inputs: dict[str, SourceState]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shardprune.errors import InputError, TrainingError
-from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.checkpoint import reopened
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.loss import Distillation
@@ -23,6 +23,7 @@ from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.lowrank import add_updates
 from shardprune.recovery.masks import freeze_zeros
 from shardprune.recovery.model import load_model
+from shardprune.recovery.operations import load_from_cache
 from shardprune.recovery.partitioning import Partitioning
 from shardprune.recovery.predictions import PredictionBatch, ahead
 from shardprune.recovery.rows import Rows, needs_mask
@@ -44,7 +45,8 @@ class Training:
     """
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
-        with redirect_stdout(io.StringIO()):  # it prints about extensions that it has built
+        load_from_cache(spec.recipe.state, spec.recipe.device)
+        with redirect_stdout(io.StringIO()):  # it prints about operations that it has loaded
             deepspeed.init_distributed()  # uses torch's existing default group
         self.spec, self.device = spec, device
         self.recipe = recipe = spec.recipe
@@ -56,7 +58,7 @@ class Training:
         self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         partitioning = Partitioning(spec.config) if recipe.zero == 3 else None
-        self.model = load_model(Checkpoint(recipe.model), device, dtype, partitioning)
+        self.model = load_model(reopened(recipe.model, spec.inputs["model"]), device, dtype, partitioning)
         self.masked = needs_mask(self.model.config.model_type)
         self._choose_what_is_trained(partitioning)
         self.teacher = self._load_teacher(recipe.teacher, dtype, partitioning) if recipe.teacher else None
@@ -90,7 +92,7 @@ class Training:
             for path in self.spec.targets if recipe.keep_sparsity else ():
                 freeze_zeros(self.model.get_parameter(f"{path}.weight"))
         else:
-            options = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout, recipe.keep_sparsity, recipe.seed
+            options = recipe.lora_rank, recipe.lora_alpha, recipe.dropout, recipe.keep_sparsity, recipe.seed
             for module in add_updates(self.model, self.spec.targets, *options):
                 if partitioning is not None:
                     partitioning.partition(module)
@@ -105,7 +107,8 @@ class Training:
     ) -> Callable[[PredictionBatch], Distillation]:
         """Return the function that gives the teacher's predictions."""
         recipe = self.recipe
-        model = load_model(Checkpoint(name, "teacher"), self.device, dtype, partitioning)
+        checkpoint = reopened(name, self.spec.inputs["teacher"], "teacher")
+        model = load_model(checkpoint, self.device, dtype, partitioning)
         teacher: Callable[[PredictionBatch], Tensor] = Teacher(model).eval().requires_grad_(False)
         if partitioning is not None:
             config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}

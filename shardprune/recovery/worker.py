@@ -4,18 +4,16 @@ import gc
 import importlib
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from shardprune.errors import TrainingError, first_line
-from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.checkpoint import reopened
 from shardprune.model.families import family_of
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.cuda import keep_float32, set_allocator
@@ -35,7 +33,8 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
     Raises:
         InputError: an input that the driver has checked is gone, DeepSpeed rejects the user's settings, or the
             environment makes float32 products less exact.
-        TrainingError: the loss diverges, or a GPU is too small.
+        TrainingError: the loss diverges, a trained tensor overflows the dtype in which it is stored, or a GPU is too
+            small.
     """
     try:
         return _take_part(spec, device)
@@ -57,7 +56,7 @@ def _take_part(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
     loaded = time.monotonic()
     model = training.run()
     trained = time.monotonic()
-    checkpoint = Checkpoint(spec.recipe.model)
+    checkpoint = reopened(spec.recipe.model, spec.inputs["model"])
     family = family_of(checkpoint.config.model_type)
     journal = Journal(spec.recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.stored_name)
     write_layers(model, family, checkpoint, journal, spec.recipe.zero)
@@ -115,8 +114,6 @@ def _prepare(spec: TrainingSpec, device: torch.device) -> None:
     # DeepSpeed imports distutils to look for libraries, and setuptools cannot be imported behind that.
     with suppress(ImportError):
         importlib.import_module("setuptools")
-    # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.
-    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
 
 def _end_group() -> None:

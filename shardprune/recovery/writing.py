@@ -7,22 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from shardprune.errors import TrainingError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.families import Family
-from shardprune.model.saving import write_tensors_of_layer
+from shardprune.model.saving import overflow, write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
+from shardprune.recovery.masked_update import Way
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord, ProjectionReport
-from shardprune.storage.safetensors_file import write_tensors
 
 
 def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int) -> None:
-    """Write every unfinished layer with its low-rank updates merged. All processes call together."""
+    """Write every unfinished layer with its low-rank updates merged. All processes call together.
+
+    Raises:
+        TrainingError: a trained tensor overflows the dtype in which it is stored; its layer is not written.
+    """
     finished = broadcast_from_rank_zero(journal.finished if dist.get_rank() == 0 else None)
     for index, layer in enumerate(model.get_submodule(family.layers)):
         if index in finished:
@@ -37,7 +43,11 @@ def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint,
 def write_trained_frame(
     model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int
 ) -> None:
-    """Write the frame: everything beside the layers, trained or not. All processes call together."""
+    """Write the frame: everything beside the layers, trained or not. All processes call together.
+
+    Raises:
+        TrainingError: a trained tensor overflows the dtype in which it is stored; nothing is written.
+    """
     inside = f"{family.layers}."
     names = [name for name in checkpoint.entries if not name.startswith(inside)]
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
@@ -45,12 +55,12 @@ def write_trained_frame(
     for name, parameter in parameters.items():
         with _whole([parameter], zero):
             if dist.get_rank() == 0:
-                frame[name] = parameter.detach().to("cpu", checkpoint.entries[name].dtype, copy=True)
+                frame[name] = _stored(parameter.detach().to("cpu", copy=True), checkpoint.entries[name].dtype, name)
     if dist.get_rank() == 0:
         tensors = {
             checkpoint.stored_name(name): frame[name] if name in frame else checkpoint.read(name) for name in names
         }
-        write_tensors(journal.folder, journal.frame_file, tensors, {})
+        journal.write_frame(tensors)
     dist.barrier()
 
 
@@ -61,22 +71,36 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
     parameters = {name: value for name, value in layer.named_parameters() if not name.endswith(UPDATES)}
 
     def trained(name: str) -> Tensor | None:
+        # In the stored dtype, to which it is written and in which zeros are counted: rounding can make further ones.
+        dtype, label = checkpoint.entries[prefix + name].dtype, f"layer {index} {name}"
         if name in updated:
-            return updated[name].merged(checkpoint.read(prefix + name))
-        return parameters[name].detach() if parameters[name].requires_grad else None
+            return _stored(updated[name].merged(checkpoint.read(prefix + name)), dtype, label)
+        return _stored(parameters[name], dtype, label) if parameters[name].requires_grad else None
 
     def report(projection: str) -> ProjectionReport:
         name = f"{projection}.weight"
         before, after = checkpoint.read(prefix + name), trained(name)
-        # Counted in the stored dtype: rounding to it can make further zeros.
-        return _report(index, projection, before, before if after is None else after.to(before.dtype))
+        way = updated[name].way if name in updated else None
+        return _report(index, projection, before, before if after is None else after, way)
 
     record = LayerRecord(index, tuple(report(projection) for projection in family.projections))
     shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
     write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 
-def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionReport:
+def _stored(trained: Tensor, dtype: torch.dtype, label: str) -> Tensor:
+    """Return a trained tensor in the dtype in which it is stored.
+
+    Raises:
+        TrainingError: it overflows; names it by its `label`.
+    """
+    rounded = trained.detach().to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise TrainingError(f"{label}: {overflow('trained tensor', dtype)}; a lower learning rate may help")
+    return rounded
+
+
+def _report(layer: int, name: str, before: Tensor, after: Tensor, way: Way | None) -> ProjectionReport:
     """Count the zeros of a projection before and after training."""
     was, zero = before == 0, (after == 0).cpu()
     weights, zeros_before = was.numel(), int(was.sum())
@@ -87,6 +111,7 @@ def _report(layer: int, name: str, before: Tensor, after: Tensor) -> ProjectionR
         zeros=int(zero.sum()),
         zeros_before=zeros_before,
         weights=weights,
+        update=way,
         zeros_kept=int((was & zero).sum()),
     )
 

@@ -1,19 +1,11 @@
 """The event log of a run, one line of JSON each in its output's `events.jsonl`, for `shardprune status` and reports.
 
-Every line has `time` (seconds since the epoch) and `event`:
-
-run       the command starts: command, fingerprint, layers attempt   workers are about to start: finished (the finished
-layers), shards, replicas begin     a phase starts: phase end       it ends: phase, seconds progress  position of a
-step, at least every few seconds: label, detail, done, total layer     a layer is finished: layer, shard, seconds, bytes
-(of its file), error, sparsity iteration one of `mop` is finished: iteration, step, removed, share (of the request) work
-spans of one worker since its last event: shard, replica, spans (see `shard.ledger.Span`) lost      workers were lost:
-reason done, stopped, failed: the command ends so; failed with error
+`report.event_kinds` has the events and their fields.
 
 A thread of its own writes them, so that a run never waits for the log. Nothing resumes from events: layer files and
 run.json are the record.
 """
 
-import json
 import logging
 import threading
 import time
@@ -21,8 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shardprune.errors import Stopped, StorageError, first_line, without_credentials
+from shardprune.errors import StorageError, first_line
+from shardprune.printable import message
+from shardprune.report.event_kinds import event_of
+from shardprune.signals import stopping
 from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.output_names import EVENTS as FILE
 
 HEARTBEAT_SECONDS = 15.0  # between two heartbeats of a running command
@@ -45,7 +41,7 @@ class Events:
     def emit(self, event: str, **fields: Any) -> None:
         """Record an event; thread-safe."""
         with self._lock:
-            self._waiting.append(json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
+            self._waiting.append(dump_json({"time": round(time.time(), 3), "event": event, **fields}) + "\n")
         if self._writer:
             self._writer.wake.set()
 
@@ -74,11 +70,11 @@ class Events:
             self.emit("run", **facts)
             yield
             self.emit("done")
-        except (Stopped, KeyboardInterrupt):
-            self.emit("stopped")
-            raise
         except BaseException as error:
-            self.emit("failed", error=without_credentials(f"{type(error).__name__}: {first_line(error)}"))
+            if stopping() or isinstance(error, KeyboardInterrupt):
+                self.emit("stopped")
+            else:
+                self.emit("failed", error=message(f"{type(error).__name__}: {first_line(error)}"))
             raise
         finally:
             writer, self._writer = self._writer, None
@@ -96,7 +92,7 @@ class _Writer(threading.Thread):
         self.wake = threading.Event()
         self._events, self._folder = events, folder
         self._over = threading.Event()
-        self._text = whole_lines(folder.read_text(FILE)) if folder.is_file(FILE) else ""
+        self._text = whole_lines(_text(folder)) if folder.is_file(FILE) else ""
         if folder.appends and self._text:  # without the partial line of a killed driver
             folder.write_text(FILE, self._text)
         self._left = ""  # not written yet
@@ -132,22 +128,18 @@ class _Writer(threading.Thread):
 
 
 def read_events(folder: Folder) -> list[dict[str, Any]]:
-    """Read all events in a folder, in order; empty if it has no such file."""
+    """Read all events in a folder, in order; empty if it has no such file. Lines that hold no event are passed over."""
     if not folder.is_file(FILE):
         return []
-    events = (_parsed(line) for line in whole_lines(folder.read_text(FILE)).splitlines())
+    events = (event_of(line) for line in whole_lines(_text(folder)).split("\n"))
     return [event for event in events if event]
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """Parse the event of a line; None for a partial line, left by a failed write."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and {"time", "event"} <= event.keys() else None
 
 
 def whole_lines(text: str) -> str:
     """Drop a last line without an end, as a killed process leaves it."""
     return text[: text.rfind("\n") + 1]
+
+
+def _text(folder: Folder) -> str:
+    """Return the text of a log; bytes that are no text are replaced, as their line is no event."""
+    return folder.read_bytes(FILE).decode(errors="replace")

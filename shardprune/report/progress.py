@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from shardprune.printable import printable, without_credentials
+from shardprune.report.console import PlainConsole
 from shardprune.report.events import Events
 
 QUIET_SECONDS = 5.0  # between two plain lines of one step
@@ -18,7 +20,7 @@ class Step:
     """A step with a known number of parts; thread-safe."""
 
     def __init__(self, label: str, total: int, reporter: "Reporter") -> None:
-        self.label, self.total, self.done = label, total, 0
+        self.label, self.total, self.done = printable(label), total, 0
         self.detail = ""
         self._reporter = reporter
         self._lock = threading.Lock()
@@ -32,7 +34,7 @@ class Step:
     def describe(self, detail: str) -> None:
         """Set the description of the current part, such as `layer 3/8`."""
         with self._lock:
-            self.detail = detail
+            self.detail = printable(detail)
             self._reporter.show(self)
 
     def record(self, event: str, **fields: Any) -> None:
@@ -66,7 +68,7 @@ class Reporter:
     """The destination of a run's progress and messages; `events` receives its events."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or PlainConsole(stderr=True)
         self.quiet = quiet
         self.events = Events()
         self._bars: Progress | None = None
@@ -75,7 +77,9 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one line."""
         if not self.quiet:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.console.print(
+                printable(without_credentials(text)), highlight=False, markup=False, emoji=False, soft_wrap=True
+            )
 
     @contextmanager
     def step(self, label: str, total: int) -> Iterator[Step]:
@@ -96,7 +100,7 @@ class Reporter:
             yield step
         elif self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
@@ -104,7 +108,7 @@ class Reporter:
                 TimeRemainingColumn(),
             )
             with Progress(*columns, console=self.console) as self._bars:
-                self._tasks[id(step)] = self._bars.add_task(label, total=total)
+                self._tasks[id(step)] = self._bars.add_task(step.label, total=total)
                 try:
                     yield step
                 finally:

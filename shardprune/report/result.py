@@ -1,22 +1,53 @@
 """The schema of `result.json`: the result of a run, for later commands, reports and users' scripts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field
 from transformers import PretrainedConfig
 
 from shardprune.model.structure.shape import Widths, reshaped, widths_of
+from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import MaybeMeasurement, Measurement, fitting
+from shardprune.storage.malformed import Malformed
+from shardprune.storage.manifest import FileRecord
+from shardprune.storage.output_names import RESULT
 from shardprune.storage.records import LayerRecord, ProjectionReport
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+def _asked(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Check the fields of a recipe that readers of a result rely on; the others are whatever a command has."""
+    kinds: dict[str, type | tuple[type, ...]] = {"model": str, "sparse": str, "out": str, "allocation": str}
+    kinds |= {"method": str, "criterion": str, "remove": (int, float)}
+    if not isinstance(recipe.get("model"), str):
+        raise ValueError("use a recipe that names a model")
+    for name, kind in kinds.items():
+        if recipe.get(name) is not None and not isinstance(recipe[name], kind):
+            raise ValueError(f"use a recipe as a command has recorded it: {name} is of another type")
+    return recipe
+
+
+def _phases(seconds: dict[str, float]) -> dict[str, float]:
+    if "total" not in seconds:
+        raise ValueError("use seconds by phase, with their total")
+    return seconds
+
+
+Asked = Annotated[dict[str, Any], AfterValidator(_asked)]
+Seconds = Annotated[dict[str, float], AfterValidator(_phases)]
 
 
 class ModelSize(BaseModel):
     """Numbers of parameters; `zeros_after` of those that are left are zeros of projections, where they were counted."""
 
-    parameters_before: int
-    parameters_after: int
-    zeros_after: int | None = None
+    parameters_before: Positive
+    parameters_after: Positive
+    zeros_after: Count | None = None
 
     @property
     def removed(self) -> float:
@@ -27,7 +58,8 @@ class ModelSize(BaseModel):
 class ProjectionResult(BaseModel):
     """One projection: `target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers`
     the percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M, `sweep` the way
-    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`."""
+    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `update` that of a masked
+    low-rank update of a fine-tuning: `kernel` or `products`."""
 
     layer: int
     name: str
@@ -36,6 +68,7 @@ class ProjectionResult(BaseModel):
     retries: int = 0
     damping: float | None = None
     sweep: str | None = None
+    update: str | None = None
     error: float | None = None
     outliers: float | None = None
     pattern: str | None = None
@@ -90,10 +123,10 @@ class Shape(BaseModel):
     """Layers, and what each of them has: key/value groups (a key/value head with its query heads), query heads, and
     neurons of the MLP."""
 
-    layers: int
-    groups: int
-    heads: int
-    neurons: int
+    layers: Positive
+    groups: Positive
+    heads: Positive
+    neurons: Positive
 
 
 class NarrowedLayer(BaseModel):
@@ -102,7 +135,7 @@ class NarrowedLayer(BaseModel):
 
     layer: int
     groups: list[int]
-    errors: dict[str, float]
+    errors: dict[str, Measurement]
     retries: int = 0
 
 
@@ -116,8 +149,8 @@ class Iteration(BaseModel):
     layer: int | None = None
     shape: Shape
     removed: float
-    scores: dict[str, float] = {}
-    folder: str | None = None
+    scores: dict[str, Measurement] = {}
+    folder: Annotated[str, Field(pattern=r"^iteration-\d+$")] | None = None
 
 
 class Structure(BaseModel):
@@ -135,8 +168,8 @@ class Structure(BaseModel):
 class Perplexity(BaseModel):
     """`after` is missing while a run is under way."""
 
-    before: float
-    after: float | None = None
+    before: Measurement
+    after: MaybeMeasurement = None
     seqlen: int
     windows: int
     tokens_sha256: str
@@ -145,7 +178,7 @@ class Perplexity(BaseModel):
 class MeasuredPerplexity(BaseModel):
     """The perplexity of one model on one source."""
 
-    value: float
+    value: Measurement
     seqlen: int
     windows: int
     tokens_sha256: str
@@ -154,8 +187,8 @@ class MeasuredPerplexity(BaseModel):
 class Metric(BaseModel):
     """`stderr` is missing where the harness knows none."""
 
-    value: float
-    stderr: float | None = None
+    value: Measurement
+    stderr: MaybeMeasurement = None
 
 
 class TaskResult(BaseModel):
@@ -204,7 +237,7 @@ class TrainingLoss(BaseModel):
     step: int
     loss: float
     learning_rate: float
-    held_out: float | None = None
+    held_out: MaybeMeasurement = None
 
 
 class Recovery(BaseModel):
@@ -224,12 +257,13 @@ class Recovery(BaseModel):
 
 
 class Result(BaseModel):
-    """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished."""
+    """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished, `files` those that
+    make the model, by their names in the output."""
 
     version: int = 1
     command: str
     fingerprint: str
-    recipe: dict[str, Any]
+    recipe: Asked
     model: ModelSize
     calibration: CalibrationResult | None = None
     sparsity: Sparsity | None = None
@@ -237,9 +271,10 @@ class Result(BaseModel):
     recovery: Recovery | None = None
     perplexity: dict[str, Perplexity]
     evaluation: Evaluation | None = None
-    seconds: dict[str, float]
+    seconds: Seconds
     workers: list[WorkerResult]
     restarts: int
+    files: dict[str, FileRecord] = {}
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
@@ -252,14 +287,42 @@ class EvaluationResult(BaseModel):
     version: int = 1
     command: Literal["evaluate"] = "evaluate"
     fingerprint: str
-    recipe: dict[str, Any]
+    recipe: Asked
     evaluation: Evaluation
-    seconds: dict[str, float]
+    seconds: Seconds
     workers: list[WorkerResult]
     restarts: int
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
+
+
+def read_result(folder: Folder) -> Result | EvaluationResult:
+    """Return the content of the `result.json` in a folder.
+
+    Raises:
+        Malformed: it is none that a run of this version writes; its text follows the file's name.
+    """
+    content = folder.read_json(RESULT)
+    if not isinstance(content, dict) or "command" not in content:
+        raise Malformed("is no result of a run: it names no command")
+    try:
+        return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+    except Malformed as error:
+        raise Malformed(f"is no result of a run: it {error}") from error
+
+
+def not_finite(result: Result | EvaluationResult) -> list[str]:
+    """Return the places of the numbers in a result that are not finite, which are null in its file."""
+    return [*_not_finite(result.model_dump())]
+
+
+def _not_finite(value: Any, place: tuple[str, ...] = ()) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, (*place, str(name)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield ".".join(place)
 
 
 def zeros_of(records: Sequence[LayerRecord]) -> int:

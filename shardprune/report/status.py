@@ -6,6 +6,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from shardprune.errors import InputError
+from shardprune.report.event_kinds import LATEST
 from shardprune.report.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
 from shardprune.report.progress import clock_time
 from shardprune.storage.folder import Folder
@@ -98,7 +99,7 @@ def _status(folder: str, events: list[Event], now: float) -> Status:
     phase = _phase(attempt)
     return Status(
         folder=folder,
-        command=run["command"],
+        command=run.get("command", ""),
         state=state,
         error=last.get("error"),
         phase=phase,
@@ -148,7 +149,8 @@ def _left(events: list[Event], attempt: list[Event]) -> float | None:
     step = search if search is not None else _left_of_step(attempt)
     if step is None:
         return None
-    return step + _evaluation_ahead(events, attempt)
+    left = step + _evaluation_ahead(events, attempt)
+    return left if attempt[-1]["time"] + left <= LATEST else None
 
 
 def _left_of_step(attempt: list[Event]) -> float | None:
@@ -159,8 +161,9 @@ def _left_of_step(attempt: list[Event]) -> float | None:
     now = positions[-1]
     if now["label"] not in LONGEST:
         return None
-    first = next(event for event in reversed(positions) if event["label"] == now["label"] and not event["done"])
-    if not now["done"]:
+    begun = (event for event in reversed(positions) if event["label"] == now["label"] and not event["done"])
+    first = next(begun, None)
+    if first is None or not now["done"]:
         return None
     elapsed = now["time"] - first["time"]
     left = elapsed * (now["total"] - now["done"]) / now["done"]
@@ -174,7 +177,8 @@ def _left_of_search(events: list[Event], attempt: list[Event]) -> float | None:
     if not own:
         return None
     before = shares[-len(own) - 1] if len(shares) > len(own) else 0.0
-    rate = (own[-1]["share"] - before) / (own[-1]["time"] - attempt[0]["time"])
+    took = own[-1]["time"] - attempt[0]["time"]
+    rate = (own[-1]["share"] - before) / took if took > 0 else 0.0
     return max(0.0, (1 - own[-1]["share"]) / rate - (attempt[-1]["time"] - own[-1]["time"])) if rate > 0 else None
 
 

@@ -42,7 +42,9 @@ class CurrentLayers:
 
         def read(index: int) -> nn.Module:
             names = self._skeleton.layer_tensors(index)
-            return self._skeleton.build_layer(index, ((name, self._checkpoint.read(name)) for name in names))
+            layer = self._skeleton.build_layer(index, ((name, self._checkpoint.read(name)) for name in names))
+            self._checkpoint.check_unchanged(names)
+            return layer
 
         self._hold(indices, read)
 

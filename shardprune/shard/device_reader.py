@@ -25,8 +25,11 @@ class _Buffer:
 
 @dataclass(frozen=True)
 class _Part:
-    """Bytes of a tensor that are being read: where they go on the device, and the tensor that is whole with them."""
+    """Bytes of a tensor that are being read, from `start` on: where they go on the device, and the tensor that is whole
+    with them."""
 
+    stored: StoredTensor
+    start: int
     buffer: _Buffer
     size: int
     target: Tensor
@@ -79,12 +82,13 @@ class DeviceReader:
             buffer.free.wait()
             stored.read_part(start, buffer.memory[:size])
 
-        return _Part(buffer, size, target, self._readers.submit(read), whole)
+        return _Part(stored, start, buffer, size, target, self._readers.submit(read), whole)
 
     def _land(self, part: _Part) -> Iterator[tuple[str, Tensor]]:
         """Copy bytes that are read to the device; yield the tensor that is whole with them."""
         part.reading.result()
         part.target.copy_(part.buffer.memory[: part.size], non_blocking=True)
+        part.stored.passed(part.start, part.buffer.memory[: part.size])  # while the copy is under way
         part.buffer.free = Moment.now(self._device)
         if part.whole:
             yield part.whole

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.errors import SolverError
-from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.checkpoint import reopened
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
@@ -45,7 +45,7 @@ class ForwardWorker:
             keep_float32()
         self.spec = spec
         self.peers: Peers | None = None  # where workers exchange tensors in a process group
-        self.checkpoint = Checkpoint(settings.model)
+        self.checkpoint = reopened(settings.model, spec.model)
         with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
             self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
             self.skeleton.load_frame(self.checkpoint)
@@ -269,6 +269,11 @@ class ForwardWorker:
             "exchange": self.peers.backend if self.peers else None,
             "write_seconds": round(seconds.get("write", 0.0) + seconds.get("written", 0.0), 3),
         }
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Return the digests of the tensors that were read from each checkpoint, by the recipe's field that names it,
+        since the last call."""
+        return {"model": self.checkpoint.source.hand_out()}
 
     def account(self) -> list[Span]:
         """Return the calls of verbs since the last account."""

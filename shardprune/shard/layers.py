@@ -131,6 +131,10 @@ class Layers:
                 layer = skeleton.build_layer(index, self._device_reader.read(stored))
             else:
                 layer = skeleton.build_layer(index, ((name, tensor.read()) for name, tensor in stored.items()))
+            if state != "pruned":
+                self._checkpoint.check_unchanged(names)
+            if self._given and state == "given":
+                self._given.check_unchanged(names)
             return _Read(layer, Moment.now(self._device))
 
 

@@ -1,6 +1,5 @@
 """Memory of a worker's device: refuse a run that cannot fit before any weight is read, and measure the peak."""
 
-import os
 import resource
 from pathlib import Path
 
@@ -8,10 +7,10 @@ import torch
 
 from shardprune.errors import InputError
 from shardprune.shard.spec import Need
+from shardprune.storage.host_memory import host_memory
 from shardprune.storage.quantities import gigabytes
 
 ESTIMATE_ERROR = 1.2  # estimates are within 20 %
-GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of versions 2 and 1
 
 
 def check_memory(need: Need, device: torch.device | str) -> None:
@@ -37,19 +36,7 @@ def memory_of(device: torch.device) -> int:
     """Return the bytes of memory that this process may use on a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = [installed, *(_limit(path) for path in GROUP_LIMITS)]
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return min([*(limit for limit in limits if limit), *([allowed] if allowed != resource.RLIM_INFINITY else [])])
-
-
-def _limit(path: str) -> int | None:
-    """The limit of this process's control group; None where there is no such file, or no limit in it."""
-    try:
-        text = Path(path).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    return host_memory()
 
 
 def peak_bytes(device: torch.device) -> int:

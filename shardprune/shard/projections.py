@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import SolverError
+from shardprune.model.saving import overflow
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.methods import Method, Solution, Target
 from shardprune.solvers.pattern import NM, Mixed, Pattern
@@ -19,13 +20,15 @@ class Findings:
     """Facts about one pruned projection, each a tensor [] on its device: the host reads those of all at once.
 
     Attributes:
-        finite: whether the weight is.
+        solved: whether the solver's weight is finite.
+        finite: whether the rounded weight is.
         masked: entries of the mask.
         zeros: those of the rounded weight; `zeros_before` of the dense one.
         broken: groups of N:M with too many weights.
         lost, norm: ||XW - XW'||^2 and ||XW||^2, where the error is measured.
     """
 
+    solved: Tensor
     finite: Tensor
     masked: Tensor
     zeros: Tensor
@@ -83,9 +86,11 @@ def prune_projections(
     for name, facts, (sweep, retries, damping) in zip(names, _read(found), solutions, strict=True):
         rows, cols = weights[name].shape
         expected = patterns[name].zeros(rows, cols, shares[name].sparsity)
-        finite, masked, zeros, zeros_before, broken, lost, norm = facts
-        if not finite:
+        solved, finite, masked, zeros, zeros_before, broken, lost, norm = facts
+        if not solved:
             raise SolverError(f"{labels[name]}: the pruned weight is not finite")
+        if not finite:
+            raise SolverError(f"{labels[name]}: {overflow('pruned weight', stored[name])}")
         # Rounding to 16 bits may add zeros to those of the mask, never take one away.
         assert int(masked) == expected <= int(zeros), f"{labels[name]}: {int(zeros)} zeros, not {expected}"
         assert not broken, f"{labels[name]}: the zeros break the pattern {patterns[name]}"
@@ -121,8 +126,10 @@ def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Patter
                 # Roundings of different weights are independent: those of one output add up like their squares.
                 rounding = torch.linalg.vector_norm(solution.weight - pruned, dim=0).square_()
                 lost = lost + (rounding * gram.diagonal()).sum(dtype=torch.float64)
+    solved = torch.isfinite(solution.weight).all()
     return Findings(
-        finite=torch.isfinite(solution.weight).all(),
+        solved=solved,
+        finite=solved if pruned is solution.weight else torch.isfinite(pruned).all(),
         masked=solution.mask.sum(),
         zeros=(pruned == 0).sum(),
         zeros_before=(dense == 0).sum(),
@@ -153,6 +160,8 @@ def adopt_projection(
     if not bool(torch.isfinite(given).all()):
         raise SolverError(f"{label}: the sparse weight is not finite")
     pruned = (dense.masked_fill(given == 0, 0) if restore else given).to(stored)
+    if not bool(torch.isfinite(pruned).all()):
+        raise SolverError(f"{label}: {overflow('sparse weight', stored)}")
     assert pattern.holds(pruned), f"{label}: the zeros break the pattern {pattern}"
     zeros = int((pruned == 0).sum())
     report = ProjectionReport(

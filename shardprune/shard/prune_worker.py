@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.checkpoint import reopened
 from shardprune.model.pruning_job import Adopted, Zeroing
 from shardprune.model.saving import changed_tensors, shapes_of, write_tensors_of_layer
 from shardprune.model.skeleton import projection_weight
@@ -52,7 +52,7 @@ class PruneWorker(ForwardWorker):
         """The decoder layers of the shard, those that are finished from their files."""
         spec = self.spec
         self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
-        self.sparse = Checkpoint(spec.job.sparse, "sparse") if spec.job.sparse else None
+        self.sparse = reopened(spec.job.sparse, spec.sparse, "sparse") if spec.job.sparse else None
         return Layers(
             self.skeleton,
             self.checkpoint,
@@ -214,6 +214,10 @@ class PruneWorker(ForwardWorker):
         self.layers.mark_pruned(index, self.narrowed.give_up().get(index))
         self.sums.pop(index, None)
         self._block = None
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Return the digests of what was read since the last call."""
+        return super().digests() | ({"sparse": self.sparse.source.hand_out()} if self.sparse else {})
 
     def close(self) -> None:
         """End the threads of this worker. A file under way has some seconds to be finished."""

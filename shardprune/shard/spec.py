@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from shardprune.model.pruning_job import PruningJob
+from shardprune.model.sources import SourceState
 from shardprune.model.structure.shape import Widths
 
 
@@ -37,7 +38,7 @@ class ForwardSpec:
     """The arguments of a worker that only lets waves pass through.
 
     `activation_bytes` is the size of the waves that it keeps, `other_bytes` what else its device must hold at the same
-    time: layers, sums, and the largest workspace.
+    time: layers, sums, and the largest workspace. `model` is the checkpoint as the driver has opened it, where one has.
     """
 
     settings: WorkerSettings
@@ -46,6 +47,7 @@ class ForwardSpec:
     layers: Sequence[int]
     activation_bytes: int
     other_bytes: int = field(default=0, kw_only=True)
+    model: SourceState | None = field(default=None, kw_only=True)
 
     @property
     def label(self) -> str:
@@ -67,7 +69,7 @@ class WorkerSpec(ForwardSpec):
     """The arguments of a worker that changes layers by a `job`.
 
     `widths` are those of finished layers, where all get the same; `finished` are the layers whose files are in `out`
-    already; `need` is the least memory, where that is known.
+    already; `need` is the least memory, where that is known; `sparse` is the sparse checkpoint, where there is one.
     """
 
     out: str
@@ -76,3 +78,4 @@ class WorkerSpec(ForwardSpec):
     widths: Widths | None
     finished: frozenset[int]
     need: Need | None = None
+    sparse: SourceState | None = None

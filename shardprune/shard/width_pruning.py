@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shardprune.errors import SolverError
 from shardprune.model.families import Family, Unit
+from shardprune.model.saving import overflow
 from shardprune.model.skeleton import projection_weight
 from shardprune.model.structure.shape import Heads, Widths
 from shardprune.solvers.factor import factorise
@@ -187,7 +188,7 @@ class Narrowing:
             cut = corrected = correction.weight.to(self.stored[name]).to(weight.dtype)
             retries = correction.retries
             if not bool(torch.isfinite(cut).all()):
-                raise SolverError("the corrected weight is not finite")
+                raise SolverError(overflow("corrected weight", self.stored[name]))
         if statistics.kind == "gram":
             whole = torch.zeros_like(weight, dtype=torch.float32)
             whole[:, columns] = cut.float()

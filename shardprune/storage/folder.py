@@ -3,10 +3,10 @@
 Every operation is tried again on transient errors: see `shardprune.storage.retrying`.
 """
 
-import json
 import os
 import posixpath
 import re
+import stat
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -16,9 +16,15 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
+from shardprune.storage.host_memory import host_memory
+from shardprune.storage.json_file import LIMIT, dump_json, parse_json
+from shardprune.storage.malformed import Malformed
+from shardprune.storage.quantities import gigabytes
 from shardprune.storage.retrying import retry
+from shardprune.storage.text_file import decode
 
 T = TypeVar("T")
 
@@ -27,6 +33,7 @@ REQUEST = 16 * 2**20  # bytes of one of several parallel requests
 REQUESTS = 8  # in parallel
 # Protocols that show a file only when its upload ends; everywhere else `write` needs a temporary name and a rename.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 EXTRAS = {
     "s3": "s3",
@@ -46,7 +53,8 @@ Parts = Callable[[], Iterable[bytes | memoryview]]
 class Folder:
     """A directory on any file system; all paths given to its methods are relative to it.
 
-    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable.
+    All methods raise StorageError, which names `field`, if storage refuses an operation or stays unreachable, or a file
+    is shorter than what is read of it.
 
     Args:
         url: local path or fsspec URL.
@@ -67,10 +75,11 @@ class Folder:
     @property
     def appends(self) -> bool:
         """Whether `append_text` works here; most storage takes whole files only."""
-        return self._local or "memory" in _protocols(self.fs)
+        return self.local or "memory" in _protocols(self.fs)
 
     @property
-    def _local(self) -> bool:
+    def local(self) -> bool:
+        """Whether this is a directory of this machine, as far as the operating system shows."""
         return isinstance(self.fs, LocalFileSystem)
 
     @property
@@ -97,15 +106,22 @@ class Folder:
 
     def names(self) -> list[str]:
         """Return the names of the files and folders directly inside; empty if the folder does not exist."""
+        entries = {entry.rstrip("/") for entry in self._list(detail=False)}
+        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
 
-        def look() -> list[str]:
+    def infos(self) -> dict[str, dict[str, Any]]:
+        """Return what the file system says of every file directly inside, by name: its `size`, and whatever tells its
+        versions apart there."""
+        return {posixpath.basename(info["name"]): info for info in self._list(detail=True) if info["type"] == "file"}
+
+    def _list(self, detail: bool) -> list[Any]:
+        def look() -> list[Any]:
             try:
-                return self.fs.ls(self.root, detail=False, refresh=True)
+                return self.fs.ls(self.root, detail=detail, refresh=True)
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
-        entries = {entry.rstrip("/") for entry in self._persist("listed", "", look)}
-        return sorted(posixpath.basename(entry) for entry in entries - {self.root})
+        return self._persist("listed", "", look)
 
     # -- reading ----------------------------------------------------------------------------------------------
 
@@ -118,6 +134,9 @@ class Folder:
             parts = self.fs.cat_ranges(paths, starts, ends, on_error="return")
             if error := next((part for part in parts if isinstance(part, BaseException)), None):
                 raise error
+            for part, start, end in zip(parts, starts, ends, strict=True):
+                if len(part) < end - start:
+                    raise _too_short(start + len(part), end - start - len(part))
             return parts
 
         return self._persist("read", names[0] if len(set(names)) == 1 else "", read)
@@ -126,11 +145,7 @@ class Folder:
         return self.read_ranges([(name, start, end)])[0]
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `start` on.
-
-        Raises:
-            EOFError: the file is shorter than that.
-        """
+        """Fill `buffer` with the bytes from `start` on."""
         if isinstance(self.fs, AsyncFileSystem):
             self._read_by_requests(name, start, buffer)
         else:
@@ -141,8 +156,6 @@ class Folder:
             wanted = min(REQUESTS * REQUEST, len(buffer) - done)
             offsets = range(start + done, start + done + wanted, REQUEST)
             parts = self.read_ranges([(name, at, min(at + REQUEST, start + done + wanted)) for at in offsets])
-            if (found := sum(map(len, parts))) < wanted:
-                raise _too_short(name, start + done + found, len(buffer) - done - found)
             for part in parts:
                 buffer[done : done + len(part)] = part
                 done += len(part)
@@ -154,17 +167,33 @@ class Folder:
             while done < len(buffer):
                 count = file.readinto(buffer[done : done + CHUNK])
                 if not count:
-                    raise _too_short(name, start + done, len(buffer) - done)
+                    raise _too_short(start + done, len(buffer) - done)
                 done += count
 
     def read_bytes(self, name: str) -> bytes:
-        return self._persist("read", name, lambda: self.fs.cat_file(self.path(name)))
+        """Return the content of a file. A device or a pipe, which has no end, is refused as one that cannot be read."""
+        return self._persist("read", name, lambda: _content(self.fs, self.path(name)))
 
     def read_text(self, name: str) -> str:
-        return self.read_bytes(name).decode()
+        """Return the text of a file without its byte-order mark.
 
-    def read_json(self, name: str) -> Any:
-        return json.loads(self.read_text(name))
+        Raises:
+            Malformed: it is in no encoding of Unicode.
+        """
+        return decode(self.read_bytes(name))
+
+    def read_json(self, name: str, limit: int = LIMIT) -> Any:
+        """Return the value in a file.
+
+        Args:
+            limit: largest size in bytes.
+
+        Raises:
+            Malformed: it is larger, or `parse_json` refuses it.
+        """
+        if (size := self.size(name) or 0) > limit:
+            raise Malformed(f"is too large for JSON here: {size:,} bytes, at most {limit:,}")
+        return parse_json(self.read_bytes(name), limit)
 
     # -- writing ----------------------------------------------------------------------------------------------
 
@@ -210,11 +239,11 @@ class Folder:
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
-                if self._local:  # a node that loses power could otherwise keep the name and lose the content
+                if self.local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
-            if self._local:
+            if self.local:
                 _sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
@@ -241,7 +270,8 @@ class Folder:
         self.write_bytes(name, text.encode())
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_text(name, json.dumps(value, indent=1) + "\n")
+        """Write a value. Numbers that are not finite become null: see `dump_json`."""
+        self.write_text(name, dump_json(value, indent=1) + "\n")
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""
@@ -342,11 +372,23 @@ def read_file(url: str, field: str) -> bytes:
     """Read the bytes of one file.
 
     Raises:
-        InputError: it cannot be read; names `field`.
+        InputError: it is larger than a quarter of this machine's memory, or cannot be read; names `field`.
     """
     fs, path = _resolve(url, field)
+    limit = host_memory() // 4  # the rest is for its text, and for what is made from that
+
+    def read() -> bytes:
+        size = fs.info(path)["size"]  # None where a web server does not say
+        if size is not None and size > limit:
+            raise InputError(
+                field,
+                f"{url!r} has {gigabytes(size)}; it is read whole, for which this machine's memory has room up to "
+                f"{gigabytes(limit)}",
+            )
+        return _content(fs, path)
+
     try:
-        return retry(lambda: fs.cat_file(path), url)
+        return retry(read, url)
     except FileNotFoundError as error:
         raise InputError(field, f"{url!r} does not exist") from error
     except Exception as error:
@@ -358,6 +400,16 @@ def read_file(url: str, field: str) -> bytes:
 def _refuse_hub(url: str, field: str) -> None:
     if url.startswith(READ_ONLY):
         raise InputError(field, f"{url} cannot be written: the hub is only read from")
+
+
+def _content(fs: AbstractFileSystem, path: str) -> bytes:
+    """Return the bytes of a file; those of a local path only if they have an end."""
+    if isinstance(fs, LocalFileSystem):
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a directory" if stat.S_ISDIR(mode) else "a device or a pipe"
+            raise OSError(f"it is {kind}, not a file")
+    return fs.cat_file(path)
 
 
 def _sync_folder(path: str) -> None:
@@ -376,8 +428,9 @@ def _fill(file: Any, parts: Iterable[bytes | memoryview]) -> None:
             file.write(view[start : start + CHUNK])
 
 
-def _too_short(name: str, end: int, missing: int) -> EOFError:
-    return EOFError(f"{name} ends at byte {end}, {missing} bytes early")
+def _too_short(end: int, missing: int) -> OSError:
+    """Return the error of a file that is shorter than it was when its size was read."""
+    return OSError(f"it ends at byte {end}, {missing} bytes early")
 
 
 def _of_storage(error: Exception) -> bool:
@@ -389,6 +442,8 @@ def _of_storage(error: Exception) -> bool:
 
 def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     # No cached listings, since other workers write, too. A model on the hub does not change during a run.
+    if UNWRITABLE.search(url):
+        raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)
@@ -396,8 +451,10 @@ def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         extra = EXTRAS.get(url.partition("://")[0])
         hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
-    except (ValueError, OSError) as error:
+    except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
+        raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root
 
 

@@ -5,8 +5,8 @@ fingerprint and the layer's report. `run.json` claims the directory and keeps th
 make again.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,24 @@ from typing import Any
 from torch import Tensor
 
 from shardprune.errors import InputError
+from shardprune.storage.digests import stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
-from shardprune.storage.output_names import EVENTS, RESULT, STATE
+from shardprune.storage.output_names import EVENTS, OWNER, RESULT, STATE
+from shardprune.storage.owner import check_unowned
 from shardprune.storage.records import LayerRecord
-from shardprune.storage.safetensors_file import Shapes, StoredTensor, read_header, write_each
+from shardprune.storage.relative_paths import absolute_paths, relative_paths
+from shardprune.storage.safetensors_file import (
+    Shapes,
+    StoredTensor,
+    copy_tensors,
+    read_header,
+    write_each,
+    write_tensors,
+)
+from shardprune.storage.seals import BrokenSeal, NoSeal, read_sealed, sealed
+from shardprune.storage.tensor_facts import TensorFacts
 
-KEY = "shardprune"  # of the record in the metadata of a layer file
+READERS = 4  # layers that are read at the same time, to be compared
 
 
 @dataclass(frozen=True)
@@ -68,15 +80,16 @@ class Journal:
         """Return what the directory holds of this run.
 
         Raises:
-            InputError: the directory holds something else, may not be resumed, or cannot be written.
+            InputError: the directory holds something else, is in use, may not be resumed, or cannot be written.
         """
         earlier = self._found(resume)
         if earlier.result is None:  # a finished run may lie in a directory that is read-only by now
+            check_unowned(self.folder)
             self.folder.check_writable()
         return earlier
 
     def _found(self, resume: bool) -> Earlier:
-        names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
+        names = self._lasting_names()
         if not names:
             return Earlier()
         record = next((name for name in (RESULT, STATE) if name in names), None)
@@ -90,9 +103,14 @@ class Journal:
         # A state beside a result is of a run that was cut off between writing one and removing the other.
         return Earlier(state=_record(self.folder, STATE)) if STATE in names else Earlier(result=found)
 
+    def _lasting_names(self) -> set[str]:
+        """Return the names of all that lies in the directory and does not pass with a process."""
+        return {name for name in self.folder.names() if name != OWNER and not PARTIAL.fullmatch(name)}
+
     def save(self, state: dict[str, Any]) -> None:
         """Write the state of the run; the first call claims the directory."""
-        self.folder.write_json(STATE, {"fingerprint": self.fingerprint, **state})
+        content = {"fingerprint": self.fingerprint, **state}
+        self.folder.write_json(STATE, relative_paths(content, self.folder.url))
 
     @contextmanager
     def claimed(self, resumed: bool) -> Iterator[None]:
@@ -105,7 +123,7 @@ class Journal:
         try:
             yield
         except InputError:
-            held = {name for name in self.folder.names() if not PARTIAL.fullmatch(name)}
+            held = self._lasting_names()
             if not resumed and held <= {STATE, EVENTS} and not _record(self.folder, STATE).get("restarts"):
                 for name in sorted(held):
                     self.folder.remove(name)
@@ -114,35 +132,106 @@ class Journal:
     # -- layers ---------------------------------------------------------------------------------------------
 
     def finished(self) -> dict[int, LayerRecord]:
-        """Return the records of all finished layers by their index.
+        """Return the records of all finished layers by their index; those whose files are damaged are not finished.
 
         Raises:
             InputError: a layer file belongs to another run, or was written by another version.
         """
+        return self.found()[0]
+
+    def found(self) -> tuple[dict[int, LayerRecord], dict[int, str]]:
+        """Return the records of all finished layers by their index, and what is wrong with the files of others, by the
+        headers of all.
+
+        Raises:
+            InputError: as `finished` does.
+        """
         present = set(self.folder.names())
-        records = {}
+        records, damaged = {}, {}
         for layer in range(self.layers):
             if self.layer_file(layer) in present:
                 try:
-                    _, metadata = read_header(self.folder, self.layer_file(layer))
-                except InputError:  # damaged, for example by a crash of the file system: prune the layer again
-                    continue
-                record = json.loads(metadata.get(KEY, "{}"))
-                if record.pop("fingerprint", None) != self.fingerprint:
-                    raise InputError("out", f"{self.layer_file(layer)} belongs to another run")
-                try:
-                    records[layer] = LayerRecord.read(record)
-                except (KeyError, TypeError, ValueError) as error:
-                    reason = "was written by another version; choose an empty directory"
-                    raise InputError("out", f"{self.layer_file(layer)} {reason}") from error
-        return records
+                    records[layer] = self._record(layer)
+                except BrokenSeal as error:
+                    damaged[layer] = str(error)
+        return records, damaged
+
+    def remove_damaged(self, say: Callable[[str], None]) -> None:
+        """Compare every tensor of the finished layers with what was written, count its zeros, and remove the files in
+        which something differs: these layers are made again.
+
+        Args:
+            say: is told of each.
+
+        Raises:
+            InputError: as `finished` does.
+        """
+        records, damaged = self.found()
+        if records:
+            say(f"comparing {len(records)} finished layers with their digests")
+        with ThreadPoolExecutor(READERS) as readers:
+            faults = readers.map(self._fault, records.values())
+            damaged |= {layer: fault for layer, fault in zip(records, faults, strict=True) if fault}
+        for layer, fault in sorted(damaged.items()):
+            say(f"{self.layer_file(layer)} {fault}: layer {layer} is made again")
+            self.folder.remove(self.layer_file(layer))
+
+    def fault(self, layer: int) -> str | None:
+        """Return what is wrong with the file of a layer that is finished, as `remove_damaged` finds it.
+
+        Raises:
+            InputError: as `finished` does.
+        """
+        file = self.layer_file(layer)
+        if not self.folder.is_file(file):
+            return f"{file} is missing"
+        try:
+            fault = self._fault(self._record(layer))
+        except BrokenSeal as error:
+            fault = str(error)
+        return fault and f"{file} {fault}"
+
+    def _record(self, layer: int) -> LayerRecord:
+        file = self.layer_file(layer)
+        try:
+            _, fields, _ = read_sealed(self.folder, file)
+            if fields.pop("fingerprint", None) != self.fingerprint:
+                raise InputError("out", f"{file} belongs to another run")
+            return LayerRecord.read(fields)
+        except NoSeal as error:
+            raise InputError("out", f"{file} {error}; choose an empty directory") from error
+        except BrokenSeal:
+            raise
+        except InputError as error:
+            if error.problem == f"{file} belongs to another run":
+                raise
+            raise BrokenSeal("cannot be read") from error  # for example by a crash of the file system
+        except ValueError as error:
+            raise InputError("out", f"{file} was written by another version; choose an empty directory") from error
+
+    def _fault(self, record: LayerRecord) -> str | None:
+        """Return what is wrong with the data of a finished layer."""
+        entries, _, digests = read_sealed(self.folder, self.layer_file(record.layer))
+        zeros = {report.name: report.zeros for report in record.projections}
+        for name, entry in entries.items():
+            facts = TensorFacts.of(StoredTensor(self.folder, entry))
+            if facts.digest != digests[name]:
+                return f"holds other data for {name} than was written"
+            counted = next((zeros[own] for own in zeros if name.endswith(f".{own}.weight")), None)
+            if counted not in (None, facts.zeros):
+                return f"holds {facts.zeros} zeros in {name}, and its record says {counted}"
+        return None
 
     def write_layer(self, shapes: Shapes, tensor: Callable[[str], Tensor], record: LayerRecord) -> None:
-        """Write the finished layer of a record; resumed runs skip it from then on."""
-        whole = {"fingerprint": self.fingerprint, **record.plain()}
+        """Write the finished layer of a record; resumed runs skip it from then on.
+
+        Args:
+            tensor: returns the tensor of a name; called twice, for its digest and for its data.
+        """
         names = {self._stored_name(name): name for name in shapes}
         stored = {key: shapes[name] for key, name in names.items()}
-        metadata = {KEY: json.dumps(whole)}
+        digests = {key: tensor_digest(tensor(name)) for key, name in names.items()}
+        metadata = sealed({"fingerprint": self.fingerprint, **record.plain()}, digests, stored)
         write_each(self.folder, self.layer_file(record.layer), stored, lambda key: tensor(names[key]), metadata)
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
@@ -155,10 +244,49 @@ class Journal:
         entries, _ = read_header(self.folder, self.layer_file(layer))
         return {name: StoredTensor(self.folder, entries[self._stored_name(name)]) for name in names}
 
+    # -- the rest -------------------------------------------------------------------------------------------
+
+    def layer_tensors(self, layer: int) -> set[str]:
+        """Return the names in its file of the tensors of a finished layer."""
+        return set(read_header(self.folder, self.layer_file(layer))[0])
+
+    def copy_frame(self, source: Folder, tensors: Mapping[str, StoredTensor]) -> None:
+        """Write the frame of tensors in a folder, by their names in the files, byte by byte."""
+        entries = {name: stored.entry for name, stored in tensors.items()}
+        shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        digests = {name: stored_digest(stored) for name, stored in tensors.items()}
+        copy_tensors(source, entries, self.folder, self.frame_file, self._frame_metadata(digests, shapes))
+
+    def write_frame(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the frame of tensors in memory, by their names in the files."""
+        shapes = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        digests = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+        write_tensors(self.folder, self.frame_file, tensors, self._frame_metadata(digests, shapes))
+
+    def _frame_metadata(self, digests: Mapping[str, str], shapes: Shapes) -> dict[str, str]:
+        return sealed({"fingerprint": self.fingerprint, "frame": True}, digests, shapes)
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result and remove the state, which is no longer needed."""
+        result = relative_paths(result, self.folder.url)
         self.folder.write_json(RESULT, result)  # first: a directory with neither file is not recognised as a run
         self.folder.remove(STATE)
+
+
+def check_output(out: str, resume: bool) -> None:
+    """Check what can be said of an output directory before anything that shapes its run has been read.
+
+    Raises:
+        InputError: it holds something else than a run, or one that may not be resumed, or cannot be written.
+    """
+    folder = output_folder(out)
+    names = {name for name in folder.names() if not PARTIAL.fullmatch(name)}
+    if names and not names & {STATE, RESULT}:
+        raise InputError("out", f"{folder.url} is not empty and holds no run; choose an empty directory")
+    if names and not resume:
+        raise InputError("out", f"{folder.url} holds a run already; resume it or choose an empty directory")
+    if RESULT not in names:
+        folder.check_writable()
 
 
 def recorded_recipe(out: str) -> dict[str, Any]:
@@ -174,7 +302,7 @@ def recorded_recipe(out: str) -> dict[str, Any]:
 def _record(folder: Folder, name: str) -> dict[str, Any]:
     """Return the fields of a state or result file; empty if it is not one of shardprune's."""
     try:
-        record = folder.read_json(name)
+        record = absolute_paths(folder.read_json(name), folder.url)
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}

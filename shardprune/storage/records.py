@@ -5,7 +5,15 @@ A worker makes the reports, the driver puts them together, and whoever reads the
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field
+
+from shardprune.storage.json_file import Measurement, fitting
+
+Count = Annotated[int, Field(ge=0, strict=True)]
+Weights = Annotated[int, Field(gt=0, strict=True)]
+Known = ConfigDict(extra="forbid")  # a field that this version does not know is of another version
 
 
 @dataclass(frozen=True)
@@ -16,22 +24,26 @@ class ProjectionReport:
     `zeros_before` on the dense one. `error` is ||XW - XW'||^2 / ||XW||^2 where it was measured, `outliers` the
     percentage of outliers where the allocation looked at them, `pattern` its N:M. The solver needed so many `retries`
     and ended with the `damping`, where it factorises; `sweep` is the way of its steps over columns (`kernel` or
-    `recursion`), where it has any. `zeros_kept` of the zeros before are still zero, where that was counted.
+    `recursion`), where it has any. `update` is the way of a masked low-rank update (`kernel` or `products`), where
+    there was one, and `zeros_kept` of the zeros before are still zero, where that was counted.
     """
 
-    layer: int
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    layer: Count
     name: str
     target: float
-    zeros: int
-    zeros_before: int
-    weights: int
-    pattern: str | None = None
-    retries: int = 0
+    zeros: Count
+    zeros_before: Count
+    weights: Weights
+    pattern: Annotated[str, Field(pattern=r"^[1-9]\d*:[1-9]\d*$")] | None = None
+    retries: Count = 0
     damping: float | None = None
     sweep: str | None = None
     outliers: float | None = None
     error: float | None = None
-    zeros_kept: int | None = None
+    update: str | None = None
+    zeros_kept: Count | None = None
 
     @property
     def achieved(self) -> float:
@@ -44,9 +56,11 @@ class BlockReport:
     """A block whose masks were rebuilt: the pairs of weights swapped, and ||dense - sparse||^2 / ||dense||^2 of its
     output over the calibration data before and after, where it was measured."""
 
-    layer: int
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    layer: Count
     block: str
-    swaps: int
+    swaps: Count
     error_before: float | None = None
     error_after: float | None = None
 
@@ -56,20 +70,24 @@ class KeptStructures:
     """Structures that a layer has kept: indices of key/value `groups` and `neurons`. `errors` are the relative output
     errors of the output projections where they were measured, `retries` those of the solver."""
 
-    groups: tuple[int, ...]
-    neurons: tuple[int, ...]
-    errors: dict[str, float]
-    retries: int
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    groups: tuple[Count, ...]
+    neurons: tuple[Count, ...]
+    errors: dict[str, Measurement]
+    retries: Count
 
 
 @dataclass(frozen=True)
 class LayerSizes:
     """Numbers of weights and zeros of a layer's projections before structures were removed, and of what is left."""
 
-    weights_before: int
-    zeros_before: int
-    weights: int
-    zeros: int
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    weights_before: Weights
+    zeros_before: Count
+    weights: Weights
+    zeros: Count
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,9 @@ class LayerRecord:
     """A finished layer: `projections` where weights became zero, `blocks` where masks were rebuilt, its percentage of
     `outliers` where the allocation looked at it; what it `kept` and its `sizes` where structures were removed."""
 
-    layer: int
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    layer: Count
     projections: tuple[ProjectionReport, ...] = ()
     blocks: tuple[BlockReport, ...] = ()
     outliers: float | None = None
@@ -112,18 +132,6 @@ class LayerRecord:
         """Return the record that `plain` gave these values of.
 
         Raises:
-            TypeError, ValueError, KeyError: they are those of no record of this version.
+            Malformed: they are those of no record of this version.
         """
-        values = dict(fields)
-        kept, sizes = values.pop("kept"), values.pop("sizes")
-        return cls(
-            projections=tuple(ProjectionReport(**report) for report in values.pop("projections")),
-            blocks=tuple(BlockReport(**report) for report in values.pop("blocks")),
-            kept=None if kept is None else _kept(**kept),
-            sizes=None if sizes is None else LayerSizes(**sizes),
-            **values,
-        )
-
-
-def _kept(groups: list[int], neurons: list[int], errors: dict[str, float], retries: int) -> KeptStructures:
-    return KeptStructures(tuple(groups), tuple(neurons), errors, retries)
+        return fitting(dict(fields), cls)

@@ -5,16 +5,19 @@ without holes. The library's `safe_open` reads single tensors of local files onl
 of a file in memory; here a tensor of a remote file is one ranged read, and a file is written one tensor at a time.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.storage.folder import CHUNK, Folder
+from shardprune.storage.json_file import dump_json, fitting, parse_json
+from shardprune.storage.malformed import Malformed, located, shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,6 +38,18 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HEADER_READ = 64 * 2**10  # bytes of the first read, which contains most headers
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the format
+LARGEST = 2**63 - 1  # of a size, and of a tensor's bytes: torch counts in signed 64 bits
+
+
+Size = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+class _Described(BaseModel):
+    """One tensor as a header describes it; `data_offsets` count from the header's end."""
+
+    dtype: str
+    shape: list[Size]
+    data_offsets: tuple[Size, Size]
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,9 @@ class Entry:
 
 
 def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Read the entries and the metadata of a file and check them against its size.
+    """Read the entries and the metadata of a file and check them against its size, as strictly as the library does:
+    the tensors' bytes follow one another without holes or overlaps from the header's end to the file's, each as many
+    as its shape takes. A name that stands there twice is refused, too.
 
     Raises:
         InputError: the file is missing, no safetensors file, or truncated; names the folder's field.
@@ -68,30 +85,59 @@ def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, 
         )
     if 8 + length > len(start):
         start += folder.read_range(name, len(start), 8 + length)
-    try:
-        header = json.loads(start[8 : 8 + length])
-        metadata = header.pop("__metadata__", {})
-        entries = {key: _entry(folder, name, 8 + length, value) for key, value in header.items()}
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(folder.field, f"{where} is not a safetensors file: its header cannot be read") from error
-    expected = max((entry.end for entry in entries.values()), default=8 + length)
-    if expected != size:
-        raise InputError(
-            folder.field, f"{where} is truncated or damaged: it has {size} bytes, its header says {expected}"
-        )
-    return entries, metadata
+    with located(folder.field, where):
+        try:
+            if start[8:9] != b"{":
+                raise Malformed("does not begin with {")
+            header = parse_json(start[8 : 8 + length], HEADER_LIMIT)
+            metadata = header.pop("__metadata__", None)
+            metadata = {} if metadata is None else fitting(metadata, dict[str, str])
+            described = fitting(header, dict[str, _Described])
+        except Malformed as error:
+            raise Malformed(f"is not a safetensors file: its header {error}") from error
+        for name_of_dtype in {entry.dtype for entry in described.values()} - DTYPES.keys():
+            raise Malformed(f"holds {name_of_dtype} tensors; use one of {', '.join(DTYPES)}")
+        end = 8 + length + _contiguous(described)
+        if end != size:
+            raise Malformed(f"is truncated or damaged: it has {size} bytes, its header says {end}")
+    return {key: _entry(name, 8 + length, entry) for key, entry in described.items()}, metadata
 
 
-def _entry(folder: Folder, file: str, offset: int, value: dict) -> Entry:
-    start, end = value["data_offsets"]
-    if value["dtype"] not in DTYPES:
-        raise InputError(folder.field, f"{file} holds {value['dtype']} tensors; use one of {', '.join(DTYPES)}")
-    entry = Entry(file, DTYPES[value["dtype"]], tuple(value["shape"]), offset + start, offset + end)
-    if end - start != math.prod(entry.shape) * entry.dtype.itemsize:
-        raise ValueError("a tensor's bytes do not match its shape")
-    return entry
+def _contiguous(described: Mapping[str, "_Described"]) -> int:
+    """Return the number of bytes of all tensors.
+
+    Raises:
+        Malformed: they overlap or leave a hole, or one has another size than its shape.
+    """
+    end = 0
+    for name, entry in sorted(described.items(), key=lambda item: item[1].data_offsets):
+        start, stop = entry.data_offsets
+        if start != end or stop < start:
+            raise Malformed(
+                f"is damaged: the header places {shown(name)} at bytes {start} to {stop}, where {end} are before it"
+            )
+        if stop - start != _bytes_of(entry):
+            raise Malformed(
+                f"is damaged: the header gives {shown(name)} {stop - start} bytes, "
+                f"which are not those of {entry.dtype} {shown(entry.shape)}"
+            )
+        end = stop
+    return end
+
+
+def _bytes_of(entry: "_Described") -> int | None:
+    """Return the bytes that a shape takes; None for more than a 64-bit number says, even where a later size is 0."""
+    size = 1
+    for length in (*entry.shape, DTYPES[entry.dtype].itemsize):
+        size *= length
+        if size > LARGEST:
+            return None
+    return size
+
+
+def _entry(file: str, offset: int, described: "_Described") -> Entry:
+    start, end = described.data_offsets
+    return Entry(file, DTYPES[described.dtype], tuple(described.shape), offset + start, offset + end)
 
 
 @dataclass(frozen=True)
@@ -107,7 +153,10 @@ class StoredTensor:
 
     def read_part(self, start: int, buffer: Tensor) -> None:
         """Fill a buffer of bytes (uint8, contiguous, on the CPU) with the tensor's from `start` on."""
-        self.folder.read_into(self.entry.file, self.entry.start + start, _bytes(buffer))
+        self.folder.read_into(self.entry.file, self.entry.start + start, bytes_of(buffer))
+
+    def passed(self, start: int, part: Tensor) -> None:
+        """Take note of bytes of the tensor, from `start` on, that `read_part` has read; called in their order."""
 
 
 def read_tensor(folder: Folder, entry: Entry) -> Tensor:
@@ -119,7 +168,7 @@ def read_elements(folder: Folder, entry: Entry, start: int, stop: int) -> Tensor
     """Read elements `start` to `stop` of a tensor, counted in C order, into memory of their own [stop - start]."""
     elements = torch.empty(stop - start, dtype=entry.dtype)
     if start < stop:
-        folder.read_into(entry.file, entry.start + start * entry.dtype.itemsize, _bytes(elements))
+        folder.read_into(entry.file, entry.start + start * entry.dtype.itemsize, bytes_of(elements))
     return elements
 
 
@@ -138,7 +187,7 @@ def write_each(
     """Write a file of tensors that are computed one at a time, each when it is written."""
 
     def content(key: str) -> Iterator[memoryview]:
-        yield _bytes(tensor(key).detach().cpu().contiguous())
+        yield bytes_of(tensor(key).detach().cpu().contiguous())
 
     _write(folder, name, shapes, metadata, content)
 
@@ -177,7 +226,7 @@ def _write(
         size = math.prod(shape) * dtype.itemsize
         header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = dump_json(header, compact=True).encode()
     text += b" " * (-len(text) % 8)
 
     def parts() -> Iterator[bytes | memoryview]:
@@ -188,6 +237,6 @@ def _write(
     folder.write(name, parts)
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)

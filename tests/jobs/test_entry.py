@@ -16,7 +16,7 @@ WITHOUT_RECIPE = {
         ["--out", "out", "recipe.yaml"],
         "recipe: '--out' stands in its place; use python -m jobs.prune RECIPE [OPTIONS]",
     ),
-    "no such file": (["nowhere.yaml"], "recipe: 'nowhere.yaml' cannot be read: No such file or directory"),
+    "no such file": (["nowhere.yaml"], "recipe: 'nowhere.yaml' does not exist"),
 }
 WITHOUT_COMMAND = "gpus: give a number of at least 1 and a command: python -m jobs.with_gpus 16 COMMAND"
 

@@ -124,7 +124,7 @@ def test_waves_do_not_depend_on_the_machine():
         ({"structured": 0}, "structured: 0 is not allowed; use a number above 0 and below 1"),
         ({"structured": 1}, "structured: 1 is not allowed; use a number above 0 and below 1"),
         ({"structured": 1.5, "sparsity": 0.5}, "structured: 1.5 is not allowed; use a number above 0 and below 1"),
-        ({"structured": float("nan")}, "structured: nan is not allowed; use a number above 0 and below 1"),
+        ({"structured": float("nan")}, "structured: nan is not allowed; use a finite number"),
         ({"structured": "x"}, "structured: 'x' is not allowed; use "),
         ({**STRUCTURED, "sparsity": 0.1}, "sparsity: 0.1 is less than structured removes, 0.2"),
         ({**STRUCTURED, "sparsity": 0}, "sparsity: 0.0 is less than structured removes, 0.2"),
@@ -262,6 +262,21 @@ def test_recovery_has_the_published_settings():
     assert (loaded.data, loaded.prompt_loss) == ("alpaca", False)
 
 
+@pytest.mark.parametrize(
+    ("fields", "dropout"),
+    [
+        ({}, 0.05),
+        ({"keep_sparsity": True}, 0),
+        ({"keep_sparsity": True, "lora_dropout": 0.1}, 0.1),
+        ({"lora_dropout": 0}, 0),
+    ],
+    ids=str,
+)
+def test_updates_that_are_masked_have_no_dropout_of_their_own(fields, dropout):
+    loaded = RecoverRecipe.checked({"model": "m", "out": "o", "data": "alpaca", **fields})
+    assert loaded.dropout == dropout
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipelines_are_the_recipes_of_their_steps(name):
     loaded = PipelineRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
@@ -307,9 +322,10 @@ def test_missing_fields_are_named():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "cannot be read"),
+        (None, "does not exist"),
         (b"a: [", "is not YAML"),
-        (b"\xff\xfe\xfa", "is not YAML"),
+        (b"\xff\xfe\xfa", "is not UTF-16 text"),
+        (b"sparsity: 0.5\nsparsity: 0.6", "is not YAML: 'sparsity' stands there twice at line 2"),
         (b"- a", "must hold fields and values"),
         (b"1: 2", "must hold fields and values"),
     ],

@@ -81,7 +81,16 @@ def test_what_the_recipe_says_is_refused(tmp_path, path):
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [("{", "is not JSON"), ("[1]", "must hold an object"), ("\xff", "is not JSON"), (None, "")]
+    ("content", "problem"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 5000, "is not JSON: recursion limit"),
+        ('{"a": NaN}', "is not JSON"),
+        ('{"a": 1, "a": 2}', "has the name 'a' twice"),
+        ("[1]", "must hold an object"),
+        ("\xff", "is not UTF-8 text"),
+        (None, ""),
+    ],
 )
 def test_a_file_that_is_none(tmp_path, content, problem):
     file = tmp_path / "ds.json"

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import shardprune.recovery.lowrank
+import shardprune.recovery.masked_update
 from shardprune.recovery.lowrank import LowRankLinear, add_updates
 
 ROWS, COLS, RANK, ALPHA = 6, 10, 3, 7.0
@@ -16,8 +16,8 @@ ROWS, COLS, RANK, ALPHA = 6, 10, 3, 7.0
 
 @pytest.fixture(autouse=True)
 def _narrow_blocks(monkeypatch):
-    """Three blocks of columns, the last one narrower."""
-    monkeypatch.setattr(shardprune.recovery.lowrank, "BLOCK", 4)
+    """Three blocks of columns and two of rows, the last ones narrower."""
+    monkeypatch.setattr(shardprune.recovery.masked_update, "BLOCK", 4)
 
 
 def sparse_linear(bias=True):

@@ -56,6 +56,7 @@ def test_the_result_says_what_was_done(folder, done):
     assert recovery["losses"][0]["loss"] == pytest.approx(
         loss_of(folder / "sparse", learned.select(order[:8])), abs=1e-4
     )
+    assert {record["update"] for record in stored["sparsity"]["projections"]} == {"products"}
     assert stored["seconds"].keys() >= {"plan", "load", "train", "write", "evaluate"}
     (worker,) = stored["workers"]
     assert worker["peak_bytes"] > 0

@@ -90,7 +90,7 @@ def test_the_other_plots_have_the_result_s_numbers(runs):
 def test_the_summary_says_what_was_achieved(runs):
     said = cells(page_of(runs.folder / "composite"))
     result = runs.results["composite"]
-    assert str(runs.folder / "model") in said
+    assert "model" in said
     assert f"{result.sparsity.target:.2%}" in said
     assert f"{result.sparsity.achieved:.4%}" in said
     (measured,) = result.perplexity.values()
@@ -99,7 +99,54 @@ def test_the_summary_says_what_was_achieved(runs):
     assert run_of_it.seconds == pytest.approx(result.seconds["total"], abs=0.5)
     assert f"{run_of_it.seconds:,.1f} s" in said
     assert "1 on 1 node" in said
-    assert yaml.safe_dump(result.recipe, sort_keys=False) in html.unescape(page_of(runs.folder / "composite"))
+    written = json.loads((runs.folder / "composite" / "result.json").read_text())["recipe"]
+    assert (written["model"], written["out"], written["eval"]) == ("../model", ".", ["../tokens.npy"])
+    assert yaml.safe_dump(written, sort_keys=False) in html.unescape(page_of(runs.folder / "composite"))
+
+
+def test_no_file_of_an_output_names_a_folder_of_the_machine(runs):
+    """Nor do pages; but where the output lies, the model is found from it."""
+    files = [*runs.folder.rglob("result.json"), *runs.folder.rglob("report.html"), *runs.folder.rglob("pipeline.json")]
+    assert len(files) >= 15
+    for file in files:
+        text = file.read_text()
+        assert str(runs.folder) not in text, file
+        assert str(runs.folder.parent) not in text, file
+        if file.suffix == ".json":
+            assert not re.search(r'"/[^"]', text), file
+
+
+def test_an_output_may_be_moved(runs, tmp_path, capsys):
+    """Status and report say the same of it, and the same command finds it finished, nothing being measured anew."""
+    out = tmp_path / "far" / "away" / "moved"
+    shutil.copytree(runs.folder / "composite", out)
+    for command in ("status", "report"):
+        with pytest.raises(SystemExit) as end:
+            main([command, str(out)])
+        assert end.value.code == 0
+    assert "composite" not in capsys.readouterr().out
+    before = snapshot(out)
+    tokens = [str(runs.folder / "tokens.npy")]
+    result = run(runs.folder, out, sparsity=0.5, structured=0.2, eval=tokens, report=True)
+    assert snapshot(out) == before
+    assert [*result.perplexity.values()] == [*runs.results["composite"].perplexity.values()]
+    (moved,) = finished_runs(str(out))
+    assert moved.model == "model"
+
+
+def test_a_run_that_was_cut_off_goes_on_where_its_output_was_moved(runs, tmp_path, dies_at_layer):
+    tokens = str(runs.folder / "tokens.npy")
+    fields = {"sparsity": 0.5, "eval": [tokens], "propagation": "parallel", "segments": 2}
+    dies_at_layer(2)
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.folder, tmp_path / "cut", **fields)
+    out = tmp_path / "a" / "b" / "moved"
+    shutil.move(tmp_path / "cut", out)
+    moved = run(runs.folder, out, **fields)
+    assert [*moved.perplexity] == [tokens]
+    with_one_go = run(runs.folder, tmp_path / "one", **fields)
+    assert moved.perplexity == with_one_go.perplexity
+    assert [file.name for file in out.iterdir() if file.suffix == ".safetensors"]
 
 
 def test_what_is_not_there_is_said(runs):
@@ -118,6 +165,30 @@ def test_names_are_text(runs, tmp_path):
     assert "<i>" not in page[: page.index("<script>")]
     assert not any("<" in text for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page))
     assert "&lt;i&gt;&amp;amp;&lt;_i" in page
+
+
+def test_names_in_plots_are_no_markup(runs, tmp_path):
+    """Plotly takes texts for HTML of its own, and a page shows what characters it is given."""
+    out = tmp_path / "out"
+    shutil.copytree(runs.folder / "owl", out)
+    result = json.loads((out / "result.json").read_text())
+    result["sparsity"]["projections"][0]["name"] = "mlp.<b>up</b>\x1b[1m\u202e&amp;_proj"
+    result["workers"][0]["node"] = "<a href='https://e.org'>node</a>"
+    (out / "result.json").write_text(json.dumps(result))
+    with (out / "events.jsonl").open("a") as file:
+        file.write('{"time": 4e9, "event": "lost", "reason": "<i>\\u001b[2J at /home/me/run.py"}\n')
+    write_report(str(out))
+    page = page_of(out)
+    plots = figures(page)
+    shown = "&lt;b&gt;up&lt;/b&gt;\\x1b[1m\\u202e&amp;amp;"
+    assert any(shown in name for name in plots["Sparsity by layer and projection (% of weights)"]["data"][0]["x"])
+    assert any(shown in entry["name"] for entry in plots["Output error by layer (relative, no unit)"]["data"])
+    (memory,) = plots["Peak memory of each worker (GiB)"]["data"]
+    assert memory["customdata"] == [["&lt;a href='https://e.org'&gt;node&lt;/a&gt;"]]
+    body = page[: page.index("<script>")]
+    assert "\x1b" not in body
+    assert "\u202e" not in body
+    assert "workers lost: &lt;i&gt;\\x1b[2J at .../run.py" in body
 
 
 def points(out):
@@ -182,7 +253,7 @@ def test_an_output_may_lie_where_its_model_was(runs, tmp_path):
     shutil.rmtree(tmp_path / "m")
     (tmp_path / "o").rename(tmp_path / "m")
     (alone,) = finished_runs(str(tmp_path / "m"))
-    assert alone.model == alone.folder
+    assert alone.model == alone.name == "m"
     assert points(tmp_path / "m") == []  # measured on nothing, and in the end
 
 
@@ -320,10 +391,10 @@ def test_there_is_none_of_what_is_not_finished(runs, tmp_path, dies_at_layer):
             write_report(str(tmp_path / out))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"command": "prune"}', '{"command": "evaluate", "seconds": 1}'])
+@pytest.mark.parametrize("content", ["[]", "{}", '{"command": "prune"}', '{"command": "evaluate", "seconds": 1}'])
 def test_what_is_no_result_is_said(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
-    with pytest.raises(InputError, match="out: .*/result.json is no result of a run: "):
+    with pytest.raises(InputError, match="out: .*/result.json is no result of a run: it "):
         write_report(str(tmp_path))
 
 

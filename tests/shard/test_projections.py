@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from shardprune.shard.projections import prune_projections
+from shardprune.errors import SolverError
+from shardprune.shard.projections import adopt_projection, prune_projections
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.methods import METHODS
-from shardprune.solvers.pattern import parse_pattern
+from shardprune.solvers.pattern import Unstructured, parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
 NAMES = ("q", "k")
@@ -50,3 +51,32 @@ def test_errors_are_those_of_the_weights_that_are_written(method, stored, sparsi
     for report in reports:
         expected = plain_error(inputs.flatten(0, 1), dense[report.name], weights[report.name])
         assert report.error == pytest.approx(expected, rel=distance)
+
+
+def test_a_weight_that_overflows_when_it_is_stored_is_named():
+    """The solver moves what it prunes into the remaining weights, which are near float16's largest."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 200, 1, generator=generator) + torch.randn(3, 200, 32, generator=generator) / 10
+    statistics = InputStatistics.empty("gram", 32)
+    statistics.add(inputs, 3)
+    weights = {name: 6e4 - torch.rand(8, 32, generator=generator) * 1e4 for name in NAMES}
+    with pytest.raises(SolverError, match=r"^layer 3 q: the pruned weight overflows float16, .*\(up to 65504\)"):
+        prune_projections(
+            METHODS["sparsegpt"],
+            weights,
+            dict.fromkeys(NAMES, torch.float16),
+            statistics,
+            parse_pattern("unstructured"),
+            dict.fromkeys(NAMES, Share(0.5)),
+            restore=False,
+            measure_error=False,
+            layer=3,
+        )
+
+
+def test_a_sparse_weight_that_the_dense_dtype_cannot_hold_is_named():
+    given = torch.tensor([[7e4, 0.0], [0.0, 1.0]])
+    with pytest.raises(SolverError, match=r"^layer 1 q: the sparse weight overflows float16"):
+        adopt_projection(torch.ones(2, 2), given, torch.float16, Unstructured(), False, 1, "q")
+    adopted, _ = adopt_projection(torch.ones(2, 2), given, torch.float16, Unstructured(), True, 1, "q")
+    assert torch.equal(adopted, torch.eye(2).half())

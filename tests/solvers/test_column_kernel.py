@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from tests.solvers.kernel_cases import CASES, compared
+from tests.support.compiled import resources
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 TIES = [False, True]
@@ -79,27 +79,6 @@ COUNT = {
 SETTLE = {"found": "*i32", "known": "*i64", "counts": "*i64", "keys": "*i64"}
 
 
-def resources(tmp_path, kernel, signature, constants, warps):
-    """Registers of a thread, and the bytes of its stack, to which registers spill, in a kernel compiled for sm_90."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name == "stride"
-    }
-    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(tmp_path / "kernel.cubin")]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    return int(found[1]), int(found[2])
-
-
 # Groups of three or five cost two registers more than there are.
 @pytest.mark.parametrize(
     ("n", "m", "spilled"), [(0, 1, 0), (2, 4, 0), (1, 4, 0), (4, 8, 0), (2, 8, 0), (8, 16, 0), (3, 5, 16)]
@@ -110,7 +89,7 @@ def test_the_compiled_sweep_keeps_its_losses_in_registers(tmp_path, n, m, spille
     from shardprune.solvers import column_kernel
 
     constants = {"HALF": 64, "ROWS": column_kernel.ROWS, "N": n, "M": m, "UNIT": triton.next_power_of_2(m)}
-    registers, stack = resources(tmp_path, column_kernel.sweep_block, SWEEP, constants, column_kernel.WARPS)
+    registers, stack = resources(tmp_path, column_kernel.sweep_block, SWEEP, constants, num_warps=column_kernel.WARPS)
     assert 128 < registers <= 255
     assert stack <= spilled
 
@@ -121,9 +100,10 @@ def test_the_compiled_selection_spills_nothing(tmp_path):
     shape = {"COLUMNS": radix.COLUMNS, "ROWS": radix.ROWS}
     digits = {"DIGIT": radix.DIGIT, "COPIES": radix.COPIES}
     for first in True, False:
-        registers, stack = resources(tmp_path, radix._count, COUNT, {"FIRST": first, **digits, **shape}, radix.WARPS)
+        constants = {"FIRST": first, **digits, **shape}
+        registers, stack = resources(tmp_path, radix._count, COUNT, constants, num_warps=radix.WARPS)
         assert registers <= 255
         assert stack == 0
-    registers, stack = resources(tmp_path, radix._settle, SETTLE, digits, radix.WARPS)
+    registers, stack = resources(tmp_path, radix._settle, SETTLE, digits, num_warps=radix.WARPS)
     assert registers <= 255
     assert stack == 0

@@ -88,8 +88,10 @@ def test_a_large_tensor_is_read_by_several_requests_at_a_time(s3, folder):
 
 def test_a_file_that_ends_early_says_so(folder):
     folder.write_bytes("x", bytes(100))
-    with pytest.raises(EOFError, match="x ends at byte 100, 20 bytes early"):
+    with pytest.raises(StorageError, match=r"^out: .*/x cannot be read: it ends at byte 100, 20 bytes early$"):
         folder.read_into("x", 60, memoryview(bytearray(60)))
+    with pytest.raises(StorageError, match=r"^out: .*/x cannot be read: it ends at byte 100, 30 bytes early$"):
+        folder.read_range("x", 60, 130)
 
 
 def test_what_others_do_is_seen_at_once(s3, bucket, folder):

@@ -1,14 +1,14 @@
 """Records of layers: what is written into a file is what is read back."""
 
-import json
-
 import pytest
 import torch
 
 from shardprune.errors import InputError
-from shardprune.storage.journal import KEY, Journal
+from shardprune.storage.digests import tensor_digest
+from shardprune.storage.journal import Journal
 from shardprune.storage.records import BlockReport, KeptStructures, LayerRecord, LayerSizes, ProjectionReport
 from shardprune.storage.safetensors_file import write_tensors
+from shardprune.storage.seals import sealed
 
 PROJECTION = ProjectionReport(1, "mlp.down_proj", 0.5, zeros=6, zeros_before=1, weights=12, retries=2, error=0.1)
 OTHER = ProjectionReport(1, "mlp.up_proj", 0.5, zeros=3, zeros_before=0, weights=6, pattern="2:4", error=0.2)
@@ -23,13 +23,16 @@ RECORDS = {
 }
 
 
+SHAPES = {"w": (torch.float32, (2,))}
+
+
 @pytest.fixture
 def journal(tmp_path):
     return Journal(str(tmp_path), "mine", 3)
 
 
 def write(journal, record):
-    journal.write_layer({"w": (torch.float32, (2,))}, lambda _name: torch.zeros(2), record)
+    journal.write_layer(SHAPES, lambda _name: torch.zeros(2), record)
 
 
 @pytest.mark.parametrize("record", RECORDS.values(), ids=RECORDS)
@@ -47,7 +50,11 @@ def test_sums_over_the_projections():
 
 
 OTHER_VERSIONS = {
-    "as before there were records": {"layer": 1, "projections": []},
+    "no layer": {"projections": []},
+    "a projection without weights": {
+        **RECORDS["zeros"].plain(),
+        "projections": [{**PROJECTION.__dict__, "weights": 0}],
+    },
     "a field too many": {**LayerRecord(1).plain(), "seconds": 3},
     "a report with a field too many": {**RECORDS["zeros"].plain(), "projections": [{"layer": 1, "speed": 2}]},
     "no list": {**LayerRecord(1).plain(), "projections": None},
@@ -56,8 +63,9 @@ OTHER_VERSIONS = {
 
 @pytest.mark.parametrize("fields", OTHER_VERSIONS.values(), ids=OTHER_VERSIONS)
 def test_what_another_version_recorded_is_refused(journal, fields):
-    metadata = {KEY: json.dumps({"fingerprint": "mine", **fields})}
-    write_tensors(journal.folder, journal.layer_file(1), {"w": torch.zeros(2)}, metadata)
+    tensors = {"w": torch.zeros(2)}
+    metadata = sealed({"fingerprint": "mine", **fields}, {"w": tensor_digest(tensors["w"])}, SHAPES)
+    write_tensors(journal.folder, journal.layer_file(1), tensors, metadata)
     with pytest.raises(InputError, match=r"out: model-00003-of-00004.safetensors was written by another version"):
         journal.finished()
 

@@ -127,7 +127,7 @@ REFUSED = {
         "error: out: {}/out cannot be written: Access Denied",
     ),
     "an output that shows nothing": (
-        lambda faults: faults.deny(r"GET .*\?.*prefix"),
+        lambda faults: faults.deny(r"GET .*\?.*prefix=out"),
         {},
         "error: out: {}/out/run.json cannot be read: Access Denied",
     ),

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from shardprune.errors import InputError
-from shardprune.storage import stdlib
+from shardprune.storage import stdlib, windows
 from shardprune.storage.sources import check_source
 from shardprune.storage.windows import calibration_windows, perplexity_windows, tokens_hash
 from tests.support.words import words_tokenizer
@@ -46,6 +46,15 @@ def test_jsonl_documents_and_fields(tmp_path, tokenizer):
     one, two, three, four = tokenizer()("one two three four").input_ids
     assert set(calibrate(tmp_path / "x.jsonl", tokenizer).flatten().tolist()) == {one, two, three}
     assert four in calibrate(f"{tmp_path / 'x.jsonl'}:body", tokenizer).flatten().tolist()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_text(tmp_path, tokenizer, encoding):
+    (tmp_path / "x.txt").write_text(SENTENCE * 20)
+    (tmp_path / "marked.txt").write_text(SENTENCE * 20, encoding=encoding)
+    assert torch.equal(calibrate(tmp_path / "marked.txt", tokenizer), calibrate(tmp_path / "x.txt", tokenizer))
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text": "one two three"}), encoding=encoding)
+    assert calibrate(tmp_path / "x.jsonl", tokenizer, seqlen=3).shape == (4, 3)
 
 
 def test_line_separators_inside_a_json_string_are_text(tmp_path, tokenizer):
@@ -104,8 +113,10 @@ def test_stdlib_calibrates_on_training_modules_and_measures_on_held_out_ones(tok
     ("content", "name", "message"),
     [
         (b"one two", "x.txt", "calibration: .*x.txt' has 2 tokens, too short for one window of seqlen 6"),
-        (b"\xff\xfe\x00", "x.txt", "calibration: .* is not UTF-8 text"),
+        (b"\xff\xfe\x00", "x.txt", "calibration: .* is not UTF-16 text: truncated"),
         (b'{"text": "one"}\n{"txt": "two"}', "x.jsonl", "calibration: .* line 2 is no JSON object with a text 'text'"),
+        (rb'{"text": "\ud800"}', "x.jsonl", "calibration: .* line 1 is not JSON: .* hex escape"),
+        (b"caf\xe9", "x.txt", "calibration: .* is not UTF-8 text: .* at byte 3"),
         (b'{"text": 5}', "x.jsonl", "calibration: .* line 1 is no JSON object with a text 'text'"),
         (b"not an array", "x.npy", "calibration: .* is not a .npy array"),
         (None, "x.txt", "calibration: .* does not exist"),
@@ -124,6 +135,9 @@ def test_bad_sources(tmp_path, tokenizer, content, name, message):
         (np.zeros((5, 6)), "is float64 .* use int64"),
         (np.zeros(6, dtype=np.int64), "use int64"),
         (np.full((5, 6), 16, dtype=np.int64), "must hold token ids from 0 to 15"),
+        (np.full((5, 6), -1), "must hold token ids from 0 to 15"),
+        (np.zeros((0, 6), dtype=np.int64), "x.npy' is empty"),
+        (np.zeros((5, 6), dtype=bool), "is bool .* use int64"),
         (np.zeros((5, 7), dtype=np.int64), "seqlen: 6 is not the row length 7"),
         (np.zeros((3, 6), dtype=np.int64), "samples: 4 is more than the 3 rows"),
     ],
@@ -132,6 +146,23 @@ def test_bad_stored_tokens(tmp_path, tokenizer, tokens, message):
     np.save(tmp_path / "x.npy", tokens)
     with pytest.raises(InputError, match=message):
         calibrate(tmp_path / "x.npy", tokenizer)
+
+
+def test_windows_that_memory_has_no_room_for(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "x.txt").write_text(SENTENCE)
+    reason = "samples: 1000000000 windows of 6 tokens take 96.0 GB while .* 1.0 GB of them; use at most 10,4"
+    monkeypatch.setattr(windows, "host_memory", lambda: 2 * 10**9)
+    with pytest.raises(InputError, match=f"^{reason}16,666$"):
+        calibrate(tmp_path / "x.txt", tokenizer, samples=10**9)
+    with pytest.raises(InputError, match="^samples: 1 windows of .*; use a smaller seqlen$"):
+        calibrate(tmp_path / "x.txt", tokenizer, samples=1, seqlen=10**12)
+
+
+def test_a_data_set_of_rows_without_text(tmp_path, tokenizer):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    with pytest.raises(InputError, match="^calibration: .* row 2 is no text$"):
+        calibrate(f"hf:{tmp_path / 'data'}:train:text", tokenizer)
 
 
 @pytest.mark.parametrize("source", ["stdlib", "c4", "a.txt", "s3://b/a.jsonl:body", "hf:a/b:train:text", "hf:a:b:c:d"])

@@ -17,6 +17,8 @@ from shardprune.recipes.settings import Settings, optional
 # Slurm's forms: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?P<third>\d+))?")
 TIME_FORMS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]"
+# What ends a line, or is no text; a tab may stand in a line.
+CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 EARLY_SECONDS = 60  # by which Slurm may send a signal before its time
 
 
@@ -105,12 +107,19 @@ class BatchJob(Nodes, Queue, Environment):
     def _each_on_a_line(self) -> "BatchJob":
         for name, value in self.model_dump().items():
             for text in value if isinstance(value, tuple) else (value,):
-                if isinstance(text, str) and "\n" in text:
-                    raise InputError(name, f"{text!r} has more than one line")
+                if isinstance(text, str):
+                    _check_line(name, text)
         return self
 
     def script(self, command: Sequence[str], folder: Path) -> str:
-        """Return the script that runs a command and its options in a directory."""
+        """Return the script that runs a command and its options in a directory.
+
+        Raises:
+            InputError: the directory, or a word of the command, would end a line of the script.
+        """
+        for word in command:
+            _check_line("overrides", word)
+        _check_line("working directory", str(folder))
         head = ("Written by `shardprune slurm`; docs/slurm.md explains it. Submit it again to go on after a failure.",)
         # Without lines that set up an environment it is the one that writes the script.
         python = "python" if self.setup else shlex.quote(sys.executable)
@@ -174,6 +183,16 @@ def standing_script() -> str:
         *(f"[ \"$1\" != {name} ] || unset 'words[1]'" for name, row in COMMANDS.items() if row.file_first),
     )
     return BatchJob.checked({"job_name": "shardprune"}).render(head, '"${words[@]}"', "python", before=words)
+
+
+def _check_line(field: str, text: str) -> None:
+    """Check that a text stays on its line of a script, where it could become an option or a command otherwise.
+
+    Raises:
+        InputError: it holds a control character.
+    """
+    if found := CONTROL.search(text):
+        raise InputError(field, f"{text!r} holds {found[0]!r}; use text of one line, without control characters")
 
 
 def _option(name: str, value: Any) -> str:

@@ -6,7 +6,6 @@ finished layers stay, and the job is requeued, where the same command resumes.
 """
 
 import argparse
-import json
 import os
 import secrets
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 from shardprune.cluster.slurm.node import TOKEN
 from shardprune.cluster.slurm.processes import Ended, Event, Line, Mailbox, Process, Signalled, Step
 from shardprune.cluster.slurm.queueing import allocated_nodes, requeue
+from shardprune.storage.json_file import parse_json
 
 START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be loaded from slow network storage
 STOP_SECONDS = 15.0  # for Ray to end on the nodes
@@ -118,7 +118,7 @@ class Job:
             if event is None or (isinstance(event, Ended) and not step.running):
                 break
             if isinstance(event, Line):
-                joined.append(json.loads(event.text))
+                joined.append(parse_json(event.text))
         return joined
 
     def _drive(self, address: str, folder: Path) -> int:

@@ -10,7 +10,6 @@ not to end the job when it loses a node.
 
 import argparse
 import ctypes
-import json
 import os
 import random
 import shutil
@@ -28,6 +27,7 @@ from typing import Any
 
 from shardprune.cluster.slurm.processes import END
 from shardprune.cluster.slurm.queueing import remaining_nodes, requeue
+from shardprune.storage.json_file import dump_json
 
 TOKEN = "token"
 START_LOG = "start.log"
@@ -143,7 +143,7 @@ def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> tu
     while ray.poll() is None:
         if not joined and (address := _content(folder / ADDRESS)):
             joined = True
-            print(json.dumps({"node": node, "address": address, "folder": str(folder)}), flush=True)
+            print(dump_json({"node": node, "address": address, "folder": str(folder)}), flush=True)
         try:
             why = happened.get(timeout=1.0 if joined else 0.1)
         except Empty:

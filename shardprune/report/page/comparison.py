@@ -1,8 +1,7 @@
 """Comparison of several runs: perplexity against compression and against seconds."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
 
@@ -17,9 +16,10 @@ HEADINGS = ("", "run", "text", "perplexity", "compression", "seconds")
 
 @dataclass(frozen=True)
 class Text:
-    """The text that a perplexity was measured on; measurements are comparable only if all fields are equal."""
+    """The text that a perplexity was measured on; measurements are comparable only if all fields but the name that it
+    was given are equal."""
 
-    source: str
+    source: str = field(compare=False)
     seqlen: int
     windows: int
     tokens_sha256: str
@@ -51,7 +51,7 @@ def names_of(folders: Iterable[str]) -> dict[str, str]:
         count = 2 if own[-1] in (PRUNED, RECOVERED) else 1
         while count < len(own) and any(of[-count:] == own[-count:] for of in others):
             count += 1
-        names[folder] = "/".join(own[-count:])
+        names[folder] = "/".join(own[-count:]).lstrip("/")
     return names
 
 
@@ -152,7 +152,7 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
             go.Scatter(
                 x=[place],
                 y=[point.perplexity],
-                name=escape(point.name),  # plotly interprets names as markup
+                name=point.name,
                 mode="markers+text",
                 text=[str(number + 1)],
                 textposition="top center",

@@ -4,17 +4,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from shardprune.errors import InputError, first_line
+from shardprune.errors import InputError, without_credentials
 from shardprune.report.events import read_events
 from shardprune.report.page.history import History
-from shardprune.report.result import EvaluationResult, Result
+from shardprune.report.result import EvaluationResult, Result, read_result
 from shardprune.storage.folder import READ_ONLY, Folder
+from shardprune.storage.malformed import Malformed
 from shardprune.storage.output_names import RESULT, run_folders
+from shardprune.storage.relative_paths import absolute_paths
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run's result and its events in order; the events may be empty."""
+    """A run's result, with local paths relative to its folder, and its events in order; the events may be empty."""
 
     folder: str
     result: Result | EvaluationResult
@@ -26,7 +28,16 @@ class FinishedRun:
 
     @property
     def model(self) -> str:
-        return self.result.recipe["model"]
+        """The name of the model: a hub name, a URL, or the last part of a local path."""
+        given = self.result.recipe["model"]
+        place = absolute_paths(given, self.folder)
+        return given if place == given else place.rpartition("/")[2]
+
+    @property
+    def name(self) -> str:
+        """The name of the output: a URL without credentials, or the last part of a local path."""
+        place = without_credentials(self.folder)
+        return place if "://" in place else place.rstrip("/").rpartition("/")[2]
 
     @property
     def seconds(self) -> float:
@@ -41,9 +52,9 @@ class FinishedRun:
     @cached_property
     def parent(self) -> "FinishedRun | None":
         """The run that made this run's input model, if known."""
-        given = self.result.recipe["sparse" if self.command == "rebuild" else "model"]
-        if given.startswith(READ_ONLY):
-            return None
+        given = absolute_paths(self.result.recipe["sparse" if self.command == "rebuild" else "model"], self.folder)
+        if given.startswith(READ_ONLY) or (not given.startswith("/") and "://" not in given):
+            return None  # a name of the hub, or one whose folder is not known
         folder = Folder(given, "model")
         try:
             found = _finished(folder) if folder.is_file(RESULT) else None
@@ -67,8 +78,6 @@ def finished_runs(out: str) -> list[FinishedRun]:
 
 def _finished(folder: Folder) -> FinishedRun:
     try:
-        record = folder.read_json(RESULT)
-        kind = EvaluationResult if record["command"] == "evaluate" else Result
-        return FinishedRun(folder.url, kind(**record), read_events(folder))
-    except (ValueError, TypeError, KeyError) as error:  # pydantic's and json's are ValueErrors
-        raise InputError(folder.field, f"{folder.url}/{RESULT} is no result of a run: {first_line(error)}") from error
+        return FinishedRun(folder.url, read_result(folder), read_events(folder))
+    except Malformed as error:
+        raise InputError(folder.field, f"{folder.url}/{RESULT} {error}") from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from shardprune.printable import without_folders
 from shardprune.report.page.workers import Key
 
 Event = dict[str, Any]
@@ -79,7 +80,7 @@ class History:
 
     def _losses(self) -> list[Interruption]:
         return [
-            Interruption(event["time"], f"workers lost: {event['reason']}")
+            Interruption(event["time"], f"workers lost: {without_folders(event.get('reason', ''))}")
             for event in self.events
             if event["event"] == "lost"
         ]

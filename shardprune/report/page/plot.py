@@ -5,9 +5,13 @@ colour alone: lines have dashes and symbols, bars have patterns, cells have numb
 """
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
+import plotly.io as pio
+
+from shardprune.printable import printable
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C8C8C")
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
@@ -35,8 +39,23 @@ class Plot:
     wide: bool = False
 
     def as_json(self) -> str:
-        """Return the figure as JSON for the page's script; plotly escapes text that would end a `script` element."""
-        return self.figure.to_json()
+        """Return the figure as JSON for the page's script; plotly escapes text that would end a `script` element.
+
+        Plotly reads texts as markup. Here they are names, so that nothing of it is left but line breaks.
+        """
+        return pio.to_json(_named(self.figure.to_plotly_json()), validate=False)
+
+
+TEMPLATES = ("hovertemplate", "texttemplate")  # written here alone, with plotly's own placeholders
+
+
+def _named(value: Any) -> Any:
+    """Return a part of a figure with its texts as names: printable, and without markup."""
+    if isinstance(value, dict):
+        return {name: item if name in TEMPLATES else _named(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(item) for item in value]
+    return escape(printable(value), quote=False).replace("&lt;br&gt;", "<br>") if isinstance(value, str) else value
 
 
 def figure(traces: list[Any], **layout: Any) -> go.Figure:

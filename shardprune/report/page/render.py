@@ -9,6 +9,7 @@ from importlib.resources import files
 from jinja2 import Environment, Template
 from plotly.offline import get_plotlyjs
 
+from shardprune.printable import printable
 from shardprune.report.page.plot import Plot
 
 
@@ -43,4 +44,12 @@ def render(title: str, sections: Iterable[Section]) -> str:
 @cache
 def _template() -> Template:
     source = (files("shardprune.report.page") / "page.html").read_text("utf-8")
-    return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
+    return page.from_string(source)
+
+
+def _shown(value: object) -> object:
+    """Return what stands on the page for a value: printable text, line by line as it is for the recipe's YAML."""
+    if type(value) is not str:  # Markup, as of plots and of plotly itself, is a text of its own kind
+        return value
+    return "\n".join(printable(line, longest=None) for line in value.split("\n"))

@@ -2,9 +2,7 @@
 
 from typing import Any
 
-import yaml
-
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.page.finished_run import FinishedRun, finished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
@@ -18,9 +16,16 @@ from shardprune.report.page.render import Grid, Section, render
 from shardprune.report.page.timeline import timeline
 from shardprune.report.page.training import loss_curve
 from shardprune.report.result import Evaluation, EvaluationResult, Result
-from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
+from shardprune.report.summary import (
+    EVALUATION_HEADINGS,
+    evaluation_rows,
+    remark_on_numbers,
+    summary_rows,
+    what_was_done,
+)
 from shardprune.storage.folder import Folder, absolute, output_folder
 from shardprune.storage.retrying import preflight
+from shardprune.storage.yaml_file import dump_yaml
 
 
 @preflight()
@@ -70,10 +75,10 @@ def _title(runs: list[FinishedRun]) -> str:
 
 
 def _section(run: FinishedRun) -> Section:
-    recipe = yaml.safe_dump(run.result.recipe, sort_keys=False, allow_unicode=True)
+    recipe = dump_yaml(run.result.recipe)
     if isinstance(run.result, EvaluationResult):
         grids = [_evaluation_grid(run.result.evaluation)]
-        return Section("evaluate", _costs(run), grids, _work(run), recipe=recipe)
+        return Section("evaluate", _costs(run), grids, _work(run), _remark_on_numbers(run.result), recipe)
     result = run.result
     grids = [Grid(("", "before", "after"), list(summary_rows(result)))]
     if result.evaluation:
@@ -90,7 +95,7 @@ def _section(run: FinishedRun) -> Section:
 
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
-    facts = [("model", run.model), ("output", without_credentials(run.folder))]
+    facts = [("model", run.model), ("output", run.name)]
     if result.sparsity and result.recovery:  # recover has no target
         facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
     elif result.sparsity:
@@ -145,9 +150,14 @@ def _work(run: FinishedRun) -> list[Plot]:
     return plots
 
 
+def _remark_on_numbers(result: Result | EvaluationResult) -> list[str]:
+    remark = remark_on_numbers(result)
+    return [remark] if remark else []
+
+
 def _remarks(result: Result) -> list[str]:
     """Return the reasons why parts of a report are missing."""
-    remarks: list[str] = []
+    remarks = _remark_on_numbers(result)
     zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
     if zeroed and result.sparsity and result.sparsity.projections:
         if all(layer.outliers is None for layer in result.sparsity.layers):

@@ -148,7 +148,14 @@ WRONG = {
     "no room for sockets": (PRUNE, ["--tmp", LONG], f"tmp: '{LONG}' is not allowed; use an absolute path of at most"),
     "no option of sbatch": (PRUNE, ["--sbatch", "qos=x"], "sbatch: ['qos=x'] is not allowed; 'qos=x' is no option"),
     "printed and submitted": (PRUNE, ["--script", "-", "--submit"], "script: '-' is printed, not submitted"),
-    "two lines": (PRUNE, ["--job-name", LINES], f"job_name: {LINES!r} has more than one line"),
+    "two lines": (PRUNE, ["--job-name", LINES], f"job_name: {LINES!r} holds '\\n'; use text of one line"),
+    "two lines to run first": (PRUNE, ["--setup", "a\rb"], "setup: 'a\\rb' holds '\\r'; use text of one line"),
+    "half a character": (PRUNE, ["--account", "a\udc80"], "account: 'a\\udc80' holds '\\udc80'; use text of one line"),
+    "two lines of the command": (
+        PRUNE,
+        ["--", "--calibration", f"{LINES}.txt"],
+        "overrides: 'a\\n#SBATCH --uid=0.txt'",
+    ),
 }
 
 
@@ -160,6 +167,15 @@ def test_bad_input_is_one_line_and_no_script(recipe, capsys, text, words, said):
     assert captured.err.startswith(f"error: {said}")
     assert captured.err.count("\n") == 1
     assert [path.name for path in recipe.parent.iterdir()] == ["r.yaml"]
+
+
+def test_a_working_directory_of_two_lines(recipe, capsys, monkeypatch):
+    folder = recipe.parent / LINES
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert run(str(recipe)) == 2
+    assert capsys.readouterr().err.startswith("error: working directory: ")
+    assert list(folder.iterdir()) == []
 
 
 def test_a_machine_without_slurm(recipe, capsys, monkeypatch):

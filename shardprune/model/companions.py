@@ -1,0 +1,80 @@
+"""The files of a checkpoint beside its weights: configs, tokenizer, chat template.
+
+They are copied into every output and given to the tokenizer, so that they are a list of names, each a file of limited
+size inside the folder. Anything else that lies there stays where it is.
+"""
+
+import os
+
+from fsspec.implementations.local import LocalFileSystem
+
+from shardprune.errors import InputError
+from shardprune.storage.folder import Folder
+
+NAMES = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        # tokenizers, as transformers, sentencepiece, tiktoken and Mistral write them
+        "added_tokens.json",
+        "merges.txt",
+        "sentencepiece.bpe.model",
+        "special_tokens_map.json",
+        "spiece.model",
+        "tekken.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        # chat templates
+        "chat_template.jinja",
+        "chat_template.json",
+        # processors of models that read more than text
+        "preprocessor_config.json",
+        "processor_config.json",
+        "video_preprocessor_config.json",
+    }
+)
+LARGEST = 2**28  # bytes; tokenizers of a quarter of a million tokens have 2**25
+
+
+def companions(folder: Folder) -> list[str]:
+    """Return the names of the files beside the weights that belong to a checkpoint.
+
+    Raises:
+        InputError: one of them is a link that leaves the folder, no file, or too large; names the folder's field.
+    """
+    names = [name for name in folder.names() if name in NAMES]
+    for name in names:
+        check_companion(folder, name)
+    return names
+
+
+def check_companion(folder: Folder, name: str) -> None:
+    """Check that a file beside the weights is a file inside the folder, of limited size.
+
+    A snapshot in the hub's cache consists of links to the blobs beside it, which are its own files.
+
+    Raises:
+        InputError: it is not; names the folder's field.
+    """
+    place = f"{folder.url}/{name}"
+    if isinstance(folder.fs, LocalFileSystem) and not _inside(folder.root, name):
+        raise InputError(folder.field, f"{place} is a link that leaves the folder; put the file itself there")
+    size = folder.size(name)
+    if size is None:
+        raise InputError(folder.field, f"{place} is not a file")
+    if size > LARGEST:
+        raise InputError(folder.field, f"{place} has {size} bytes; such a file has at most {LARGEST}")
+
+
+def _inside(root: str, name: str) -> bool:
+    """Return whether a local file, with all links followed, is below `root` or a blob of the snapshot `root`."""
+    real, target = os.path.realpath(root), os.path.realpath(os.path.join(root, name))
+    homes = [real]
+    repository, snapshots = os.path.split(os.path.dirname(real))
+    if snapshots == "snapshots":
+        homes.append(os.path.join(repository, "blobs"))
+    return any(os.path.commonpath([home, target]) == home for home in homes)

@@ -1,0 +1,128 @@
+"""The file config.json of a checkpoint: its sizes are checked before transformers reads it."""
+
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from pydantic import BaseModel, Field
+from transformers import AutoConfig, PretrainedConfig
+
+from shardprune.errors import InputError
+from shardprune.model.families import TOWERS, family_of
+from shardprune.storage.json_file import parse_model
+from shardprune.storage.malformed import located
+
+CONFIG = "config.json"
+REASON = 300  # characters of another library's error that are shown
+
+
+class _Sizes(BaseModel):
+    """Fields by which transformers makes lists and buffers in memory, and those that would make nothing.
+
+    A model is built from a config before its tensors are compared with it. The bounds are far above any model's and
+    keep that a matter of seconds.
+    """
+
+    num_hidden_layers: int | None = Field(None, ge=1, le=2000)
+    hidden_size: int | None = Field(None, ge=1, le=2**20)
+    head_dim: int | None = Field(None, ge=1, le=2**20)
+    num_attention_heads: int | None = Field(None, ge=1, le=2**20)
+    num_key_value_heads: int | None = Field(None, ge=1, le=2**20)
+    vocab_size: int | None = Field(None, ge=1, le=2**31)
+    max_position_embeddings: int | None = Field(None, ge=1, le=2**31)
+    partial_rotary_factor: int | float | None = Field(None, gt=0, le=1)
+
+
+class _File(_Sizes):
+    """A config.json, as far as it is looked at here."""
+
+    model_type: str
+    tie_word_embeddings: bool | None = None
+    text_config: _Sizes | None = None
+    vision_config: _Sizes | None = None
+
+
+def parse_config(content: bytes, place: str, field: str = "model") -> PretrainedConfig:
+    """Parse the content of a config.json.
+
+    Args:
+        place: path or URL of the file, for the error.
+
+    Raises:
+        InputError: its family is not supported, or transformers reads no config from it; names `field`.
+    """
+    with located(field, place):
+        model_type = parse_model(content, _File).model_type
+    if model_type not in TOWERS:
+        family_of(model_type, field)
+    with tempfile.TemporaryDirectory() as local, deferred_warnings():  # AutoConfig reads from a local path only
+        file = Path(local, CONFIG)
+        file.write_bytes(content)
+        try:
+            return AutoConfig.from_pretrained(local, trust_remote_code=False)
+        except Exception as error:  # transformers checks a config in many ways, each with an error of its own
+            reason = in_one_line(error).replace(str(file), place).replace(local, place)
+            raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
+
+
+def language_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the language model; of one without a tower, the config itself.
+
+    Whether input embedding and head are one tensor is a matter of the model that holds both, so that a tower's flag
+    is that of the whole config.
+    """
+    if config.model_type not in TOWERS:
+        return config
+    language = config.get_text_config()
+    language.tie_word_embeddings = config.tie_word_embeddings
+    return language
+
+
+def with_changes(raw: dict[str, Any], changes: dict[str, Any], *, tower: bool, untied: bool) -> dict[str, Any]:
+    """Return the content of a config.json with other values of some fields.
+
+    Args:
+        changes: of fields of the language model's config.
+        tower: the file describes a larger model, of which the language model is a part.
+        untied: say that the head is a tensor of its own.
+    """
+    flag = {"tie_word_embeddings": False} if untied else {}
+    if tower:
+        return {**raw, **flag, "text_config": {**raw["text_config"], **changes, **flag}}
+    return {**raw, **changes, **flag}
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return an error's text in one line of bounded length; the name of its class if it has no text."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= REASON else f"{line[:REASON]}..."
+
+
+@contextmanager
+def deferred_warnings() -> Iterator[None]:
+    """Pass transformers' warnings on when the block has succeeded; where it fails, its error says more in one line."""
+    transformers.logging.get_verbosity()  # installs the library's own handler, if nothing has done so
+    logger, held = logging.getLogger("transformers"), _Held()
+    handlers, propagate = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [held], False
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+    for record in held.records:
+        logger.handle(record)
+
+
+class _Held(logging.Handler):
+    """A handler that keeps its records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)

@@ -1,0 +1,35 @@
+"""Ties of the input embedding and the output head, decided as transformers does when it loads a checkpoint.
+
+A config says that both are one tensor, but the files decide: with two different tensors the model has a head of its
+own, and one tensor alone serves as both, whichever it is.
+"""
+
+import math
+
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from shardprune.storage.folder import CHUNK, Folder
+from shardprune.storage.safetensors_file import Entry, read_elements
+
+
+def tied_names(config: PretrainedConfig) -> tuple[str, str] | None:
+    """Return the names of input embedding and head in the causal language model where a config ties them, else None."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return None
+    ((head, embedding),) = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys.items()
+    return embedding, head
+
+
+def equal(folder: Folder, first: Entry, second: Entry) -> bool:
+    """Return whether two tensors of a checkpoint have the same values; they are read up to the first difference."""
+    if first.shape != second.shape:
+        return False
+    elements, step = math.prod(first.shape), CHUNK // 4
+    for start in range(0, elements, step):
+        stop = min(start + step, elements)
+        one, other = (read_elements(folder, entry, start, stop).float() for entry in (first, second))
+        if not torch.equal(one, other):
+            return False
+    return True

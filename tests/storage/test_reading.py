@@ -1,0 +1,93 @@
+"""Every kind of file has one reader, and readers take files only."""
+
+import ast
+import os
+from pathlib import Path
+
+import pytest
+
+import shardprune
+from shardprune.errors import InputError, StorageError
+from shardprune.storage import folder as folders
+from shardprune.storage.folder import Folder, read_file
+from shardprune.storage.malformed import Malformed
+from shardprune.storage.sources import read_text
+from shardprune.storage.text_file import decode
+
+ROOT = Path(shardprune.__file__).parent
+# The only file that may import what parses a format.
+READERS = {"json": "storage/json_file.py", "yaml": "storage/yaml_file.py"}
+
+
+def test_nothing_else_parses_a_format():
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [str(node.module)]
+            for name in names:
+                assert READERS.get(name, name) in (name, file.relative_to(ROOT).as_posix()), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_text_in_every_encoding_with_a_mark(tmp_path, encoding):
+    text = "one \u00e9 \u4e2d \U0001f600\n"
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    assert decode((mark + text).encode(encoding)) == text
+    (tmp_path / "x.txt").write_bytes((mark + text).encode(encoding))
+    assert read_text("data", str(tmp_path / "x.txt")) == text
+    assert Folder(str(tmp_path), "model").read_text("x.txt") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"caf\xe9 au lait", "is not UTF-8 text: invalid continuation byte at byte 3"),
+        (b"\xff\xfe\x00", "is not UTF-16 text: truncated data at byte 2"),
+        (b"\xff\xfe\x00\xd8a\x00", "is not UTF-16 text: illegal UTF-16 surrogate at byte 2"),
+        (b"\xed\xa0\x80", "is not UTF-8 text: invalid continuation byte at byte 0"),
+    ],
+)
+def test_what_is_no_text(tmp_path, content, reason):
+    with pytest.raises(Malformed, match=f"^{reason}$"):
+        decode(content)
+    (tmp_path / "x.txt").write_bytes(content)
+    with pytest.raises(InputError, match=f"^data: '{tmp_path}/x.txt' {reason}$"):
+        read_text("data", str(tmp_path / "x.txt"))
+
+
+@pytest.fixture(params=["pipe", "link to a pipe", "device"])
+def endless(tmp_path, request):
+    if request.param == "device":
+        return Path("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    return tmp_path / ("link" if "link" in request.param else "pipe")
+
+
+def test_devices_and_pipes_are_no_files(endless):
+    reason = "it is a device or a pipe, not a file"
+    with pytest.raises(InputError, match=f"^data: '{endless}' cannot be read: {reason}$"):
+        read_file(str(endless), "data")
+    with pytest.raises(StorageError, match=f"^model: {endless} cannot be read: {reason}$"):
+        Folder(str(endless.parent), "model").read_bytes(endless.name)
+
+
+def test_a_directory_is_no_file(tmp_path):
+    with pytest.raises(InputError, match=f"^data: '{tmp_path}' cannot be read: it is a directory, not a file$"):
+        read_file(str(tmp_path), "data")
+
+
+def test_a_file_that_memory_has_no_room_for(tmp_path, monkeypatch):
+    with (tmp_path / "x.txt").open("wb") as file:
+        file.truncate(10**13)  # without any blocks on the disk
+    monkeypatch.setattr(folders, "host_memory", lambda: 16 * 10**9)
+    with pytest.raises(InputError, match=r"x.txt' has 10,000 GB; it is read whole, .* has room up to 4\.0 GB$"):
+        read_file(str(tmp_path / "x.txt"), "data")
+
+
+def test_json_is_not_read_beyond_its_limit(tmp_path):
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(10**13)
+    with pytest.raises(Malformed, match="^is too large for JSON here: 10,000,000,000,000 bytes, at most 100,000,000$"):
+        Folder(str(tmp_path), "out").read_json("x.json")
