@@ -47,7 +47,7 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare(recipe, backend)
             path_plan = path_plan_of(recipe, prepared.skeleton)

@@ -15,7 +15,7 @@ from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
-from shardprune.model.opening import open_model, open_texts, stored_dtype
+from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import narrowed_by
@@ -28,8 +28,8 @@ from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
-from shardprune.storage.folder import check_reachable
-from shardprune.storage.journal import Earlier, Journal
+from shardprune.storage.folder import absolute, check_reachable
+from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import calibration_windows
 
@@ -245,6 +245,9 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
     for field, url in (("model", recipe.model), ("sparse", job.sparse), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
+    for out in (claimed, recipe.out):  # before models and texts are read, which may be downloads
+        if out:
+            check_output(absolute(out), recipe.resume)
     slots = backend.slots()
     device = device_of(recipe.device, slots)
     # Where structures go, all that is cut passes through memory: biases and norms, too.
@@ -263,7 +266,7 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
     if isinstance(job.zeroing, Adopted):
         adopted = replace(job.zeroing, sparse=place_of(job.zeroing.sparse))
         job = replace(job, zeroing=adopted)
-        sparse = Checkpoint(adopted.sparse, "sparse")
+        sparse = open_checkpoint(adopted.sparse, "sparse")
         check_sparse(skeleton, sparse, checkpoint, adopted.pattern)
 
     vocabulary = skeleton.config.vocab_size

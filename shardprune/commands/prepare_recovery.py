@@ -23,7 +23,7 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.storage.folder import PARTIAL, Folder, absolute, check_reachable
-from shardprune.storage.journal import Earlier, Journal, recorded_recipe
+from shardprune.storage.journal import Earlier, Journal, check_output, recorded_recipe
 from shardprune.storage.json_file import dump_json
 from shardprune.storage.malformed import located
 from shardprune.storage.retrying import preflight
@@ -135,6 +135,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
+    check_output(recipe.out, recipe.resume)  # before models and texts are read, which may be downloads
     opened = open_model(recipe.model)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     check_seqlen(recipe.length, skeleton, "length")

@@ -12,6 +12,7 @@ import datasets
 import lm_eval
 import numpy as np
 import torch
+from jinja2.exceptions import SecurityError
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
@@ -20,6 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from shardprune.errors import InputError, first_line
+from shardprune.evaluation.task_code import CodeRefused, without_task_code
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
 
@@ -36,10 +38,11 @@ def load_tasks(recipe: TaskFields) -> list[Task | Group]:
     lm-eval's own thousands of tasks are indexed only if the recipe's directory lacks a name.
 
     Raises:
-        InputError: there is no such task or directory, its data cannot be loaded, or the engine cannot answer it.
+        InputError: there is no such task or directory, its data cannot be loaded, it names code that may not be run, or
+            the engine cannot answer it.
     """
     _seed()  # some tasks shuffle answers while they load
-    with _quiet():
+    with _quiet(), without_task_code(recipe):
         opened = _load(recipe)
     sources: dict[str, str] = {}
     for name, items in opened.items():
@@ -57,7 +60,7 @@ def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) ->
     # Not `simple_evaluate`, which also collects the machine's and the working directory's git state.
     for task in _leaves(tasks):
         _set_shots(task, recipe.num_fewshot)
-    with _quiet():
+    with _quiet(), without_task_code(recipe):
         chosen = TaskManager(include_defaults=False).load(list(tasks))
         found = lm_eval.evaluate(lm, chosen, limit=recipe.limit, log_samples=False)
     assert found is not None
@@ -88,6 +91,8 @@ def _load(recipe: TaskFields) -> Opened:
     if own and all(own.match_tasks([name]) for name in wanted):
         try:
             return _open(own, wanted)
+        except CodeRefused:
+            raise
         except InputError:
             if not any(set(own.match_tasks([name])) & set(own.all_groups) for name in wanted):
                 raise  # otherwise a group may contain lm-eval's own tasks: try again with those
@@ -117,6 +122,8 @@ def _open(manager: TaskManager, wanted: Sequence[str]) -> Opened:
     for name in names:
         try:
             found = manager.load([name])
+        except (CodeRefused, SecurityError):
+            raise
         except Exception as error:  # a data set's or a task's own code can raise anything
             raise InputError("tasks", f"{name!r} cannot be loaded: {first_line(error)}") from error
         opened[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
@@ -135,6 +142,11 @@ def _matches(manager: TaskManager, name: str) -> list[str]:
         hint = f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists those of the harness"
         raise InputError("tasks", f"{name!r} is no task; {hint}")
     return matches
+
+
+def writes(tasks: Sequence[Task | Group]) -> bool:
+    """Return whether the model is to write text in any of the tasks."""
+    return any(task.OUTPUT_TYPE not in SCORED for task in _leaves(tasks))
 
 
 def _leaves(items: Sequence[Task | Group]) -> list[Task]:

@@ -29,6 +29,7 @@ class TaskFields(Settings):
         (), description="lm-eval tasks, groups, patterns (blimp_*) or zeroshot; comma-separated or repeated"
     )
     tasks_dir: str | None = Field(None, description="Directory of your own lm-eval task YAML files")
+    allow_task_code: bool = Field(False, description="Run Python and unsandboxed templates of those tasks")
     limit: int | None = optional("all", "Documents per task", ge=1)
     num_fewshot: int | None = optional("the task's", "Few-shot examples per question", ge=0)
     engine: Literal["shards", "hf"] = Field(
@@ -90,4 +91,5 @@ class EvaluateRecipe(PerplexityFields, TaskFields, ShardFields, DestinationField
             raise InputError("perplexity", "missing; give a source, or tasks")
         self.needs("perplexity", bool(self.perplexity), "seqlen", "windows")
         self.needs("tasks", bool(self.tasks), "tasks_dir", "limit", "num_fewshot", "engine")
+        self.needs("tasks_dir", self.tasks_dir is not None, "allow_task_code")
         return self

@@ -17,6 +17,7 @@ FILE may be a path or any URL that fsspec reads.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ from shardprune.storage.sources import (
     read_text,
     split_jsonl,
 )
+from shardprune.storage.tokenising import check_vocabulary, tokenise
 from shardprune.storage.windows import Tokenizer
 
 ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
@@ -101,8 +103,7 @@ def load_rows(
     sizes = [len(example.tokens) for example in examples]
     groups = pack(sizes, length) if packing else [[index] for index in range(len(examples))]
     rows = Rows.of([[examples[index] for index in group] for group in groups])
-    if (highest := int(rows.tokens.max())) >= vocabulary:
-        raise InputError("data", f"the tokenizer makes token {highest} of {source!r}; the model has {vocabulary}")
+    check_vocabulary(int(rows.tokens.max()), vocabulary, "data", repr(source))
     return rows
 
 
@@ -169,7 +170,12 @@ def _from_exchanges(
         raise InputError("data", f"{source!r} needs a fast tokenizer to tell responses from prompts")
     for batch in _batches(exchanges):
         texts = [exchange.prompt + exchange.response for exchange in batch]
-        encoded = tokenizer(texts, return_offsets_mapping=not prompt_loss, verbose=False)
+        encoded = tokenise(
+            partial(tokenizer, texts, return_offsets_mapping=not prompt_loss, verbose=False),
+            sum(map(len, texts)),
+            "data",
+            repr(source),
+        )
         for index, (exchange, ids) in enumerate(zip(batch, encoded["input_ids"], strict=True)):
             learned = torch.ones(len(ids), dtype=torch.bool)
             if not prompt_loss:
@@ -185,7 +191,9 @@ def _from_corpus(source: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
     if not documents:
         raise InputError("data", f"{source!r} is empty")
     for batch in _batches(documents if corpus.by_document else [corpus.text]):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+        characters = sum(map(len, batch))
+        encoded = tokenise(partial(tokenizer, batch, verbose=False), characters, "data", repr(source))
+        for ids in encoded["input_ids"]:
             tokens, learned = _tensor(ids), torch.ones(len(ids), dtype=torch.bool)
             if corpus.by_document:
                 tokens, learned = _ended(tokenizer, ids, learned)

@@ -118,6 +118,14 @@ class Sparsity(BaseModel):
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
 
+    @property
+    def left_zero(self) -> float | None:
+        """The fraction of zeros among the weights that are left, where structures were removed and weights made zero;
+        None otherwise."""
+        if not self.projections or not self.removed or self.zeroed is None:
+            return None
+        return self.zeroed / (1 - self.removed)
+
 
 class Shape(BaseModel):
     """Layers, and what each of them has: key/value groups (a key/value head with its query heads), query heads, and
@@ -305,8 +313,11 @@ def read_result(folder: Folder) -> Result | EvaluationResult:
     """
     content = folder.read_json(RESULT)
     if not isinstance(content, dict) or "command" not in content:
-        raise Malformed("is no result of a run")
-    return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+        raise Malformed("is no result of a run: it names no command")
+    try:
+        return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+    except Malformed as error:
+        raise Malformed(f"is no result of a run: it {error}") from error
 
 
 def not_finite(result: Result | EvaluationResult) -> list[str]:

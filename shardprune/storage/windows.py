@@ -12,6 +12,7 @@ from shardprune.errors import InputError
 from shardprune.storage.host_memory import host_memory
 from shardprune.storage.quantities import gigabytes
 from shardprune.storage.sources import Corpus, is_tokens, load_corpus, load_tokens
+from shardprune.storage.tokenising import check_vocabulary, tokenise
 
 Tokenizer = Callable[[], PreTrainedTokenizerBase]  # loads the tokenizer, only if text has to be tokenised
 
@@ -22,7 +23,8 @@ def calibration_windows(
     """Draw windows from a source's token stream with a seed; return int64 [samples, seqlen].
 
     Raises:
-        InputError: the source is shorter than one window, or holds too few samples; or memory does not hold so many.
+        InputError: the source is shorter than one window, or holds too few samples; memory does not hold so many; or
+            the tokenizer fails, or is another model's.
     """
     if is_tokens(source):
         tokens = _stored_windows("calibration", source, seqlen, vocabulary)
@@ -32,8 +34,8 @@ def calibration_windows(
     _check_room(samples, seqlen)
     corpus = load_corpus("calibration", source, "calibration")
     if corpus.by_document:
-        return _draw_from_documents(corpus, tokenizer(), samples, seqlen, seed, source)
-    stream = _tokenise(tokenizer(), corpus.text)
+        return _draw_from_documents(corpus, tokenizer(), samples, seqlen, seed, source, vocabulary)
+    stream = _tokenise(tokenizer(), corpus.text, "calibration", source, vocabulary)
     _check_length("calibration", source, stream, seqlen)
     draw = random.Random(seed)
     starts = [draw.randint(0, len(stream) - seqlen) for _ in range(samples)]
@@ -52,12 +54,12 @@ def perplexity_windows(
         field: the recipe's field that names the source, for errors.
 
     Raises:
-        InputError: the source is shorter than one window.
+        InputError: the source is shorter than one window; or the tokenizer fails, or is another model's.
     """
     if is_tokens(source):
         return _stored_windows(field, source, seqlen, vocabulary)[:limit]
     corpus = load_corpus(field, source, "perplexity")
-    stream = _tokenise(tokenizer(), corpus.text)
+    stream = _tokenise(tokenizer(), corpus.text, field, source, vocabulary)
     _check_length(field, source, stream, seqlen)
     return stream[: len(stream) // seqlen * seqlen].view(-1, seqlen)[: corpus.windows][:limit].clone()
 
@@ -67,8 +69,13 @@ def tokens_hash(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+def _tokenise(tokenizer: PreTrainedTokenizerBase, text: str, field: str, source: str, vocabulary: int) -> Tensor:
+    """Return the tokens of a text, int64 [tokens], all of which the model knows."""
+    name = repr(source)
+    ids = tokenise(lambda: tokenizer(text, verbose=False).input_ids, len(text), field, name)
+    tokens = torch.tensor(ids, dtype=torch.int64)
+    check_vocabulary(int(tokens.max()) if len(tokens) else 0, vocabulary, field, name)
+    return tokens
 
 
 def _check_length(field: str, source: str, stream: Tensor, seqlen: int) -> None:
@@ -101,7 +108,13 @@ def _check_room(samples: int, seqlen: int) -> None:
 
 
 def _draw_from_documents(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, samples: int, seqlen: int, seed: int, source: str
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    source: str,
+    vocabulary: int,
 ) -> Tensor:
     """Draw one window from each document that is long enough, in an order drawn with the seed, again from the first if
     they run out.
@@ -112,7 +125,7 @@ def _draw_from_documents(
     while True:
         before = len(windows)
         for document in order:
-            tokens = _tokenise(tokenizer, document)
+            tokens = _tokenise(tokenizer, document, "calibration", source, vocabulary)
             if len(tokens) >= seqlen:
                 start = draw.randint(0, len(tokens) - seqlen)
                 windows.append(tokens[start : start + seqlen])

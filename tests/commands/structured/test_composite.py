@@ -180,7 +180,7 @@ def test_another_composites_output_is_never_touched(folder, state, dies_at_layer
 def test_no_resume_starts_a_composite_and_refuses_what_is_there(folder, tmp_path):
     run(folder, tmp_path / "o", **COMPOSITE, resume=False)
     before = snapshot(tmp_path / "o")
-    with pytest.raises(InputError, match="out: .* holds this run already"):
+    with pytest.raises(InputError, match="out: .* holds a run already"):
         run(folder, tmp_path / "o", **COMPOSITE, resume=False)
     assert snapshot(tmp_path / "o") == before
 
