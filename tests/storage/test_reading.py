@@ -85,8 +85,11 @@ def test_a_file_that_memory_has_no_room_for(tmp_path, monkeypatch):
     with (tmp_path / "x.txt").open("wb") as file:
         file.truncate(10**13)  # without any blocks on the disk
     monkeypatch.setattr(folders, "host_memory", lambda: 16 * 10**9)
-    with pytest.raises(InputError, match=r"x.txt' has 10,000 GB; it is read whole, .* has room up to 4\.0 GB$"):
+    reason = "cannot be read: it is read whole and has 10,000 GB; this machine's memory has room for 4.0 GB"
+    with pytest.raises(InputError, match=f"^data: '{tmp_path}/x.txt' {reason}$"):
         read_file(str(tmp_path / "x.txt"), "data")
+    with pytest.raises(StorageError, match=f"^model: {tmp_path}/x.txt {reason}$"):
+        Folder(str(tmp_path), "model").read_bytes("x.txt")
 
 
 def test_json_is_not_read_beyond_its_limit(tmp_path):
