@@ -171,7 +171,7 @@ class Folder:
                 done += count
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the content of a file. What has no end, as a pipe, or no room in memory counts as what cannot be read."""
+        """Return the content of a file; one without an end, as a pipe, or without room in memory cannot be read."""
         return self._persist("read", name, lambda: _content(self.fs, self.path(name)))
 
     def read_text(self, name: str) -> str:
