@@ -1,7 +1,6 @@
 """The file config.json of a checkpoint: its sizes are checked before transformers reads it."""
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from shardprune.errors import InputError
 from shardprune.model.families import TOWERS, family_of
 from shardprune.storage.json_file import parse_model
 from shardprune.storage.malformed import located
+from shardprune.storage.scratch import scratch_folder
 
 CONFIG = "config.json"
 REASON = 300  # characters of another library's error that are shown
@@ -60,7 +60,7 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         model_type = parse_model(content, _File).model_type
     if model_type not in TOWERS:
         family_of(model_type, field)
-    with tempfile.TemporaryDirectory() as local, deferred_warnings():  # AutoConfig reads from a local path only
+    with scratch_folder() as local, deferred_warnings():  # AutoConfig reads from a local path only
         file = Path(local, CONFIG)
         file.write_bytes(content)
         try:
