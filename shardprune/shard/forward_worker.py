@@ -13,6 +13,7 @@ from shardprune.model.checkpoint import reopened
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
+from shardprune.shard.heap import keep_freed_blocks
 from shardprune.shard.device_errors import device_errors
 from shardprune.shard.device_room import device_room
 from shardprune.shard.layers import Layers, LayerStore, Version
@@ -43,6 +44,8 @@ class ForwardWorker:
         if settings.device == "cuda":
             set_allocator()
             keep_float32()
+        else:
+            keep_freed_blocks()
         self.spec = spec
         self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = reopened(settings.model, spec.model)
