@@ -13,9 +13,9 @@ from shardprune.model.checkpoint import reopened
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
-from shardprune.shard.heap import keep_freed_blocks
 from shardprune.shard.device_errors import device_errors
 from shardprune.shard.device_room import device_room
+from shardprune.shard.heap import keep_freed_blocks
 from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
