@@ -1,10 +1,8 @@
 """The file config.json of a checkpoint: its sizes are checked before transformers reads it."""
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.families import TOWERS, family_of
 from shardprune.storage.json_file import parse_model
+from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
 CONFIG = "config.json"
@@ -59,13 +58,11 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         model_type = parse_model(content, _File).model_type
     if model_type not in TOWERS:
         family_of(model_type, field)
-    with tempfile.TemporaryDirectory() as local, deferred_warnings():  # AutoConfig reads from a local path only
-        file = Path(local, CONFIG)
-        file.write_bytes(content)
+    with local_copies({CONFIG: content}) as local, deferred_warnings():
         try:
             return AutoConfig.from_pretrained(local, trust_remote_code=False)
         except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = in_one_line(error).replace(str(file), place).replace(local, place)
+            reason = in_one_line(error).replace(f"{local}/{CONFIG}", place).replace(local, place)
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
 
 
