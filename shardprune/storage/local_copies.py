@@ -27,7 +27,5 @@ def local_copies(files: Mapping[str, bytes]) -> Iterator[str]:
                 Path(folder, name).write_bytes(content)
         except OSError as error:
             reason = error.strerror or first_line(error)
-            raise InputError(
-                ENVIRONMENT, f"no temporary file can be written: {reason}"
-            ) from error
+            raise InputError(ENVIRONMENT, f"no temporary file can be written: {reason}") from error
         yield folder
