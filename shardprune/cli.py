@@ -187,7 +187,7 @@ def check(
 
 @_command(LOOK, "shardprune report --compare runs/half runs/half-rebuilt")
 def report(
-    outs: Annotated[list[str], typer.Argument(help="Outputs of finished runs or pipelines", metavar="OUT")],
+    outs: Annotated[list[str], typer.Argument(help="Outputs of runs or pipelines", metavar="OUT")],
     *,
     compare: Annotated[bool, typer.Option("--compare", help="Compare several outputs on one page")] = False,
     file: Annotated[
@@ -199,7 +199,13 @@ def report(
         raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
     from shardprune.report.page.write import write_comparison, write_report
 
-    places = [write_comparison(outs, file or "comparison.html")] if compare else [write_report(out) for out in outs]
+    if compare:
+        place, unfinished = write_comparison(outs, file or "comparison.html")
+        for name in unfinished:
+            print(printable(f"not finished: {name}"), file=sys.stderr)
+        places = [place]
+    else:
+        places = [write_report(out) for out in outs]
     for place in places:
         print(printable(f"report: {place}"))
 

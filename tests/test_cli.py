@@ -109,7 +109,12 @@ def test_a_composite_by_the_command(folder, tmp_path, called):
     arguments += ["--structured", "0.3", "--score", "amp", "--no-correction", "--sparsity", "0.5", "--method", "wanda"]
     lines = [" ".join(line.split()) for line in called(*arguments).replace("│", " ").splitlines()]
     assert lines[0].startswith("0.3 removed by amp, wanda unstructured,")
-    for row in ("of it removed; zeros 0.3000 0.2", "key/value groups of a layer 4 3", "neurons of a layer 48 32"):
+    for row in (
+        "removed, of the original's weights 0.3000",
+        "zero, of the original's weights 0.2",
+        "key/value groups of a layer 4 3",
+        "neurons of a layer 48 32",
+    ):
         assert any(line.startswith(row) for line in lines), row
     recipe = json.loads((tmp_path / "o" / "result.json").read_text())["recipe"]
     assert (recipe["structured"], recipe["score"], recipe["correction"], recipe["sparsity"]) == (0.3, "amp", False, 0.5)

@@ -118,6 +118,14 @@ class Sparsity(BaseModel):
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
 
+    @property
+    def left_zero(self) -> float | None:
+        """The fraction of zeros among the weights that are left, where structures were removed and weights made zero;
+        None otherwise."""
+        if not self.projections or not self.removed or self.zeroed is None:
+            return None
+        return self.zeroed / (1 - self.removed)
+
 
 class Shape(BaseModel):
     """Layers, and what each of them has: key/value groups (a key/value head with its query heads), query heads, and

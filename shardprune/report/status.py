@@ -61,6 +61,10 @@ class Status:
             lines.append(f"ends      about {_utc(ends)}, in {clock_time(max(0.0, ends - now))}")
         return lines
 
+    def in_short(self) -> str:
+        """Format state and place as words."""
+        return f"{self.state}{f', {self.phase}' if self.phase else ''}{self._share()}"
+
     def _share(self) -> str:
         return "" if self.share is None else f", {self.share:.0%}"
 

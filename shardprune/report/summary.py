@@ -8,6 +8,9 @@ from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Res
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 NAMED = 4  # numbers in a remark
+# The names of shares where structures were removed and weights of the rest made zero.
+REMOVED_OR_ZERO = "removed or zero, of the original's weights"
+ZERO_OF_REST = "zero, of the weights that are left"
 EVALUATION_HEADINGS = ("", "metric", "value", "±", "samples", "shots")
 
 Row = tuple[str, str, str]  # label, before, after
@@ -50,8 +53,12 @@ def what_was_done(result: Result) -> list[str]:
     return done
 
 
-def summary_rows(result: Result) -> Iterator[Row]:
-    """Yield the rows of counted and measured values."""
+def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
+    """Yield the rows of counted and measured values.
+
+    Args:
+        attempts: of the run, where that is known; the seconds are those of the last one.
+    """
     for source, measured in result.perplexity.items():
         after = f"{measured.after:.3f}" if measured.after is not None else "-"
         yield f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after
@@ -68,7 +75,11 @@ def summary_rows(result: Result) -> Iterator[Row]:
     yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
     for phase in ("structure", "search", "observe", "prune", "recover", "evaluate", "total"):
         if phase in result.seconds:
-            yield f"seconds, {phase}", "", f"{result.seconds[phase]:.1f}"
+            yield (
+                f"seconds, {phase}{' of the last attempt' if attempts > 1 else ''}",
+                "",
+                f"{result.seconds[phase]:.1f}",
+            )
     yield "workers", "", str(len(result.workers))
     peak = max((worker.peak_bytes for worker in result.workers), default=0)
     yield "peak memory of a worker", "", f"{peak / 2**20:,.0f} MiB"
@@ -104,15 +115,21 @@ def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
     if recovery.zeros_before:
         yield "zeros of the projections", f"{recovery.zeros_before:,}", f"{recovery.zeros_after:,}"
         yield "zeros that stayed", "", f"{recovery.zeros_kept:,}"
-    yield "steps; parameters trained", f"{recovery.steps:,}", f"{recovery.parameters_trained:,}"
+    yield "steps", "", f"{recovery.steps:,}"
+    yield "parameters trained", "", f"{recovery.parameters_trained:,}"
 
 
 def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:
-    yield "sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}"
-    if sparsity.removed is not None and sparsity.zeroed:
-        yield "of it removed; zeros", f"{sparsity.removed:.4f}", f"{sparsity.zeroed:.4f}"
+    if sparsity.left_zero is None:
+        yield "sparsity", f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}"
+    else:
+        yield REMOVED_OR_ZERO, f"{sparsity.before:.4f}", f"{sparsity.achieved:.4f}"
+        yield "removed, of the original's weights", "", f"{sparsity.removed:.4f}"
+        yield "zero, of the original's weights", "", f"{sparsity.zeroed:.4f}"
+        yield ZERO_OF_REST, "", f"{sparsity.left_zero:.4f}"
     if abs(sparsity.allocated - sparsity.target) > 1e-4:
-        yield "sparsity asked for; allocated", f"{sparsity.target:.4f}", f"{sparsity.allocated:.4f}"
+        yield "sparsity asked for", "", f"{sparsity.target:.4f}"
+        yield "sparsity allocated", "", f"{sparsity.allocated:.4f}"
     if sparsity.blocks:
         yield "pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}"
         errors = [

@@ -1,7 +1,6 @@
 """Ctrl-C in a real terminal, at the moments of a run at which it hurts most: one line, the right exit code, no process
 left behind, and an output with which the same command goes on."""
 
-import signal
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from shardprune.recipes.demo import bundled_model
 from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
-from tests.recovery.trainings import SHALLOW, checked, make_documents, make_sparse
+from tests.recovery.trainings import SHALLOW, checked, make_documents, make_sparse, recover
 from tests.support.terminal import Terminal
 from tests.support.tiny import differing
 
@@ -92,12 +91,25 @@ def test_ctrl_c_in_the_middle_of_pruning(backend, undisturbed, tmp_path):
     assert differing(undisturbed, out) == []
 
 
-def test_a_terminal_that_is_gone_while_ray_starts(tmp_path):
+def test_sigterm_while_ray_starts(tmp_path):
     out = tmp_path / "o"
     terminal = Terminal(*words("prune", {**PRUNE, "out": out, "backend": "ray"}, "model"), cwd=tmp_path)
     terminal.until(lambda: any(child.name() == "gcs_server" for child in terminal.process.children()))
-    terminal.process.send_signal(signal.SIGHUP)
-    check(terminal, 129, "SIGHUP")
+    terminal.process.terminate()
+    check(terminal, 143, "SIGTERM")
+
+
+def test_a_terminal_that_is_closed_in_the_middle_of_pruning(undisturbed, tmp_path):
+    """The kernel sends SIGHUP, and nothing can be said any more."""
+    out = tmp_path / "o"
+    terminal = Terminal(*words("prune", {**PRUNE, "out": out, "backend": "local"}, "model"), cwd=tmp_path)
+    terminal.until(lambda: has(out, "layer"))
+    terminal.close()
+    assert terminal.ended() == 129
+    assert terminal.left_behind() == []
+    assert read_events(Folder(str(out), "out"))[-1]["event"] == "stopped"
+    prune(Recipe.checked({**PRUNE, "out": str(out), "backend": "local"}), QUIET)
+    assert differing(undisturbed, out) == []
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +120,22 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("moment", ["DeepSpeed starts", "a checkpoint stands"])
-def test_ctrl_c_during_recovery(moment, folder, tmp_path):
-    """On Ray, whose training has a handler of its own for it."""
+LONG = {"steps": 120, "checkpoint_every": 4}
+
+
+@pytest.mark.parametrize(("backend", "file"), [("local", "rows.safetensors"), ("ray", "latest")])
+def test_ctrl_c_during_recovery(backend, file, folder, tmp_path):
+    """While DeepSpeed starts in this process, and once a checkpoint stands on Ray, whose training has a handler of its
+    own for Ctrl-C."""
     out = tmp_path / "o"
-    values = checked(folder, out, steps=120, checkpoint_every=4, backend="ray").model_dump(exclude_unset=True)
+    values = checked(folder, out, **LONG, backend=backend).model_dump(exclude_unset=True)
     terminal = Terminal(*words("recover", {**values, "report": False}, "model"), cwd=tmp_path)
-    starts = out / "training" / "rows.safetensors"
-    stands = out / "training" / "latest"
-    terminal.until((starts if moment == "DeepSpeed starts" else stands).exists)
-    time.sleep(2.0 if moment == "DeepSpeed starts" else 0.0)  # until the workers' imports
+    terminal.until((out / "training" / file).exists)
+    time.sleep(0.5)  # rows are read after DeepSpeed's imports have begun
     terminal.press_ctrl_c()
     check(terminal, 130, "Ctrl-C")
     assert read_events(Folder(str(out), "out"))[-1]["event"] == "stopped"
-    if moment == "a checkpoint stands":
-        assert stands.read_text().startswith("step")
+    if backend == "ray":
+        assert (out / "training" / "latest").read_text().startswith("step")
+        resumed = recover(checked(folder, out, **LONG, backend="local", report=False), QUIET)
+        assert resumed.recovery.steps == LONG["steps"]

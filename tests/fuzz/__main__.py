@@ -16,6 +16,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from queue import Empty
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -98,7 +99,13 @@ def _try_all(names: Sequence[Name], work: Path, processes: int) -> list[Tried]:
     ]
     for process in rows:
         process.start()
-    results = [queue.get() for _ in names]
+    results: list[Tried] = []
+    while len(results) < len(names):
+        try:
+            results.append(queue.get(timeout=1))
+        except Empty:
+            if not any(process.is_alive() for process in rows) and queue.empty():
+                raise SystemExit("not all inputs were tried") from None
     for process in rows:
         process.join()
     return sorted(results, key=lambda result: names.index(result.name))

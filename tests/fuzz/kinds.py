@@ -181,7 +181,8 @@ def _odd_name(material: Path, folder: Path, draw: random.Random) -> Input:
     if draw.random() < 0.3 and words[at] in ("tokens.npy", "documents.jsonl"):
         odd_name += draw.choice((".npy", ".txt", ".jsonl", ".jsonl:text"))
     possible = "/" not in odd_name and odd_name.strip(". ") and len(os.fsencode(odd_name)) < 200
-    if draw.random() < 0.15 and possible and (folder / words[at]).exists():  # a file that is there, under an odd name
+    if draw.random() < 0.15 and possible and (folder / words[at]).exists() and not os.path.lexists(folder / odd_name):
+        # A file that is there, under an odd name.
         (folder / words[at]).rename(folder / odd_name)
     words[at] = odd_name
     return Input(words, Command(command.words, command.needs))

@@ -101,7 +101,12 @@ def _batch(names: Sequence[Name], work: Path) -> Iterator[Tried]:
     pid = os.fork()
     if pid == 0:
         os.close(reading)
-        _carry_out(names, work, os.fdopen(writing, "w", buffering=1))
+        try:
+            _carry_out(names, work, os.fdopen(writing, "w", buffering=1))
+        except BaseException:  # a fault of the tests, which counts as a crash
+            traceback.print_exc()
+        finally:
+            os._exit(1)
     os.close(writing)
     with os.fdopen(reading) as lines:
         for name in names:
@@ -165,7 +170,6 @@ def _carry_out(names: Sequence[Name], work: Path, answers: Any) -> None:
         result = try_input(name, work)
         answers.write(json.dumps({**asdict(result), "name": None}) + "\n")
     answers.flush()
-    os._exit(0)
 
 
 def _only_prepare_trainings() -> None:

@@ -243,6 +243,14 @@ def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path, sharded):
     assert all(torch.equal(found.read(name), loaded[name]) for name in found.entries)
 
 
+def test_a_config_that_names_its_weights_is_refused(tmp_path):
+    make_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    with pytest.raises(InputError, match=r"^model: .*config\.json names weights of its own, .*'other\.safetensors'"):
+        Checkpoint(str(tmp_path))
+
+
 def test_a_cached_snapshot_is_complete_with_the_files_that_are_read(tmp_path, sharded, monkeypatch):
     import huggingface_hub
 

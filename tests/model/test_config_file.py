@@ -36,6 +36,7 @@ BAD = {
     ),
     "a huge head": ({**LLAMA, "head_dim": 2**40}, r"holds 1099511627776 as head_dim"),
     "a huge rotary part": ({**LLAMA, "partial_rotary_factor": 1e9}, r"holds 1000000000\.0 as partial_rotary_factor"),
+    "a billion labels": ({**LLAMA, "num_labels": 10**9}, r"holds 1000000000 as num_labels"),
     "text for a number": ({**LLAMA, "hidden_size": "x"}, r"holds 'x' as hidden_size; use a valid integer$"),
     "text for another number": (
         {**LLAMA, "intermediate_size": "x"},

@@ -96,7 +96,7 @@ def test_every_plot_is_there(browser, runs, name):
 def test_it_can_be_read_on_a_phone(browser, runs, name, scheme):
     if name == "comparison":
         outs = [str(runs.folder / one) for one in ("owl", "wanda", "mop")]
-        page = opened(browser, Path(write_comparison(outs, str(runs.folder / "phone.html"))), scheme, PHONE)
+        page = opened(browser, Path(write_comparison(outs, str(runs.folder / "phone.html"))[0]), scheme, PHONE)
     else:
         page = opened(browser, runs.folder / name / "report.html", scheme, PHONE)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -141,7 +141,7 @@ def test_text_and_axes_stand_out_in_either_scheme(browser, runs, first):
 
 def test_runs_are_compared(browser, runs):
     outs = [str(runs.folder / name) for name in ("owl", "wanda", "mop", "pipeline")]
-    page = opened(browser, Path(write_comparison(outs, str(runs.folder / "all.html"))))
+    page = opened(browser, Path(write_comparison(outs, str(runs.folder / "all.html"))[0]))
     titles = page.locator("figure h3").all_inner_texts()
     assert len(titles) == 4  # the pipeline was evaluated on fewer windows, which compare with no other
     assert all("(% of the original's parameters)" in title for title in titles[::2])

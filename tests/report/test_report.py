@@ -91,6 +91,19 @@ def test_the_summary_says_what_was_achieved(runs):
     said = cells(page_of(runs.folder / "composite"))
     result = runs.results["composite"]
     assert "model" in said
+    left = result.sparsity.left_zero
+    zeros = [(int((weight == 0).sum()), weight.numel()) for _, _, weight in projections(runs.folder / "composite")]
+    assert left == pytest.approx(sum(count for count, _ in zeros) / sum(weights for _, weights in zeros))
+    page = page_of(runs.folder / "composite")
+    assert f"<dt>zero, of the weights that are left</dt><dd>{left:.4%}</dd>" in page
+    assert (
+        f"<dt>removed or zero, of the original&#39;s weights: achieved</dt><dd>{result.sparsity.achieved:.4%}" in page
+    )
+    (trace,) = figures(page)["Sparsity by layer and projection (% of the weights left)"]["data"]
+    assert [row[0] for row in trace["z"]] == [100 * layer.achieved for layer in result.sparsity.layers]
+    total = f"{result.seconds['total']:,.1f}"
+    assert f'<td>seconds, total</td><td class="number"></td><td class="number">{total}</td>' in page
+    assert f"<dt>time</dt><dd>{total} s</dd>" in page
     assert f"{result.sparsity.target:.2%}" in said
     assert f"{result.sparsity.achieved:.4%}" in said
     (measured,) = result.perplexity.values()
@@ -154,6 +167,9 @@ def test_what_is_not_there_is_said(runs):
     assert "Output errors were not measured (--no-measure-error)." in page
     assert "Outlier ratios were not measured: allocation uniform does not need them" in page
     assert "were not measured" not in page_of(runs.folder / "owl")
+    interrupted = page_of(runs.folder / "interrupted")
+    assert "<dt>time, 2 attempts</dt>" in interrupted
+    assert "<td>seconds, total of the last attempt</td>" in interrupted
 
 
 def test_names_are_text(runs, tmp_path):
@@ -389,6 +405,24 @@ def test_there_is_none_of_what_is_not_finished(runs, tmp_path, dies_at_layer):
     for out in ("cut", "nothing"):
         with pytest.raises(InputError, match="out: .*holds no finished run; `shardprune status` says where one stands"):
             write_report(str(tmp_path / out))
+
+
+def test_a_comparison_names_what_is_not_finished(runs, tmp_path, dies_at_layer, capsys):
+    dies_at_layer(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.folder, tmp_path / "cut", sparsity=0.5)
+    outs = [str(runs.folder / "owl"), str(tmp_path / "cut"), str(runs.folder / "mop")]
+    with pytest.raises(SystemExit) as end:
+        main(["report", "--compare", *outs, "--file", f"{tmp_path}/x.html"])
+    assert end.value.code == 0
+    said = capsys.readouterr()
+    assert said.out == f"report: {tmp_path}/x.html\n"
+    assert re.fullmatch(r"not finished: cut \(stopped, prune, \d+%\)\n", said.err)
+    page = (tmp_path / "x.html").read_text()
+    assert re.search(r"Not finished, and therefore not on this page: cut \(stopped, prune, \d+%\)\.", page)
+    assert [cell for cell in cells(page) if cell in ("owl", "mop", "cut")] == ["owl", "mop"]
+    with pytest.raises(InputError, match="none of the runs measured a perplexity.*; not finished: cut"):
+        write_comparison([str(tmp_path / "cut"), str(tmp_path / "cut") + "/"], str(tmp_path / "y.html"))
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"command": "prune"}', '{"command": "evaluate", "seconds": 1}'])

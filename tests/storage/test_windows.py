@@ -181,10 +181,10 @@ def test_windows_inside_documents_come_from_long_enough_ones(tokenizer):
     from shardprune.storage.windows import _draw_from_documents
 
     corpus = Corpus(["one two", "three four five six seven one two", "seven six five four three two"], by_document=True)
-    windows = _draw_from_documents(corpus, tokenizer(), 2, 6, 0, "x")
+    windows = _draw_from_documents(corpus, tokenizer(), 2, 6, 0, "x", 2048)
     streams = [tokenizer()(document).input_ids for document in corpus.documents]
     for window in windows.tolist():
         assert any(window == stream[start : start + 6] for stream in streams for start in range(len(stream) - 5))
-    assert len(_draw_from_documents(corpus, tokenizer(), 5, 6, 0, "x")) == 5  # the long ones over again
+    assert len(_draw_from_documents(corpus, tokenizer(), 5, 6, 0, "x", 2048)) == 5  # the long ones over again
     with pytest.raises(InputError, match="calibration: 'x' has no document of 9 tokens"):
-        _draw_from_documents(corpus, tokenizer(), 1, 9, 0, "x")
+        _draw_from_documents(corpus, tokenizer(), 1, 9, 0, "x", 2048)

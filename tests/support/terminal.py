@@ -3,6 +3,7 @@
 import fcntl
 import os
 import re
+import select
 import signal
 import struct
 import sys
@@ -45,13 +46,21 @@ class Terminal:
         )
         os.close(slave)
         self._shown = b""
+        self._over = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         with suppress(OSError):  # EIO: nobody has the terminal any more
-            while read := os.read(self._master, 65536):
-                self._shown += read
+            while not self._over.is_set():
+                if select.select([self._master], [], [], 0.05)[0]:
+                    self._shown += os.read(self._master, 65536)
+        os.close(self._master)
+
+    def close(self) -> None:
+        """Close the terminal, as its window is closed."""
+        self._over.set()
+        self._reader.join()
 
     def press_ctrl_c(self) -> None:
         os.write(self._master, b"\x03")

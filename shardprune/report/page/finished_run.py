@@ -1,5 +1,6 @@
 """The finished runs in an output, with result and events."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,9 +9,10 @@ from shardprune.errors import InputError, without_credentials
 from shardprune.report.events import read_events
 from shardprune.report.page.history import History
 from shardprune.report.result import EvaluationResult, Result, read_result
+from shardprune.report.status import status_of
 from shardprune.storage.folder import READ_ONLY, Folder
 from shardprune.storage.malformed import Malformed
-from shardprune.storage.output_names import RESULT, run_folders
+from shardprune.storage.output_names import RESULT, STATE, run_folders
 from shardprune.storage.relative_paths import absolute_paths
 
 
@@ -36,15 +38,17 @@ class FinishedRun:
     @property
     def name(self) -> str:
         """The name of the output: a URL without credentials, or the last part of a local path."""
-        place = without_credentials(self.folder)
-        return place if "://" in place else place.rstrip("/").rpartition("/")[2]
+        return _name(self.folder)
+
+    @property
+    def attempts(self) -> int:
+        """How often the command was started; 1 where events are missing."""
+        return max(1, sum(event["event"] == "run" for event in self.events))
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of all attempts, without the time between them; without events, those of the last
-        attempt.
-        """
-        if not self.events:
+        """Wall-clock seconds of all attempts, without the time between them."""
+        if self.attempts == 1:
             return self.result.seconds["total"]
         history = History(self.events)
         return history.at(history.end)
@@ -74,6 +78,30 @@ def finished_runs(out: str) -> list[FinishedRun]:
     if not found:
         raise InputError("out", f"{out!r} holds no finished run; `shardprune status` says where one stands")
     return found
+
+
+def unfinished_runs(out: str) -> list[str]:
+    """Return the runs in an output that are not finished, each by its name and how far it is."""
+    begun = [folder.url for url in run_folders(out) if _begun(folder := Folder(url, "out"))]
+    states: dict[str, str] = {}
+    with suppress(InputError):  # none has events
+        states = {status.folder: status.in_short() for status in status_of(out)} if begun else {}
+    return [f"{_name(url)} ({states.get(url, 'without events')})" for url in begun]
+
+
+def all_unfinished(out: str) -> bool:
+    """Return whether an output holds runs, none of which is finished."""
+    folders = [Folder(url, "out") for url in run_folders(out)]
+    return any(map(_begun, folders)) and not any(folder.is_file(RESULT) for folder in folders)
+
+
+def _begun(folder: Folder) -> bool:
+    return folder.is_file(STATE) and not folder.is_file(RESULT)
+
+
+def _name(folder: str) -> str:
+    place = without_credentials(folder)
+    return place if "://" in place else place.rstrip("/").rpartition("/")[2]
 
 
 def _finished(folder: Folder) -> FinishedRun:

@@ -19,7 +19,7 @@ def sparsity_map(sparsity: Sparsity) -> Plot:
     return _heat_map(
         sparsity,
         lambda entry: 100 * entry.achieved,
-        "Sparsity by layer and projection (% of weights)",
+        f"Sparsity by layer and projection (% of {'weights' if sparsity.left_zero is None else 'the weights left'})",
         "Each cell is the percentage of zeros of one projection, counted on the weights that were written; the first "
         "column is that of the whole layer.",
         "%{z:.1f}",

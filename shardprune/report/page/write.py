@@ -4,7 +4,7 @@ from typing import Any
 
 from shardprune.errors import InputError
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
-from shardprune.report.page.finished_run import FinishedRun, finished_runs
+from shardprune.report.page.finished_run import FinishedRun, all_unfinished, finished_runs, unfinished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
 from shardprune.report.page.history import History
 from shardprune.report.page.memory import memory_of_workers
@@ -18,6 +18,8 @@ from shardprune.report.page.training import loss_curve
 from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.report.summary import (
     EVALUATION_HEADINGS,
+    REMOVED_OR_ZERO,
+    ZERO_OF_REST,
     evaluation_rows,
     remark_on_numbers,
     summary_rows,
@@ -47,27 +49,32 @@ def write_page(out: str) -> None:
 
 
 @preflight()
-def write_comparison(outs: list[str], file: str) -> str:
-    """Write a page that compares the perplexities of several outputs; return its location.
+def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
+    """Write a page that compares the perplexities of several outputs; return its location, and what it lacks: the runs
+    that are not finished.
 
     Raises:
-        InputError: there are fewer than two, one holds no finished run that made a model, or something cannot be read
-            or written.
+        InputError: there are fewer than two, one holds no run that made a model, none is finished, or something cannot
+            be read or written.
     """
     outs = list(dict.fromkeys(outs))
     if len(outs) < 2:
         raise InputError("compare", f"{', '.join(outs)!r} is one output; give two or more")
-    runs = [finished_runs(absolute(out)) for out in outs]
+    unfinished = [name for out in outs for name in unfinished_runs(absolute(out))]
+    runs = [finished_runs(absolute(out)) for out in outs if not all_unfinished(absolute(out))]
     names = names_of(run.folder for of_one in runs for run in of_one)
     points = [point for of_one in runs for point in points_of(of_one, names)]
     if not points:
-        raise InputError("compare", "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`")
+        lacking = f"; not finished: {', '.join(unfinished)}" if unfinished else ""
+        reason = "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`"
+        raise InputError("compare", f"{reason}{lacking}")
     grid = Grid(HEADINGS, comparison_rows(points), numbers=3)
     place = absolute(file)
     where, _, name = place.rpartition("/")
-    section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points))
+    remarks = [f"Not finished, and therefore not on this page: {', '.join(unfinished)}."] if unfinished else []
+    section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points), remarks=remarks)
     Folder(where or "/", "file").write_text(name, render(f"{len(outs)} runs compared", [section]))
-    return place
+    return place, unfinished
 
 
 def _title(runs: list[FinishedRun]) -> str:
@@ -80,7 +87,7 @@ def _section(run: FinishedRun) -> Section:
         grids = [_evaluation_grid(run.result.evaluation)]
         return Section("evaluate", _costs(run), grids, _work(run), _remark_on_numbers(run.result), recipe)
     result = run.result
-    grids = [Grid(("", "before", "after"), list(summary_rows(result)))]
+    grids = [Grid(("", "before", "after"), list(summary_rows(result, run.attempts)))]
     if result.evaluation:
         grids.append(_evaluation_grid(result.evaluation))
     plots = [plot for plot in _plots(result) if plot]
@@ -99,8 +106,11 @@ def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
     if result.sparsity and result.recovery:  # recover has no target
         facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
     elif result.sparsity:
-        facts.append(("sparsity: target", f"{result.sparsity.target:.2%}"))
-        facts.append(("sparsity: achieved", f"{result.sparsity.achieved:.4%}"))
+        name = "sparsity" if result.sparsity.left_zero is None else REMOVED_OR_ZERO
+        facts.append((f"{name}: target", f"{result.sparsity.target:.2%}"))
+        facts.append((f"{name}: achieved", f"{result.sparsity.achieved:.4%}"))
+        if result.sparsity.left_zero is not None:
+            facts.append((ZERO_OF_REST, f"{result.sparsity.left_zero:.4%}"))
     elif result.structure and result.recipe.get("remove") is not None:
         facts.append(("parameters to remove: target", f"{result.recipe['remove']:.2%}"))
     if result.model.removed:
@@ -115,7 +125,7 @@ def _costs(run: FinishedRun) -> list[tuple[str, str]]:
     result = run.result
     nodes = len({worker.node for worker in result.workers})
     return [
-        ("time, all attempts" if run.events else "time of the attempt that finished", f"{run.seconds:,.1f} s"),
+        ("time" if run.attempts == 1 else f"time, {run.attempts} attempts", f"{run.seconds:,.1f} s"),
         ("workers", f"{len(result.workers)} on {nodes} node{'s' if nodes != 1 else ''}"),
         ("restarts", str(result.restarts)),
     ]

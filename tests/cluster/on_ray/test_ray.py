@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
-from shardprune.cluster import ray_exchange
-from shardprune.cluster.ray_backend import RayGroup
+from shardprune.cluster import ray_backend, ray_exchange
+from shardprune.cluster.ray_backend import RayGroup, settled_slots
 from shardprune.cluster.ray_exchange import Exchange
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
@@ -296,6 +296,19 @@ def test_workers_that_keep_dying_end_the_run(ray, tmp_path):
     assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
+def test_a_node_that_is_slow_to_answer_is_asked_once(ray, monkeypatch):
+    asked, looked, nodes = [], [], ray.nodes
+    place = ray_backend.NodeAffinitySchedulingStrategy
+    monkeypatch.setattr(
+        ray_backend, "NodeAffinitySchedulingStrategy", lambda node, soft: asked.append(node) or place(node, soft=soft)
+    )
+    monkeypatch.setattr(ray_backend, "PROBE_SECONDS", 0.0)  # no answer comes in time
+    monkeypatch.setattr(ray, "nodes", lambda: looked.append(1) or nodes())
+    assert settled_slots().cpus == 4
+    assert len(looked) > 2  # and one look to count the slots
+    assert len(asked) == 1
+
+
 # -- processes that hang ------------------------------------------------------------------------------------------
 
 
@@ -323,7 +336,7 @@ HANGS = {
 def test_a_stopped_worker_is_replaced(ray, fields, tmp_path):
     processes = []
     moment = Moment("prune", 0.4, lambda: processes.append(stopped("PruneActor")))
-    result = prune(bundled(tmp_path / "o", patience="3s", **fields), Heard(moment))
+    result = prune(bundled(tmp_path / "o", patience="6s", **fields), Heard(moment))
     prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
     assert result.restarts == 1
     assert f"(process {processes[0].pid} on {socket.gethostname()}) has given no sign of life" in lost(tmp_path / "o")
@@ -345,7 +358,7 @@ def test_a_worker_in_a_deadlock_is_replaced(ray, tmp_path, monkeypatch):
         return submit(self, shard, replica, verb, *args)
 
     monkeypatch.setattr(RayGroup, "submit", submitted)
-    result = prune(bundled(tmp_path / "o", patience="2s"), QUIET)
+    result = prune(bundled(tmp_path / "o", patience="6s"), QUIET)
     assert result.restarts == 1
     assert "has been at layer 2, solve" in lost(tmp_path / "o")
     assert "without any use of the processor" in lost(tmp_path / "o")
@@ -364,4 +377,4 @@ def test_a_worker_that_stops_while_it_starts_is_replaced(ray, tmp_path, monkeypa
         return start(self, shard, replica, verb, *args)
 
     monkeypatch.setattr(RayGroup, "submit", submitted)
-    assert prune(bundled(tmp_path / "o", patience="2s"), QUIET).restarts == 1
+    assert prune(bundled(tmp_path / "o", patience="6s"), QUIET).restarts == 1
