@@ -1,9 +1,10 @@
 PYTHON ?= python3
 WORKERS ?= 3
 OUT ?= runs/gpu
+N ?= 100
 
 # The tests' environment has the development tools; the demo's has what a user gets.
-.PHONY: demo test lint docs gpu clean
+.PHONY: demo test fuzz drill lint docs gpu clean
 
 demo: .venv/ready
 	.venv/bin/shardprune demo
@@ -11,6 +12,14 @@ demo: .venv/ready
 # Tests that start and kill processes wait for much of their time: three files at a time keep two cores busy.
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# 1,700 malformed inputs, at random unless a SEED is given; those that end wrongly are kept in runs/fuzz.
+fuzz: .venv-test/ready
+	.venv-test/bin/python -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# N kills of drivers and workers at random moments, of runs of every command.
+drill: .venv-test/ready
+	.venv-test/bin/python -m tests.failures --kills $(N) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: .venv-test/ready
 	.venv-test/bin/ruff check .

@@ -11,8 +11,8 @@ import sys
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from shardprune.cluster.signals import EXIT_CODE, handlers_kept, stoppable
 from shardprune.errors import Stopped
+from shardprune.signals import NAMES, handlers_kept, stoppable
 
 POLL_SECONDS = 1.0  # for which Ray hears no signal
 QUIET_POLLS = 60  # between two lines while it waits
@@ -42,8 +42,8 @@ def main() -> None:
             ray.shutdown()
     except ConnectionError:
         sys.exit(_fail("address: no Ray cluster is running here, and RAY_ADDRESS names none"))
-    except Stopped:
-        sys.exit(_fail("stopped by SIGTERM while waiting for GPUs", EXIT_CODE))
+    except Stopped as stop:
+        sys.exit(_fail(f"stopped by {NAMES[stop.signal]} while waiting for GPUs", 128 + stop.signal))
     os.execvp(command[0], command)
 
 

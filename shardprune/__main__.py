@@ -1,3 +1,22 @@
-from shardprune.cli import main
+"""The process of the command `shardprune`: signals have their meaning before anything else is imported."""
 
-main()
+from typing import NoReturn
+
+from shardprune.process import run
+from shardprune.signals import quick_to_end
+
+
+def main() -> NoReturn:
+    """Run the command line that this process was started with."""
+    quick_to_end()  # once the command has ended, and until it begins
+    run(_carry_out)
+
+
+def _carry_out() -> int:
+    from shardprune.cli import carry_out
+
+    return carry_out()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,26 +3,28 @@
 A recipe is checked before its story is imported, and with it torch, Ray or plotly: bad input is refused in a second.
 """
 
+import functools
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from shardprune.cluster.signals import EXIT_CODE, stoppable
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
-from shardprune.errors import InputError, OutOfMemory, SolverError, Stopped, StorageError, TrainingError, WorkerLost
+from shardprune.errors import InputError
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.printable import message, printable
+from shardprune.printable import printable
+from shardprune.process import failed, run
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
 from shardprune.recipes.demo import demo_recipe
 from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
+from shardprune.standard_streams import lost_text
 from shardprune.storage.json_file import dump_json
 
 START, PLAN, LOOK = "Start here", "Plan and run on clusters", "Look"  # panels, beside those of the table of commands
@@ -54,8 +56,22 @@ def _commands() -> None:
 
 
 def _command(panel: str, example: str, **settings: Any) -> Callable[..., Any]:
-    """Register a command in a panel of the help, with an example below its options."""
-    return app.command(rich_help_panel=panel, epilog=f"Example:\n\n{example}", **settings)
+    """Register a command in a panel of the help, with an example below its options.
+
+    The parser returns a call of the command and does not make it: it would turn an interrupt, the end of a file or a
+    broken pipe in the middle of a run into ends of its own.
+    """
+    register = app.command(rich_help_panel=panel, epilog=f"Example:\n\n{example}", **settings)
+
+    def registered(command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def parsed(**options: Any) -> Callable[[], Any]:
+            return functools.partial(command, **options)
+
+        register(parsed)
+        return command
+
+    return registered
 
 
 @_command(START, "shardprune demo --out runs/demo")
@@ -217,38 +233,21 @@ def recipe_on(name: str, file: Path, words: list[str]) -> Settings:
     return recipe_of(command.recipe, options)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and end the process.
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and end the process, as `shardprune.process.run` says."""
+    run(functools.partial(carry_out, arguments))
 
-    Exit code 0: success. 2 with one line: bad input. 1 with one line: a run cannot go on, or nothing that was planned
-    fits. 1 with a traceback: a bug. 143 and 130 with one line: SIGTERM and Ctrl-C.
-    """
+
+def carry_out(arguments: list[str] | None = None) -> int:
+    """Carry out a command line and return its exit code: 0, 2 if it cannot be parsed, 1 if nothing that was planned
+    fits."""
     try:
-        with stoppable():
-            code = app(arguments, standalone_mode=False)
-    except InputError as error:
-        sys.exit(_fail(str(error), 2))
+        command = app(arguments, standalone_mode=False)
     except ClickException as error:
         text = error.format_message()  # type: ignore[attr-defined]
-        sys.exit(_fail(text, 2) if text else 2)  # without one the help was shown, as nothing was asked for
-    except (OutOfMemory, SolverError, StorageError, TrainingError, WorkerLost) as error:
-        sys.exit(_fail(str(error), 1))
-    except Stopped:
-        sys.exit(
-            _fail("stopped by SIGTERM; what is finished is kept, and the same command goes on from there", EXIT_CODE)
-        )
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(
-            _fail("stopped by Ctrl-C; what a run has finished is kept, and the same command goes on from there", 130)
-        )
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(text: str, code: int) -> int:
-    print(f"error: {message(text)}", file=sys.stderr)
-    return code
+        return failed(text, 2) if text else 2  # without one the help was shown, as nothing was asked for
+    code = command() if callable(command) else command  # the code of --help
+    return code if isinstance(code, int) else 0
 
 
 def show(results: Any, settings: Any) -> None:
@@ -256,14 +255,19 @@ def show(results: Any, settings: Any) -> None:
     from shardprune.report.console import PlainConsole
     from shardprune.report.page.place import report_of
     from shardprune.report.result import EvaluationResult
-    from shardprune.report.summary import evaluation_summary, summary
+    from shardprune.report.summary import evaluation_summary, remark_on_numbers, summary
 
     steps = list(results.values()) if isinstance(results, dict) else [results]
     for result in steps:
         PlainConsole().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
+        if remark := remark_on_numbers(result):
+            PlainConsole().print(remark)
     out = settings.out or steps[-1].recipe["out"]
     if settings.report and out and (place := report_of(out)):
         print(printable(f"report: {place}"))
+    if out and (reason := lost_text()):  # the run's product lies in its output
+        lost = f"standard output cannot be written ({reason}); the result is in {out}"
+        print(printable(lost), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Their texts are one printable line without credentials, whatever they quote.
 """
 
+import signal
+
 from shardprune.printable import message
 from shardprune.printable import without_credentials as without_credentials  # what names a location needs it, too
 
@@ -69,7 +71,11 @@ class WorkerLost(RunError, RuntimeError):
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGTERM was received. Only the command line catches it.
+    """A signal was received that stops the process. Only the command line catches it.
 
     It is a KeyboardInterrupt because no other exception raised in a signal handler interrupts `ray.get` and `ray.wait`.
     """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)

@@ -1,6 +1,7 @@
 """What several tests need: devices, tiny models of every family, shared material where it is there."""
 
 import functools
+import gc
 import os
 from pathlib import Path
 
@@ -41,11 +42,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=place)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_of_earlier_files():
+    """What has been imported is half a million objects, through which no later collection has to look again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
-def _two_threads():
-    """The order of a CPU's sums depends on the number of threads: leave it as each test finds it."""
+def _one_thread():
+    """The order of a CPU's sums depends on the number of threads: leave it as each test finds it.
+
+    A second thread takes tiny models half as much of the CPUs again and makes nothing faster.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

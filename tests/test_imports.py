@@ -18,6 +18,8 @@ FLOORS = (
     {"shard", "recipes", "report"},
     {"model"},
     {"solvers", "storage"},
+    {"process"},
+    {"signals", "standard_streams"},
     {"errors"},
     {"printable"},
 )

@@ -16,7 +16,6 @@ from shardprune.cluster.layer_in_work import LayerInWork, turn_of
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.scoring import CandidateScorer
-from shardprune.cluster.signals import as_completed
 from shardprune.cluster.width_pruning import cut_layer, narrow_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.report.progress import Step
@@ -25,6 +24,7 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.waves import split
+from shardprune.signals import as_completed
 from shardprune.solvers.scoring import Criterion, Scoring
 
 STREAM = "narrowing"

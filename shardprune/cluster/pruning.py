@@ -11,12 +11,12 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pending_work import PendingWork
-from shardprune.cluster.signals import as_completed
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
+from shardprune.signals import as_completed
 from shardprune.storage.records import LayerRecord
 
 

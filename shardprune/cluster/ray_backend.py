@@ -21,7 +21,6 @@ os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 import ray
 from ray.exceptions import (
     ActorUnavailableError,
-    GetTimeoutError,
     NodeDiedError,
     ObjectLostError,
     RayActorError,
@@ -35,9 +34,10 @@ from ray.util.scheduling_strategies import (
 )
 
 from shardprune.cluster.group import Group, Ref, Slots, this_machine
+from shardprune.cluster.patience import Patience, sign_seconds
 from shardprune.cluster.ray_exchange import Exchange, Held, JoiningActor
 from shardprune.cluster.ray_metrics import metrics
-from shardprune.cluster.signals import handlers_kept
+from shardprune.cluster.ray_signs import Board, kill
 from shardprune.errors import InputError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.device_errors import context_is_dead
@@ -45,7 +45,9 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Ledger
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.signs import Calls
 from shardprune.shard.spec import ForwardSpec
+from shardprune.signals import handlers_kept
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
 # Ray and torch say nothing new.
@@ -75,12 +77,16 @@ class _StartedLater:
 
     ledger: Ledger
 
-    def __init__(self, spec: ForwardSpec) -> None:
+    def __init__(self, spec: ForwardSpec, board: Board, index: int) -> None:
         self.spec: Any = spec  # of the worker's own class
+        self._calls = Calls()
+        board.give_signs(index, self._calls)
 
     def start(self) -> None:
-        super().__init__(self.spec)  # type: ignore[call-arg]
-        self.ledger.watcher = metrics(self.spec.shard, self.spec.replica)
+        with self._calls.during("start"):
+            super().__init__(self.spec)  # type: ignore[call-arg]
+            self.ledger.calls = self._calls
+            self.ledger.watcher = metrics(self.spec.shard, self.spec.replica)
 
 
 class PruneActor(_StartedLater, JoiningActor, PruneWorker):
@@ -107,8 +113,9 @@ class RayBackend:
 
     replaces = True
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, patience: float) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
+        self._patience = patience
         self._connected_here = False
 
     def slots(self) -> Slots:
@@ -129,7 +136,7 @@ class RayBackend:
             include_dashboard=False,
             log_to_driver=False,
         )
-        return RayGroup(specs, ACTORS[worker])
+        return RayGroup(specs, ACTORS[worker], self._patience)
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
         from shardprune.cluster.ray_training import train_on_ray
@@ -141,7 +148,7 @@ class RayBackend:
             include_dashboard=False,
             log_to_driver=False,
         )
-        return train_on_ray(spec, workers, cpus_of(workers, threads, spec.recipe.device == "cuda"))
+        return train_on_ray(spec, workers, cpus_of(workers, threads, spec.recipe.device == "cuda"), self._patience)
 
     def settle(self) -> Slots:
         return settled_slots()
@@ -203,6 +210,9 @@ def cpus_of(workers: int, threads: int, gpu: bool) -> int:
 class RayGroup:
     """Workers [shard][replica] as actors that are never restarted: the driver owns recovery.
 
+    Args:
+        patience: seconds after which a worker that hangs is lost.
+
     Raises:
         InputError: the cluster does not free what the workers need, or they cannot join in a process group.
         WorkerLost: a worker died while it started.
@@ -210,7 +220,7 @@ class RayGroup:
 
     concurrent = True
 
-    def __init__(self, specs: Sequence[ForwardSpec], actor: type) -> None:
+    def __init__(self, specs: Sequence[ForwardSpec], actor: type, patience: float) -> None:
         settings = specs[0].settings
         gpu = settings.device == "cuda"
         cpus = cpus_of(len(specs), settings.threads, gpu)
@@ -218,8 +228,10 @@ class RayGroup:
         self._placement: PlacementGroup = placement_group([bundle] * len(specs), strategy="PACK")
         self._actors: dict[tuple[int, int], Any] = {}
         self._exchange: Exchange | None = None
+        self._board = Board(sign_seconds(patience))
         try:
             self._wait(len(specs), bundle, settings.device)
+            self._patience = Patience([spec.label for spec in specs], patience, self._board.read)
             actor_class = ray.remote(max_restarts=0, max_task_retries=0)(actor)
             environment = {"env_vars": STREAMING_ENV} if settings.streamed else None
             for index, spec in enumerate(specs):
@@ -228,7 +240,7 @@ class RayGroup:
                     num_gpus=1 if gpu else 0,
                     runtime_env=environment,
                     scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, index),
-                ).remote(spec)
+                ).remote(spec, self._board, index)
             for ref in [self.submit(shard, replica, _StartedLater.start) for shard, replica in self._actors]:
                 self.get(ref)
             if settings.exchange == "group" and len(specs) > 1:
@@ -240,7 +252,7 @@ class RayGroup:
     def _join(self) -> None:
         """Make a process group of all workers."""
         try:
-            self._exchange = Exchange(self._actors)
+            self._exchange = Exchange(self._actors, self._await)
         except LOST as error:
             raise WorkerLost(first_line(error)) from error
 
@@ -266,8 +278,7 @@ class RayGroup:
     def get(self, ref: Ref[T]) -> T:
         assert not isinstance(ref, Held), "a tensor that a worker holds is no value of the driver"
         try:
-            if self._exchange:
-                self._exchange.wait(ref)
+            self._await(ref)
             return ray.get(ref)
         except LOST as error:
             raise WorkerLost(first_line(error)) from error
@@ -275,6 +286,22 @@ class RayGroup:
             if isinstance(error.cause, LOST) or context_is_dead(error.cause):
                 raise WorkerLost(first_line(error.cause)) from error
             raise error.cause or error from error
+
+    def _await(self, ref: Any) -> None:
+        """Wait until a call is over.
+
+        Raises:
+            WorkerLost: a worker hangs.
+            ray.exceptions.RayError: an exchange that others wait for has failed.
+        """
+        while not ray.wait([ref], timeout=self._patience.between_looks)[0]:
+            if self._exchange:
+                self._exchange.check()
+            try:
+                self._patience.look()
+            except WorkerLost:
+                kill(self._patience.hanging)
+                raise
 
     def ranks(self, shard: int, replicas: Sequence[int]) -> tuple[int, ...] | None:
         if self._exchange is None:
@@ -287,6 +314,7 @@ class RayGroup:
         for actor in actors:
             ray.kill(actor)
         remove_placement_group(self._placement)
+        self._board.clear()
 
 
 def settled_slots() -> Slots:
@@ -300,11 +328,22 @@ def settled_slots() -> Slots:
         return True
 
     deadline = time.monotonic() + DEATH_SECONDS
+    probes: dict[str, Any] = {}  # by node: one that has not answered yet is not asked again
+    answered: set[str] = set()
     while True:
-        alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in alive]
-        probes = [answer.options(scheduling_strategy=strategy).remote() for strategy in strategies]
-        if all(_answered(probe) for probe in probes):
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for node in alive - answered - probes.keys():
+            place = NodeAffinitySchedulingStrategy(node, soft=False)
+            probes[node] = answer.options(scheduling_strategy=place).remote()
+        if probes:
+            ray.wait(list(probes.values()), num_returns=len(probes), timeout=PROBE_SECONDS)
+        over, _ = ray.wait(list(probes.values()), num_returns=len(probes), timeout=0) if probes else ([], [])
+        for node in [node for node, probe in probes.items() if probe in over]:
+            if _answered(probes.pop(node)):
+                answered.add(node)
+        if alive <= answered:
+            for probe in probes.values():  # of nodes that are dead
+                ray.cancel(probe, force=True)
             return cluster_slots()
         if time.monotonic() > deadline:
             raise WorkerLost(f"a node neither answers nor is declared dead after {DEATH_SECONDS:g} s")
@@ -313,6 +352,6 @@ def settled_slots() -> Slots:
 
 def _answered(probe: Any) -> bool:
     try:
-        return ray.get(probe, timeout=PROBE_SECONDS)
-    except (*LOST, RayTaskError, GetTimeoutError, ray.exceptions.RayError):
+        return ray.get(probe)
+    except ray.exceptions.RayError:
         return False

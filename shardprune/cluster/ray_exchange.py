@@ -7,6 +7,7 @@ import itertools
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.peers import HeldTensor, Peers, does_travel
 
 JOIN_SECONDS = 120.0
-PROBE_SECONDS = 10.0  # of waiting for a worker, after which the driver asks whether all others still work
+PROBE_SECONDS = 10.0  # between two questions of a driver that waits, whether all workers still work
 # Where the libraries look for the network interface that they connect by; NCCL takes a name as a prefix without the =.
 INTERFACES = {"GLOO_SOCKET_IFNAME": "{}", "NCCL_SOCKET_IFNAME": "={}"}
 
@@ -83,20 +84,25 @@ class Exchange:
 
     Args:
         actors: all workers, by shard and replica.
+        wait: waits for a call of one of them.
 
     Raises:
         InputError: they do not reach one another.
         ray.exceptions.RayActorError: one died.
     """
 
-    def __init__(self, actors: Mapping[tuple[int, int], Any]) -> None:
+    def __init__(self, actors: Mapping[tuple[int, int], Any], wait: Callable[[Any], None]) -> None:
         self.ranks = {place: rank for rank, place in enumerate(actors)}
         self._actors = list(actors.values())
         self._keys = itertools.count()
         # A held tensor's journey is two calls, to its sender and to its receiver: where two threads of a driver work
         # with the same workers, both must meet these in the same order.
         self._together = threading.Lock()
-        host, port = ray.get(self._actors[0].listen.remote())
+        self._probes: dict[Any, int] = {}
+        self._checked = time.monotonic()
+        listening = self._actors[0].listen.remote()
+        wait(listening)
+        host, port = ray.get(listening)
         joining = [actor.join.remote(rank, len(actors), host, port) for rank, actor in enumerate(self._actors)]
         try:
             ray.get(joining, timeout=JOIN_SECONDS)
@@ -128,21 +134,26 @@ class Exchange:
                 return actor.carry_out.remote(verb.__name__, None, *given)
             return Held(actor.carry_out.remote(verb.__name__, next(self._keys), *given), rank)
 
-    def wait(self, ref: Any) -> None:
-        """Wait for a call while all workers work.
+    def check(self) -> None:
+        """Ask all workers whether an exchange has failed on them, and look at the answers that have come.
 
         What ends an exchange for one worker may leave the others waiting until they run into a timeout; on GPUs this is
-        so when a worker dies.
+        so when a worker dies. A worker that has not answered yet is not asked again.
 
         Raises:
             ray.exceptions.RayActorError: a worker died.
             ray.exceptions.RayTaskError: an exchange failed on a worker.
         """
-        probes: dict[Any, int] = {}
-        while not ray.wait([ref], timeout=PROBE_SECONDS)[0]:
-            asked = set(probes.values())
-            probes |= {actor.check_peers.remote(): rank for rank, actor in enumerate(self._actors) if rank not in asked}
-            answered, _ = ray.wait(list(probes), num_returns=len(probes), timeout=0)
+        with self._together:
+            if time.monotonic() - self._checked < PROBE_SECONDS:
+                return
+            self._checked = time.monotonic()
+            asked = set(self._probes.values())
+            for rank, actor in enumerate(self._actors):
+                if rank not in asked:
+                    self._probes[actor.check_peers.remote()] = rank
+            answered, _ = ray.wait(list(self._probes), num_returns=len(self._probes), timeout=0)
             for probe in answered:
-                ray.get(probe)
-                del probes[probe]
+                del self._probes[probe]
+        for probe in answered:
+            ray.get(probe)

@@ -4,6 +4,10 @@ Ray Train restarts nothing: the driver owns recovery, as in all commands, so tha
 Checkpoints go to shared storage without Ray: reports to Ray just before a worker's death may be lost.
 """
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,14 +16,20 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
+from shardprune.cluster.patience import Patience, sign_seconds
+from shardprune.cluster.ray_signs import Board, kill
 from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import train_worker
 from shardprune.shard.device_errors import context_is_dead
+from shardprune.shard.signs import Calls
+from shardprune.signals import handlers_kept, handling
 from shardprune.storage.folder import Folder
 
 # After which a collective that no process died of fails: a link hangs. Ray reports a dead process much sooner.
 COLLECTIVE_SECONDS = 30 * 60
+# Ray Train's own patience, for workers that hang before their first sign of life.
+HEALTH = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 
 
 class Reports:
@@ -46,8 +56,11 @@ class Reports:
         return [name for name in self._folder.names() if name.startswith("worker-")]
 
 
-def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, Any]]:
+def train_on_ray(spec: TrainingSpec, workers: int, cpus: int, patience: float) -> list[dict[str, Any]]:
     """Train on the connected cluster with `cpus` CPUs per worker; return every worker's measurements.
+
+    Args:
+        patience: seconds after which a worker that hangs is lost.
 
     Raises:
         InputError: the cluster does not free the workers' resources, or as `train_worker`.
@@ -57,9 +70,10 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
     gpu = spec.recipe.device == "cuda"
     reports = Reports(spec)
     reports.clear()
+    board = Board(sign_seconds(patience))
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"spec": spec},
+        train_loop_config={"spec": spec, "board": board},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
         run_config=RunConfig(
@@ -68,9 +82,14 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
+    watch = _Watch(board, workers, patience)
     try:
-        trainer.fit()
+        # Ray Train has a handler of its own for Ctrl-C, which neither ends the run nor says so.
+        with handlers_kept() if handling() else nullcontext(), _environment(HEALTH, f"{patience:g}"), watch:
+            trainer.fit()
     except TrainingFailedError as error:
+        if watch.lost:
+            raise watch.lost from error
         for wrong in (report["error"] for report in reports.read() if "error" in report):
             if wrong is None:
                 raise
@@ -82,13 +101,58 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int) -> list[dict[str, 
     return reports.read()
 
 
+class _Watch:
+    """A thread that looks at the signs of the workers, and kills one that hangs: that ends the training."""
+
+    def __init__(self, board: Board, workers: int, patience: float) -> None:
+        self.lost: WorkerLost | None = None
+        names = [f"training worker {rank}" for rank in range(workers)]
+        self._board, self._patience = board, Patience(names, patience, board.read, training=True)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._board.clear()
+
+    def _look(self) -> None:
+        while not self._over.wait(self._patience.between_looks):
+            try:
+                self._patience.look()
+            except WorkerLost as error:
+                self.lost = error
+                kill(self._patience.hanging)
+                return
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable in the block, unless it is set already."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _work(config: dict[str, Any]) -> None:
     """Run in every worker: train and leave a report."""
     spec: TrainingSpec = config["spec"]
     reports, rank = Reports(spec), get_context().get_world_rank()
     device = get_device() if spec.recipe.device == "cuda" else torch.device("cpu")
+    calls = Calls()
+    signs = config["board"].give_signs(rank, calls)
     try:
-        reports.write(rank, train_worker(spec, device))
+        with calls.during("training"):
+            measured = train_worker(spec, device)
+        reports.write(rank, measured)
     except (InputError, StorageError) as error:
         told = {"text": error.problem, "field": error.field, "storage": isinstance(error, StorageError)}
         reports.write(rank, {"error": told})
@@ -100,6 +164,8 @@ def _work(config: dict[str, Any]) -> None:
         if not _ends_an_attempt(error):
             reports.write(rank, {"error": None})
         raise
+    finally:
+        signs.stop()
 
 
 def _named(text: str, field: str | None = None, storage: bool = False) -> InputError | StorageError | TrainingError:

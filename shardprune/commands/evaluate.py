@@ -11,9 +11,10 @@ from shardprune.cluster.group import Backend
 from shardprune.errors import InputError
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.model.checkpoint import place_of
+from shardprune.model.checkpoint import ADAPTER, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.opening import open_texts
+from shardprune.model.tokenizer import check_ends
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
@@ -34,13 +35,13 @@ def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Evalua
         WorkerLost: workers died more than `max_restarts` times.
     """
     reporter = reporter or Reporter()
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         clock = Clock(reporter.events)
         with clock.phase("plan"), preflight():
             model = ShardedModel(recipe.model, recipe, backend, reporter)
             record = Record(model.checkpoint, recipe.out)
             windows = _windows(recipe, model)
-            opened = _open_tasks(recipe)
+            opened = _open_tasks(recipe, model)
         with closing(model):
             evaluation = _Evaluation(recipe, model, record, clock)
             evaluation.measure_perplexities(windows)
@@ -63,8 +64,9 @@ def check_evaluation(recipe: EvaluateRecipe, backend: Backend, reporter: Reporte
     Raises:
         InputError: something in the recipe cannot work.
     """
-    _windows(recipe, ShardedModel(recipe.model, recipe, backend, reporter))
-    _open_tasks(recipe)
+    model = ShardedModel(recipe.model, recipe, backend, reporter)
+    _windows(recipe, model)
+    _open_tasks(recipe, model)
 
 
 class _Evaluation:
@@ -129,12 +131,21 @@ def _windows(recipe: EvaluateRecipe, model: ShardedModel) -> dict[str, Tensor]:
     return open_texts(recipe.perplexity, model.opened, recipe.seqlen, recipe.windows, "perplexity")
 
 
-def _open_tasks(recipe: EvaluateRecipe) -> list[Any]:
-    """The tasks of a recipe; lm-eval is imported only where there are some."""
+def _open_tasks(recipe: EvaluateRecipe, model: ShardedModel) -> list[Any]:
+    """Return the tasks of a recipe; lm-eval is imported only where there are some.
+
+    Raises:
+        InputError: a task is not known, the model's tokenizer cannot serve it, or the engine loads something else.
+    """
     if not recipe.tasks:
         return []
     try:
-        from shardprune.evaluation.tasks import load_tasks
+        from shardprune.evaluation.tasks import load_tasks, writes
     except ImportError as error:
         raise InputError("tasks", f"lm-eval cannot be imported: {error}") from error
-    return load_tasks(recipe)
+    if recipe.engine == "hf" and model.checkpoint.folder.is_file(ADAPTER):
+        where = model.checkpoint.folder.url
+        raise InputError("engine", f"'hf' would apply the adapter in {where}, which shards do not; use shards")
+    tasks = load_tasks(recipe)
+    check_ends(model.opened.tokenizer(), "model", writes=writes(tasks))
+    return tasks

@@ -1,5 +1,6 @@
 """The story of `shardprune mop`: iteration after iteration a layer goes, or every layer gets narrower."""
 
+import math
 from contextlib import closing
 from typing import Any
 
@@ -12,7 +13,7 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs
-from shardprune.errors import InputError, without_credentials
+from shardprune.errors import InputError, SolverError, without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import Budget
@@ -46,7 +47,7 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare(recipe, backend)
             path_plan = path_plan_of(recipe, prepared.skeleton)
@@ -182,6 +183,9 @@ class MopRun:
             shorter, scores = self._build(model, built, step)
             if chosen is None:
                 assert self._criterion is not None
+                if not all(map(math.isfinite, scores.values())):
+                    found = ", ".join(f"{letter}: {score:g}" for letter, score in scores.items())
+                    raise SolverError(f"{label}: candidates cannot be compared by {self._criterion}, which is {found}")
                 chosen = "L" if better(self._criterion, scores["L"], scores["G"]) else "G"
             after = candidates[chosen]
             if chosen != "L":

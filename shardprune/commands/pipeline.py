@@ -71,7 +71,7 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
     for step in recipe.steps:
         section = recipe.section(step)
         try:
-            with closing(backend_of(section.backend, section.address)) as backend:
+            with closing(backend_of(section)) as backend:
                 unpruned = section.model_copy(update={"model": recipe.model})
                 if isinstance(unpruned, RecoverRecipe):
                     open_inputs(unpruned, backend)

@@ -15,7 +15,7 @@ from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
-from shardprune.model.opening import open_model, open_texts, stored_dtype
+from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import narrowed_by
@@ -266,7 +266,7 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
     if isinstance(job.zeroing, Adopted):
         adopted = replace(job.zeroing, sparse=place_of(job.zeroing.sparse))
         job = replace(job, zeroing=adopted)
-        sparse = Checkpoint(adopted.sparse, "sparse")
+        sparse = open_checkpoint(adopted.sparse, "sparse")
         check_sparse(skeleton, sparse, checkpoint, adopted.pattern)
 
     vocabulary = skeleton.config.vocab_size

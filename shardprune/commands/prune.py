@@ -33,6 +33,7 @@ from shardprune.report.result import (
 )
 from shardprune.shard.layers import Version
 from shardprune.storage.folder import absolute
+from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.windows import tokens_hash
 
@@ -53,7 +54,7 @@ def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         if recipe.structured is not None and recipe.zeroes:
             result = _prune_composite(recipe, backend, reporter, clock)
         else:
@@ -71,7 +72,7 @@ def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
     `prune`."""
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare(recipe, backend)
         run = PruningRun(prepared, backend, reporter, clock)
@@ -92,7 +93,8 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
         claim = claim_output(recipe, first)
     result = claim.done(reporter)
     if result is None:
-        with reporter.events.recorded(claim.journal.folder, **first.facts()):
+        folder = claim.journal.folder
+        with owned(folder), reporter.events.recorded(folder, **first.facts()):
             if claim.previous:  # finished, but asked to be measured on more
                 measuring = PruningRun(first, backend, reporter, clock, ("before",))
                 for attempt in measuring.attempts():

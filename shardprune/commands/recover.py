@@ -18,6 +18,7 @@ from shardprune.recipes.groups import BackendFields
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes
 from shardprune.recovery.loss_log import Losses
+from shardprune.recovery.operations import build_what_is_used
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
@@ -40,7 +41,7 @@ def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:
     """
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
-    with closing(backend_of(recipe.backend, recipe.address)) as backend:
+    with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
             prepared = prepare_recovery(recipe, backend)
         run = RecoveryRun(prepared, backend, reporter, clock)
@@ -76,6 +77,8 @@ class RecoveryRun:
                     self.journal.remove_damaged(self.reporter.say)
                 if not self._trained():
                     self._share_inputs()
+                    if self.recipe.device == "cpu":  # on GPUs, which other machines have, each worker does
+                        build_what_is_used(self.recipe.offload, self.training, self.reporter.say)
                     room = min(self.backend.room(self.recipe.device), prepared.processes.count)
                     for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
                         with attempt as processes, self.clock.phase("recover"), self._progress():

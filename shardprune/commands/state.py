@@ -16,10 +16,11 @@ from shardprune.report.progress import Reporter
 from shardprune.report.result import Evaluation, Iteration, Perplexity, Result, WorkerResult
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.journal import Earlier, Journal
-from shardprune.storage.json_file import fitting
+from shardprune.storage.json_file import MaybeMeasurement, fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import RESULT, STATE
+from shardprune.storage.owner import Ownership, owned
 from shardprune.storage.windows import tokens_hash
 
 When = Literal["before", "after"]
@@ -31,8 +32,8 @@ class Measured(BaseModel):
     seqlen: int
     windows: int
     tokens_sha256: str
-    before: float | None = None
-    after: float | None = None
+    before: MaybeMeasurement = None
+    after: MaybeMeasurement = None
 
 
 class ZeroCount(BaseModel):
@@ -99,6 +100,7 @@ class RunState:
             self.known = run_file(journal, earlier)
         self.known.recipe = recipe
         self._inputs = inputs
+        self._ownership: Ownership | None = None
         if self.previous is None:
             self._resume_inputs()
 
@@ -181,14 +183,25 @@ class RunState:
 
         Args:
             facts: of the event `run`.
+
+        Raises:
+            InputError: another process drives a run there.
         """
-        self.journal.folder.remove_partial()
-        self.save()
-        with self.journal.claimed(self.resumed), reporter.events.recorded(self.journal.folder, **facts):
-            yield
+        folder = self.journal.folder
+        with owned(folder) as self._ownership:
+            folder.remove_partial()
+            self.save()
+            with self.journal.claimed(self.resumed), reporter.events.recorded(folder, **facts):
+                yield
 
     def save(self) -> None:
-        """Record what is known, but for what a finished run's result says already."""
+        """Record what is known, but for what a finished run's result says already.
+
+        Raises:
+            StorageError: the output is not this run's any more.
+        """
+        if self._ownership:
+            self._ownership.check()
         if self.previous is None:
             for field, checkpoint in self._inputs.items():
                 first = self.known.inputs.setdefault(field, checkpoint.state())  # stamps stay those of the beginning
@@ -208,8 +221,10 @@ class RunState:
 
         Raises:
             InputChanged: an input is not the file that it was.
-            StorageError: what was written cannot be read back.
+            StorageError: what was written cannot be read back, or the output is not this run's any more.
         """
+        if self._ownership:
+            self._ownership.check()
         self.check_inputs()
         files = self.previous.files if self.previous else self._written(kept)
         result = result.model_copy(update={"evaluation": self.known.evaluation, "files": files})

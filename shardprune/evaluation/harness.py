@@ -15,8 +15,10 @@ from shardprune.cluster.group import Backend
 from shardprune.cluster.likelihoods import Query
 from shardprune.errors import InputError
 from shardprune.evaluation.sharded import ShardedModel
+from shardprune.model.tokenizer import check_ends
 from shardprune.recipes.evaluate import ShardFields
 from shardprune.report.progress import Reporter
+from shardprune.storage.tokenising import check_vocabulary
 
 Request = tuple[
     tuple[str, str] | None, list[int], list[int]
@@ -36,8 +38,7 @@ class ShardedLM(TemplateLM):
         self.tokenizer: Any = model.checkpoint.tokenizer()
         config = model.skeleton.config
         self.max_length: int = max_length or resolve_max_length(config, self.tokenizer, default=DEFAULT_MAX_LENGTH)
-        if self.prefix_token_id is None:
-            raise InputError("model", "its tokenizer has no token that begins or ends a text, which lm-eval needs")
+        check_ends(self.tokenizer, "model")
 
     # -- tokens -----------------------------------------------------------------------------------------------
 
@@ -51,11 +52,17 @@ class ShardedLM(TemplateLM):
         return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokenise a text. By default, add the tokenizer's special tokens unless the text starts with them."""
+        """Tokenise a text. By default, add the tokenizer's special tokens unless the text starts with them.
+
+        Raises:
+            InputError: the model has no embedding for a token.
+        """
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, verbose=False, **special)
+        tokens = self.tokenizer.encode(string, verbose=False, **special)
+        check_vocabulary(max(tokens, default=0), self.model.skeleton.config.vocab_size, "model", "a task's text")
+        return tokens
 
     # -- what tasks ask for -----------------------------------------------------------------------------------
 
@@ -163,7 +170,7 @@ class ShardpruneLM(ShardedLM):
         if device == "cpu":  # the command's default is cuda:0, even without a GPU
             settings.setdefault("device", "cpu")
         shards = ShardFields.checked(settings)
-        backend = backend_of(shards.backend, shards.address)
+        backend = backend_of(shards)
         model = ShardedModel(pretrained, shards, backend, Reporter())
         super().__init__(model, max_length)
         weakref.finalize(self, _close, model, backend)  # lm-eval has no hook for the end of its use

@@ -144,6 +144,11 @@ def _matches(manager: TaskManager, name: str) -> list[str]:
     return matches
 
 
+def writes(tasks: Sequence[Task | Group]) -> bool:
+    """Return whether the model is to write text in any of the tasks."""
+    return any(task.OUTPUT_TYPE not in SCORED for task in _leaves(tasks))
+
+
 def _leaves(items: Sequence[Task | Group]) -> list[Task]:
     return [task for item in items for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
 

@@ -19,7 +19,7 @@ from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder, absolute
 from shardprune.storage.json_file import dump_json, parse_model
-from shardprune.storage.malformed import located
+from shardprune.storage.malformed import located, shown
 from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
 
 SINGLE = "model.safetensors"
@@ -178,6 +178,11 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _entries(self) -> dict[str, Entry]:
+        named = getattr(self._whole_config, "transformers_weights", None)
+        if named is not None:  # what transformers would load, and could not find in an output
+            place = f"{self.folder.url}/{CONFIG}"
+            reason = f"names weights of its own, transformers_weights: {shown(named)}; remove that field"
+            raise InputError(self.folder.field, f"{place} {reason}")
         if self.folder.is_file(SINGLE):  # before an index, as transformers does: one may be left of other files
             return read_header(self.folder, SINGLE)[0]
         if self.folder.is_file(INDEX):

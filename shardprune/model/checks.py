@@ -74,9 +74,14 @@ def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reaso
 def check_seqlen(seqlen: int, skeleton: Skeleton, field: str = "seqlen") -> None:
     """Check that a model takes sequences of `seqlen` tokens.
 
+    Rotary embeddings of the type `dynamic` are made for more positions than the config has; with any other, more would
+    be another model.
+
     Raises:
         InputError: it has fewer positions.
     """
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit and seqlen > limit:
+    config = skeleton.config
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if limit and seqlen > limit and rope != "dynamic":
         raise InputError(field, f"{seqlen} is more than the model's {limit} positions")

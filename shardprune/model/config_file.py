@@ -34,6 +34,7 @@ class _Sizes(BaseModel):
     num_key_value_heads: int | None = Field(None, ge=1, le=2**20)
     vocab_size: int | None = Field(None, ge=1, le=2**31)
     max_position_embeddings: int | None = Field(None, ge=1, le=2**31)
+    num_labels: int | None = Field(None, ge=0, le=2**20)
     partial_rotary_factor: int | float | None = Field(None, gt=0, le=1)
 
 

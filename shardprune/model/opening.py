@@ -49,16 +49,26 @@ def open_model(model: str, field: str = "model", *, float32: bool = True, whole:
     Raises:
         InputError: there is no such checkpoint, or it is not whole.
     """
-    checkpoint = Checkpoint(place_of(model), field)
-    for note in checkpoint.notes():
-        say_once(note)
+    checkpoint = open_checkpoint(place_of(model), field)
     skeleton = Skeleton(checkpoint.config, "cpu", torch.float32 if float32 else stored_dtype(checkpoint, whole))
     check_tensors(skeleton, checkpoint)
     return OpenedModel(checkpoint, skeleton)
 
 
+def open_checkpoint(place: str, field: str) -> Checkpoint:
+    """Open a checkpoint, and log what was decided about its files.
+
+    Raises:
+        InputError: there is no such checkpoint.
+    """
+    checkpoint = Checkpoint(place, field)
+    for note in checkpoint.notes():
+        _say_once(note)
+    return checkpoint
+
+
 @cache
-def say_once(note: str) -> None:
+def _say_once(note: str) -> None:
     """Log a note about a model, once in a process: a pipeline opens the same model for each of its steps."""
     _logger.warning("%s", note)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardprune.errors import InputError, StorageError
 from shardprune.model.checkpoint import INDEX, Checkpoint
 from shardprune.model.config_file import CONFIG, with_changes
 from shardprune.model.families import Family
@@ -38,10 +39,17 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
 
     Args:
         changes: new values of fields of the language model's config.
+
+    Raises:
+        StorageError: a file that was written is not there any more, or not what was written.
     """
     placed, size, parameters = {}, 0, 0
     for file in [journal.frame_file, *(journal.layer_file(index) for index in range(journal.layers))]:
-        for name, entry in read_header(journal.folder, file)[0].items():
+        try:
+            entries, _ = read_header(journal.folder, file)
+        except InputError as error:
+            raise StorageError(error.field, error.problem) from error
+        for name, entry in entries.items():
             placed[name] = file
             size += entry.end - entry.start
             parameters += math.prod(entry.shape)

@@ -2,9 +2,7 @@
 
 import math
 import tempfile
-import threading
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -12,6 +10,7 @@ from shardprune.errors import InputError
 from shardprune.model.companions import companions
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.storage.folder import Folder
+from shardprune.storage.tokenising import tokenise
 
 # Runs and mixtures of letters, digits, spaces and marks: a pattern that backtracks does so on one of them.
 TRIAL = "\n".join(
@@ -22,7 +21,6 @@ TRIAL = "\n".join(
         "x=1, " * 400,
     )
 )
-SECONDS = 60.0  # for the trial, which takes a usual tokenizer some milliseconds
 
 
 def load_tokenizer(folder: Folder) -> PreTrainedTokenizerBase:
@@ -45,29 +43,20 @@ def load_tokenizer(folder: Folder) -> PreTrainedTokenizerBase:
         raise InputError(
             folder.field, f"{folder.url}/tokenizer_config.json: model_max_length is {limit!r}; use a positive number"
         )
-    _try(tokenizer, folder)
+    tokenise(lambda: tokenizer(TRIAL, verbose=False), len(TRIAL), folder.field, f"a trial text ({folder.url})")
     return tokenizer
 
 
-def _try(tokenizer: PreTrainedTokenizerBase, folder: Folder) -> None:
-    """Tokenise the trial text, in a thread that can be left behind.
+def check_ends(tokenizer: PreTrainedTokenizerBase, field: str, *, writes: bool = False) -> None:
+    """Check that a tokenizer has the special tokens that lm-eval needs.
+
+    Args:
+        writes: texts are to be generated, whose end has a token of its own.
 
     Raises:
-        InputError: the tokenizer fails, or does not end.
+        InputError: it has not; names `field`.
     """
-    found: dict[str, Any] = {}
-
-    def tokenise() -> None:
-        try:
-            found["tokens"] = tokenizer(TRIAL, verbose=False).input_ids
-        except BaseException as error:  # a panic in the tokenizers library is no Exception
-            found["error"] = error
-
-    thread = threading.Thread(target=tokenise, name="trial of a tokenizer", daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    if thread.is_alive():
-        reason = f"does not end with {len(TRIAL)} characters in {SECONDS:g} s"
-        raise InputError(folder.field, f"the tokenizer of {folder.url} {reason}")
-    if error := found.get("error"):
-        raise InputError(folder.field, f"the tokenizer of {folder.url} fails: {in_one_line(error)}") from error
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise InputError(field, "its tokenizer has no token that begins or ends a text, which lm-eval needs")
+    if writes and tokenizer.eos_token_id is None:
+        raise InputError(field, "its tokenizer has no token that ends a text, which lm-eval needs to let it write")

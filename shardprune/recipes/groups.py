@@ -1,5 +1,6 @@
 """Groups of settings that several commands share."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -32,6 +33,26 @@ def _known(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
 
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
+
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h|)", re.IGNORECASE)
+
+
+def _duration(value: Any) -> Any:
+    """A duration as it is written: a number of seconds is one."""
+    text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not DURATION.fullmatch(text) or not _seconds(text) > 0:
+        raise ValueError("use a time such as 10m, 90s or 2h")
+    return text
+
+
+def _seconds(text: str) -> float:
+    match = DURATION.fullmatch(text)
+    assert match
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2].lower()]
+
+
+Patience = Annotated[str, BeforeValidator(_duration)]
 
 
 class WidthFields(Settings):
@@ -103,6 +124,14 @@ class BackendFields(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Compute device")
     threads: int | None = optional("cores / workers", "CPU threads per worker", ge=1)
     max_restarts: int = Field(3, ge=0, description="Restarts after lost workers")
+    patience: Patience = Field(
+        "10m", description="Time beyond the longest call so far after which a worker that hangs is lost"
+    )
+
+    @property
+    def patience_seconds(self) -> float:
+        """The patience with a worker, in seconds."""
+        return _seconds(self.patience)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ class LearningFields(Settings):
     full: bool = Field(False, description="Train all weights instead of LoRA")
     lora_rank: int = Field(32, ge=1, description="LoRA rank; updates are merged at the end")
     lora_alpha: float = Field(10.0, gt=0, description="LoRA alpha (updates are scaled by alpha / rank)")
-    lora_dropout: float | None = optional(
-        f"{DROPOUT}, with keep_sparsity 0", "LoRA dropout probability", ge=0, lt=1, allow_inf_nan=False
-    )
+    lora_dropout: float | None = optional(f"{DROPOUT}, with keep_sparsity 0", "LoRA dropout probability", ge=0, lt=1)
     keep_sparsity: bool = Field(False, description="Keep the zeros of the projections")
     epochs: float = Field(2.0, gt=0, description="Number of epochs")
     steps: int | None = Field(None, ge=1, description="Number of steps, instead of epochs")

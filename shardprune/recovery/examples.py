@@ -17,6 +17,7 @@ FILE may be a path or any URL that fsspec reads.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -41,6 +42,7 @@ from shardprune.storage.sources import (
     read_text,
     split_jsonl,
 )
+from shardprune.storage.tokenising import check_vocabulary, tokenise
 from shardprune.storage.windows import Tokenizer
 
 ALPACA = HubSplit("yahma/alpaca-cleaned", None, "train", "alpaca")
@@ -101,8 +103,7 @@ def load_rows(
     sizes = [len(example.tokens) for example in examples]
     groups = pack(sizes, length) if packing else [[index] for index in range(len(examples))]
     rows = Rows.of([[examples[index] for index in group] for group in groups])
-    if (highest := int(rows.tokens.max())) >= vocabulary:
-        raise InputError("data", f"the tokenizer makes token {highest} of {source!r}; the model has {vocabulary}")
+    check_vocabulary(int(rows.tokens.max()), vocabulary, "data", repr(source))
     return rows
 
 
@@ -151,19 +152,10 @@ def _exchange(where: str, value: Any) -> Exchange:
     if texts["input"] is None:
         texts["input"] = ""
     for name, text in texts.items():
-        if not _is_text(text):
+        if not isinstance(text, str):
             raise InputError("data", f"{where} has no text {name!r}")
     template = PROMPT_WITH_INPUT if texts["input"] else PROMPT
     return Exchange(template.format(instruction=texts["instruction"], input=texts["input"]), texts["output"])
-
-
-def _is_text(value: Any) -> bool:
-    """Return whether a value can be tokenised: a string without lone surrogates, which JSON may hold."""
-    try:
-        value.encode()
-    except (AttributeError, UnicodeEncodeError):
-        return False
-    return True
 
 
 # -- examples ---------------------------------------------------------------------------------------------
@@ -178,7 +170,12 @@ def _from_exchanges(
         raise InputError("data", f"{source!r} needs a fast tokenizer to tell responses from prompts")
     for batch in _batches(exchanges):
         texts = [exchange.prompt + exchange.response for exchange in batch]
-        encoded = tokenizer(texts, return_offsets_mapping=not prompt_loss, verbose=False)
+        encoded = tokenise(
+            partial(tokenizer, texts, return_offsets_mapping=not prompt_loss, verbose=False),
+            sum(map(len, texts)),
+            "data",
+            repr(source),
+        )
         for index, (exchange, ids) in enumerate(zip(batch, encoded["input_ids"], strict=True)):
             learned = torch.ones(len(ids), dtype=torch.bool)
             if not prompt_loss:
@@ -190,14 +187,13 @@ def _from_exchanges(
 
 
 def _from_corpus(source: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Example]:
-    for number, document in enumerate(corpus.documents, 1):
-        if not _is_text(document):
-            raise InputError("data", f"{source!r} row {number} is no text")
     documents = [document for document in corpus.documents if document.strip()]
     if not documents:
         raise InputError("data", f"{source!r} is empty")
     for batch in _batches(documents if corpus.by_document else [corpus.text]):
-        for ids in tokenizer(batch, verbose=False)["input_ids"]:
+        characters = sum(map(len, batch))
+        encoded = tokenise(partial(tokenizer, batch, verbose=False), characters, "data", repr(source))
+        for ids in encoded["input_ids"]:
             tokens, learned = _tensor(ids), torch.ones(len(ids), dtype=torch.bool)
             if corpus.by_document:
                 tokens, learned = _ended(tokenizer, ids, learned)
@@ -214,13 +210,9 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], learned: Tensor) 
 
 
 def _stored(source: str, length: int, vocabulary: int) -> list[Example]:
-    tokens = torch.from_numpy(load_tokens("data", source))
-    if not len(tokens):
-        raise InputError("data", f"{source!r} is empty")
+    tokens = torch.from_numpy(load_tokens("data", source, vocabulary))
     if tokens.shape[1] != length:
         raise InputError("data", f"{source!r} has rows of {tokens.shape[1]} tokens, not of length {length}")
-    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
-        raise InputError("data", f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
     return [Example(row, torch.ones(length, dtype=torch.bool)) for row in tokens.int()]
 
 

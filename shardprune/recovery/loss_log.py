@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shardprune.report.events import whole_lines
-from shardprune.storage.json_file import dump_json, parse_model
+from shardprune.storage.json_file import MaybeMeasurement, dump_json, parse_model
 
 FILE = "losses.jsonl"
 
@@ -35,7 +35,7 @@ class Loss:
     tokens: int
     seconds: float
     peak_bytes: int
-    held_out: float | None = None
+    held_out: MaybeMeasurement = None
 
 
 class Losses:

@@ -23,6 +23,7 @@ from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.lowrank import add_updates
 from shardprune.recovery.masks import freeze_zeros
 from shardprune.recovery.model import load_model
+from shardprune.recovery.operations import load_from_cache
 from shardprune.recovery.partitioning import Partitioning
 from shardprune.recovery.predictions import PredictionBatch, ahead
 from shardprune.recovery.rows import Rows, needs_mask
@@ -44,7 +45,8 @@ class Training:
     """
 
     def __init__(self, spec: TrainingSpec, device: torch.device) -> None:
-        with redirect_stdout(io.StringIO()):  # it prints about extensions that it has built
+        load_from_cache(spec.recipe.state, spec.recipe.device)
+        with redirect_stdout(io.StringIO()):  # it prints about operations that it has loaded
             deepspeed.init_distributed()  # uses torch's existing default group
         self.spec, self.device = spec, device
         self.recipe = recipe = spec.recipe

@@ -4,11 +4,9 @@ import gc
 import importlib
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,8 +114,6 @@ def _prepare(spec: TrainingSpec, device: torch.device) -> None:
     # DeepSpeed imports distutils to look for libraries, and setuptools cannot be imported behind that.
     with suppress(ImportError):
         importlib.import_module("setuptools")
-    # DeepSpeed builds its CPU collectives with ninja, which is installed beside the interpreter.
-    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
 
 def _end_group() -> None:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shardprune.errors import Stopped, StorageError, first_line
+from shardprune.errors import StorageError, first_line
 from shardprune.printable import message
 from shardprune.report.event_kinds import event_of
+from shardprune.signals import stopping
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import dump_json
 from shardprune.storage.output_names import EVENTS as FILE
@@ -69,11 +70,11 @@ class Events:
             self.emit("run", **facts)
             yield
             self.emit("done")
-        except (Stopped, KeyboardInterrupt):
-            self.emit("stopped")
-            raise
         except BaseException as error:
-            self.emit("failed", error=message(f"{type(error).__name__}: {first_line(error)}"))
+            if stopping() or isinstance(error, KeyboardInterrupt):
+                self.emit("stopped")
+            else:
+                self.emit("failed", error=message(f"{type(error).__name__}: {first_line(error)}"))
             raise
         finally:
             writer, self._writer = self._writer, None

@@ -1,6 +1,7 @@
 """The schema of `result.json`: the result of a run, for later commands, reports and users' scripts."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -9,7 +10,7 @@ from transformers import PretrainedConfig
 
 from shardprune.model.structure.shape import Widths, reshaped, widths_of
 from shardprune.storage.folder import Folder
-from shardprune.storage.json_file import fitting
+from shardprune.storage.json_file import MaybeMeasurement, Measurement, fitting
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.manifest import FileRecord
 from shardprune.storage.output_names import RESULT
@@ -142,7 +143,7 @@ class NarrowedLayer(BaseModel):
 
     layer: int
     groups: list[int]
-    errors: dict[str, float]
+    errors: dict[str, Measurement]
     retries: int = 0
 
 
@@ -156,7 +157,7 @@ class Iteration(BaseModel):
     layer: int | None = None
     shape: Shape
     removed: float
-    scores: dict[str, float] = {}
+    scores: dict[str, Measurement] = {}
     folder: Annotated[str, Field(pattern=r"^iteration-\d+$")] | None = None
 
 
@@ -175,8 +176,8 @@ class Structure(BaseModel):
 class Perplexity(BaseModel):
     """`after` is missing while a run is under way."""
 
-    before: float
-    after: float | None = None
+    before: Measurement
+    after: MaybeMeasurement = None
     seqlen: int
     windows: int
     tokens_sha256: str
@@ -185,7 +186,7 @@ class Perplexity(BaseModel):
 class MeasuredPerplexity(BaseModel):
     """The perplexity of one model on one source."""
 
-    value: float
+    value: Measurement
     seqlen: int
     windows: int
     tokens_sha256: str
@@ -194,8 +195,8 @@ class MeasuredPerplexity(BaseModel):
 class Metric(BaseModel):
     """`stderr` is missing where the harness knows none."""
 
-    value: float
-    stderr: float | None = None
+    value: Measurement
+    stderr: MaybeMeasurement = None
 
 
 class TaskResult(BaseModel):
@@ -244,7 +245,7 @@ class TrainingLoss(BaseModel):
     step: int
     loss: float
     learning_rate: float
-    held_out: float | None = None
+    held_out: MaybeMeasurement = None
 
 
 class Recovery(BaseModel):
@@ -312,8 +313,24 @@ def read_result(folder: Folder) -> Result | EvaluationResult:
     """
     content = folder.read_json(RESULT)
     if not isinstance(content, dict) or "command" not in content:
-        raise Malformed("is no result of a run")
-    return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+        raise Malformed("is no result of a run: it names no command")
+    try:
+        return fitting(content, EvaluationResult) if content["command"] == "evaluate" else fitting(content, Result)
+    except Malformed as error:
+        raise Malformed(f"is no result of a run: it {error}") from error
+
+
+def not_finite(result: Result | EvaluationResult) -> list[str]:
+    """Return the places of the numbers in a result that are not finite, which are null in its file."""
+    return [*_not_finite(result.model_dump())]
+
+
+def _not_finite(value: Any, place: tuple[str, ...] = ()) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _not_finite(item, (*place, str(name)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield ".".join(place)
 
 
 def zeros_of(records: Sequence[LayerRecord]) -> int:

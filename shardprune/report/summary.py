@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity
+from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity, not_finite
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
+NAMED = 4  # numbers in a remark
 # The names of shares where structures were removed and weights of the rest made zero.
 REMOVED_OR_ZERO = "removed or zero, of the original's weights"
 ZERO_OF_REST = "zero, of the weights that are left"
@@ -96,6 +97,13 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
             stderr = "" if found.stderr is None else f"{found.stderr:.4f}"
             yield name, metric, f"{found.value:.4f}", stderr, f"{task.samples:,}", str(task.num_fewshot)
             name = ""
+
+
+def remark_on_numbers(result: Result | EvaluationResult) -> str | None:
+    """Say which numbers of a result its file cannot hold; None where there are none."""
+    places = not_finite(result)
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    return f"Not finite, and therefore null in result.json: {', '.join(places[:NAMED])}{more}." if places else None
 
 
 def _recovery_rows(recovery: Recovery) -> Iterator[Row]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from shardprune.shard.clocks import Clock, HostClock
+from shardprune.shard.signs import Calls
 
 # What a verb's calls do:
 #   read        layers from storage
@@ -73,6 +74,7 @@ class Ledger:
 
     def __init__(self, clock: Clock | None = None) -> None:
         self.watcher: Watcher | None = None
+        self.calls = Calls()  # the one under way
         self._clock: Clock = clock or HostClock()
         self._seconds: dict[str, float] = {}
         self._under_way: deque[_Call] = deque()

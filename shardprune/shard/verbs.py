@@ -42,7 +42,8 @@ def verb(kind: Kind, layer: str | None = None) -> Callable[[Callable[P, T]], Cal
         @functools.wraps(method)
         def timed(self: _Worker, *args: Any) -> T:
             # A device's clock comes upon its errors as well: those of calls before.
-            with device_errors(lambda: f"{self.spec.label}, {work_of(timed, args)}"):
+            work = work_of(timed, args)
+            with self.ledger.calls.during(work), device_errors(lambda: f"{self.spec.label}, {work}"):
                 started = self.ledger.begin()
                 try:
                     with torch.no_grad():

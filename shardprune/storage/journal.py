@@ -16,7 +16,8 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.storage.digests import stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
-from shardprune.storage.output_names import EVENTS, RESULT, STATE
+from shardprune.storage.output_names import EVENTS, OWNER, RESULT, STATE
+from shardprune.storage.owner import check_unowned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.safetensors_file import (
@@ -79,15 +80,16 @@ class Journal:
         """Return what the directory holds of this run.
 
         Raises:
-            InputError: the directory holds something else, may not be resumed, or cannot be written.
+            InputError: the directory holds something else, is in use, may not be resumed, or cannot be written.
         """
         earlier = self._found(resume)
         if earlier.result is None:  # a finished run may lie in a directory that is read-only by now
+            check_unowned(self.folder)
             self.folder.check_writable()
         return earlier
 
     def _found(self, resume: bool) -> Earlier:
-        names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
+        names = self._lasting_names()
         if not names:
             return Earlier()
         record = next((name for name in (RESULT, STATE) if name in names), None)
@@ -100,6 +102,10 @@ class Journal:
             raise InputError("out", f"{self.folder.url} holds this run already; resume it or choose an empty directory")
         # A state beside a result is of a run that was cut off between writing one and removing the other.
         return Earlier(state=_record(self.folder, STATE)) if STATE in names else Earlier(result=found)
+
+    def _lasting_names(self) -> set[str]:
+        """Return the names of all that lies in the directory and does not pass with a process."""
+        return {name for name in self.folder.names() if name != OWNER and not PARTIAL.fullmatch(name)}
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state of the run; the first call claims the directory."""
@@ -117,7 +123,7 @@ class Journal:
         try:
             yield
         except InputError:
-            held = {name for name in self.folder.names() if not PARTIAL.fullmatch(name)}
+            held = self._lasting_names()
             if not resumed and held <= {STATE, EVENTS} and not _record(self.folder, STATE).get("restarts"):
                 for name in sorted(held):
                     self.folder.remove(name)

@@ -8,9 +8,9 @@ import json
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, ValidationInfo
 from pydantic_core import from_json
 
 from shardprune.storage.malformed import Malformed, shown
@@ -19,6 +19,16 @@ from shardprune.storage.text_file import decode
 T = TypeVar("T")
 
 LIMIT = 100_000_000  # bytes of a document
+
+
+def _not_finite(value: Any, info: ValidationInfo) -> Any:
+    """Read null as `dump_json` means it; in Python None is a number that is missing."""
+    return math.nan if value is None and info.mode == "json" else value
+
+
+# A number that was measured, and that need not be finite: in files null, where a missing one has no name at all.
+Measurement = Annotated[float, BeforeValidator(_not_finite)]
+MaybeMeasurement = Annotated[float | None, BeforeValidator(_not_finite)]
 
 
 def parse_json(content: bytes | str, limit: int = LIMIT) -> Any:

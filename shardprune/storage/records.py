@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from shardprune.storage.json_file import fitting
+from shardprune.storage.json_file import Measurement, fitting
 
 Count = Annotated[int, Field(ge=0, strict=True)]
 Weights = Annotated[int, Field(gt=0, strict=True)]
@@ -74,7 +74,7 @@ class KeptStructures:
 
     groups: tuple[Count, ...]
     neurons: tuple[Count, ...]
-    errors: dict[str, float]
+    errors: dict[str, Measurement]
     retries: Count
 
 

@@ -9,7 +9,6 @@ wikitext2, ptb, c4            the papers' data sets, from the hub
 hf:NAME[:CONFIG]:SPLIT:FIELD  any data set that `datasets.load_dataset` reads by NAME
 """
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from shardprune.storage import stdlib
 from shardprune.storage.folder import read_file
 from shardprune.storage.json_file import parse_json
 from shardprune.storage.malformed import located
+from shardprune.storage.npy_file import parse_npy
 from shardprune.storage.text_file import decode
 
 Role = Literal["calibration", "perplexity"]
@@ -118,21 +118,20 @@ def is_tokens(source: str) -> bool:
     return source.endswith(".npy")
 
 
-def load_tokens(field: str, source: str) -> np.ndarray:
-    """Load the int64 array [samples, seqlen] of a `.npy` source.
+def load_tokens(field: str, source: str, vocabulary: int) -> np.ndarray:
+    """Load the int64 token ids [samples, seqlen] of a `.npy` source.
 
     Raises:
-        InputError: it is missing or no such array.
+        InputError: it is missing or no such array, is empty, or holds what is no token of the vocabulary.
     """
-    content = read_file(source, field)
-    try:
-        tokens = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(field, f"{source!r} is not a .npy array of numbers") from error
-    if not isinstance(tokens, np.ndarray):
-        raise InputError(field, f"{source!r} is an archive of arrays; use a .npy file of one")
-    if tokens.ndim != 2 or tokens.dtype != np.int64:
-        raise InputError(field, f"{source!r} is {tokens.dtype} {list(tokens.shape)}; use int64 [samples, seqlen]")
+    with located(field, repr(source)):
+        tokens = parse_npy(read_file(source, field), np.int64)
+    if tokens.ndim != 2:
+        raise InputError(field, f"{source!r} is {tokens.dtype} {[*tokens.shape]}; use int64 [samples, seqlen]")
+    if not tokens.size:
+        raise InputError(field, f"{source!r} is empty")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise InputError(field, f"{source!r} must hold token ids from 0 to {vocabulary - 1}")
     return tokens
 
 
@@ -140,7 +139,7 @@ def load_corpus(field: str, source: str, role: Role) -> Corpus:
     """Load the documents of a text source.
 
     Raises:
-        InputError: it is missing or does not have the form that its name implies.
+        InputError: it is missing, does not have the form that its name implies, or a document is no text.
     """
     if source == "stdlib":
         return Corpus(stdlib.documents("train" if role == "calibration" else "heldout"), by_document=True)
@@ -225,8 +224,11 @@ def load_hub(field: str, source: str, hub: HubSplit, columns: Sequence[str]) -> 
 
 
 def _hub(field: str, source: str, hub: HubSplit) -> Corpus:
-    rows = load_hub(field, source, hub, [hub.field])
-    return Corpus(list(rows[hub.field]), hub.separator, hub.by_document, hub.windows)
+    documents = list(load_hub(field, source, hub, [hub.field])[hub.field])
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, str):
+            raise InputError(field, f"{source!r} row {number} is no text")
+    return Corpus(documents, hub.separator, hub.by_document, hub.windows)
 
 
 DATA_FORMS = (

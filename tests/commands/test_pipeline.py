@@ -21,7 +21,7 @@ def sections(folder, **changes):
     recipe = {
         "model": str(folder / "model"),
         "backend": "local",
-        "threads": 2,
+        "threads": 1,
         "prune": {"sparsity": 0.5, "calibration": tokens, "samples": 12, "seqlen": 24, "wave": 4},
         "recover": {"data": tokens, "length": 24, "steps": 2, "batch": 4, "keep_sparsity": True, "zero": 1},
         "evaluate": {"perplexity": tokens, "seqlen": 24},
@@ -67,7 +67,7 @@ def test_a_finished_pipeline_does_nothing(folder, whole):
 
 def test_where_it_works_may_change_what_it_does_may_not(folder, whole):
     out, results = whole
-    elsewhere = {"recover": {"checkpoint_every": 7, "threads": 1}, "prune": {"shards": 2}, "evaluate": {"shards": 2}}
+    elsewhere = {"recover": {"checkpoint_every": 7, "threads": 2}, "prune": {"shards": 2}, "evaluate": {"shards": 2}}
     assert carry_out(folder, out, **elsewhere)["recover"].recovery == results["recover"].recovery
     with pytest.raises(InputError, match="out: .*pruned holds another run"):
         carry_out(folder, out, prune={"sparsity": 0.6})

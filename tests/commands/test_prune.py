@@ -3,16 +3,18 @@
 import functools
 import json
 import pickle
+import re
 import shutil
 
 import fsspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from shardprune import Recipe
+from shardprune.cli import main
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.model.skeleton import attention_of
@@ -20,6 +22,7 @@ from shardprune.shard.prune_worker import PruneWorker
 from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
+from shardprune.storage.relative_paths import absolute_paths
 from tests.support.running import run
 from tests.support.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens, snapshot
 
@@ -177,7 +180,7 @@ def test_perplexity_is_that_of_the_whole_model(folder, tmp_path):
 def test_result_json_holds_the_contract(folder, tmp_path):
     result = run(folder, tmp_path / "o", sparsity=0.5, shards=2, replicas=2, eval=(str(folder / "other.npy"),))
     stored = json.loads((tmp_path / "o" / "result.json").read_text())
-    assert stored == result.as_json()
+    assert absolute_paths(stored, str(tmp_path / "o")) == result.as_json()
     assert stored["version"] == 1
     assert stored["command"] == "prune"
     assert stored["recipe"]["sparsity"] == 0.5
@@ -277,6 +280,45 @@ def test_a_layer_that_cannot_be_solved_names_the_projection(folder, tmp_path):
     with pytest.raises(SolverError, match=r"layer 2 mlp\.gate_proj: its inputs are not finite"):
         run(folder, tmp_path / "o", model=tmp_path / "model", sparsity=0.5)
     assert len(list((tmp_path / "o").glob("model-*"))) == 2  # the layers before it are kept
+
+
+@pytest.mark.parametrize("settings", [{}, {"structured": 0.2}], ids=["sparse", "structured"])
+def test_a_weight_that_overflows_when_it_is_stored_ends_the_run(folder, tmp_path, settings):
+    """What is pruned moves into the remaining weights of a layer, which float16 cannot hold."""
+    make_model(tmp_path / "model", dtype=torch.float16)
+    tensors = load_tensors(tmp_path / "model")
+    name = "model.layers.1.self_attn.o_proj.weight" if settings else "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = 65000 - tensors[name].abs()
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    part = name.removeprefix("model.layers.1.").removesuffix(".weight").replace(".", r"\.")
+    with pytest.raises(SolverError, match=rf"^layer 1 {part}: the (pruned|corrected) weight overflows float16"):
+        run(folder, tmp_path / "o", model=tmp_path / "model", sparsity=0.5, **settings)
+    written = {tensor for file in (tmp_path / "o").rglob("*.safetensors") for tensor in load_file(file)}
+    assert {name.split(".")[2] for name in written if ".layers." in name} == {"0"}  # the layer before it
+
+
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+def test_a_model_file_that_is_cut_off_under_a_run_is_one_line(tmp_path, monkeypatch, weights, capsys):
+    make_model(tmp_path / "model", max_shard_size="20KB")
+    make_tokens(tmp_path / "tokens.npy")
+    embed = PruneWorker.embed
+
+    @functools.wraps(embed)
+    def cutting(self, tokens):
+        for file in (tmp_path / "model").glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-100])
+        monkeypatch.setattr(PruneWorker, "embed", embed)
+        return embed(self, tokens)
+
+    monkeypatch.setattr(PruneWorker, "embed", cutting)
+    source = str(tmp_path / "tokens.npy")
+    arguments = ["--sparsity", "0.5", "--calibration", source, "--samples", "12", "--seqlen", "24"]
+    place = ["--backend", "local", "--weights", weights, "--out", str(tmp_path / "o"), "--no-report"]
+    with pytest.raises(SystemExit) as caught:
+        main(["prune", str(tmp_path / "model"), *arguments, *place])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 1
+    assert re.fullmatch(r"error: model: .*safetensors cannot be read: it ends at byte \d+, \d+ bytes early", error)
 
 
 def test_leftovers_of_an_interrupted_write_are_removed(folder, tmp_path, dies_at_layer):

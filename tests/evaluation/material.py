@@ -31,7 +31,7 @@ def text(draw: random.Random, words: int) -> str:
 
 def sharded(model: str, **settings) -> ShardedLM:
     """lm-eval's view of a model on workers of this process."""
-    shards = ShardFields.checked({"backend": "local", "threads": 2, "shards": 2, **settings})
+    shards = ShardFields.checked({"backend": "local", "threads": 1, "shards": 2, **settings})
     return ShardedLM(ShardedModel(model, shards, LocalBackend(), QUIET))
 
 
@@ -68,5 +68,5 @@ def write_task(folder: Path, name: str, documents: int = 6, seed: int = 0, **fie
 
 def evaluated(model: str | Path, **fields):
     """Evaluate in this process, quietly."""
-    values = {"model": str(model), "backend": "local", "threads": 2, **fields}
+    values = {"model": str(model), "backend": "local", "threads": 1, **fields}
     return evaluate(EvaluateRecipe.checked(values), QUIET)

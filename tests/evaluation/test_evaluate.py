@@ -2,18 +2,20 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardprune.cli import main
 from shardprune.errors import InputError
 from shardprune.report.result import Result
 from tests.evaluation.material import evaluated, make_readable, write_task
 from tests.support.running import run
-from tests.support.tiny import make_tokens, snapshot
+from tests.support.tiny import VOCABULARY, load_tensors, make_tokens, snapshot
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,43 @@ def test_a_model_behind_a_url(folder):
     assert stored["evaluation"]["tasks"]["first"]["samples"] == 2
     with pytest.raises(InputError, match="engine: 'hf' cannot load 'memory://evaluated'; use shards"):
         evaluated("memory://evaluated", tasks="first", tasks_dir=str(folder / "tasks"), engine="hf")
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    return shutil.copytree(folder / "model", tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("engine", ["shards", "hf"])
+def test_a_tokenizer_that_does_not_fit_is_one_line_before_anything_is_measured(folder, damaged, engine):
+    asked = {"tasks": "first", "tasks_dir": str(folder / "tasks"), "engine": engine}
+    tokenizer = AutoTokenizer.from_pretrained(damaged)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(damaged)
+    source = str(folder / "tokens.npy")
+    out = damaged.parent / "out"
+    with pytest.raises(InputError, match="^model: its tokenizer has no token that begins or ends a text"):
+        evaluated(damaged, perplexity=source, seqlen=24, out=str(out), **asked)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("engine", ["shards", "hf"])
+def test_tokens_that_the_model_does_not_know_are_one_line(folder, damaged, engine):
+    tensors = load_tensors(damaged)
+    tensors = {name: value[:5] if len(value) == VOCABULARY else value for name, value in tensors.items()}
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    config = json.loads((damaged / "config.json").read_text())
+    (damaged / "config.json").write_text(json.dumps({**config, "vocab_size": 5}))
+    with pytest.raises(InputError, match=r"^model: the tokenizer makes token \d+ of a task's text; the model has 5$"):
+        evaluated(damaged, tasks="first", tasks_dir=str(folder / "tasks"), engine=engine)
+
+
+def test_an_adapter_is_not_applied_by_one_engine_alone(folder, damaged):
+    (damaged / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "a/b"}))
+    asked = {"tasks": "first", "tasks_dir": str(folder / "tasks"), "limit": 1}
+    assert evaluated(damaged, **asked).evaluation.tasks == evaluated(folder / "model", **asked).evaluation.tasks
+    with pytest.raises(InputError, match=r"^engine: 'hf' would apply the adapter in .*; use shards$"):
+        evaluated(damaged, engine="hf", **asked)
 
 
 BAD = {

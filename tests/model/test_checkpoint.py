@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import fsspec
@@ -11,9 +12,10 @@ import torch
 from fsspec.spec import AbstractBufferedFile
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError
-from shardprune.model.checkpoint import INDEX, Checkpoint
+from shardprune.model.checkpoint import INDEX, Checkpoint, locate
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
 from tests.support.tiny import load_tensors, make_model
@@ -176,6 +178,20 @@ def index_of_numbers(copy):
     (copy / INDEX).write_text('{"weight_map": {"a": 1}}')
 
 
+def index_of_outside(name):
+    def outside(copy):
+        index = json.loads((copy / INDEX).read_text())
+        file = next(iter(index["weight_map"].values()))
+        placed = name.format(file=file, copy=copy)
+        (copy / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], "x": placed}}))
+
+    return outside
+
+
+def index_of_twice(copy):
+    (copy / INDEX).write_text('{"weight_map": {"a": "x", "a": "y"}}')
+
+
 def remove_config(copy):
     (copy / "config.json").unlink()
 
@@ -194,9 +210,14 @@ def remove_weights(copy):
         (empty, "is not a safetensors file"),
         (misplace, "places model.layers.9.ghost in .*, which has no such tensor"),
         (remove_shard, "does not exist"),
-        (break_index, "cannot be read as an index"),
-        (index_of_lists, "cannot be read as an index"),
-        (index_of_numbers, "cannot be read as an index"),
+        (break_index, "index.json is not JSON: "),
+        (index_of_lists, r"index.json holds \['a'\] as weight_map; use an object"),
+        (index_of_numbers, "index.json holds 1 as weight_map.a; use a valid string"),
+        (index_of_twice, "index.json has the name 'a' twice"),
+        (index_of_outside("../damaged/{file}"), "index.json names '../damaged/.*', which is no file of that folder"),
+        (index_of_outside("{copy}/{file}"), "index.json names '/.*', which is no file of that folder"),
+        (index_of_outside(".."), "index.json names '..', which is no file of that folder"),
+        (index_of_outside("a\\b"), "index.json names .*, which is no file of that folder"),
         (remove_config, "holds no config.json"),
         (remove_weights, "holds neither model.safetensors nor"),
     ],
@@ -206,6 +227,40 @@ def test_damage_is_an_input_error(tmp_path, sharded, damage, message):
     with pytest.raises(InputError, match=message) as caught:
         Checkpoint(damaged(sharded, tmp_path, damage))
     assert caught.value.field == "model"
+
+
+def test_a_single_file_wins_over_an_index_as_in_transformers(tmp_path, sharded):
+    make_model(tmp_path, "llama-3.1")
+    other = make_model(tmp_path / "other", "llama-3.1", max_shard_size="20KB")
+    for file in Path(other).glob("*.safetensors*"):
+        if file.name != INDEX:
+            tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+            save_file(tensors, tmp_path / file.name, {"format": "pt"})
+    shutil.copyfile(Path(other) / INDEX, tmp_path / INDEX)
+    found = Checkpoint(str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert {entry.file for entry in found.entries.values()} == {"model.safetensors"}
+    assert all(torch.equal(found.read(name), loaded[name]) for name in found.entries)
+
+
+def test_a_config_that_names_its_weights_is_refused(tmp_path):
+    make_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    with pytest.raises(InputError, match=r"^model: .*config\.json names weights of its own, .*'other\.safetensors'"):
+        Checkpoint(str(tmp_path))
+
+
+def test_a_cached_snapshot_is_complete_with_the_files_that_are_read(tmp_path, sharded, monkeypatch):
+    import huggingface_hub
+
+    snapshot = shutil.copytree(sharded, tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert locate("a/b") == str(snapshot)
+    next(snapshot.glob("model-*")).unlink()
+    assert locate("a/b") == "hf://a/b"
+    (snapshot / "model.safetensors").touch()
+    assert locate("a/b") == str(snapshot)
 
 
 @pytest.mark.parametrize("model", ["missing", "../missing/model", "/no/such/place"])

@@ -49,6 +49,24 @@ def test_layer_by_layer_equals_the_whole_model(saved, device):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("longer", [24, 40])
+def test_dynamic_rotary_embeddings_beyond_the_positions_of_the_config(tmp_path, longer):
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    name, values = CONFIGS["llama"]
+    dynamic = {"dynamic": (name, {**values, "max_position_embeddings": 16, "rope_parameters": rope})}
+    checkpoint, skeleton = build(make_model(tmp_path, "dynamic", configs=dynamic))
+    skeleton.load_frame(checkpoint, embedding=True, head=True)
+    layers = [layer_of(checkpoint, skeleton, index) for index in range(skeleton.layers)]
+    for length in (longer, 12):  # frequencies change for the long sequences, and return for the short ones
+        tokens = torch.randint(0, VOCABULARY, (2, length), generator=torch.Generator().manual_seed(length))
+        hidden = skeleton.embed(tokens)
+        for index, layer in enumerate(layers):
+            hidden = skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(index, *tokens.shape))
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+        assert torch.equal(skeleton.logits(hidden), whole(tokens).logits)
+
+
+@torch.no_grad()
 def test_the_table_names_every_linear_and_who_shares_an_input(saved):
     checkpoint, skeleton = build(saved)
     layer = layer_of(checkpoint, skeleton, 0)

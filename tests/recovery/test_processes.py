@@ -32,7 +32,7 @@ def test_deepspeed_takes_the_gpu_that_the_process_was_given(monkeypatch, index):
     """The rank on the node is another number where every process sees its own GPU alone."""
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    for name in ("LOCAL_RANK", "DS_ACCELERATOR", "PATH"):
+    for name in ("LOCAL_RANK", "DS_ACCELERATOR"):
         monkeypatch.setenv(name, "7")
     _prepare(SimpleNamespace(recipe=SimpleNamespace(threads=1, device="cuda")), torch.device("cuda", index))
     assert taken == [torch.device("cuda", index)]

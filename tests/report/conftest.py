@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
         "model": str(folder / "model"),
         "out": str(folder / "pipeline"),
         "backend": "local",
-        "threads": 2,
+        "threads": 1,
         "prune": {"sparsity": 0.5, "calibration": tokens, "samples": 12, "seqlen": 24, "wave": 4, "eval": tokens},
         "recover": {
             **{"data": tokens, "length": 24, "steps": 4, "batch": 4, "keep_sparsity": True, "zero": 1},

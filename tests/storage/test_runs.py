@@ -129,7 +129,7 @@ REFUSED = {
     "an output that shows nothing": (
         lambda faults: faults.deny(r"GET .*\?.*prefix=out"),
         {},
-        "error: out: {}/out/run.json cannot be read: Access Denied",
+        "error: out: {}/out cannot be listed: Access Denied",
     ),
     "an output that keeps everything": (
         lambda faults: faults.deny("DELETE .*/out/"),

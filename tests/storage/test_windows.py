@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from shardprune.errors import InputError
-from shardprune.storage import stdlib
+from shardprune.storage import stdlib, windows
 from shardprune.storage.sources import check_source
 from shardprune.storage.windows import calibration_windows, perplexity_windows, tokens_hash
 from tests.support.words import words_tokenizer
@@ -135,6 +135,9 @@ def test_bad_sources(tmp_path, tokenizer, content, name, message):
         (np.zeros((5, 6)), "is float64 .* use int64"),
         (np.zeros(6, dtype=np.int64), "use int64"),
         (np.full((5, 6), 16, dtype=np.int64), "must hold token ids from 0 to 15"),
+        (np.full((5, 6), -1), "must hold token ids from 0 to 15"),
+        (np.zeros((0, 6), dtype=np.int64), "x.npy' is empty"),
+        (np.zeros((5, 6), dtype=bool), "is bool .* use int64"),
         (np.zeros((5, 7), dtype=np.int64), "seqlen: 6 is not the row length 7"),
         (np.zeros((3, 6), dtype=np.int64), "samples: 4 is more than the 3 rows"),
     ],
@@ -143,6 +146,23 @@ def test_bad_stored_tokens(tmp_path, tokenizer, tokens, message):
     np.save(tmp_path / "x.npy", tokens)
     with pytest.raises(InputError, match=message):
         calibrate(tmp_path / "x.npy", tokenizer)
+
+
+def test_windows_that_memory_has_no_room_for(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "x.txt").write_text(SENTENCE)
+    reason = "samples: 1000000000 windows of 6 tokens take 96.0 GB while .* 1.0 GB of them; use at most 10,4"
+    monkeypatch.setattr(windows, "host_memory", lambda: 2 * 10**9)
+    with pytest.raises(InputError, match=f"^{reason}16,666$"):
+        calibrate(tmp_path / "x.txt", tokenizer, samples=10**9)
+    with pytest.raises(InputError, match="^samples: 1 windows of .*; use a smaller seqlen$"):
+        calibrate(tmp_path / "x.txt", tokenizer, samples=1, seqlen=10**12)
+
+
+def test_a_data_set_of_rows_without_text(tmp_path, tokenizer):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": null}\n')
+    with pytest.raises(InputError, match="^calibration: .* row 2 is no text$"):
+        calibrate(f"hf:{tmp_path / 'data'}:train:text", tokenizer)
 
 
 @pytest.mark.parametrize("source", ["stdlib", "c4", "a.txt", "s3://b/a.jsonl:body", "hf:a/b:train:text", "hf:a:b:c:d"])
@@ -161,10 +181,10 @@ def test_windows_inside_documents_come_from_long_enough_ones(tokenizer):
     from shardprune.storage.windows import _draw_from_documents
 
     corpus = Corpus(["one two", "three four five six seven one two", "seven six five four three two"], by_document=True)
-    windows = _draw_from_documents(corpus, tokenizer(), 2, 6, 0, "x")
+    windows = _draw_from_documents(corpus, tokenizer(), 2, 6, 0, "x", 2048)
     streams = [tokenizer()(document).input_ids for document in corpus.documents]
     for window in windows.tolist():
         assert any(window == stream[start : start + 6] for stream in streams for start in range(len(stream) - 5))
-    assert len(_draw_from_documents(corpus, tokenizer(), 5, 6, 0, "x")) == 5  # the long ones over again
+    assert len(_draw_from_documents(corpus, tokenizer(), 5, 6, 0, "x", 2048)) == 5  # the long ones over again
     with pytest.raises(InputError, match="calibration: 'x' has no document of 9 tokens"):
-        _draw_from_documents(corpus, tokenizer(), 1, 9, 0, "x")
+        _draw_from_documents(corpus, tokenizer(), 1, 9, 0, "x", 2048)

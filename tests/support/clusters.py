@@ -1,8 +1,8 @@
 """Ray clusters for tests."""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -47,3 +47,24 @@ def kill(process: psutil.Process) -> None:
     """Kill a process, which may be gone by itself."""
     with suppress(psutil.NoSuchProcess):
         process.send_signal(signal.SIGKILL)
+
+
+@contextmanager
+def slots_for_commands(slots: int) -> Iterator[tuple[dict[str, str], Callable[[], str]]]:
+    """What commands in processes of their own need: the environment that makes them and their workers forks, and the
+    address of a cluster with so many slots, which is started when it is asked for."""
+    with forks() as environment, ExitStack() as opened:
+        started: list[str] = []
+
+        def address() -> str:
+            if slots and not started:
+                from ray.cluster_utils import Cluster
+
+                head = {"num_cpus": slots, "object_store_memory": 200 * 2**20, "include_dashboard": False}
+                system = {"metrics_report_interval_ms": 500, **NO_SPARE_WORKERS}
+                cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
+                opened.callback(cluster.shutdown)
+                started.append(cluster.address)
+            return started[0] if started else ""
+
+        yield environment, address

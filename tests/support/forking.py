@@ -18,11 +18,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+RAY_NEEDS = ("google.protobuf.internal.builder", "jsonschema", "pdb", "requests")
 COMMAND = "SHARDPRUNE_TEST_WORKER_COMMAND"
 # What Ray starts in the place of an interpreter; it lives as long as the worker.
 ASKING = """
@@ -46,7 +48,8 @@ def forks() -> Iterator[dict[str, str]]:
         server = psutil.Popen(
             [sys.executable, "-m", "tests.support.forking", str(listener.fileno())],
             pass_fds=[listener.fileno()],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},  # which Ray sets for a worker of one CPU
+            # The first is what Ray sets for a worker of one CPU, the second what a training on CPUs sets.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         )
         environment = {
             "RAY_RUNTIME_ENV_HOOK": "tests.support.forking.hook",
@@ -71,10 +74,14 @@ def hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:
 def main() -> None:
     """Import, then fork for whoever asks. Nothing here may start a thread, which a fork would not have."""
     listener = socket.socket(fileno=int(sys.argv[1]))
+    import setuptools  # noqa: F401  before DeepSpeed imports distutils, which it replaces
     import transformers.models.llama.modeling_llama  # noqa: F401  and torch
 
-    import shardprune.cluster.local_backend  # noqa: F401  all that a worker needs but Ray
+    # All that workers need but Ray, and what takes most of Ray's own import.
+    for module in (*RAY_NEEDS, "shardprune.cluster.local_backend", "shardprune.recovery.training"):
+        import_module(module)
 
+    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread"
     assert "ray" not in sys.modules, "Ray reads the job and the node that a worker belongs to when it is imported"
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a fork's end

@@ -29,7 +29,7 @@ def _values(folder, out, model, fields):
         "seqlen": 24,
         "wave": 4,
         "backend": "local",
-        "threads": 2,
+        "threads": 1,
         "report": False,
         **fields,
     }

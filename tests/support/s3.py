@@ -50,10 +50,15 @@ class Request:
         names = sorted(urllib.parse.parse_qs(self.query, keep_blank_values=True))
         return f"{self.method} {self.path}" + (f"?{'&'.join(names)}" if names else "")
 
+    @property
+    def whole(self) -> str:
+        """The request as `METHOD path?query`."""
+        return f"{self.method} {self.path}" + (f"?{urllib.parse.unquote(self.query)}" if self.query else "")
+
 
 @dataclass
 class Fault:
-    """What is done to the requests whose `Request.operation` the pattern finds: `times` of them after `skip`."""
+    """What is done to the requests that the pattern finds, as their `Request.whole`: `times` of them after `skip`."""
 
     pattern: str
     status: int | None = None  # answered instead of the server
@@ -116,11 +121,11 @@ class Faults:
             self._faults.clear()
         self.up()
 
-    def pick(self, operation: str) -> Fault | None:
+    def pick(self, request: str) -> Fault | None:
         """The fault that a request meets, if any."""
         with self._lock:
             for fault in self._faults:
-                if re.search(fault.pattern, operation):
+                if re.search(fault.pattern, request):
                     fault.hits += 1
                     if fault.skip < fault.hits <= fault.skip + fault.times:
                         return fault
@@ -200,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass(self) -> None:
         path, _, query = self.path.partition("?")
         seen = Request(self.command, urllib.parse.unquote(path).strip("/"), query, self.headers.get("Range"))
-        fault = self.server.proxy.faults.pick(seen.operation)
+        fault = self.server.proxy.faults.pick(seen.whole)
         if fault and fault.action:
             fault.action()
             fault = None

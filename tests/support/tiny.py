@@ -70,11 +70,12 @@ def make_model(
     family: str = "llama-3.1",
     dtype: torch.dtype = torch.float32,
     configs: dict[str, tuple[str, dict]] = CONFIGS,
+    seed: int = 0,
     **saving,
 ) -> str:
     """Save a tiny random model of a family; weights are large enough for every layer to matter."""
     class_name, values = configs[family]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(getattr(transformers, class_name)(**values))
     return _save_random(model, folder, dtype, **saving)
 

@@ -19,6 +19,7 @@ from typing import Any
 from shardprune.cluster.slurm.node import TOKEN
 from shardprune.cluster.slurm.processes import Ended, Event, Line, Mailbox, Process, Signalled, Step
 from shardprune.cluster.slurm.queueing import allocated_nodes, requeue
+from shardprune.standard_streams import outputs
 from shardprune.storage.json_file import parse_json
 
 START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be loaded from slow network storage
@@ -209,4 +210,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with outputs():
+        code = main()
+    sys.exit(code)

@@ -27,6 +27,7 @@ from typing import Any
 
 from shardprune.cluster.slurm.processes import END
 from shardprune.cluster.slurm.queueing import remaining_nodes, requeue
+from shardprune.standard_streams import outputs
 from shardprune.storage.json_file import dump_json
 
 TOKEN = "token"
@@ -221,4 +222,6 @@ def _remove(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with outputs():
+        code = main()
+    sys.exit(code)

@@ -21,6 +21,7 @@ from shardprune.report.summary import (
     REMOVED_OR_ZERO,
     ZERO_OF_REST,
     evaluation_rows,
+    remark_on_numbers,
     summary_rows,
     what_was_done,
 )
@@ -84,7 +85,7 @@ def _section(run: FinishedRun) -> Section:
     recipe = dump_yaml(run.result.recipe)
     if isinstance(run.result, EvaluationResult):
         grids = [_evaluation_grid(run.result.evaluation)]
-        return Section("evaluate", _costs(run), grids, _work(run), recipe=recipe)
+        return Section("evaluate", _costs(run), grids, _work(run), _remark_on_numbers(run.result), recipe)
     result = run.result
     grids = [Grid(("", "before", "after"), list(summary_rows(result, run.attempts)))]
     if result.evaluation:
@@ -159,9 +160,14 @@ def _work(run: FinishedRun) -> list[Plot]:
     return plots
 
 
+def _remark_on_numbers(result: Result | EvaluationResult) -> list[str]:
+    remark = remark_on_numbers(result)
+    return [remark] if remark else []
+
+
 def _remarks(result: Result) -> list[str]:
     """Return the reasons why parts of a report are missing."""
-    remarks: list[str] = []
+    remarks = _remark_on_numbers(result)
     zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
     if zeroed and result.sparsity and result.sparsity.projections:
         if all(layer.outliers is None for layer in result.sparsity.layers):

@@ -3,19 +3,24 @@
 import os
 import re
 import signal
+import socket
 import threading
 import time
 import urllib.request
 
+import psutil
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 from shardprune.cli import main
-from shardprune.cluster import ray_exchange
+from shardprune.cluster import ray_backend, ray_exchange
+from shardprune.cluster.ray_backend import RayGroup, settled_slots
 from shardprune.cluster.ray_exchange import Exchange
 from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
+from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter
+from shardprune.storage.folder import Folder
 from tests.failures.listening import Heard, Moment
 from tests.support.clusters import cluster, kill, processes_of
 from tests.support.tiny import differing, make_model, make_tokens
@@ -307,3 +312,87 @@ def test_workers_that_keep_dying_end_the_run(ray, tmp_path):
     assert prune(bundled(tmp_path / "o", shards=2), QUIET).restarts == 2
     prune(bundled(tmp_path / "local", shards=2, backend="local"), QUIET)
     assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
+def test_a_node_that_is_slow_to_answer_is_asked_once(ray, monkeypatch):
+    asked, looked, nodes = [], [], ray.nodes
+    place = ray_backend.NodeAffinitySchedulingStrategy
+    monkeypatch.setattr(
+        ray_backend, "NodeAffinitySchedulingStrategy", lambda node, soft: asked.append(node) or place(node, soft=soft)
+    )
+    monkeypatch.setattr(ray_backend, "PROBE_SECONDS", 0.0)  # no answer comes in time
+    monkeypatch.setattr(ray, "nodes", lambda: looked.append(1) or nodes())
+    assert settled_slots().cpus == 4
+    assert len(looked) > 2  # and one look to count the slots
+    assert len(asked) == 1
+
+
+# -- processes that hang ------------------------------------------------------------------------------------------
+
+
+def stopped(*actors: str) -> psutil.Process:
+    """Stop the last process of actors of these classes, as a debugger or a full swap does."""
+    process = processes_of(*actors)[-1]
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def lost(out) -> str:
+    """The reason of the only loss of a run."""
+    (event,) = [event for event in read_events(Folder(str(out), "out")) if event["event"] == "lost"]
+    return event["reason"]
+
+
+# A stopped worker is told from those that wait for it: through the object store, and in a process group.
+HANGS = {
+    "store": {"shards": 2},
+    "group": {"replicas": 2, "exchange": "group"},
+}
+
+
+@pytest.mark.parametrize("fields", HANGS.values(), ids=HANGS)
+def test_a_stopped_worker_is_replaced(ray, fields, tmp_path):
+    processes = []
+    moment = Moment("prune", 0.4, lambda: processes.append(stopped("PruneActor")))
+    result = prune(bundled(tmp_path / "o", patience="6s", **fields), Heard(moment))
+    prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
+    assert result.restarts == 1
+    assert f"(process {processes[0].pid} on {socket.gethostname()}) has given no sign of life" in lost(tmp_path / "o")
+    assert not processes[0].is_running()
+    assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
+def test_a_worker_in_a_deadlock_is_replaced(ray, tmp_path, monkeypatch):
+    submit, armed = RayGroup.submit, [True]
+
+    def hang(worker) -> None:
+        """Let the next call of a verb wait for what never happens."""
+        worker.ledger.begin = threading.Event().wait
+
+    def submitted(self, shard, replica, verb, *args):
+        if verb.__name__ == "solve" and args[0] == 2 and armed:
+            armed.clear()
+            ray.get(self._actors[shard, replica].__ray_call__.remote(hang))
+        return submit(self, shard, replica, verb, *args)
+
+    monkeypatch.setattr(RayGroup, "submit", submitted)
+    result = prune(bundled(tmp_path / "o", patience="6s"), QUIET)
+    assert result.restarts == 1
+    assert "has been at layer 2, solve" in lost(tmp_path / "o")
+    assert "without any use of the processor" in lost(tmp_path / "o")
+    prune(bundled(tmp_path / "local", backend="local"), QUIET)
+    assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
+def test_a_worker_that_stops_while_it_starts_is_replaced(ray, tmp_path, monkeypatch):
+    start, armed = RayGroup.submit, [True]
+
+    def submitted(self, shard, replica, verb, *args):
+        if verb.__name__ == "start" and armed:
+            armed.clear()
+            pid = ray.get(self._actors[shard, replica].__ray_call__.remote(lambda worker: os.getpid()))
+            os.kill(pid, signal.SIGSTOP)
+        return start(self, shard, replica, verb, *args)
+
+    monkeypatch.setattr(RayGroup, "submit", submitted)
+    assert prune(bundled(tmp_path / "o", patience="6s"), QUIET).restarts == 1

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from shardprune.cluster.ray_training import _ends_an_attempt
 from shardprune.errors import InputError
+from shardprune.report.events import read_events
+from shardprune.storage.folder import Folder
 from tests.recovery.trainings import (
     QUIET,
     SHALLOW,
@@ -46,9 +48,19 @@ def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, tmp_path):
-    fields = {"full": True, "keep_sparsity": True, "held_out": 0.2, "steps": 40, "checkpoint_every": 10}
-    alone = train(folder, tmp_path / "alone", zero=0, **fields)
+FULL = {"full": True, "keep_sparsity": True, "held_out": 0.2, "steps": 40, "checkpoint_every": 10}
+
+
+@pytest.fixture(scope="module")
+def alone(folder, tmp_path_factory):
+    """Output and result of the same training in one process to which nothing happens."""
+    out = tmp_path_factory.mktemp("alone") / "o"
+    return out, train(folder, out, zero=0, **FULL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, alone, number, tmp_path):
+    """One that is killed, and one that is stopped: the other waits for it in a collective."""
     killed = []
 
     def kill() -> None:
@@ -56,19 +68,25 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, 
         checkpoint = tmp_path / "o" / "training" / "latest"
         while not checkpoint.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        processes_of("RayTrainWorker")[0].send_signal(signal.SIGKILL)
-        killed.append(checkpoint.read_text())
+        process = processes_of("RayTrainWorker")[0]
+        process.send_signal(number)
+        killed.extend((checkpoint.read_text(), process))
 
     killer = threading.Thread(target=kill)
     killer.start()
-    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, **fields), QUIET)
+    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, patience="5s", **FULL), QUIET)
     killer.join()
     assert killed
     assert killed[0] != "step40"
+    if number == signal.SIGSTOP:
+        (lost,) = [event for event in read_events(Folder(str(tmp_path / "o"), "out")) if event["event"] == "lost"]
+        assert f"(process {killed[1].pid} on" in lost["reason"]
+        assert "has given no sign of life" in lost["reason"]
+        assert not killed[1].is_running()
     assert (result.restarts, result.recovery.workers) == (1, 2)
     assert [worker.replica for worker in result.workers] == [0, 1]
-    assert losses(result) == pytest.approx(losses(alone), abs=1e-4)
-    assert furthest(tmp_path / "o", tmp_path / "alone") < 1e-4
+    assert losses(result) == pytest.approx(losses(alone[1]), abs=1e-4)
+    assert furthest(tmp_path / "o", alone[0]) < 1e-4
     assert same_zeros(folder / "sparse", tmp_path / "o")
     assert not (tmp_path / "o" / "training").exists()
 

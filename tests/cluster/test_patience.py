@@ -1,0 +1,168 @@
+"""Which worker hangs, told from the signs of all, and the signs of a real process."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from shardprune.cluster.patience import Patience, sign_seconds
+from shardprune.errors import WorkerLost
+from shardprune.shard.signs import Calls, Sign, Signs
+
+IDLE = Sign(1, "here", "node", 7, None, 0.0, 0.0, False, "", 0.0)
+
+
+def busy(seconds: float, **fields) -> Sign:
+    return replace(IDLE, doing="layer 3, solve", seconds=seconds, place="sparsegpt.py:60 solve", **fields)
+
+
+class Run:
+    """A driver that looks at signs on a clock of the test's own."""
+
+    def __init__(self, count: int = 2, seconds: float = 40.0, **options) -> None:
+        self.now, self.given = 0.0, [IDLE] * count
+        workers = [f"worker 0.{index}" for index in range(count)]
+        self.patience = Patience(workers, seconds, lambda index: self.given[index], clock=lambda: self.now, **options)
+
+    def looks(self, count: int, *silent: int, step: float = 10.0) -> None:
+        for _ in range(count):
+            self.now += step
+            for index, sign in enumerate(self.given):
+                if index not in silent and sign:
+                    self.given[index] = replace(sign, number=int(self.now))
+            self.patience.look()
+
+
+def test_workers_without_work_are_not_lost():
+    Run().looks(1000)
+
+
+def test_a_silent_worker_is_named_and_not_those_that_wait_for_it():
+    run = Run()
+    run.given = [busy(500.0, idle=500.0, waits=True), busy(30.0)]
+    run.looks(5, 1)
+    with pytest.raises(WorkerLost) as lost:
+        run.looks(1, 1)
+    assert str(lost.value) == (
+        "worker 0.1 (process 7 on here) has given no sign of life for 50.0 s; its last was from layer 3, solve"
+    )
+    assert run.patience.hanging == [run.given[1]]
+
+
+def test_a_worker_without_a_first_sign_is_lost():
+    run = Run()
+    run.given[0] = None
+    with pytest.raises(
+        WorkerLost, match="worker 0.0 has given no sign of life for 50.0 s, since its process was asked"
+    ):
+        run.looks(5)
+
+
+def test_the_longest_call_so_far_counts():
+    run = Run()
+    run.given[0] = replace(IDLE, longest=100.0)
+    run.looks(14, 1)
+    with pytest.raises(WorkerLost, match="worker 0.1 .* for 150.0 s|2.5 min"):
+        run.looks(2, 1)
+
+
+def test_a_driver_that_was_away_does_not_take_that_for_silence():
+    """Suspended with its machine, or stopped by Ctrl-Z: no worker could be heard meanwhile."""
+    run = Run()
+    run.looks(1)
+    run.looks(1, 0, 1, step=10_000.0)
+    run.looks(5)
+
+
+def test_a_worker_at_a_standstill_is_lost():
+    run = Run()
+    run.given[1] = busy(60.0, idle=41.0)
+    with pytest.raises(WorkerLost) as lost:
+        run.looks(1)
+    assert str(lost.value) == (
+        "worker 0.1 (process 7 on here) has been at layer 3, solve (sparsegpt.py:60 solve) for 60.0 s,"
+        " 41.0 s of them without any use of the processor"
+    )
+
+
+def test_a_worker_at_work_has_more_time_but_not_for_ever():
+    run = Run()
+    run.given[1] = busy(239.0)
+    run.looks(1)
+    run.given[1] = busy(241.0)
+    with pytest.raises(WorkerLost, match="layer 3, solve"):
+        run.looks(1)
+
+
+def test_a_training_is_one_call_without_an_end():
+    run = Run(training=True)
+    run.given = [busy(1e6, idle=3.0), None]  # the second one is still being placed
+    run.looks(100)
+
+
+def test_of_workers_that_all_wait_for_one_another_one_is_lost():
+    run = Run()
+    run.given = [busy(79.0, idle=79.0, waits=True)] * 2
+    run.looks(1)
+    run.given = [busy(81.0, idle=81.0, waits=True)] * 2
+    with pytest.raises(WorkerLost, match="waiting for another worker, of which none is at work"):
+        run.looks(1)
+
+
+@pytest.mark.parametrize(("patience", "seconds"), [(600.0, 10.0), (2.0, 0.5)])
+def test_a_worker_gives_several_signs_in_the_time_after_which_it_is_lost(patience, seconds):
+    assert sign_seconds(patience) == seconds
+
+
+def test_the_signs_of_a_process_tell_work_from_a_standstill():
+    calls, given = Calls(), []
+    signs = Signs(calls, given.append, 0.05, "node")
+    over = threading.Event()
+
+    def stands_still() -> None:
+        with calls.during("layer 3, solve"), calls.during("a part of it"):
+            over.wait(60)
+
+    thread = threading.Thread(target=stands_still)
+    thread.start()
+    while not calls.current:
+        time.sleep(0.01)
+    signs.start()
+    while not (given and given[-1].idle > 0.3):
+        time.sleep(0.01)
+    assert (given[-1].doing, given[-1].waits) == ("layer 3, solve", False)
+    assert given[-1].seconds >= given[-1].idle
+    assert "test_patience" in given[-1].place or "threading.py" in given[-1].place
+    over.set()
+    thread.join()
+    with calls.during("layer 4, solve"):
+        before = len(given)
+        while len(given) < before + 8:
+            sum(range(10_000))
+    assert given[-1].doing == "layer 4, solve"
+    assert given[-1].idle < 0.2
+    assert given[-1].longest >= 0.3
+    signs.stop()
+
+
+def test_a_stopped_process_gives_no_signs():
+    code = (
+        "import sys, time\n"
+        "from shardprune.shard.signs import Calls, Signs\n"
+        "Signs(Calls(), lambda sign: print(sign.number, flush=True), 0.05, 'node').start()\n"
+        "time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "1\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGCONT)
+        assert int(process.stdout.readline()) <= 8  # of the ten and more otherwise
+    finally:
+        process.kill()
+        process.wait()

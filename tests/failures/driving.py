@@ -1,0 +1,121 @@
+"""Commands whose processes are forks, and that say where they are while they go on.
+
+A command starts in the process of `tests.support.forking`, which has imported what it needs; it is carried out as
+`shardprune` carries it out, and writes a line to a file whenever a phase begins or a step gets further.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+PAUSE = 0.002  # seconds between two looks at a command
+
+
+class Driver:
+    """A command under way.
+
+    Args:
+        words: of the command line.
+        place: folder for what it says and prints; emptied before.
+        forks: the environment that `tests.support.forking.forks` yields.
+    """
+
+    def __init__(self, words: list[str], place: Path, forks: dict[str, str]) -> None:
+        place.mkdir(parents=True, exist_ok=True)
+        self.told_file, self._printed, self._said = place / "told", place / "stdout", place / "stderr"
+        self.told_file.write_text("")
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(next(iter(value for value in forks.values() if "socket" in value)).split()[-1])
+        wanted = {
+            "words": [__file__, str(self.told_file), *words],
+            "environment": {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
+            "folder": os.getcwd(),
+        }
+        with open(os.devnull) as nothing, self._printed.open("w") as output, self._said.open("w") as errors:
+            socket.send_fds(self._connection, [b"*"], [nothing.fileno(), output.fileno(), errors.fileno()])
+        self._connection.sendall(json.dumps(wanted).encode() + b"\n")
+        self._connection.setblocking(False)
+        self._process: psutil.Process | None = None
+
+    def told(self) -> list[str]:
+        """The lines that it has said so far: phases that began, steps that got further."""
+        return self.told_file.read_text().splitlines()[1:]
+
+    @property
+    def process(self) -> psutil.Process:
+        """Its process, as soon as there is one."""
+        while self._process is None:
+            first = self.told_file.read_text().partition("\n")
+            if first[1]:
+                self._process = psutil.Process(int(first[0]))
+            else:
+                time.sleep(PAUSE)
+        return self._process
+
+    def over(self) -> bool:
+        """Whether it has ended, its standard streams closed."""
+        try:
+            return self._connection.recv(1) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            return True
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for its end; return whether it came."""
+        end = time.monotonic() + seconds
+        while not self.over():
+            if time.monotonic() > end:
+                return False
+            time.sleep(PAUSE)
+        self._connection.close()
+        return True
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None if it was killed before it had one."""
+        last = self.told()[-1:] or [""]
+        return int(last[0].removeprefix("code ")) if last[0].startswith("code ") else None
+
+    def lines(self) -> list[str]:
+        """What it printed on standard error."""
+        return self._said.read_text(errors="replace").splitlines()
+
+
+def main() -> None:
+    """Carry out a command, saying where it is."""
+    told = open(sys.argv[1], "a", buffering=1)  # noqa: SIM115  it stays open to the end of the process
+    told.write(f"{os.getpid()}\n")
+    from shardprune.cli import main as command
+    from shardprune.report.events import Events
+    from shardprune.report.progress import Reporter
+
+    emit, show = Events.emit, Reporter.show
+
+    def emitting(self, event, **fields):
+        emit(self, event, **fields)
+        if event == "begin":
+            told.write(f"{fields['phase']}\n")
+
+    def showing(self, step):
+        show(self, step)
+        told.write(f"{step.label} {step.done}/{step.total}\n")
+
+    Events.emit, Reporter.show = emitting, showing  # type: ignore[method-assign]
+    try:
+        command(sys.argv[2:])
+    except SystemExit as end:
+        told.write(f"code {end.code if end.code is not None else 0}\n")
+
+
+if __name__ == "__main__":
+    main()

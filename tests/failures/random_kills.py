@@ -1,0 +1,190 @@
+"""Kills at random moments: the same command until it ends, and its output compared with an undisturbed run's.
+
+A trial is one command. Its driver or one of its workers gets SIGKILL, SIGTERM or (the driver) SIGINT a random while
+after a random moment of its progress; sometimes the command that goes on from there gets another one.
+"""
+
+import json
+import random
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.failures.driving import PAUSE, Driver
+from tests.failures.scenarios import Scenario
+from tests.support.tiny import load_tensors
+
+LONGEST = 300.0  # seconds of one start of a command
+DELAYS = (0.0, 0.0, 0.005, 0.03, 0.15)  # longest seconds from a moment to the kill
+AGAIN = 0.3  # chance that the command that goes on is killed, too
+VICTIMS = {
+    "driver": (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT),
+    "worker": (signal.SIGKILL, signal.SIGTERM),
+}
+ENDS = {signal.SIGKILL: (None, 0), signal.SIGTERM: (143, 0), signal.SIGINT: (130, 0)}  # 0: it was over already
+TRACES = re.compile(r"Traceback|Error\b.*:|^\s+File |core dumped|Fatal", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """A signal that a process got, and the phase in which it got it."""
+
+    victim: str
+    number: signal.Signals
+    phase: str
+    moment: str
+
+
+@dataclass
+class Trial:
+    """A command that was killed until it ended."""
+
+    scenario: str
+    kills: list[Kill] = field(default_factory=list)
+    starts: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def trials(
+    scenarios: list[Scenario], seed: int, kills: int, work: Path, forks: dict[str, str], address: Callable[[], str]
+) -> Iterator[Trial]:
+    """Try commands in turn until so many signals were sent."""
+    draw, sent, number = random.Random(seed), 0, 0
+    undisturbed: dict[str, tuple[Path, list[str]]] = {}
+    while sent < kills:
+        scenario = scenarios[number % len(scenarios)]
+        if scenario.name not in undisturbed:
+            undisturbed[scenario.name] = _undisturbed(scenario, work, forks, address)
+        expected, moments = undisturbed[scenario.name]
+        trial = _try(scenario, expected, moments, draw, work / f"trial-{number}", forks, address)
+        sent, number = sent + len(trial.kills), number + 1
+        yield trial
+
+
+def _undisturbed(
+    scenario: Scenario, work: Path, forks: dict[str, str], address: Callable[[], str]
+) -> tuple[Path, list[str]]:
+    """The output of a command that nothing happens to, and the moments of its progress."""
+    place = work / f"undisturbed-{scenario.name.replace(' ', '-').replace(',', '')}"
+    driver = Driver(scenario.command(place / "out", address()), place, forks)
+    assert driver.wait(LONGEST), f"{scenario.name} hangs"
+    assert driver.code == 0, (scenario.name, driver.code, driver.lines())
+    return place / "out", driver.told()[:-1]
+
+
+def _try(
+    scenario: Scenario,
+    expected: Path,
+    moments: list[str],
+    draw: random.Random,
+    place: Path,
+    forks: dict[str, str],
+    address: Callable[[], str],
+) -> Trial:
+    trial = Trial(scenario.name)
+    command = scenario.command(place / "out", address())
+    disturbed = True
+    while not trial.problems:
+        driver = Driver(command, place / f"start-{trial.starts}", forks)
+        trial.starts += 1
+        if disturbed:
+            _disturb(driver, scenario, len(moments), draw, trial)
+        if not driver.wait(LONGEST):
+            trial.problems.append(f"hang: {driver.told()[-1:]}")
+            driver.send(signal.SIGKILL)
+            break
+        kill = trial.kills[-1] if disturbed and trial.kills else None
+        trial.problems += _wrong_lines(driver, kill)
+        if driver.code == 0:
+            break
+        disturbed = draw.random() < AGAIN
+        if trial.starts > 12:
+            trial.problems.append("the command does not come to an end")
+    if not trial.problems:
+        trial.problems += _differing(expected, place / "out")
+    return trial
+
+
+def _disturb(driver: Driver, scenario: Scenario, moments: int, draw: random.Random, trial: Trial) -> None:
+    """Send a signal at a random moment, if the command comes so far."""
+    victim = draw.choice(("driver", "worker")) if scenario.slots else "driver"
+    number, moment = draw.choice(VICTIMS[victim]), draw.randrange(moments)
+    delay = draw.random() * draw.choice(DELAYS)
+    while len(told := driver.told()) <= moment:
+        if driver.over():
+            return
+        time.sleep(PAUSE)
+    time.sleep(delay)
+    told = [line for line in driver.told() if not line.startswith("code ")]
+    phase = next((line for line in reversed(told) if "/" not in line), "start")
+    with suppress(psutil.NoSuchProcess):
+        if victim == "driver":
+            driver.send(number)
+        elif workers := _workers():
+            draw.choice(workers).send_signal(number)
+        else:  # none has started yet, or all have ended
+            return
+        trial.kills.append(Kill(victim, number, phase, told[-1] if told else "start"))
+
+
+def _workers() -> list[psutil.Process]:
+    """The processes of Ray that carry out an actor or a task, of all commands: there is one at a time."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+                found.append(process)
+    return sorted(found, key=lambda process: process.pid)
+
+
+def _wrong_lines(driver: Driver, kill: Kill | None) -> list[str]:
+    """What is wrong with how a command ended and with what it said."""
+    lines, problems = driver.lines(), []
+    allowed = ENDS[kill.number] if kill and kill.victim == "driver" else (0,)
+    said = " ".join(lines[-3:])[:400]
+    if driver.code not in allowed:
+        problems.append(f"exit code {driver.code}, not {allowed[0]}: {said}")
+    errors = [line for line in lines if line.startswith("error: ")]
+    if len(errors) != (1 if driver.code else 0):
+        problems.append(f"{len(errors)} errors for exit code {driver.code}: {said}")
+    if traces := [
+        line for line in lines if TRACES.search(line) and not line.startswith(("error: ", "a worker was lost"))
+    ]:
+        problems.append(f"a line of a library: {traces[0][:300]}")
+    return problems
+
+
+def _differing(expected: Path, out: Path) -> list[str]:
+    """What of an output is not what an undisturbed run's is."""
+    problems = []
+    for folder in sorted(path.parent for path in expected.rglob("result.json")):
+        place = out / folder.relative_to(expected)
+        ours, theirs = _measured(place), _measured(folder)
+        problems += [f"{name} of result.json differs" for name in theirs if ours.get(name) != theirs[name]]
+        first, second = load_tensors(folder), load_tensors(place)
+        if first.keys() != second.keys():
+            problems.append(f"other tensors: {sorted(first.keys() ^ second.keys())[:3]}")
+            continue
+        different = [
+            name for name in first if first[name].dtype != second[name].dtype or not first[name].equal(second[name])
+        ]
+        problems += [f"{len(different)} tensors differ: {different[:3]}"] if different else []
+    left = [
+        str(path.relative_to(out)) for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == "run.json"
+    ]
+    return problems + ([f"left behind: {left[:3]}"] if left else [])
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    """What a result says of the model, and nothing of where and how long."""
+    result = json.loads((folder / "result.json").read_text())
+    names = ("model", "sparsity", "perplexity", "structure", "rebuilding", "recovery", "evaluation", "calibration")
+    return {name: result[name] for name in names if name in result}

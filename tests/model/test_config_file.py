@@ -1,0 +1,96 @@
+"""Configs as they come: what is wrong with them is one line, found before anything is built from them."""
+
+import json
+
+import pytest
+import transformers
+
+from shardprune.cli import main
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.checks import check_seqlen
+from shardprune.model.config_file import parse_config
+from shardprune.model.skeleton import Skeleton
+from tests.support.tiny import CONFIGS, make_model
+
+LLAMA = {"model_type": "llama", **CONFIGS["llama"][1]}
+
+BAD = {
+    "no config": (b"[]", r"^model: x/config.json holds \[\]; "),
+    "no JSON": (b"{", r"^model: x/config.json is not JSON: "),
+    "no type": ({}, r"^model: x/config.json lacks model_type$"),
+    "a type of another kind": ({"model_type": 5}, r"^model: x/config.json holds 5 as model_type; use a valid string$"),
+    "unsupported": ({"model_type": "gpt2"}, r"^model: model_type 'gpt2' is not supported; use one of llama, .*llava$"),
+    "a billion layers": (
+        {**LLAMA, "num_hidden_layers": 10**9},
+        r"^model: x/config.json holds 1000000000 as num_hidden_layers; use less than or equal to 2000$",
+    ),
+    "a billion layers with types": (
+        {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 10**9},
+        r"holds 1000000000 as num_hidden_layers",
+    ),
+    "no layers": ({**LLAMA, "num_hidden_layers": 0}, r"holds 0 as num_hidden_layers; use greater than or equal to 1$"),
+    "a billion in a tower": (
+        {"model_type": "llava", "text_config": {**LLAMA, "num_hidden_layers": 10**9}},
+        r"holds 1000000000 as text_config\.num_hidden_layers",
+    ),
+    "a huge head": ({**LLAMA, "head_dim": 2**40}, r"holds 1099511627776 as head_dim"),
+    "a huge rotary part": ({**LLAMA, "partial_rotary_factor": 1e9}, r"holds 1000000000\.0 as partial_rotary_factor"),
+    "a billion labels": ({**LLAMA, "num_labels": 10**9}, r"holds 1000000000 as num_labels"),
+    "text for a number": ({**LLAMA, "hidden_size": "x"}, r"holds 'x' as hidden_size; use a valid integer$"),
+    "text for another number": (
+        {**LLAMA, "intermediate_size": "x"},
+        r"^model: x/config.json cannot be read as a config: .*'intermediate_size'.* int",
+    ),
+    "not finite": (b'{"model_type": "llama", "rms_norm_eps": NaN}', r"^model: x/config.json is not JSON: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_config_is_one_line_with_its_reason(case, capsys):
+    content, message = BAD[case]
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config(content if isinstance(content, bytes) else json.dumps(content).encode(), "x/config.json")
+    assert "\n" not in str(caught.value)
+    assert capsys.readouterr().err == ""  # nothing of transformers' own before the line
+
+
+def test_warnings_of_transformers_are_kept_where_it_reads_the_config(caplog, monkeypatch):
+    logger = transformers.logging.get_logger("transformers.tests")
+    monkeypatch.setattr(
+        transformers.AutoConfig,
+        "from_pretrained",
+        lambda *_, **__: logger.warning("kept") or transformers.LlamaConfig(),
+    )
+    monkeypatch.setattr(transformers.logging.get_logger("transformers"), "propagate", True)
+    parse_config(json.dumps(LLAMA).encode(), "x")
+    assert "kept" in caplog.messages
+
+
+def test_plan_and_prune_refuse_a_billion_layers(tmp_path, capsys):
+    make_model(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_hidden_layers": 10**9}))
+    for arguments in (
+        ["plan", str(file)],
+        ["prune", str(file.parent), "--out", str(tmp_path / "out"), "--sparsity", "0.5"],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert "num_hidden_layers; use less than or equal to 2000" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_dynamic_rotary_embeddings_take_more_positions_than_the_config_has():
+    values = {**CONFIGS["llama"][1], "max_position_embeddings": 16}
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    check_seqlen(24, Skeleton(transformers.LlamaConfig(**values, rope_parameters=rope), "cpu"))
+    with pytest.raises(InputError, match="seqlen: 24 is more than the model's 16 positions"):
+        check_seqlen(24, Skeleton(transformers.LlamaConfig(**values), "cpu"))
+
+
+def test_an_error_names_the_field_that_gave_the_checkpoint(tmp_path):
+    transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="^sparse: model_type 'gpt2' is not supported"):
+        Checkpoint(str(tmp_path), "sparse")

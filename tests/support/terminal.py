@@ -1,0 +1,102 @@
+"""Commands in a real terminal: their keys, what they show, and the processes that they leave behind."""
+
+import fcntl
+import os
+import re
+import select
+import signal
+import struct
+import sys
+import termios
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+MARK = "SHARDPRUNE_TEST_TERMINAL"
+ROOT = Path(__file__).parents[2]
+
+
+class Terminal:
+    """A command in the foreground of a terminal of its own.
+
+    Args:
+        words: of the command line, after the interpreter.
+    """
+
+    def __init__(self, *words: str, cwd: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self._master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 400, 0, 0))  # rows, columns
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", MARK: self.mark}
+        self.process = psutil.Popen(
+            [sys.executable, *words],
+            cwd=cwd,
+            env=environment,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(slave)
+        self._shown = b""
+        self._over = threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # EIO: nobody has the terminal any more
+            while not self._over.is_set():
+                if select.select([self._master], [], [], 0.05)[0]:
+                    self._shown += os.read(self._master, 65536)
+        os.close(self._master)
+
+    def close(self) -> None:
+        """Close the terminal, as its window is closed."""
+        self._over.set()
+        self._reader.join()
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._master, b"\x03")
+
+    def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until something has happened while the command runs."""
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, self.lines()
+            assert time.monotonic() < deadline, self.lines()
+            time.sleep(0.005)
+
+    def ended(self, seconds: float = 120) -> int:
+        """Wait for the end, and return the exit code as shells report it."""
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code if code >= 0 else 128 - code
+
+    def lines(self) -> list[str]:
+        """What the terminal was sent, without the control sequences of progress bars."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._shown.decode(errors="replace"))
+        return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+
+    def left_behind(self, seconds: float = 30) -> list[str]:
+        """The processes of the command that are there after some seconds, of which they may take a while to end."""
+        deadline = time.monotonic() + seconds
+        while (found := self._processes()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for process in found:
+            process.send_signal(signal.SIGKILL)
+        return [str(process) for process in found]
+
+    def _processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
