@@ -5,7 +5,14 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import WAVE_TOKENS, BackendFields, OutputFields, PerplexityFields, check_survives_ray_job
+from shardprune.recipes.groups import (
+    OFFERED,
+    WAVE_TOKENS,
+    BackendFields,
+    OutputFields,
+    PerplexityFields,
+    check_survives_ray_job,
+)
 from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import DATA_FORMS, check_data
 
@@ -58,7 +65,11 @@ class DataFields(Settings):
 
     title: ClassVar[str] = "Data"
 
-    data: str = Field(min_length=1, description=f"Data source: {DATA_FORMS}")
+    data: str = Field(
+        min_length=1,
+        description=f"Data source: {DATA_FORMS}",
+        json_schema_extra={"offered": ["alpaca", *OFFERED]},
+    )
     length: int = Field(512, ge=2, description="Maximum tokens per row")
     packing: bool = Field(False, description="Pack several examples per row, with attention kept separate")
     prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")

@@ -13,6 +13,7 @@ from shardprune.storage.malformed import located, shown
 from shardprune.storage.yaml_file import parse_yaml
 
 S = TypeVar("S", bound="Settings")
+MISSING = "missing"  # the problem of a field without a value and a default
 
 
 def optional(default: str, description: str, **bounds: Any) -> Any:
@@ -131,7 +132,7 @@ def _input_error(error: ValidationError, settings: type[Settings]) -> InputError
         return cause
     field, held = str(first["loc"][0]), shown(first["input"])
     if first["type"] == "missing":
-        return InputError(field, "missing")
+        return InputError(field, MISSING)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, settings.model_fields, n=1)
         known = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(settings.model_fields))}"

@@ -308,3 +308,13 @@ def test_a_method_is_planned_by_its_own_effort(monkeypatch):
     assert "sweep" in steps_of_five
     assert solving("threshold")[0] == pytest.approx(2 * magnitude)
     assert solving("running")[1] > 5 * room
+
+
+def test_hardware_is_named_in_any_case_and_memory_has_its_unit():
+    assert PlanRecipe.checked({"model": "m", "hardware": "H100"}).row.name == "h100"
+    assert PlanRecipe.checked({"model": "m", "hardware": "A100-40GB"}).row.bytes == 40 * 10**9
+    for value in ("80", 80, " 80 "):
+        with pytest.raises(InputError, match="gpu_memory: .* is not allowed; a number needs its unit: use 80GB"):
+            PlanRecipe.checked({"model": "m", "gpu_memory": value})
+    with pytest.raises(InputError, match="network: .*use 12.5GB/s, or a rate such as"):
+        PlanRecipe.checked({"model": "m", "network": "12.5"})
