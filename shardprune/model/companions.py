@@ -7,9 +7,12 @@ size inside the folder. Anything else that lies there stays where it is.
 import os
 
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import JsonValue
 
 from shardprune.errors import InputError
 from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import parse_model
+from shardprune.storage.malformed import located
 
 NAMES = frozenset(
     {
@@ -50,6 +53,18 @@ def companions(folder: Folder) -> list[str]:
     for name in names:
         check_companion(folder, name)
     return names
+
+
+def check_configs(folder: Folder, names: list[str]) -> None:
+    """Check that the configs among a checkpoint's files are JSON objects: transformers loads no output with others.
+
+    Raises:
+        InputError: one is not; names the folder's field.
+    """
+    for name in names:
+        if name.endswith("_config.json"):
+            with located(folder.field, f"{folder.url}/{name}"):
+                parse_model(folder.read_bytes(name), dict[str, JsonValue])
 
 
 def check_companion(folder: Folder, name: str) -> None:
