@@ -150,7 +150,7 @@ class PruningRun:
                 )
             threads, wanted = self.prepared.placement.workers.threads, self.prepared.recipe.threads
             if wanted and wanted != threads:
-                self.reporter.say(f"the run keeps the {threads} threads of a worker with which it began")
+                self.reporter.say(f"threads: the run keeps {threads} for each worker, with which it began")
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
             for attempt in self.attempts():

@@ -27,10 +27,12 @@ from shardprune.errors import InputError, first_line
 from shardprune.evaluation.task_code import CodeRefused, without_task_code
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
+from shardprune.storage.malformed import shown
 
 SETS = {  # tasks of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")
 }
+NAMES = {"task", "group", "tag"}  # fields of a task's YAML
 Opened = dict[str, list[Task | Group]]  # by requested name; a tag names several tasks
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # output types that log-likelihoods suffice for
 
@@ -132,11 +134,30 @@ def _own_tasks(folder: str) -> TaskManager:
         raise InputError("tasks_dir", f"{folder!r} is no directory")
     for file in sorted(Path(folder).rglob("*.yaml")):
         try:
-            load_yaml(file, resolve_func=False)
+            _check_included(file, set())
+            _check_names(load_yaml(file, resolve_func=False))
         except Exception as error:  # errors of the YAML parser, of included files, and of lm-eval
             reason = " ".join(str(error).split())
             raise InputError("tasks_dir", f"{str(file)!r} cannot be read by lm-eval: {reason}") from error
     return TaskManager(include_path=folder, include_defaults=False)
+
+
+def _check_included(file: Path, seen: set[Path]) -> None:
+    """Check that a task's YAML and what it includes are files: a pipe would be waited for."""
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is no file")
+    included = load_yaml(file, resolve_func=False, recursive=False).get("include", [])
+    for name in included if isinstance(included, list) else [included]:
+        if (inner := file.parent / name) not in seen:
+            _check_included(inner, seen | {inner})
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    """Check the names that lm-eval sorts tasks by before it looks at anything else."""
+    for field in NAMES & values.keys():
+        entries = values[field] if isinstance(values[field], list) else [values[field]]
+        if not all(isinstance(entry, str | dict) for entry in entries):
+            raise ValueError(f"{field} is {shown(values[field])}; use a name or a list of names")
 
 
 def _open(manager: TaskManager, wanted: Sequence[str]) -> Opened:

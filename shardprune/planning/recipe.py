@@ -16,7 +16,7 @@ from pydantic import (
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import HARDWARE, Hardware
-from shardprune.recipes.groups import CalibrationFields, EvaluationFields
+from shardprune.recipes.groups import WORKERS, CalibrationFields, EvaluationFields
 from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.shard.device_room import CONTEXT_BYTES
@@ -100,7 +100,7 @@ class Choices(Settings):
 
     propagation: Literal["exact", "parallel", "both"] = Field("both", description="Propagation to plan")
     shards: int | None = optional("chosen", "Number of contiguous runs of layers", ge=1)
-    replicas: int | None = optional("chosen", "Workers per shard, sharing the samples", ge=1)
+    replicas: int | None = optional("chosen", "Workers per shard, sharing the samples", ge=1, le=WORKERS)
     segments: int | None = optional("shards", "Independently pruned runs of layers (propagation parallel)", ge=1)
     weights: Literal["auto", "resident", "streamed"] = Field(
         "auto", description="resident keeps all layers in memory; streamed loads one at a time"

@@ -14,6 +14,8 @@ from shardprune.storage.folder import absolute
 from shardprune.storage.sources import FORMS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
+THREADS = 1024  # most of one worker; torch crashes where the machine cannot start as many as it is told to
+WORKERS = 10_000  # most beside one another, one process each
 
 
 def wave_of(asked: int | None, seqlen: int) -> int:
@@ -73,7 +75,7 @@ class CalibrationFields(Settings):
     title: ClassVar[str] = "Calibration"
 
     calibration: str = Field("c4", description=f"Text source: {FORMS}")
-    samples: int = Field(128, ge=1, description="Number of calibration windows")
+    samples: int = Field(128, ge=1, le=1_000_000, description="Number of calibration windows")
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
     seed: int = Field(0, description="Random seed for drawing windows")
     wave: int | None = optional(f"{WAVE_TOKENS} / seqlen", "Windows per micro-batch", ge=1)
@@ -122,7 +124,7 @@ class BackendFields(Settings):
     backend: Literal["ray", "local"] = Field("ray", description="Ray actors or this process")
     address: str | None = optional("RAY_ADDRESS, or a new local cluster", "Address of the Ray cluster")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Compute device")
-    threads: int | None = optional("cores / workers", "CPU threads per worker", ge=1)
+    threads: int | None = optional("cores / workers", "CPU threads per worker", ge=1, le=THREADS)
     max_restarts: int = Field(3, ge=0, description="Restarts after lost workers")
     patience: Patience = Field(
         "10m", description="Time beyond the longest call so far after which a worker that hangs is lost"
@@ -154,7 +156,7 @@ class WorkerFields(BackendFields):
     """Shards and replicas."""
 
     shards: int | None = optional("exact 1, parallel GPUs", "Number of contiguous runs of layers", ge=1)
-    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the samples", ge=1)
+    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the samples", ge=1, le=WORKERS)
     activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
     exchange: Literal["auto", "group", "store"] = Field(
         "auto",

@@ -141,4 +141,10 @@ def _plain_type(annotation: Any) -> Any:
 def _bounds(metadata: list[Any]) -> str | None:
     """The range of a number, in words."""
     found = {word: getattr(bound, word) for bound in metadata for word in BOUNDS if hasattr(bound, word)}
-    return ", ".join(BOUNDS[word].format(f"{value:g}") for word, value in found.items()) or None
+    return (
+        ", ".join(
+            BOUNDS[word].format(f"{value:,}" if isinstance(value, int) else f"{value:g}")
+            for word, value in found.items()
+        )
+        or None
+    )
