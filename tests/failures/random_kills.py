@@ -102,6 +102,8 @@ def _try(
         kill = trial.kills[-1] if disturbed and trial.kills else None
         trial.problems += _wrong_lines(driver, kill)
         if driver.code == 0:
+            if kill and kill.victim == "driver":  # which had ended already
+                trial.kills.pop()
             break
         disturbed = draw.random() < AGAIN
         if trial.starts > 12:
