@@ -5,7 +5,6 @@ size inside the folder. Anything else that lies there stays where it is.
 """
 
 import os
-from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
@@ -15,8 +14,8 @@ from shardprune.errors import InputError
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import fitting, parse_json
+from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
-from shardprune.storage.scratch import scratch_folder
 
 GENERATION = "generation_config.json"
 NAMES = frozenset(
@@ -73,8 +72,7 @@ def _check_generation(folder: Folder) -> None:
     with located(folder.field, place):
         content = folder.read_bytes(GENERATION)
         fitting(parse_json(content), dict[str, Any])
-    with scratch_folder() as local, deferred_warnings():
-        Path(local, GENERATION).write_bytes(content)
+    with local_copies({GENERATION: content}) as local, deferred_warnings():
         try:
             GenerationConfig.from_pretrained(local)
         except Exception as error:  # it checks its fields in many ways, each with an error of its own

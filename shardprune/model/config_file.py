@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -14,8 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from shardprune.errors import InputError
 from shardprune.model.families import TOWERS, family_of
 from shardprune.storage.json_file import parse_model
+from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
-from shardprune.storage.scratch import scratch_folder
 
 CONFIG = "config.json"
 REASON = 300  # characters of another library's error that are shown
@@ -61,14 +60,12 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         model_type = parse_model(content, _File).model_type
     if model_type not in TOWERS:
         family_of(model_type, field)
-    with scratch_folder() as local, deferred_warnings():  # AutoConfig reads from a local path only
-        file = Path(local, CONFIG)
-        file.write_bytes(content)
+    with local_copies({CONFIG: content}) as local, deferred_warnings():
         try:
             config = AutoConfig.from_pretrained(local, trust_remote_code=False)
             _check_rope(language_config(config))
         except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = in_one_line(error).replace(str(file), place).replace(local, place)
+            reason = in_one_line(error).replace(f"{local}/{CONFIG}", place).replace(local, place)
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
     return config
 

@@ -43,6 +43,10 @@ def _bytes(value: Any, unit: str, example: str) -> Any:
     """The bytes of a text with a unit: ByteSize alone would take 80 for bytes, and bits for a size."""
     if value is None or isinstance(value, ByteSize):
         return value
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", str(value)):
+        raise ValueError(
+            f"a number needs its unit: use {str(value).strip()}GB{'/s' if unit != 'b' else ''}, or {example}"
+        )
     if not isinstance(value, str) or not re.fullmatch(rf".*\d\s*([kmgt]i?)?{unit}\s*", value, re.IGNORECASE):
         raise ValueError(f"use {example}")
     try:
@@ -71,6 +75,11 @@ class Machine(Settings):
     host_memory: Size | None = optional("the hardware's", "Memory of a node, such as 1TB")
     network: Rate | None = optional("the hardware's", "Network rate of a node, such as 25GB/s or 100Gbit/s")
     storage: Rate | None = optional("the hardware's", "Read rate of a node from storage, such as 5GB/s")
+
+    @field_validator("hardware", mode="before")
+    @classmethod
+    def _in_any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("gpu_memory")
     @classmethod

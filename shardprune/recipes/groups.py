@@ -11,7 +11,7 @@ from shardprune.errors import InputError
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.scoring import Score
 from shardprune.storage.folder import absolute
-from shardprune.storage.sources import FORMS, check_source
+from shardprune.storage.sources import FORMS, PAPERS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
 THREADS = 1024  # most of one worker; torch crashes where the machine cannot start as many as it is told to
@@ -33,6 +33,7 @@ def _known(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     return value
 
 
+OFFERED: list[str] = ["stdlib", *PAPERS]  # what a shell offers for a source of text, beside files
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
 
@@ -74,7 +75,7 @@ class CalibrationFields(Settings):
 
     title: ClassVar[str] = "Calibration"
 
-    calibration: str = Field("c4", description=f"Text source: {FORMS}")
+    calibration: str = Field("c4", description=f"Text source: {FORMS}", json_schema_extra={"offered": [*OFFERED]})
     samples: int = Field(128, ge=1, le=1_000_000, description="Number of calibration windows")
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
     seed: int = Field(0, description="Random seed for drawing windows")
@@ -98,7 +99,11 @@ class PerplexityFields(Settings):
 
     title: ClassVar[str] = "Evaluation"
 
-    eval: Sources = Field((), description="Perplexity source, measured before and after; repeatable")
+    eval: Sources = Field(
+        (),
+        description="Perplexity source, measured before and after; repeatable",
+        json_schema_extra={"offered": [*OFFERED]},
+    )
     eval_windows: int | None = optional("all", "Windows per perplexity source", ge=1)
 
 

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.recipes.groups import (
+    OFFERED,
     WAVE_TOKENS,
     WORKERS,
     BackendFields,
@@ -65,7 +66,11 @@ class DataFields(Settings):
 
     title: ClassVar[str] = "Data"
 
-    data: str = Field(min_length=1, description=f"Data source: {DATA_FORMS}")
+    data: str = Field(
+        min_length=1,
+        description=f"Data source: {DATA_FORMS}",
+        json_schema_extra={"offered": ["alpaca", *OFFERED]},
+    )
     length: int = Field(512, ge=2, description="Maximum tokens per row")
     packing: bool = Field(False, description="Pack several examples per row, with attention kept separate")
     prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")

@@ -13,6 +13,7 @@ from shardprune.storage.malformed import located, shown
 from shardprune.storage.yaml_file import parse_yaml
 
 S = TypeVar("S", bound="Settings")
+MISSING = "missing"  # the problem of a field without a value and a default
 
 LARGEST = 2**63 - 1  # of a whole number: torch and NumPy count in signed 64 bits
 
@@ -140,7 +141,7 @@ def _input_error(error: ValidationError, settings: type[Settings]) -> InputError
         return cause
     field, held = str(first["loc"][0]) if first["loc"] else "recipe", shown(first["input"])
     if first["type"] == "missing":
-        return InputError(field, "missing")
+        return InputError(field, MISSING)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, settings.model_fields, n=1)
         known = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(settings.model_fields))}"

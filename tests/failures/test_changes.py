@@ -186,5 +186,5 @@ def test_a_temporary_folder_that_cannot_be_used_is_one_line(folder, model, why, 
     output = capsys.readouterr()
     assert (ended.value.code, output.out) == (2, "")
     assert len(output.err.splitlines()) == 1
-    assert output.err.startswith("error: TMPDIR: temporary files cannot be written: ")
+    assert output.err.startswith("error: TMPDIR: no temporary file can be written: ")
     assert not (tmp_path / "o").exists()
