@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 from pydantic import BaseModel
 from torch import Tensor
@@ -220,9 +221,10 @@ def reopened(model: str, state: SourceState | None, field: str = "model") -> Che
 
 
 class _Index(BaseModel):
-    """The content of an index: the file of each tensor."""
+    """The content of an index: the file of each tensor; and what is said of all."""
 
     weight_map: dict[str, str]
+    metadata: dict[str, Any] = {}
 
 
 def _read_index(folder: Folder) -> dict[str, str]:

@@ -173,8 +173,6 @@ class SourceTensor(StoredTensor):
         """Say of a file that became shorter, or is gone, that it has changed."""
         try:
             yield
-        except (EOFError, StorageError) as error:
+        except StorageError:
             self.source.check([self.entry.file])
-            if isinstance(error, EOFError):
-                raise self.source.changed(self.entry.file) from error
             raise

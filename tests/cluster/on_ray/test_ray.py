@@ -336,7 +336,7 @@ HANGS = {
 def test_a_stopped_worker_is_replaced(ray, fields, tmp_path):
     processes = []
     moment = Moment("prune", 0.4, lambda: processes.append(stopped("PruneActor")))
-    result = prune(bundled(tmp_path / "o", patience="6s", **fields), Heard(moment))
+    result = prune(bundled(tmp_path / "o", patience="8s", **fields), Heard(moment))
     prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
     assert result.restarts == 1
     assert f"(process {processes[0].pid} on {socket.gethostname()}) has given no sign of life" in lost(tmp_path / "o")
@@ -358,7 +358,7 @@ def test_a_worker_in_a_deadlock_is_replaced(ray, tmp_path, monkeypatch):
         return submit(self, shard, replica, verb, *args)
 
     monkeypatch.setattr(RayGroup, "submit", submitted)
-    result = prune(bundled(tmp_path / "o", patience="6s"), QUIET)
+    result = prune(bundled(tmp_path / "o", patience="8s"), QUIET)
     assert result.restarts == 1
     assert "has been at layer 2, solve" in lost(tmp_path / "o")
     assert "without any use of the processor" in lost(tmp_path / "o")
@@ -377,4 +377,4 @@ def test_a_worker_that_stops_while_it_starts_is_replaced(ray, tmp_path, monkeypa
         return start(self, shard, replica, verb, *args)
 
     monkeypatch.setattr(RayGroup, "submit", submitted)
-    assert prune(bundled(tmp_path / "o", patience="6s"), QUIET).restarts == 1
+    assert prune(bundled(tmp_path / "o", patience="8s"), QUIET).restarts == 1

@@ -67,7 +67,7 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, al
 
     killer = threading.Thread(target=kill)
     killer.start()
-    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, patience="5s", **FULL), QUIET)
+    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, patience="8s", **FULL), QUIET)
     killer.join()
     assert killed
     assert killed[0] != "step40"
