@@ -28,7 +28,8 @@ A field is given in a YAML file (`--recipe FILE`), as an option of the command, 
 recipe's class; an option overrides the file. Names differ only in their dashes: `outlier_m`, `--outlier-m`. An option
 that is repeated is a list in the file. A field that takes `true` or `false` is switched on by its option, and off by
 the option with `no-` before its name: `--resume`, `--no-resume`. A value that does not fit ends the command with exit
-code 2 and one line that names the field, the value and what is allowed, before any work.
+code 2 and one line that names the field, the value and what is allowed, before any work. The file holds plain values,
+as JSON has them, at most 1 MB: each field stands in it once, `2:4` is a text, and tags, anchors and dates are not read.
 
 **Same run**: the fields with a `yes` in this column, the model, and the sparse model of `rebuild` identify a run. A
 command resumes an output directory that was begun with the same values, and refuses one that was begun with others. All

@@ -13,11 +13,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from shardprune import __version__
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.printable import printable
+from shardprune.printable import message, printable
 from shardprune.process import failed, run
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
 from shardprune.recipes.demo import demo_recipe
@@ -50,9 +51,25 @@ app = typer.Typer(
 ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"shardprune {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     pass
+
+
+def _say_what_begins(command: str, model: str) -> None:
+    """Print a first line to a terminal: what a story imports, and reading a model, takes seconds."""
+    if sys.stderr.isatty():
+        print(message(f"shardprune {__version__}: {command} {model}"), file=sys.stderr, flush=True)
 
 
 def _command(panel: str, example: str, **settings: Any) -> Callable[..., Any]:
@@ -81,6 +98,7 @@ def demo(
 ) -> None:
     """Prune the bundled model to 50 % on Ray shards, without a network."""
     settings = demo_recipe(out, shards)
+    _say_what_begins("demo", "of the bundled model")
     show(COMMANDS["prune"].story(settings), settings)
 
 
@@ -88,7 +106,8 @@ def _add(command: Command) -> None:
     """Register a command of the table."""
 
     def carry_out(**options: Any) -> None:
-        settings = recipe_of(command.recipe, options)
+        settings: Any = recipe_of(command.recipe, options, command.file_first)
+        _say_what_begins(command.name, settings.model)
         show(command.story(settings), settings)
 
     example = f"shardprune {command.name} {command.example}"
@@ -114,6 +133,7 @@ def plan(
 
     Exit code 1 if nothing fits."""
     recipe = recipe_of(PlanRecipe, options)
+    _say_what_begins("plan", recipe.model)
     with uncollected():
         from shardprune.planning.plan import plan as run
         from shardprune.planning.printing import show as show_plan
@@ -230,7 +250,7 @@ def recipe_on(name: str, file: Path, words: list[str]) -> Settings:
         options = parser.make_context(name, command.words(file)[1:] + words).params
     except ClickException as error:
         raise InputError(name, error.format_message()) from error  # type: ignore[attr-defined]
-    return recipe_of(command.recipe, options)
+    return recipe_of(command.recipe, options, command.file_first)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -32,6 +32,7 @@ LONG = (
     "recovery",
     "commands",
 )
+ON_RAY = "tests/cluster/on_ray/"
 
 
 def pytest_collection_modifyitems(items):
@@ -40,6 +41,19 @@ def pytest_collection_modifyitems(items):
         return next((index for index, long in enumerate(LONG) if name.startswith(long)), len(LONG))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Files whose tests share a Ray cluster go to one process, as the tests of one file do."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return ON_RAY if file.startswith(ON_RAY) else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True, scope="module")

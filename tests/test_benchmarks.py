@@ -11,6 +11,10 @@ import benchmarks
 
 TEXT = ("--calibration", "constraints.txt")  # a short one, which is soon tokenised
 SMALL = {
+    "digests": (
+        *("--methods", "magnitude", "--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16"),
+        *("--repeats", "1"),
+    ),
     "layer_70b": (
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
@@ -46,6 +50,7 @@ SMALL = {
     "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
 PRINTED = {
+    "digests": "| magnitude |",
     "layer_70b": "peak memory",
     "launches": "planned for an H200",
     "peers": "before the first layer",

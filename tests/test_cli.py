@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import typer
@@ -271,6 +272,7 @@ REFUSED = {
     "plan": ("m", "--gpus", "0"),
     "slurm": ("nowhere.yaml",),
     "status": ("o", "--jsn"),
+    "check": ("o", "--jsn"),
     "report": ("o", "--file", "page.html"),
 }
 
@@ -303,3 +305,51 @@ def test_stories_import_neither_what_draws_reports_nor_what_only_some_runs_use()
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "True True\n\n"
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"shardprune {version('shardprune')}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["prune", "m", "--sparsity", "0.5"],
+            "out: missing; give --out, or out in a recipe; see shardprune prune --help",
+        ),
+        (["prune", "--out", "o", "--sparsity", "0.5"], "model: missing; give MODEL, or model in a recipe"),
+        (
+            ["pipeline", "{}", "--out", "o"],
+            "model: missing; give --model, or model in a recipe; see shardprune pipeline",
+        ),
+        (["plan"], "model: missing; give MODEL, or model in a recipe; see shardprune plan --help"),
+    ],
+)
+def test_what_is_missing_says_how_to_give_it(words, said, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("prune: {sparsity: 0.5}\nevaluate: {perplexity: stdlib}\n")
+    with pytest.raises(SystemExit) as ended:
+        main([word.replace("{}", str(tmp_path / "r.yaml")) for word in words])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("command", ["prune", "plan"])
+def test_a_terminal_is_told_what_begins_before_anything_heavy_is_imported(command, tmp_path):
+    """Elsewhere nothing is: there, bad input is one line."""
+    more = ["--out", "o", "--sparsity", "0.5"] if command == "prune" else []
+    code = (
+        "import sys\n"
+        "class Told:\n"
+        "    def write(self, text):\n"
+        f"        print([text, [name for name in {HEAVY} if name in sys.modules]], file=sys.__stderr__)\n"
+        "    def flush(self): pass\n"
+        "    def isatty(self): return True\n"
+        "sys.stderr = Told()\n"
+        f"from shardprune.cli import main; main({[command, 'no/where', *more]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stderr.splitlines()[0] == str([f"shardprune {version('shardprune')}: {command} no/where", []])

@@ -29,6 +29,7 @@ def rebuild_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord, so
         rebuilt = layer.ask(layer.turn, PruneWorker.rebuild, block, work.shares_of(layer.layer, names))
         layer.wait(merged)
         swaps, zeros = layer.group.get(rebuilt)
+        layer.step.advance()
         layer.wait(layer.share(names, layer.turn))
         errors: dict[str, float] = {}
         if work.measure_error:

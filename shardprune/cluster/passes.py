@@ -30,6 +30,11 @@ class Waves:
         self.tokens = tokens
         self.all: list[Wave] = waves_of(len(tokens), replicas, size)
 
+    @property
+    def tokens_of_one(self) -> int:
+        """The number of tokens of a wave, of the largest where they differ."""
+        return max(wave.stop - wave.start for wave in self.all) * self.tokens.shape[1]
+
     def windows(self, wave: Wave) -> Tensor:
         """Return the tokens [wave, seqlen] of one wave."""
         return self.tokens[wave.start : wave.stop]

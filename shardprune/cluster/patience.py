@@ -14,6 +14,7 @@ from shardprune.shard.signs import Sign
 from shardprune.storage.quantities import duration
 
 MOST_SECONDS = 10.0  # between two signs
+START_SECONDS = 300.0  # for the first sign, which comes after imports, at least
 SIGNS = 4  # that a worker gives at least in the time after which it is lost
 # How many times longer a call may last while it uses the processor: it works, or spins without getting anywhere.
 WORKING = 6
@@ -99,7 +100,8 @@ class Patience:
     def _lost(self) -> str | None:
         """Return what is to be said of a worker that hangs: of one that is silent first, as others wait for it."""
         limit = self._seconds + max((sign.longest for sign in self.signs()), default=0.0)
-        silent = [index for index, heard in enumerate(self._heard) if heard.silent > limit]
+        first = max(limit, START_SECONDS)
+        silent = [index for index, heard in enumerate(self._heard) if heard.silent > (limit if heard.sign else first)]
         if silent:
             self.hanging = [sign for index in silent if (sign := self._heard[index].sign)]
             return self._silence(max(silent, key=lambda index: self._heard[index].silent))

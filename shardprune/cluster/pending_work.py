@@ -1,5 +1,6 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardprune.model.families import Family
@@ -17,7 +18,8 @@ class PendingWork:
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
-    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does.
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `factorises` says
+    whether a solution takes the factors of a Gram matrix, which grow with the cube of its size.
     """
 
     shares: Shares
@@ -29,6 +31,7 @@ class PendingWork:
     measure_error: bool
     widths: Widths | None = None
     passes_on_dense: bool = False
+    factorises: bool = False
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -39,17 +42,49 @@ class PendingWork:
         unfinished = [layer for layer in segment if layer not in self.finished]
         return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
 
-    def parts(self, segments: tuple[range, ...], waves: int) -> int:
-        """The number of parts that pruning reports to its progress step: the passes over every unfinished
-        layer and one over every finished one, but none beyond the pruning of the last."""
-        passes = 0
+    def parts(self, segments: tuple[range, ...], waves: int, tokens: int) -> int:
+        """The number of parts that pruning reports to its progress step. A wave's pass is one: over every unfinished
+        layer and once over every finished one, but none beyond the pruning of the last. Solutions and the writing of
+        unfinished layers come on top.
+
+        Args:
+            tokens: of a wave.
+        """
+        passes = others = 0
         extra = self.comparing_passes * len(self.family.blocks)
         for segment in segments:
             pending = self.pending(segment)
             own = 1 if self.passes_on_dense else 2 + extra
             passes += sum(1 if layer in self.finished else own for layer in pending)
             passes -= bool(pending) and not self.passes_on_dense
-        return waves * passes
+            others += sum(
+                self._parts_of_solutions(layer, tokens) + 1 for layer in pending if layer not in self.finished
+            )
+        return waves * passes + others
+
+    def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
+        """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
+        waves as would take about as many operations, and at least one."""
+        if not self.factorises:
+            return 1
+        shapes = self.shapes[layer]
+        forward = sum(rows * cols for rows, cols in shapes.values())
+        sums = sum(shapes[group[0]][1] ** 2 for group in self.family.inputs)
+        return max(1, round(self.cost(layer, names) / (tokens * (forward + sums))))
+
+    def cost(self, layer: int, names: Sequence[str]) -> float:
+        """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the
+        weights."""
+        rows, cols = sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
+        return cols**3 + rows * cols**2
+
+    def narrow_parts(self, layer: int, tokens: int) -> int:
+        """The number of parts that cutting a layer counts as."""
+        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+
+    def _parts_of_solutions(self, layer: int, tokens: int) -> int:
+        rebuilt = len(self.family.blocks) if self.rebuilding else 0
+        return self.narrow_parts(layer, tokens) + rebuilt
 
     @property
     def comparing_passes(self) -> int:

@@ -83,9 +83,10 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
     """Do what is to be done to a layer on every replica, but for its file; return its record."""
     if work.widths:
         kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
+        layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
         sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
         return LayerRecord(layer.layer, kept=kept, sizes=sizes)
-    solvers = layer.share_out([_cost(work, layer.layer, names) for names in work.family.inputs])
+    solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
     record = solve_layer(work, layer, solvers)
     return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
 
@@ -99,13 +100,20 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     layer.over_waves(PruneWorker.accumulate, False)
     inputs = work.family.inputs
     waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
-    solving = [
-        layer.ask(solver, PruneWorker.solve, group, work.shares_of(layer.layer, inputs[group]))
-        for group, solver in enumerate(solvers)
-    ]
+    solved = _Solved(work, layer)
+    solving = []
+    for group, solver in enumerate(solvers):
+        shares = work.shares_of(layer.layer, inputs[group])
+        solving.append(layer.ask(solver, PruneWorker.solve, group, shares))
+        if not layer.group.concurrent:  # it is done by now
+            solved.add(inputs[group])
     for names, solver in zip(inputs, solvers, strict=True):
         waiting += layer.share(names, solver)
-    reports = {report.name: report for solved in layer.wait(solving) for report in solved}
+    reports = {}
+    for names, ref in zip(inputs, solving, strict=True):
+        reports.update({report.name: report for report in layer.group.get(ref)})
+        if layer.group.concurrent:
+            solved.add(names)
     layer.wait(waiting)
     return LayerRecord(
         layer.layer,
@@ -114,10 +122,23 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     )
 
 
-def _cost(work: PendingWork, layer: int, names: Sequence[str]) -> float:
-    """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the weights."""
-    rows, cols = sum(work.shapes[layer][name][0] for name in names), work.shapes[layer][names[0]][1]
-    return cols**3 + rows * cols**2
+class _Solved:
+    """The count of a layer's projections that are solved, on the progress step."""
+
+    def __init__(self, work: PendingWork, layer: LayerInWork) -> None:
+        self._work, self._layer, self._count = work, layer, 0
+        self._describe()
+
+    def add(self, names: tuple[str, ...]) -> None:
+        """Count the projections of one input, which are solved."""
+        self._count += len(names)
+        self._layer.step.advance(self._work.solve_parts(self._layer.layer, names, self._layer.waves.tokens_of_one))
+        self._describe()
+
+    def _describe(self) -> None:
+        of_all = len(self._work.family.projections)
+        solving = f", {self._count} of {of_all} projections solved" if self._count < of_all else ""
+        self._layer.step.describe(f"layer {self._layer.layer + 1}/{len(self._work.shapes)}{solving}")
 
 
 @dataclass
@@ -152,6 +173,7 @@ class _Files:
         started = time.monotonic()
         written = layer.group.get(layer.ask(0, PruneWorker.written))
         account(layer.group, layer.layout, [layer.shard], layer.step.record)
+        layer.step.advance()
         facts: dict[str, float] = {"seconds": round(seconds + time.monotonic() - started, 3), "bytes": written}
         if record.sparsity is not None:
             facts["sparsity"] = round(record.sparsity, 6)

@@ -3,7 +3,6 @@
 A call of an actor would not do: Ray sends it behind those that still wait for their arguments.
 """
 
-import json
 import os
 import signal
 import uuid
@@ -15,6 +14,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardprune.shard.signs import Calls, Sign, Signs
+from shardprune.storage.json_file import dump_json, parse_json
 
 NAMESPACE = "shardprune-signs"
 KILL_SECONDS = 30.0
@@ -34,12 +34,12 @@ class Board:
         return signs
 
     def _put(self, index: int, sign: Sign) -> None:
-        _internal_kv_put(self._key(index), json.dumps(asdict(sign)), overwrite=True, namespace=NAMESPACE)
+        _internal_kv_put(self._key(index), dump_json(asdict(sign)), overwrite=True, namespace=NAMESPACE)
 
     def read(self, index: int) -> Sign | None:
         """Return the last sign of a worker."""
         text = _internal_kv_get(self._key(index), namespace=NAMESPACE)
-        return Sign(**json.loads(text)) if text else None
+        return Sign(**parse_json(text)) if text else None
 
     def clear(self) -> None:
         """Remove the signs of all workers."""

@@ -248,8 +248,9 @@ class MopRun:
         if not self.state.resumed or saved is None:
             return
         journal = Journal(saved.folder, self.journal.fingerprint, len(saved.layers))
-        for layer in range(journal.layers):
-            if fault := journal.fault(layer):
+        left = set(self._layers())  # some may have gone since then
+        for place in (place for place, layer in enumerate(saved.layers) if layer in left):
+            if fault := journal.fault(place):
                 raise InputError("out", f"{saved.folder} is not whole: {fault}; choose an empty directory")
 
     def _finish(self) -> Result:

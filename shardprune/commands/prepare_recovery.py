@@ -141,6 +141,8 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
+    if not recipe.full:
+        _check_rank(recipe.lora_rank, skeleton)
     teacher = _open_teacher(recipe, recipe.teacher, checkpoint) if recipe.teacher else None
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if recorded_recipe(recipe.out) else recipe.workers, recipe.device, "workers")
@@ -152,6 +154,19 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     learned, held_out = rows.split(recipe.held_out, recipe.seed)
     evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
     return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
+
+
+def _check_rank(rank: int, skeleton: Skeleton) -> None:
+    """Check that a low-rank update is smaller than what it updates.
+
+    Raises:
+        InputError: its rank is more than the rows and the columns of every projection.
+    """
+    largest = max(
+        max(shape) for index in range(skeleton.layers) for shape in skeleton.projection_shapes(index).values()
+    )
+    if rank > largest:
+        raise InputError("lora_rank", f"{rank} is more than any projection has rows or columns; use at most {largest}")
 
 
 @preflight()

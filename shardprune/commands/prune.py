@@ -150,7 +150,7 @@ class PruningRun:
                 )
             threads, wanted = self.prepared.placement.workers.threads, self.prepared.recipe.threads
             if wanted and wanted != threads:
-                self.reporter.say(f"the run keeps the {threads} threads of a worker with which it began")
+                self.reporter.say(f"threads: the run keeps {threads} for each worker, with which it began")
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
             for attempt in self.attempts():
@@ -183,7 +183,7 @@ class PruningRun:
                 waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
                 self._observe(group, layout, waves, finished)
                 work = self._work(finished)
-                parts = work.parts(layout.segments, len(waves.all))
+                parts = work.parts(layout.segments, len(waves.all), waves.tokens_of_one)
                 with self.clock.phase("prune"), self.reporter.step(prepared.recipe.command, parts) as step:
                     prune_segments(group, layout, waves, work, step)
             if "after" in self.steps:
@@ -250,6 +250,7 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
+            factorises=scoring.correction if scoring else prepared.job.factorises,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from pydantic import ValidationError
-
-from shardprune.errors import InputError, first_line
+from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.report.result import Evaluation, EvaluationResult
 from shardprune.storage.folder import PARTIAL, Folder, absolute, output_folder
+from shardprune.storage.json_file import fitting
+from shardprune.storage.malformed import located
 from shardprune.storage.output_names import RESULT
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 
@@ -32,13 +32,8 @@ class Record:
         self.kept = self._alone or _is_result(content)
         if self.kept:
             self._check_writable()
-        try:
-            self.known = Evaluation(**content.get("evaluation", {})) if self.kept else Evaluation()
-        except (ValidationError, TypeError) as error:
-            where = f"{self.folder.url}/{RESULT}"
-            raise InputError(
-                self.folder.field, f"the evaluation in {where} cannot be read: {first_line(error)}"
-            ) from error
+        with located(self.folder.field, f"the evaluation in {self.folder.url}/{RESULT}"):
+            self.known = fitting(content.get("evaluation", {}), Evaluation) if self.kept else Evaluation()
 
     def save(self, result: EvaluationResult) -> None:
         """Write a result, on its own or as the evaluation in the result of the run that made the model."""

@@ -52,7 +52,7 @@ class ShardedModel:
             update={"device": device, "shards": shards, "replicas": replicas, "threads": self._threads}
         )
         self.restarts = 0
-        self._backend, self._reporter = backend, reporter
+        self._backend, self.reporter = backend, reporter
         self._group: Group | None = None
 
     # -- questions --------------------------------------------------------------------------------------------
@@ -70,7 +70,7 @@ class ShardedModel:
             with attempt as layout, self._workers(layout, size * seqlen) as group:
                 waves = Waves(windows, layout.replicas, size)
                 parts = parts_of_pass(waves, self.skeleton.layers, self._streamed)
-                with self._reporter.step("perplexity", parts) as step:
+                with self.reporter.step("perplexity", parts) as step:
                     value = perplexity(group, layout, waves, "dense", self._streamed, step)
         self.checkpoint.check_unchanged()
         return value
@@ -92,7 +92,7 @@ class ShardedModel:
                 wanted = [queries[place] for place in left]
                 waves = Queries(wanted, layout.replicas, self.settings.wave, WAVE_TOKENS, longest)
                 parts = parts_of_pass(waves, self.skeleton.layers, self._streamed)
-                with self._reporter.step("log-likelihoods", parts) as step:
+                with self.reporter.step("log-likelihoods", parts) as step:
                     for place, values in log_likelihoods(group, layout, waves, self._streamed, step):
                         found[left[place]] = values  # is not asked again after a loss
         self.checkpoint.check_unchanged()
@@ -117,7 +117,7 @@ class ShardedModel:
     def _attempts(self) -> Attempts[Layout]:
         """Return attempts at a question until one ends without losing workers; `max_restarts` counts all questions."""
         left = self.settings.max_restarts - self.restarts
-        return Attempts(self.layout, self._device, left, self._backend, self._reporter, self._lost)
+        return Attempts(self.layout, self._device, left, self._backend, self.reporter, self._lost)
 
     @contextmanager
     def _workers(self, layout: Layout, wave_tokens: int) -> Iterator[Group]:

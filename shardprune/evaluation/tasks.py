@@ -3,9 +3,12 @@
 import difflib
 import logging
 import random
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import datasets
@@ -24,10 +27,12 @@ from shardprune.errors import InputError, first_line
 from shardprune.evaluation.task_code import CodeRefused, without_task_code
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
+from shardprune.storage.malformed import shown
 
 SETS = {  # tasks of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")
 }
+NAMES = {"task", "group", "tag"}  # fields of a task's YAML
 Opened = dict[str, list[Task | Group]]  # by requested name; a tag names several tasks
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")  # output types that log-likelihoods suffice for
 
@@ -56,13 +61,23 @@ def load_tasks(recipe: TaskFields) -> list[Task | Group]:
 
 
 def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) -> dict[str, TaskResult]:
-    """Evaluate tasks; return results by the names of tasks, and of groups that aggregate tasks."""
+    """Evaluate tasks; return results by the names of tasks, and of groups that aggregate tasks.
+
+    Raises:
+        InputError: a task makes no questions of its data, or no score of the answers.
+    """
     # Not `simple_evaluate`, which also collects the machine's and the working directory's git state.
     for task in _leaves(tasks):
         _set_shots(task, recipe.num_fewshot)
     with _quiet(), without_task_code(recipe):
         chosen = TaskManager(include_defaults=False).load(list(tasks))
-        found = lm_eval.evaluate(lm, chosen, limit=recipe.limit, log_samples=False)
+        try:
+            found = lm_eval.evaluate(lm, chosen, limit=recipe.limit, log_samples=False)
+        except Exception as error:
+            if not _is_of_tasks(error):
+                raise
+            names = ", ".join(repr(task.task_name) for task in _leaves(tasks))
+            raise InputError("tasks", f"{names} cannot be evaluated: {first_line(error)}") from error
     assert found is not None
     results = {}
     for name, values in found["results"].items():
@@ -70,6 +85,16 @@ def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) ->
             shots = found["n-shot"].get(name) or 0
             results[name] = TaskResult(metrics=metrics, samples=values["sample_len"], num_fewshot=shots)
     return results
+
+
+def _is_ours(frame: FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).startswith("shardprune.")
+
+
+def _is_of_tasks(error: Exception) -> bool:
+    """Return whether an error comes from lm-eval's work on tasks and their data, and not from the model's answers."""
+    own = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__) if _is_ours(frame)]
+    return own[-1] is evaluate_tasks.__code__
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, Metric]:
@@ -109,11 +134,30 @@ def _own_tasks(folder: str) -> TaskManager:
         raise InputError("tasks_dir", f"{folder!r} is no directory")
     for file in sorted(Path(folder).rglob("*.yaml")):
         try:
-            load_yaml(file, resolve_func=False)
+            _check_included(file, set())
+            _check_names(load_yaml(file, resolve_func=False))
         except Exception as error:  # errors of the YAML parser, of included files, and of lm-eval
             reason = " ".join(str(error).split())
             raise InputError("tasks_dir", f"{str(file)!r} cannot be read by lm-eval: {reason}") from error
     return TaskManager(include_path=folder, include_defaults=False)
+
+
+def _check_included(file: Path, seen: set[Path]) -> None:
+    """Check that a task's YAML and what it includes are files: a pipe would be waited for."""
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is no file")
+    included = load_yaml(file, resolve_func=False, recursive=False).get("include", [])
+    for name in included if isinstance(included, list) else [included]:
+        if (inner := file.parent / name) not in seen:
+            _check_included(inner, seen | {inner})
+
+
+def _check_names(values: dict[str, Any]) -> None:
+    """Check the names that lm-eval sorts tasks by before it looks at anything else."""
+    for field in NAMES & values.keys():
+        entries = values[field] if isinstance(values[field], list) else [values[field]]
+        if not all(isinstance(entry, str | dict) for entry in entries):
+            raise ValueError(f"{field} is {shown(values[field])}; use a name or a list of names")
 
 
 def _open(manager: TaskManager, wanted: Sequence[str]) -> Opened:
@@ -125,9 +169,14 @@ def _open(manager: TaskManager, wanted: Sequence[str]) -> Opened:
         except (CodeRefused, SecurityError):
             raise
         except Exception as error:  # a data set's or a task's own code can raise anything
-            raise InputError("tasks", f"{name!r} cannot be loaded: {first_line(error)}") from error
+            raise InputError("tasks", f"{name!r} cannot be loaded: {first_line(_root(error))}") from error
         opened[name] = [found["groups"][name]] if name in found["groups"] else [*found["tasks"].values()]
     return opened
+
+
+def _root(error: BaseException) -> BaseException:
+    """Return the error that others were raised for: what a data set raises says only that it has none."""
+    return _root(error.__cause__) if error.__cause__ else error
 
 
 def _matches(manager: TaskManager, name: str) -> list[str]:
@@ -185,14 +234,19 @@ def _check_answerable(task: Task, engine: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Suppress what lm-eval and its data sets print."""
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.utils.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    """Suppress what lm-eval and its data sets print: what goes wrong is raised, too. Bars are for terminals."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+    levels, bars = [logger.level for logger in loggers], datasets.utils.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
+    shown = lm_eval.api.task.tqdm
+    lm_eval.api.task.tqdm = partial(shown, disable=None)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        lm_eval.api.task.tqdm = shown
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             datasets.enable_progress_bars()

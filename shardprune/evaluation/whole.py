@@ -1,15 +1,21 @@
 """lm-eval's own Hugging Face model, whole in this process, which can also generate text."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from shardprune.errors import InputError, first_line
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.skeleton import attention_of
+from shardprune.report.progress import Reporter
 from shardprune.storage.tokenising import check_vocabulary
 
 
@@ -31,6 +37,41 @@ class _CheckedLM(HFLM):
         check_vocabulary(highest, known, "model", "a task's text")
 
 
+class WholeModel(_CheckedLM):
+    """lm-eval's Hugging Face model, whose progress is that of the command: a part is a request."""
+
+    def __init__(self, reporter: Reporter, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._reporter = reporter
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Generate the texts that requests ask for."""
+        with self._told("generation", len(requests)):
+            return super().generate_until(requests)
+
+    def _loglikelihood_tokens(self, requests: list[Any], **settings: Any) -> list[tuple[float, bool]]:
+        with self._told("log-likelihoods", len(requests)):
+            return super()._loglikelihood_tokens(requests, **settings)
+
+    @contextmanager
+    def _told(self, label: str, requests: int) -> Iterator[None]:
+        """Report as a step what lm-eval would draw as a bar of its own, which has no other way to learn of it."""
+        with self._reporter.step(label, requests) as step:
+
+            class Bar(tqdm):
+                def __init__(self, *args: Any, **kwargs: Any) -> None:
+                    super().__init__(*args, **{**kwargs, "disable": True})
+
+                def update(self, count: float | None = 1) -> None:
+                    step.advance(int(count or 0))
+
+            own, huggingface.tqdm = huggingface.tqdm, Bar
+            try:
+                yield
+            finally:
+                huggingface.tqdm = own
+
+
 def whole_model(model: ShardedModel) -> LM:
     """Load lm-eval's Hugging Face model of a checkpoint, with the device, dtype and attention that shards would use.
 
@@ -41,7 +82,8 @@ def whole_model(model: ShardedModel) -> LM:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
-        return _CheckedLM(
+        return WholeModel(
+            model.reporter,
             pretrained=model.checkpoint.folder.url.removeprefix("hf://"),
             dtype=str(model.skeleton.dtype).removeprefix("torch."),
             device=settings.device,

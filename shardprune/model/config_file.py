@@ -1,19 +1,19 @@
 """The file config.json of a checkpoint: its sizes are checked before transformers reads it."""
 
 import logging
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import transformers
 from pydantic import BaseModel, Field
 from transformers import AutoConfig, PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from shardprune.errors import InputError
 from shardprune.model.families import TOWERS, family_of
 from shardprune.storage.json_file import parse_model
+from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
 CONFIG = "config.json"
@@ -60,14 +60,28 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         model_type = parse_model(content, _File).model_type
     if model_type not in TOWERS:
         family_of(model_type, field)
-    with tempfile.TemporaryDirectory() as local, deferred_warnings():  # AutoConfig reads from a local path only
-        file = Path(local, CONFIG)
-        file.write_bytes(content)
+    with local_copies({CONFIG: content}) as local, deferred_warnings():
         try:
-            return AutoConfig.from_pretrained(local, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(local, trust_remote_code=False)
+            _check_rope(language_config(config))
         except Exception as error:  # transformers checks a config in many ways, each with an error of its own
-            reason = in_one_line(error).replace(str(file), place).replace(local, place)
+            reason = in_one_line(error).replace(f"{local}/{CONFIG}", place).replace(local, place)
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
+    return config
+
+
+def _check_rope(config: PretrainedConfig) -> None:
+    """Check that transformers has the rotary embeddings of a config, which it looks for when it builds the model.
+
+    Raises:
+        ValueError: it has not.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters if isinstance(parameters, dict) and "rope_type" not in parameters else {"": parameters}
+    for values in kinds.values():  # one for each type of layer in some families
+        kind = values.get("rope_type", "default") if isinstance(values, dict) else "default"
+        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
+            raise ValueError(f"rope_type is {kind!r}; use one of default, {', '.join(ROPE_INIT_FUNCTIONS)}")
 
 
 def language_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from shardprune.solvers.allocation.allocation import Projection, Share
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.mixed import in_groups
+from shardprune.solvers.methods import METHODS
 from shardprune.solvers.pattern import Mixed, Pattern
 from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.solvers.scoring import Scoring
@@ -114,6 +115,11 @@ class PruningJob:
         if isinstance(self.removal, WidthRemoval):
             return self.removal.share
         return self.zeroing.target if isinstance(self.zeroing, Zeroing) else None
+
+    @property
+    def factorises(self) -> bool:
+        """Whether solutions take the factors of Gram matrices."""
+        return isinstance(self.zeroing, Zeroing) and METHODS[self.zeroing.method].effort.sweeps
 
     @property
     def observed_m(self) -> float | None:

@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shardprune.errors import InputError
@@ -214,7 +215,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         InputError: transformers builds no model from the config.
     """
     try:
-        with init_empty_weights(include_buffers=False), deferred_warnings():
+        with init_empty_weights(include_buffers=False), no_init_weights(), deferred_warnings():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
             )

@@ -1,8 +1,6 @@
 """The tokenizer of a checkpoint, which is data of others: it is tried before a run relies on it."""
 
 import math
-import tempfile
-from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -10,6 +8,7 @@ from shardprune.errors import InputError
 from shardprune.model.companions import companions
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.storage.folder import Folder
+from shardprune.storage.local_copies import local_copies
 from shardprune.storage.tokenising import tokenise
 
 # Runs and mixtures of letters, digits, spaces and marks: a pattern that backtracks does so on one of them.
@@ -29,9 +28,7 @@ def load_tokenizer(folder: Folder) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it does not work; names the folder's field.
     """
-    with tempfile.TemporaryDirectory() as local:  # transformers reads these files from a local path only
-        for name in companions(folder):
-            Path(local, name).write_bytes(folder.read_bytes(name))
+    with local_copies({name: folder.read_bytes(name) for name in companions(folder)}) as local:
         try:
             with deferred_warnings():
                 tokenizer = AutoTokenizer.from_pretrained(local, trust_remote_code=False)

@@ -14,6 +14,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
 from shardprune.shard.device_room import device_room, memory_for
+from shardprune.solvers.methods import METHODS
 from shardprune.storage.quantities import duration, gigabytes
 
 
@@ -201,9 +202,10 @@ def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest
             changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
     if nearest.task.wave > 1:
         changes["--wave 1"] = {"wave": 1}
-    if recipe.measure_error and recipe.method != "sparsegpt":
+    sweeps = METHODS[recipe.method].effort.sweeps
+    if recipe.measure_error and not sweeps:
         changes["--no-measure-error"] = {"measure_error": False}
-    if recipe.method == "sparsegpt":
+    if sweeps:
         changes["--method wanda --no-measure-error"] = {"method": "wanda", "measure_error": False}
     helping: dict[str, str] = {}
     for label, change in changes.items():

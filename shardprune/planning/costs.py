@@ -15,6 +15,7 @@ from shardprune.shard.peers import PIECE_BYTES
 from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
+SORTED_BYTES = 60  # read and written for a weight of a group that is sorted, beside sorting
 KERNEL_ROWS = 2**15  # which a GPU sweeps over at the same time
 
 
@@ -155,17 +156,17 @@ class Costs:
         rows, cols = sum(one.rows.values()), one.cols
         weights = rows * cols
         norm = 2 * rows * lower_entries(cols) / row.large  # of the outputs, from the Gram matrix
-        if task.solver == "sparsegpt":
+        effort, sorted_by_group = task.effort, task.grouped and not (task.effort.sweeps or task.effort.sorts)
+        seconds = self._touched((SORTED_BYTES if sorted_by_group else effort.touched) * weights)
+        if effort.sweeps:
             # Updates of all columns behind a block are products of 128, whose target is read and written.
             updates = max(weights * cols / row.large, self._touched(weights * cols / 32))
-            seconds = cols**3 / row.large + updates + cols * row.step * max(1.0, rows / KERNEL_ROWS)
-            seconds += self._touched(120 * weights)  # bytes of selection, transposes and checks
-            return seconds + (norm + self._touched(40 * weights) if task.errors else 0.0)
-        if task.solver == "magnitude" and not task.grouped:
-            seconds = self._touched(120 * weights)
-        else:
-            seconds = weights / row.sorted + self._touched(60 * weights)
-        return seconds + (2 * norm + self._touched(40 * weights) if task.errors else 0.0)
+            seconds += cols**3 / row.large + updates + cols * row.step * max(1.0, rows / KERNEL_ROWS)
+        elif effort.sorts or sorted_by_group:
+            seconds += weights / row.sorted
+        seconds *= effort.passes
+        known = 1 if effort.sweeps else 2  # products that the outputs' losses take: a sweep knows them
+        return seconds + (known * norm + self._touched(40 * weights) if task.errors else 0.0)
 
     def projections_bytes(self, one: Input) -> int:
         """Return the bytes of the solved projections of an input, as they are sent."""

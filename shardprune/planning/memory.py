@@ -186,7 +186,8 @@ class WorkerMemory:
         # float32 values and int64 places, which CUDA's sort has three times; its top-k of half the entries takes less.
         sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
         choosing = (20 if self.setup.gpu else 4) * weights
-        if task.solver == "sparsegpt":
+        effort = task.effort
+        if effort.sweeps:
             # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
             split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
             yield "factor", 6 * square + split
@@ -195,19 +196,19 @@ class WorkerMemory:
             swept = 4 * square + 5 * one.cols * rows
             yield "sweep", swept + max(20 * BLOCK * rows, 4 * min(weights, SUMMED))
             yield "check", swept + narrow + checking
-        elif task.solver == "magnitude":
+        elif not effort.sorts:
             yield "select", dense + 4 * weights + (sorting if task.grouped else choosing)
         else:
-            if task.solver == "wanda-variant":  # sorts all at once, and has running sums in float64
-                sorting = ((36 if self.setup.gpu else 12) + 28) * weights
+            if effort.running:
+                sorting = ((36 if self.setup.gpu else 12) + effort.running) * weights
             yield "select", dense + 4 * weights + sorting
-        if task.solver != "sparsegpt":
+        if not effort.sweeps:
             yield "check", dense + 5 * weights + narrow + checking
         if task.errors:
             # A panel of the dense weight's product with the Gram matrix, which a CPU also widens to float64, on CUDA
             # with split operands. The change is another weight, unless the sweep knows what outputs lose.
             split = 12 * min(PIECE, weights + square // PANELS) if self.setup.gpu else 0
-            pruned = swept if task.solver == "sparsegpt" else 8 * weights
+            pruned = swept if effort.sweeps else 8 * weights
             yield "error", pruned + dense + narrow + 12 * weights // PANELS + split
 
     def _moment(

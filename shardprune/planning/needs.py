@@ -5,6 +5,7 @@ from dataclasses import replace
 from shardprune.planning.memory import Moment, Setup, WorkerMemory
 from shardprune.planning.workload import Task
 from shardprune.shard.spec import Need
+from shardprune.solvers.methods import METHODS
 from shardprune.storage.quantities import gigabytes
 
 
@@ -19,7 +20,7 @@ def _need(task: Task, setup: Setup, shard: int) -> Need:
     others = {
         "weights streamed": _worst(task, replace(setup, streamed=True), shard).device.peak,
         "method wanda without measure_error": _worst(
-            replace(task, solver="wanda", kind="squares", errors=False), setup, shard
+            replace(task, effort=METHODS["wanda"].effort, kind="squares", errors=False), setup, shard
         ).device.peak,
         "wave 1": _worst(replace(task, wave=1), setup, shard).device.peak,
         "half the samples": _worst(replace(task, samples=max(1, task.samples // 2)), setup, shard).device.peak,

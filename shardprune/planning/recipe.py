@@ -16,7 +16,7 @@ from pydantic import (
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import HARDWARE, Hardware
-from shardprune.recipes.groups import CalibrationFields, EvaluationFields
+from shardprune.recipes.groups import WORKERS, CalibrationFields, EvaluationFields
 from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.shard.device_room import CONTEXT_BYTES
@@ -43,6 +43,10 @@ def _bytes(value: Any, unit: str, example: str) -> Any:
     """The bytes of a text with a unit: ByteSize alone would take 80 for bytes, and bits for a size."""
     if value is None or isinstance(value, ByteSize):
         return value
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*", str(value)):
+        raise ValueError(
+            f"a number needs its unit: use {str(value).strip()}GB{'/s' if unit != 'b' else ''}, or {example}"
+        )
     if not isinstance(value, str) or not re.fullmatch(rf".*\d\s*([kmgt]i?)?{unit}\s*", value, re.IGNORECASE):
         raise ValueError(f"use {example}")
     try:
@@ -72,6 +76,11 @@ class Machine(Settings):
     network: Rate | None = optional("the hardware's", "Network rate of a node, such as 25GB/s or 100Gbit/s")
     storage: Rate | None = optional("the hardware's", "Read rate of a node from storage, such as 5GB/s")
 
+    @field_validator("hardware", mode="before")
+    @classmethod
+    def _in_any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
     @field_validator("gpu_memory")
     @classmethod
     def _beyond_a_context(cls, value: ByteSize | None) -> ByteSize | None:
@@ -100,7 +109,7 @@ class Choices(Settings):
 
     propagation: Literal["exact", "parallel", "both"] = Field("both", description="Propagation to plan")
     shards: int | None = optional("chosen", "Number of contiguous runs of layers", ge=1)
-    replicas: int | None = optional("chosen", "Workers per shard, sharing the samples", ge=1)
+    replicas: int | None = optional("chosen", "Workers per shard, sharing the samples", ge=1, le=WORKERS)
     segments: int | None = optional("shards", "Independently pruned runs of layers (propagation parallel)", ge=1)
     weights: Literal["auto", "resident", "streamed"] = Field(
         "auto", description="resident keeps all layers in memory; streamed loads one at a time"

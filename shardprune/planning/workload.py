@@ -13,7 +13,7 @@ from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton, attention_of
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.solvers.methods import METHODS
+from shardprune.solvers.methods import METHODS, Effort
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder, read_file
@@ -141,13 +141,14 @@ class Task:
     """The work on a model, independent of the layout: the inputs of the memory and time formulae.
 
     Attributes:
+        effort: of the method.
         kind: of the accumulated statistics; None: none.
         itemsize: of the compute dtype.
         sources: texts on which perplexity is measured before and after, over `windows` each.
     """
 
     model: Model
-    solver: str
+    effort: Effort
     kind: Kind | None
     grouped: bool
     outliers: bool
@@ -205,7 +206,7 @@ def task_of(
     """Return what zeroing does to a model; the sizes are those of `Task`."""
     return Task(
         model=model,
-        solver=zeroing.method,
+        effort=METHODS[zeroing.method].effort,
         kind="gram" if errors else METHODS[zeroing.method].needs,
         grouped=not isinstance(zeroing.pattern, Unstructured),
         outliers=zeroing.observes,

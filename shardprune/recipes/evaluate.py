@@ -5,7 +5,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import WAVE_TOKENS, AskedLayout, Sources, WorkerFields, check_survives_ray_job
+from shardprune.recipes.groups import (
+    OFFERED,
+    WAVE_TOKENS,
+    WORKERS,
+    AskedLayout,
+    Sources,
+    WorkerFields,
+    check_survives_ray_job,
+)
 from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import FORMS
 
@@ -15,7 +23,9 @@ class PerplexityFields(Settings):
 
     title: ClassVar[str] = "Perplexity"
 
-    perplexity: Sources = Field((), description=f"Text source, repeatable: {FORMS}")
+    perplexity: Sources = Field(
+        (), description=f"Text source, repeatable: {FORMS}", json_schema_extra={"offered": [*OFFERED]}
+    )
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
     windows: int | None = optional("all", "Windows per source", ge=1)
 
@@ -50,7 +60,7 @@ class ShardFields(WorkerFields):
     """Shards and replicas of an evaluation."""
 
     shards: int | None = optional("1", "Number of contiguous runs of layers", ge=1)
-    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the texts", ge=1)
+    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the texts", ge=1, le=WORKERS)
     weights: Literal["resident", "streamed"] = Field(
         "resident", description="resident keeps all layers in memory; streamed loads one at a time"
     )

@@ -11,9 +11,11 @@ from shardprune.errors import InputError
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.scoring import Score
 from shardprune.storage.folder import absolute
-from shardprune.storage.sources import FORMS, check_source
+from shardprune.storage.sources import FORMS, PAPERS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
+THREADS = 1024  # most of one worker; torch crashes where the machine cannot start as many as it is told to
+WORKERS = 10_000  # most beside one another, one process each
 
 
 def wave_of(asked: int | None, seqlen: int) -> int:
@@ -31,6 +33,7 @@ def _known(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     return value
 
 
+OFFERED: list[str] = ["stdlib", *PAPERS]  # what a shell offers for a source of text, beside files
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
 
@@ -72,8 +75,8 @@ class CalibrationFields(Settings):
 
     title: ClassVar[str] = "Calibration"
 
-    calibration: str = Field("c4", description=f"Text source: {FORMS}")
-    samples: int = Field(128, ge=1, description="Number of calibration windows")
+    calibration: str = Field("c4", description=f"Text source: {FORMS}", json_schema_extra={"offered": [*OFFERED]})
+    samples: int = Field(128, ge=1, le=1_000_000, description="Number of calibration windows")
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
     seed: int = Field(0, description="Random seed for drawing windows")
     wave: int | None = optional(f"{WAVE_TOKENS} / seqlen", "Windows per micro-batch", ge=1)
@@ -96,7 +99,11 @@ class PerplexityFields(Settings):
 
     title: ClassVar[str] = "Evaluation"
 
-    eval: Sources = Field((), description="Perplexity source, measured before and after; repeatable")
+    eval: Sources = Field(
+        (),
+        description="Perplexity source, measured before and after; repeatable",
+        json_schema_extra={"offered": [*OFFERED]},
+    )
     eval_windows: int | None = optional("all", "Windows per perplexity source", ge=1)
 
 
@@ -122,7 +129,7 @@ class BackendFields(Settings):
     backend: Literal["ray", "local"] = Field("ray", description="Ray actors or this process")
     address: str | None = optional("RAY_ADDRESS, or a new local cluster", "Address of the Ray cluster")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Compute device")
-    threads: int | None = optional("cores / workers", "CPU threads per worker", ge=1)
+    threads: int | None = optional("cores / workers", "CPU threads per worker", ge=1, le=THREADS)
     max_restarts: int = Field(3, ge=0, description="Restarts after lost workers")
     patience: Patience = Field(
         "10m", description="Time beyond the longest call so far after which a worker that hangs is lost"
@@ -154,7 +161,7 @@ class WorkerFields(BackendFields):
     """Shards and replicas."""
 
     shards: int | None = optional("exact 1, parallel GPUs", "Number of contiguous runs of layers", ge=1)
-    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the samples", ge=1)
+    replicas: int | None = optional("GPUs / shards", "Workers per shard, sharing the samples", ge=1, le=WORKERS)
     activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
     exchange: Literal["auto", "group", "store"] = Field(
         "auto",

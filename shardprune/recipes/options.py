@@ -7,8 +7,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from shardprune.errors import InputError
 from shardprune.recipes.panels import DescribedField, arguments_of, panels_of
-from shardprune.recipes.settings import Settings
+from shardprune.recipes.settings import MISSING, Settings
 
 S = TypeVar("S", bound=Settings)
 
@@ -51,13 +52,29 @@ def _with_parameters(
     return command
 
 
-def recipe_of(settings: type[S], options: dict[str, Any]) -> S:
+def recipe_of(settings: type[S], options: dict[str, Any], file_first: bool = False) -> S:
     """Return the recipe that the options of a command make, with the file among them.
+
+    Args:
+        file_first: as for `with_options`.
 
     Raises:
         InputError: the file or a field is wrong.
     """
-    return settings.load(options["recipe"], given({name: options[name] for name in options if name != "recipe"}))
+    try:
+        return settings.load(options["recipe"], given({name: options[name] for name in options if name != "recipe"}))
+    except InputError as error:
+        if error.problem == MISSING and error.field in settings.model_fields:
+            raise InputError(error.field, f"{MISSING}; {_ways_to_give(settings, error.field, file_first)}") from error
+        raise
+
+
+def _ways_to_give(settings: type[Settings], field: str, file_first: bool) -> str:
+    """Say how a field is given, on the command line and in a recipe."""
+    own = set() if file_first else {argument.name for argument in arguments_of(settings)}
+    word = field.upper() if field in own else f"--{field.replace('_', '-')}"
+    command = getattr(settings, "command", "plan")
+    return f"give {word}, or {field} in a recipe; see shardprune {command} --help"
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +91,31 @@ def completion(choices: tuple[str, ...]) -> Callable[[str], list[str]]:
     return complete
 
 
+def _offers(field: DescribedField) -> Callable[[str], list[str]] | None:
+    """Return the function that lists what a shell offers for an option; None where the shell offers files by itself."""
+    if field.choices:
+        return completion(field.choices)
+    if not field.offered:
+        return None
+    return lambda incomplete: [*completion(field.offered)(incomplete), *_texts(incomplete)]
+
+
+def _texts(incomplete: str) -> list[str]:
+    """List the files of text, and the folders, whose paths begin with what is typed."""
+    folder, _, name = incomplete.rpartition("/")
+    try:
+        entries = sorted(Path(folder or ("/" if incomplete.startswith("/") else ".")).expanduser().iterdir())
+    except OSError:
+        return []
+    shown = [path for path in entries if path.name.startswith(name) and (name or not path.name.startswith("."))]
+    place = incomplete[: len(incomplete) - len(name)]
+    return [
+        f"{place}{path.name}{'/' * path.is_dir()}"
+        for path in shown
+        if path.is_dir() or path.suffix in (".txt", ".json", ".jsonl", ".npy")
+    ]
+
+
 def _option(field: DescribedField, panel: str | None = None, hidden: bool = False) -> inspect.Parameter:
     option = typer.Option(
         f"--{field.flag}/--no-{field.flag}" if field.type is bool else f"--{field.flag}",
@@ -82,7 +124,7 @@ def _option(field: DescribedField, panel: str | None = None, hidden: bool = Fals
         hidden=hidden,
         metavar=field.placeholder,
         show_default=False,
-        autocompletion=completion(field.choices) if field.choices else None,
+        autocompletion=_offers(field),
     )
     return _parameter(field.name, Annotated[field.type | None, option])
 

@@ -41,6 +41,7 @@ class DescribedField:
     Attributes:
         type: the type that the command line reads: list[str] for a repeatable option, dict for a section of a recipe,
             which is no option.
+        offered: values that a shell offers beside files, where others are allowed, too.
         value: the default; None where there is none, or only words can say it.
         default: the default in words; None where there is none.
     """
@@ -49,6 +50,7 @@ class DescribedField:
     type: Any
     description: str
     choices: tuple[str, ...]
+    offered: tuple[str, ...]
     bounds: str | None
     value: Any
     default: str | None
@@ -111,7 +113,9 @@ def _titles(settings: type[Settings]) -> dict[str, str]:
 def _described(settings: type[Settings], name: str) -> DescribedField:
     field = settings.model_fields[name]
     extra = field.json_schema_extra
-    default = str(extra["default"]) if isinstance(extra, dict) else None
+    known = extra if isinstance(extra, dict) else {}
+    offered: Any = known.get("offered")
+    default = str(known["default"]) if "default" in known else None
     if not field.is_required() and field.default not in (None, ()):
         default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else str(field.default)
     return DescribedField(
@@ -119,6 +123,7 @@ def _described(settings: type[Settings], name: str) -> DescribedField:
         type=_plain_type(field.annotation),
         description=field.description or "",
         choices=tuple(settings.choices(name)),
+        offered=tuple(offered) if isinstance(offered, list) else (),
         bounds=_bounds(field.metadata),
         value=None if field.is_required() else field.default,
         default=default,
@@ -141,4 +146,10 @@ def _plain_type(annotation: Any) -> Any:
 def _bounds(metadata: list[Any]) -> str | None:
     """The range of a number, in words."""
     found = {word: getattr(bound, word) for bound in metadata for word in BOUNDS if hasattr(bound, word)}
-    return ", ".join(BOUNDS[word].format(f"{value:g}") for word, value in found.items()) or None
+    return (
+        ", ".join(
+            BOUNDS[word].format(f"{value:,}" if isinstance(value, int) else f"{value:g}")
+            for word, value in found.items()
+        )
+        or None
+    )

@@ -5,7 +5,15 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
-from shardprune.recipes.groups import WAVE_TOKENS, BackendFields, OutputFields, PerplexityFields, check_survives_ray_job
+from shardprune.recipes.groups import (
+    OFFERED,
+    WAVE_TOKENS,
+    WORKERS,
+    BackendFields,
+    OutputFields,
+    PerplexityFields,
+    check_survives_ray_job,
+)
 from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.sources import DATA_FORMS, check_data
 
@@ -23,9 +31,9 @@ class LearningFields(Settings):
     lora_alpha: float = Field(10.0, gt=0, description="LoRA alpha (updates are scaled by alpha / rank)")
     lora_dropout: float | None = optional(f"{DROPOUT}, with keep_sparsity 0", "LoRA dropout probability", ge=0, lt=1)
     keep_sparsity: bool = Field(False, description="Keep the zeros of the projections")
-    epochs: float = Field(2.0, gt=0, description="Number of epochs")
+    epochs: float = Field(2.0, gt=0, le=1_000_000, description="Number of epochs")
     steps: int | None = Field(None, ge=1, description="Number of steps, instead of epochs")
-    batch: int = Field(16, ge=1, description="Global batch size, in rows")
+    batch: int = Field(16, ge=1, le=1_000_000, description="Global batch size, in rows")
     micro_batch: int | None = optional(f"{WAVE_TOKENS} / length", "Micro-batch size per worker, in rows", ge=1)
     learning_rate: float | None = optional(f"{LORA_RATE}, full {FULL_RATE}", "Peak learning rate", gt=0)
     schedule: Literal["cosine", "linear", "constant"] = Field("linear", description="Learning-rate schedule")
@@ -58,7 +66,11 @@ class DataFields(Settings):
 
     title: ClassVar[str] = "Data"
 
-    data: str = Field(min_length=1, description=f"Data source: {DATA_FORMS}")
+    data: str = Field(
+        min_length=1,
+        description=f"Data source: {DATA_FORMS}",
+        json_schema_extra={"offered": ["alpaca", *OFFERED]},
+    )
     length: int = Field(512, ge=2, description="Maximum tokens per row")
     packing: bool = Field(False, description="Pack several examples per row, with attention kept separate")
     prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")
@@ -78,7 +90,7 @@ class TeachingFields(Settings):
     title: ClassVar[str] = "Distillation"
 
     teacher: str | None = Field(None, description="Teacher model, such as the dense checkpoint")
-    temperature: float = Field(2.0, gt=0, description="Distillation temperature")
+    temperature: float = Field(2.0, gt=0, le=1000, description="Distillation temperature")
     teacher_weight: float = Field(0.5, gt=0, le=1, description="Weight of the distillation loss")
 
     @model_validator(mode="after")
@@ -115,7 +127,7 @@ class ZeroFields(Settings):
 class TrainerFields(BackendFields):
     """Processes of the training."""
 
-    workers: int | None = optional("GPUs; on CPUs 1", "Training processes", ge=1)
+    workers: int | None = optional("GPUs; on CPUs 1", "Training processes", ge=1, le=WORKERS)
 
 
 class WindowFields(Settings):

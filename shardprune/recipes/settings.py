@@ -13,6 +13,9 @@ from shardprune.storage.malformed import located, shown
 from shardprune.storage.yaml_file import parse_yaml
 
 S = TypeVar("S", bound="Settings")
+MISSING = "missing"  # the problem of a field without a value and a default
+
+LARGEST = 2**63 - 1  # of a whole number: torch and NumPy count in signed 64 bits
 
 
 def optional(default: str, description: str, **bounds: Any) -> Any:
@@ -31,11 +34,18 @@ class Settings(BaseModel):
     @classmethod
     def _texts_can_be_written(cls, values: Any) -> Any:
         for name in values if isinstance(values, dict) else ():
-            for text in _texts(values[name]):
+            for text in _texts([name, values[name]]):
                 if UNWRITABLE.search(text):
                     reason = "holds a character that is in no text and no file's name (NUL, or half a surrogate pair)"
-                    raise InputError(shown(name).strip("'"), f"{shown(text)} {reason}")
+                    raise InputError(str(name), f"{shown(text)} {reason}")
         return values
+
+    @model_validator(mode="after")
+    def _numbers_fit_into_64_bits(self) -> "Settings":
+        for name, value in self:
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise InputError(name, f"{shown(value)} is not allowed; use at most {LARGEST}")
+        return self
 
     def record(self) -> dict[str, Any]:
         """All fields as plain values, for files that others read: URLs without credentials."""
@@ -129,9 +139,9 @@ def _input_error(error: ValidationError, settings: type[Settings]) -> InputError
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
-    field, held = str(first["loc"][0]), shown(first["input"])
+    field, held = str(first["loc"][0]) if first["loc"] else "recipe", shown(first["input"])
     if first["type"] == "missing":
-        return InputError(field, "missing")
+        return InputError(field, MISSING)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(field, settings.model_fields, n=1)
         known = f"did you mean {near[0]}?" if near else f"use one of {', '.join(sorted(settings.model_fields))}"

@@ -7,8 +7,9 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shardprune.report.events import whole_lines
+from shardprune.errors import StorageError
 from shardprune.storage.json_file import MaybeMeasurement, dump_json, parse_model
+from shardprune.storage.malformed import Malformed
 
 FILE = "losses.jsonl"
 
@@ -52,15 +53,24 @@ class Losses:
     def mend(self) -> None:
         """Drop a partial last line, as a killed process leaves it."""
         if self._file.exists():
-            text = self._file.read_text()
-            whole = whole_lines(text)
-            if whole != text:
-                os.truncate(self._file, len(whole.encode()))
+            content = self._file.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(self._file, whole)
 
     def read(self) -> list[Loss]:
-        """Return the last record of every step, in the order of steps."""
+        """Return the last record of every step, in the order of steps.
+
+        Raises:
+            StorageError: a line is no record; names the recipe's field `state`.
+        """
         if not self._file.exists():
             return []
-        lines = whole_lines(self._file.read_text()).splitlines()
-        records = {loss.step: loss for loss in (parse_model(line, Loss) for line in lines)}
+        records = {}
+        for number, line in enumerate(self._file.read_bytes().split(b"\n")[:-1], 1):  # the last may be written just now
+            try:
+                loss = parse_model(line, Loss)
+            except Malformed as error:
+                raise StorageError("state", f"{self._file} line {number} {error}") from error
+            records[loss.step] = loss
         return [records[step] for step in sorted(records)]

@@ -14,6 +14,7 @@ from shardprune.report.console import PlainConsole
 from shardprune.report.events import Events
 
 QUIET_SECONDS = 5.0  # between two plain lines of one step
+SIGN_SECONDS = 60.0  # without a plain line, after which a step says that it is still at the same part
 
 
 class Step:
@@ -55,10 +56,10 @@ class Step:
         detail = f"  {self.detail}" if self.detail else ""
         return f"{self.label}{detail}  {self.done}/{self.total}  {share:.0%}  {clock_time(elapsed)}{left}"
 
-    def due(self) -> bool:
-        """Return whether a plain line is due: at most one every QUIET_SECONDS."""
+    def due(self, seconds: float = QUIET_SECONDS) -> bool:
+        """Return whether a plain line is due: at most one in so many seconds."""
         now = time.monotonic()
-        if now - self._spoke < QUIET_SECONDS:
+        if now - self._spoke < seconds:
             return False
         self._spoke = now
         return True
@@ -114,8 +115,19 @@ class Reporter:
                 finally:
                     self._bars = None
         else:
-            yield step
+            over = threading.Event()
+            threading.Thread(target=self._tell, args=(step, over), daemon=True).start()
+            try:
+                yield step
+            finally:
+                over.set()
             self.say(step.line())
+
+    def _tell(self, step: Step, over: threading.Event) -> None:
+        """Give signs of life of a step whose parts take long, until it is over."""
+        while not over.wait(SIGN_SECONDS):
+            if step.due(SIGN_SECONDS):
+                self.say(step.line())
 
     def show(self, step: Step) -> None:
         if self._bars is not None:

@@ -15,6 +15,7 @@ from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
 from shardprune.shard.device_errors import device_errors
 from shardprune.shard.device_room import device_room
+from shardprune.shard.heap import keep_freed_blocks
 from shardprune.shard.layers import Layers, LayerStore, Version
 from shardprune.shard.ledger import Ledger, Span
 from shardprune.shard.likelihoods import LogLikelihood, Targets, runs_of, scores_of
@@ -43,6 +44,8 @@ class ForwardWorker:
         if settings.device == "cuda":
             set_allocator()
             keep_float32()
+        else:
+            keep_freed_blocks()
         self.spec = spec
         self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = reopened(settings.model, spec.model)

@@ -1,7 +1,7 @@
 """The interface and the table of pruning methods."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,6 +50,27 @@ class Solution:
     sweep: Sweep | None = None
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What a method does with the projections that read one input, for plans and for a run's progress.
+
+    Attributes:
+        sweeps: factorises the Gram matrix and goes over the columns, of which it changes those behind; what outputs
+            lose is known then. Other methods only select the weights that become zero.
+        sorts: sorts weights to select them; otherwise finds a threshold, unless the pattern has groups.
+        passes: how often it does all that.
+        touched: bytes that are read and written for a weight, beside sorting.
+        running: bytes of further values beside each weight, for which all weights are sorted at once; 0: none, and a
+            bounded number of weights is sorted at a time.
+    """
+
+    sweeps: bool = False
+    sorts: bool = False
+    passes: int = 1
+    touched: int = 120
+    running: int = 0
+
+
 # `prune(weight, statistics, pattern, sparsity)` of a method; the statistics may be None where it needs none.
 Solver = Callable[["Tensor", "InputStatistics | None", "Pattern", float], Solution]
 
@@ -61,13 +82,15 @@ class Method:
     Attributes:
         solver: module and function, imported on first use: recipes are read without torch.
         needs: kind of statistics that it requires; None: weights alone.
-        named: whether it is a value of a recipe's `method`.
+        effort: of a solution; what `shardprune plan` computes memory and seconds from.
+        named: whether it is a value of a recipe's `method`; `wanda-variant` is chosen by an option.
         together: module and function `prune_together(targets, statistics)` of a method that gains by solving the
             projections that read one input at once; it returns their solutions in order.
     """
 
     solver: str
     needs: "Kind | None"
+    effort: Effort
     named: bool = True
     together: str | None = None
 
@@ -92,9 +115,10 @@ def _function(name: str) -> Any:
     return getattr(import_module(f"shardprune.solvers.{module}"), function)
 
 
+SORTING = Effort(sorts=True, touched=60)
 METHODS: dict[str, Method] = {
-    "magnitude": Method("magnitude.prune", needs=None),
-    "wanda": Method("wanda.prune", needs="squares"),
-    "wanda-variant": Method("wanda.prune_variant", needs="squares", named=False),  # chosen by an option
-    "sparsegpt": Method("sparsegpt.prune", needs="gram", together="sparsegpt.prune_together"),
+    "magnitude": Method("magnitude.prune", needs=None, effort=Effort()),
+    "wanda": Method("wanda.prune", needs="squares", effort=SORTING),
+    "wanda-variant": Method("wanda.prune_variant", needs="squares", effort=replace(SORTING, running=28), named=False),
+    "sparsegpt": Method("sparsegpt.prune", "gram", Effort(sweeps=True), together="sparsegpt.prune_together"),
 }

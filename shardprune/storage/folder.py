@@ -171,7 +171,7 @@ class Folder:
                 done += count
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the content of a file. A device or a pipe, which has no end, is refused as one that cannot be read."""
+        """Return the content of a file; one without an end, as a pipe, or without room in memory cannot be read."""
         return self._persist("read", name, lambda: _content(self.fs, self.path(name)))
 
     def read_text(self, name: str) -> str:
@@ -375,16 +375,9 @@ def read_file(url: str, field: str) -> bytes:
         InputError: it is larger than a quarter of this machine's memory, or cannot be read; names `field`.
     """
     fs, path = _resolve(url, field)
-    limit = host_memory() // 4  # the rest is for its text, and for what is made from that
 
     def read() -> bytes:
-        size = fs.info(path)["size"]  # None where a web server does not say
-        if size is not None and size > limit:
-            raise InputError(
-                field,
-                f"{url!r} has {gigabytes(size)}; it is read whole, for which this machine's memory has room up to "
-                f"{gigabytes(limit)}",
-            )
+        _check_room(fs.info(path).get("size") or 0)  # None where a web server does not say
         return _content(fs, path)
 
     try:
@@ -403,13 +396,23 @@ def _refuse_hub(url: str, field: str) -> None:
 
 
 def _content(fs: AbstractFileSystem, path: str) -> bytes:
-    """Return the bytes of a file; those of a local path only if they have an end."""
+    """Return the bytes of a file; those of a local path only if they have an end, and memory has room for them."""
     if isinstance(fs, LocalFileSystem):
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a directory" if stat.S_ISDIR(mode) else "a device or a pipe"
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a device or a pipe"
             raise OSError(f"it is {kind}, not a file")
+        _check_room(found.st_size)
     return fs.cat_file(path)
+
+
+def _check_room(size: int) -> None:
+    """Check that a file of so many bytes can be read whole, its text and what is made from that included."""
+    limit = host_memory() // 4
+    if size > limit:
+        raise OSError(
+            f"it is read whole and has {gigabytes(size)}; this machine's memory has room for {gigabytes(limit)}"
+        )
 
 
 def _sync_folder(path: str) -> None:

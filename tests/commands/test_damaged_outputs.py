@@ -205,14 +205,13 @@ def test_a_search_leads_nowhere_back(folder, tmp_path):
 # -- what was decided ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_keeps_its_threads(folder, unfinished, tmp_path):
-    run(folder, tmp_path / "two", sparsity=0.5)
+def test_a_run_keeps_its_threads(folder, plain, unfinished, tmp_path):
     out = shutil.copytree(unfinished, tmp_path / "out")
     listening = Listening()
-    result = run(folder, out, reporter=listening, sparsity=0.5, threads=1)
-    assert result.recipe["threads"] == 2
-    assert "the run keeps the 2 threads of a worker with which it began" in listening.said
-    assert differing(tmp_path / "two", out) == []
+    result = run(folder, out, reporter=listening, sparsity=0.5, threads=2)
+    assert result.recipe["threads"] == 1
+    assert "threads: the run keeps 1 for each worker, with which it began" in listening.said
+    assert differing(plain, out) == []
 
 
 # -- records of another shape ---------------------------------------------------------------------------------------

@@ -50,12 +50,9 @@ def test_a_perplexity_that_is_no_number(broken, tmp_path, capsys):
     assert "".join(REMARK.format(text).split()) in said
     write_report(str(tmp_path / "o"))
     assert "Not finite, and therefore null in result.json" in (tmp_path / "o" / "report.html").read_text()
-    evaluated = evaluate(
-        EvaluateRecipe.checked(
-            {"model": str(tmp_path / "o"), "perplexity": text, "seqlen": 24, "backend": "local", "threads": 1}
-        ),
-        Reporter(quiet=True),
-    )
+    asked = {"model": str(tmp_path / "o"), "perplexity": text, "seqlen": 24, "backend": "local", "threads": 1}
+    for _ in range(2):  # the second time beside what the first one has measured
+        evaluated = evaluate(EvaluateRecipe.checked(asked), Reporter(quiet=True))
     assert all(math.isnan(measured.value) for measured in evaluated.evaluation.perplexity.values())
     content = Folder(str(tmp_path / "o"), "out").read_json("result.json")
     assert [measured["value"] for measured in content["evaluation"]["perplexity"].values()] == [None]

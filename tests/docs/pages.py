@@ -19,25 +19,19 @@ PROMPTED = re.compile(rf"^\$ {COMMAND}\n?(?P<shown>(?:(?!\$ ).*\n)*)", re.MULTIL
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code; its language is what its fence names, and `console` where it is indented.
-
-    Attributes:
-        line: of the page, on which the code begins.
-        file: the file that the paragraph before names at its end.
-        runs: False behind a comment `<!-- not run: why -->`.
-    """
+    """A block of code that begins on `line`, and the `file` that the paragraph before names at its end; the language
+    is `console` where it is indented. It does not run behind a comment `<!-- not run: why -->`."""
 
     language: str
     text: str
-    line: int
-    file: str | None
-    runs: bool
+    line: int = 1
+    file: str | None = None
+    runs: bool = False
 
     def commands(self) -> Iterator[tuple[int, list[str], str]]:
         """The line and the words of every command, and the output that is shown under it behind a prompt `$ `."""
-        if self.language not in ("console", "bash"):
-            return
-        for found in (PROMPTED if self.text.startswith("$ ") else PLAIN).finditer(self.text):
+        pattern = PROMPTED if self.text.startswith("$ ") else PLAIN
+        for found in pattern.finditer(self.text) if self.language in ("console", "bash") else ():
             text = re.sub(r"\[(.*?)\]", r"\1", found["command"].replace("\\\n", " "))  # [--option] is taken
             if words := shlex.split(text, comments=True):
                 yield self.line + self.text.count("\n", 0, found.start()), words, found["shown"]
@@ -56,24 +50,21 @@ class Page:
 
     @classmethod
     def read(cls, path: Path) -> "Page":
-        return cls.parse(str(path.relative_to(ROOT)), path.read_text())
+        return cls(str(path.relative_to(ROOT)), path.read_text())
 
-    @classmethod
-    def parse(cls, name: str, text: str) -> "Page":
-        page, before, heading = cls(name, text), "", False
-        for token in MarkdownIt("commonmark").enable("table").parse(text):
+    def __post_init__(self) -> None:
+        before, kind = "", ""
+        for token in MarkdownIt("commonmark").enable("table").parse(self.text):
             line = token.map[0] + 1 if token.map else 0
             if token.type in ("fence", "code_block"):
-                indented, file = token.type == "code_block", FILE_NAME.search(before)
-                language, start = ("console", line) if indented else (token.info.strip(), line + 1)
-                runs = not NOT_RUN.search(before)
-                page.blocks.append(Block(language, dedent(token.content), start, file and file[1], runs))
+                language, line = ("console", line) if token.type == "code_block" else (token.info.strip(), line + 1)
+                file, runs = FILE_NAME.search(before), not NOT_RUN.search(before)
+                self.blocks.append(Block(language, dedent(token.content), line, file and file[1], runs))
                 before = ""
             elif token.type in ("html_block", "inline"):
                 before, parts = token.content, token.children or []
-                page.inline += [(line, part.content) for part in parts if part.type == "code_inline"]
+                self.inline += [(line, part.content) for part in parts if part.type == "code_inline"]
                 targets = [part.attrs.get("href") or part.attrs.get("src") for part in parts]
-                page.links += [(line, str(target)) for target in targets if target]
-                page.headings += ["".join(part.content for part in parts)] if heading else []
-            heading = token.type == "heading_open"
-        return page
+                self.links += [(line, str(target)) for target in targets if target]
+                self.headings += [before] if kind == "heading_open" else []
+            kind = token.type

@@ -15,7 +15,7 @@ from shardprune.cli import app
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
-from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recipes.recover import DROPOUT, RecoverRecipe
 from shardprune.solvers import barber, magnitude, sparsegpt, wanda
 from shardprune.solvers.allocation import mosaic, owl
 from shardprune.solvers.allocation.allocation import Projection
@@ -26,6 +26,7 @@ from shardprune.solvers.statistics import InputStatistics
 from shardprune.storage.windows import calibration_windows
 
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from.md"
+OF_LOW_RANK_UPDATES = {"--learning-rate": 3e-4, "--lora-dropout": DROPOUT}  # fields that other fields decide
 RECIPES = {recipe.command: recipe for recipe in (PruneRecipe, RebuildRecipe, MopRecipe, RecoverRecipe)} | {
     "evaluate": EvaluateRecipe
 }
@@ -96,7 +97,7 @@ def test_the_defaults_are_those_that_the_page_says():
         words = shlex.split(" ".join(re.findall(r"`([^`]+)`", line[1])))
         for option, value in zip(words[::2], words[1::2], strict=True):
             field = RECIPES[command].model_fields[option.removeprefix("--").replace("-", "_")]
-            default = 3e-4 if option == "--learning-rate" else field.default
+            default = OF_LOW_RANK_UPDATES.get(option, field.default)
             assert str(default) == value or float(default) == float(value), (command, option, value)
 
 

@@ -2,11 +2,9 @@
 
 A block that is indented, or fenced as `console` or `python`, runs; one behind `<!-- not run: why -->` does not, and
 test_commands.py reads its commands. A model, or an output of a run, that a page names without having made it is a tiny
-model that was pruned to half its weights. Nothing else needs to be known to write a page.
-
-The trade: recipes have the sizes of SMALL, and data sets twelve rows, whatever a page says. So a mistyped option,
-field, value or file, a wrong order, Python that raises and output that is not what a page shows are found; a hub's name
-that does not exist and the numbers of real models are not.
+model that was pruned to half its weights. Recipes have the sizes of SMALL, and data sets twelve rows, whatever a page
+says: what is wrong in an option, field, value, file, order, output or Python is found, and numbers of real models and
+names of the hub are not.
 """
 
 import io
@@ -32,14 +30,14 @@ from tests.support.running import run as prune
 from tests.support.tiny import GROUPED, make_model, make_tokens
 from tests.support.words import WORDS, words_tokenizer
 
-ALL = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
-# test_extending.py runs the one on a copy of the package; the other is made from the code, its examples are the help's.
-PAGES = [path for path in ALL if path.name not in ("extending.md", "reference.md")]
+# test_extending.py runs extending.md on a copy of the package; reference.md has the examples of the help.
+ELSEWHERE = ("extending.md", "reference.md")
+PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if path.name not in ELSEWHERE]
 TEXT = " ".join(WORDS[3:] * 10)
 ROW = {"text": TEXT, "sentence": TEXT, "instruction": "one two", "input": "", "output": "three four five"}
 SMALL = {"backend": "local", "device": "cpu", "threads": 1, "report": False, "samples": 8, "seqlen": 24}
 SMALL |= {"eval_windows": 2, "windows": 2, "steps": 1, "batch": 4, "workers": 1}
-LEFT_TO_THE_COMMAND = ("address", "wave", "micro_batch", "epochs")
+LEFT_TO_THE_COMMAND = {"address", "wave", "micro_batch", "epochs"}
 NAME = r"(?<![\w./-])(?P<name>runs/[\w-]+|remote/[\w/-]+|OUT\b)"  # of an output
 OUTPUT = re.compile(rf"(?P<made>--out |--file |\bout=\"|\"out\": \")?{NAME}")
 
@@ -79,7 +77,7 @@ def place(tiny, tmp_path, monkeypatch) -> None:
         small |= {"tasks_dir": str(tiny / "tasks")} if values.get("tasks") else {}
         if self.command == "evaluate" and not self.perplexity:
             del small["seqlen"], small["windows"]
-        construct(self, **{name: value for name, value in values.items() if name not in LEFT_TO_THE_COMMAND} | small)
+        construct(self, **{name: values[name] for name in values.keys() - LEFT_TO_THE_COMMAND} | small)
 
     def load_row(path, *arguments, **options):
         return load_dataset(path, *arguments, **options) if path == "json" else datasets.Dataset.from_list([ROW] * 12)
@@ -104,7 +102,8 @@ def follow(page: Page, tiny: Path) -> None:
         if block.language == "yaml" and block.runs:  # a command may stand before its recipe
             Path(block.file or "RECIPE.yaml").write_text(block.text)
     for block in page.blocks:
-        assert block.language, f"{page.name}:{block.line}: a fence without a language; use text for what is none"
+        place = f"{page.name}:{block.line}"
+        assert block.language, f"{place}: a fence without a language; use text for what is none"
         if block.language == "json":
             [json.loads(value) for value in re.split(r"\n(?={)", block.text)]
         elif block.language == "python" and block.runs:
@@ -127,7 +126,7 @@ def run(place: str, words: list[str], shown: str, tiny: Path) -> None:
     """Run a command of shardprune, and compare what it prints with what is shown under it."""
     assert words[0] == "shardprune", f"{place}: {words[0]} cannot run; put <!-- not run: why --> before the block"
     read_what_is_made(" ".join(words), tiny)
-    if words[-2:] == ["--out", "OUT"] or "--out OUT " in " ".join(words):
+    if "--out OUT " in " ".join([*words, ""]):
         shutil.rmtree("OUT", ignore_errors=True)  # which stands for another directory each time
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said), pytest.raises(SystemExit) as end:
@@ -143,18 +142,17 @@ def test_what_a_page_shows_runs(path, tiny):
     follow(Page.read(path), tiny)
 
 
-WRONG = {
-    "    shardprune prune MODEL --out OUT --sparsty 0.5": "wrong.md:1: exit code 2: .*No such option: --sparsty",
-    "    shardprune prune MODEL \\\n      --out OUT --sparsity 1.5": "wrong.md:1: .* sparsity: 1.5 is not allowed",
-    "Text.\n\n    shardprnue prune MODEL --out OUT": "wrong.md:3: shardprnue cannot run",
-    "```yaml\nalocation: owl\n```\n\n    shardprune prune MODEL --out OUT --recipe RECIPE.yaml": "alocation: no field",
-    "```console\n$ shardprune prune --help\n...\nno such line\n```": "wrong.md:2: prints else",
-    "```python\nraise AssertionError('here')\n```": "here",
-    "```\ntext\n```": "wrong.md:2: a fence without a language",
-}
-
-
-@pytest.mark.parametrize("text", WRONG)
-def test_what_is_wrong_on_a_page_is_found(text, tiny):
-    with pytest.raises(AssertionError, match=re.compile(WRONG[text], re.DOTALL)):
-        follow(Page.parse("wrong.md", text), tiny)
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Text.\n\n    shardprune prune MODEL \\\n      --out OUT --sparsity 1.5", "wrong.md:3: .*1.5 is not allowed"),
+        ("    shardprnue prune MODEL --out OUT", "wrong.md:1: shardprnue cannot run"),
+        ("```yaml\nalocation: owl\n```\n\n    shardprune prune MODEL --out OUT --recipe RECIPE.yaml", "no field"),
+        ("```console\n$ shardprune prune --help\n...\nno such line\n```", "wrong.md:2: prints else"),
+        ("```python\nraise AssertionError('here')\n```", "here"),
+        ("```\ntext\n```", "wrong.md:2: a fence without a language"),
+    ],
+)
+def test_what_is_wrong_on_a_page_is_found(text, found, tiny):
+    with pytest.raises(AssertionError, match=re.compile(found, re.DOTALL)):
+        follow(Page("wrong.md", text), tiny)

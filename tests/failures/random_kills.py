@@ -135,12 +135,13 @@ def _disturb(driver: Driver, scenario: Scenario, moments: int, draw: random.Rand
 
 
 def _workers() -> list[psutil.Process]:
-    """The processes of Ray that carry out an actor or a task, of all commands: there is one at a time."""
+    """The processes of Ray that carry out an actor or a task, of all commands: there is one at a time. Those of the
+    node itself are left alone, with which it ends."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             title = " ".join(process.cmdline())
-            if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+            if title.startswith("ray::") and not any(other in title for other in ("ray::IDLE", "Agent")):
                 found.append(process)
     return sorted(found, key=lambda process: process.pid)
 

@@ -1,7 +1,9 @@
 """Inputs and outputs that change under a run, and two runs in one output."""
 
 import os
+import resource
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,3 +166,24 @@ def test_a_run_that_is_refused_leaves_the_other_ones_record(folder, model, tmp_p
     with pytest.raises(InputError):
         prune(recipe(folder, out, model, samples=99), Reporter(quiet=True))
     assert not (out / "owner.json").exists()
+
+
+@pytest.mark.parametrize("command", ["plan", "prune"])
+@pytest.mark.parametrize("why", ["is full", "does not exist"])
+def test_a_temporary_folder_that_cannot_be_used_is_one_line(folder, model, why, command, tmp_path, capsys, monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if why == "does not exist":
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    arguments = words(folder, tmp_path / "o", model) if command == "prune" else ["plan", str(model), "--seqlen=24"]
+    try:
+        if why == "is full":  # of any file there is room for the first bytes alone
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    output = capsys.readouterr()
+    assert (ended.value.code, output.out) == (2, "")
+    assert len(output.err.splitlines()) == 1
+    assert output.err.startswith("error: TMPDIR: no temporary file can be written: ")
+    assert not (tmp_path / "o").exists()

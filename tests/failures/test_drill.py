@@ -63,7 +63,7 @@ def recipe(out: Path | str, **fields) -> Recipe:
         "sparsity": 0.5,
         "calibration": "stdlib",
         "samples": 24,
-        "seqlen": 128,
+        "seqlen": 64,
         "wave": 4,
         "eval": ("stdlib",),
         "eval_windows": 12,
@@ -200,7 +200,7 @@ def test_the_storage_goes_away_in_every_phase(cluster: Nodes, s3: S3, undisturbe
 
 
 def test_a_lost_replica_changes_no_more_than_rounding(cluster: Nodes, undisturbed, tmp_path):
-    fields = {"replicas": 2, "shards": 1, "seqlen": 256}
+    fields = {"replicas": 2, "shards": 1, "seqlen": 128}
     moment = Moment(*MOMENTS["prune"], cluster.kill_node)
     try:
         result = prune(recipe(tmp_path / "o", address=cluster.address, **fields), Heard(moment))

@@ -21,6 +21,7 @@ class Command:
         needs: files and folders of the material that it reads.
         makes: the folder that holds a pruned checkpoint at its end; "" where it makes none.
         same: the output of the material whose tensors that checkpoint must have to the bit; "" for none.
+        ends: its exit code for material that nothing is wrong with.
         finds: whether exit code 0 says that nothing is wrong with the input.
         source: the checkpoint that it prunes, and whose perplexity it measures if the words say so; "" for none.
     """
@@ -31,6 +32,7 @@ class Command:
     same: str = ""
     source: str = ""
     finds: bool = False
+    ends: int = 0
 
 
 TEXTS = ("tokens.npy", "text.txt", "documents.jsonl", "instructions.json", "instructions.jsonl")
@@ -136,7 +138,7 @@ COMMANDS = {
     "report of a search": Command(("report", "mopped"), ("mopped",)),
     "check": Command(("check", "pruned"), ("pruned",), finds=True),
     "check a result": Command(("check", "measured"), ("measured",)),
-    "check an unfinished run": Command(("check", "half"), ("half",)),
+    "check an unfinished run": Command(("check", "half"), ("half",), ends=1),
     "compare": Command(("report", "--compare", "pruned", "measured", "--file", "c.html"), ("pruned", "measured")),
 }
 CONFIG_READERS = ("prune", "prune structured", "plan", "plan a config", "mop", "rebuild", "evaluate", "recover")

@@ -90,7 +90,8 @@ def _record(content: bytes, draw: random.Random) -> bytes:
 
 def _damaged_output(material: Path, folder: Path, draw: random.Random) -> Input:
     """A finished output of which a file is gone, cut, changed, or another one."""
-    command = COMMANDS[draw.choice(("prune finished", "check"))]
+    name = draw.choice(("prune finished", "check"))
+    command = COMMANDS[name]
     _copied(material, folder, command.needs)
     files = sorted(path for path in (folder / "pruned").iterdir() if path.name not in ("report.html", "events.jsonl"))
     place = draw.choice(files)

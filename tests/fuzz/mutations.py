@@ -32,7 +32,7 @@ ODD_TEXTS = (
     "\ud800",
     "caf\u00e9 \u202e right to left \U0001f600",
     "s3://user:SECRET@bucket/x?key=SECRET",
-    "hf://models/SECRET:SECRET@x",
+    "https://SECRET:SECRET@x/y",
     "{{ 7 * 7 }}",
     "%s %d {0} {x!r}",
 )

@@ -192,7 +192,7 @@ def try_input(name: Name, work: Path) -> Tried:
     outcome = _called(made.words, folder, work / f"printed-{os.getpid()}")
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars of the library that it compares with
         problems = judge(made.command, outcome, before, folder, name.kind == WELL_FORMED)
-    if name.kind == WELL_FORMED and outcome.code != 0:
+    if name.kind == WELL_FORMED and outcome.code != made.command.ends:
         problems.append(f"refused: {' '.join(made.words)}")
     ended = {0: "finished", 1: "stopped", 2: "refused"}.get(outcome.code, "failed")  # type: ignore[arg-type]
     shutil.rmtree(folder, ignore_errors=True)

@@ -23,6 +23,7 @@ ANSWERING = (
 )  # commands whose exit code 1 is an answer, given on stdout: nothing fits, something is wrong
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LIBRARY = re.compile(r"Warning|warn\(|Traceback|^\s+File ", re.MULTILINE)
+_WAITING = re.compile(r"; trying again in \d")  # of what the network may still give
 
 State = dict[str, tuple[Any, ...]]
 
@@ -90,7 +91,7 @@ def _judge_words(verdict: Verdict, outcome: Outcome, command: Command) -> None:
         control = _CONTROL.search(texts[name])
         verdict.expect(control is None, f"words: control character {control and control[0]!r} on {name}")
         verdict.expect(SECRET not in texts[name], f"credentials: on {name}")
-    lines = texts["stderr"].splitlines()
+    lines = [line for line in texts["stderr"].splitlines() if not _WAITING.search(line)]
     errors = [line for line in lines if line.startswith("error: ")]
     if outcome.code == 2:
         verdict.expect(len(lines) == 1 and len(errors) == 1, f"words: {len(lines)} lines on stderr, not one")
@@ -113,11 +114,12 @@ def _judge_files(verdict: Verdict, outcome: Outcome, before: State, folder: Path
         verdict.expect(not changed, f"touched: {changed[:3]}")
     partial = [name for name in after.keys() - before.keys() if name.endswith(".tmp")]
     verdict.expect(not partial, f"half-written: {partial[:3]}")
+    known = any(SECRET in path.read_text(errors="replace") for path in map(folder.joinpath, before) if _is_plain(path))
     given = {path.read_bytes() for path in map(folder.joinpath, before) if path.suffix == ".json" and _is_plain(path)}
     for name in changed:
         path = folder / name
         if path.suffix in (".json", ".jsonl", ".html", ".txt") and _is_plain(path):
-            verdict.expect(SECRET not in path.read_text(errors="replace"), f"credentials: in {path.name}")
+            verdict.expect(known or SECRET not in path.read_text(errors="replace"), f"credentials: in {path.name}")
         if (
             path.suffix == ".json" and _is_plain(path) and path.read_bytes() not in given
         ):  # not a copy of what was given
@@ -196,6 +198,7 @@ def _judge_perplexity(verdict: Verdict, source: Path, result: dict[str, Any]) ->
         except SafetensorError as error:
             verdict.problems.append(f"accepted: {file.name}, which safetensors refuses: {error}")
             return
+    (source / "adapter_config.json").unlink(missing_ok=True)  # without the adapter, as a line says
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers raises anything

@@ -64,6 +64,16 @@ def test_a_link_that_leaves_the_folder_is_refused(copy, tmp_path, name, linked):
         Checkpoint(str(copy)).companions()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [("[]", "holds "), ("{", "is not JSON: "), ('{"compile_config": "x"}', "cannot be read: ")],
+)
+def test_settings_of_generation_that_transformers_does_not_read_are_refused(copy, content, reason):
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=rf"^model: .*/generation_config\.json {reason}"):
+        Checkpoint(str(copy)).companions()
+
+
 def test_links_inside_the_folder_and_to_a_snapshots_blobs_are_followed(copy, tmp_path):
     (copy / "other").mkdir()
     shutil.move(copy / "tokenizer.json", copy / "other" / "x")

@@ -34,6 +34,10 @@ BAD = {
         {"model_type": "llava", "text_config": {**LLAMA, "num_hidden_layers": 10**9}},
         r"holds 1000000000 as text_config\.num_hidden_layers",
     ),
+    "unknown rotary embeddings": (
+        {**LLAMA, "rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
+        r"^model: x/config.json cannot be read as a config: rope_type is 'spiral'; use one of default, linear, ",
+    ),
     "a huge head": ({**LLAMA, "head_dim": 2**40}, r"holds 1099511627776 as head_dim"),
     "a huge rotary part": ({**LLAMA, "partial_rotary_factor": 1e9}, r"holds 1000000000\.0 as partial_rotary_factor"),
     "a billion labels": ({**LLAMA, "num_labels": 10**9}, r"holds 1000000000 as num_labels"),

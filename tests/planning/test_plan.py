@@ -2,19 +2,26 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from shardprune.cli import main
+from shardprune.cluster.layout import plan_layout
 from shardprune.errors import InputError
+from shardprune.model.pruning_job import Zeroing
 from shardprune.planning.chart import LEGEND
 from shardprune.planning.choosing import choose, missing, remedies
+from shardprune.planning.costs import Costs, Places
 from shardprune.planning.hardware import HARDWARE
+from shardprune.planning.memory import Setup, WorkerMemory
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import Machine, PlanRecipe
-from shardprune.planning.workload import read_model
+from shardprune.planning.workload import read_model, task_of
 from shardprune.recipes.prune import PruneRecipe
+from shardprune.solvers.methods import METHODS, Effort
+from shardprune.solvers.pattern import Unstructured
 from tests.planning.material import CONFIGS
 from tests.support.tiny import make_model
 
@@ -270,3 +277,44 @@ def test_sizes_and_rates_are_bytes(field, text, count):
 def test_no_size_and_no_rate(field, text):
     with pytest.raises(InputError, match=f"{field}: {text!r} is not allowed; use (a size|a rate|more than nothing)"):
         PlanRecipe.checked({"model": "m", field: text})
+
+
+ROOM = {"errors": False, "samples": 128, "seqlen": 2048, "wave": 2, "sources": 0, "windows": 0, "itemsize": 2}
+
+
+def solving(name):
+    """The seconds of solving the largest input of an 8B with a method, and the largest workspace of that."""
+    task = task_of(read_model(config("8b")), Zeroing(name, Unstructured(), 0.5, "uniform", 5.0, 0.08), **ROOM)
+    setup = Setup(plan_layout(32, 1, "exact", 1, 1, None), False, True, True)
+    seconds = Costs(task, setup, HARDWARE["h100"], Places(1, 1)).solve(task.model.inputs[-1])
+    prune = [moment for moment in WorkerMemory(task, setup, 0).moments() if moment.phase == "prune"]
+    return seconds, max(moment.device.workspace for moment in prune), {moment.step.split()[0] for moment in prune}
+
+
+def test_a_method_is_planned_by_its_own_effort(monkeypatch):
+    """Whatever it is called, one that is described as another one takes what that takes, and others take their own."""
+    (wanda, room, steps), (sparsegpt, *_), (magnitude, *_) = map(solving, ("wanda", "sparsegpt", "magnitude"))
+    monkeypatch.setitem(METHODS, "sorted", replace(METHODS["wanda"], named=False))
+    monkeypatch.setitem(METHODS, "iterated", replace(METHODS["sparsegpt"], effort=Effort(sweeps=True, passes=5)))
+    monkeypatch.setitem(METHODS, "threshold", replace(METHODS["wanda"], effort=Effort(touched=240)))
+    monkeypatch.setitem(
+        METHODS, "running", replace(METHODS["wanda"], effort=Effort(sorts=True, touched=60, running=500))
+    )
+    assert solving("sorted") == (wanda, room, steps)
+    assert "sweep" not in steps
+    seconds, room_of_five, steps_of_five = solving("iterated")
+    assert seconds == pytest.approx(5 * sparsegpt)
+    assert (room_of_five, steps_of_five) == solving("sparsegpt")[1:]
+    assert "sweep" in steps_of_five
+    assert solving("threshold")[0] == pytest.approx(2 * magnitude)
+    assert solving("running")[1] > 5 * room
+
+
+def test_hardware_is_named_in_any_case_and_memory_has_its_unit():
+    assert PlanRecipe.checked({"model": "m", "hardware": "H100"}).row.name == "h100"
+    assert PlanRecipe.checked({"model": "m", "hardware": "A100-40GB"}).row.bytes == 40 * 10**9
+    for value in ("80", 80, " 80 "):
+        with pytest.raises(InputError, match="gpu_memory: .* is not allowed; a number needs its unit: use 80GB"):
+            PlanRecipe.checked({"model": "m", "gpu_memory": value})
+    with pytest.raises(InputError, match="network: .*use 12.5GB/s, or a rate such as"):
+        PlanRecipe.checked({"model": "m", "network": "12.5"})

@@ -18,13 +18,21 @@ OFFERS = {
     "choices": ("shardprune prune --method ", ["magnitude", "wanda", "sparsegpt"]),
     "choices that begin so": ("shardprune prune model --allocation mo", ["mosaic", "mosaic-released"]),
     "choices of a table": ("shardprune plan --hardware ", list(HARDWARE)),
+    "sources": ("shardprune prune m --calibration ", ["stdlib", "wikitext2", "ptb", "c4"]),
+    "sources that begin so": ("shardprune evaluate m --perplexity w", ["wikitext2", "weights/", "words.txt"]),
+    "sources in a folder": ("shardprune recover m --data weights/", ["weights/rows.jsonl"]),
+    "sources of data": ("shardprune recover m --data a", ["alpaca"]),
     "choices of a command's own option": ("shardprune slurm r.yaml --command reb", ["rebuild"]),
     "nothing: the shell offers files": ("shardprune prune --out run", []),
 }
 
 
 @pytest.mark.parametrize(("line", "offered"), OFFERS.values(), ids=OFFERS)
-def test_bash_is_offered(line, offered, monkeypatch, capsys):
+def test_bash_is_offered(line, offered, monkeypatch, capsys, tmp_path):
+    (tmp_path / "weights").mkdir()
+    for name in ("words.txt", "words.csv", ".wrong.txt", "weights/rows.jsonl", "weights/model.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("_SHARDPRUNE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", line)
     monkeypatch.setenv("COMP_CWORD", str(line.count(" ")))
@@ -33,7 +41,8 @@ def test_bash_is_offered(line, offered, monkeypatch, capsys):
     assert ended.value.code == 0
     found = capsys.readouterr().out.split()
     assert [word for word in found if word in offered] == offered
-    assert line.endswith(("p", "--no-")) or found == offered
+    assert line.endswith(("p", "--no-", "--calibration ")) or sorted(found) == sorted(offered)
+    assert "words.csv" not in found
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])

@@ -1,5 +1,8 @@
 """The file of losses: repeated steps, and a line that a kill cut off."""
 
+import pytest
+
+from shardprune.errors import StorageError
 from shardprune.recovery.loss_log import Loss, Losses
 
 
@@ -29,3 +32,23 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
         assert file.read_bytes() == whole
         losses.append(loss(2))
     assert losses.read() == [loss(1), loss(2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"\xff\xff", "is not UTF-8 text"),
+        (b"\0" * 40, "is not JSON"),
+        (b'{"step": 1}', "lacks loss"),
+        (b'{"step": "1"}', "holds '1' as step; use a valid integer"),
+        (b"[" * 5000, "is not JSON: recursion limit exceeded"),
+    ],
+)
+def test_a_line_that_is_damaged_is_named(tmp_path, line, reason):
+    losses = Losses(str(tmp_path))
+    losses.append(loss(1))
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    losses.mend()
+    with pytest.raises(StorageError, match=f"^state: {file} line 2 {reason}"):
+        losses.read()

@@ -1,8 +1,10 @@
 import io
+import time
 
 from rich.console import Console
 
 from shardprune.report import progress
+from shardprune.report.console import PlainConsole
 from shardprune.report.progress import Reporter
 
 
@@ -39,3 +41,13 @@ def test_quiet_says_nothing(capsys):
     with reporter.step("prune", 2) as step:
         step.advance(2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_part_that_takes_long_gives_signs_of_life(monkeypatch):
+    monkeypatch.setattr(progress, "SIGN_SECONDS", 0.01)
+    text = io.StringIO()
+    with Reporter(PlainConsole(file=text, width=200)).step("prune", 4) as step:
+        step.describe("layer 2/4, 3 of 7 projections solved")
+        while text.getvalue().count("\n") < 2:  # nothing advances
+            time.sleep(0.01)
+    assert text.getvalue().startswith("prune  layer 2/4, 3 of 7 projections solved  0/4  0%  0:00\n")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.cli import main
 from shardprune.errors import InputError, StorageError
+from shardprune.report.events import read_events
 from shardprune.report.page.comparison import names_of, points_of
 from shardprune.report.page.finished_run import finished_runs
 from shardprune.report.page.place import place_of_report
@@ -160,6 +161,20 @@ def test_a_run_that_was_cut_off_goes_on_where_its_output_was_moved(runs, tmp_pat
     with_one_go = run(runs.folder, tmp_path / "one", **fields)
     assert moved.perplexity == with_one_go.perplexity
     assert [file.name for file in out.iterdir() if file.suffix == ".safetensors"]
+
+
+@pytest.mark.parametrize("out", ["owl", "wanda", "rebuilt", "composite", "interrupted", "pipeline/pruned"])
+def test_the_progress_of_a_run_ends_with_all_parts(runs, out):
+    """Waves, solutions and files: no part is missing, and none comes twice, also where layers were there already."""
+    events = read_events(Folder(str(runs.folder / out), "out"))
+    label = "rebuild" if out == "rebuilt" else "prune"
+    steps = [event for event in events if event["event"] == "progress" and event.get("label") == label]
+    begun = [event for event in steps if event["done"] == 0 and not event["detail"]]
+    ended = [event for event in steps if event["done"] == event["total"]]
+    assert len(begun) == {"composite": 2, "interrupted": 2}.get(out, 1)
+    assert len(ended) == len(begun) - (out == "interrupted")
+    assert steps[-1] == ended[-1]
+    assert all(event["done"] <= event["total"] for event in events if "total" in event)
 
 
 def test_what_is_not_there_is_said(runs):

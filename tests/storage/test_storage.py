@@ -5,7 +5,7 @@ import os
 import pytest
 
 from shardprune.errors import InputError, StorageError
-from shardprune.storage.folder import Folder, absolute
+from shardprune.storage.folder import Folder, absolute, read_file
 from tests.support.tiny import snapshot
 
 
@@ -24,6 +24,25 @@ def test_looking_whether_it_can_be_written_leaves_nothing(tmp_path, inside):
 def test_what_cannot_be_written_is_an_input_error(place):
     with pytest.raises(InputError, match=f"^out: {place} cannot be written: "):
         Folder(place, "out").check_writable()
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("a\0b", r"'a\\x00b' holds a character that no file's name has"),
+        ("a\ud800b", r"'a\\ud800b' holds a character that no file's name has"),
+        ("hf://", "'hf://' names no place; give what stands after ://, too"),
+        ("s3://", "'s3://' names no place; give what stands after ://, too"),
+        ("reference://x", "'reference://x' cannot be opened: "),
+        ("generic://x", "'generic://x' cannot be opened: "),
+        ("nothing://x", "'nothing://x' cannot be opened: Protocol not known: nothing"),
+        ("tar://x", "'tar://x' cannot be opened: "),
+    ],
+)
+def test_urls_of_nothing(url, problem):
+    for opened in (lambda: Folder(url, "model"), lambda: read_file(url, "model")):
+        with pytest.raises(InputError, match=f"^model: {problem}"):
+            opened()
 
 
 def test_a_failing_disk_is_a_storage_error(tmp_path):

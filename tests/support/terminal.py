@@ -65,17 +65,23 @@ class Terminal:
     def press_ctrl_c(self) -> None:
         os.write(self._master, b"\x03")
 
-    def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until something has happened while the command runs."""
+    def until(self, happened: Callable[[], bool], seconds: float = 300) -> None:
+        """Wait until something has happened while the command runs; on a busy machine processes take minutes to
+        start."""
         deadline = time.monotonic() + seconds
         while not happened():
-            assert self.process.poll() is None, self.lines()
-            assert time.monotonic() < deadline, self.lines()
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.left_behind(0)
+                raise AssertionError(self.lines())
             time.sleep(0.005)
 
     def ended(self, seconds: float = 120) -> int:
         """Wait for the end, and return the exit code as shells report it."""
-        code = self.process.wait(seconds)
+        try:
+            code = self.process.wait(seconds)
+        except psutil.TimeoutExpired:
+            self.left_behind(0)
+            raise AssertionError(self.lines()) from None
         self._reader.join(5)
         return code if code >= 0 else 128 - code
 

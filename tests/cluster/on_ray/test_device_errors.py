@@ -8,15 +8,8 @@ from shardprune.errors import OutOfMemory
 from shardprune.report.progress import Reporter
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.verbs import verb
-from tests.support.clusters import cluster
 from tests.support.running import run
 from tests.support.tiny import differing
-
-
-@pytest.fixture(scope="module")
-def ray():
-    with cluster(2) as ray:
-        yield ray
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter, Step
 from tests.evaluation.material import QUIET, write_task
-from tests.support.clusters import cluster, processes_of
+from tests.support.clusters import processes_of
 
 
 class Killing(Reporter):
@@ -24,13 +24,6 @@ class Killing(Reporter):
             victim = processes_of("ForwardActor")[-1]
             victim.send_signal(signal.SIGKILL)
             self.killed = victim.pid
-
-
-@pytest.fixture(scope="module")
-def ray():
-    """One cluster of this machine for all tests of this file."""
-    with cluster(4) as ray:
-        yield ray
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
-from shardprune.cli import main
 from shardprune.cluster import ray_backend, ray_exchange
 from shardprune.cluster.ray_backend import RayGroup, settled_slots
 from shardprune.cluster.ray_exchange import Exchange
@@ -22,17 +21,10 @@ from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from tests.failures.listening import Heard, Moment
-from tests.support.clusters import cluster, kill, processes_of
+from tests.support.clusters import kill, processes_of
 from tests.support.tiny import differing, make_model, make_tokens
 
 QUIET = Reporter(quiet=True)
-
-
-@pytest.fixture(scope="module")
-def ray():
-    """One cluster of this machine for all tests of this file that do not start their own."""
-    with cluster(4) as ray:
-        yield ray
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +51,6 @@ def recipe(folder, out, model="llama-3.1", **fields) -> Recipe:
         **fields,
     }
     return Recipe.checked(values)
-
-
-def test_an_address_where_no_cluster_answers(folder, tmp_path, capsys):
-    command = ["prune", str(folder / "llama-3.1"), "--out", str(tmp_path / "o"), "--address", "127.0.0.1:1"]
-    command += ["--calibration", str(folder / "tokens.npy"), "--samples", "4", "--seqlen", "24", "--sparsity", "0.5"]
-    with pytest.raises(SystemExit) as end:  # before `ray` connects this process
-        main(command)
-    assert end.value.code == 2
-    said = capsys.readouterr().err.strip().splitlines()
-    assert said[-1].startswith("error: address: no Ray cluster answers at '127.0.0.1:1'")
-    assert not (tmp_path / "o").exists()
 
 
 # The other families differ from these in nothing that a worker's process could change; tests/commands/test_prune.py
@@ -255,8 +236,9 @@ def bundled(out, **fields) -> Recipe:
 
 
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
-    values = bundled("o").model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
-    fields = {**values, "remove": 0.35, "criterion": "kl"}
+    asked = bundled("o", samples=8, seqlen=64)
+    values = asked.model_dump(include=set(MopRecipe.model_fields) - {"score", "correction", "outlier_m"})
+    fields = {**values, "remove": 0.3, "criterion": "kl"}
     undisturbed = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "local"), "backend": "local"}), QUIET)
     moment = Moment("iteration 3", 0.5, lambda: kill(processes_of("MopActor")[-1]))
     result = mop(MopRecipe.checked({**fields, "out": str(tmp_path / "o"), "shards": 2}), Heard(moment))
@@ -354,7 +336,7 @@ HANGS = {
 def test_a_stopped_worker_is_replaced(ray, fields, tmp_path):
     processes = []
     moment = Moment("prune", 0.4, lambda: processes.append(stopped("PruneActor")))
-    result = prune(bundled(tmp_path / "o", patience="6s", **fields), Heard(moment))
+    result = prune(bundled(tmp_path / "o", patience="8s", **fields), Heard(moment))
     prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
     assert result.restarts == 1
     assert f"(process {processes[0].pid} on {socket.gethostname()}) has given no sign of life" in lost(tmp_path / "o")
@@ -376,7 +358,7 @@ def test_a_worker_in_a_deadlock_is_replaced(ray, tmp_path, monkeypatch):
         return submit(self, shard, replica, verb, *args)
 
     monkeypatch.setattr(RayGroup, "submit", submitted)
-    result = prune(bundled(tmp_path / "o", patience="6s"), QUIET)
+    result = prune(bundled(tmp_path / "o", patience="8s"), QUIET)
     assert result.restarts == 1
     assert "has been at layer 2, solve" in lost(tmp_path / "o")
     assert "without any use of the processor" in lost(tmp_path / "o")
@@ -395,4 +377,4 @@ def test_a_worker_that_stops_while_it_starts_is_replaced(ray, tmp_path, monkeypa
         return start(self, shard, replica, verb, *args)
 
     monkeypatch.setattr(RayGroup, "submit", submitted)
-    assert prune(bundled(tmp_path / "o", patience="6s"), QUIET).restarts == 1
+    assert prune(bundled(tmp_path / "o", patience="8s"), QUIET).restarts == 1

@@ -24,7 +24,7 @@ from tests.recovery.trainings import (
     same_zeros,
     train,
 )
-from tests.support.clusters import cluster, processes_of
+from tests.support.clusters import processes_of
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +35,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def ray():
-    """One cluster of this machine for all tests of this file."""
-    with cluster(2) as ray:
-        yield ray
-
-
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
-    with pytest.raises(InputError, match="workers: 4 workers need as many CPUs; the cluster has 2"):
-        recover(checked(folder, tmp_path / "o", workers=4), QUIET)
+    with pytest.raises(InputError, match="workers: 8 workers need as many CPUs; the cluster has 4"):
+        recover(checked(folder, tmp_path / "o", workers=8), QUIET)
     assert not (tmp_path / "o").exists()
 
 
@@ -74,7 +67,7 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, al
 
     killer = threading.Thread(target=kill)
     killer.start()
-    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, patience="5s", **FULL), QUIET)
+    result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, patience="8s", **FULL), QUIET)
     killer.join()
     assert killed
     assert killed[0] != "step40"

@@ -1,0 +1,49 @@
+"""The progress of pruning: what counts as how much, and what is said while a layer is solved."""
+
+from shardprune.cluster.pending_work import PendingWork
+from shardprune.model.families import FAMILIES
+from shardprune.report.progress import Reporter, Step
+from tests.support.running import run
+
+SHAPES = {
+    "self_attn.q_proj": (8192, 8192),
+    "self_attn.k_proj": (1024, 8192),
+    "self_attn.v_proj": (1024, 8192),
+    "self_attn.o_proj": (8192, 8192),
+    "mlp.gate_proj": (28672, 8192),
+    "mlp.up_proj": (28672, 8192),
+    "mlp.down_proj": (8192, 28672),
+}
+
+
+def pending(factorises):
+    return PendingWork({}, frozenset(), FAMILIES["llama"], [SHAPES] * 2, [], None, False, factorises=factorises)
+
+
+def test_solutions_count_as_the_waves_that_would_take_as_many_operations():
+    work, down = pending(True), ("mlp.down_proj",)
+    operations = 28672**3 + 8192 * 28672**2
+    wave = 4096 * (sum(rows * cols for rows, cols in SHAPES.values()) + 3 * 8192**2 + 28672**2)
+    assert work.solve_parts(0, down, 4096) == round(operations / wave) > 3
+    assert work.solve_parts(0, ("self_attn.o_proj",), 10**9) == 1
+    assert pending(False).solve_parts(0, down, 4096) == 1
+    inputs = FAMILIES["llama"].inputs
+    solutions = sum(work.solve_parts(0, names, 4096) for names in inputs)
+    # Two layers, five waves: two passes over each but the last one's second; its solutions and its file.
+    assert work.parts((range(2),), 5, 4096) == 5 * 3 + 2 * (solutions + 1)
+
+
+def test_a_layer_that_is_solved_says_how_many_projections_are(folder, tmp_path, monkeypatch):
+    seen = []
+    show = Reporter.show
+
+    def noting(self, step: Step) -> None:
+        seen.append((step.detail, step.done))
+        show(self, step)
+
+    monkeypatch.setattr(Reporter, "show", noting)
+    run(folder, tmp_path / "o", sparsity=0.5, samples=8)
+    solved = [detail for detail, _ in seen if detail.startswith("layer 2/4, ")]
+    assert list(dict.fromkeys(solved)) == [f"layer 2/4, {count} of 7 projections solved" for count in (0, 3, 4, 6)]
+    done = {detail: done for detail, done in seen if detail.startswith("layer 2/4")}  # the last of each
+    assert done["layer 2/4, 0 of 7 projections solved"] < done["layer 2/4, 6 of 7 projections solved"]
