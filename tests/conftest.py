@@ -18,21 +18,24 @@ from shardprune.shard.prune_worker import PruneWorker
 from tests.support.tiny import make_model, make_tokens
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-# Files of which one takes minutes come first, so that no process of several is left alone with one of them at the end.
+# What takes longest comes first, so that no process of several is left alone with it at the end.
 LONG = (
     "failures",
     "cluster/slurm/test_jobs",
-    "cluster",
+    "cluster/on_ray",
+    "recovery",
     "jobs",
+    "cluster",
     "commands/test_mop",
     "planning/test_memory",
     "docs",
     "test_benchmarks",
     "report",
-    "recovery",
+    "storage",
     "commands",
 )
-ON_RAY = "tests/cluster/on_ray/"
+# Folders whose tests share a Ray cluster, two processes that train, a server: what takes long to start.
+TOGETHER = ("tests/cluster/on_ray/", "tests/recovery/", "tests/storage/")
 
 
 def pytest_collection_modifyitems(items):
@@ -45,13 +48,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Files whose tests share a Ray cluster go to one process, as the tests of one file do."""
+    """The tests of such a folder go to one process, as those of one file do."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
             file = super()._split_scope(nodeid)
-            return ON_RAY if file.startswith(ON_RAY) else file
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.errors import InputError, SolverError
+from shardprune.storage.relative_paths import absolute_paths
 from tests.commands.structured.narrowed import (
     COMPOSITE,
     INPUTS,
@@ -94,7 +95,7 @@ def test_the_request_is_met_to_a_neuron_per_layer(folder, share, tmp_path):
 def test_result_json_holds_the_contract(folder, tmp_path):
     result = run(folder, tmp_path / "o", structured=0.3, shards=2, replicas=2, eval=(str(folder / "other.npy"),))
     stored = json.loads((tmp_path / "o" / "result.json").read_text())
-    assert stored == result.as_json()
+    assert absolute_paths(stored, str(tmp_path / "o")) == result.as_json()
     assert stored["command"] == "prune"
     recipe = stored["recipe"]
     assert (recipe["structured"], recipe["score"], recipe["correction"]) == (0.3, "obs", True)
