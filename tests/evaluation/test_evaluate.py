@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from shardprune.cli import main
 from shardprune.errors import InputError
 from shardprune.report.result import Result
+from shardprune.storage.relative_paths import absolute_paths
 from tests.evaluation.material import evaluated, make_readable, write_task
 from tests.support.running import run
 from tests.support.tiny import VOCABULARY, load_tensors, make_tokens, snapshot
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
 
 
 def results_of(path) -> dict:
-    return json.loads((path / "result.json").read_text())
+    return absolute_paths(json.loads((path / "result.json").read_text()), str(path))
 
 
 @pytest.mark.parametrize("settings", [{}, {"shards": 3, "replicas": 2}, {"shards": 2, "weights": "streamed"}])
