@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from shardprune import __version__
+import shardprune
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError
@@ -53,7 +53,7 @@ ClickException: type[Exception] = next(base for base in typer.BadParameter.__mro
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"shardprune {__version__}")
+        print(f"shardprune {shardprune.__version__}")
         raise typer.Exit
 
 
@@ -69,7 +69,7 @@ def _commands(
 def _say_what_begins(command: str, model: str) -> None:
     """Print a first line to a terminal: what a story imports, and reading a model, takes seconds."""
     if sys.stderr.isatty():
-        print(message(f"shardprune {__version__}: {command} {model}"), file=sys.stderr, flush=True)
+        print(message(f"shardprune {shardprune.__version__}: {command} {model}"), file=sys.stderr, flush=True)
 
 
 def _command(panel: str, example: str, **settings: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import INDEX, Checkpoint
 from shardprune.model.checks import check_tensors
+from shardprune.model.companions import check_configs
 from shardprune.model.skeleton import Skeleton
 from shardprune.report.result import EvaluationResult, Result, read_result, shape_of
 from shardprune.solvers.pattern import NM, parse_pattern
@@ -105,6 +106,7 @@ class _Model:
             self.checkpoint = Checkpoint(self.folder.url, "out")
             self.skeleton = Skeleton(self.checkpoint.config, "cpu")
             check_tensors(self.skeleton, self.checkpoint)
+            check_configs(self.folder, self.checkpoint.companions())
         except InputError as error:
             self._say(error.problem)
             return

@@ -160,7 +160,7 @@ def _check_rank(rank: int, skeleton: Skeleton) -> None:
     """Check that a low-rank update is smaller than what it updates.
 
     Raises:
-        InputError: its rank is more than the rows and the columns of every projection.
+        InputError: its rank is more than the default and than the rows and the columns of every projection.
     """
     largest = max(
         max(shape) for index in range(skeleton.layers) for shape in skeleton.projection_shapes(index).values()

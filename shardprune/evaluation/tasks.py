@@ -23,7 +23,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from shardprune.errors import InputError, first_line
+from shardprune.errors import InputError, StorageError, first_line
 from shardprune.evaluation.task_code import CodeRefused, without_task_code
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
@@ -64,7 +64,7 @@ def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) ->
     """Evaluate tasks; return results by the names of tasks, and of groups that aggregate tasks.
 
     Raises:
-        InputError: a task makes no questions of its data, or no score of the answers.
+        StorageError: a task makes no questions of its data, or no score of the answers.
     """
     # Not `simple_evaluate`, which also collects the machine's and the working directory's git state.
     for task in _leaves(tasks):
@@ -77,7 +77,7 @@ def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) ->
             if not _is_of_tasks(error):
                 raise
             names = ", ".join(repr(task.task_name) for task in _leaves(tasks))
-            raise InputError("tasks", f"{names} cannot be evaluated: {first_line(error)}") from error
+            raise StorageError("tasks", f"{names} cannot be evaluated: {first_line(error)}") from error
     assert found is not None
     results = {}
     for name, values in found["results"].items():

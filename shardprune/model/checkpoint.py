@@ -5,9 +5,8 @@ import os
 import re
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -221,10 +220,10 @@ def reopened(model: str, state: SourceState | None, field: str = "model") -> Che
 
 
 class _Index(BaseModel):
-    """The content of an index: the file of each tensor; and what is said of all."""
+    """The content of an index: the file of each tensor, and facts without which transformers reads none."""
 
+    metadata: dict[str, JsonValue]
     weight_map: dict[str, str]
-    metadata: dict[str, Any] = {}
 
 
 def _read_index(folder: Folder) -> dict[str, str]:

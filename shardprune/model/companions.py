@@ -5,15 +5,15 @@ size inside the folder. Anything else that lies there stays where it is.
 """
 
 import os
-from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
+from pydantic import JsonValue
 from transformers import GenerationConfig
 
 from shardprune.errors import InputError
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.storage.folder import Folder
-from shardprune.storage.json_file import fitting, parse_json
+from shardprune.storage.json_file import parse_model
 from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
@@ -51,32 +51,37 @@ def companions(folder: Folder) -> list[str]:
     """Return the names of the files beside the weights that belong to a checkpoint.
 
     Raises:
-        InputError: one of them is a link that leaves the folder, no file, too large, or nothing that transformers would
-            read; names the folder's field.
+        InputError: one of them is a link that leaves the folder, no file, or too large; names the folder's field.
     """
     names = [name for name in folder.names() if name in NAMES]
     for name in names:
         check_companion(folder, name)
-    if GENERATION in names:
-        _check_generation(folder)
     return names
 
 
-def _check_generation(folder: Folder) -> None:
-    """Check that transformers reads the settings of generation, without which it would not open the output.
+def check_configs(folder: Folder, names: list[str]) -> None:
+    """Check that the configs among a checkpoint's files are JSON objects, and that transformers reads the settings of
+    generation: it loads no output with others.
 
     Raises:
-        InputError: it does not; names the folder's field.
+        InputError: one is not; names the folder's field.
     """
-    place = f"{folder.url}/{GENERATION}"
-    with located(folder.field, place):
-        content = folder.read_bytes(GENERATION)
-        fitting(parse_json(content), dict[str, Any])
+    for name in names:
+        if name.endswith("_config.json"):
+            place = f"{folder.url}/{name}"
+            with located(folder.field, place):
+                content = folder.read_bytes(name)
+                parse_model(content, dict[str, JsonValue])
+            if name == GENERATION:
+                _check_generation(content, place, folder.field)
+
+
+def _check_generation(content: bytes, place: str, field: str) -> None:
     with local_copies({GENERATION: content}) as local, deferred_warnings():
         try:
             GenerationConfig.from_pretrained(local)
         except Exception as error:  # it checks its fields in many ways, each with an error of its own
-            raise InputError(folder.field, f"{place} cannot be read: {in_one_line(error)}") from error
+            raise InputError(field, f"{place} cannot be read: {in_one_line(error)}") from error
 
 
 def check_companion(folder: Folder, name: str) -> None:

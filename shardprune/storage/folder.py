@@ -384,9 +384,7 @@ def read_file(url: str, field: str) -> bytes:
         return retry(read, url)
     except FileNotFoundError as error:
         raise InputError(field, f"{url!r} does not exist") from error
-    except Exception as error:
-        if not _of_storage(error):
-            raise
+    except Exception as error:  # file systems that read what a URL says of itself raise errors of every kind
         raise InputError(field, f"{url!r} cannot be read: {first_line(error)}") from error
 
 

@@ -43,6 +43,7 @@ def folder(tmp_path_factory):
 
 
 def results_of(path) -> dict:
+    """The result in an output, with absolute paths."""
     return absolute_paths(json.loads((path / "result.json").read_text()), str(path))
 
 

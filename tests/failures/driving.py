@@ -10,11 +10,17 @@ import signal
 import socket
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 
 PAUSE = 0.002  # seconds between two looks at a command
+
+
+def is_phase(told: str) -> bool:
+    """Whether what a command said is that a phase began."""
+    return "/" not in told and not told.startswith("code ")
 
 
 class Driver:
@@ -44,8 +50,14 @@ class Driver:
         self._process: psutil.Process | None = None
 
     def told(self) -> list[str]:
-        """The lines that it has said so far: phases that began, steps that got further."""
-        return self.told_file.read_text().splitlines()[1:]
+        """What it has said so far: phases that began, steps that got further."""
+        return [line.partition(" ")[2] for line in self.told_file.read_text().splitlines()[1:]]
+
+    def phases(self) -> list[tuple[str, float]]:
+        """The phases that began, in order, and the seconds until the next one, or the end."""
+        lines = [line.split(" ", 1) for line in self.told_file.read_text().splitlines()[1:]]
+        begun = [(float(at), what) for at, what in lines if is_phase(what) or what.startswith("code ")]
+        return [(phase, end - at) for (at, phase), (end, _) in pairwise(begun)]
 
     @property
     def process(self) -> psutil.Process:
@@ -93,8 +105,12 @@ class Driver:
 
 def main() -> None:
     """Carry out a command, saying where it is."""
-    told = open(sys.argv[1], "a", buffering=1)  # noqa: SIM115  it stays open to the end of the process
-    told.write(f"{os.getpid()}\n")
+    file = open(sys.argv[1], "a", buffering=1)  # noqa: SIM115  it stays open to the end of the process
+    file.write(f"{os.getpid()}\n")
+
+    def tell(what: str) -> None:
+        file.write(f"{time.monotonic():.3f} {what}\n")
+
     from shardprune.cli import main as command
     from shardprune.report.events import Events
     from shardprune.report.progress import Reporter
@@ -104,17 +120,17 @@ def main() -> None:
     def emitting(self, event, **fields):
         emit(self, event, **fields)
         if event == "begin":
-            told.write(f"{fields['phase']}\n")
+            tell(fields["phase"])
 
     def showing(self, step):
         show(self, step)
-        told.write(f"{step.label} {step.done}/{step.total}\n")
+        tell(f"{step.label} {step.done}/{step.total}")
 
     Events.emit, Reporter.show = emitting, showing  # type: ignore[method-assign]
     try:
         command(sys.argv[2:])
     except SystemExit as end:
-        told.write(f"code {end.code if end.code is not None else 0}\n")
+        tell(f"code {end.code if end.code is not None else 0}")
 
 
 if __name__ == "__main__":

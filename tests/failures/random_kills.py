@@ -1,7 +1,7 @@
 """Kills at random moments: the same command until it ends, and its output compared with an undisturbed run's.
 
-A trial is one command. Its driver or one of its workers gets SIGKILL, SIGTERM or (the driver) SIGINT a random while
-after a random moment of its progress; sometimes the command that goes on from there gets another one.
+A trial is one command. Its driver or one of its workers gets SIGKILL, SIGTERM or (the driver) SIGINT at a random moment
+of a random phase; sometimes the command that goes on from there gets another one.
 """
 
 import json
@@ -17,12 +17,11 @@ from typing import Any
 
 import psutil
 
-from tests.failures.driving import PAUSE, Driver
+from tests.failures.driving import PAUSE, Driver, is_phase
 from tests.failures.scenarios import Scenario
 from tests.support.tiny import load_tensors
 
 LONGEST = 300.0  # seconds of one start of a command
-DELAYS = (0.0, 0.0, 0.005, 0.03, 0.15)  # longest seconds from a moment to the kill
 AGAIN = 0.3  # chance that the command that goes on is killed, too
 VICTIMS = {
     "driver": (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT),
@@ -57,32 +56,32 @@ def trials(
 ) -> Iterator[Trial]:
     """Try commands in turn until so many signals were sent."""
     draw, sent, number = random.Random(seed), 0, 0
-    undisturbed: dict[str, tuple[Path, list[str]]] = {}
+    undisturbed: dict[str, tuple[Path, list[tuple[str, float]]]] = {}
     while sent < kills:
         scenario = scenarios[number % len(scenarios)]
         if scenario.name not in undisturbed:
             undisturbed[scenario.name] = _undisturbed(scenario, work, forks, address)
-        expected, moments = undisturbed[scenario.name]
-        trial = _try(scenario, expected, moments, draw, work / f"trial-{number}", forks, address)
+        expected, phases = undisturbed[scenario.name]
+        trial = _try(scenario, expected, phases, draw, work / f"trial-{number}", forks, address)
         sent, number = sent + len(trial.kills), number + 1
         yield trial
 
 
 def _undisturbed(
     scenario: Scenario, work: Path, forks: dict[str, str], address: Callable[[], str]
-) -> tuple[Path, list[str]]:
-    """The output of a command that nothing happens to, and the moments of its progress."""
+) -> tuple[Path, list[tuple[str, float]]]:
+    """The output of a command that nothing happens to, and its phases with their seconds."""
     place = work / f"undisturbed-{scenario.name.replace(' ', '-').replace(',', '')}"
     driver = Driver(scenario.command(place / "out", address()), place, forks)
     assert driver.wait(LONGEST), f"{scenario.name} hangs"
     assert driver.code == 0, (scenario.name, driver.code, driver.lines())
-    return place / "out", driver.told()[:-1]
+    return place / "out", driver.phases()
 
 
 def _try(
     scenario: Scenario,
     expected: Path,
-    moments: list[str],
+    phases: list[tuple[str, float]],
     draw: random.Random,
     place: Path,
     forks: dict[str, str],
@@ -95,7 +94,7 @@ def _try(
         driver = Driver(command, place / f"start-{trial.starts}", forks)
         trial.starts += 1
         if disturbed:
-            _disturb(driver, scenario, len(moments), draw, trial)
+            _disturb(driver, scenario, phases, draw, trial)
         if not driver.wait(LONGEST):
             trial.problems.append(f"hang: {driver.told()[-1:]}")
             driver.send(signal.SIGKILL)
@@ -103,6 +102,8 @@ def _try(
         kill = trial.kills[-1] if disturbed and trial.kills else None
         trial.problems += _wrong_lines(driver, kill)
         if driver.code == 0:
+            if kill and kill.victim == "driver":  # which had ended already
+                trial.kills.pop()
             break
         disturbed = draw.random() < AGAIN
         if trial.starts > 12:
@@ -112,18 +113,21 @@ def _try(
     return trial
 
 
-def _disturb(driver: Driver, scenario: Scenario, moments: int, draw: random.Random, trial: Trial) -> None:
-    """Send a signal at a random moment, if the command comes so far."""
+def _disturb(
+    driver: Driver, scenario: Scenario, phases: list[tuple[str, float]], draw: random.Random, trial: Trial
+) -> None:
+    """Send a signal at a random moment of a random phase, if the command comes so far."""
     victim = draw.choice(("driver", "worker")) if scenario.slots else "driver"
-    number, moment = draw.choice(VICTIMS[victim]), draw.randrange(moments)
-    delay = draw.random() * draw.choice(DELAYS)
-    while len(told := driver.told()) <= moment:
+    number, wanted = draw.choice(VICTIMS[victim]), draw.choice(sorted({phase for phase, _ in phases}))
+    places = [(at, seconds) for at, (phase, seconds) in enumerate(phases) if phase == wanted]
+    at, seconds = draw.choices(places, [seconds + 1e-3 for _, seconds in places])[0]
+    while len([told for told in driver.told() if is_phase(told)]) <= at:
         if driver.over():
             return
         time.sleep(PAUSE)
-    time.sleep(delay)
+    time.sleep(draw.random() * seconds)
     told = [line for line in driver.told() if not line.startswith("code ")]
-    phase = next((line for line in reversed(told) if "/" not in line), "start")
+    phase = next((line for line in reversed(told) if is_phase(line)), "start")
     with suppress(psutil.NoSuchProcess):
         if victim == "driver":
             driver.send(number)

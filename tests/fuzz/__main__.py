@@ -36,17 +36,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=1700, help="inputs of all kinds together")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kinds", nargs="*", choices=sorted(KINDS), metavar="KIND", help="default: all")
+    parser.add_argument("--without", nargs="*", choices=sorted(KINDS), metavar="KIND", help="all kinds but these")
     parser.add_argument("--only", metavar="KIND:NUMBER", help="try one input")
     parser.add_argument("--keep", type=Path, default=Path("runs/fuzz"), help="folder for inputs that fail")
     asked = parser.parse_args(arguments)
-    controls = [Name(asked.seed, WELL_FORMED, number) for number in range(len(COMMANDS))]
-    names = controls + names_of(asked.seed, asked.count, asked.kinds or list(KINDS))
+    kinds = asked.kinds or [kind for kind in KINDS if kind not in (asked.without or ())]
+    heavy = not HEAVY.isdisjoint(kinds)
+    controls = [
+        Name(asked.seed, WELL_FORMED, number)
+        for number, command in enumerate(COMMANDS.values())
+        if heavy or "--tasks" not in command.words
+    ]
+    names = controls + names_of(asked.seed, asked.count, kinds)
     if asked.only:
         kind, _, number = asked.only.rpartition(":")
         names = [Name(asked.seed, kind, int(number))]
     print(f"seed {asked.seed}: {len(names)} inputs of {len({name.kind for name in names})} kinds", flush=True)
     began = time.monotonic()
-    prepare_process(any(name.kind in HEAVY for name in names[len(controls) :]))
+    prepare_process(heavy)
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         work = Path(folder)
         _in_fork(_make, work)

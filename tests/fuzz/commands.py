@@ -9,7 +9,7 @@ DRAWN = ("--samples", str(SAMPLES), "--seqlen", str(SEQLEN))
 RUN = (*LOCAL, *DRAWN, "--no-report", "--calibration", "tokens.npy")
 WANDA = ("--method", "wanda", "--sparsity", "0.5")
 MEASURED = ("--eval", "tokens.npy")
-TRAINING = ("--steps", "1", "--batch", "2", "--length", str(SEQLEN), "--keep-sparsity", *LOCAL)
+TRAINING = ("--lora-rank", "4", "--steps", "1", "--batch", "2", "--length", str(SEQLEN), "--keep-sparsity", *LOCAL)
 
 
 @dataclass(frozen=True)

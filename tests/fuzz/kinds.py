@@ -100,6 +100,10 @@ def _damaged_output(material: Path, folder: Path, draw: random.Random) -> Input:
         place.unlink()
     elif kind < 0.6:
         place.write_bytes(place.read_bytes()[: draw.randrange(place.stat().st_size)])
+    elif name == "prune finished" and place.name == "result.json":  # which nothing but a new count can doubt
+        place.write_bytes(place.read_bytes()[:-9])
+    elif name == "prune finished" and place.suffix == ".safetensors":  # whose weights are not read for that
+        place.write_bytes(tensor_mutations.safetensors_header(place.read_bytes(), draw))
     elif place.suffix == ".safetensors":
         change = draw.choice((tensor_mutations.safetensors_data, tensor_mutations.safetensors_header))
         place.write_bytes(change(place.read_bytes(), draw))
@@ -189,8 +193,8 @@ def _odd_name(material: Path, folder: Path, draw: random.Random) -> Input:
     return Input(words, Command(command.words, command.needs))
 
 
-# Ray starts where it is asked for, a script is submitted, and nothing but the option is odd.
-UNTRIED = {"backend", "address", "submit", "help", "out", "script"}
+# With these Ray starts, a compiler does, a script is submitted, or what is tried is not the option.
+UNTRIED = {"backend", "address", "offload", "submit", "help", "out", "script"}
 
 
 def _odd_option(material: Path, folder: Path, draw: random.Random) -> Input:

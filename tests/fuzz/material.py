@@ -87,7 +87,15 @@ def _make_texts() -> None:
 
 
 def _make_recipes() -> None:
-    training = {"data": "documents.jsonl", "steps": 1, "batch": 2, "length": SEQLEN, "backend": "local", "threads": 1}
+    training = {
+        "data": "documents.jsonl",
+        "lora_rank": 4,
+        "steps": 1,
+        "batch": 2,
+        "length": SEQLEN,
+        "backend": "local",
+        "threads": 1,
+    }
     recipes = {
         "prune": {**PRUNING, "eval": ["tokens.npy"], "allocation": "uniform", "out": "out"},
         "job": {name: value for name, value in PRUNING.items() if name != "backend"} | {"out": "out"},

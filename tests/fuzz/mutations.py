@@ -1,6 +1,7 @@
 """Changes to well-formed files of JSON and text: each takes the content and a generator, and returns other content."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -133,10 +134,12 @@ def _near(value: Any, draw: random.Random) -> Any:
         return draw.choice((True, False, None))
     if isinstance(value, int):
         return draw.choice((value + 1, value - 1, -value, 2 * value, 0, value // 2, value * 10**6, float(value)))
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         return draw.choice((-value, value * 1e6, 0.0, 1 - value, int(value), float("nan")))
     if isinstance(value, str):
         return draw.choice((value + "x", value[:-1], value.upper(), value[::-1], f" {value}", f"../{value}"))
+    if isinstance(value, float):
+        return -value
     return draw.choice((value + value, value[:1], value[1:], list(reversed(value))))
 
 

@@ -44,7 +44,7 @@ ODD_NAMES = (
     "ftp://user:SECRET@127.0.0.1:9/x",
     "smb://user:SECRET@127.0.0.1:9/x",
     "jupyter://x",
-    "abfs://x@SECRET/y",
+    "abfs://x@account/y",
     "git://x",
     "arrow_hdfs://x",
     "no/such/model",

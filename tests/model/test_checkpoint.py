@@ -171,11 +171,11 @@ def break_index(copy):
 
 
 def index_of_lists(copy):
-    (copy / INDEX).write_text('{"weight_map": ["a"]}')
+    (copy / INDEX).write_text('{"metadata": {}, "weight_map": ["a"]}')
 
 
 def index_of_numbers(copy):
-    (copy / INDEX).write_text('{"weight_map": {"a": 1}}')
+    (copy / INDEX).write_text('{"metadata": {}, "weight_map": {"a": 1}}')
 
 
 def index_of_outside(name):
@@ -183,9 +183,14 @@ def index_of_outside(name):
         index = json.loads((copy / INDEX).read_text())
         file = next(iter(index["weight_map"].values()))
         placed = name.format(file=file, copy=copy)
-        (copy / INDEX).write_text(json.dumps({"weight_map": {**index["weight_map"], "x": placed}}))
+        (copy / INDEX).write_text(json.dumps({**index, "weight_map": {**index["weight_map"], "x": placed}}))
 
     return outside
+
+
+def index_without_metadata(copy):
+    index = json.loads((copy / INDEX).read_text())
+    (copy / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
 
 
 def index_of_twice(copy):
@@ -213,6 +218,7 @@ def remove_weights(copy):
         (break_index, "index.json is not JSON: "),
         (index_of_lists, r"index.json holds \['a'\] as weight_map; use an object"),
         (index_of_numbers, "index.json holds 1 as weight_map.a; use a valid string"),
+        (index_without_metadata, "index.json lacks metadata"),
         (index_of_twice, "index.json has the name 'a' twice"),
         (index_of_outside("../damaged/{file}"), "index.json names '../damaged/.*', which is no file of that folder"),
         (index_of_outside("{copy}/{file}"), "index.json names '/.*', which is no file of that folder"),

@@ -10,6 +10,7 @@ import pytest
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.opening import open_model
 from tests.support.running import run
 from tests.support.tiny import make_model, make_tokens
 from tests.support.words import words_tokenizer
@@ -107,6 +108,13 @@ def test_a_pipe_and_a_huge_file_are_refused(copy):
         file.truncate(2**40)
     with pytest.raises(InputError, match=r"^model: .*/tokenizer\.model has 1099511627776 bytes; such a file has at"):
         Checkpoint(str(copy)).companions()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1, "a": 2}', '{"temperature": NaN}'])
+def test_a_config_that_would_keep_an_output_from_loading_is_refused(copy, content):
+    (copy / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"^model: .*/generation_config\.json (is not JSON|holds|has the name)"):
+        open_model(str(copy))
 
 
 def test_companions_behind_a_url(copy):

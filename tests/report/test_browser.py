@@ -18,12 +18,13 @@ PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 900}
 TIME = ("Timeline of the workers (s)",)
 WORK = ("Peak memory of each worker (GiB)", *TIME)
 SPARSITY, ERROR = "Sparsity by layer and projection (% of weights)", "Output error by layer (relative, no unit)"
+LEFT = "Sparsity by layer and projection (% of the weights left)"
 LOSSES = "Losses of the fine-tuning (nats per token) and learning rate, by step"
 PAGES = {  # the plots of each page, in their order
     "owl": (SPARSITY, "Outlier ratios by layer and projection (% of weights)", ERROR, *WORK),
     "wanda": (SPARSITY, *WORK),
     "rebuilt": (SPARSITY, ERROR, "Error of rebuilt blocks by layer (relative, no unit)", *WORK),
-    "composite": (SPARSITY, ERROR, "Output error of narrowed blocks by layer (relative, no unit)", *WORK),
+    "composite": (LEFT, ERROR, "Output error of narrowed blocks by layer (relative, no unit)", *WORK),
     "mop": ("Path of the search (score: perplexity on the calibration data)", *WORK),
     "interrupted": (SPARSITY, ERROR, *WORK),
     "pipeline": (SPARSITY, ERROR, *WORK, SPARSITY, LOSSES, *WORK),

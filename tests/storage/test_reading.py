@@ -76,6 +76,11 @@ def test_devices_and_pipes_are_no_files(endless):
         Folder(str(endless.parent), "model").read_bytes(endless.name)
 
 
+def test_a_url_that_its_file_system_stumbles_over():
+    with pytest.raises(InputError, match="^data: 'data:,x' cannot be read: list index out of range$"):
+        read_file("data:,x", "data")
+
+
 def test_a_directory_is_no_file(tmp_path):
     with pytest.raises(InputError, match=f"^data: '{tmp_path}' cannot be read: it is a directory, not a file$"):
         read_file(str(tmp_path), "data")

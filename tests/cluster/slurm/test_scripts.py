@@ -150,7 +150,7 @@ WRONG = {
     "printed and submitted": (PRUNE, ["--script", "-", "--submit"], "script: '-' is printed, not submitted"),
     "two lines": (PRUNE, ["--job-name", LINES], f"job_name: {LINES!r} holds '\\n'; use text of one line"),
     "two lines to run first": (PRUNE, ["--setup", "a\rb"], "setup: 'a\\rb' holds '\\r'; use text of one line"),
-    "half a character": (PRUNE, ["--account", "a\udc80"], "account: 'a\\udc80' holds '\\udc80'; use text of one line"),
+    "half a character": (PRUNE, ["--account", "a\udc80"], "account: 'a\\udc80' holds a character that is in no text"),
     "two lines of the command": (
         PRUNE,
         ["--", "--calibration", f"{LINES}.txt"],
