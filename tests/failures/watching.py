@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from shardprune.storage.folder import Folder
-from shardprune.storage.journal import KEY
 from shardprune.storage.safetensors_file import read_header
+from shardprune.storage.seals import KEY
 
 
 @contextmanager
