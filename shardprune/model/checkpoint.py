@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from functools import cached_property
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -222,7 +222,7 @@ def reopened(model: str, state: SourceState | None, field: str = "model") -> Che
 class _Index(BaseModel):
     """The content of an index: the file of each tensor, and facts without which transformers reads none."""
 
-    metadata: dict[str, Any]
+    metadata: dict[str, JsonValue]
     weight_map: dict[str, str]
 
 
