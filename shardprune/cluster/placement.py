@@ -15,9 +15,9 @@ from shardprune.recipes.groups import WorkerFields
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.shard.spec import WorkerSettings
-from shardprune.storage.folder import absolute
 from shardprune.storage.journal import recorded_recipe
 from shardprune.storage.json_file import fitting
+from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located
 
 

@@ -4,8 +4,8 @@ from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.commands.prepare import Prepared
 from shardprune.commands.state import RunState
 from shardprune.recipes.prune import PruneRecipe
-from shardprune.storage.folder import absolute
 from shardprune.storage.journal import Journal
+from shardprune.storage.locations import absolute
 
 
 def claim_output(recipe: PruneRecipe, first: Prepared) -> RunState:

@@ -20,8 +20,9 @@ from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import EvaluationResult, Result
-from shardprune.storage.folder import PARTIAL, absolute, output_folder
+from shardprune.storage.folder import PARTIAL, output_folder
 from shardprune.storage.json_file import fitting
+from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located
 from shardprune.storage.output_names import RESULT
 from shardprune.storage.relative_paths import absolute_paths, relative_paths

@@ -28,8 +28,8 @@ from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
-from shardprune.storage.folder import absolute, check_reachable
 from shardprune.storage.journal import Earlier, Journal, check_output
+from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import calibration_windows
 

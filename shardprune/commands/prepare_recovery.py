@@ -22,9 +22,10 @@ from shardprune.recovery.deepspeed_config import deepspeed_config, read_override
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
-from shardprune.storage.folder import PARTIAL, Folder, absolute, check_reachable
+from shardprune.storage.folder import PARTIAL, Folder
 from shardprune.storage.journal import Earlier, Journal, check_output, recorded_recipe
 from shardprune.storage.json_file import dump_json
+from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.malformed import located
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens

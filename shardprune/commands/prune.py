@@ -32,7 +32,7 @@ from shardprune.report.result import (
     zeros_of,
 )
 from shardprune.shard.layers import Version
-from shardprune.storage.folder import absolute
+from shardprune.storage.locations import absolute
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.windows import tokens_hash

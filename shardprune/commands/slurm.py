@@ -9,7 +9,7 @@ from shardprune.cluster.slurm.submission import submit_script, write_script
 from shardprune.errors import InputError
 from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.settings import Settings
-from shardprune.storage.folder import absolute
+from shardprune.storage.locations import absolute
 
 
 def slurm(

@@ -5,8 +5,9 @@ from typing import Any
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.report.result import Evaluation, EvaluationResult
-from shardprune.storage.folder import PARTIAL, Folder, absolute, output_folder
+from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.json_file import fitting
+from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located
 from shardprune.storage.output_names import RESULT
 from shardprune.storage.relative_paths import absolute_paths, relative_paths

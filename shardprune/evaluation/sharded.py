@@ -24,7 +24,7 @@ from shardprune.report.progress import Reporter
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.likelihoods import LogLikelihood
 from shardprune.shard.spec import ForwardSpec
-from shardprune.storage.folder import check_reachable
+from shardprune.storage.locations import check_reachable
 
 
 class ShardedModel:

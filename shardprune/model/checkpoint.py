@@ -17,8 +17,9 @@ from shardprune.model.families import TOWERS, family_of
 from shardprune.model.sources import Source, SourceState, SourceTensor
 from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
-from shardprune.storage.folder import Folder, absolute
+from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import dump_json, parse_model
+from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located, shown
 from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
 

@@ -16,7 +16,8 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.solvers.methods import METHODS, Effort
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
-from shardprune.storage.folder import Folder, read_file
+from shardprune.storage.folder import Folder
+from shardprune.storage.whole_files import read_file
 
 EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about WikiText-2's test text
 

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from shardprune.errors import InputError
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.scoring import Score
-from shardprune.storage.folder import absolute
+from shardprune.storage.locations import absolute
 from shardprune.storage.sources import FORMS, PAPERS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise

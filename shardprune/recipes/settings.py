@@ -7,8 +7,9 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shardprune.errors import InputError, without_credentials
-from shardprune.storage.folder import UNWRITABLE, read_file
+from shardprune.storage.locations import UNWRITABLE
 from shardprune.storage.malformed import located, shown
+from shardprune.storage.whole_files import read_file
 from shardprune.storage.yaml_file import parse_yaml
 
 S = TypeVar("S", bound="Settings")

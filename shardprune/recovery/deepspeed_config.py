@@ -3,9 +3,9 @@
 from typing import Any
 
 from shardprune.errors import InputError
-from shardprune.storage.folder import read_file
 from shardprune.storage.json_file import parse_json
 from shardprune.storage.malformed import located, shown
+from shardprune.storage.whole_files import read_file
 
 ADAM = "AdamW"
 # Settings that the training loop relies on and that the recipe determines.

@@ -6,25 +6,21 @@ Every operation is tried again on transient errors: see `shardprune.storage.retr
 import os
 import posixpath
 import re
-import stat
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-import fsspec
-from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 
 from shardprune.errors import InputError, StorageError, first_line
-from shardprune.storage.host_memory import host_memory
 from shardprune.storage.json_file import LIMIT, dump_json, parse_json
+from shardprune.storage.locations import file_system, protocols_of, refuse_hub
 from shardprune.storage.malformed import Malformed
-from shardprune.storage.quantities import gigabytes
 from shardprune.storage.retrying import retry
 from shardprune.storage.text_file import decode
+from shardprune.storage.whole_files import content_of
 
 T = TypeVar("T")
 
@@ -33,15 +29,7 @@ REQUEST = 16 * 2**20  # bytes of one of several parallel requests
 REQUESTS = 8  # in parallel
 # Protocols that show a file only when its upload ends; everywhere else `write` needs a temporary name and a rename.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "hf", "oci", "oss", "r2"})
-UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
-EXTRAS = {
-    "s3": "s3",
-    "s3a": "s3",
-    "gs": "gcs",
-    "gcs": "gcs",
-}  # extras of this package that install a protocol's file system
-READ_ONLY = "hf://"
 # Packages whose errors are storage errors, like Python's OSError.
 CLIENTS = frozenset(
     {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub", "requests"}
@@ -67,7 +55,7 @@ class Folder:
     def __init__(self, url: str, field: str) -> None:
         self.url = url
         self.field = field  # of the recipe, for errors about files inside
-        self.fs, self.root = _resolve(url, field)
+        self.fs, self.root = file_system(url, field)
 
     def path(self, name: str) -> str:
         return posixpath.join(self.root, name)
@@ -75,7 +63,7 @@ class Folder:
     @property
     def appends(self) -> bool:
         """Whether `append_text` works here; most storage takes whole files only."""
-        return self.local or "memory" in _protocols(self.fs)
+        return self.local or "memory" in protocols_of(self.fs)
 
     @property
     def local(self) -> bool:
@@ -85,7 +73,7 @@ class Folder:
     @property
     def _renames(self) -> bool:
         """Whether a file is visible while it is written, so that writing needs a temporary name and a rename."""
-        return OBJECT_STORES.isdisjoint(_protocols(self.fs))
+        return OBJECT_STORES.isdisjoint(protocols_of(self.fs))
 
     # -- looking ----------------------------------------------------------------------------------------------
 
@@ -172,7 +160,7 @@ class Folder:
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a file; one without an end, as a pipe, or without room in memory cannot be read."""
-        return self._persist("read", name, lambda: _content(self.fs, self.path(name)))
+        return self._persist("read", name, lambda: content_of(self.fs, self.path(name)))
 
     def read_text(self, name: str) -> str:
         """Return the text of a file without its byte-order mark.
@@ -300,7 +288,7 @@ class Folder:
         Raises:
             InputError: the folder cannot be written.
         """
-        _refuse_hub(self.url, self.field)
+        refuse_hub(self.url, self.field)
         made = self._missing_folders() if self._renames else []
         name = f".probe.{uuid.uuid4().hex[:8]}.tmp"
         try:
@@ -345,72 +333,8 @@ def output_folder(url: str) -> Folder:
     Raises:
         InputError: as `Folder` does, or the URL is read-only.
     """
-    _refuse_hub(url, "out")
+    refuse_hub(url, "out")
     return Folder(url, "out")
-
-
-def check_reachable(field: str, url: str, backend: str) -> None:
-    """Check that the workers of a backend, which may be other processes, reach a URL.
-
-    Raises:
-        InputError: it lives in this process's memory.
-    """
-    if url.startswith("memory://") and backend != "local":
-        raise InputError(field, f"{url!r} lives in this process's memory; use backend local")
-
-
-def absolute(url: str) -> str:
-    """Return a path in absolute form, so that it means the same in every process; `file://` is stripped, other URLs are
-    unchanged.
-    """
-    if url.startswith("file://"):
-        return LocalFileSystem._strip_protocol(url)
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
-
-
-def read_file(url: str, field: str) -> bytes:
-    """Read the bytes of one file.
-
-    Raises:
-        InputError: it is larger than a quarter of this machine's memory, or cannot be read; names `field`.
-    """
-    fs, path = _resolve(url, field)
-
-    def read() -> bytes:
-        _check_room(fs.info(path).get("size") or 0)  # None where a web server does not say
-        return _content(fs, path)
-
-    try:
-        return retry(read, url)
-    except FileNotFoundError as error:
-        raise InputError(field, f"{url!r} does not exist") from error
-    except Exception as error:  # file systems that read what a URL says of itself raise errors of every kind
-        raise InputError(field, f"{url!r} cannot be read: {first_line(error)}") from error
-
-
-def _refuse_hub(url: str, field: str) -> None:
-    if url.startswith(READ_ONLY):
-        raise InputError(field, f"{url} cannot be written: the hub is only read from")
-
-
-def _content(fs: AbstractFileSystem, path: str) -> bytes:
-    """Return the bytes of a file; those of a local path only if they have an end, and memory has room for them."""
-    if isinstance(fs, LocalFileSystem):
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "a device or a pipe"
-            raise OSError(f"it is {kind}, not a file")
-        _check_room(found.st_size)
-    return fs.cat_file(path)
-
-
-def _check_room(size: int) -> None:
-    """Check that a file of so many bytes can be read whole, its text and what is made from that included."""
-    limit = host_memory() // 4
-    if size > limit:
-        raise OSError(
-            f"it is read whole and has {gigabytes(size)}; this machine's memory has room for {gigabytes(limit)}"
-        )
 
 
 def _sync_folder(path: str) -> None:
@@ -439,25 +363,3 @@ def _of_storage(error: Exception) -> bool:
     return isinstance(error, OSError | NotImplementedError) or any(
         base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
     )
-
-
-def _resolve(url: str, field: str) -> tuple[AbstractFileSystem, str]:
-    # No cached listings, since other workers write, too. A model on the hub does not change during a run.
-    if UNWRITABLE.search(url):
-        raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
-    options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
-    try:
-        fs, root = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        extra = EXTRAS.get(url.partition("://")[0])
-        hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
-        raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
-    except Exception as error:  # constructors of file systems are given what they may not take
-        raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
-    if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
-        raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
-    return fs, root.rstrip("/") or root
-
-
-def _protocols(fs: AbstractFileSystem) -> set[str]:
-    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from shardprune.storage.folder import absolute
+from shardprune.storage.locations import absolute
 
 LOCAL = re.compile(r"(?:/|~|file://|\.{1,2}(?:/|$))")  # the beginning of a path, not of a name or a URL
 RELATIVE = re.compile(r"\.{1,2}(?:/|$)")

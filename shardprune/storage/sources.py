@@ -18,11 +18,11 @@ import numpy as np
 
 from shardprune.errors import InputError, first_line
 from shardprune.storage import stdlib
-from shardprune.storage.folder import read_file
 from shardprune.storage.json_file import parse_json
 from shardprune.storage.malformed import located
 from shardprune.storage.npy_file import parse_npy
 from shardprune.storage.text_file import decode
+from shardprune.storage.whole_files import read_file
 
 Role = Literal["calibration", "perplexity"]
 FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"

@@ -10,10 +10,11 @@ import pytest
 import shardprune
 from shardprune.errors import InputError, StorageError
 from shardprune.storage import folder as folders
-from shardprune.storage.folder import Folder, read_file
+from shardprune.storage.folder import Folder
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.sources import read_text
 from shardprune.storage.text_file import decode
+from shardprune.storage.whole_files import read_file
 
 ROOT = Path(shardprune.__file__).parent
 # The only files that may import what parses a format; lm-eval reads its tasks with a loader that it is given.

@@ -5,7 +5,9 @@ import os
 import pytest
 
 from shardprune.errors import InputError, StorageError
-from shardprune.storage.folder import Folder, absolute, read_file
+from shardprune.storage.folder import Folder
+from shardprune.storage.locations import absolute
+from shardprune.storage.whole_files import read_file
 from tests.support.tiny import snapshot
 
 

@@ -10,7 +10,8 @@ from shardprune.report.events import read_events
 from shardprune.report.page.history import History
 from shardprune.report.result import EvaluationResult, Result, read_result
 from shardprune.report.status import status_of
-from shardprune.storage.folder import READ_ONLY, Folder
+from shardprune.storage.folder import Folder
+from shardprune.storage.locations import READ_ONLY
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.output_names import RESULT, STATE, run_folders
 from shardprune.storage.relative_paths import absolute_paths

@@ -6,7 +6,8 @@ does not spend, and none spends before its work.
 
 from shardprune.errors import first_line, without_credentials
 from shardprune.report.progress import Reporter
-from shardprune.storage.folder import absolute, output_folder
+from shardprune.storage.folder import output_folder
+from shardprune.storage.locations import absolute
 
 FILE = "report.html"
 

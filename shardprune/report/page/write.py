@@ -25,7 +25,8 @@ from shardprune.report.summary import (
     summary_rows,
     what_was_done,
 )
-from shardprune.storage.folder import Folder, absolute, output_folder
+from shardprune.storage.folder import Folder, output_folder
+from shardprune.storage.locations import absolute
 from shardprune.storage.retrying import preflight
 from shardprune.storage.yaml_file import dump_yaml
 
