@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -150,7 +150,7 @@ def plan(
 @_command(PLAN, "shardprune slurm jobs/recipes/mosaic-70.yaml --nodes 4 -- MODEL --out OUT")
 @with_fields(BatchJob)
 def slurm(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe of any command", metavar="RECIPE", show_default=False)],
+    recipe: Annotated[str, typer.Argument(help="YAML recipe of any command", metavar="RECIPE", show_default=False)],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Arguments and options of that command", metavar="-- OVERRIDES", show_default=False),
@@ -173,7 +173,7 @@ def slurm(
 ) -> None:
     """Write, and submit, a Slurm job that runs a recipe on its own Ray cluster."""
     words = overrides or []
-    job = BatchJob.checked({"job_name": recipe.stem, **given(options)})
+    job = BatchJob.checked({"job_name": PurePath(recipe).stem, **given(options)})
     print(write_job(recipe, words, job, lambda name: recipe_on(name, recipe, words), command, script, submit))
 
 
@@ -238,7 +238,7 @@ SETTINGS: dict[str, type[Settings]] = {
 }
 
 
-def recipe_on(name: str, file: Path, words: list[str]) -> Settings:
+def recipe_on(name: str, file: str, words: list[str]) -> Settings:
     """Return the recipe that a command would carry out if it were called with a file and further words.
 
     Raises:

@@ -89,7 +89,7 @@ def test_a_checkpoint_is_rebuilt_by_the_command(folder, tmp_path, called):
     assert f"{achieved:.4f}" in printed
     stored = json.loads((tmp_path / "o" / "result.json").read_text())
     assert stored["command"] == "rebuild"
-    assert stored["recipe"]["sparse"] == str(tmp_path / "s")
+    assert stored["recipe"]["sparse"] == "../s"
     assert stored["recipe"]["keep_corrected"] is True
 
 

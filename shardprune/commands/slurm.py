@@ -9,10 +9,11 @@ from shardprune.cluster.slurm.submission import submit_script, write_script
 from shardprune.errors import InputError
 from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.settings import Settings
+from shardprune.storage.folder import absolute
 
 
 def slurm(
-    recipe: Path,
+    recipe: str,
     overrides: list[str],
     job: BatchJob,
     load: Callable[[str], Settings],
@@ -39,10 +40,10 @@ def slurm(
         raise InputError("script", "'-' is printed, not submitted; name a file, or none")
     name, settings = command_of(recipe, load, command)
     check_fit(settings, job)
-    text = job.script([*COMMANDS[name].words(recipe.absolute()), *overrides], Path.cwd())
+    text = job.script([*COMMANDS[name].words(absolute(recipe)), *overrides], Path.cwd())
     if str(script) == "-":
         return text.rstrip("\n")
-    file = script or Path(f"{recipe.stem}.sbatch")
+    file = script or Path(f"{Path(recipe).stem}.sbatch")
     write_script(file, text)
     if not submit:
         return f"written {file}; submit it with: sbatch {file}"

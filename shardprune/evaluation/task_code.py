@@ -2,8 +2,8 @@
 
 A task is a YAML file, but lm-eval runs code for three things in it: `!function` imports Python, a metric that lm-eval
 lacks is a script that the `evaluate` library downloads, and templates are Jinja's, from whose objects a template can
-reach any module. While tasks are loaded and evaluated here, the first two are refused for the tasks of a directory, and
-templates are rendered in Jinja's sandbox.
+reach any module. While the tasks of a directory are loaded and evaluated, the first two are refused for them, and
+templates are rendered in Jinja's sandbox. lm-eval's own tasks, which were installed with it, need none of that.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ import lm_eval.utils
 import yaml
 from jinja2 import Environment
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import SandboxedEnvironment
 
 from shardprune.errors import InputError, first_line
 from shardprune.recipes.evaluate import TaskFields
@@ -38,7 +38,7 @@ def without_task_code(recipe: TaskFields) -> Iterator[None]:
     Raises:
         CodeRefused: in the block, where a task names code.
     """
-    if recipe.allow_task_code:
+    if recipe.allow_task_code or not recipe.tasks_dir:
         yield
         return
     with ExitStack() as replaced:
@@ -46,11 +46,9 @@ def without_task_code(recipe: TaskFields) -> Iterator[None]:
             (lm_eval.utils, "env", _sandboxed(lm_eval.utils.env)),
             (yaml_loader, "_Base", getattr(yaml, "CSafeLoader", yaml.SafeLoader)),
             (yaml_loader, "_import_func_in_yml", _import_of_lm_eval(yaml_loader._import_func_in_yml)),
+            (task_module, "get_metric", _metric_of_lm_eval(task_module.get_metric)),
         ):
             replaced.enter_context(_replaced(module, name, value))
-        if recipe.tasks_dir:
-            found = _metric_of_lm_eval(task_module.get_metric)
-            replaced.enter_context(_replaced(task_module, "get_metric", found))
         try:
             yield
         except SecurityError as error:
@@ -69,8 +67,9 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 def _sandboxed(own: Environment) -> Environment:
-    """Return a sandboxed environment with the settings and filters of lm-eval's own."""
-    sandbox = ImmutableSandboxedEnvironment(
+    """Return a sandboxed environment with the settings and filters of lm-eval's own; its templates may fill lists that
+    they have made."""
+    sandbox = SandboxedEnvironment(
         loader=own.loader, undefined=own.undefined, keep_trailing_newline=own.keep_trailing_newline
     )
     sandbox.filters.update({name: own.filters[name] for name in own.filters.keys() - sandbox.filters.keys()})

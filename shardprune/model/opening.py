@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from shardprune.errors import without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_tensors
-from shardprune.model.companions import check_configs
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.windows import perplexity_windows
 
@@ -57,13 +56,12 @@ def open_model(model: str, field: str = "model", *, float32: bool = True, whole:
 
 
 def open_checkpoint(place: str, field: str) -> Checkpoint:
-    """Open a checkpoint, check the configs beside it, and log what was decided about its files.
+    """Open a checkpoint, and log what was decided about its files.
 
     Raises:
-        InputError: there is no such checkpoint, or one of its configs is no JSON.
+        InputError: there is no such checkpoint.
     """
     checkpoint = Checkpoint(place, field)
-    check_configs(checkpoint.folder, checkpoint.companions())
     for note in checkpoint.notes():
         _say_once(note)
     return checkpoint

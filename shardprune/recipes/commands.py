@@ -8,7 +8,6 @@ module: stories import torch, Ray and transformers, which must wait until a reci
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, cast
 
 from shardprune.recipes.evaluate import EvaluateRecipe
@@ -46,9 +45,9 @@ class Command:
         with uncollected():
             return cast(Callable[..., Any], getattr(import_module(self.module), self.name))
 
-    def words(self, file: Path | str) -> list[str]:
+    def words(self, file: str) -> list[str]:
         """Return the command with a recipe's file, as words of a command line."""
-        return [self.name, *([] if self.file_first else ["--recipe"]), str(file)]
+        return [self.name, *([] if self.file_first else ["--recipe"]), file]
 
 
 PRUNE, HEAL = "Prune", "Heal and measure"

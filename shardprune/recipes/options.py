@@ -136,12 +136,12 @@ def _argument(field: DescribedField) -> inspect.Parameter:
 
 def _recipe_option() -> inspect.Parameter:
     option = typer.Option(help="YAML recipe; options override its fields", metavar="FILE", show_default=False)
-    return _parameter("recipe", Annotated[Path | None, option])
+    return _parameter("recipe", Annotated[str | None, option])
 
 
 def _recipe_argument() -> inspect.Parameter:
     argument = typer.Argument(help="YAML recipe; options override its fields", metavar="RECIPE")
-    return _parameter("recipe", Annotated[Path, argument], inspect.Parameter.empty)
+    return _parameter("recipe", Annotated[str, argument], inspect.Parameter.empty)
 
 
 def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:

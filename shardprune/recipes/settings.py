@@ -2,7 +2,6 @@
 
 import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,7 +51,7 @@ class Settings(BaseModel):
         return {name: _without_credentials(value) for name, value in self.model_dump(mode="json").items()}
 
     @classmethod
-    def load(cls: type[S], file: str | Path | None, overrides: dict[str, Any]) -> S:
+    def load(cls: type[S], file: str | None, overrides: dict[str, Any]) -> S:
         """Settings from a YAML file, its fields overridden by those given.
 
         Raises:
@@ -102,16 +101,16 @@ def checked_section(name: str, settings: type[S], values: dict[str, Any]) -> S:
         raise InputError(f"{name}.{error.field}", error.problem) from error
 
 
-def read_yaml(file: str | Path) -> dict[str, Any]:
+def read_yaml(file: str) -> dict[str, Any]:
     """The fields of a recipe's file, as they stand there.
 
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    with located("recipe", repr(str(file))):
-        values = parse_yaml(read_file(str(file), "recipe"))
+    with located("recipe", repr(file)):
+        values = parse_yaml(read_file(file, "recipe"))
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise InputError("recipe", f"{str(file)!r} must hold fields and values")
+        raise InputError("recipe", f"{file!r} must hold fields and values")
     return values
 
 

@@ -30,7 +30,7 @@ def recipe(**fields) -> PruneRecipe:
 def test_options_override_the_file(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({"model": "m", "out": "o", "sparsity": 0.5, "samples": 64, "eval": ["stdlib"]}))
-    loaded = PruneRecipe.load(file, {"samples": 32})
+    loaded = PruneRecipe.load(str(file), {"samples": 32})
     assert (loaded.samples, loaded.sparsity, loaded.eval) == (32, 0.5, ("stdlib",))
 
 
@@ -343,4 +343,4 @@ def test_bad_files(tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=f"recipe: .*{message}"):
-        PruneRecipe.load(file, {})
+        PruneRecipe.load(str(file), {})

@@ -10,7 +10,7 @@ TOLERANCE = 1e-5  # of float32 weights that a solution of SparseGPT's or least s
 
 STEPS = {
     "accumulate": (47, 0, 0),
-    "solve q, k, v": (1037, 4, 1),
+    "solve q, k, v": (1055, 4, 1),
     "solve o": (887, 4, 1),
     "solve gate, up": (964, 4, 1),
     "solve down": (2887, 4, 1),

@@ -1,7 +1,6 @@
 """The command of a recipe, and checks that a job has the nodes and workers for it."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from shardprune.cluster.slurm.batch import BatchJob
@@ -12,7 +11,7 @@ from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.settings import Settings, read_yaml
 
 
-def command_of(recipe: Path, load: Callable[[str], Settings], asked: str | None) -> tuple[str, Settings]:
+def command_of(recipe: str, load: Callable[[str], Settings], asked: str | None) -> tuple[str, Settings]:
     """Return the command that a recipe is for, and its settings.
 
     Args:
