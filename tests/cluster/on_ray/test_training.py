@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     with pytest.raises(InputError, match="workers: 8 workers need as many CPUs; the cluster has 4"):
-        recover(checked(folder, tmp_path / "o", workers=8), QUIET)
+        recover(checked(folder, tmp_path / "o", workers=8, batch=16), QUIET)
     assert not (tmp_path / "o").exists()
 
 
