@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from shardprune.recipes.imports import uncollected
+
 # Tensors cross the object store without being pickled; every process must agree. A cluster that a run
 # starts for itself listens on loopback only. Both are read when Ray is imported.
 os.environ.setdefault("RAY_ENABLE_ZERO_COPY_TORCH_TENSORS", "1")
@@ -18,36 +20,38 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 # A submitted job's own runtime environment may set what WORKER_ENV passes on, which Ray refuses otherwise.
 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
 
-import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    NodeDiedError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import (
-    NodeAffinitySchedulingStrategy,
-    PlacementGroupSchedulingStrategy,
-)
+# A worker imports all of this before anything else.
+with uncollected():
+    import ray
+    from ray.exceptions import (
+        ActorUnavailableError,
+        NodeDiedError,
+        ObjectLostError,
+        RayActorError,
+        RayTaskError,
+        WorkerCrashedError,
+    )
+    from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import (
+        NodeAffinitySchedulingStrategy,
+        PlacementGroupSchedulingStrategy,
+    )
 
-from shardprune.cluster.group import Group, Ref, Slots, this_machine
-from shardprune.cluster.patience import Patience, sign_seconds
-from shardprune.cluster.ray_exchange import Exchange, Held, JoiningActor
-from shardprune.cluster.ray_metrics import metrics
-from shardprune.cluster.ray_signs import Board, kill
-from shardprune.errors import InputError, WorkerLost, first_line
-from shardprune.recovery.spec import TrainingSpec
-from shardprune.shard.device_errors import context_is_dead
-from shardprune.shard.forward_worker import ForwardWorker
-from shardprune.shard.ledger import Ledger
-from shardprune.shard.mop_worker import MopWorker
-from shardprune.shard.prune_worker import PruneWorker
-from shardprune.shard.signs import Calls
-from shardprune.shard.spec import ForwardSpec
-from shardprune.signals import handlers_kept
+    from shardprune.cluster.group import Group, Ref, Slots, this_machine
+    from shardprune.cluster.patience import Patience, sign_seconds
+    from shardprune.cluster.ray_exchange import Exchange, Held, JoiningActor
+    from shardprune.cluster.ray_metrics import metrics
+    from shardprune.cluster.ray_signs import Board, kill
+    from shardprune.errors import InputError, WorkerLost, first_line
+    from shardprune.recovery.spec import TrainingSpec
+    from shardprune.shard.device_errors import context_is_dead
+    from shardprune.shard.forward_worker import ForwardWorker
+    from shardprune.shard.ledger import Ledger
+    from shardprune.shard.mop_worker import MopWorker
+    from shardprune.shard.prune_worker import PruneWorker
+    from shardprune.shard.signs import Calls
+    from shardprune.shard.spec import ForwardSpec
+    from shardprune.signals import handlers_kept
 
 # Readers of a shared tensor must not write into it. Workers copy what they keep, so that the warnings of
 # Ray and torch say nothing new.
