@@ -3,6 +3,7 @@
 import functools
 import gc
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -16,6 +17,11 @@ import torch
 
 from shardprune.shard.prune_worker import PruneWorker
 from tests.support.tiny import make_model, make_tokens
+
+# A shell ignores Ctrl-C in what it starts in the background, and nohup the end of a terminal; both are inherited, and
+# tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # What takes longest comes first, so that no process of several is left alone with it at the end.

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from shardprune.errors import without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_tensors
+from shardprune.model.companions import check_configs
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.windows import perplexity_windows
 
@@ -52,6 +53,7 @@ def open_model(model: str, field: str = "model", *, float32: bool = True, whole:
     checkpoint = open_checkpoint(place_of(model), field)
     skeleton = Skeleton(checkpoint.config, "cpu", torch.float32 if float32 else stored_dtype(checkpoint, whole))
     check_tensors(skeleton, checkpoint)
+    check_configs(checkpoint.folder, checkpoint.companions())
     return OpenedModel(checkpoint, skeleton)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,13 +53,13 @@ class Settings(BaseModel):
         return {name: _without_credentials(value) for name, value in self.model_dump(mode="json").items()}
 
     @classmethod
-    def load(cls: type[S], file: str | None, overrides: dict[str, Any]) -> S:
+    def load(cls: type[S], file: str | Path | None, overrides: dict[str, Any]) -> S:
         """Settings from a YAML file, its fields overridden by those given.
 
         Raises:
             InputError: the file or a field is wrong.
         """
-        return cls.checked({**(read_yaml(file) if file else {}), **overrides})
+        return cls.checked({**(read_yaml(str(file)) if file else {}), **overrides})
 
     @classmethod
     def checked(cls: type[S], values: dict[str, Any]) -> S:

@@ -71,7 +71,7 @@ def test_a_link_that_leaves_the_folder_is_refused(copy, tmp_path, name, linked):
 def test_settings_of_generation_that_transformers_does_not_read_are_refused(copy, content, reason):
     (copy / "generation_config.json").write_text(content)
     with pytest.raises(InputError, match=rf"^model: .*/generation_config\.json {reason}"):
-        Checkpoint(str(copy)).companions()
+        open_model(str(copy))
 
 
 def test_links_inside_the_folder_and_to_a_snapshots_blobs_are_followed(copy, tmp_path):

@@ -173,7 +173,10 @@ def test_the_recipe_of_a_run_is_planned_as_it_is(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--gpu-memory", "80"), "gpu_memory: '80' is not allowed; use a size such as 80GB or 640GiB"),
+        (
+            ("--gpu-memory", "80"),
+            "gpu_memory: '80' is not allowed; a number needs its unit: use 80GB, or",
+        ),
         (("--gpu-memory", "1GB"), "gpu_memory: '1GB' is not allowed; use more than the 1.0 GB that a CUDA context"),
         (("--gpus", 8, "--shards", 8, "--segments", 4), "segments: 4 is fewer than the 8 shards"),
         (("--network", "fast"), "network: 'fast' is not allowed; use a rate such as 25GB/s or 100Gbit/s"),
@@ -275,7 +278,8 @@ def test_sizes_and_rates_are_bytes(field, text, count):
     ],
 )
 def test_no_size_and_no_rate(field, text):
-    with pytest.raises(InputError, match=f"{field}: {text!r} is not allowed; use (a size|a rate|more than nothing)"):
+    allowed = "(a number needs its unit|use (a size|a rate|more than nothing))"
+    with pytest.raises(InputError, match=f"{field}: {text!r} is not allowed; {allowed}"):
         PlanRecipe.checked({"model": "m", field: text})
 
 

@@ -30,7 +30,7 @@ def recipe(**fields) -> PruneRecipe:
 def test_options_override_the_file(tmp_path):
     file = tmp_path / "r.yaml"
     file.write_text(yaml.safe_dump({"model": "m", "out": "o", "sparsity": 0.5, "samples": 64, "eval": ["stdlib"]}))
-    loaded = PruneRecipe.load(str(file), {"samples": 32})
+    loaded = PruneRecipe.load(file, {"samples": 32})
     assert (loaded.samples, loaded.sparsity, loaded.eval) == (32, 0.5, ("stdlib",))
 
 
@@ -290,7 +290,9 @@ def test_pipelines_are_the_recipes_of_their_steps(name):
     loaded = PipelineRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
     for step, file in PIPELINES[name].items():
         section = loaded.section(step)
-        alone = type(section).load(RECIPES / f"{file}.yaml", {"model": section.model, "out": section.out, "eval": ()})
+        alone = type(section).load(
+            str(RECIPES / f"{file}.yaml"), {"model": section.model, "out": section.out, "eval": ()}
+        )
         assert section == alone
     assert loaded.section("evaluate").tasks == ("zeroshot",)
     assert "GiB" in (RECIPES / f"{name}.yaml").read_text()
@@ -343,4 +345,4 @@ def test_bad_files(tmp_path, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(InputError, match=f"recipe: .*{message}"):
-        PruneRecipe.load(str(file), {})
+        PruneRecipe.load(file, {})

@@ -6,7 +6,6 @@ import deepspeed
 import pytest
 
 import shardprune.commands.recover
-import shardprune.recovery.writing
 from shardprune.recovery.loss_log import Losses
 from shardprune.storage.folder import Folder
 from shardprune.storage.journal import Journal
@@ -62,7 +61,7 @@ CUTS = {
     ),
     "while the last checkpoint takes effect": (Folder, "write_text", lambda _, name, text: text == "step5", False),
     "while layers are written": (Journal, "write_layer", lambda _, shapes, tensor, record: record.layer == 1, False),
-    "before the frame": (shardprune.recovery.writing, "write_tensors", lambda *_: True, False),
+    "before the frame": (Journal, "write_frame", lambda *_: True, False),
     "before the index": (shardprune.commands.recover, "write_index", lambda *_: True, False),
     "before the result": (Journal, "finish", lambda *_: True, False),
     "before the state is removed": (
