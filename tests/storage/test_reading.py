@@ -9,7 +9,7 @@ import pytest
 
 import shardprune
 from shardprune.errors import InputError, StorageError
-from shardprune.storage import folder as folders
+from shardprune.storage import whole_files
 from shardprune.storage.folder import Folder
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.sources import read_text
@@ -90,7 +90,7 @@ def test_a_directory_is_no_file(tmp_path):
 def test_a_file_that_memory_has_no_room_for(tmp_path, monkeypatch):
     with (tmp_path / "x.txt").open("wb") as file:
         file.truncate(10**13)  # without any blocks on the disk
-    monkeypatch.setattr(folders, "host_memory", lambda: 16 * 10**9)
+    monkeypatch.setattr(whole_files, "host_memory", lambda: 16 * 10**9)
     reason = "cannot be read: it is read whole and has 10,000 GB; this machine's memory has room for 4.0 GB"
     with pytest.raises(InputError, match=f"^data: '{tmp_path}/x.txt' {reason}$"):
         read_file(str(tmp_path / "x.txt"), "data")
