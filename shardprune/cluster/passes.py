@@ -4,7 +4,6 @@ Resident shards work as a pipeline: while shard 2 has wave 1, shard 1 has wave 2
 all waves first and then read each of their layers once.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, segment_stream
 from shardprune.shard.layers import Version
+from shardprune.shard.likelihoods import perplexity_of
 from shardprune.shard.waves import Wave, waves_of
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
     arrived = through_all_layers(group, layout, waves, version, streamed, step)
     sums = dict(judged(group, layout, arrived, ForwardWorker.losses, waves.windows, step))
     total = sum(value for values in in_wave_order(sums) for value in values)
-    return math.exp(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
+    return perplexity_of(total / (len(waves.tokens) * (waves.tokens.shape[1] - 1)))
 
 
 def through_all_layers(

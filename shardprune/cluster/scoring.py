@@ -1,6 +1,5 @@
 """Scores of a model that lies on many workers: waves through all or some of its layers, and measures of the outputs."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from shardprune.cluster.passes import Waves, in_flight, in_wave_order
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
+from shardprune.shard.likelihoods import perplexity_of
 from shardprune.shard.mop_worker import REFERENCE, MopWorker, Watched
 from shardprune.shard.waves import Wave
 from shardprune.solvers.scoring import Criterion
@@ -93,7 +93,7 @@ class CandidateScorer:
                 step.advance()
             total = sum(value for values in in_wave_order(sums) for value in values)
             if criterion == "perplexity":
-                scores.append(math.exp(total / (samples * (seqlen - 1))))
+                scores.append(perplexity_of(total / (samples * (seqlen - 1))))
             else:
                 scores.append(total / (samples * seqlen))
         return scores

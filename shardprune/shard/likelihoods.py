@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations, from the logits of the positions that predict them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,3 +46,11 @@ def scores_of(logs: Tensor, targets: Targets) -> list[LogLikelihood]:
         total = logs[-count:].gather(1, tokens.unsqueeze(1)).sum()
         scores.append((float(total), bool((likeliest[-count:] == tokens).all())))
     return scores
+
+
+def perplexity_of(loss: float) -> float:
+    """Return the perplexity of a mean loss in nats a token; infinity where a float holds no number as large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

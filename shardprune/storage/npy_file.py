@@ -24,6 +24,8 @@ def parse_npy(content: bytes, dtype: type[np.generic]) -> np.ndarray:
         shape, by_columns, stored = HEADERS[npy.read_magic(file)](file)
     except Exception as error:  # NumPy reads a header with Python's tokenizer and parser, each with errors of its own
         raise Malformed("is not a .npy array of numbers") from error
+    if any(type(length) is not int for length in shape):
+        raise Malformed(f"is damaged: its shape is {[*shape]}")
     if stored != dtype:
         raise Malformed(f"is {stored} {[*shape]}; use {np.dtype(dtype)}")
     if min(shape, default=0) < 0 or math.prod(shape) * stored.itemsize != len(content) - file.tell():

@@ -1,18 +1,21 @@
 """Every kind of file has one reader, and readers take files only."""
 
 import ast
+import math
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import shardprune
 from shardprune.errors import InputError, StorageError
+from shardprune.shard.likelihoods import perplexity_of
 from shardprune.storage import whole_files
 from shardprune.storage.folder import Folder
 from shardprune.storage.malformed import Malformed
-from shardprune.storage.sources import read_text
+from shardprune.storage.sources import load_tokens, read_text
 from shardprune.storage.text_file import decode
 from shardprune.storage.whole_files import read_file
 
@@ -103,3 +106,17 @@ def test_json_is_not_read_beyond_its_limit(tmp_path):
         file.truncate(10**13)
     with pytest.raises(Malformed, match="^is too large for JSON here: 10,000,000,000,000 bytes, at most 100,000,000$"):
         Folder(str(tmp_path), "out").read_json("x.json")
+
+
+def test_a_shape_of_no_whole_numbers_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((4, 4), np.int64))
+    content = (tmp_path / "x.npy").read_bytes()
+    for shape in (b"(4., 4)", b"(True,4)"):
+        (tmp_path / "x.npy").write_bytes(content.replace(b"(4, 4), }".ljust(len(shape) + 3), shape + b", }", 1))
+        with pytest.raises(InputError, match="^data: .*x.npy' is (damaged|not a .npy array)"):
+            load_tokens("data", str(tmp_path / "x.npy"), 100)
+
+
+def test_a_perplexity_beyond_floats_is_infinite():
+    assert perplexity_of(1e4) == math.inf
+    assert perplexity_of(1.0) == math.e
