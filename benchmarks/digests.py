@@ -18,15 +18,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
+from benchmarks.writing_behind import make_model
 from shardprune import Recipe, prune
 from shardprune.report.progress import Reporter
-
-VOCABULARY = 256
-
 
 WATCHING = (
     "shardprune.model.sources.tensor_digest",
@@ -90,22 +84,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        num_hidden_layers=args.layers,
-        max_position_embeddings=args.seqlen,
-    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        model.save_pretrained(folder / "model")
+        model = make_model(folder, args)
         size = sum(parameter.nbytes for parameter in model.parameters())
-        np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY, (args.samples, args.seqlen)))
         print(f"{size / 1e6:.0f} MB, {args.samples * args.seqlen} tokens, least of {args.repeats}")
         print("| method | CPU of the run | of it digests and stamps | share |\n|---|---|---|---|")
         for method in args.methods:

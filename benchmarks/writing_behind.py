@@ -18,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from shardprune import Recipe, prune
 from shardprune.report.progress import Reporter
@@ -73,6 +73,24 @@ def prune_once(folder: Path, args: argparse.Namespace, writer: type[WriteBehind]
     return result.seconds["prune"]
 
 
+def make_model(folder: Path, args: argparse.Namespace) -> LlamaForCausalLM:
+    """Write a Llama of random weights and its calibration tokens into a folder, and return the model."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        num_hidden_layers=args.layers,
+        max_position_embeddings=args.seqlen,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY, (args.samples, args.seqlen)))
+    return model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=512)
@@ -83,22 +101,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
 
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        num_hidden_layers=args.layers,
-        max_position_embeddings=args.seqlen,
-    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        model.save_pretrained(folder / "model")
+        model = make_model(folder, args)
         layer = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
-        np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, VOCABULARY, (args.samples, args.seqlen)))
         found: dict[str, list[float]] = {"at once": [], "behind": []}
         for _ in range(args.repeats):
             found["at once"].append(prune_once(folder, args, AtOnce))

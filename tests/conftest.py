@@ -1,9 +1,9 @@
 """What several tests need: devices, tiny models of every family, shared material where it is there."""
 
-import functools
 import gc
 import os
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
@@ -15,7 +15,7 @@ import pytest
 import setuptools  # noqa: F401  before DeepSpeed imports distutils, which it replaces
 import torch
 
-from shardprune.shard.prune_worker import PruneWorker
+from tests.support.dying import dying_at
 from tests.support.tiny import make_model, make_tokens
 
 # A shell ignores Ctrl-C in what it starts in the background, and nohup the end of a terminal; both are inherited, and
@@ -110,19 +110,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def dies_at_layer(monkeypatch):
+def dies_at_layer():
     """Make the writing of one layer fail, once."""
-
-    def arm(layer: int) -> None:
-        write = PruneWorker.write
-
-        @functools.wraps(write)
-        def failing(self, index, record):
-            if index == layer:
-                monkeypatch.setattr(PruneWorker, "write", write)
-                raise KeyboardInterrupt
-            return write(self, index, record)
-
-        monkeypatch.setattr(PruneWorker, "write", failing)
-
-    return arm
+    with ExitStack() as armed:
+        yield lambda layer: armed.enter_context(dying_at(layer))

@@ -1,6 +1,5 @@
 """Outputs whose files are not what was written: made again by the same command, or refused in one line."""
 
-import functools
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 
 from shardprune.errors import InputError
 from shardprune.report.progress import Reporter
+from tests.support.dying import dying_at
 from tests.support.running import run, search_run
 from tests.support.tiny import differing, snapshot
 
@@ -105,21 +105,9 @@ def plain(folder):
 @pytest.fixture(scope="module")
 def unfinished(folder, tmp_path_factory):
     """An output with two of four layers."""
-    from shardprune.shard.prune_worker import PruneWorker
-
     out = tmp_path_factory.mktemp("unfinished") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        write = PruneWorker.write
-
-        @functools.wraps(write)
-        def failing(self, index, record):
-            if index == 2:
-                raise KeyboardInterrupt
-            return write(self, index, record)
-
-        patch.setattr(PruneWorker, "write", failing)
-        with pytest.raises(KeyboardInterrupt):
-            run(folder, out, sparsity=0.5)
+    with dying_at(2), pytest.raises(KeyboardInterrupt):
+        run(folder, out, sparsity=0.5)
     assert (out / LAYER).is_file()
     return out
 

@@ -3,12 +3,11 @@
 Everything is tiny, and names are relative to the folder, so that a copy of it elsewhere is the same material.
 """
 
-import functools
 import json
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ import yaml
 
 from shardprune import EvaluateRecipe, MopRecipe, Recipe, evaluate, mop, prune
 from shardprune.report.progress import Reporter
-from shardprune.shard.prune_worker import PruneWorker
+from tests.support.dying import dying_at
 from tests.support.words import WORDS, words_tokenizer
 
 VOCABULARY, LAYERS, SEQLEN, SAMPLES = 32, 2, 16, 4
@@ -118,21 +117,10 @@ def _make_recipes() -> None:
 
 def _make_runs() -> None:
     """Outputs: of a run that is finished, of one that was cut off, and of others."""
-    write = PruneWorker.write
-
-    @functools.wraps(write)
-    def cut_off(self, index, record):
-        if index == LAYERS - 1:
-            raise KeyboardInterrupt
-        return write(self, index, record)
-
     evaluated = {**PRUNING, "eval": ("tokens.npy",)}
     prune(Recipe.checked({**evaluated, "out": "pruned"}), QUIET)
-    try:
-        with patch.object(PruneWorker, "write", cut_off):
-            prune(Recipe.checked({**evaluated, "out": "half"}), QUIET)
-    except KeyboardInterrupt:
-        pass
+    with suppress(KeyboardInterrupt), dying_at(LAYERS - 1):
+        prune(Recipe.checked({**evaluated, "out": "half"}), QUIET)
     mop(MopRecipe.checked({"model": "model", "out": "mopped", "path": "G", "report": False, **COMMON}), QUIET)
     measured = {"model": "pruned", "perplexity": ("tokens.npy",), "seqlen": SEQLEN, "backend": "local", "threads": 1}
     shutil.copytree("pruned", "measured")

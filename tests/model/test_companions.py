@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import fsspec
 import pytest
@@ -12,8 +11,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.opening import open_model
 from tests.support.running import run
-from tests.support.tiny import make_model, make_tokens
-from tests.support.words import words_tokenizer
+from tests.support.tiny import make_tokens
 
 SECRETS = (
     "my_hf_token.txt",
@@ -24,19 +22,6 @@ SECRETS = (
     "adapter_config.json",
     "notes.txt",
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("companions")
-    make_model(folder)
-    words_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(model, tmp_path) -> Path:
-    return shutil.copytree(model, tmp_path / "model")
 
 
 def test_outputs_have_the_files_of_the_list_and_no_others(copy, tmp_path):

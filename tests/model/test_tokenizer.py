@@ -1,7 +1,6 @@
 """Tokenizers that are damaged, or that belong to another model."""
 
 import json
-import shutil
 import threading
 from pathlib import Path
 
@@ -13,21 +12,7 @@ from shardprune.model.tokenizer import check_ends
 from shardprune.storage import tokenising
 from shardprune.storage.tokenising import tokenise
 from shardprune.storage.windows import calibration_windows, perplexity_windows
-from tests.support.tiny import make_model
 from tests.support.words import WORDS, words_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_model(folder)
-    words_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(model, tmp_path) -> Path:
-    return shutil.copytree(model, tmp_path / "model")
 
 
 def change(file: Path, **fields) -> None:

@@ -1,13 +1,12 @@
 """Finished runs of every kind over tiny models, each made once for all tests of reports."""
 
-import functools
 from types import SimpleNamespace
 
 import pytest
 
 from shardprune import PipelineRecipe, pipeline
 from shardprune.report.progress import Reporter
-from shardprune.shard.prune_worker import PruneWorker
+from tests.support.dying import dying_at
 from tests.support.running import rebuild_run, run, search_run
 
 
@@ -47,18 +46,6 @@ def runs(tmp_path_factory):
 
 def _interrupted(folder, **fields):
     """A run whose driver was killed while it wrote its third layer, and which was started again."""
-    write = PruneWorker.write
-
-    @functools.wraps(write)
-    def failing(self, index, record):
-        if index == 2:
-            raise KeyboardInterrupt
-        return write(self, index, record)
-
-    PruneWorker.write = failing
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(folder, "interrupted", **fields)
-    finally:
-        PruneWorker.write = write
+    with dying_at(2), pytest.raises(KeyboardInterrupt):
+        run(folder, "interrupted", **fields)
     return run(folder, "interrupted", **fields)
