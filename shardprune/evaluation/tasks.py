@@ -28,6 +28,7 @@ from shardprune.evaluation.task_code import CodeRefused, without_task_code
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
 from shardprune.storage.malformed import shown
+from shardprune.storage.yaml_file import check_depth
 
 SETS = {  # tasks of the papers on pruning
     "zeroshot": ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "openbookqa", "rte")
@@ -143,9 +144,10 @@ def _own_tasks(folder: str) -> TaskManager:
 
 
 def _check_included(file: Path, seen: set[Path]) -> None:
-    """Check that a task's YAML and what it includes are files: a pipe would be waited for."""
+    """Check that a task's YAML and what it includes are files, as a pipe would be waited for, and not too deep."""
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is no file")
+    check_depth(file.read_bytes())
     included = load_yaml(file, resolve_func=False, recursive=False).get("include", [])
     for name in included if isinstance(included, list) else [included]:
         if (inner := file.parent / name) not in seen:

@@ -86,7 +86,26 @@ def parse_yaml(content: bytes) -> Any:
         raise Malformed(f"is not YAML: {error}") from error
 
 
-def _refused(reason: str, mark: yaml.Mark | None) -> Malformed:
+def check_depth(content: bytes) -> None:
+    """Check the depth of YAML that another library reads: deeper content ends the process in libyaml's loader.
+
+    Raises:
+        Malformed: it is nested deeper than `DEPTH`, or no YAML.
+    """
+    depth = 0
+    try:
+        for event in yaml.parse(decode(content), yaml.SafeLoader):
+            if isinstance(event, yaml.CollectionStartEvent):
+                depth += 1
+                if depth > DEPTH:
+                    raise _refused(f"it is nested deeper than {DEPTH}", event.start_mark)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                depth -= 1
+    except yaml.MarkedYAMLError as error:
+        raise _refused(error.problem or error.context or "it cannot be read", error.problem_mark) from error
+
+
+def _refused(reason: str, mark: Any) -> Malformed:
     place = f" at line {mark.line + 1}" if mark else ""
     return Malformed(f"is not YAML: {reason}{place}")
 

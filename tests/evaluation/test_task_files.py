@@ -18,7 +18,7 @@ from shardprune.recipes.evaluate import TaskFields
         ("group: mine\ntask: 5", "task is 5; use a name or a list of names"),
         ("task: mine\ntag: [a, 1]", r"tag is \['a', 1\]; use a name or a list of names"),
         ("task: mine\nx: 2020-13-45", "month must be in 1..12"),
-        ("task: mine\nx: " + "[" * 3000, "while parsing a flow node"),
+        ("task: mine\nx: " + "[" * 3000, "is not YAML: it is nested deeper than 32"),
         ("task: mine\ninclude: pipe", "'.*/pipe' is no file"),
         ("task: mine\ninclude: [5]", "unsupported operand"),
         (None, "'.*/task.yaml' is no file"),

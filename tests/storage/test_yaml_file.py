@@ -5,7 +5,7 @@ import math
 import pytest
 
 from shardprune.storage.malformed import Malformed
-from shardprune.storage.yaml_file import dump_yaml, parse_yaml
+from shardprune.storage.yaml_file import check_depth, dump_yaml, parse_yaml
 
 
 def test_plain_values():
@@ -61,3 +61,10 @@ def test_size_and_encoding():
         parse_yaml(b"#" * 1_000_001)
     with pytest.raises(Malformed, match="^is not UTF-8 text: invalid start byte at byte 3$"):
         parse_yaml(b"a: \xff")
+
+
+@pytest.mark.parametrize("deep", [b"[" * 5000 + b"]" * 5000, b"- " * 5000 + b"x"])
+def test_depth_is_looked_at_before_another_library_reads(deep):
+    check_depth(b"a: [[1, {b: 2}]]")
+    with pytest.raises(Malformed, match="nested deeper than 32"):
+        check_depth(deep)
