@@ -32,7 +32,7 @@ class Sign:
         number: counts the signs of a process.
         doing: the call under way, such as `layer 3, solve`; None where there is none.
         seconds: of that call so far.
-        idle: its last seconds, in which the process has used neither processor nor files.
+        idle: its last seconds, in which neither the process nor a child of it has used the processor, nor it files.
         waits: whether it waits for another worker.
         place: the line of shardprune that it is at.
         longest: seconds of the longest call that is over.
@@ -92,7 +92,9 @@ class Signs(threading.Thread):
         self._calls, self._send, self._seconds, self._node = calls, send, seconds, node
         self._over = threading.Event()
         self._number = 0
-        self._at, self._used = time.monotonic(), _used()
+        self._process = psutil.Process()  # kept: to make one reads the whole machine's counters
+        self._looked = 0  # bytes that looking for children has read
+        self._at, self._used = time.monotonic(), self._use()
         self._busy_at = self._at
 
     def run(self) -> None:
@@ -108,10 +110,10 @@ class Signs(threading.Thread):
 
     def sign(self) -> Sign:
         """Return the next sign."""
-        now, used = time.monotonic(), _used()
+        now, used = time.monotonic(), self._use()
         elapsed = now - self._at
-        processor, files = (after - before for before, after in zip(self._used, used, strict=True))
-        if processor >= BUSY_SHARE * elapsed or files >= BUSY_BYTES * elapsed:
+        own, compilers, files = (after - before for before, after in zip(self._used, used, strict=True))
+        if max(own, compilers) >= BUSY_SHARE * elapsed or files >= BUSY_BYTES * elapsed:
             self._busy_at = now
         self._at, self._used = now, used
         self._number += 1
@@ -130,16 +132,27 @@ class Signs(threading.Thread):
             longest=self._calls.longest,
         )
 
+    def _use(self) -> tuple[float, float, int]:
+        """Return the seconds of processor time of this process, those of its children that run, and its files' bytes.
 
-def _used() -> tuple[float, int]:
-    """Return the seconds of processor time of this process, and the bytes that it has read and written."""
-    process = psutil.Process()
-    times = process.cpu_times()
-    files = 0
-    with suppress(AttributeError, OSError, psutil.Error):  # not every system counts them
-        counted = process.io_counters()
-        files = sum(getattr(counted, name, 0) for name in ("read_chars", "write_chars", "read_bytes", "write_bytes"))
-    return times.user + times.system, files
+        A clock of nanoseconds, less what this thread takes: the system's ticks of 10 ms are too coarse to tell 5 % of
+        a short time. Children are compilers, of DeepSpeed's operations or of a kernel, for which a call waits.
+        """
+        own = time.process_time() - (time.thread_time() if threading.current_thread() is self else 0.0)
+        files, children, looked = self._files(), 0.0, self._looked
+        for child in self._process.children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                times = child.cpu_times()
+                children += times.user + times.system
+        self._looked += self._files() - files
+        return own, children, files - looked
+
+    def _files(self) -> int:
+        """Return the bytes that this process has read and written, 0 on a system that doesn't count them."""
+        with suppress(AttributeError, OSError, psutil.Error):
+            counted = self._process.io_counters()
+            return sum(getattr(counted, name, 0) for name in ("read_chars", "write_chars", "read_bytes", "write_bytes"))
+        return 0
 
 
 def _frames(innermost: FrameType | None) -> list[FrameType]:
