@@ -10,7 +10,7 @@ import pytest
 
 from shardprune.cluster.patience import Patience, sign_seconds
 from shardprune.errors import WorkerLost
-from shardprune.shard.signs import Calls, Sign, Signs
+from shardprune.shard.signs import Sign
 
 IDLE = Sign(1, "here", "node", 7, None, 0.0, 0.0, False, "", 0.0)
 
