@@ -1,12 +1,13 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.rebuilding import Rebuilding
 
 
@@ -18,8 +19,8 @@ class PendingWork:
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
-    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `factorises` says
-    whether a solution takes the factors of a Gram matrix, which grow with the cube of its size.
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
+    a solution.
     """
 
     shares: Shares
@@ -31,7 +32,7 @@ class PendingWork:
     measure_error: bool
     widths: Widths | None = None
     passes_on_dense: bool = False
-    factorises: bool = False
+    effort: Effort = field(default_factory=Effort)
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -65,18 +66,27 @@ class PendingWork:
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
         """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
         waves as would take about as many operations, and at least one."""
-        if not self.factorises:
-            return 1
         shapes = self.shapes[layer]
+        if not self._operations(layer, names):
+            return 1
         forward = sum(rows * cols for rows, cols in shapes.values())
         sums = sum(shapes[group[0]][1] ** 2 for group in self.family.inputs)
         return max(1, round(self.cost(layer, names) / (tokens * (forward + sums))))
 
     def cost(self, layer: int, names: Sequence[str]) -> float:
-        """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the
-        weights."""
-        rows, cols = sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
+        """The operations of solving one input of a layer, roughly; where nothing is multiplied, its share of the work
+        in the same measure."""
+        if operations := self._operations(layer, names):
+            return operations
+        rows, cols = self._size(layer, names)
         return cols**3 + rows * cols**2
+
+    def _operations(self, layer: int, names: Sequence[str]) -> float:
+        return self.effort.operations(*self._size(layer, names))
+
+    def _size(self, layer: int, names: Sequence[str]) -> tuple[int, int]:
+        """The rows of all projections `names`, and the columns of their input."""
+        return sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""

@@ -32,6 +32,7 @@ from shardprune.report.result import (
     zeros_of,
 )
 from shardprune.shard.layers import Version
+from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
@@ -250,7 +251,7 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
-            factorises=scoring.correction if scoring else prepared.job.factorises,
+            effort=Effort(sweeps=scoring.correction) if scoring else prepared.job.effort,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:

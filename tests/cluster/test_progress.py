@@ -3,6 +3,7 @@
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.model.families import FAMILIES
 from shardprune.report.progress import Reporter, Step
+from shardprune.solvers.methods import Effort
 from tests.support.running import run
 
 SHAPES = {
@@ -17,7 +18,9 @@ SHAPES = {
 
 
 def pending(factorises):
-    return PendingWork({}, frozenset(), FAMILIES["llama"], [SHAPES] * 2, [], None, False, factorises=factorises)
+    return PendingWork(
+        {}, frozenset(), FAMILIES["llama"], [SHAPES] * 2, [], None, False, effort=Effort(sweeps=factorises)
+    )
 
 
 def test_solutions_count_as_the_waves_that_would_take_as_many_operations():
