@@ -30,6 +30,7 @@ WEIGHTS_ALONE = {**FEW, "seqlen": 512, "method": "magnitude", "measure_error": F
 # read.
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
+    "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
     "resident": ("large vocabulary", WEIGHTS_ALONE, "logits"),
