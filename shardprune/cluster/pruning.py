@@ -3,18 +3,20 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardprune.cluster.group import Group
+from shardprune.cluster.held_out import HeldOut
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pending_work import PendingWork
+from shardprune.cluster.stream_targets import solve_towards_stream
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step
-from shardprune.shard.forward_worker import ForwardWorker, segment_stream
+from shardprune.shard.forward_worker import ForwardWorker, dense_stream, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.signals import as_completed
 from shardprune.storage.records import LayerRecord
@@ -55,6 +57,9 @@ def _prune_layers(
             stream = segment_stream(layers.start)
             if layers.start == 0:
                 enter(group, layout, waves, stream)
+            if work.improving:
+                first = layout.shard_of(layers.start)
+                to_all(group, layout, first, ForwardWorker.fork, stream, dense_stream(stream))
             for index in layers:
                 layer = LayerInWork(group, layout, waves, stream, index, step)
                 if index not in work.finished:
@@ -63,13 +68,17 @@ def _prune_layers(
                     record = _prune_layer(work, layer)
                     files.write(layer, record, started)
                 if index + 1 in layers:
+                    if index in work.finished and work.improving:
+                        layer.dense.over_waves(ForwardWorker.propagate, "dense", False)
                     if index in work.finished or not work.passes_on_dense:
                         version = "dense" if work.passes_on_dense else "latest"
                         layer.over_waves(ForwardWorker.propagate, version, False)
                     if layout.shard_of(index + 1) != layer.shard:
-                        hand_on(group, layout, waves, stream, layer.shard)
+                        for moved in work.streams(stream):
+                            hand_on(group, layout, waves, moved, layer.shard)
             last = layout.shard_of(layers[-1])
-            to_all(group, layout, last, ForwardWorker.drop, stream)
+            for over in work.streams(stream):
+                to_all(group, layout, last, ForwardWorker.drop, over)
             to_all(group, layout, last, ForwardWorker.release)
     except WorkerLost:
         raise
@@ -87,8 +96,17 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
         sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
         return LayerRecord(layer.layer, kept=kept, sizes=sizes)
     solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
+    if work.improving:
+        return _improved(work, layer, solvers)
     record = solve_layer(work, layer, solvers)
     return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
+
+
+def _improved(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
+    """Solve a layer with the steps that are meant to improve it, each of which the held-out windows judge."""
+    held_out = HeldOut(layer)
+    record = solve_towards_stream(work, layer, held_out, solvers)
+    return replace(record, improvements=tuple(held_out.reports))
 
 
 def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:

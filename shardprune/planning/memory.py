@@ -81,7 +81,7 @@ class WorkerMemory:
         self.model = task.model
         self.layers = setup.layout.shards[shard]
         self.first, self.last = shard == 0, shard == len(setup.layout.shards) - 1
-        self.sequences = -(-task.samples // setup.layout.replicas)
+        self.sequences = -(-task.samples // setup.layout.replicas) + bool(task.held_out)
         lane = setup.layout.lanes()[shard if len(setup.layout.segments) > 1 else 0]
         self.segments = len(lane)
         self.recorded = sum(1 for segment in lane if segment.start)
@@ -135,11 +135,15 @@ class WorkerMemory:
 
     def _prune(self) -> Iterator[Moment]:
         task = self.task
-        kept = self.segments * task.kept_bytes(self.sequences)
+        improving = task.improving
+        kept = (self.segments + bool(improving)) * task.kept_bytes(self.sequences)
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
         weights = self._held() + resident + (0 if self.setup.gpu else self._written())
+        if improving.stream_targets:
+            yield from self._aim(weights, kept)
+            return
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
@@ -150,8 +154,41 @@ class WorkerMemory:
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
                 statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one))
-                label = f"{step} {'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in one.rows)}"
-                yield self._moment("prune", label, weights, 0, statistics, workspace + copied, kept=kept)
+                yield self._moment(
+                    "prune", f"{step} {_label(one)}", weights, 0, statistics, workspace + copied, kept=kept
+                )
+
+    def _aim(self, weights: int, kept: int) -> Iterator[Moment]:
+        """Yield the moments of pruning towards the dense stream, one input after the other. Beside the layer stand its
+        dense weights, and those of the input's projections as they were solved first."""
+        task, model = self.task, self.model
+        tokens = min(task.wave, self.sequences) * task.seqlen
+        for one in model.inputs:
+            label = _label(one)
+            weights_held = weights + (model.projections + one.weights) * task.itemsize
+            sums = self._sums(one) + 4 * one.differences
+            # The inputs of both passes, output projections' outputs, and differences in float32.
+            taps = (
+                tokens * (2 * one.cols + 4 * model.hidden) * task.itemsize + 12 * tokens * one.differences // one.cols
+            )
+            yield self._moment("prune", f"confront {label}", weights_held, self._forward() + taps, sums, kept=kept)
+            exchanged = self._sent(one) + 4 * one.differences if self.setup.copies_sums else 0
+            aims = 4 * one.weights
+            # The factor, and two products beside the weights that are aimed at.
+            yield self._moment(
+                "prune",
+                f"aim {label}",
+                weights_held,
+                0,
+                sums + exchanged,
+                4 * one.cols**2 + aims + 8 * one.largest,
+                kept,
+            )
+            for step, workspace in self._solve(one):
+                # The factor serves both solutions.
+                yield self._moment(
+                    "prune", f"{step} {label}", weights_held, 0, sums + exchanged, workspace + aims, kept=kept
+                )
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -326,6 +363,11 @@ def _kinds(setup: Setup) -> list[int]:
     """Return representative shards: the first, the second, a middle one and the last."""
     shards = len(setup.layout.shards)
     return sorted({0, 1, shards // 2, shards - 1} & set(range(shards)))
+
+
+def _label(one: Input) -> str:
+    """Return a short name of an input: its projections'."""
+    return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in one.rows)
 
 
 def _total(moment: Moment) -> int:

@@ -102,6 +102,19 @@ class BlockResult(BaseModel):
     error_after: float | None = None
 
 
+class ImprovementResult(BaseModel):
+    """A step that was meant to improve a layer, by the projections that it changes, and ||output - dense output||^2 /
+    ||dense output - dense input||^2 of the layer on held-out windows before and after it; it was kept where that
+    fell."""
+
+    layer: int
+    step: str
+    projections: list[str]
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
+
+
 class Sparsity(BaseModel):
     """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
     the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
@@ -120,6 +133,7 @@ class Sparsity(BaseModel):
     layers: list[LayerResult]
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
+    improvements: list[ImprovementResult] | None = None
 
     @property
     def left_zero(self) -> float | None:
@@ -222,8 +236,11 @@ class Evaluation(BaseModel):
 
 
 class CalibrationResult(BaseModel):
+    """The calibration windows: of the `samples` some were `held_out`, to judge steps that improve a layer."""
+
     source: str
     samples: int
+    held_out: int | None = None
     seqlen: int
     tokens_sha256: str
 
@@ -375,6 +392,7 @@ def sparsity_of(records: Sequence[LayerRecord], target: float | None, original: 
         layers=layers,
         projections=[ProjectionResult.of(report) for report in reports],
         blocks=[BlockResult(**asdict(block)) for record in records for block in record.blocks] or None,
+        improvements=[ImprovementResult(**asdict(step)) for record in records for step in record.improvements] or None,
     )
 
 

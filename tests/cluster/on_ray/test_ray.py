@@ -86,6 +86,7 @@ SCENARIOS = {
         "rebuild_granularity": "block",
         **BARBER,
     },
+    "dense stream": {"shards": 2, "targets": "stream"},
     "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
     "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
     "replicas of a pattern without a Hessian": {
@@ -120,6 +121,13 @@ JOINED = {
         "weights": "streamed",
         "allocation": "mosaic",
         "outlier_m": 3.0,
+    },
+    "dense stream, parallel": {
+        "shards": 2,
+        "replicas": 2,
+        "propagation": "parallel",
+        "weights": "streamed",
+        "targets": "stream",
     },
     "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
 }
