@@ -115,7 +115,9 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     Args:
         solvers: the replica that solves each input.
     """
-    layer.over_waves(PruneWorker.accumulate, False)
+    layer.calibrating.over_waves(PruneWorker.accumulate, False)
+    if work.improving.measured_damping:
+        layer.held_out.over_waves(PruneWorker.hold_out)
     inputs = work.family.inputs
     waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)

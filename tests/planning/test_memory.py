@@ -30,6 +30,7 @@ WEIGHTS_ALONE = {**FEW, "seqlen": 512, "method": "magnitude", "measure_error": F
 # read.
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
+    "measured damping": ("wide", {**FEW, "samples": 8, "damping": "auto"}, "factor down"),
     "alps": ("wide", {**FEW, "method": "alps"}, "factor down"),
     "refit": ("wide", {**FEW, "method": "wanda", "refit": True}, "fit down"),
     "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
