@@ -76,10 +76,12 @@ class PendingWork:
         """The passes of a wave over an unfinished layer, in whole or in part."""
         if self.passes_on_dense:
             return 1
-        if not self.improving:
-            return 2 + self.comparing_passes * len(self.family.blocks)
-        inputs = len(self.family.inputs)
-        return 2 + 2 * inputs if held_out else 1 + inputs
+        improving, inputs = self.improving, len(self.family.inputs)
+        if held_out:  # towards the dense output and on; before and after every step
+            return 2 + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+        if improving.stream_targets:
+            return 1 + inputs
+        return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
         """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
@@ -103,7 +105,7 @@ class PendingWork:
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        return self.narrow_parts(layer, tokens) + rebuilt
+        return self.narrow_parts(layer, tokens) + rebuilt + (self.improving.reconstruction > 0)
 
     @property
     def comparing_passes(self) -> int:

@@ -86,7 +86,7 @@ SCENARIOS = {
         "rebuild_granularity": "block",
         **BARBER,
     },
-    "dense stream": {"shards": 2, "targets": "stream"},
+    "dense stream, trained": {"shards": 2, "targets": "stream", "reconstruct": 3},
     "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
     "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
     "replicas of a pattern without a Hessian": {
@@ -128,6 +128,7 @@ JOINED = {
         "propagation": "parallel",
         "weights": "streamed",
         "targets": "stream",
+        "reconstruct": 3,
     },
     "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
 }
