@@ -22,10 +22,11 @@ from shardprune.model.structure.path import Letter, State
 from shardprune.model.structure.path_plan import PathPlan
 from shardprune.model.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
 from shardprune.recipes.mop import MopRecipe
+from shardprune.report.achieved import shape_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter, Step
-from shardprune.report.result import CalibrationResult, Iteration, ModelSize, Result, Structure, shape_of
+from shardprune.report.result import CalibrationResult, Iteration, ModelSize, Result, Structure
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion

@@ -17,20 +17,11 @@ from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.errors import without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
+from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import (
-    CalibrationResult,
-    ModelSize,
-    Result,
-    Sparsity,
-    Structure,
-    removal_of,
-    sparsity_of,
-    structure_of,
-    zeros_of,
-)
+from shardprune.report.result import CalibrationResult, ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
 from shardprune.storage.locations import absolute
 from shardprune.storage.owner import owned
