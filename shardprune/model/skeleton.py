@@ -116,10 +116,7 @@ class Skeleton:
 
         They are converted one by one as they arrive. Parameters own their memory, so that solvers may write into them.
         """
-        blank = self._blanks[index]
-        # Configs, which take longest to copy, stay those of the model.
-        shared = [module.config for module in blank.modules() if hasattr(module, "config")]
-        layer = copy.deepcopy(blank, {id(config): config for config in shared})
+        layer = copy.deepcopy(self._blanks[index])
         prefix = f"{self.family.layers}.{index}."
         for name, tensor in tensors:
             path, _, leaf = name.removeprefix(prefix).rpartition(".")

@@ -20,15 +20,13 @@ class Findings:
     """Facts about one pruned projection, each a tensor [] on its device: the host reads those of all at once.
 
     Attributes:
-        solved: whether the solver's weight is finite.
-        finite: whether the rounded weight is.
+        finite: whether all entries of the rounded weight are, and of the solver's where others are restored.
         masked: entries of the mask.
         zeros: those of the rounded weight; `zeros_before` of the dense one.
         broken: groups of N:M with too many weights.
         lost, norm: ||XW - XW'||^2 and ||XW||^2, where the error is measured.
     """
 
-    solved: Tensor
     finite: Tensor
     masked: Tensor
     zeros: Tensor
@@ -77,7 +75,7 @@ def prune_projections(
         except SolverError as error:
             raise SolverError(f"{labels[name]}: {error}") from error
         pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored[name])
-        found.append(_findings(weight, solution, pruned, patterns[name], gram))
+        found.append(_findings(weight, solution, pruned, patterns[name], restore, gram))
         solutions.append((solution.sweep, solution.retries, solution.damping))
         weight.copy_(pruned)
         del solution, pruned
@@ -86,9 +84,7 @@ def prune_projections(
     for name, facts, (sweep, retries, damping) in zip(names, _read(found), solutions, strict=True):
         rows, cols = weights[name].shape
         expected = patterns[name].zeros(rows, cols, shares[name].sparsity)
-        solved, finite, masked, zeros, zeros_before, broken, lost, norm = facts
-        if not solved:
-            raise SolverError(f"{labels[name]}: the pruned weight is not finite")
+        finite, masked, zeros, zeros_before, broken, lost, norm = facts
         if not finite:
             raise SolverError(f"{labels[name]}: {overflow('pruned weight', stored[name])}")
         # Rounding to 16 bits may add zeros to those of the mask, never take one away.
@@ -113,8 +109,11 @@ def prune_projections(
     return reports
 
 
-def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Pattern, gram: Tensor | None) -> Findings:
-    """Return what there is to know of a projection; `pruned` is its rounded weight."""
+def _findings(
+    dense: Tensor, solution: Solution, pruned: Tensor, pattern: Pattern, restored: bool, gram: Tensor | None
+) -> Findings:
+    """Return what there is to know of a projection; `pruned` is its rounded weight, with dense values where the method
+    left weights if it is `restored`."""
     lost = norm = dense.new_zeros((), dtype=torch.float64)
     if gram is not None:
         norm = gram_norm(dense.float(), gram)
@@ -126,17 +125,20 @@ def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Patter
                 # Roundings of different weights are independent: those of one output add up like their squares.
                 rounding = torch.linalg.vector_norm(solution.weight - pruned, dim=0).square_()
                 lost = lost + (rounding * gram.diagonal()).sum(dtype=torch.float64)
-    solved = torch.isfinite(solution.weight).all()
     return Findings(
-        solved=solved,
-        finite=solved if pruned is solution.weight else torch.isfinite(pruned).all(),
-        masked=solution.mask.sum(),
-        zeros=(pruned == 0).sum(),
-        zeros_before=(dense == 0).sum(),
+        finite=_finite(pruned) & _finite(solution.weight) if restored else _finite(pruned),
+        masked=solution.mask.count_nonzero(),
+        zeros=pruned.numel() - pruned.count_nonzero(),
+        zeros_before=dense.numel() - dense.count_nonzero(),
         broken=pattern.broken(pruned),
         lost=lost,
         norm=norm,
     )
+
+
+def _finite(weight: Tensor) -> Tensor:
+    """Return whether all entries are, bool []: by their extremes, which a NaN replaces, in one pass."""
+    return torch.stack(weight.aminmax()).isfinite().all()
 
 
 def _read(found: list[Findings]) -> list[list[float]]:
