@@ -19,6 +19,9 @@ SMALL = ("tests/solvers/test_wanda_and_magnitude.py",)
 
 
 def run(setting: Setting, rows: Rows) -> None:
+    if not importlib.util.find_spec("pytest"):
+        rows.add("skipped", "pytest is not installed")
+        return
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist") and not setting.small:
         words += ["--numprocesses", str(PROCESSES)]

@@ -71,8 +71,8 @@ class Effort:
     running: int = 0
 
 
-# `prune(weight, statistics, pattern, sparsity)` of a method; the statistics may be None where it needs none.
-Solver = Callable[["Tensor", "InputStatistics | None", "Pattern", float], Solution]
+# Statistics may be None where a method needs none.
+Solve = Callable[[Sequence[Target], "InputStatistics | None"], Iterator[Solution]]
 
 
 @dataclass(frozen=True)
@@ -80,45 +80,52 @@ class Method:
     """A row of the table of methods.
 
     Attributes:
-        solver: module and function, imported on first use: recipes are read without torch.
+        solve: `solve(targets, statistics)` yields the solutions of the projections that read one input, in order.
         needs: kind of statistics that it requires; None: weights alone.
         effort: of a solution; what `shardprune plan` computes memory and seconds from.
         named: whether it is a value of a recipe's `method`; `wanda-variant` is chosen by an option.
-        together: module and function `prune_together(targets, statistics)` of a method that gains by solving the
-            projections that read one input at once; it returns their solutions in order.
     """
 
-    solver: str
+    solve: Solve
     needs: "Kind | None"
     effort: Effort
     named: bool = True
-    together: str | None = None
 
-    @property
-    def prune(self) -> "Solver":
-        """The function `prune(weight, statistics, pattern, sparsity)`, which leaves its float32 weight [rows, cols]
-        unchanged.
-        """
-        return _function(self.solver)
 
-    def solve(self, targets: Sequence[Target], statistics: "InputStatistics | None") -> Iterator[Solution]:
-        """Yield the solutions of the projections that read one input: one after the other, or of all at once."""
-        if self.together:
-            yield from _function(self.together)(targets, statistics)
-        else:
-            for target in targets:
-                yield self.prune(target.weight.float(), statistics, target.pattern, target.sparsity)
+def one_by_one(name: str) -> Solve:
+    """Return how a method solves that looks at each projection by itself: by the module and function `name`,
+    `prune(weight, statistics, pattern, sparsity)`, which leaves its float32 weight [rows, cols] unchanged.
+    """
+
+    def solve(targets: Sequence[Target], statistics: "InputStatistics | None") -> Iterator[Solution]:
+        prune = _function(name)
+        for target in targets:
+            yield prune(target.weight.float(), statistics, target.pattern, target.sparsity)
+
+    return solve
+
+
+def at_once(name: str) -> Solve:
+    """Return how a method solves that gains by looking at all projections that read one input: by the module and
+    function `name`, `prune_together(targets, statistics)`, which returns their solutions in order.
+    """
+
+    def solve(targets: Sequence[Target], statistics: "InputStatistics | None") -> Iterator[Solution]:
+        yield from _function(name)(targets, statistics)
+
+    return solve
 
 
 def _function(name: str) -> Any:
+    """Return a function of a solver's module, imported on first use: recipes are read without torch."""
     module, function = name.split(".")
     return getattr(import_module(f"shardprune.solvers.{module}"), function)
 
 
 SORTING = Effort(sorts=True, touched=60)
 METHODS: dict[str, Method] = {
-    "magnitude": Method("magnitude.prune", needs=None, effort=Effort()),
-    "wanda": Method("wanda.prune", needs="squares", effort=SORTING),
-    "wanda-variant": Method("wanda.prune_variant", needs="squares", effort=replace(SORTING, running=28), named=False),
-    "sparsegpt": Method("sparsegpt.prune", "gram", Effort(sweeps=True), together="sparsegpt.prune_together"),
+    "magnitude": Method(one_by_one("magnitude.prune"), None, Effort()),
+    "wanda": Method(one_by_one("wanda.prune"), "squares", SORTING),
+    "wanda-variant": Method(one_by_one("wanda.prune_variant"), "squares", replace(SORTING, running=28), named=False),
+    "sparsegpt": Method(at_once("sparsegpt.prune_together"), "gram", Effort(sweeps=True)),
 }

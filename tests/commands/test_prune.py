@@ -19,7 +19,7 @@ from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.model.skeleton import attention_of
 from shardprune.shard.prune_worker import PruneWorker
-from shardprune.solvers.methods import METHODS
+from shardprune.solvers.methods import METHODS, Target
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 from shardprune.storage.relative_paths import absolute_paths
@@ -49,7 +49,8 @@ def plain_pruned(folder, method: str, pattern: str, sparsity: float) -> dict[str
         for hook in hooks:
             hook.remove()
         for name, linear in linears.items():
-            solution = METHODS[method].prune(linear.weight.data, gathered[name], parse_pattern(pattern), sparsity)
+            target = Target(linear.weight.data, parse_pattern(pattern), sparsity)
+            (solution,) = METHODS[method].solve([target], gathered[name])
             linear.weight.data.copy_(solution.weight)
         assert index < 4
     return model.state_dict()

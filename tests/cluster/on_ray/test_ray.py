@@ -192,7 +192,7 @@ def test_metrics_say_what_workers_do(ray, folder, tmp_path):
     found: dict[str, dict[str, float]] = {}
 
     def scrape() -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and found.get("layers_done_total") != {"0": 2, "1": 2}:
             time.sleep(0.3)
             for name, process, shard, value in scraped(ray):
