@@ -1,8 +1,8 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shardprune.cluster.solution_parts import narrowing_parts, operations_of_solution, solution_parts
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
@@ -63,28 +63,24 @@ class PendingWork:
         return waves * passes + others
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
-        """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
-        waves as would take about as many operations, and at least one."""
+        """The number of parts that solving the projections `names`, which read one input, counts as."""
         if not self.factorises:
             return 1
-        shapes = self.shapes[layer]
-        forward = sum(rows * cols for rows, cols in shapes.values())
-        sums = sum(shapes[group[0]][1] ** 2 for group in self.family.inputs)
-        return max(1, round(self.cost(layer, names) / (tokens * (forward + sums))))
+        return solution_parts(self.family, self.shapes[layer], names, tokens)
 
-    def cost(self, layer: int, names: Sequence[str]) -> float:
-        """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the
-        weights."""
-        rows, cols = sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
-        return cols**3 + rows * cols**2
+    def cost(self, layer: int, names: tuple[str, ...]) -> int:
+        """The operations of solving one input of a layer, roughly."""
+        return operations_of_solution(self.shapes[layer], names)
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""
-        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return narrowing_parts(self.family, self.shapes[layer], tokens, self.factorises)
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
+        if self.widths:
+            return self.narrow_parts(layer, tokens)
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        return self.narrow_parts(layer, tokens) + rebuilt
+        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs) + rebuilt
 
     @property
     def comparing_passes(self) -> int:

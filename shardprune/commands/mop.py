@@ -165,10 +165,9 @@ class MopRun:
         prepared, where = self.prepared, self._where()
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, prepared.calibration, prepared.wave
         start = self.path_plan.start
-        scoring = self.recipe.scoring
-        inputs = prepared.skeleton.family.input_names
+        scoring, skeleton = self.recipe.scoring, prepared.skeleton
         model = ModelOnWorkers(
-            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, inputs
+            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, skeleton
         )
         compared = self._criterion if self._criterion != "perplexity" and self.path_plan.candidates(where) else None
         if compared or not self.state.known.path or any(True for _ in self.state.missing("before")):
@@ -181,7 +180,7 @@ class MopRun:
         if self.state.known.path:
             self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
             layers = self._layers()
-            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, inputs)
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, skeleton)
             model.read(self._saved(where))
         return model
 
@@ -353,7 +352,7 @@ class MopRun:
                 again = scored and not (self.recipe.depth_rule == "perplexity" == self._criterion)
                 parts += model.waves_of(model.shortening) * (passes + again)
             else:
-                parts += model.waves_of(model.narrowing) * (model.passes_to_narrow() + scored)
+                parts += model.parts_to_narrow() + scored * model.waves_of(model.narrowing)
         return parts
 
     def _refer_parts(self, model: ModelOnWorkers) -> int:

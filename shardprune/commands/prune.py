@@ -254,7 +254,7 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
-            factorises=scoring.correction if scoring else prepared.job.factorises,
+            factorises=scoring.needs_gram(False) if scoring else prepared.job.factorises,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
