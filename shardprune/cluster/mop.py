@@ -27,6 +27,7 @@ from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.waves import split
 from shardprune.signals import as_completed
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.scoring import Criterion, Scoring
 
 STREAM = "narrowing"
@@ -165,8 +166,8 @@ class ModelOnWorkers:
     def _solutions_of_a_layer(self, scorer: CandidateScorer) -> int:
         """Return the number of parts that making one layer narrower counts as."""
         current = Skeleton(reshaped(self.skeleton.config, self.widths), "cpu")
-        factorises = self.scoring.needs_gram(False)
-        return narrowing_parts(current.family, current.projection_shapes(0), scorer.waves.tokens_of_one, factorises)
+        effort = Effort(sweeps=self.scoring.needs_gram(False))
+        return narrowing_parts(effort, current.family, current.projection_shapes(0), scorer.waves.tokens_of_one)
 
     def _narrow_one_by_one(self, scorer: CandidateScorer, widths: Widths, step: Step) -> None:
         """Make one layer after another narrower: the Gram matrices of all layers at once would not fit, and with

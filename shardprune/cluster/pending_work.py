@@ -1,12 +1,13 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from shardprune.cluster.solution_parts import narrowing_parts, operations_of_solution, solution_parts
+from shardprune.cluster.solution_parts import cost_of_solution, narrowing_parts, solution_parts
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.rebuilding import Rebuilding
 
 
@@ -18,8 +19,8 @@ class PendingWork:
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
-    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `factorises` says
-    whether a solution takes the factors of a Gram matrix, which grow with the cube of its size.
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
+    a solution.
     """
 
     shares: Shares
@@ -31,7 +32,7 @@ class PendingWork:
     measure_error: bool
     widths: Widths | None = None
     passes_on_dense: bool = False
-    factorises: bool = False
+    effort: Effort = field(default_factory=Effort)
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -64,17 +65,15 @@ class PendingWork:
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
         """The number of parts that solving the projections `names`, which read one input, counts as."""
-        if not self.factorises:
-            return 1
-        return solution_parts(self.family, self.shapes[layer], names, tokens)
+        return solution_parts(self.effort, self.family, self.shapes[layer], names, tokens)
 
-    def cost(self, layer: int, names: tuple[str, ...]) -> int:
+    def cost(self, layer: int, names: tuple[str, ...]) -> float:
         """The operations of solving one input of a layer, roughly."""
-        return operations_of_solution(self.shapes[layer], names)
+        return cost_of_solution(self.effort, self.shapes[layer], names)
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""
-        return narrowing_parts(self.family, self.shapes[layer], tokens, self.factorises)
+        return narrowing_parts(self.effort, self.family, self.shapes[layer], tokens)
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
         if self.widths:

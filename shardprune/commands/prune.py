@@ -23,6 +23,7 @@ from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import CalibrationResult, ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
+from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
@@ -254,7 +255,7 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
-            factorises=scoring.needs_gram(False) if scoring else prepared.job.factorises,
+            effort=Effort(sweeps=scoring.needs_gram(False)) if scoring else prepared.job.effort,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:

@@ -62,6 +62,7 @@ class PruningFields(StructuredFields):
         0.08, ge=0, le=0.5, description="lambda: sparsities lie within target +- 2 lambda, from 0 to 0.5"
     )
     wanda_variant: bool = Field(False, description="Wanda's use_variant: per-row sparsity may differ")
+    refit: bool = Field(False, description="Fit the kept weights to the dense outputs by least squares")
 
     @field_validator("sparsity")
     @classmethod
@@ -111,6 +112,7 @@ class PruningFields(StructuredFields):
             allocation=self.allocation,
             outlier_m=self.outlier_m,
             spread=self.outlier_lambda,
+            refit=self.refit,
         )
 
     @model_validator(mode="after")
@@ -157,7 +159,7 @@ class PruningFields(StructuredFields):
     @model_validator(mode="after")
     def _structure_fits(self) -> "PruningFields":
         self.needs("structured", self.structured is not None, *WidthFields.model_fields)
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation")
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation", "refit")
         if self.structured is None:
             return self
         if isinstance(self.zeros, Mixed):
@@ -225,6 +227,8 @@ class PruneRecipe(
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
         self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
+        replaced = self.rebuilding is not None and not self.keep_corrected
+        self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
 
     def job(self) -> PruningJob:

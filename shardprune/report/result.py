@@ -55,8 +55,9 @@ class ModelSize(BaseModel):
 class ProjectionResult(BaseModel):
     """One projection: `target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers`
     the percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M, `sweep` the way
-    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `update` that of a masked
-    low-rank update of a fine-tuning: `kernel` or `products`."""
+    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `iterations` those in which ALPS
+    chose the zeros, `refit_steps` those of conjugate gradients on the mask, `update` the way of a masked low-rank
+    update of a fine-tuning: `kernel` or `products`."""
 
     layer: int
     name: str
@@ -65,6 +66,8 @@ class ProjectionResult(BaseModel):
     retries: int = 0
     damping: float | None = None
     sweep: str | None = None
+    iterations: int | None = None
+    refit_steps: int | None = None
     update: str | None = None
     error: float | None = None
     outliers: float | None = None

@@ -9,10 +9,13 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.model.saving import overflow
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.least_squares import refit
 from shardprune.solvers.methods import Method, Solution, Target
 from shardprune.solvers.pattern import NM, Mixed, Pattern
 from shardprune.solvers.statistics import InputStatistics, gram_norm
 from shardprune.storage.records import ProjectionReport
+
+SOLVED = ("retries", "damping", "sweep", "iterations", "refit_steps")  # fields of a solution that its report has
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def prune_projections(
     restore: bool,
     measure_error: bool,
     layer: int,
+    refitted: bool = False,
 ) -> list[ProjectionReport]:
     """Prune the projections that read one input, in place.
 
@@ -54,6 +58,7 @@ def prune_projections(
         stored: the dtypes of the checkpoint, to which pruned weights are rounded.
         restore: put the dense values back where the method left weights.
         measure_error: report the output errors, which takes statistics of kind `gram`.
+        refitted: fit the kept weights to the dense outputs, which takes the same statistics.
 
     Returns the reports, with the zeros counted on the rounded weights.
 
@@ -69,6 +74,9 @@ def prune_projections(
     gram = statistics.sums if statistics is not None and measure_error else None
     solutions, found = [], []
     solving = method.solve(targets, statistics)
+    if refitted:
+        assert statistics is not None
+        solving = refit(solving, targets, statistics)
     for name, weight in weights.items():
         try:
             solution = next(solving)
@@ -76,12 +84,12 @@ def prune_projections(
             raise SolverError(f"{labels[name]}: {error}") from error
         pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored[name])
         found.append(_findings(weight, solution, pruned, patterns[name], restore, gram))
-        solutions.append((solution.sweep, solution.retries, solution.damping))
+        solutions.append({name: getattr(solution, name) for name in SOLVED})
         weight.copy_(pruned)
         del solution, pruned
 
     reports = []
-    for name, facts, (sweep, retries, damping) in zip(names, _read(found), solutions, strict=True):
+    for name, facts, solved_by in zip(names, _read(found), solutions, strict=True):
         rows, cols = weights[name].shape
         expected = patterns[name].zeros(rows, cols, shares[name].sparsity)
         finite, masked, zeros, zeros_before, broken, lost, norm = facts
@@ -99,9 +107,7 @@ def prune_projections(
                 zeros_before=int(zeros_before),
                 weights=rows * cols,
                 pattern=_named(patterns[name]),
-                retries=retries,
-                damping=damping,
-                sweep=sweep,
+                **solved_by,
                 outliers=shares[name].outliers,
                 error=None if gram is None else (lost / norm if norm > 0 else 0.0),
             )

@@ -26,7 +26,7 @@ from shardprune.storage.relative_paths import absolute_paths
 from tests.support.running import run
 from tests.support.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens, snapshot
 
-PUBLIC = ("magnitude", "wanda", "sparsegpt")
+PUBLIC = ("magnitude", "wanda", "sparsegpt", "alps")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -58,7 +58,7 @@ def plain_pruned(folder, method: str, pattern: str, sparsity: float) -> dict[str
 
 @pytest.mark.parametrize(
     ("method", "pattern"),
-    [("sparsegpt", "unstructured"), ("sparsegpt", "2:4"), ("wanda", "unstructured"), ("magnitude", "3:8")],
+    [("sparsegpt", "unstructured"), ("sparsegpt", "2:4"), ("wanda", "unstructured"), ("alps", "3:8")],
 )
 def test_equals_the_loop_over_a_whole_model(folder, method, pattern, tmp_path):
     fields = {"sparsity": 0.5} if pattern == "unstructured" else {"pattern": pattern}
