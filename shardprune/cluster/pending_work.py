@@ -1,14 +1,15 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from shardprune.cluster.solution_parts import cost_of_solution, narrowing_parts, solution_parts
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
 from shardprune.shard.forward_worker import dense_stream
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.improving import NOTHING, Improving
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.rebuilding import Rebuilding
 
 
@@ -20,9 +21,8 @@ class PendingWork:
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
-    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `factorises` says
-    whether a solution takes the factors of a Gram matrix, which grow with the cube of its size. `improving` are further
-    steps, which are kept where they improve the layer.
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
+    a solution, `improving` are further steps, which are kept where they improve the layer.
     """
 
     shares: Shares
@@ -34,7 +34,7 @@ class PendingWork:
     measure_error: bool
     widths: Widths | None = None
     passes_on_dense: bool = False
-    factorises: bool = False
+    effort: Effort = field(default_factory=Effort)
     improving: Improving = NOTHING
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
@@ -84,28 +84,23 @@ class PendingWork:
         return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
-        """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
-        waves as would take about as many operations, and at least one."""
-        if not self.factorises:
-            return 1
-        shapes = self.shapes[layer]
-        forward = sum(rows * cols for rows, cols in shapes.values())
-        sums = sum(shapes[group[0]][1] ** 2 for group in self.family.inputs)
-        return max(1, round(self.cost(layer, names) / (tokens * (forward + sums))))
+        """The number of parts that solving the projections `names`, which read one input, counts as."""
+        return solution_parts(self.effort, self.family, self.shapes[layer], names, tokens)
 
-    def cost(self, layer: int, names: Sequence[str]) -> float:
-        """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the
-        weights."""
-        rows, cols = sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
-        return cols**3 + rows * cols**2
+    def cost(self, layer: int, names: tuple[str, ...]) -> float:
+        """The operations of solving one input of a layer, roughly."""
+        return cost_of_solution(self.effort, self.shapes[layer], names)
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""
-        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return narrowing_parts(self.effort, self.family, self.shapes[layer], tokens)
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
+        if self.widths:
+            return self.narrow_parts(layer, tokens)
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        return self.narrow_parts(layer, tokens) + rebuilt + (self.improving.reconstruction > 0)
+        solutions = sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return solutions + rebuilt + (self.improving.reconstruction > 0)
 
     @property
     def comparing_passes(self) -> int:

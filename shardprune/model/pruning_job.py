@@ -9,13 +9,14 @@ from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.mixed import in_groups
 from shardprune.solvers.improving import NOTHING, Improving
-from shardprune.solvers.methods import METHODS
+from shardprune.solvers.methods import METHODS, Effort
 from shardprune.solvers.pattern import Mixed, Pattern
 from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.solvers.scoring import Scoring
 
 if TYPE_CHECKING:
     from shardprune.solvers.outliers import Outliers
+    from shardprune.solvers.statistics import Kind
 
 Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
 Shapes = Sequence[dict[str, tuple[int, int]]]  # [rows, cols] of every projection, by layer and name
@@ -26,7 +27,8 @@ class Zeroing:
     """Weights that become zero: a `method` of the table of methods prunes by `pattern`.
 
     `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
-    of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side.
+    of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side. With
+    `refit`, the kept weights are fitted to the dense outputs in the end.
     """
 
     method: str
@@ -35,6 +37,18 @@ class Zeroing:
     allocation: str
     outlier_m: float
     spread: float
+    refit: bool = False
+
+    @property
+    def effort(self) -> Effort:
+        """The work for the projections that read one input."""
+        effort = METHODS[self.method].effort
+        return effort.refitted if self.refit else effort
+
+    @property
+    def needs(self) -> "Kind | None":
+        """The kind of statistics that it takes."""
+        return "gram" if self.refit else METHODS[self.method].needs
 
     @property
     def observes(self) -> bool:
@@ -120,9 +134,9 @@ class PruningJob:
         return self.zeroing.target if isinstance(self.zeroing, Zeroing) else None
 
     @property
-    def factorises(self) -> bool:
-        """Whether solutions take the factors of Gram matrices."""
-        return isinstance(self.zeroing, Zeroing) and METHODS[self.zeroing.method].effort.sweeps
+    def effort(self) -> Effort:
+        """The work of zeroing weights."""
+        return self.zeroing.effort if isinstance(self.zeroing, Zeroing) else Effort()
 
     @property
     def observed_m(self) -> float | None:

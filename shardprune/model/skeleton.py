@@ -9,12 +9,13 @@ and no family needs a driver.
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -221,7 +222,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         InputError: transformers builds no model from the config.
     """
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights(), deferred_warnings():
+        with _parameters_on_meta(), no_init_weights(), deferred_warnings():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
             )
@@ -233,6 +234,20 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules be made with their parameters on the meta device; buffers hold what they compute for them."""
+
+    def moved(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]  # declared to return None
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def projection_weight(layer: nn.Module, projection: str) -> Tensor:

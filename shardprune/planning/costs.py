@@ -186,6 +186,9 @@ class Costs:
         elif effort.sorts or sorted_by_group:
             seconds += weights / row.sorted
         seconds *= effort.passes
+        # An ADMM iteration or a step of conjugate gradients: its product, and five weights read or written.
+        seconds += effort.factors * cols**3 / row.large + effort.products * (2 * weights * cols / row.large)
+        seconds += self._touched(20 * effort.products * weights)
         known = 1 if effort.sweeps else 2  # products that the outputs' losses take: a sweep knows them
         return seconds + (known * norm + self._touched(40 * weights) if task.errors else 0.0)
 

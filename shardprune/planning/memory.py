@@ -252,15 +252,23 @@ class WorkerMemory:
         sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
         choosing = (20 if self.setup.gpu else 4) * weights
         effort = task.effort
+        # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
+        split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+        held = 0
         if effort.sweeps:
-            # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
-            split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
             yield "factor", 6 * square + split
             # Beside the factor, float32 columns and masks of all projections that read the input; then a block's scores
             # and losses, or a part of the change.
             swept = 4 * square + 5 * one.cols * rows
             yield "sweep", swept + max(20 * BLOCK * rows, 4 * min(weights, SUMMED))
             yield "check", swept + narrow + checking
+        elif effort.factors:
+            # The scaled Gram matrix, and what iterations go on from for all projections that read the input.
+            held = 4 * square + effort.states * one.cols * rows
+            yield "factor", held + 6 * square + split
+            # Beside the factor an iteration's result and two others; or scores and mask, and what chooses from them.
+            choosing_here = (sorting if task.grouped else choosing) + 9 * weights
+            yield "iterate", held + 4 * square + max(12 * weights, choosing_here)
         elif not effort.sorts:
             yield "select", dense + 4 * weights + (sorting if task.grouped else choosing)
         else:
@@ -268,7 +276,11 @@ class WorkerMemory:
                 sorting = ((36 if self.setup.gpu else 12) + effort.running) * weights
             yield "select", dense + 4 * weights + sorting
         if not effort.sweeps:
-            yield "check", dense + 5 * weights + narrow + checking
+            yield "check", held + dense + 5 * weights + narrow + checking
+        if effort.products:
+            # Conjugate gradients: the weight, its image, two directions, a product, on CUDA with split operands.
+            split = 12 * min(PIECE, weights + square) if self.setup.gpu else 0
+            yield "fit", max(held, swept + 4 * square) + 4 * weights + 21 * weights + split
         if task.errors:
             # A panel of the dense weight's product with the Gram matrix, which a CPU also widens to float64, on CUDA
             # with split operands. The change is another weight, unless the sweep knows what outputs lose.

@@ -14,7 +14,7 @@ from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton, attention_of
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.solvers.improving import NOTHING, Improving
-from shardprune.solvers.methods import METHODS, Effort
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder
@@ -240,8 +240,8 @@ def task_of(
     """Return what zeroing does to a model; the sizes are those of `Task`."""
     return Task(
         model=model,
-        effort=METHODS[zeroing.method].effort,
-        kind="gram" if errors or improving.stream_targets else METHODS[zeroing.method].needs,
+        effort=zeroing.effort,
+        kind="gram" if errors or improving.stream_targets else zeroing.needs,
         grouped=not isinstance(zeroing.pattern, Unstructured),
         outliers=zeroing.observes,
         errors=errors,

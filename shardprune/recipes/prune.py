@@ -63,6 +63,7 @@ class PruningFields(StructuredFields):
         0.08, ge=0, le=0.5, description="lambda: sparsities lie within target +- 2 lambda, from 0 to 0.5"
     )
     wanda_variant: bool = Field(False, description="Wanda's use_variant: per-row sparsity may differ")
+    refit: bool = Field(False, description="Fit the kept weights to the dense outputs by least squares")
 
     @field_validator("sparsity")
     @classmethod
@@ -112,6 +113,7 @@ class PruningFields(StructuredFields):
             allocation=self.allocation,
             outlier_m=self.outlier_m,
             spread=self.outlier_lambda,
+            refit=self.refit,
         )
 
     @model_validator(mode="after")
@@ -158,7 +160,7 @@ class PruningFields(StructuredFields):
     @model_validator(mode="after")
     def _structure_fits(self) -> "PruningFields":
         self.needs("structured", self.structured is not None, *WidthFields.model_fields)
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation")
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation", "refit")
         if self.structured is None:
             return self
         if isinstance(self.zeros, Mixed):
@@ -228,6 +230,8 @@ class PruneRecipe(
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
         self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", *ImprovingFields.model_fields)
+        replaced = self.rebuilding is not None and not self.keep_corrected
+        self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
 
     @model_validator(mode="after")

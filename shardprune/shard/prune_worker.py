@@ -100,7 +100,7 @@ class PruneWorker(ForwardWorker):
             measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
             method = METHODS[zeroing.method]
             reports = prune_projections(
-                method, weights, stored, statistics, zeroing.pattern, shares, restore, measured, index
+                method, weights, stored, statistics, zeroing.pattern, shares, restore, measured, index, zeroing.refit
             )
         if statistics and not self.spec.job.improving.stream_targets:  # which `correct` takes as well
             # As large as a layer: given back, or kept without the factor for `measure`.
@@ -280,7 +280,7 @@ class PruneWorker(ForwardWorker):
         job = self.spec.job
         if job.scoring:
             return {**self.narrowed.empty_sums(index)}
-        kind: Kind | None = METHODS[job.zeroing.method].needs if isinstance(job.zeroing, Zeroing) else None
+        kind: Kind | None = job.zeroing.needs if isinstance(job.zeroing, Zeroing) else None
         if job.measure_error:  # which takes the whole Gram matrix
             kind = "gram"
         return {**self.empty_statistics(index, kind)} if kind else {}

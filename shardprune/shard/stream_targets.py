@@ -89,6 +89,7 @@ class StreamTargets:
             restore=False,
             measure_error=job.measure_error,
             layer=index,
+            refitted=job.zeroing.refit,
             aims=targets,
         )
 

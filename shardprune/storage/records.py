@@ -24,7 +24,8 @@ class ProjectionReport:
     `zeros_before` on the dense one. `error` is ||XW - XW'||^2 / ||XW||^2 where it was measured, `outliers` the
     percentage of outliers where the allocation looked at them, `pattern` its N:M. The solver needed so many `retries`
     and ended with the `damping`, where it factorises; `sweep` is the way of its steps over columns (`kernel` or
-    `recursion`), where it has any. `update` is the way of a masked low-rank update (`kernel` or `products`), where
+    `recursion`), where it has any. All its zeros were chosen in so many `iterations`, and its kept weights fitted in so
+    many `refit_steps`, where they were. `update` is the way of a masked low-rank update (`kernel` or `products`), where
     there was one, and `zeros_kept` of the zeros before are still zero, where that was counted.
     """
 
@@ -40,6 +41,8 @@ class ProjectionReport:
     retries: Count = 0
     damping: float | None = None
     sweep: str | None = None
+    iterations: Count | None = None
+    refit_steps: Count | None = None
     outliers: float | None = None
     error: float | None = None
     update: str | None = None

@@ -19,14 +19,14 @@ from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError, SolverError, WorkerLost
 from shardprune.model.skeleton import attention_of
 from shardprune.shard.prune_worker import PruneWorker
-from shardprune.solvers.methods import METHODS
+from shardprune.solvers.methods import METHODS, Target
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 from shardprune.storage.relative_paths import absolute_paths
 from tests.support.running import run
 from tests.support.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens, snapshot
 
-PUBLIC = ("magnitude", "wanda", "sparsegpt")
+PUBLIC = ("magnitude", "wanda", "sparsegpt", "alps")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -49,7 +49,8 @@ def plain_pruned(folder, method: str, pattern: str, sparsity: float) -> dict[str
         for hook in hooks:
             hook.remove()
         for name, linear in linears.items():
-            solution = METHODS[method].prune(linear.weight.data, gathered[name], parse_pattern(pattern), sparsity)
+            target = Target(linear.weight.data, parse_pattern(pattern), sparsity)
+            (solution,) = METHODS[method].solve([target], gathered[name])
             linear.weight.data.copy_(solution.weight)
         assert index < 4
     return model.state_dict()
@@ -57,7 +58,7 @@ def plain_pruned(folder, method: str, pattern: str, sparsity: float) -> dict[str
 
 @pytest.mark.parametrize(
     ("method", "pattern"),
-    [("sparsegpt", "unstructured"), ("sparsegpt", "2:4"), ("wanda", "unstructured"), ("magnitude", "3:8")],
+    [("sparsegpt", "unstructured"), ("sparsegpt", "2:4"), ("wanda", "unstructured"), ("alps", "3:8")],
 )
 def test_equals_the_loop_over_a_whole_model(folder, method, pattern, tmp_path):
     fields = {"sparsity": 0.5} if pattern == "unstructured" else {"pattern": pattern}
