@@ -32,6 +32,12 @@ class HeldOut:
         self.error = 0.0
         self.reports: list[ImprovementReport] = []
 
+    @property
+    def norm(self) -> float:
+        """||dense output - dense input||^2 of a held-out window, the mean; 1 where the layer does nothing."""
+        windows = sum(wave.stop - wave.start for wave in self._held.waves.all)
+        return self._norm / windows if self._norm > 0 else 1.0
+
     def measure(self) -> None:
         """Learn the error anew, where the layer has changed by something else than a step."""
         missed = self._sum(PruneWorker.miss)

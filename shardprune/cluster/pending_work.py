@@ -1,8 +1,8 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from shardprune.cluster.solution_parts import cost_of_solution, narrowing_parts, solution_parts
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
@@ -22,7 +22,7 @@ class PendingWork:
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
     layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
-    a solution. `improving` are further steps, which are kept where they improve the layer.
+    a solution, `improving` are further steps, which are kept where they improve the layer.
     """
 
     shares: Shares
@@ -76,43 +76,37 @@ class PendingWork:
         """The passes of a wave over an unfinished layer, in whole or in part."""
         if self.passes_on_dense:
             return 1
-        if not self.improving:
-            return 2 + self.comparing_passes * len(self.family.blocks)
-        inputs = len(self.family.inputs)
-        return 2 + 2 * inputs if held_out else 1 + inputs
+        improving, inputs = self.improving, len(self.family.inputs)
+        if (
+            held_out
+        ):  # towards the dense output and on, where only damping is measured into sums and on; around each step
+            return (
+                2
+                + (bool(improving) and improving.measured_damping)
+                + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+            )
+        if improving.stream_targets:
+            return 1 + inputs
+        return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
-        """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
-        waves as would take about as many operations, and at least one."""
-        shapes = self.shapes[layer]
-        if not self._operations(layer, names):
-            return 1
-        forward = sum(rows * cols for rows, cols in shapes.values())
-        sums = sum(shapes[group[0]][1] ** 2 for group in self.family.inputs)
-        return max(1, round(self.cost(layer, names) / (tokens * (forward + sums))))
+        """The number of parts that solving the projections `names`, which read one input, counts as."""
+        return solution_parts(self.effort, self.family, self.shapes[layer], names, tokens)
 
-    def cost(self, layer: int, names: Sequence[str]) -> float:
-        """The operations of solving one input of a layer, roughly; where nothing is multiplied, its share of the work
-        in the same measure."""
-        if operations := self._operations(layer, names):
-            return operations
-        rows, cols = self._size(layer, names)
-        return cols**3 + rows * cols**2
-
-    def _operations(self, layer: int, names: Sequence[str]) -> float:
-        return self.effort.operations(*self._size(layer, names))
-
-    def _size(self, layer: int, names: Sequence[str]) -> tuple[int, int]:
-        """The rows of all projections `names`, and the columns of their input."""
-        return sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
+    def cost(self, layer: int, names: tuple[str, ...]) -> float:
+        """The operations of solving one input of a layer, roughly."""
+        return cost_of_solution(self.effort, self.shapes[layer], names)
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""
-        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return narrowing_parts(self.effort, self.family, self.shapes[layer], tokens)
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
+        if self.widths:
+            return self.narrow_parts(layer, tokens)
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        return self.narrow_parts(layer, tokens) + rebuilt
+        solutions = sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return solutions + rebuilt + (self.improving.reconstruction > 0)
 
     @property
     def comparing_passes(self) -> int:

@@ -12,6 +12,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pending_work import PendingWork
+from shardprune.cluster.reconstruction import reconstruct_layer
 from shardprune.cluster.stream_targets import solve_towards_stream
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.errors import WorkerLost
@@ -96,17 +97,18 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
         sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
         return LayerRecord(layer.layer, kept=kept, sizes=sizes)
     solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
-    if work.improving:
-        return _improved(work, layer, solvers)
-    record = solve_layer(work, layer, solvers)
-    return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
-
-
-def _improved(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
-    """Solve a layer with the steps that are meant to improve it, each of which the held-out windows judge."""
-    held_out = HeldOut(layer)
-    record = solve_towards_stream(work, layer, held_out, solvers)
-    return replace(record, improvements=tuple(held_out.reports))
+    held_out = HeldOut(layer) if work.improving else None
+    if held_out and work.improving.stream_targets:
+        record = solve_towards_stream(work, layer, held_out, solvers)
+    else:
+        if held_out:  # before the layer changes
+            layer.calibrating.over_waves(PruneWorker.aim)
+        record = solve_layer(work, layer, solvers)
+    if work.rebuilding:
+        record = rebuild_layer(work, layer.calibrating, record, solvers)
+    if held_out and work.improving.reconstruction:
+        record = reconstruct_layer(work, layer, record, held_out)
+    return replace(record, improvements=tuple(held_out.reports)) if held_out else record
 
 
 def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:

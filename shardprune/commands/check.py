@@ -15,7 +15,8 @@ from shardprune.model.checkpoint import INDEX, Checkpoint
 from shardprune.model.checks import check_tensors
 from shardprune.model.companions import check_configs
 from shardprune.model.skeleton import Skeleton
-from shardprune.report.result import EvaluationResult, Result, read_result, shape_of
+from shardprune.report.achieved import shape_of
+from shardprune.report.result import EvaluationResult, Result, read_result
 from shardprune.solvers.pattern import NM, parse_pattern
 from shardprune.storage.folder import Folder
 from shardprune.storage.malformed import Malformed

@@ -25,7 +25,6 @@ from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
-from shardprune.recipes.prune import PruneRecipe
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.improving import held_out_last
@@ -144,8 +143,7 @@ class Prepared:
     def record(self) -> dict[str, Any]:
         """Return the recipe, with every choice made, for files that others read."""
         choices = self.placement.choices() | ({"sparse": self.job.sparse} if self.job.sparse else {})
-        if isinstance(self.recipe, PruneRecipe):
-            choices |= self.recipe.decided
+        choices |= self.recipe.decided
         asked = self.recipe.record().keys()
         decided = self.recipe.model_copy(update={name: choices[name] for name in choices if name in asked})
         return decided.record() | ({"model": without_credentials(self.base.model)} if self.base else {})

@@ -17,20 +17,11 @@ from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.errors import without_credentials
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
+from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import (
-    CalibrationResult,
-    ModelSize,
-    Result,
-    Sparsity,
-    Structure,
-    removal_of,
-    sparsity_of,
-    structure_of,
-    zeros_of,
-)
+from shardprune.report.result import CalibrationResult, ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
 from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
@@ -60,12 +51,26 @@ def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
             result = _prune_composite(recipe, backend, reporter, clock)
         else:
             with clock.phase("plan"):
-                prepared = prepare(recipe if recipe.structured is None else recipe.structures, backend)
+                prepared = prepare_first(recipe, backend)
             run = PruningRun(prepared, backend, reporter, clock)
             result = run.state.done(reporter) or run.go()
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
+
+
+def prepare_first(recipe: PruneRecipe, backend: Backend) -> Prepared:
+    """Prepare the first run of a recipe: the only one, or the one that removes structures before weights become zero.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    if recipe.structured is None:
+        return prepare(recipe, backend)
+    if not recipe.zeroes:
+        return prepare(recipe.structures, backend)
+    out = absolute(recipe.out)
+    return prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
 
 
 def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
@@ -89,8 +94,7 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
     The first one's output lies in a folder of the second one's until that is finished.
     """
     with clock.phase("plan"):
-        out = absolute(recipe.out)
-        first = prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
+        first = prepare_first(recipe, backend)
         claim = claim_output(recipe, first)
     result = claim.done(reporter)
     if result is None:
@@ -101,7 +105,7 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
                 for attempt in measuring.attempts():
                     with attempt as layout:
                         measuring.attempt(layout)
-                model, narrowed = out, claim.previous
+                model, narrowed = absolute(recipe.out), claim.previous
                 narrowed.perplexity = measuring.state.perplexities()
             else:
                 with clock.phase("structure"):
@@ -259,7 +263,7 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
-            effort=Effort(sweeps=scoring.correction) if scoring else prepared.job.effort,
+            effort=Effort(sweeps=scoring.needs_gram(False)) if scoring else prepared.job.effort,
             improving=prepared.job.improving,
         )
 

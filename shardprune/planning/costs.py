@@ -12,6 +12,7 @@ from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
 from shardprune.shard.peers import PIECE_BYTES
+from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
@@ -198,6 +199,23 @@ class Costs:
         products = (2 if one.output else 4) * one.weights * one.cols / self.row.large
         again = self.solve(one) - (one.cols**3 / self.row.large if self.task.effort.sweeps else 0.0)
         return products + again + self._touched(16 * one.weights)
+
+    def train(self) -> float:
+        """Return the seconds to train a layer: a step is a pass forward and one backward, which takes two, and touches
+        float32 weights, moments and gradients.
+        """
+        task = self.task
+        size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
+        touched = self._touched((26 + 4 * task.itemsize) * task.model.projections)
+        return task.improving.reconstruction * (3 * self.layer(size) + touched)
+
+    @property
+    def lent_windows(self) -> int:
+        """The windows that the other replicas lend the one that trains a layer."""
+        task, replicas = self.task, self.setup.layout.replicas
+        seen = task.improving.reconstruction * max(1, STEP_TOKENS // task.seqlen)
+        windows = task.samples - task.held_out
+        return min(windows, seen) * (replicas - 1) // replicas
 
     def copy(self, one: Input) -> float:
         """Return the seconds to copy the projections that read an input, on the device."""

@@ -16,6 +16,7 @@ from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import SUMMED
 from shardprune.solvers.stack import BLOCK
+from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
@@ -141,6 +142,8 @@ class WorkerMemory:
         if self.first:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
         weights = self._held() + resident + (0 if self.setup.gpu else self._written())
+        if improving.reconstruction:
+            yield self._train(weights, kept)
         if improving.stream_targets:
             yield from self._aim(weights, kept)
             return
@@ -189,6 +192,31 @@ class WorkerMemory:
                 yield self._moment(
                     "prune", f"{step} {label}", weights_held, 0, sums + exchanged, workspace + aims, kept=kept
                 )
+
+    def _train(self, weights: int, kept: int) -> Moment:
+        """Return the moment of training a layer: its weights before it, and with targets in the dense stream the dense
+        ones; float32 weights, two moments and gradients, masks, and what a step's pass keeps for its gradients. The
+        windows of other replicas come on top of a worker's own.
+        """
+        task, model = self.task, self.model
+        weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
+        workspace = (4 * 4 + 1 + 2 * task.itemsize) * model.projections
+        size = min(task.samples, max(1, STEP_TOKENS // task.seqlen))
+        lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
+        return self._moment(
+            "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent)
+        )
+
+    def _training(self, sequences: int) -> int:
+        """Return the bytes that a decoder layer's pass over a batch keeps for its gradients: what enters every product
+        and what an activation function or norm needs, the scores of attention where its gradient must be repeatable,
+        and the error in float32.
+        """
+        task, model = self.task, self.model
+        tokens = sequences * task.seqlen
+        inputs = sum(one.cols + 2 * sum(one.rows.values()) for one in model.inputs)
+        scores = 3 * model.heads * task.seqlen * tokens * 4 if self.setup.gpu or model.eager else 0
+        return tokens * task.itemsize * (inputs + 6 * model.hidden) + scores + 8 * tokens * model.hidden
 
     # -- parts ------------------------------------------------------------------------------------------------
 

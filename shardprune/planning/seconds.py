@@ -105,9 +105,12 @@ class Expected:
         inputs, copied = task.model.inputs, self.setup.copies_sums
         held_out = self._sizes(task.held_out)
         waves = sum(costs.propagate(size) for size in (*self._sizes(task.samples - task.held_out), *held_out))
+        waves += self._training()
         if task.improving.stream_targets:
             return {**self._aiming(waves), "unloading": costs.unload(), "reading": self._reading()}
-        waves += sum(costs.accumulate(size) for size in self._sizes(task.samples))
+        if task.improving:
+            waves += sum(costs.aim(size) for size in self._sizes(task.samples))
+        waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
         load = [0.0] * min(replicas, len(inputs))
@@ -123,6 +126,26 @@ class Expected:
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
         parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": costs.unload()}
         return {**parts, "reading": self._reading()}
+
+    def _training(self) -> float:
+        """Return the seconds of training a layer: the windows that replicas lend, in two streams, the steps, the errors
+        before and after, and what is sent back.
+        """
+        costs, task = self.costs, self.task
+        if not task.improving.reconstruction:
+            return 0.0
+        seconds = costs.train() + 2 * sum(costs.miss(size) for size in self._sizes(task.held_out))
+        replicas, lent = self.layout.replicas, costs.lent_windows
+        for one in task.model.inputs:
+            seconds += 2 * costs.copy(one)
+            if self.setup.copies_sums:
+                seconds += costs.solved(one) + costs.install(one) + self._network(costs.projections_bytes(one))
+            elif replicas > 1:
+                seconds += costs.broadcast(one, range(replicas))
+        if lent:
+            moved = costs.take(lent) / max(1, replicas - 1) + self._network(costs.wave_bytes(lent)) + costs.put(lent)
+            seconds += 2 * moved
+        return seconds
 
     def _reading(self) -> float:
         return self.costs.read(self.task.model.layer) if self.setup.streamed else 0.0

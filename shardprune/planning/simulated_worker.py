@@ -1,6 +1,6 @@
 """A worker that only knows how long everything takes: what each call of a verb costs it, and which layers it reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,8 +140,9 @@ def _sum_up(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 def _broadcast(worker: Worker, args: tuple[Any, ...]) -> Cost:
     _, names, ranks, _ = args
-    one = _input_of(worker, names[0])
-    return worker.costs.broadcast(one, ranks), None, worker.costs.projections_bytes(one)
+    inputs = _inputs_of(worker, names)
+    count = sum(worker.costs.projections_bytes(one) for one in inputs)
+    return sum(worker.costs.broadcast(one, ranks) for one in inputs), None, count
 
 
 def _finish(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -170,6 +171,16 @@ def _correct(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return worker.costs.correct(worker.costs.task.model.inputs[args[1]]), reports, count
 
 
+def _lend(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    sequences = len(args[2])
+    return worker.costs.take(sequences), None, worker.costs.wave_bytes(sequences)
+
+
+def _reconstruct(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    names = worker.costs.task.model.skeleton.family.projections
+    return worker.costs.train(), dict.fromkeys(names, 0), 0
+
+
 def _copy_all(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return sum(worker.costs.copy(one) for one in worker.costs.task.model.inputs), None, 0
 
@@ -184,8 +195,7 @@ def _put_back(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _copied(worker: Worker) -> float:
-    inputs = worker.costs.task.model.inputs
-    return sum(worker.costs.copy(one) for one in inputs if worker.remembered.issuperset(one.rows))
+    return sum(worker.costs.copy(one) for one in _inputs_of(worker, worker.remembered))
 
 
 def _solve(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -196,12 +206,13 @@ def _solve(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _solved(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = _input_of(worker, args[1][0])
-    return worker.costs.solved(one), args[1], worker.costs.projections_bytes(one)
+    inputs = _inputs_of(worker, args[1])
+    count = sum(worker.costs.projections_bytes(one) for one in inputs)
+    return sum(worker.costs.solved(one) for one in inputs), args[1], count
 
 
 def _install(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return worker.costs.install(_input_of(worker, args[1].value[0])), None, 0
+    return sum(worker.costs.install(one) for one in _inputs_of(worker, args[1].value)), None, 0
 
 
 def _outliers(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -277,6 +288,8 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
     PruneWorker.miss: Row(_judge(Costs.miss), reads="layer"),
+    PruneWorker.lend: Row(_lend),
+    PruneWorker.reconstruct: Row(_reconstruct, reads="layer"),
     PruneWorker.remember: Row(_copy, reads="layer"),
     PruneWorker.put_back: Row(_put_back, reads="layer"),
     PruneWorker.keep_dense: Row(_copy_all, reads="layer"),
@@ -316,6 +329,11 @@ def _sums_of(worker: Worker, name: str) -> tuple[Input, bool]:
         if name == differences_of(next(iter(one.rows))):
             return one, True
     return _input_of(worker, name), False
+
+
+def _inputs_of(worker: Worker, names: Collection[str]) -> list[Input]:
+    """The inputs whose projections are among some names."""
+    return [one for one in worker.costs.task.model.inputs if not one.rows.keys().isdisjoint(names)]
 
 
 def _input_of(worker: Worker, name: str) -> Input:

@@ -15,9 +15,13 @@ class ImprovingFields(Settings):
 
     title: ClassVar[str] = "Improvement"
 
-    targets: Literal["auto", "own", "stream"] = Field(
+    targets: Literal["auto", "stream", "own"] = Field(
         "auto",
-        description="Targets of the projections: own outputs, or the dense residual stream; auto: own",
+        description="Targets of the projections: the dense residual stream, or own outputs; auto: own",
+    )
+
+    reconstruct: int = Field(
+        0, ge=0, description="Steps of training each layer's kept weights towards the dense output; 0: none"
     )
 
     @property
@@ -27,13 +31,13 @@ class ImprovingFields(Settings):
 
     @property
     def decided(self) -> dict[str, str]:
-        """The fields of which `auto` is a value, as they are decided."""
+        """The fields that may be `auto`, by the value that this is for the recipe."""
         return {"targets": "stream" if self.towards_stream else "own"}
 
     @property
     def improving(self) -> Improving:
         """The steps."""
-        return Improving(stream_targets=self.towards_stream)
+        return Improving(self.towards_stream, self.reconstruct)
 
     def check_improving(self, samples: int, rebuilding: Rebuilding | None) -> None:
         """Check that windows can be held out of so many samples, and that nothing undoes the steps.
@@ -41,12 +45,10 @@ class ImprovingFields(Settings):
         Raises:
             InputError: there are too few, or masks are rebuilt.
         """
-        if not self.improving:
-            return
-        if rebuilding:
+        if rebuilding and self.towards_stream:
             raise InputError("rebuild", "'barber' does not go with targets stream; use targets own, or rebuild none")
-        if samples < LEAST_SAMPLES:
+        if self.improving and samples < LEAST_SAMPLES:
+            asked = "targets stream" if self.towards_stream else "reconstruct"
             raise InputError(
-                "samples",
-                f"{samples} is too few for targets stream, which holds out some; use at least {LEAST_SAMPLES}",
+                "samples", f"{samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
             )

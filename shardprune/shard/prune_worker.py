@@ -5,7 +5,8 @@ Pruning a layer takes the verbs in this order: `accumulate` for every wave, `sol
 meanwhile; `written` waits for it before the next layer's `write`. Where projections aim at the dense stream, `confront`
 for every wave, `solve` and `correct` come one input after the other instead; where masks are rebuilt, `compare` for
 every wave and `rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the
-place of `solve`. Steps that improve a layer are judged by `aim`, `miss`, `remember` and `put_back`.
+place of `solve`. `reconstruct` trains a layer at the end. Steps that improve it are judged by `aim`, `miss`, `remember`
+and `put_back`.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from shardprune.shard.layers import Layers
 from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.projections import adopt_projection, prune_projections
+from shardprune.shard.reconstruction import Reconstruction
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.stream_targets import StreamTargets
 from shardprune.shard.streams import to_host
@@ -52,6 +54,7 @@ class PruneWorker(ForwardWorker):
         self.dense = DenseWeights(self)
         self.held_out = HeldOut(self)
         self.stream_targets = StreamTargets(self, self.dense, spec.job)
+        self.reconstruction = Reconstruction(self)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
         self._files = WriteBehind(self.skeleton.device)
 
@@ -155,6 +158,8 @@ class PruneWorker(ForwardWorker):
     keep_dense = of_part("stream_targets", StreamTargets.keep_dense)
     confront = of_part("stream_targets", StreamTargets.confront)
     correct = of_part("stream_targets", StreamTargets.correct)
+    lend = of_part("reconstruction", Reconstruction.lend)
+    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
     aim = of_part("held_out", HeldOut.aim)
     miss = of_part("held_out", HeldOut.miss)
     remember = of_part("held_out", HeldOut.remember)

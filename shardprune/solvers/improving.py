@@ -14,20 +14,17 @@ LEAST_HELD_OUT, SHARE = 4, 10  # windows, and a tenth of all
 
 @dataclass(frozen=True)
 class Improving:
-    """The steps that improve a layer: whether its projections aim at the dense residual stream (`stream_targets`).
-    With `measured_damping`, which is no step of its own, held-out windows choose the damping of each projection.
+    """The steps that improve a layer: whether its projections aim at the dense residual stream (`stream_targets`), and
+    by how many steps its kept weights are trained in the end (`reconstruction`). With `measured_damping`, which is no
+    step of its own, held-out windows choose the damping of each projection.
     """
 
     stream_targets: bool = False
+    reconstruction: int = 0
     measured_damping: bool = False
 
     def __bool__(self) -> bool:
-        return self.stream_targets
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense activations of all calibration windows are needed, not only of those held out."""
-        return self.stream_targets
+        return self.stream_targets or self.reconstruction > 0
 
     def held_out(self, samples: int) -> int:
         """Return how many of the calibration windows are held out: a tenth, at least four; none where nothing is to be

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES
 from shardprune.report.progress import Reporter, Step
+from shardprune.shard import reconstruction
 from shardprune.solvers import sparsegpt
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
@@ -143,7 +144,12 @@ def test_replicas_change_only_the_order_of_sums(folder, single, tmp_path):
     ]
 
 
-def test_progress_ends_where_the_work_does(folder, dies_at_layer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "fields",
+    [STREAM, {"reconstruct": 2, "sparsity": 0.6, "rebuild": "barber"}, {**STREAM, "reconstruct": 2}],
+    ids=["stream", "trained, rebuilt", "both"],
+)
+def test_progress_ends_where_the_work_does(folder, fields, dies_at_layer, tmp_path, monkeypatch):
     steps, show = [], Reporter.show
 
     def noting(self, step: Step) -> None:
@@ -153,9 +159,9 @@ def test_progress_ends_where_the_work_does(folder, dies_at_layer, tmp_path, monk
     monkeypatch.setattr(Reporter, "show", noting)
     dies_at_layer(1)
     with pytest.raises(KeyboardInterrupt):
-        run(folder, tmp_path / "o", **STREAM)
+        run(folder, tmp_path / "o", **fields)
     steps.clear()
-    run(folder, tmp_path / "o", **STREAM)
+    run(folder, tmp_path / "o", **fields)
     done, total = steps[-1]
     assert done == total
 
@@ -199,16 +205,101 @@ def test_a_family_has_its_targets(family, tmp_path, folder):
     assert result.sparsity.achieved == pytest.approx(0.6, abs=1e-3)
 
 
+# -- reconstruction ---------------------------------------------------------------------------------------------------
+
+TRAINED = {"reconstruct": 6, "sparsity": 0.6}
+BOTH = {**TRAINED, "targets": "stream"}
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "o"
+    return out, run(folder, out, **BOTH)
+
+
+def test_trained_layers_come_nearer_and_keep_their_zeros(folder, trained, single):
+    out, result = trained
+    steps = [report for report in result.sparsity.improvements if report.step == "reconstruction"]
+    assert [report.layer for report in steps] == [0, 1, 2, 3]
+    assert all(len(report.projections) == 7 for report in steps)
+    kept = {report.layer for report in steps if report.kept}
+    assert 0 in kept
+    first, before = load_tensors(out), load_tensors(single[0])
+    changed = 0
+    for report in result.sparsity.projections:
+        name = f"model.layers.{report.layer}.{report.name}.weight"
+        assert report.achieved == int((first[name] == 0).sum()) / first[name].numel()
+        assert (report.error is None) == (report.layer in kept)
+        if report.layer == 0:
+            assert torch.equal(first[name] == 0, before[name] == 0)
+            changed += not torch.equal(first[name], before[name])
+    assert changed == 7
+    assert result.sparsity.achieved == pytest.approx(0.6, abs=1e-4)
+
+
+def test_training_does_not_depend_on_shards(folder, trained, tmp_path):
+    sharded = run(folder, tmp_path / "o", shards=3, weights="streamed", **BOTH)
+    assert differing(trained[0], tmp_path / "o") == []
+    assert sharded.sparsity == trained[1].sparsity
+
+
+def test_replicas_lend_their_windows(folder, tmp_path):
+    """Sums alone are in another order: a method without them leaves training to see the same."""
+    fields = {"method": "magnitude", "measure_error": False, **TRAINED}
+    alone, together = run(folder, tmp_path / "1", **fields), run(folder, tmp_path / "3", replicas=3, **fields)
+    one, other = load_tensors(tmp_path / "1"), load_tensors(tmp_path / "3")
+    for name, weight in one.items():
+        assert torch.allclose(weight, other[name], atol=1e-4), name
+    kept = [[report.kept for report in result.sparsity.improvements] for result in (alone, together)]
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_run_cut_off_after_training_goes_on_to_the_same_bits(folder, trained, dies_at_layer, layer, tmp_path):
+    dies_at_layer(layer)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "o", **BOTH)
+    result = run(folder, tmp_path / "o", **BOTH)
+    assert differing(trained[0], tmp_path / "o") == []
+    assert result.sparsity == trained[1].sparsity
+
+
+@pytest.mark.parametrize("rate", [10.0, float("nan")])
+def test_training_that_does_not_help_is_undone_to_the_bit(folder, tmp_path, monkeypatch, rate):
+    tokens = np.load(folder / "tokens.npy")
+    np.save(tmp_path / "seen.npy", np.delete(tokens, [1, 4, 7, 10], axis=0))
+    run(folder, tmp_path / "plain", sparsity=0.6, samples=8, calibration=str(tmp_path / "seen.npy"))
+    monkeypatch.setattr(reconstruction, "RATE", rate)
+    result = run(folder, tmp_path / "o", **TRAINED)
+    assert [report.kept for report in result.sparsity.improvements] == [False] * 4
+    assert all(report.error is not None for report in result.sparsity.projections)
+    assert differing(tmp_path / "plain", tmp_path / "o") == []
+
+
+def test_rebuilt_masks_and_patterns_stay_while_weights_are_trained(folder, tmp_path):
+    fields = {"pattern": "2:4", "method": "wanda", "rebuild": "barber", "rebuild_threshold": 0.3}
+    result = run(folder, tmp_path / "o", reconstruct=6, **fields)
+    assert any(report.kept for report in result.sparsity.improvements)
+    for name, weight in load_tensors(tmp_path / "o").items():
+        if "_proj" in name:
+            assert parse_pattern("2:4").holds(weight)
+            assert int((weight == 0).sum()) == weight.numel() // 2
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"samples": 7}, "samples: 7 is too few for targets stream, which holds out some; use at least 8"),
+        (
+            {"samples": 7, "targets": "own", "reconstruct": 5},
+            "samples: 7 is too few for reconstruct, which holds out some; use at least 8",
+        ),
         ({"rebuild": "barber"}, "rebuild: 'barber' does not go with targets stream; use targets own, or rebuild none"),
         (
             {"sparsity": None, "structured": 0.2},
             "targets: 'stream' has no effect without a sparsity or a pattern N:M",
         ),
-        ({"targets": "dense"}, "targets: 'dense' is not allowed; use one of auto, own, stream"),
+        ({"targets": "dense"}, "targets: 'dense' is not allowed; use one of auto, stream, own"),
     ],
 )
 def test_what_cannot_be_held_out_is_refused(folder, fields, message, tmp_path):

@@ -108,7 +108,7 @@ def layers(out: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in files if "model-00001-" not in file.name}
 
 
-def wait_until(found, seconds: float = 120.0):
+def wait_until(found, seconds: float = 240.0):
     """What is found, once it is."""
     deadline = time.monotonic() + seconds
     while not (it := found()):

@@ -436,6 +436,17 @@ def test_a_comparison_names_what_is_not_finished(runs, tmp_path, dies_at_layer, 
     page = (tmp_path / "x.html").read_text()
     assert re.search(r"Not finished, and therefore not on this page: cut \(stopped, prune, \d+%\)\.", page)
     assert [cell for cell in cells(page) if cell in ("owl", "mop", "cut")] == ["owl", "mop"]
+    with pytest.raises(SystemExit) as end:
+        main(["report", "--compare", *outs, "--file", f"{tmp_path}/x.html"])  # over a page of before
+    assert end.value.code == 0
+    (tmp_path / "mine.html").write_text("mine")
+    with pytest.raises(InputError, match="file: .*mine.html' exists and is no report"):
+        write_comparison(outs, f"{tmp_path}/mine.html")
+    with pytest.raises(InputError, match="file: .*x.json' does not end in .html"):
+        write_comparison(outs, f"{tmp_path}/x.json")
+    with pytest.raises(InputError, match="file: .* is too long for a path: at most 4,095 bytes"):
+        write_comparison(outs, f"{tmp_path}/" + "a/" * 3000 + "x.html")
+    assert (tmp_path / "mine.html").read_text() == "mine"
     with pytest.raises(InputError, match="none of the runs measured a perplexity.*; not finished: cut"):
         write_comparison([str(tmp_path / "cut"), str(tmp_path / "cut") + "/"], str(tmp_path / "y.html"))
 
