@@ -60,7 +60,7 @@ def _prune_layers(
                 if index not in work.finished:
                     step.describe(f"layer {index + 1}/{len(work.shapes)}")
                     started = time.monotonic()
-                    record = _prune_layer(work, layer)
+                    record = _narrow_layer(work, layer) if work.widths else _prune_layer(work, layer)
                     files.write(layer, record, started)
                 if index + 1 in layers:
                     if index in work.finished or not work.passes_on_dense:
@@ -79,26 +79,21 @@ def _prune_layers(
     files.settle()
 
 
+def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
+    """Make a layer narrower on every replica, but for its file; return its record."""
+    assert work.widths is not None
+    kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
+    layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
+    sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
+    return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+
+
 def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
-    """Do what is to be done to a layer on every replica, but for its file; return its record."""
-    if work.widths:
-        kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
-        layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
-        sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
-        return LayerRecord(layer.layer, kept=kept, sizes=sizes)
-    solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
-    record = solve_layer(work, layer, solvers)
-    return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
-
-
-def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
-    """Accumulate the statistics of a layer, solve each of its inputs, and give every replica the result.
-
-    Args:
-        solvers: the replica that solves each input.
-    """
+    """Accumulate the statistics of a layer, solve each of its inputs on one replica, give every replica the result, and
+    rebuild the masks where that is asked for: all but the layer's file. Return its record."""
     layer.over_waves(PruneWorker.accumulate, False)
     inputs = work.family.inputs
+    solvers = layer.share_out([work.cost(layer.layer, names) for names in inputs])
     waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)
     solving = []
@@ -115,11 +110,12 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
         if layer.group.concurrent:
             solved.add(names)
     layer.wait(waiting)
-    return LayerRecord(
+    record = LayerRecord(
         layer.layer,
         projections=tuple(reports[name] for name in work.family.projections),
         outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
     )
+    return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
 
 
 class _Solved:

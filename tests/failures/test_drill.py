@@ -185,7 +185,7 @@ def test_the_driver_dies(cluster: Nodes, undisturbed, when, tmp_path):
 
 def test_the_storage_goes_away_in_every_phase(cluster: Nodes, s3: S3, undisturbed, tmp_path):
     s3.clear()
-    seconds = dict.fromkeys(MOMENTS, 3.0) | {"prune": 10.0}
+    seconds = dict.fromkeys(MOMENTS, 1.0) | {"prune": 4.0}
     moments = [Moment(*MOMENTS[when], partial(s3.faults.down, seconds[when])) for when in MOMENTS]
 
     def listen(name: str, share: float) -> None:
