@@ -136,7 +136,9 @@ class Job:
 
     def layers(self) -> int:
         """How many files of layers there are."""
-        return len(list(self.out.glob("model-*.safetensors")))
+        with suppress(FileNotFoundError):  # the folder may come and go while a run begins
+            return len(list(self.out.glob("model-*.safetensors")))
+        return 0
 
     def nodes(self) -> set[str]:
         return {worker["node"] for worker in json.loads((self.out / "result.json").read_text())["workers"]}
