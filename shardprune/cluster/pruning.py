@@ -99,8 +99,10 @@ def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
 
 
 def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
-    """Solve a layer on every replica, rebuild its masks and improve it where that is asked for, but for its file; return
-    its record."""
+    """Solve a layer on every replica, rebuild its masks and improve it where that is asked for: all but its file.
+
+    Returns its record.
+    """
     solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
     held_out = HeldOut(layer) if work.improving else None
     if held_out and work.improving.stream_targets:
@@ -123,6 +125,8 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
         solvers: the replica that solves each input.
     """
     layer.calibrating.over_waves(PruneWorker.accumulate, False)
+    if work.improving.measured_damping:
+        layer.held_out.over_waves(PruneWorker.hold_out)
     inputs = work.family.inputs
     waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)
