@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardprune.errors import InputError, StorageError, first_line, without_credentials
+from shardprune.standard_streams import libraries_held
 
 T = TypeVar("T")
 
@@ -114,14 +115,16 @@ _default: ContextVar[float] = ContextVar("seconds of retrying", default=RetryPol
 
 @contextmanager
 def preflight() -> Iterator[None]:
-    """Report storage errors before work begins as bad input: until then nothing is lost.
+    """Report storage errors before work begins as bad input, as until then nothing is lost, and what libraries print
+    only if the input is good.
 
     Raises:
         InputError: for a StorageError inside.
     """
     token = _default.set(BEFORE_WORK)
     try:
-        yield
+        with libraries_held():
+            yield
     except StorageError as error:
         raise InputError(error.field, error.problem) from error
     finally:
