@@ -83,6 +83,12 @@ class Skeleton:
     def layers(self) -> int:
         return len(self._blanks)
 
+    @property
+    def adds_outputs(self) -> bool:
+        """Whether what output projections give is added to the residual stream as it is."""
+        adds = self.family.adds_outputs
+        return bool(getattr(self.config, adds)) if isinstance(adds, str) else adds
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the checkpoint names and shapes of all parameters; tied ones count once."""
         tensors = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
@@ -116,10 +122,7 @@ class Skeleton:
 
         They are converted one by one as they arrive. Parameters own their memory, so that solvers may write into them.
         """
-        blank = self._blanks[index]
-        # Configs, which take longest to copy, stay those of the model.
-        shared = [module.config for module in blank.modules() if hasattr(module, "config")]
-        layer = copy.deepcopy(blank, {id(config): config for config in shared})
+        layer = copy.deepcopy(self._blanks[index])
         prefix = f"{self.family.layers}.{index}."
         for name, tensor in tensors:
             path, _, leaf = name.removeprefix(prefix).rpartition(".")

@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from shardprune.errors import InputError, first_line, without_credentials
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
+LONGEST = 4096  # bytes of a path with its end, PATH_MAX of Linux
 EXTRAS = {
     "s3": "s3",
     "s3a": "s3",
@@ -40,6 +41,8 @@ def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
     except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if isinstance(fs, LocalFileSystem) and len(os.fsencode(root)) >= LONGEST:
+        raise InputError(field, f"{url!r} is too long for a path: at most {LONGEST - 1:,} bytes")
     if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
         raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root

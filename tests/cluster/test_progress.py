@@ -7,6 +7,7 @@ from shardprune.cluster.solution_parts import narrowing_parts
 from shardprune.model.families import FAMILIES
 from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter, Step
+from shardprune.solvers.methods import Effort
 from shardprune.storage.folder import Folder
 from tests.support.running import run, search_run
 
@@ -22,7 +23,9 @@ SHAPES = {
 
 
 def pending(factorises):
-    return PendingWork({}, frozenset(), FAMILIES["llama"], [SHAPES] * 2, [], None, False, factorises=factorises)
+    return PendingWork(
+        {}, frozenset(), FAMILIES["llama"], [SHAPES] * 2, [], None, False, effort=Effort(sweeps=factorises)
+    )
 
 
 def test_solutions_count_as_the_waves_that_would_take_as_many_operations():
@@ -57,8 +60,8 @@ def test_a_layer_that_is_solved_says_how_many_projections_are(folder, tmp_path, 
 def test_of_a_narrower_layer_the_solutions_of_the_output_projections_count():
     family, tokens = FAMILIES["llama"], 4096
     solved = [pending(True).solve_parts(0, (name,), tokens) for name in ("self_attn.o_proj", "mlp.down_proj")]
-    assert narrowing_parts(family, SHAPES, tokens, True) == sum(solved) > 4
-    assert narrowing_parts(family, SHAPES, tokens, False) == 1
+    assert narrowing_parts(Effort(sweeps=True), family, SHAPES, tokens) == sum(solved) > 4
+    assert narrowing_parts(Effort(), family, SHAPES, tokens) == 1
 
 
 COUNTED = {

@@ -126,7 +126,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-LONG = {"steps": 120, "checkpoint_every": 4}
+LONG = {"steps": 80, "checkpoint_every": 4}
 
 
 @pytest.mark.parametrize(("backend", "file"), [("local", "rows.safetensors"), ("ray", "latest")])
