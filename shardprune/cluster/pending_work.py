@@ -6,7 +6,9 @@ from shardprune.cluster.solution_parts import cost_of_solution, narrowing_parts,
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
+from shardprune.shard.forward_worker import dense_stream
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import Effort
 from shardprune.solvers.rebuilding import Rebuilding
 
@@ -20,7 +22,7 @@ class PendingWork:
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
     layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
-    a solution.
+    a solution, `improving` are further steps, which are kept where they improve the layer.
     """
 
     shares: Shares
@@ -33,6 +35,7 @@ class PendingWork:
     widths: Widths | None = None
     passes_on_dense: bool = False
     effort: Effort = field(default_factory=Effort)
+    improving: Improving = NOTHING
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -43,25 +46,42 @@ class PendingWork:
         unfinished = [layer for layer in segment if layer not in self.finished]
         return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
 
-    def parts(self, segments: tuple[range, ...], waves: int, tokens: int) -> int:
+    def streams(self, stream: str) -> tuple[str, ...]:
+        """The names of the waves that go through the layers together: those of `stream`, and beside them the dense
+        model's, where steps need them that improve a layer."""
+        return (stream, dense_stream(stream)) if self.improving else (stream,)
+
+    def parts(self, segments: tuple[range, ...], waves: int, tokens: int, held_out: int = 0) -> int:
         """The number of parts that pruning reports to its progress step. A wave's pass is one: over every unfinished
         layer and once over every finished one, but none beyond the pruning of the last. Solutions and the writing of
         unfinished layers come on top.
 
         Args:
             tokens: of a wave.
+            held_out: waves beside the others.
         """
-        passes = others = 0
-        extra = self.comparing_passes * len(self.family.blocks)
+        parts = 0
         for segment in segments:
             pending = self.pending(segment)
-            own = 1 if self.passes_on_dense else 2 + extra
-            passes += sum(1 if layer in self.finished else own for layer in pending)
-            passes -= bool(pending) and not self.passes_on_dense
-            others += sum(
-                self._parts_of_solutions(layer, tokens) + 1 for layer in pending if layer not in self.finished
-            )
-        return waves * passes + others
+            for layer in pending:
+                if layer in self.finished:
+                    parts += len(self.streams("")) * (waves + held_out)
+                    continue
+                parts += waves * self._passes(False) + held_out * self._passes(True)
+                parts += self._parts_of_solutions(layer, tokens) + 1
+            parts -= (waves + held_out) * (bool(pending) and not self.passes_on_dense)
+        return parts
+
+    def _passes(self, held_out: bool) -> int:
+        """The passes of a wave over an unfinished layer, in whole or in part."""
+        if self.passes_on_dense:
+            return 1
+        improving, inputs = self.improving, len(self.family.inputs)
+        if held_out:  # towards the dense output and on; before and after every step
+            return 2 + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+        if improving.stream_targets:
+            return 1 + inputs
+        return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
         """The number of parts that solving the projections `names`, which read one input, counts as."""
@@ -79,7 +99,8 @@ class PendingWork:
         if self.widths:
             return self.narrow_parts(layer, tokens)
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs) + rebuilt
+        solutions = sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return solutions + rebuilt + (self.improving.reconstruction > 0)
 
     @property
     def comparing_passes(self) -> int:

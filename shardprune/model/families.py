@@ -3,7 +3,7 @@
 Everything else about a model is transformers' own code: see `shardprune.model.skeleton`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardprune.errors import InputError
@@ -22,6 +22,8 @@ class Family:
         columns: the structure that the columns of an output projection (attention, MLP) belong to.
         neurons: the config's name for the number of neurons of an MLP.
         fixed_heads: the family's code derives the width of a head from their number, so that no head can be removed.
+        adds_outputs: whether an output projection's output is added to the residual stream as it is, not normed on the
+            way or with it; or the name of the config's switch that says so.
         packing: how packed examples are kept apart: `positions` restart at 0 with each example and transformers
             builds the mask, or an explicit attention `mask` is passed. One mask serves every layer, so that families
             with sliding windows need `positions`. None: packing is refused.
@@ -33,6 +35,7 @@ class Family:
     columns: dict[str, Unit]
     neurons: str = "intermediate_size"
     fixed_heads: bool = False
+    adds_outputs: bool | str = True
     packing: Literal["positions", "mask"] | None = None
 
     @property
@@ -44,6 +47,12 @@ class Family:
     def input_names(self) -> tuple[str, ...]:
         """The inputs of a layer in the order of the forward pass, each named by the first projection that reads it."""
         return tuple(names[0] for names in self.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The output projections of a layer, those whose outputs the residual stream gets, in the order of the forward
+        pass."""
+        return tuple(name for name in self.projections if name in self.columns)
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
@@ -94,6 +103,7 @@ OPT = Family(
     columns={"self_attn.out_proj": "query", "fc2": "neuron"},
     neurons="ffn_dim",
     fixed_heads=True,
+    adds_outputs="do_layer_norm_before",
     packing="mask",
 )
 
@@ -102,7 +112,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gemma2": LLAMA,
+    "gemma2": replace(LLAMA, adds_outputs=False),
     "phi3": PHI3,
     "opt": OPT,
 }

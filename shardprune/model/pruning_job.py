@@ -8,6 +8,7 @@ from shardprune.solvers.allocation.allocation import Projection, Share
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.mixed import in_groups
+from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import METHODS, Effort
 from shardprune.solvers.pattern import Mixed, Pattern
 from shardprune.solvers.rebuilding import Rebuilding
@@ -110,12 +111,14 @@ class PathRemoval:
 
 @dataclass(frozen=True)
 class PruningJob:
-    """What a run does to the layers. Masks of zeroed weights may be rebuilt; output errors may be measured."""
+    """What a run does to the layers. Masks of zeroed weights may be rebuilt; output errors may be measured; further
+    steps may improve the layers."""
 
     zeroing: Zeroing | Adopted | None
     removal: WidthRemoval | PathRemoval | None
     rebuilding: Rebuilding | None
     measure_error: bool
+    improving: Improving = NOTHING
 
     @property
     def sparse(self) -> str | None:

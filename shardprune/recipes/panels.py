@@ -20,6 +20,7 @@ PANELS = (
     "Path",
     "Structured pruning",
     "Mask rebuilding",
+    "Improvement",
     "Kept iterations",
     "Training",
     "Data",

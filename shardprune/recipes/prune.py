@@ -8,6 +8,7 @@ from shardprune.errors import InputError
 from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zeroing
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
 from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.improving import ImprovingFields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
@@ -211,6 +212,7 @@ class PruneRecipe(
     EvaluationFields,
     StructuredFields,
     OptionalBarberFields,
+    ImprovingFields,
     PruneWorkerFields,
     OutputFields,
 ):
@@ -220,24 +222,31 @@ class PruneRecipe(
     shaping: ClassVar[tuple[type[Settings], ...]] = (
         PruningFields,
         OptionalBarberFields,
+        ImprovingFields,
     )  # every field of them shapes the tensors
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", *ImprovingFields.model_fields)
         replaced = self.rebuilding is not None and not self.keep_corrected
         self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
 
+    @model_validator(mode="after")
+    def _windows_can_be_held_out(self) -> "PruneRecipe":
+        self.check_improving(self.samples, self.rebuilding)
+        return self
+
     def job(self) -> PruningJob:
         """Return the job of the run that zeroes weights."""
-        return PruningJob(self.zeroing, None, self.rebuilding, self.measure_error)
+        return PruningJob(self.zeroing, None, self.rebuilding, self.measure_error, self.improving)
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""
-        return self.model_dump(include=shaping_fields(self)) | {"sparsity": self.target}  # which a pattern may fix
+        fields = self.model_dump(include=shaping_fields(self))
+        return fields | self.decided | {"sparsity": self.target}  # which a pattern may fix
 
     @property
     def structures(self) -> "WidthRecipe":

@@ -99,6 +99,19 @@ class BlockResult(BaseModel):
     error_after: float | None = None
 
 
+class ImprovementResult(BaseModel):
+    """A step that was meant to improve a layer, by the projections that it changes, and ||output - dense output||^2 /
+    ||dense output - dense input||^2 of the layer on held-out windows before and after it; it was kept where that
+    fell."""
+
+    layer: int
+    step: str
+    projections: list[str]
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
+
+
 class Sparsity(BaseModel):
     """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
     the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
@@ -117,6 +130,7 @@ class Sparsity(BaseModel):
     layers: list[LayerResult]
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
+    improvements: list[ImprovementResult] | None = None
 
     @property
     def left_zero(self) -> float | None:
@@ -219,8 +233,11 @@ class Evaluation(BaseModel):
 
 
 class CalibrationResult(BaseModel):
+    """The calibration windows: of the `samples` some were `held_out`, to judge steps that improve a layer."""
+
     source: str
     samples: int
+    held_out: int | None = None
     seqlen: int
     tokens_sha256: str
 

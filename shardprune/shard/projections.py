@@ -1,7 +1,7 @@
 """The projections that read one input, from their dense weights to the pruned ones that are written, with reports."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ def prune_projections(
     measure_error: bool,
     layer: int,
     refitted: bool = False,
+    aims: Mapping[str, Tensor] | None = None,
 ) -> list[ProjectionReport]:
     """Prune the projections that read one input, in place.
 
@@ -59,6 +60,8 @@ def prune_projections(
         restore: put the dense values back where the method left weights.
         measure_error: report the output errors, which takes statistics of kind `gram`.
         refitted: fit the kept weights to the dense outputs, which takes the same statistics.
+        aims: weights that the method prunes in the place of the dense ones, float32 [rows, cols]; errors are those
+            against the dense ones nevertheless.
 
     Returns the reports, with the zeros counted on the rounded weights.
 
@@ -66,7 +69,8 @@ def prune_projections(
         SolverError: names the projection.
     """
     patterns = {name: pattern.at(shares[name].sparsity) for name in weights}
-    targets = [Target(weights[name], patterns[name], shares[name].sparsity) for name in weights]
+    pruned_from = aims or weights
+    targets = [Target(pruned_from[name], patterns[name], shares[name].sparsity) for name in weights]
     labels = {name: f"layer {layer} {name}" for name in weights}
     names = list(weights)
     if statistics is not None and not statistics.finite:
@@ -83,7 +87,8 @@ def prune_projections(
         except SolverError as error:
             raise SolverError(f"{labels[name]}: {error}") from error
         pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored[name])
-        found.append(_findings(weight, solution, pruned, patterns[name], restore, gram))
+        known = solution if aims is None else replace(solution, lost=None)  # which is against what was pruned
+        found.append(_findings(weight, known, pruned, patterns[name], restore, gram))
         solutions.append({name: getattr(solution, name) for name in SOLVED})
         weight.copy_(pruned)
         del solution, pruned

@@ -69,6 +69,22 @@ class BlockReport:
 
 
 @dataclass(frozen=True)
+class ImprovementReport:
+    """A step that was meant to improve a layer (`stream targets`), by the `projections` that it changes. The errors are
+    those of the layer's output on held-out windows before and after it, ||output - dense output||^2 / ||dense output -
+    dense input||^2; the step was `kept` where its error is less, else undone."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    layer: Count
+    step: str
+    projections: tuple[str, ...]
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
+
+
+@dataclass(frozen=True)
 class KeptStructures:
     """Structures that a layer has kept: indices of key/value `groups` and `neurons`. `errors` are the relative output
     errors of the output projections where they were measured, `retries` those of the solver."""
@@ -95,8 +111,9 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A finished layer: `projections` where weights became zero, `blocks` where masks were rebuilt, its percentage of
-    `outliers` where the allocation looked at it; what it `kept` and its `sizes` where structures were removed."""
+    """A finished layer: `projections` where weights became zero, `blocks` where masks were rebuilt, `improvements`
+    where further steps were tried, its percentage of `outliers` where the allocation looked at it; what it `kept` and
+    its `sizes` where structures were removed."""
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
 
@@ -106,6 +123,7 @@ class LayerRecord:
     outliers: float | None = None
     kept: KeptStructures | None = None
     sizes: LayerSizes | None = None
+    improvements: tuple[ImprovementReport, ...] = ()
 
     @property
     def zeros(self) -> int:

@@ -30,6 +30,7 @@ WEIGHTS_ALONE = {**FEW, "seqlen": 320, "method": "magnitude", "measure_error": F
 # read.
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
+    "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
     "alps": ("wide", {**FEW, "method": "alps"}, "factor down"),
     "refit": ("wide", {**FEW, "method": "wanda", "refit": True}, "fit down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),

@@ -9,7 +9,7 @@ from shardprune.report.page.heat_maps import outlier_map, sparsity_map
 from shardprune.report.page.history import History
 from shardprune.report.page.memory import memory_of_workers
 from shardprune.report.page.mop_path import path_of_search
-from shardprune.report.page.output_errors import block_errors, narrowing_errors, projection_errors
+from shardprune.report.page.output_errors import block_errors, improvement_errors, narrowing_errors, projection_errors
 from shardprune.report.page.place import FILE, place_of_report
 from shardprune.report.page.plot import Plot
 from shardprune.report.page.render import Grid, Section, render
@@ -149,6 +149,7 @@ def _plots(result: Result) -> list[Plot | None]:
         plots += [sparsity_map(result.sparsity), outlier_map(result.sparsity)]
         plots.append(projection_errors(result.sparsity.projections))
         plots.append(block_errors(result.sparsity.blocks or ()))
+        plots.append(improvement_errors(result.sparsity.improvements or ()))
     if result.structure:
         plots.append(narrowing_errors(result.structure.layers or ()))
         if result.structure.path:

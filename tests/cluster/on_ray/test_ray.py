@@ -82,6 +82,7 @@ SCENARIOS = {
         "rebuild_granularity": "block",
         **BARBER,
     },
+    "dense stream, trained": {"shards": 2, "targets": "stream", "reconstruct": 3},
     "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
     "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
     "replicas of a pattern without a Hessian": {
@@ -116,6 +117,14 @@ JOINED = {
         "weights": "streamed",
         "allocation": "mosaic",
         "outlier_m": 3.0,
+    },
+    "dense stream, parallel": {
+        "shards": 2,
+        "replicas": 2,
+        "propagation": "parallel",
+        "weights": "streamed",
+        "targets": "stream",
+        "reconstruct": 3,
     },
     "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
 }
