@@ -47,6 +47,7 @@ class Terminal:
         os.close(slave)
         self._shown = b""
         self._over = threading.Event()
+        self._read_all = threading.Event()  # of what there was to read; processes of the command may stay a while
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -55,6 +56,10 @@ class Terminal:
             while not self._over.is_set():
                 if select.select([self._master], [], [], 0.05)[0]:
                     self._shown += os.read(self._master, 65536)
+                else:
+                    self._read_all.set()
+        self._over.set()
+        self._read_all.set()
         os.close(self._master)
 
     def close(self) -> None:
@@ -82,7 +87,9 @@ class Terminal:
         except psutil.TimeoutExpired:
             self.left_behind(0)
             raise AssertionError(self.lines()) from None
-        self._reader.join(60)
+        for _ in range(2):  # the first may have been said before the last words came
+            self._read_all.clear()
+            assert self._over.is_set() or self._read_all.wait(60)
         return code if code >= 0 else 128 - code
 
     def lines(self) -> list[str]:
