@@ -1,6 +1,8 @@
-"""Allocation files: what every projection of a model gives up, as a run leaves it and another takes it."""
+"""Allocation files: what every projection of a model gives up, as a run leaves it and another takes it; or the curves
+of the errors that it would add, which are shared out for the sparsity that is asked for.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -10,6 +12,7 @@ from shardprune.errors import InputError
 from shardprune.model.pruning_job import Shapes
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.budget import TOLERANCE
+from shardprune.solvers.allocation.knapsack import share_out
 from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.malformed import located
 from shardprune.storage.records import LayerRecord
@@ -17,16 +20,20 @@ from shardprune.storage.whole_files import read_file
 
 FIELD = "allocation_file"  # of a recipe
 
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
 
 @dataclass(frozen=True)
 class AllocatedShare:
-    """One projection, by its layer and its name, and the fraction of its weights that become zero."""
+    """One projection, by its layer and its name: the fraction of its weights that become zero, or a `curve` of levels
+    of sparsity, ascending, each with the error that is added there."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     layer: Annotated[int, Field(ge=0)]
     name: str
-    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    sparsity: Fraction | None = None
+    curve: tuple[tuple[Fraction, Annotated[float, Field(ge=0)]], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,24 +66,50 @@ def read_allocation(url: str, shapes: Shapes, target: float) -> Sparsities:
     with located(FIELD, url):
         known = parse_model(content, AllocationFile)
     sizes = {(layer, name): rows * cols for layer, of in enumerate(shapes) for name, (rows, cols) in of.items()}
-    found: Sparsities = {}
+    shares: dict[tuple[int, str], AllocatedShare] = {}
     for share in known.projections:
         place = share.layer, share.name
-        if place not in sizes or place in found:
-            problem = "names twice" if place in found else "names a projection that the model has not:"
+        if place not in sizes or place in shares:
+            problem = "names twice" if place in shares else "names a projection that the model has not:"
             raise InputError(FIELD, f"{url!r} {problem} {_named(place)}")
-        found[place] = share.sparsity
-    if missing := [place for place in sizes if place not in found]:
+        shares[place] = share
+    if missing := [place for place in sizes if place not in shares]:
         raise InputError(FIELD, f"{url!r} lacks {_named(missing[0])}; give that of a run on the same model")
+    curves = {place: share.curve for place, share in shares.items() if share.curve is not None}
+    if curves:
+        _check_curves(url, shares)
+        try:
+            return share_out(curves, sizes, target)
+        except ValueError as error:
+            raise InputError(FIELD, f"{url!r} has {error}") from error
+    found: Sparsities = {place: share.sparsity for place, share in shares.items() if share.sparsity is not None}
+    if missing := [place for place in shares if place not in found]:
+        raise InputError(FIELD, f"{url!r} has neither a sparsity nor a curve of {_named(missing[0])}")
     mean = sum(found[place] * size for place, size in sizes.items()) / sum(sizes.values())
     if abs(mean - target) > TOLERANCE:
         raise InputError(FIELD, f"{url!r} has a mean sparsity of {mean:.4f}, not of {target:g} as asked for")
     return found
 
 
+def _check_curves(url: str, shares: Mapping[tuple[int, str], AllocatedShare]) -> None:
+    """Check that projections have curves at the same levels, in ascending order, and no sparsities beside them."""
+    expected = next([level for level, _ in share.curve] for share in shares.values() if share.curve is not None)
+    for place, share in shares.items():
+        levels = [level for level, _ in share.curve or ()]
+        if share.sparsity is not None or levels != expected or len(levels) < 2 or sorted(set(levels)) != levels:
+            raise InputError(
+                FIELD,
+                f"{url!r} has no fitting curve of {_named(place)}; use one of at least two levels in ascending order, "
+                "the same for every projection, and no sparsity beside it",
+            )
+
+
 def written(allocation: AllocationFile) -> str:
     """Return the content of an allocation file, a line for each projection."""
-    lines = ",\n    ".join(dump_json(vars(share)) for share in allocation.projections)
+    known = (
+        {name: value for name, value in vars(share).items() if value is not None} for share in allocation.projections
+    )
+    lines = ",\n    ".join(map(dump_json, known))
     return f'{{\n  "version": {allocation.version},\n  "projections": [\n    {lines}\n  ]\n}}\n'
 
 

@@ -73,7 +73,7 @@ class PruningFields(StructuredFields):
     )
     allocation: AllocationName = Field("uniform", description="Distribution of the sparsity; owl with mixed:M")
     allocation_file: str | None = optional(
-        "none", "Sparsity of every projection as another run has left it, OUT/allocation.json", min_length=1
+        "none", "Sparsity of every projection: OUT/allocation.json of another run, or measured curves", min_length=1
     )
     outlier_m: float = Field(
         5.0,

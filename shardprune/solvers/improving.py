@@ -16,8 +16,7 @@ LEAST_HELD_OUT, SHARE = 4, 10  # windows, and a tenth of all
 class Improving:
     """The steps that improve a layer: whether its projections aim at the dense residual stream (`stream_targets`), and
     by how many steps its kept weights are trained in the end (`reconstruction`). With `measured_damping`, which is no
-    step of its own, held-out windows choose the damping of each projection.
-    """
+    step of its own, held-out windows choose the damping of each projection."""
 
     stream_targets: bool = False
     reconstruction: int = 0

@@ -107,3 +107,52 @@ def test_a_file_that_does_not_fit_is_bad_input(folder, owl, tmp_path, how, messa
 def test_where_it_does_not_go_is_said(folder, tmp_path, fields, message):
     with pytest.raises(InputError, match=f"^allocation_file: .*nowhere.json' {message}"):
         run(folder, tmp_path / "o", allocation_file=str(tmp_path / "nowhere.json"), **fields)
+
+
+def curves_of(content):
+    """A file of curves in which the projections of one layer lose less than those of the others."""
+    shares = [
+        {key: share[key] for key in ("layer", "name")}
+        | {"curve": [[level, (0.1 if share["layer"] == 2 else 1.0) * 10**level] for level in (0.5, 0.6, 0.7, 0.8)]}
+        for share in content["projections"]
+    ]
+    return {"version": 1, "projections": shares}
+
+
+def test_curves_are_shared_out_for_the_sparsity_that_is_asked_for(folder, owl, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(curves_of(json.loads((owl[0] / "allocation.json").read_text()))))
+    for sparsity in (0.6, 0.7):
+        result = run(
+            folder, tmp_path / str(sparsity), sparsity=sparsity, allocation_file=str(tmp_path / "a.json")
+        ).sparsity
+        assert result.allocated == pytest.approx(sparsity, abs=1e-9)
+        assert result.achieved == pytest.approx(sparsity, abs=1e-3)
+        targets = [layer.target for layer in result.layers]
+        assert targets[2] > 0.75
+        assert max(targets[:2] + targets[3:]) < sparsity
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda shares: shares[3].update(sparsity=0.6), "has no fitting curve of layer 0"),
+        (lambda shares: shares[3]["curve"].reverse(), "has no fitting curve of layer 0"),
+        (lambda shares: shares[3].pop("curve"), "has no fitting curve of layer 0"),
+        (lambda shares: shares[3]["curve"].pop(), "has no fitting curve of layer 0"),
+        (
+            lambda shares: [share.update(curve=share["curve"][:2]) for share in shares],
+            "curves from 0.5 to 0.6 say nothing",
+        ),
+        (
+            lambda shares: shares[3]["curve"][0].__setitem__(1, -1.0),
+            "holds -1.0 as projections.3.curve.0.1; use greater",
+        ),
+        (lambda shares: [share.pop("curve") for share in shares], "has neither a sparsity nor a curve of layer 0"),
+    ],
+)
+def test_curves_that_do_not_fit_are_bad_input(folder, owl, tmp_path, change, message):
+    content = curves_of(json.loads((owl[0] / "allocation.json").read_text()))
+    change(content["projections"])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=f"^allocation_file: .*{message}"):
+        run(folder, tmp_path / "o", sparsity=0.7, allocation_file=str(tmp_path / "a.json"))
