@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardprune.errors import SolverError
 from shardprune.model.skeleton import projection_weight
+from shardprune.model.stand_ins import Arguments
 from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.rebuilding import Rebuilding
@@ -66,9 +67,7 @@ class Block:
         self.dense = dense
         self.last = layer.get_submodule(list(dense)[-1])
 
-    def compare(
-        self, hidden: Tensor, arguments: Mapping[str, Any], gradients: SquaredGradients | None
-    ) -> tuple[float, float]:
+    def compare(self, hidden: Tensor, arguments: Arguments, gradients: SquaredGradients | None) -> tuple[float, float]:
         """Run one wave [wave, seqlen, hidden] of the sparse model's activations through the block, dense and
         sparse.
 
@@ -145,7 +144,7 @@ class Block:
         assert before == after, f"{label} {', '.join(names)}: {after} zeros, not {before}"
         return swaps
 
-    def _output(self, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    def _output(self, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Arguments) -> Tensor:
         """The block's output for hidden states that enter the layer, with the given projections in the place
         of the layer's own."""
 
@@ -155,7 +154,7 @@ class Block:
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
         hook = self.last.register_forward_hook(stop)
         try:
-            torch.func.functional_call(self.layer, replaced, (hidden,), dict(arguments))
+            torch.func.functional_call(self.layer, replaced, (hidden, *arguments.positional), arguments.keywords)
         except _Reached as reached:
             return reached.output.reshape(*hidden.shape[:2], -1)
         finally:

@@ -1,7 +1,7 @@
 """The progress of pruning: what counts as how much, and what is said while a layer is solved."""
 
 from shardprune.cluster.pending_work import PendingWork
-from shardprune.model.families import FAMILIES
+from shardprune.model.families import Family
 from shardprune.report.progress import Reporter, Step
 from tests.support.running import run
 
@@ -14,10 +14,17 @@ SHAPES = {
     "mlp.up_proj": (28672, 8192),
     "mlp.down_proj": (8192, 28672),
 }
+INPUTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+FAMILY = Family("model.layers", INPUTS, frozenset(name for name in SHAPES if name.startswith("self_attn.")))
 
 
 def pending(factorises):
-    return PendingWork({}, frozenset(), FAMILIES["llama"], [SHAPES] * 2, [], None, False, factorises=factorises)
+    return PendingWork({}, frozenset(), FAMILY, [SHAPES] * 2, [], None, False, factorises=factorises)
 
 
 def test_solutions_count_as_the_waves_that_would_take_as_many_operations():
@@ -27,8 +34,7 @@ def test_solutions_count_as_the_waves_that_would_take_as_many_operations():
     assert work.solve_parts(0, down, 4096) == round(operations / wave) > 3
     assert work.solve_parts(0, ("self_attn.o_proj",), 10**9) == 1
     assert pending(False).solve_parts(0, down, 4096) == 1
-    inputs = FAMILIES["llama"].inputs
-    solutions = sum(work.solve_parts(0, names, 4096) for names in inputs)
+    solutions = sum(work.solve_parts(0, names, 4096) for names in INPUTS)
     # Two layers, five waves: two passes over each but the last one's second; its solutions and its file.
     assert work.parts((range(2),), 5, 4096) == 5 * 3 + 2 * (solutions + 1)
 

@@ -17,7 +17,7 @@ from shardprune import Recipe
 from shardprune.cli import main
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError, SolverError, WorkerLost
-from shardprune.model.skeleton import attention_of
+from shardprune.model.empty_model import attention_of
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.solvers.methods import METHODS, Target
 from shardprune.solvers.pattern import parse_pattern
