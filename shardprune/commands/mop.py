@@ -14,6 +14,7 @@ from shardprune.cluster.scoring import better
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs
 from shardprune.errors import InputError, SolverError, without_credentials
+from shardprune.model.families import structures_of
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import Budget
@@ -78,6 +79,7 @@ def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
     prefix = f"{skeleton.family.layers}.0."
     tensors = {name.removeprefix(prefix): shape for name, shape in skeleton.layer_tensors(0).items()}
     config, parameters = skeleton.config, skeleton.parameters()
+    structures_of(config.model_type, "model")
     widths = widths_of(config)
     groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
     return PathPlan(

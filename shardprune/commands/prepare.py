@@ -16,6 +16,7 @@ from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
+from shardprune.model.families import structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -322,11 +323,12 @@ def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:
     """Return the widths that structured pruning leaves every layer; None where it leaves them as they are.
 
     Raises:
-        InputError: the model cannot give so much.
+        InputError: the model cannot give so much, or its heads and neurons are not known.
     """
     removal = job.removal
     if not isinstance(removal, WidthRemoval):
         return None
+    structures_of(skeleton.config.model_type, "structured")
     try:
         shapes = skeleton.projection_shapes(0)
         widths = narrowed_by(skeleton.config, shapes, removal.share, removal.neuron_multiple)
