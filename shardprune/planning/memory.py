@@ -385,7 +385,8 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
     sent = task.model.projections * task.itemsize if setup.copies_sums else 0
-    columns = (one.cols for one in task.model.inputs if setup.copies_sums)
+    kinds = 2 if task.improving.measured_damping else 1  # with sums over held-out windows
+    columns = [one.cols for one in task.model.inputs if setup.copies_sums] * kinds
     return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
 
 
