@@ -187,9 +187,9 @@ class ModelOnWorkers:
 
     def candidates(
         self, rule: str | None, widths: Widths | None, criterion: Criterion | None, step: Step
-    ) -> tuple[Shallower | None, float | None]:
-        """Build and score candidates, two of them at the same time; return the shallower one, and the narrower one's
-        score where it is asked for.
+    ) -> tuple[Shallower | None, dict[str, float]]:
+        """Build and score candidates, two of them at the same time; return the shallower one, and the scores that are
+        asked for: `L` is the shallower one's, `G` the narrower one's.
 
         Args:
             rule: that chooses the layer to remove; None for no shallower candidate.
@@ -201,18 +201,21 @@ class ModelOnWorkers:
         """
         if rule is None or widths is None or not self.group.concurrent:
             shorter = None if rule is None else self.shallower(rule, criterion, step)
-            return shorter, None if widths is None else self.narrower(widths, criterion, step)
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            first = pool.submit(self.shallower, rule, criterion, step)
-            second = pool.submit(self.narrower, widths, criterion, step)
-            try:
-                done: Iterable[Future[Any]] = as_completed((first, second))
-                for future in done:
-                    future.result()
-            except BaseException:
-                self.group.close()
-                raise
-            return first.result(), second.result()
+            score = None if widths is None else self.narrower(widths, criterion, step)
+        else:
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                first = pool.submit(self.shallower, rule, criterion, step)
+                second = pool.submit(self.narrower, widths, criterion, step)
+                try:
+                    done: Iterable[Future[Any]] = as_completed((first, second))
+                    for future in done:
+                        future.result()
+                except BaseException:
+                    self.group.close()
+                    raise
+                shorter, score = first.result(), second.result()
+        scores = {"L": shorter.score if shorter else None, "G": score}
+        return shorter, {letter: value for letter, value in scores.items() if value is not None}
 
     # -- adopting one of them ---------------------------------------------------------------------------------
 

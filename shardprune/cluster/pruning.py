@@ -66,7 +66,7 @@ def _prune_layers(
                 if index not in work.finished:
                     step.describe(f"layer {index + 1}/{len(work.shapes)}")
                     started = time.monotonic()
-                    record = _prune_layer(work, layer)
+                    record = _narrow_layer(work, layer) if work.widths else _prune_layer(work, layer)
                     files.write(layer, record, started)
                 if index + 1 in layers:
                     if index in work.finished and work.improving:
@@ -89,13 +89,20 @@ def _prune_layers(
     files.settle()
 
 
+def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
+    """Make a layer narrower on every replica, but for its file; return its record."""
+    assert work.widths is not None
+    kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
+    layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
+    sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
+    return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+
+
 def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
-    """Do what is to be done to a layer on every replica, but for its file; return its record."""
-    if work.widths:
-        kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
-        layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
-        sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
-        return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+    """Solve a layer on every replica, rebuild its masks and improve it where that is asked for: all but its file.
+
+    Returns its record.
+    """
     solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
     held_out = HeldOut(layer) if work.improving else None
     if held_out and work.improving.stream_targets:
@@ -118,6 +125,8 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
         solvers: the replica that solves each input.
     """
     layer.calibrating.over_waves(PruneWorker.accumulate, False)
+    if work.improving.measured_damping:
+        layer.held_out.over_waves(PruneWorker.hold_out)
     inputs = work.family.inputs
     waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)

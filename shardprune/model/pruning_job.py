@@ -9,7 +9,7 @@ from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.mixed import in_groups
 from shardprune.solvers.improving import NOTHING, Improving
-from shardprune.solvers.methods import METHODS, Effort
+from shardprune.solvers.methods import DAMPING, DAMPINGS, METHODS, Damping, Effort
 from shardprune.solvers.pattern import Mixed, Pattern
 from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.solvers.scoring import Scoring
@@ -28,7 +28,8 @@ class Zeroing:
 
     `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
     of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side. With
-    `refit`, the kept weights are fitted to the dense outputs in the end.
+    `refit`, the kept weights are fitted to the dense outputs in the end. `damping` is what Gram matrices get, where the
+    method takes it.
     """
 
     method: str
@@ -38,12 +39,14 @@ class Zeroing:
     outlier_m: float
     spread: float
     refit: bool = False
+    damping: Damping = DAMPING
 
     @property
     def effort(self) -> Effort:
         """The work for the projections that read one input."""
         effort = METHODS[self.method].effort
-        return effort.refitted if self.refit else effort
+        effort = effort.refitted if self.refit else effort
+        return effort.times(len(DAMPINGS) + 1) if self.damping == "auto" else effort
 
     @property
     def needs(self) -> "Kind | None":

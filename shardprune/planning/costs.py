@@ -159,7 +159,8 @@ class Costs:
             return 0
         if differences:
             return 4 * one.differences
-        return 4 * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
+        kinds = 2 if self.task.improving.measured_damping else 1  # with those over held-out windows
+        return 4 * kinds * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
 
     def statistics(self, one: Input, differences: bool = False) -> float:
         """Return the seconds to send the sums of an input."""

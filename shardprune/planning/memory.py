@@ -354,11 +354,13 @@ class WorkerMemory:
 
     def _sent(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums as replicas exchange them."""
-        return 4 * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
+        kinds = 2 if self.task.improving.measured_damping else 1
+        return 4 * kinds * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
 
     def _sums(self, one: Input) -> int:
-        """Return the bytes of one input's float32 sums."""
-        return 0 if self.task.kind is None else 4 * one.cols ** (2 if self.task.kind == "gram" else 1)
+        """Return the bytes of one input's float32 sums, with those over held-out windows where damping is measured."""
+        kinds = 2 if self.task.improving.measured_damping else 1
+        return 0 if self.task.kind is None else 4 * kinds * one.cols ** (2 if self.task.kind == "gram" else 1)
 
 
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:

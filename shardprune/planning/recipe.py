@@ -159,4 +159,5 @@ class PlanRecipe(
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise InputError(field, f"{getattr(self, field)!r} is not planned; plan the run without it")
         self.check_improving(self.samples, self.rebuilding)
+        self.check_damping(self.samples, self.towards_stream)
         return self

@@ -284,6 +284,7 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.merge: Row(_merge),
     ForwardWorker.sum_up: Row(_sum_up, chain="summing"),
     ForwardWorker.outliers: Row(_outliers, reads="layer"),
+    PruneWorker.hold_out: Row(_accumulate, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
     PruneWorker.miss: Row(_judge(Costs.miss), reads="layer"),

@@ -228,7 +228,15 @@ def simulate(costs: Costs) -> SimulatedGroup:
     shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
     shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
     work = PendingWork(
-        shares, frozenset(), family, [shapes] * model.layers, [], None, task.errors, improving=task.improving
+        shares,
+        frozenset(),
+        family,
+        [shapes] * model.layers,
+        [],
+        None,
+        task.errors,
+        effort=task.effort,
+        improving=task.improving,
     )
     with group.phase("prune", lanes=len(layout.lanes()) > 1), output.step("prune", 0) as step:
         prune_segments(group, layout, calibration, work, step)

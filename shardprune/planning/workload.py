@@ -1,7 +1,7 @@
 """The shapes of a model, from its config alone, and the task of a run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -220,7 +220,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         sources=len(recipe.eval),
         windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
         itemsize=model.stored.itemsize if narrow else 4,
-        improving=recipe.improving,
+        improving=replace(recipe.improving, measured_damping=recipe.damping == "auto"),
     )
 
 

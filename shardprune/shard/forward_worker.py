@@ -175,8 +175,12 @@ class ForwardWorker:
             image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
             self.activations.replace(stream, wave, image)
         elif self.sums[index]:  # a method that looks at the weights alone sums up nothing
-            with suppress(_AllSeen):
-                self._run(index, "dense", self.activations.get(stream, wave), self.sums[index], to_the_end=False)
+            self.add_inputs(index, self.activations.get(stream, wave), self.sums[index])
+
+    def add_inputs(self, index: int, hidden: Tensor, sums: Mapping[str, Summed]) -> None:
+        """Run one wave through a dense layer up to the last of the inputs that add to `sums`."""
+        with suppress(_AllSeen):
+            self._run(index, "dense", hidden, sums, to_the_end=False)
 
     # -- sums of replicas ---------------------------------------------------------------------------------------
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.model.saving import overflow
 from shardprune.solvers.allocation.allocation import Share
-from shardprune.solvers.least_squares import refit
-from shardprune.solvers.methods import Method, Solution, Target
+from shardprune.solvers.damping import choose
+from shardprune.solvers.least_squares import fitting
+from shardprune.solvers.methods import DAMPING, Damping, Method, Solution, Target
 from shardprune.solvers.pattern import NM, Mixed, Pattern
 from shardprune.solvers.statistics import InputStatistics, gram_norm
 from shardprune.storage.records import ProjectionReport
@@ -50,6 +51,7 @@ def prune_projections(
     measure_error: bool,
     layer: int,
     refitted: bool = False,
+    damping: Damping = DAMPING,
     aims: Mapping[str, Tensor] | None = None,
 ) -> list[ProjectionReport]:
     """Prune the projections that read one input, in place.
@@ -60,6 +62,7 @@ def prune_projections(
         restore: put the dense values back where the method left weights.
         measure_error: report the output errors, which takes statistics of kind `gram`.
         refitted: fit the kept weights to the dense outputs, which takes the same statistics.
+        damping: of Gram matrices; `auto` takes statistics with those of held-out windows, and finds it for each.
         aims: weights that the method prunes in the place of the dense ones, float32 [rows, cols]; errors are those
             against the dense ones nevertheless.
 
@@ -70,17 +73,22 @@ def prune_projections(
     """
     patterns = {name: pattern.at(shares[name].sparsity) for name in weights}
     pruned_from = aims or weights
-    targets = [Target(pruned_from[name], patterns[name], shares[name].sparsity) for name in weights]
+    known_damping = DAMPING if damping == "auto" else damping
+    targets = [Target(pruned_from[name], patterns[name], shares[name].sparsity, known_damping) for name in weights]
     labels = {name: f"layer {layer} {name}" for name in weights}
     names = list(weights)
     if statistics is not None and not statistics.finite:
         raise SolverError(f"{labels[names[0]]}: its inputs are not finite: the activations overflow")
     gram = statistics.sums if statistics is not None and measure_error else None
     solutions, found = [], []
-    solving = method.solve(targets, statistics)
-    if refitted:
+    solve = fitting(method.solve) if refitted else method.solve
+    if damping == "auto":
         assert statistics is not None
-        solving = refit(solving, targets, statistics)
+        try:
+            targets = choose(solve, targets, statistics)
+        except SolverError as error:
+            raise SolverError(f"{labels[names[0]]}: {error}") from error
+    solving = solve(targets, statistics)
     for name, weight in weights.items():
         try:
             solution = next(solving)

@@ -100,7 +100,17 @@ class PruneWorker(ForwardWorker):
             measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
             method = METHODS[zeroing.method]
             reports = prune_projections(
-                method, weights, stored, statistics, zeroing.pattern, shares, restore, measured, index, zeroing.refit
+                method,
+                weights,
+                stored,
+                statistics,
+                zeroing.pattern,
+                shares,
+                restore,
+                measured,
+                index,
+                zeroing.refit,
+                zeroing.damping,
             )
         if statistics and not self.spec.job.improving.stream_targets:  # which `correct` takes as well
             # As large as a layer: given back, or kept without the factor for `measure`.
@@ -108,6 +118,18 @@ class PruneWorker(ForwardWorker):
             if self.spec.job.measure_error and rebuilding:
                 self.sums[index][names[0]] = replace(statistics, _factors={})
         return reports
+
+    @verb("statistics", layer="index")
+    def hold_out(self, stream: str, wave: int, index: int) -> None:
+        """Add one kept wave, which is held out, to the sums over a dense layer's inputs that judge solutions."""
+        if index not in self.sums:
+            self.sums[index] = self.empty_sums(index)
+        held_out = {}
+        for name, statistics in self.sums[index].items():
+            assert isinstance(statistics, InputStatistics)
+            assert statistics.held_out is not None
+            held_out[name] = statistics.held_out
+        self.add_inputs(index, self.activations.get(stream, wave), held_out)
 
     @verb("exchange", layer="index")
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -283,4 +305,8 @@ class PruneWorker(ForwardWorker):
         kind: Kind | None = job.zeroing.needs if isinstance(job.zeroing, Zeroing) else None
         if job.measure_error:  # which takes the whole Gram matrix
             kind = "gram"
-        return {**self.empty_statistics(index, kind)} if kind else {}
+        found = self.empty_statistics(index, kind) if kind else {}
+        if isinstance(job.zeroing, Zeroing) and job.zeroing.damping == "auto":
+            for name, others in self.empty_statistics(index, "gram").items():
+                found[name].held_out = others
+        return {**found}

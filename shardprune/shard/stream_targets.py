@@ -90,6 +90,7 @@ class StreamTargets:
             measure_error=job.measure_error,
             layer=index,
             refitted=job.zeroing.refit,
+            damping=job.zeroing.damping,
             aims=targets,
         )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shardprune.solvers.methods import REFIT_STEPS, Solution, Target
+from shardprune.solvers.methods import REFIT_STEPS, Solution, Solve, Target
 from shardprune.solvers.products import add_product, product
 from shardprune.solvers.statistics import InputStatistics
 
@@ -96,3 +96,13 @@ def refit(
         fixed = solution.mask | unit.dead
         fitted = descend(solution.weight * unit.norms, image, fixed, unit, steps)
         yield replace(solution, weight=fitted.div_(unit.norms), refit_steps=steps, lost=None)
+
+
+def fitting(solve: Solve) -> Solve:
+    """Return how a method solves whose kept weights are fitted in the end."""
+
+    def fitted(targets: Sequence[Target], statistics: InputStatistics | None) -> Iterator[Solution]:
+        assert statistics is not None
+        return refit(solve(targets, statistics), targets, statistics)
+
+    return fitted

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 Sweep = Literal["kernel", "recursion"]
 
 DAMPING = 0.01  # fraction of the mean diagonal that is added to a Gram matrix
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)  # of which one is chosen, where it is measured
+Damping = float | Literal["auto"]  # auto: measured for each projection
 # ALPS: the penalties grow tenfold in equal ratios, with as many iterations at each.
 PENALTIES = tuple(0.1 * 10 ** (place / 5) for place in range(6))
 PER_PENALTY = 6
@@ -93,6 +95,10 @@ class Effort:
     def refitted(self) -> "Effort":
         """The effort with the kept weights fitted at the end."""
         return replace(self, products=self.products + REFIT_STEPS + 2)
+
+    def times(self, count: int) -> "Effort":
+        """The effort of so many solutions one after the other."""
+        return replace(self, passes=count * self.passes, factors=count * self.factors, products=count * self.products)
 
     def operations(self, rows: int, cols: int) -> float:
         """Return the multiplications and additions in products for the projections [rows, cols] of an input, roughly;

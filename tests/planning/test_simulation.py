@@ -183,6 +183,10 @@ LAYOUTS = [
     {"reconstruct": 50, "replicas": 4, "samples": 64},
     {"reconstruct": 20, "targets": "stream", "replicas": 4, "joined": True, "samples": 64},
     {"targets": "stream", "shards": 4, "propagation": "parallel", "allocation": "owl"},
+    {"damping": "auto", "replicas": 4, "joined": True, "samples": 64},
+    {"damping": "auto", "replicas": 2, "samples": 32},
+    {"method": "alps", "replicas": 2, "samples": 32},
+    {"method": "wanda", "refit": True, "measure_error": False},
 ]
 
 

@@ -75,14 +75,14 @@ class Terminal:
                 raise AssertionError(self.lines())
             time.sleep(0.005)
 
-    def ended(self, seconds: float = 120) -> int:
+    def ended(self, seconds: float = 240) -> int:
         """Wait for the end, and return the exit code as shells report it."""
         try:
             code = self.process.wait(seconds)
         except psutil.TimeoutExpired:
             self.left_behind(0)
             raise AssertionError(self.lines()) from None
-        self._reader.join(5)
+        self._reader.join(60)
         return code if code >= 0 else 128 - code
 
     def lines(self) -> list[str]:
@@ -90,7 +90,7 @@ class Terminal:
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._shown.decode(errors="replace"))
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
-    def left_behind(self, seconds: float = 30) -> list[str]:
+    def left_behind(self, seconds: float = 120) -> list[str]:
         """The processes of the command that are there after some seconds, of which they may take a while to end."""
         deadline = time.monotonic() + seconds
         while (found := self._processes()) and time.monotonic() < deadline:
