@@ -23,6 +23,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.families import family_of
+from shardprune.model.kept_keys import KeptKeys
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
 
@@ -136,6 +137,13 @@ class Skeleton:
             del self._arguments[next(iter(self._arguments))]
         return arguments[index]
 
+    def next_arguments(self, batch: int, kept: KeptKeys) -> list[dict[str, Any]]:
+        """Return the keyword arguments of all layers for the next token of `batch` sequences, whose keys and values
+        they add to those that are kept."""
+        recorders = [Recorder() for _ in range(self.layers)]
+        self._run(nn.ModuleList(recorders), self.model.base_model, batch, 1, kept)
+        return [recorder.arguments for recorder in recorders]
+
     @staticmethod
     def forward_layer(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Apply one decoder layer to hidden states [batch, seqlen, hidden]."""
@@ -167,11 +175,15 @@ class Skeleton:
                 if not parameter.is_meta:
                     self._replace(parameter, torch.empty_like(parameter, device="meta"))
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Compute the hidden states [batch, seqlen, hidden] that enter the first layer from tokens [batch, seqlen]."""
+    def embed(self, tokens: Tensor, kept: KeptKeys | None = None) -> Tensor:
+        """Compute the hidden states [batch, seqlen, hidden] that enter the first layer from tokens [batch, seqlen].
+
+        Args:
+            kept: of the tokens before these, where there are any.
+        """
         recorder = Recorder()
         self._place(nn.ModuleList([recorder]))
-        self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        self.model.base_model(input_ids=tokens.to(self.device), past_key_values=kept, use_cache=kept is not None)
         self._place(nn.ModuleList())
         assert recorder.hidden is not None
         return recorder.hidden
@@ -183,13 +195,15 @@ class Skeleton:
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _run(self, stand_ins: nn.ModuleList, model: nn.Module, batch: int, seqlen: int) -> Any:
+    def _run(
+        self, stand_ins: nn.ModuleList, model: nn.Module, batch: int, seqlen: int, kept: KeptKeys | None = None
+    ) -> Any:
         """Run a model's forward pass with stand-ins for its layers, on an embedding of zeros."""
         width = self.model.get_input_embeddings().embedding_dim
         blank = torch.zeros(batch, seqlen, width, dtype=self.dtype, device=self.device)
         self._place(stand_ins)
         try:
-            return model(inputs_embeds=blank, use_cache=False)
+            return model(inputs_embeds=blank, past_key_values=kept, use_cache=kept is not None)
         finally:
             self._place(nn.ModuleList())
 

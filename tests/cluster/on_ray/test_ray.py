@@ -88,6 +88,7 @@ SCENARIOS = {
     },
     "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
     "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
+    "on text of its own": {"shards": 2, "replicas": 2, "calibration": "self", "self_batch": 2},
     "replicas of a pattern without a Hessian": {
         "replicas": 3,
         "method": "magnitude",
@@ -122,6 +123,7 @@ JOINED = {
         "outlier_m": 3.0,
     },
     "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
+    "on text of its own": {"shards": 3, "calibration": "self", "self_batch": 3},
 }
 
 
