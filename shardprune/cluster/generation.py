@@ -55,7 +55,7 @@ def write(group: Group, layout: Layout, draft: Draft, written: int, step: Step) 
     room = _room(group, layout)
     left = [batch for batch in draft.batches if batch.start >= written]
     waves = 0
-    for batches in _rounds(left, layout, room):
+    for batches in rounds_of(left, layout, room):
         growing = [Wave(waves + place, *wave) for place, wave in enumerate(batches)]
         waves += len(growing)
         yield _round(group, layout, draft, growing, step)
@@ -77,7 +77,7 @@ def _room(group: Group, layout: Layout) -> Room:
     return Room(least.resident, min(room.batches for room in rooms), least.batch_bytes, least.bytes)
 
 
-def _rounds(batches: list[range], layout: Layout, room: Room) -> Iterator[list[tuple[int, int, int]]]:
+def rounds_of(batches: list[range], layout: Layout, room: Room) -> Iterator[list[tuple[int, int, int]]]:
     """Yield the waves that grow together as (replica, start, stop)."""
     side_by_side = min(len(layout.shards), room.batches) * layout.replicas
     most = 1 if room.resident else room.batches * layout.replicas // side_by_side  # batches of a wave
