@@ -155,6 +155,7 @@ def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
                 seed=recipe.seed,
                 temperature=recipe.self_temperature,
                 batch=batch_of(recipe.self_batch, kept),
+                beginning=recipe.self_bos,
             )
             draft = place, own
         elif part.folder:

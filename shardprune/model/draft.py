@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from shardprune.errors import InputError
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.sampling import draws
 
@@ -18,8 +19,8 @@ DROPPED = 8  # tokens at the start of a sequence that do not count: they follow 
 class Draft:
     """Sequences of tokens to be written, [sequences, seqlen] in the end.
 
-    A sequence begins with the token `bos`, where texts of the model do, and a random token of those below `vocabulary`
-    that are not `special`; each further token is sampled at `temperature`. The first `dropped` tokens do not count.
+    A sequence begins with the token `bos`, where there is one, and a random token of those below `vocabulary` that are
+    not `special`; each further token is sampled at `temperature`. The first `dropped` tokens do not count.
 
     Sequences are computed in batches of `batch`, always the same ones: the results of products depend on how many rows
     are multiplied together, so that another size would be another text.
@@ -74,19 +75,26 @@ def draft_of(
     seed: int,
     temperature: float,
     batch: int,
+    beginning: bool,
 ) -> Draft:
     """Return the draft of a model.
 
-    Whether its texts begin with a token of their own, and which tokens are none of a text, its tokenizer says; without
-    one its texts begin with none, and the config names the special tokens. Of a sequence that has no room for dropped
-    tokens, because the model takes no more positions than `seqlen`, as many are dropped as there is room for.
+    Its tokenizer says which tokens are none of a text; without one the config names them. Of a sequence that has no
+    room for dropped tokens, because the model takes no more positions than `seqlen`, as many are dropped as there is
+    room for.
 
     Args:
         tokenizer: the model's; None where it has none.
         batch: sequences that are computed together.
+        beginning: sequences begin with the token that the tokenizer puts before a text.
+
+    Raises:
+        InputError: it puts none.
     """
     config = skeleton.config
-    bos = _beginning(tokenizer) if tokenizer else None
+    bos = _beginning(tokenizer) if tokenizer and beginning else None
+    if beginning and bos is None:
+        raise InputError("self_bos", "the model's tokenizer puts no token before a text; leave it out")
     room = (getattr(config, "max_position_embeddings", None) or 2**31) - seqlen
     dropped = max(0, min(DROPPED + (bos is not None), room))
     vocabulary, special = _ordinary(tokenizer, config)

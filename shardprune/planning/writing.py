@@ -58,7 +58,7 @@ def writing_of(recipe: PlanRecipe, candidate: Candidate) -> Writing | None:
     if not sequences:
         return None
     task, setup, row = candidate.task, candidate.setup, candidate.row
-    model, length = task.model, recipe.seqlen + DROPPED + 1
+    model, length = task.model, recipe.seqlen + DROPPED + recipe.self_bos
     batch = min(sequences, batch_of(recipe.self_batch, recipe.seqlen * 2 * model.layers * model.keys))
     batches = [range(start, min(start + batch, sequences)) for start in range(0, sequences, batch)]
     layout = layout_of_writing(setup.layout, setup.streamed, len(batches))

@@ -124,6 +124,10 @@ class CalibrationFields(Settings):
     self_temperature: float = Field(
         1.0, gt=0, le=100, description="Temperature of sampling (calibration self, drawn with the seed)"
     )
+    self_bos: bool = Field(
+        False,
+        description="Begin sequences with the tokenizer's first token (calibration self): for models that need it",
+    )
     self_batch: int | None = optional(
         f"{BATCH}, halved until keys and values have {KEPT_ELEMENTS // 10**9}e9 elements",
         "Sequences computed together (calibration self); another number is another text",
@@ -134,7 +138,7 @@ class CalibrationFields(Settings):
     @model_validator(mode="after")
     def _self_options_have_an_effect(self) -> "CalibrationFields":
         written = any(part.is_written for part in self.parts)
-        self.needs("calibration self", written, "self_temperature", "self_batch")
+        self.needs("calibration self", written, "self_temperature", "self_bos", "self_batch")
         windows_of(self.parts, self.samples)
         return self
 

@@ -24,6 +24,7 @@ BESIDE = {
     "sparse",
     "calibration",
     "self_temperature",
+    "self_bos",
     "self_batch",
     "samples",
     "seed",

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shardprune.errors import InputError
 from shardprune.model.draft import draft_of, kept_elements
 from shardprune.model.opening import open_model
 from shardprune.recipes.groups import KEPT_ELEMENTS, batch_of
@@ -16,7 +17,7 @@ def skeleton(tmp_path_factory):
 
 
 def drafted(skeleton, tokenizer=None, seqlen=24, **fields):
-    values = {"sequences": 40, "seed": 0, "temperature": 1.0, "batch": 16, **fields}
+    values = {"sequences": 40, "seed": 0, "temperature": 1.0, "batch": 16, "beginning": False, **fields}
     return draft_of(skeleton, tokenizer, seqlen=seqlen, **values)
 
 
@@ -34,7 +35,7 @@ def test_a_tokenizer_says_which_tokens_there_are(skeleton):
     assert set(openings.flatten().tolist()) == set(range(3, len(WORDS)))
 
 
-def test_texts_begin_with_the_token_that_the_tokenizer_puts_before_them(skeleton):
+def test_texts_begin_with_the_token_that_the_tokenizer_puts_before_them_where_asked(skeleton):
     class Beginning:
         def __init__(self, inner):
             self.inner = inner
@@ -50,12 +51,19 @@ def test_texts_begin_with_the_token_that_the_tokenizer_puts_before_them(skeleton
             encoded["input_ids"] = [self.inner.bos_token_id, *encoded.input_ids]
             return encoded
 
-    draft = drafted(skeleton, Beginning(words_tokenizer()))
+    assert drafted(skeleton, Beginning(words_tokenizer())).bos is None
+    draft = drafted(skeleton, Beginning(words_tokenizer()), beginning=True)
     openings = draft.openings(range(40))
     assert openings.shape == (40, 2)
     assert openings[:, 0].unique().tolist() == [1]
     assert torch.equal(openings[5:9], draft.openings(range(5, 9)))
     assert (draft.bos, draft.dropped) == (1, 9)
+
+
+@pytest.mark.parametrize("tokenizer", [None, words_tokenizer()], ids=["none", "one that puts none"])
+def test_a_beginning_that_there_is_not_is_refused(skeleton, tokenizer):
+    with pytest.raises(InputError, match=r"^self_bos: the model's tokenizer puts no token before a text; leave it out"):
+        drafted(skeleton, tokenizer, beginning=True)
 
 
 @pytest.mark.parametrize(("seqlen", "dropped"), [(56, 8), (60, 4), (64, 0)])
