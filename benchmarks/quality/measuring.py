@@ -15,7 +15,6 @@ from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 
-QUIET = Reporter(quiet=True)
 EXACT = 5e-5  # of the achieved sparsity, which is shown with four digits
 
 
@@ -98,7 +97,7 @@ class Measurer:
             self._write_text()
         out = self._work / "pruning"
         shutil.rmtree(out, ignore_errors=True)  # of a row that was cut off
-        result = prune(Recipe.checked({**recipe, "out": str(out), "report": False}), QUIET)
+        result = prune(Recipe.checked({**recipe, "out": str(out), "report": False}), Reporter(quiet=True))
         assert result.sparsity is not None
         achieved, target = result.sparsity.achieved, result.sparsity.target
         assert ":" in place[1] or abs(achieved - target) < EXACT, f"{place}: {achieved}, not {target}"
@@ -114,7 +113,7 @@ class Measurer:
         """Let the model write its calibration text, unless it has; the cheapest run there is comes with it."""
         cheap = {"method": "magnitude", "sparsity": 0.0, "measure_error": False, "report": False}
         fields = {**self._shared, **cheap, "model": self.case.model, "calibration": "self"}
-        prune(Recipe.checked({**fields, "out": str(self._work / "self")}), QUIET)
+        prune(Recipe.checked({**fields, "out": str(self._work / "self")}), Reporter(quiet=True))
         self._text_is_written = True
 
     def _evaluating(self, model: str) -> dict[str, Any]:
@@ -122,6 +121,6 @@ class Measurer:
 
     def _perplexity(self, model: str, **fields: Any) -> float:
         recipe = EvaluateRecipe.checked({**self._evaluating(model), **fields, "report": False})
-        (measured,) = evaluate(recipe, QUIET).evaluation.perplexity.values()
+        (measured,) = evaluate(recipe, Reporter(quiet=True)).evaluation.perplexity.values()
         assert measured.value is not None, f"{model}: perplexity is not finite"
         return measured.value
