@@ -250,6 +250,17 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
+def test_a_worker_dies_while_the_model_writes_its_text(ray, folder, tmp_path):
+    fields = {"calibration": "self", "self_batch": 3, "shards": 2}
+    prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
+    moment = Moment("generate", 0.7, lambda: kill(processes_of("GenerationActor")[0]))  # of two rounds of two waves
+    result = prune(recipe(folder, tmp_path / "o", **fields), Heard(moment))
+    assert moment.passed
+    assert result.restarts == 1
+    assert (tmp_path / "o" / "self.npy").read_bytes() == (tmp_path / "local" / "self.npy").read_bytes()
+    assert differing(tmp_path / "local", tmp_path / "o") == []
+
+
 def test_workers_die_in_the_middle_of_exchanges(ray, tmp_path, monkeypatch):
     """In a chain that has begun, and in the next attempt while a wave goes from shard to shard: others wait for
     the worker that is killed."""
