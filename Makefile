@@ -1,5 +1,5 @@
 PYTHON ?= python3
-WORKERS ?= 3
+WORKERS ?= 4
 OUT ?= runs/gpu
 N ?= 100
 
@@ -9,7 +9,7 @@ N ?= 100
 demo: .venv/ready
 	.venv/bin/shardprune demo
 
-# Tests that start and kill processes wait for much of their time: three files at a time keep two cores busy.
+# Tests that start and kill processes wait for half of their time: four files at a time keep two cores busy.
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -29,6 +29,7 @@ lint: .venv-test/ready
 # The pages that are made from the code.
 docs: .venv-test/ready
 	.venv-test/bin/python -m docs.make_reference docs/reference.md
+	.venv-test/bin/python -m docs.make_families docs/families.md
 
 # Checks and measurements on one NVIDIA GPU, under nine minutes; the machine's own Python, with its PyTorch.
 gpu:

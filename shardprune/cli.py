@@ -25,7 +25,7 @@ from shardprune.recipes.demo import demo_recipe
 from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
-from shardprune.standard_streams import lost_text
+from shardprune.standard_streams import lost_text, without_libraries
 from shardprune.storage.json_file import dump_json
 
 START, PLAN, LOOK = "Start here", "Plan and run on clusters", "Look"  # panels, beside those of the table of commands
@@ -99,7 +99,13 @@ def demo(
     """Prune the bundled model to 50 % on Ray shards, without a network."""
     settings = demo_recipe(out, shards)
     _say_what_begins("demo", "of the bundled model")
-    show(COMMANDS["prune"].story(settings), settings)
+    _carry_out(COMMANDS["prune"], settings)
+
+
+def _carry_out(command: Command, settings: Any) -> None:
+    with without_libraries():
+        result = command.story(settings)
+    show(result, settings)
 
 
 def _add(command: Command) -> None:
@@ -108,7 +114,7 @@ def _add(command: Command) -> None:
     def carry_out(**options: Any) -> None:
         settings: Any = recipe_of(command.recipe, options, command.file_first)
         _say_what_begins(command.name, settings.model)
-        show(command.story(settings), settings)
+        _carry_out(command, settings)
 
     example = f"shardprune {command.name} {command.example}"
     register = _command(command.panel, example, name=command.name, help=command.help)
@@ -211,7 +217,8 @@ def report(
     *,
     compare: Annotated[bool, typer.Option("--compare", help="Compare several outputs on one page")] = False,
     file: Annotated[
-        str | None, typer.Option(help="File of the comparison (default: comparison.html)", metavar="FILE")
+        str | None,
+        typer.Option(help="File of the comparison, which ends in .html (default: comparison.html)", metavar="FILE"),
     ] = None,
 ) -> None:
     """Write OUT/report.html, a page that needs no network, or a comparison."""

@@ -1,5 +1,8 @@
 """Standard output and standard error of a command, whose readers may leave at any time.
 
+Standard output holds the product of a command alone: libraries print on standard error instead (`without_libraries`),
+and nothing before a refusal (`libraries_held`).
+
 A reader that has left (`| head`, a terminal that is gone) and a disk that is full never end a run: what is written goes
 nowhere from then on. A command whose product is its output looks at `Output.failure` when it ends.
 """
@@ -7,6 +10,7 @@ nowhere from then on. A command whose product is its output looks at `Output.fai
 import errno
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
@@ -98,6 +102,59 @@ def _open_descriptors() -> set[int]:
                 os.close(opened)
             os.set_inheritable(number, True)
     return closed
+
+
+@contextmanager
+def without_libraries() -> Iterator[None]:
+    """Send what is printed on standard output, by code in any language or a child process, to standard error."""
+    with _diverted(2):
+        yield
+
+
+@contextmanager
+def libraries_held() -> Iterator[None]:
+    """Hold back what is printed on standard output until this has succeeded, and then print it on standard error."""
+    global _held
+    if _held:  # the outermost one knows whether it succeeds
+        yield
+        return
+    _held = True
+    try:
+        with tempfile.TemporaryFile(buffering=0) as words:
+            with _diverted(words.fileno()):
+                yield
+            words.seek(0)
+            with suppress(OSError):
+                os.write(2, words.read(HELD))
+    finally:
+        _held = False
+
+
+_held = False
+HELD = 2**16  # bytes
+
+
+@contextmanager
+def _diverted(descriptor: int) -> Iterator[None]:
+    """Let descriptor 1 be another one; streams of Python that write to it stay the same objects."""
+    _flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed, by a program that calls this as a library: nothing is printed
+        yield
+        return
+    os.dup2(descriptor, 1)
+    try:
+        yield
+    finally:
+        _flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush() -> None:
+    with suppress(OSError, ValueError, AttributeError):  # full, closed, None
+        sys.stdout.flush()
 
 
 def lost_text() -> str | None:

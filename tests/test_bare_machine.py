@@ -1,11 +1,12 @@
-"""One process on one GPU needs torch and transformers, and nothing of what clusters, reports and trainings need."""
+"""One process on one GPU needs torch, transformers and what these bring, and nothing of what clusters, reports and
+trainings need."""
 
 import subprocess
 import sys
 
 from tests.support.simulated_cuda import needs_simulated_cuda
 
-ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2")
+ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2", "accelerate", "scipy")
 WITHOUT = f"""
 from importlib.machinery import PathFinder
 
@@ -49,8 +50,12 @@ with simulated_cuda():
     assert (tmp_path / "o" / "result.json").exists()
 
 
-def test_python_prunes_rebuilds_and_searches(folder, tmp_path):
+def test_python_prunes_rebuilds_and_searches_and_the_benchmark_is_imported(folder, tmp_path):
     program = f"""
+from importlib import import_module
+from benchmarks.gpu.steps import STEPS
+for name in STEPS:
+    import_module("benchmarks.gpu." + name)
 from shardprune import MopRecipe, RebuildRecipe, Recipe, mop, prune, rebuild
 common = dict(model={str(folder / "model")!r}, calibration={str(folder / "tokens.npy")!r}, samples=4, seqlen=24)
 common |= dict(backend="local", threads=1, report=False)

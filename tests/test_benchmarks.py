@@ -8,6 +8,8 @@ import sys
 import pytest
 
 import benchmarks
+from tests.support.tiny import GROUPED, make_model
+from tests.support.words import words_tokenizer
 
 TEXT = ("--calibration", "constraints.txt")  # a short one, which is soon tokenised
 SMALL = {
@@ -72,10 +74,25 @@ PRINTED = {
 }
 
 
+TAKE_ANY_MODEL = ("masks", "propagation", "rebuilding", "recovery", "searching", "structured")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A model in the place of the bundled one, which takes seconds a run."""
+    folder = tmp_path_factory.mktemp("benchmarks") / "model"
+    name, values = GROUPED["llama"]
+    make_model(folder, "llama", configs={"llama": (name, {**values, "max_position_embeddings": 4096})})
+    words_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs_and_prints_its_table(name, monkeypatch, capsys, tmp_path):
+def test_a_benchmark_runs_and_prints_its_table(name, tiny, monkeypatch, capsys, tmp_path):
+    model = ("--model", tiny) if name in TAKE_ANY_MODEL else ()
     out = ["--out", str(tmp_path)] if name in KEPT else []
-    monkeypatch.setattr(sys, "argv", [name, *out, *SMALL[name]])
+    words = [tiny if word == "bundled" else word for word in SMALL[name]]
+    monkeypatch.setattr(sys, "argv", [name, *out, *words, *model])
     module = importlib.import_module(f"benchmarks.{name}")
     if hasattr(module, "__path__"):  # a package
         module = importlib.import_module(f"benchmarks.{name}.__main__")
@@ -89,7 +106,7 @@ def test_every_benchmark_is_run_and_listed():
     assert modules == SMALL.keys() | tested_apart == set(re.findall(r"^(\w+)  ", benchmarks.__doc__, re.MULTILINE))
 
 
-def test_rows_that_are_measured_are_not_measured_again(monkeypatch, capsys, tmp_path):
+def test_rows_that_are_measured_are_not_measured_again(tiny, monkeypatch, capsys, tmp_path):
     """What a benchmark that is cut off has left, and what another version takes of it."""
     from benchmarks.quality import __main__ as quality
     from benchmarks.quality import measuring
@@ -107,7 +124,7 @@ def test_rows_that_are_measured_are_not_measured_again(monkeypatch, capsys, tmp_
     small = (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--settings", "0.5", "2:4"),
         "--case",
-        "bundled",
+        tiny,
     )
     text = ("constraints.txt", "own=self")
     first, count = table(*small, *text, "--only", "*/0.5/Wanda")

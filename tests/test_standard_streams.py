@@ -119,3 +119,32 @@ def test_no_file_takes_the_place_of_a_closed_descriptor(finished):
     done = subprocess.run([sys.executable, "-c", code, str(file)], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: it is closed\n")
     assert file.read_text() == ""
+
+
+HOLDS = """
+import os, sys
+from shardprune.errors import InputError
+from shardprune.storage.retrying import preflight
+from shardprune.standard_streams import outputs, without_libraries
+
+with outputs():
+    with without_libraries():
+        for refused in (False, True):
+            try:
+                with preflight(), preflight():
+                    print("python", refused)
+                    os.write(1, f"C {refused}\\n".encode())
+                    os.system(f"echo child {refused}")
+                    if refused:
+                        raise InputError("field", "no")
+            except InputError:
+                pass
+        print("at work")
+    print("product")
+"""
+
+
+def test_what_libraries_print_is_no_product_and_no_part_of_a_refusal():
+    done = subprocess.run([sys.executable, "-c", HOLDS], capture_output=True, text=True, timeout=200)
+    assert done.stdout == "product\n"
+    assert sorted(done.stderr.splitlines()) == ["C False", "at work", "child False", "python False"]

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
 from shardprune.recovery.loss import LossHead
-from shardprune.solvers import sparsegpt, wanda
-from shardprune.solvers.methods import Solution, Solver
+from shardprune.solvers.methods import METHODS, Solution, Target
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
@@ -41,19 +40,19 @@ def _solve(setting: Setting, rows: Rows) -> None:
     weight = torch.randn(size, size, generator=generator)
     mixing = torch.eye(size) + torch.randn(size, size, generator=generator) / size**0.5
     inputs = torch.randn(4, 1024, size, generator=generator) @ mixing
-    for method, prune in (("sparsegpt", sparsegpt.prune), ("wanda", wanda.prune)):
+    for method in ("sparsegpt", "wanda"):
         for pattern in ("unstructured", "2:4"):
-            there, here = (_pruned(prune, weight, inputs, pattern, device) for device in (setting.device, "cpu"))
+            there, here = (_pruned(method, weight, inputs, pattern, device) for device in (setting.device, "cpu"))
             agree = float((there.mask.cpu() == here.mask).double().mean())
             distance = float((there.weight.cpu() - here.weight).norm() / here.weight.norm())
             rows.add(f"{method} {pattern}, masks agree with the CPU's", agree, ok=agree >= AGREE)
             rows.add(f"{method} {pattern}, distance of the weights", distance, ok=distance < NEAR)
 
 
-def _pruned(prune: Solver, weight: Tensor, inputs: Tensor, pattern: str, device: str) -> Solution:
+def _pruned(method: str, weight: Tensor, inputs: Tensor, pattern: str, device: str) -> Solution:
     statistics = InputStatistics.empty("gram", weight.shape[1], device)
     statistics.add(inputs.to(device), len(inputs))
-    return prune(weight.to(device), statistics, parse_pattern(pattern), 0.5)
+    return next(METHODS[method].solve([Target(weight.to(device), parse_pattern(pattern), 0.5)], statistics))
 
 
 def _loss(setting: Setting, rows: Rows) -> None:

@@ -15,7 +15,8 @@ from shardprune.model.checkpoint import INDEX, Checkpoint
 from shardprune.model.checks import check_tensors
 from shardprune.model.companions import check_configs
 from shardprune.model.skeleton import Skeleton
-from shardprune.report.result import EvaluationResult, Result, read_result, shape_of
+from shardprune.report.achieved import shape_of
+from shardprune.report.result import EvaluationResult, Result, read_result
 from shardprune.solvers.pattern import NM, parse_pattern
 from shardprune.storage.folder import Folder
 from shardprune.storage.malformed import Malformed
@@ -46,7 +47,7 @@ class Verdict:
     def lines(self) -> list[str]:
         """One line for a whole output, else one for each fault."""
         if self.faults:
-            return [f"{self.url}: {fault}" for fault in self.faults]
+            return [f"{self.url}: {fault.removeprefix(f'{self.url}/')}" for fault in self.faults]
         share = f", {self.zeros / self.weights:.4%} of the projections' weights are zero" if self.weights else ""
         return [f"{self.url} is whole: {self.tensors} tensors, {self.bytes:,} bytes{share}"]
 

@@ -7,13 +7,14 @@ from typing import Any
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.mop import ModelOnWorkers, Shallower
+from shardprune.cluster.mop import ModelOnWorkers
 from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs
 from shardprune.errors import InputError, SolverError
+from shardprune.model.families import structures_of
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import Budget
@@ -22,10 +23,11 @@ from shardprune.model.structure.path import Letter, State
 from shardprune.model.structure.path_plan import PathPlan
 from shardprune.model.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
 from shardprune.recipes.mop import MopRecipe
+from shardprune.report.achieved import shape_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
-from shardprune.report.progress import Reporter, Step
-from shardprune.report.result import Iteration, ModelSize, Result, Structure, shape_of
+from shardprune.report.progress import Reporter
+from shardprune.report.result import Iteration, ModelSize, Result, Structure
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion
@@ -48,9 +50,7 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     clock = Clock(reporter.events)
     with closing(backend_of(recipe)) as backend:
         with clock.phase("plan"):
-            prepared = prepare(recipe, backend)
-            path_plan = path_plan_of(recipe, prepared.skeleton)
-            path_plan.check()
+            prepared, path_plan = prepare_mop(recipe, backend)
         run = MopRun(recipe, prepared, path_plan, backend, reporter, clock)
         run.check_kept()
         if done := run.state.done(reporter, lambda name: True):  # from the last iteration nothing leads back
@@ -61,11 +61,24 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     return result
 
 
+def prepare_mop(recipe: MopRecipe, backend: Backend) -> tuple[Prepared, PathPlan]:
+    """Prepare a run and plan its path.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    prepared = prepare(recipe, backend)
+    path_plan = path_plan_of(recipe, prepared.skeleton)
+    path_plan.check()
+    return prepared, path_plan
+
+
 def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
     """Return the path that a recipe asks for."""
     prefix = f"{skeleton.family.layers}.0."
     tensors = {name.removeprefix(prefix): shape for name, shape in skeleton.layer_tensors(0).items()}
     config, parameters = skeleton.config, skeleton.parameters()
+    structures_of(config.model_type, "model")
     widths = widths_of(config)
     groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
     return PathPlan(
@@ -154,10 +167,9 @@ class MopRun:
         prepared, where = self.prepared, self._where()
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, prepared.calibration, prepared.wave
         start = self.path_plan.start
-        scoring = self.recipe.scoring
-        inputs = prepared.skeleton.family.input_names
+        scoring, skeleton = self.recipe.scoring, prepared.skeleton
         model = ModelOnWorkers(
-            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, inputs
+            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, skeleton
         )
         compared = self._criterion if self._criterion != "perplexity" and self.path_plan.candidates(where) else None
         if compared or not self.state.known.path or any(True for _ in self.state.missing("before")):
@@ -170,7 +182,7 @@ class MopRun:
         if self.state.known.path:
             self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
             layers = self._layers()
-            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, inputs)
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, skeleton)
             model.read(self._saved(where))
         return model
 
@@ -180,7 +192,9 @@ class MopRun:
         built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
         label, parts = f"iteration {state.iteration + 1}", self._parts(model, built)
         with self.clock.phase("search"), self.reporter.step(label, parts) as step:
-            shorter, scores = self._build(model, built, step)
+            rule = self.recipe.depth_rule if "L" in built else None
+            narrower = next((after for letter, after in built.items() if letter != "L"), None)
+            shorter, scores = model.candidates(rule, narrower.widths if narrower else None, self._criterion, step)
             if chosen is None:
                 assert self._criterion is not None
                 if not all(map(math.isfinite, scores.values())):
@@ -208,17 +222,6 @@ class MopRun:
         self.reporter.events.emit("iteration", iteration=entry.iteration, step=entry.step, **self._progress(entry))
         self.reporter.say(_line(entry))
         return after
-
-    def _build(
-        self, model: ModelOnWorkers, built: dict[Letter, State], step: Step
-    ) -> tuple[Shallower | None, dict[str, float]]:
-        """Build candidates, two of them at the same time; the shallower one, and the scores by letter."""
-        recipe, criterion = self.recipe, self._criterion
-        narrow = next((letter for letter in built if letter != "L"), None)
-        rule = recipe.depth_rule if "L" in built else None
-        shorter, score = model.candidates(rule, built[narrow].widths if narrow else None, criterion, step)
-        scores = {"L": shorter.score if shorter else None, "G": score}
-        return shorter, {letter: value for letter, value in scores.items() if value is not None}
 
     def _record(self, model: ModelOnWorkers, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
@@ -337,7 +340,7 @@ class MopRun:
                 again = scored and not (self.recipe.depth_rule == "perplexity" == self._criterion)
                 parts += model.waves_of(model.shortening) * (passes + again)
             else:
-                parts += model.waves_of(model.narrowing) * (model.passes_to_narrow() + scored)
+                parts += model.parts_to_narrow() + scored * model.waves_of(model.narrowing)
         return parts
 
     def _refer_parts(self, model: ModelOnWorkers) -> int:

@@ -10,12 +10,16 @@ from pydantic import BaseModel
 
 from shardprune.cluster.backends import backend_of
 from shardprune.commands.evaluate import check_evaluation
+from shardprune.commands.mop import prepare_mop
 from shardprune.commands.prepare_recovery import open_inputs
+from shardprune.commands.prune import prepare_first
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.prune import PruneRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
@@ -63,7 +67,7 @@ def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[s
 
 
 def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
-    """Open what later steps read, as far as that does not wait for the steps before them.
+    """Open what the steps read, as far as that does not wait for the steps before them.
 
     Raises:
         InputError: names the step and the field.
@@ -74,6 +78,10 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
         try:
             with closing(backend_of(section)) as backend:
                 unpruned = section.model_copy(update={"model": recipe.model})
+                if isinstance(unpruned, PruneRecipe):
+                    prepare_first(unpruned, backend)
+                if isinstance(unpruned, MopRecipe):
+                    prepare_mop(unpruned, backend)
                 if isinstance(unpruned, RecoverRecipe):
                     open_inputs(unpruned, backend)
                 if isinstance(unpruned, EvaluateRecipe):

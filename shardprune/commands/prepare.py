@@ -10,12 +10,14 @@ from shardprune.cluster.defaults import device_of
 from shardprune.cluster.group import Backend, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.object_store import store_bytes
+from shardprune.cluster.passes import Waves
 from shardprune.cluster.placement import Placement, place_run
 from shardprune.commands.calibration import CalibrationText, text_of
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
+from shardprune.model.families import structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -28,6 +30,7 @@ from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
+from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
 from shardprune.storage.journal import Earlier, Journal, check_output
@@ -90,6 +93,17 @@ class Prepared:
         return self.placement.wave
 
     @property
+    def held_out(self) -> int:
+        """The number of calibration windows that are held out."""
+        return self.job.improving.held_out(self.recipe.samples)
+
+    def calibration_waves(self, replicas: int) -> Waves:
+        """Return the calibration windows as waves over so many replicas."""
+        samples, held_out = self.recipe.samples, self.held_out
+        windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
+        return Waves(windows, replicas, self.wave, held_out)
+
+    @property
     def shapes(self) -> Shapes:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
@@ -138,6 +152,7 @@ class Prepared:
     def record(self) -> dict[str, Any]:
         """Return the recipe, with every choice made, for files that others read."""
         choices = self.placement.choices() | ({"sparse": self.job.sparse} if self.job.sparse else {})
+        choices |= self.recipe.decided
         asked = self.recipe.record().keys()
         decided = self.recipe.model_copy(update={name: choices[name] for name in choices if name in asked})
         return decided.record() | ({"model": without_credentials(self.base.model)} if self.base else {})
@@ -147,6 +162,7 @@ class Prepared:
         return CalibrationResult(
             source=without_credentials(" + ".join(self.recipe.calibration)),
             samples=self.recipe.samples,
+            held_out=self.held_out or None,
             seqlen=self.recipe.seqlen,
             tokens_sha256=tokens_hash(self.calibration),
         )
@@ -194,10 +210,13 @@ class Prepared:
 
     def kept_bytes(self, replicas: int, streams: int) -> int:
         """Return the bytes of the calibration waves that a worker keeps: one share of `replicas` of the samples, once
-        for each of the `streams` that it holds."""
+        for each of the `streams` that it holds, and once more for the dense activations beside one of them."""
+        streams += bool(self.job.improving)
         samples, seqlen = self.recipe.samples, self.recipe.seqlen
         hidden = self.skeleton.config.hidden_size * self.placement.dtype.itemsize
-        return streams * -(-samples // replicas) * seqlen * hidden
+        held_out = self.held_out
+        sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
+        return streams * sequences * seqlen * hidden
 
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
@@ -240,6 +259,7 @@ class Prepared:
             sources=len(self.evaluations),
             windows=max(map(len, self.evaluations.values()), default=0),
             itemsize=placement.dtype.itemsize,
+            improving=self.job.improving,
         )
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
@@ -323,11 +343,12 @@ def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:
     """Return the widths that structured pruning leaves every layer; None where it leaves them as they are.
 
     Raises:
-        InputError: the model cannot give so much.
+        InputError: the model cannot give so much, or its heads and neurons are not known.
     """
     removal = job.removal
     if not isinstance(removal, WidthRemoval):
         return None
+    structures_of(skeleton.config.model_type, "structured")
     try:
         shapes = skeleton.projection_shapes(0)
         widths = narrowed_by(skeleton.config, shapes, removal.share, removal.neuron_multiple)

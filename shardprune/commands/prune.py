@@ -16,20 +16,13 @@ from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
+from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import (
-    ModelSize,
-    Result,
-    Sparsity,
-    Structure,
-    removal_of,
-    sparsity_of,
-    structure_of,
-    zeros_of,
-)
+from shardprune.report.result import ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
+from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
@@ -56,12 +49,26 @@ def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
             result = _prune_composite(recipe, backend, reporter, clock)
         else:
             with clock.phase("plan"):
-                prepared = prepare(recipe if recipe.structured is None else recipe.structures, backend)
+                prepared = prepare_first(recipe, backend)
             run = PruningRun(prepared, backend, reporter, clock)
             result = run.state.done(reporter) or run.go()
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
+
+
+def prepare_first(recipe: PruneRecipe, backend: Backend) -> Prepared:
+    """Prepare the first run of a recipe: the only one, or the one that removes structures before weights become zero.
+
+    Raises:
+        InputError: something cannot work; nothing has been written then.
+    """
+    if recipe.structured is None:
+        return prepare(recipe, backend)
+    if not recipe.zeroes:
+        return prepare(recipe.structures, backend)
+    out = absolute(recipe.out)
+    return prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
 
 
 def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
@@ -85,8 +92,7 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
     The first one's output lies in a folder of the second one's until that is finished.
     """
     with clock.phase("plan"):
-        out = absolute(recipe.out)
-        first = prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
+        first = prepare_first(recipe, backend)
         claim = claim_output(recipe, first)
     result = claim.done(reporter)
     if result is None:
@@ -97,7 +103,7 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
                 for attempt in measuring.attempts():
                     with attempt as layout:
                         measuring.attempt(layout)
-                model, narrowed = out, claim.previous
+                model, narrowed = absolute(recipe.out), claim.previous
                 narrowed.perplexity = measuring.state.perplexities()
             else:
                 with clock.phase("structure"):
@@ -184,10 +190,11 @@ class PruningRun:
                 self._measure(group, layout, "before", "given" if prepared.job.sparse else "dense")
                 self.state.learn(digests(group, layout))
             if "prune" in self.steps and len(finished) < layers:
-                waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
+                waves = prepared.calibration_waves(layout.replicas)
                 self._observe(group, layout, waves, finished)
                 work = self._work(finished)
-                parts = work.parts(layout.segments, len(waves.all), waves.tokens_of_one)
+                seen, held_out = len(waves.calibrating.all), len(waves.held_out.all)
+                parts = work.parts(layout.segments, seen, waves.tokens_of_one, held_out)
                 with self.clock.phase("prune"), self.reporter.step(prepared.recipe.command, parts) as step:
                     prune_segments(group, layout, waves, work, step)
             if "after" in self.steps:
@@ -210,8 +217,8 @@ class PruningRun:
         return group
 
     def _sent_bytes(self) -> int:
-        """Return the bytes of what the replicas of a shard send each other for a layer: solved projections, and the
-        squared gradients of the block whose masks are rebuilt."""
+        """Return the bytes of what the replicas of a shard send each other for a layer: solved projections, the squared
+        gradients of the block whose masks are rebuilt, and the differences by which an input misses its target."""
         prepared, replicas = self.prepared, self.prepared.layout.replicas
         if replicas == 1:
             return 0
@@ -220,7 +227,14 @@ class PruningRun:
             sizes = {name: rows * cols for name, (rows, cols) in prepared.shapes[0].items()}
             blocks = prepared.skeleton.family.blocks.values()
             gradients = (replicas - 1) * 4 * max(sum(sizes[name] for name in names) for names in blocks)
-        return prepared.layer_bytes + gradients
+        differences = 0
+        if prepared.job.improving.stream_targets:
+            inputs = ((names[0], prepared.shapes[0][names[0]]) for names in prepared.skeleton.family.inputs)
+            outputs = prepared.skeleton.family.outputs
+            differences = (
+                (replicas - 1) * 4 * max(cols * (rows if name in outputs else cols) for name, (rows, cols) in inputs)
+            )
+        return prepared.layer_bytes + gradients + differences
 
     def _observe(self, group: Group, layout: Layout, waves: Waves, finished: set[int]) -> None:
         """Send dense waves through, where something is decided by them that is not known yet: what enters the segments
@@ -254,7 +268,8 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
-            factorises=scoring.correction if scoring else prepared.job.factorises,
+            effort=Effort(sweeps=scoring.needs_gram(False)) if scoring else prepared.job.effort,
+            improving=prepared.job.improving,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:

@@ -20,10 +20,11 @@ from shardprune.recovery.batches import Processes
 from shardprune.recovery.loss_log import Losses
 from shardprune.recovery.operations import build_what_is_used
 from shardprune.recovery.spec import HELD_OUT, ROWS
+from shardprune.report.achieved import sparsity_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult, sparsity_of, zeros_of
+from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult
 from shardprune.storage.folder import Folder
 from shardprune.storage.records import LayerRecord
 

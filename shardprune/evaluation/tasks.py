@@ -27,6 +27,7 @@ from shardprune.errors import InputError, StorageError, first_line
 from shardprune.evaluation.task_code import CodeRefused, without_task_code
 from shardprune.recipes.evaluate import TaskFields
 from shardprune.report.result import Metric, TaskResult
+from shardprune.storage.data_files import check_data_files
 from shardprune.storage.malformed import shown
 from shardprune.storage.yaml_file import check_depth
 
@@ -136,7 +137,9 @@ def _own_tasks(folder: str) -> TaskManager:
     for file in sorted(Path(folder).rglob("*.yaml")):
         try:
             _check_included(file, set())
-            _check_names(load_yaml(file, resolve_func=False))
+            values = load_yaml(file, resolve_func=False)
+            _check_names(values)
+            check_data_files(str(values.get("dataset_path")), values.get("dataset_kwargs"))
         except Exception as error:  # errors of the YAML parser, of included files, and of lm-eval
             reason = " ".join(str(error).split())
             raise InputError("tasks_dir", f"{str(file)!r} cannot be read by lm-eval: {reason}") from error

@@ -1,20 +1,17 @@
 """The schema of `result.json`: the result of a run, for later commands, reports and users' scripts."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
-from transformers import PretrainedConfig
 
-from shardprune.model.structure.shape import Widths, reshaped, widths_of
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import MaybeMeasurement, Measurement, fitting
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.manifest import FileRecord
 from shardprune.storage.output_names import RESULT
-from shardprune.storage.records import LayerRecord, ProjectionReport
+from shardprune.storage.records import ProjectionReport
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
@@ -58,8 +55,9 @@ class ModelSize(BaseModel):
 class ProjectionResult(BaseModel):
     """One projection: `target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers`
     the percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M, `sweep` the way
-    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `update` that of a masked
-    low-rank update of a fine-tuning: `kernel` or `products`."""
+    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `iterations` those in which ALPS
+    chose the zeros, `refit_steps` those of conjugate gradients on the mask, `update` the way of a masked low-rank
+    update of a fine-tuning: `kernel` or `products`."""
 
     layer: int
     name: str
@@ -68,6 +66,8 @@ class ProjectionResult(BaseModel):
     retries: int = 0
     damping: float | None = None
     sweep: str | None = None
+    iterations: int | None = None
+    refit_steps: int | None = None
     update: str | None = None
     error: float | None = None
     outliers: float | None = None
@@ -99,6 +99,19 @@ class BlockResult(BaseModel):
     error_after: float | None = None
 
 
+class ImprovementResult(BaseModel):
+    """A step that was meant to improve a layer, by the projections that it changes, and ||output - dense output||^2 /
+    ||dense output - dense input||^2 of the layer on held-out windows before and after it; it was kept where that
+    fell."""
+
+    layer: int
+    step: str
+    projections: list[str]
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
+
+
 class Sparsity(BaseModel):
     """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
     the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
@@ -117,6 +130,7 @@ class Sparsity(BaseModel):
     layers: list[LayerResult]
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
+    improvements: list[ImprovementResult] | None = None
 
     @property
     def left_zero(self) -> float | None:
@@ -219,8 +233,11 @@ class Evaluation(BaseModel):
 
 
 class CalibrationResult(BaseModel):
+    """The calibration windows: of the `samples` some were `held_out`, to judge steps that improve a layer."""
+
     source: str
     samples: int
+    held_out: int | None = None
     seqlen: int
     tokens_sha256: str
 
@@ -331,100 +348,3 @@ def _not_finite(value: Any, place: tuple[str, ...] = ()) -> Iterator[str]:
             yield from _not_finite(item, (*place, str(name)))
     elif isinstance(value, float) and not math.isfinite(value):
         yield ".".join(place)
-
-
-def zeros_of(records: Sequence[LayerRecord]) -> int:
-    """Return the zeros of all projections of the layers."""
-    return sum(record.zeros for record in records)
-
-
-def sparsity_of(records: Sequence[LayerRecord], target: float | None, original: int | None = None) -> Sparsity:
-    """Return the sparsity of a model from the records of its finished layers.
-
-    Args:
-        target: what was asked for; None where that is what a sparse checkpoint had.
-        original: the weights of the model from which structures had been removed, if any had.
-    """
-
-    def asked(reports: Sequence[ProjectionReport]) -> float:
-        """The mean target over all weights."""
-        return sum(report.target * report.weights for report in reports) / sum(report.weights for report in reports)
-
-    reports = [report for record in records for report in record.projections]
-    weights = sum(report.weights for report in reports)
-    achieved = sum(report.zeros for report in reports) / weights
-    allocated = asked(reports)
-    layers = [
-        LayerResult(
-            layer=record.layer, target=asked(record.projections), achieved=_fraction(record), outliers=record.outliers
-        )
-        for record in records
-    ]
-    remaining = 1.0 if original is None else weights / original
-    removed = 1 - remaining
-    return Sparsity(
-        target=allocated if target is None else target,
-        allocated=removed + remaining * allocated,
-        before=sum(report.zeros_before for report in reports) / weights,
-        achieved=removed + remaining * achieved,
-        removed=None if original is None else removed,
-        zeroed=None if original is None else remaining * achieved,
-        layers=layers,
-        projections=[ProjectionResult.of(report) for report in reports],
-        blocks=[BlockResult(**asdict(block)) for record in records for block in record.blocks] or None,
-    )
-
-
-def _fraction(record: LayerRecord) -> float:
-    assert record.sparsity is not None, f"layer {record.layer} has no projections"
-    return record.sparsity
-
-
-def removal_of(records: Sequence[LayerRecord], target: float | None) -> Sparsity:
-    """Return the sparsity of a model that only lost structures, from the records of its finished layers.
-
-    Args:
-        target: the fraction that was to be removed.
-    """
-    assert target is not None
-    sizes = [record.sizes for record in records if record.sizes is not None]
-    assert len(sizes) == len(records), "a layer has lost no structures"
-    before = sum(size.weights_before for size in sizes)
-    zeros = sum(size.zeros for size in sizes) / before
-    removed = 1 - sum(size.weights for size in sizes) / before
-    return Sparsity(
-        target=target,
-        allocated=target,
-        before=sum(size.zeros_before for size in sizes) / before,
-        achieved=removed + zeros,
-        removed=removed,
-        zeroed=zeros,
-        layers=[],
-        projections=[],
-    )
-
-
-def structure_of(
-    config: PretrainedConfig, widths: Widths, size: ModelSize, records: Sequence[LayerRecord]
-) -> Structure:
-    """Return what a run removed that made the layers of a model narrower."""
-    layers = [
-        NarrowedLayer(
-            layer=record.layer,
-            groups=list(record.kept.groups),
-            errors=record.kept.errors,
-            retries=record.kept.retries,
-        )
-        for record in records
-        if record.kept is not None
-    ]
-    return Structure(
-        before=shape_of(config), after=shape_of(reshaped(config, widths)), removed=size.removed, layers=layers
-    )
-
-
-def shape_of(config: PretrainedConfig) -> Shape:
-    """Return the shape of a model with this config."""
-    widths = widths_of(config)
-    heads = config.num_attention_heads
-    return Shape(layers=config.num_hidden_layers, groups=widths.groups, heads=heads, neurons=widths.neurons)

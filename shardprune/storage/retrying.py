@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from shardprune.errors import InputError, StorageError, first_line, without_credentials
+from shardprune.standard_streams import libraries_held
 
 T = TypeVar("T")
 
@@ -19,6 +20,7 @@ ENVIRONMENT = "SHARDPRUNE_STORAGE_PATIENCE"  # environment variable, seconds
 
 # Responses that a repeated request may not get again; object stores send a status or a code.
 STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+ABSENT = frozenset({404, 410})
 CODES = frozenset(
     {
         "BadDigest",  # damaged in transit
@@ -114,14 +116,16 @@ _default: ContextVar[float] = ContextVar("seconds of retrying", default=RetryPol
 
 @contextmanager
 def preflight() -> Iterator[None]:
-    """Report storage errors before work begins as bad input: until then nothing is lost.
+    """Report storage errors before work begins as bad input, as until then nothing is lost, and what libraries print
+    only if the input is good.
 
     Raises:
         InputError: for a StorageError inside.
     """
     token = _default.set(BEFORE_WORK)
     try:
-        yield
+        with libraries_held():
+            yield
     except StorageError as error:
         raise InputError(error.field, error.problem) from error
     finally:
@@ -199,3 +203,11 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
     values = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
     # Attributes of requests and httpx, aiohttp, gcsfs. Other classes use these names for other values.
     return next((value for value in values if isinstance(value, int) and 400 <= value < 600), None), None
+
+
+def hidden_by(absence: OSError) -> BaseException | None:
+    """Return the error of an HTTP server, or of the way to it, that fsspec reports as the absence of a file."""
+    cause = absence.__cause__
+    if isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp":
+        return None if getattr(cause, "status", None) in ABSENT else cause
+    return None

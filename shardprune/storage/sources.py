@@ -18,6 +18,7 @@ import numpy as np
 
 from shardprune.errors import InputError, first_line
 from shardprune.storage import stdlib
+from shardprune.storage.data_files import check_data_files
 from shardprune.storage.json_file import parse_json
 from shardprune.storage.malformed import located
 from shardprune.storage.npy_file import parse_npy
@@ -213,6 +214,8 @@ def load_hub(field: str, source: str, hub: HubSplit, columns: Sequence[str]) -> 
     from datasets import load_dataset
 
     files = {hub.split: hub.files} if hub.files else None
+    with located(field, repr(source)):
+        check_data_files(hub.name, hub.config, hub.files)
     try:
         rows = load_dataset(hub.name, hub.config, split=hub.split, data_files=files, revision=hub.revision)
     except Exception as error:  # `datasets` raises its own, the hub's, and the network's errors

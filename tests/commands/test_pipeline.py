@@ -109,6 +109,12 @@ BAD = {
         {"prune": {"sparsity": None, "structured": 0.2}},
         "recover.keep_sparsity: the step before leaves no zeros to keep",
     ),
+    "positions": ({"prune": {"seqlen": 100}}, "prune.seqlen: 100 is more than the model's 64 positions"),
+    "structures": ({"prune": {"structured": 0.001}}, "prune.structured: 0.001 is less than half a neuron of a layer"),
+    "positions of mop": (
+        {"prune": None, "mop": {"path": "L", "seqlen": 100}, "recover": {"keep_sparsity": False}},
+        "mop.seqlen: 100 is more than the model's 64 positions",
+    ),
     "data": ({"recover": {"data": "nowhere.txt"}}, "recover.data: 'nowhere.txt' does not exist"),
     "length": ({"recover": {"length": 100}}, "recover.length: 100 is more than the model's 64 positions"),
     "source": ({"evaluate": {"perplexity": "nowhere.txt"}}, "evaluate.perplexity: 'nowhere.txt' does not exist"),

@@ -1,6 +1,7 @@
 """A standing Ray cluster of one node, started as a user starts it, and jobs that are submitted to it."""
 
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -17,7 +18,7 @@ from pathlib import Path
 import psutil
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-START_SECONDS = 90.0
+START_SECONDS = 240.0
 
 
 class Head:
@@ -140,9 +141,13 @@ def head() -> Iterator[Head]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface on which nothing listens."""
+    """Ports of the loopback interface on which nothing listens, and of which the kernel gives none to others before
+    they are taken: it gives those from 32768 on."""
+    found: list[int] = []
     with ExitStack() as stack:
-        bound = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in bound:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in bound]
+        while len(found) < count:
+            port = random.randrange(20_000, 32_000)
+            with suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                found.append(port)
+    return found

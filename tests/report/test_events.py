@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 
 import pytest
 
@@ -55,7 +56,8 @@ def test_a_run_tells_its_phases_layers_and_what_its_workers_did(folder, tmp_path
     assert sum(moved) == 3 * wave_bytes  # three waves of four sequences arrived at the second shard
     busy = sum(span[5] for span in spans if span[0] == 0)
     assert busy == pytest.approx(result.workers[0].busy_seconds, abs=0.01)
-    assert all(start <= end and busy <= end - start + 0.05 for _, _, _, start, end, busy, *_ in spans)
+    # Times of day are read apart from the clock of calls, and a busy machine may halt the process in between.
+    assert all(start <= end and busy <= end - start + 1.0 for _, _, _, start, end, busy, *_ in spans)
 
 
 def test_a_resumed_run_adds_to_the_events_and_redoes_no_layer(folder, tmp_path, dies_at_layer):
@@ -127,15 +129,17 @@ def test_where_files_cannot_grow_they_are_written_anew_now_and_then(tmp_path, mo
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 1000)
     writes, write = [], Folder.write_text
     monkeypatch.setattr(Folder, "write_text", lambda self, *file: (writes.append(time.monotonic()), write(self, *file)))
-    monkeypatch.setattr(module, "REWRITE_SECONDS", 0.5)
+    monkeypatch.setattr(module, "REWRITE_SECONDS", 0.2)
     folder, events = Folder(str(tmp_path), "out"), Events()
     (tmp_path / FILE).write_text(json.dumps({"time": 0, "event": "run"}) + "\n")
+    emitted = 0
     with events.recorded(folder, command="prune"):
-        for _ in range(100):
+        while len(writes) < 3:
             events.emit("progress")
+            emitted += 1
             time.sleep(0.01)
-    assert happened(tmp_path) == ["run", "run", *["progress"] * 100, "done"]
-    assert 2 <= len(writes) <= 5
+    assert happened(tmp_path) == ["run", "run", *["progress"] * emitted, "done"]
+    assert all(later - earlier >= 0.2 for earlier, later in pairwise(writes[:3]))
 
 
 def test_events_wait_while_storage_is_away_and_hold_nobody_up(tmp_path, monkeypatch):

@@ -62,7 +62,10 @@ def test_methods_that_are_no_verbs_have_no_kind():
 WAVES = {
     GenerationWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "extend", "draw"},
     ForwardWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate"},
-    PruneWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"},
+    PruneWorker: {
+        *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"),
+        *("confront", "aim", "miss"),
+    },
     MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }
 

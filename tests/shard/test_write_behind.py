@@ -196,7 +196,7 @@ def test_a_run_killed_between_a_layers_write_and_its_file_does_that_layer_again(
 def test_a_run_that_is_stopped_finishes_the_file_under_way_or_gives_it_up(folder, tmp_path, monkeypatch, in_time):
     gate = Gate(monkeypatch, "model-00003-of-00005.safetensors")
     monkeypatch.setattr(write_behind, "GRACE_SECONDS", 60.0 if in_time else 0.01)
-    solve, end = PruneWorker.solve, PruneWorker.close
+    solve, end = PruneWorker.solve, WriteBehind.close
 
     def stopped(self, index, *args):
         if index == 2:
@@ -205,14 +205,20 @@ def test_a_run_that_is_stopped_finishes_the_file_under_way_or_gives_it_up(folder
         return solve(self, index, *args)
 
     def closing(self):
-        opening = threading.Timer(0.3, gate.open.set)
+        """The gate opens while the file is waited for, or once it has been given up."""
+
+        def given_up() -> None:
+            assert self._abandoned.wait(60)
+            gate.open.set()
+
+        opening = threading.Timer(0.3, gate.open.set) if in_time else threading.Thread(target=given_up)
         opening.start()
         end(self)
         opening.join()
 
     stopped.kind, stopped.layer, stopped.__name__ = solve.kind, solve.layer, "solve"
     monkeypatch.setattr(PruneWorker, "solve", stopped)
-    monkeypatch.setattr(PruneWorker, "close", closing)
+    monkeypatch.setattr(WriteBehind, "close", closing)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "o", sparsity=0.5)
     names = ["model-00002-of-00005.safetensors", "model-00003-of-00005.safetensors"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 HOST = "127.0.0.1"
-START_SECONDS = 60.0
+START_SECONDS = 240.0
 CODES = {403: "AccessDenied", 429: "TooManyRequests", 500: "InternalError", 503: "SlowDown"}
 HOP_BY_HOP = frozenset({"connection", "expect", "keep-alive", "transfer-encoding"})
 
@@ -348,16 +348,15 @@ class S3:
 @contextmanager
 def serve() -> Iterator[S3]:
     """A server of its own process that forgets everything at the end, and a proxy in front of it."""
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = free.getsockname()[1]
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", HOST, "-p", str(port)], stdout=log, stderr=log
+            [sys.executable, "-m", "moto.server", "-H", HOST, "-p", "0"],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
         try:
-            _await(server, port, log)
-            s3 = S3(port)
+            s3 = S3(_port(server, log))
             try:
                 yield s3
             finally:
@@ -367,14 +366,15 @@ def serve() -> Iterator[S3]:
             server.wait()
 
 
-def _await(server: subprocess.Popen, port: int, log: Any) -> None:
+def _port(server: subprocess.Popen, log: Any) -> int:
+    """The port that the server has chosen, once it listens there."""
     deadline = time.monotonic() + START_SECONDS
     while True:
-        with suppress(OSError), socket.create_connection((HOST, port), timeout=1):
-            return
+        said = os.pread(log.fileno(), 2**16, 0).decode()
+        if found := re.search(rf"Running on http://{HOST}:(\d+)\n", said):
+            return int(found[1])
         if server.poll() is not None or time.monotonic() > deadline:
-            log.seek(0)
-            raise RuntimeError(f"moto does not start: {log.read().decode()[-2000:]}")
+            raise RuntimeError(f"moto does not start: {said[-2000:]}")
         time.sleep(0.05)
 
 
