@@ -102,7 +102,7 @@ class Prepared:
 
     def calibration_waves(self, replicas: int) -> Waves:
         """Return the calibration windows as waves over so many replicas."""
-        samples, held_out = len(self.calibration), self.held_out
+        samples, held_out = self.recipe.samples, self.held_out
         windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
         return Waves(windows, replicas, self.wave, held_out)
 
@@ -165,6 +165,7 @@ class Prepared:
         return CalibrationResult(
             source=without_credentials(" + ".join(self.recipe.calibration)),
             samples=self.recipe.samples,
+            held_out=self.held_out or None,
             seqlen=self.recipe.seqlen,
             tokens_sha256=tokens_hash(self.calibration),
         )

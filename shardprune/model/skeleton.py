@@ -137,8 +137,8 @@ class Skeleton:
         return arguments[index]
 
     def next_arguments(self, batch: int, kept: KeptKeys) -> list[Arguments]:
-        """Return the arguments of all layers for the next token of `batch` sequences, whose keys and values they add to
-        those that are kept."""
+        """Return the arguments of all layers, beside the hidden states, for the next token of `batch` sequences, whose
+        keys and values they add to those that are kept."""
         recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
         self._run(recorders, self.model.base_model, batch, 1, kept)
         return [recorder.arguments for recorder in recorders]
@@ -186,8 +186,9 @@ class Skeleton:
             kept: of the tokens before these, where there are any.
         """
         recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
-            self.model.base_model(input_ids=tokens.to(self.device), past_key_values=kept, use_cache=kept is not None)
+            self.model.base_model(input_ids=tokens, past_key_values=kept, use_cache=kept is not None)
         hidden = recorders[0].hidden
         assert hidden is not None
         return hidden
