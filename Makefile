@@ -29,6 +29,7 @@ lint: .venv-test/ready
 # The pages that are made from the code.
 docs: .venv-test/ready
 	.venv-test/bin/python -m docs.make_reference docs/reference.md
+	.venv-test/bin/python -m docs.make_families docs/families.md
 
 # Checks and measurements on one NVIDIA GPU, under nine minutes; the machine's own Python, with its PyTorch.
 gpu:

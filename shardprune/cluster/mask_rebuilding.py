@@ -54,6 +54,6 @@ def _measure(work: PendingWork, layer: LayerInWork, block: str, solvers: Sequenc
     measuring = [
         layer.ask(solver, PruneWorker.measure, group, block)
         for group, solver in enumerate(solvers)
-        if work.family.input_names[group] in work.family.blocks[block]
+        if set(work.family.inputs[group]) & set(work.family.blocks[block])
     ]
     return {name: error for errors in layer.wait(measuring) for name, error in errors.items()}

@@ -41,7 +41,7 @@ def narrowing_parts(effort: Effort, family: Family, shapes: Mapping[str, tuple[i
     """
     if not effort.sweeps:
         return 1
-    return sum(solution_parts(effort, family, shapes, (name,), tokens) for name in family.columns)
+    return sum(solution_parts(effort, family, shapes, (name,), tokens) for name in family.structures.columns)
 
 
 def _size(shapes: Mapping[str, tuple[int, int]], names: Sequence[str]) -> tuple[int, int]:

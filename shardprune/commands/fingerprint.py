@@ -2,14 +2,12 @@
 
 import hashlib
 
-from torch import Tensor
-
 from shardprune.cluster.placement import Placement
+from shardprune.commands.calibration import CalibrationText
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.storage.json_file import dump_json
-from shardprune.storage.windows import tokens_hash
 
 FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
 
@@ -19,7 +17,7 @@ def fingerprint_of(
     placement: Placement,
     identity: str,
     sparse: Checkpoint | None,
-    calibration: Tensor,
+    text: CalibrationText,
     given: Sparsities | None = None,
 ) -> str:
     """Return a hash of everything that shapes the tensors, and nothing else: on other workers a run is the same run.
@@ -31,7 +29,7 @@ def fingerprint_of(
     content = {
         "format": FORMAT,
         "model": identity,
-        "tokens": tokens_hash(calibration),
+        **text.identity(),
         "seqlen": recipe.seqlen,
         "wave": placement.wave,
         "dtype": str(placement.dtype),

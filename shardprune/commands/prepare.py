@@ -12,12 +12,14 @@ from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.cluster.passes import Waves
 from shardprune.cluster.placement import Placement, place_run
+from shardprune.commands.calibration import CalibrationText, text_of
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.allocation_file import FIELD as ALLOCATED
 from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
+from shardprune.model.families import structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -27,6 +29,7 @@ from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
+from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
@@ -36,7 +39,7 @@ from shardprune.solvers.pattern import Mixed, Unstructured
 from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
-from shardprune.storage.windows import calibration_windows
+from shardprune.storage.windows import tokens_hash
 
 # A job with the largest statistics and workspace.
 STAND_IN = Zeroing("sparsegpt", Unstructured(), 0.5, "uniform", outlier_m=5.0, spread=0.08)
@@ -59,8 +62,9 @@ class Base:
 class Prepared:
     """A run that can start.
 
-    `calibration` is int64 [samples, seqlen], `evaluations` has windows [windows, seqlen] by source. `earlier` is the
-    run's state in the output, `widths` are those that all layers get, `base` is where the model comes from.
+    `text` has the calibration windows, which the model may have to write first; `evaluations` has windows
+    [windows, seqlen] by source. `earlier` is the run's state in the output, `widths` are those that all layers get,
+    `base` is where the model comes from.
     """
 
     recipe: LayerRecipe
@@ -70,7 +74,7 @@ class Prepared:
     checkpoint: Checkpoint
     sparse: Checkpoint | None
     skeleton: Skeleton
-    calibration: Tensor
+    text: CalibrationText
     evaluations: dict[str, Tensor]
     journal: Journal
     earlier: Earlier
@@ -94,11 +98,11 @@ class Prepared:
     @property
     def held_out(self) -> int:
         """The number of calibration windows that are held out."""
-        return self.job.improving.held_out(len(self.calibration))
+        return self.job.improving.held_out(self.recipe.samples)
 
     def calibration_waves(self, replicas: int) -> Waves:
         """Return the calibration windows as waves over so many replicas."""
-        samples, held_out = len(self.calibration), self.held_out
+        samples, held_out = self.recipe.samples, self.held_out
         windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
         return Waves(windows, replicas, self.wave, held_out)
 
@@ -106,6 +110,11 @@ class Prepared:
     def shapes(self) -> Shapes:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
+
+    @property
+    def calibration(self) -> Tensor:
+        """The calibration windows, int64 [samples, seqlen]."""
+        return self.text.windows
 
     @property
     def weights(self) -> int:
@@ -150,6 +159,16 @@ class Prepared:
         asked = self.recipe.record().keys()
         decided = self.recipe.model_copy(update={name: choices[name] for name in choices if name in asked})
         return decided.record() | ({"model": without_credentials(self.base.model)} if self.base else {})
+
+    def calibration_result(self) -> CalibrationResult:
+        """Return what a result says of the calibration text."""
+        return CalibrationResult(
+            source=without_credentials(" + ".join(self.recipe.calibration)),
+            samples=self.recipe.samples,
+            held_out=self.held_out or None,
+            seqlen=self.recipe.seqlen,
+            tokens_sha256=tokens_hash(self.calibration),
+        )
 
     def shares(self, outliers: list[Outliers]) -> Shares:
         """Return what every projection gives up; empty where a sparse checkpoint says it.
@@ -196,7 +215,7 @@ class Prepared:
         """Return the bytes of the calibration waves that a worker keeps: one share of `replicas` of the samples, once
         for each of the `streams` that it holds, and once more for the dense activations beside one of them."""
         streams += bool(self.job.improving)
-        samples, seqlen = self.calibration.shape
+        samples, seqlen = self.recipe.samples, self.recipe.seqlen
         hidden = self.skeleton.config.hidden_size * self.placement.dtype.itemsize
         held_out = self.held_out
         sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
@@ -206,7 +225,7 @@ class Prepared:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
         config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
-        wave = self.wave * self.calibration.shape[1] * config.hidden_size * itemsize
+        wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
         columns = [self.shapes[0][name][1] for name in family.input_names]
@@ -254,11 +273,13 @@ class Prepared:
 
 
 @preflight()
-def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, claimed: str | None = None) -> Prepared:
+def prepare(
+    recipe: LayerRecipe, backend: Backend, first: Prepared | None = None, claimed: str | None = None
+) -> Prepared:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Args:
-        base: what the recipe's model comes from, where this is the second run of two.
+        first: the run that makes the recipe's model, where this is the second of two; its calibration text stays.
         claimed: the output of the second run, where this is the first: it may hold what was decided earlier.
 
     Raises:
@@ -298,20 +319,20 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         sparse = open_checkpoint(adopted.sparse, "sparse")
         check_sparse(skeleton, sparse, checkpoint, adopted.pattern)
 
-    vocabulary = skeleton.config.vocab_size
-    calibration = calibration_windows(
-        recipe.calibration, opened.tokenizer, recipe.samples, recipe.seqlen, recipe.seed, vocabulary
-    )
+    text = first.text if first else text_of(recipe, opened)
     evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
 
     placement = place_run(recipe, slots, device, skeleton, claimed)
+    base = first.as_base() if first else None
     identity = base.fingerprint if base else checkpoint.identity()
-    fingerprint = fingerprint_of(recipe, placement, identity, sparse, calibration, given)
+    fingerprint = fingerprint_of(recipe, placement, identity, sparse, text, given)
     journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.stored_name)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if earlier else asked.workers, device)
     layout = placement.layout.shrunk_to(int(min(backend.room(device), placement.layout.workers)))
+    if first is None:
+        text.written_by(checkpoint, skeleton, placement.workers, layout, absolute(claimed or recipe.out))
     return Prepared(
         recipe=recipe,
         job=job,
@@ -320,7 +341,7 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         checkpoint=checkpoint,
         sparse=sparse,
         skeleton=skeleton,
-        calibration=calibration,
+        text=text,
         evaluations=evaluations,
         journal=journal,
         earlier=earlier,
@@ -348,11 +369,12 @@ def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:
     """Return the widths that structured pruning leaves every layer; None where it leaves them as they are.
 
     Raises:
-        InputError: the model cannot give so much.
+        InputError: the model cannot give so much, or its heads and neurons are not known.
     """
     removal = job.removal
     if not isinstance(removal, WidthRemoval):
         return None
+    structures_of(skeleton.config.model_type, "structured")
     try:
         shapes = skeleton.projection_shapes(0)
         widths = narrowed_by(skeleton.config, shapes, removal.share, removal.neuron_multiple)

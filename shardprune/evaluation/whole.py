@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from shardprune.errors import InputError, first_line
 from shardprune.evaluation.sharded import ShardedModel
-from shardprune.model.skeleton import attention_of
+from shardprune.model.empty_model import attention_of
 from shardprune.report.progress import Reporter
 from shardprune.storage.tokenising import check_vocabulary
 

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from shardprune.errors import InputChanged, InputError
 from shardprune.model.companions import check_companion, companions
 from shardprune.model.config_file import CONFIG, language_config, parse_config
-from shardprune.model.families import TOWERS, family_of
+from shardprune.model.families import TOWERS
 from shardprune.model.sources import Source, SourceState, SourceTensor
+from shardprune.model.stored_names import names_in_model
 from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder
@@ -32,8 +33,8 @@ SAMPLE = 1024  # bytes in the middle of every tensor that enter the checkpoint's
 class Checkpoint:
     """A checkpoint's config and the locations of its tensors; weights are read on request.
 
-    For a model with a language tower (LLaVA), `config` is the tower's, and its tensors have the names that they would
-    have in a causal language model; `stored_name` maps them to the names in the files.
+    Tensors have the names that they have in the causal language model; `stored_name` maps them to the names in the
+    files. For a model with a language tower (LLaVA), `config` is the tower's.
 
     Input embedding and head are tied as transformers ties them: if the config says so, and the files hold one of the
     two, or both with the same values. `config` says what is true of the files.
@@ -57,13 +58,12 @@ class Checkpoint:
         beside = self.companions()
         weights = [name for name in self.folder.names() if name.endswith(".safetensors")]
         self.source = Source(self.folder, [CONFIG, INDEX, *beside, *weights])  # before any of them is read
-        family_of(self.config.model_type, field)
         stored = self._entries()
         self.source.keep([CONFIG, INDEX, *beside, *{entry.file for entry in stored.values()}])
-        prefixes = self._tower_prefixes(stored)
-        self._stored = {_replace_prefix(name, prefixes): name for name in stored}
+        named = self._names_in_model(stored)
+        self._stored = {named[name]: name for name in stored}
         if len(self._stored) < len(stored):
-            twice = next(name for name in stored if self._stored[_replace_prefix(name, prefixes)] != name)
+            twice = next(name for name in stored if self._stored[named[name]] != name)
             raise InputError(field, f"{self.folder.url} holds {twice} under two names")
         self.entries = {name: stored[self._stored[name]] for name in self._stored}
         self.own_head = self._settle_ties()
@@ -112,12 +112,13 @@ class Checkpoint:
         """Return the name in the files of tensor `name` of the causal language model."""
         return self._stored[name]
 
-    def _tower_prefixes(self, stored: dict[str, Entry]) -> dict[str, str]:
-        """Return the map from stored prefixes of the language tower's tensors to those used here; empty without a
-        tower.
-        """
-        layouts = TOWERS[self._whole_config.model_type] if self.has_tower else ()
-        return next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
+    def _names_in_model(self, stored: dict[str, Entry]) -> dict[str, str]:
+        """Return the names in the causal language model by stored names."""
+        if not self.has_tower:
+            return names_in_model(self.config, stored)
+        layouts = TOWERS[self._whole_config.model_type]
+        prefixes = next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
+        return {name: _replace_prefix(name, prefixes) for name in stored}
 
     @cached_property
     def _whole_config(self) -> PretrainedConfig:

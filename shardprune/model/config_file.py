@@ -9,9 +9,14 @@ import transformers
 from pydantic import BaseModel, Field
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from shardprune.errors import InputError
-from shardprune.model.families import TOWERS, family_of
+from shardprune.model.families import TOWERS
 from shardprune.storage.json_file import parse_model
 from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
@@ -54,12 +59,11 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         place: path or URL of the file, for the error.
 
     Raises:
-        InputError: its family is not supported, or transformers reads no config from it; names `field`.
+        InputError: transformers has no causal language model of it, or reads no config from it; names `field`.
     """
     with located(field, place):
         model_type = parse_model(content, _File).model_type
-    if model_type not in TOWERS:
-        family_of(model_type, field)
+    _check_type(model_type, field)
     with local_copies({CONFIG: content}) as local, deferred_warnings():
         try:
             config = AutoConfig.from_pretrained(local, trust_remote_code=False)
@@ -67,7 +71,35 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         except Exception as error:  # transformers checks a config in many ways, each with an error of its own
             reason = in_one_line(error).replace(f"{local}/{CONFIG}", place).replace(local, place)
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
+    if model_type in TOWERS:
+        _check_type(language_config(config).model_type, field)
+    elif config.get_text_config() is not config:
+        raise _other_parts(model_type, field)
     return config
+
+
+def _check_type(model_type: str, field: str) -> None:
+    """Check that transformers has a causal language model of a `model_type`, and that it is no part of a larger model.
+
+    Raises:
+        InputError: names `field`.
+    """
+    if model_type in TOWERS:
+        return
+    if model_type not in CONFIG_MAPPING_NAMES:
+        reason = f"is not known to transformers {transformers.__version__}"
+        raise InputError(field, f"model_type {model_type!r} {reason}; another version may know it")
+    if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise _other_parts(model_type, field)
+    raise InputError(field, f"model_type {model_type!r} has no causal language model in transformers")
+
+
+def _other_parts(model_type: str, field: str) -> InputError:
+    known = ", ".join(TOWERS)
+    reason = "has other parts beside its language model (vision, audio)"
+    return InputError(field, f"model_type {model_type!r} {reason}; of such models only {known} is supported")
 
 
 def _check_rope(config: PretrainedConfig) -> None:

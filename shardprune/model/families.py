@@ -1,6 +1,8 @@
-"""Model families and the table of their differences; a new family is one line in it.
+"""Model families: the modules of their decoder layers, and what no class of transformers says about them.
 
-Everything else about a model is transformers' own code: see `shardprune.model.skeleton`.
+Which modules a layer has is taken from transformers' own classes (`shardprune.model.derivation`), so that a model needs
+no row here to be pruned by its weights. A row of `FAMILIES` says which heads and neurons the rows and columns of the
+weights belong to, so that they can be removed as a whole.
 """
 
 from dataclasses import dataclass, replace
@@ -12,12 +14,10 @@ Unit = Literal["query", "key", "neuron"]  # the structure of a row or column: qu
 
 
 @dataclass(frozen=True)
-class Family:
-    """The names of a family's modules and the structures that their weights belong to.
+class Structures:
+    """The structures that the weights of a family's layers belong to.
 
     Attributes:
-        layers: path of the list of decoder layers in the causal language model.
-        inputs: tuples of projections that read the same input, in the order of the forward pass.
         rows: the structure that a projection's rows belong to; one entry for each part of a fused projection.
         columns: the structure that the columns of an output projection (attention, MLP) belong to.
         neurons: the config's name for the number of neurons of an MLP.
@@ -29,14 +29,34 @@ class Family:
             with sliding windows need `positions`. None: packing is refused.
     """
 
-    layers: str
-    inputs: tuple[tuple[str, ...], ...]
     rows: dict[str, tuple[Unit, ...]]
     columns: dict[str, Unit]
     neurons: str = "intermediate_size"
     fixed_heads: bool = False
     adds_outputs: bool | str = True
     packing: Literal["positions", "mask"] | None = None
+
+
+NO_STRUCTURES = Structures(rows={}, columns={})
+
+
+@dataclass(frozen=True)
+class Family:
+    """The modules of a model's decoder layers, as its class runs them.
+
+    Attributes:
+        layers: path of the list of decoder layers in the causal language model.
+        inputs: tuples of projections that read the same input, in the order of the forward pass.
+        attention: projections of the attention; all others are the MLP's.
+        structures: of the weights, where they are known.
+        returns_tuple: a layer returns its hidden states as the first of a tuple.
+    """
+
+    layers: str
+    inputs: tuple[tuple[str, ...], ...]
+    attention: frozenset[str]
+    structures: Structures = NO_STRUCTURES
+    returns_tuple: bool = False
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -52,23 +72,17 @@ class Family:
     def outputs(self) -> tuple[str, ...]:
         """The output projections of a layer, those whose outputs the residual stream gets, in the order of the forward
         pass."""
-        return tuple(name for name in self.projections if name in self.columns)
+        return tuple(name for name in self.projections if name in self.structures.columns)
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """The projections of attention and MLP, in the order of the forward pass."""
-        attention = tuple(name for name in self.projections if name.startswith("self_attn."))
-        return {"attention": attention, "mlp": tuple(name for name in self.projections if name not in attention)}
+        attention = tuple(name for name in self.projections if name in self.attention)
+        mlp = tuple(name for name in self.projections if name not in self.attention)
+        return {name: names for name, names in (("attention", attention), ("mlp", mlp)) if names}
 
 
-LLAMA = Family(
-    layers="model.layers",
-    inputs=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
+LLAMA = Structures(
     rows={
         "self_attn.q_proj": ("query",),
         "self_attn.k_proj": ("key",),
@@ -79,21 +93,12 @@ LLAMA = Family(
     columns={"self_attn.o_proj": "query", "mlp.down_proj": "neuron"},
     packing="positions",
 )
-PHI3 = Family(
-    layers="model.layers",
-    inputs=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+PHI3 = Structures(
     rows={"self_attn.qkv_proj": ("query", "key", "key"), "mlp.gate_up_proj": ("neuron", "neuron")},
     columns={"self_attn.o_proj": "query", "mlp.down_proj": "neuron"},
     packing="positions",
 )
-OPT = Family(
-    layers="model.decoder.layers",
-    inputs=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.out_proj",),
-        ("fc1",),
-        ("fc2",),
-    ),
+OPT = Structures(
     rows={
         "self_attn.q_proj": ("query",),
         "self_attn.k_proj": ("key",),
@@ -107,7 +112,7 @@ OPT = Family(
     packing="mask",
 )
 
-FAMILIES: dict[str, Family] = {
+FAMILIES: dict[str, Structures] = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
@@ -117,8 +122,8 @@ FAMILIES: dict[str, Family] = {
     "opt": OPT,
 }
 
-# Multimodal models with a language tower of one of these families. Each layout that their checkpoints have maps the
-# prefixes of the tower's stored tensors to those of a causal language model.
+# Multimodal models with a language tower. Each layout that their checkpoints have maps the prefixes of the tower's
+# stored tensors to those of a causal language model.
 TOWERS: dict[str, tuple[dict[str, str], ...]] = {
     "llava": (
         {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
@@ -127,16 +132,16 @@ TOWERS: dict[str, tuple[dict[str, str], ...]] = {
 }
 
 
-def family_of(model_type: str, field: str = "model") -> Family:
-    """Return the family of a config's `model_type`.
+def structures_of(model_type: str, field: str) -> Structures:
+    """Return the structures of the models of a config's `model_type`.
 
     Args:
-        field: the recipe's field that names the checkpoint, for the error.
+        field: the recipe's field that asks for them, for the error.
 
     Raises:
-        InputError: it is not supported; the error lists the supported ones.
+        InputError: they are not known; the error lists the families of which they are.
     """
     if model_type not in FAMILIES:
-        known = ", ".join((*FAMILIES, *TOWERS))
-        raise InputError(field, f"model_type {model_type!r} is not supported; use one of {known}")
+        known = ", ".join(FAMILIES)
+        raise InputError(field, f"the heads and neurons of model_type {model_type!r} are not known, only of {known}")
     return FAMILIES[model_type]

@@ -14,6 +14,7 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_tensors
 from shardprune.model.companions import check_configs
 from shardprune.model.skeleton import Skeleton
+from shardprune.model.verification import check_class
 from shardprune.storage.windows import perplexity_windows
 
 _logger = logging.getLogger(__name__)
@@ -48,10 +49,11 @@ def open_model(model: str, field: str = "model", *, float32: bool = True, whole:
         whole: of what is stored, look at biases and norms, too.
 
     Raises:
-        InputError: there is no such checkpoint, or it is not whole.
+        InputError: there is no such checkpoint, it is not whole, or its class of models cannot be pruned.
     """
     checkpoint = open_checkpoint(place_of(model), field)
     skeleton = Skeleton(checkpoint.config, "cpu", torch.float32 if float32 else stored_dtype(checkpoint, whole))
+    check_class(checkpoint.config)
     check_tensors(skeleton, checkpoint)
     check_configs(checkpoint.folder, checkpoint.companions())
     return OpenedModel(checkpoint, skeleton)

@@ -90,12 +90,12 @@ def write_layer(
 def changed_tensors(
     checkpoint: Checkpoint, family: Family, index: int, layer: nn.Module, changed: set[str]
 ) -> dict[str, Tensor]:
-    """Return the parameters of a layer that are written from memory, by their names within it, in the checkpoint's
+    """Return the tensors of a layer that are written from memory, by their names within it, in the checkpoint's
     dtypes: those in `changed` and those whose shape has changed. Where a dtype is the parameter's own, the tensor is
     the parameter."""
     prefix = f"{family.layers}.{index}."
     tensors = {}
-    for name, parameter in layer.named_parameters():
+    for name, parameter in layer.state_dict(keep_vars=True).items():
         entry = checkpoint.entries[prefix + name]
         if parameter.shape != entry.shape or prefix + name in changed:
             tensors[name] = parameter.detach().to(entry.dtype)
@@ -103,8 +103,8 @@ def changed_tensors(
 
 
 def shapes_of(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a layer's parameters by their names within it."""
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
+    """Return the shapes of a layer's parameters and persistent buffers by their names within it."""
+    return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
 
 
 def write_tensors_of_layer(

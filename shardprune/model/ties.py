@@ -10,15 +10,24 @@ import torch
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from shardprune.errors import InputError
 from shardprune.storage.folder import CHUNK, Folder
 from shardprune.storage.safetensors_file import Entry, read_elements
 
 
 def tied_names(config: PretrainedConfig) -> tuple[str, str] | None:
-    """Return the names of input embedding and head in the causal language model where a config ties them, else None."""
-    if not getattr(config, "tie_word_embeddings", False):
+    """Return the names of input embedding and head in the causal language model where a config ties them, else None.
+
+    Raises:
+        InputError: the model's class ties other tensors.
+    """
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    ties = model_class._tied_weights_keys
+    if not getattr(config, "tie_word_embeddings", False) or not ties:
         return None
-    ((head, embedding),) = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys.items()
+    if not isinstance(ties, dict) or len(ties) != 1:
+        raise InputError("model", f"{model_class.__name__} ties other tensors than its embeddings")
+    ((head, embedding),) = ties.items()
     return embedding, head
 
 

@@ -200,8 +200,9 @@ class WorkerMemory:
         """
         task, model = self.task, self.model
         weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
-        workspace = (4 * 4 + 1 + 2 * task.itemsize) * model.projections
-        size = min(task.samples, max(1, STEP_TOKENS // task.seqlen))
+        narrow = 2 * task.itemsize if task.itemsize != 4 else 0  # weights and gradients as they are computed with
+        workspace = (4 * 4 + 1 + narrow) * model.projections
+        size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
         lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
         return self._moment(
             "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent)

@@ -9,9 +9,10 @@ from transformers import PretrainedConfig
 from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.config_file import CONFIG, language_config, parse_config
+from shardprune.model.empty_model import attention_of
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
-from shardprune.model.skeleton import Skeleton, attention_of
+from shardprune.model.skeleton import Skeleton
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import Effort

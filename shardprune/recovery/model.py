@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.model.skeleton import empty_model
+from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.recovery.partitioning import Partitioning
 
 
@@ -37,6 +37,9 @@ def load_model(
             parameter = partitioning.load(checkpoint, names[key], device, dtype)
         for module, name in targets:
             module._parameters[name] = parameter
+    for name, buffer in persistent_buffers(model).items():
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = checkpoint.read(name).to(device, buffer.dtype)
     checkpoint.check_unchanged()
     model.config.use_cache = False
     return model

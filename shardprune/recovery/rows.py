@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.model.families import FAMILIES, family_of
+from shardprune.model.families import FAMILIES
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
 
@@ -214,7 +214,7 @@ def check_packing(model_type: str) -> None:
 
 def needs_mask(model_type: str) -> bool:
     """Return whether packed rows of a model need an explicit attention mask."""
-    return family_of(model_type).packing == "mask"
+    return model_type in FAMILIES and FAMILIES[model_type].packing == "mask"
 
 
 def _block_mask(position_ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from shardprune.errors import TrainingError, first_line
 from shardprune.model.checkpoint import reopened
-from shardprune.model.families import family_of
+from shardprune.model.skeleton import Skeleton
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.cuda import keep_float32, set_allocator
 from shardprune.shard.device_errors import is_out_of_memory
@@ -47,7 +47,7 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         model = training.run()
         trained = time.monotonic()
         checkpoint = reopened(recipe.model, spec.inputs["model"])
-        family = family_of(checkpoint.config.model_type)
+        family = Skeleton(checkpoint.config, "cpu").family
         journal = Journal(recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.stored_name)
         write_layers(model, family, checkpoint, journal, recipe.zero)
         if recipe.full:

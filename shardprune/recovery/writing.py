@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from shardprune.errors import TrainingError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.empty_model import persistent_buffers
 from shardprune.model.families import Family
 from shardprune.model.saving import overflow, write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
@@ -75,7 +76,8 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
         dtype, label = checkpoint.entries[prefix + name].dtype, f"layer {index} {name}"
         if name in updated:
             return _stored(updated[name].merged(checkpoint.read(prefix + name)), dtype, label)
-        return _stored(parameters[name], dtype, label) if parameters[name].requires_grad else None
+        moved = name in parameters and parameters[name].requires_grad
+        return _stored(parameters[name], dtype, label) if moved else None
 
     def report(projection: str) -> ProjectionReport:
         name = f"{projection}.weight"
@@ -84,7 +86,7 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
         return _report(index, projection, before, before if after is None else after, way)
 
     record = LayerRecord(index, tuple(report(projection) for projection in family.projections))
-    shapes = {name: checkpoint.entries[prefix + name].shape for name in parameters}
+    shapes = {name: checkpoint.entries[prefix + name].shape for name in (*parameters, *persistent_buffers(layer))}
     write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 

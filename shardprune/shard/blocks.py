@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from shardprune.errors import SolverError
 from shardprune.model.skeleton import projection_weight
+from shardprune.model.stand_ins import Arguments
 from shardprune.shard.gradients import power_near_one, repeatable
 from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.pattern import Pattern
@@ -64,9 +65,7 @@ class Block:
         self.dense = dense
         self.last = layer.get_submodule(list(dense)[-1])
 
-    def compare(
-        self, hidden: Tensor, arguments: Mapping[str, Any], gradients: SquaredGradients | None
-    ) -> tuple[float, float]:
+    def compare(self, hidden: Tensor, arguments: Arguments, gradients: SquaredGradients | None) -> tuple[float, float]:
         """Run one wave [wave, seqlen, hidden] of the sparse model's activations through the block, dense and
         sparse.
 
@@ -143,7 +142,7 @@ class Block:
         assert before == after, f"{label} {', '.join(names)}: {after} zeros, not {before}"
         return swaps
 
-    def _output(self, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    def _output(self, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Arguments) -> Tensor:
         """The block's output for hidden states that enter the layer, with the given projections in the place
         of the layer's own."""
 
@@ -153,7 +152,7 @@ class Block:
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
         hook = self.last.register_forward_hook(stop)
         try:
-            torch.func.functional_call(self.layer, replaced, (hidden,), dict(arguments))
+            torch.func.functional_call(self.layer, replaced, (hidden, *arguments.positional), arguments.keywords)
         except _Reached as reached:
             return reached.output.reshape(*hidden.shape[:2], -1)
         finally:

@@ -86,7 +86,7 @@ class NarrowedLayers:
         family, layer = self._skeleton.family, self._worker.layers.get(index, "dense")
         stored = {
             name: self._checkpoint.entries[self._skeleton.projection_tensor(index, name)].dtype
-            for name in family.columns
+            for name in family.structures.columns
         }
         return Narrowing(layer, family, self._heads, widths, self._scoring, stored, f"layer {index}")
 

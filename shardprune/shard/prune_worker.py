@@ -207,6 +207,7 @@ class PruneWorker(ForwardWorker):
         return {
             name: output_error(rebuilt.dense[name].float(), projection_weight(rebuilt.layer, name).float(), statistics)
             for name in self.skeleton.family.inputs[group]
+            if name in rebuilt.dense
         }
 
     # -- removing structures ----------------------------------------------------------------------------------

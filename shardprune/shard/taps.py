@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from shardprune.model.stand_ins import Arguments
 
 
 class _Reached(Exception):
@@ -26,7 +27,7 @@ def tap(
     layer: nn.Module,
     weights: Mapping[str, Tensor],
     hidden: Tensor,
-    arguments: Mapping[str, Any],
+    arguments: Arguments,
     reader: str,
     outputs: Sequence[str],
     to_the_end: bool,
@@ -68,9 +69,9 @@ def tap(
     return taps
 
 
-def run_with(layer: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def run_with(layer: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor, arguments: Arguments) -> Tensor:
     """Apply a decoder layer to hidden states [wave, seqlen, hidden] with some projections' weights, by their names, in
     the place of its own."""
     replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-    output = torch.func.functional_call(layer, replaced, (hidden,), dict(arguments))
+    output = torch.func.functional_call(layer, replaced, (hidden, *arguments.positional), arguments.keywords)
     return output[0] if isinstance(output, tuple) else output

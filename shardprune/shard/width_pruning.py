@@ -110,7 +110,7 @@ class Narrowing:
         sums = {name: statistics[names[0]] for names in self.family.inputs for name in names}
         stay: dict[Unit, Tensor] = {}
         corrections: dict[str, Corrected] = {}
-        for name, unit in self.family.columns.items():
+        for name, unit in self.family.structures.columns.items():
             if not sums[name].finite:
                 raise SolverError(f"{self.label} {name}: its inputs are not finite: the activations overflow")
             try:
@@ -135,13 +135,13 @@ class Narrowing:
         kept = {unit: indices.to(device) for unit, indices in choice.kept.items()}
         kept["key"] = kept["query"]
         changed: dict[str, Tensor] = {}
-        for name, unit in self.family.columns.items():
+        for name, unit in self.family.structures.columns.items():
             if name in choice.corrected:
                 changed[f"{name}.weight"] = choice.corrected[name]
             elif len(kept[unit]) < self._count_before(name, unit):
                 columns = columns_of(kept[unit], self.heads.rows(unit))
                 changed[f"{name}.weight"] = projection_weight(self.layer, name)[:, columns]
-        for name, units in self.family.rows.items():
+        for name, units in self.family.structures.rows.items():
             rows = self._rows(name, units, kept)
             if len(rows) < len(projection_weight(self.layer, name)):
                 for leaf, parameter in self.layer.get_submodule(name).named_parameters():
@@ -171,7 +171,7 @@ class Narrowing:
         everything: dict[Unit, Tensor] = dict.fromkeys(("query", "key", "neuron"), torch.arange(count))
         owned = [Owned(weights[name], squares[name], everything[unit].repeat_interleave(self.heads.rows(unit)), 1)]
         kinds = ("neuron",) if unit == "neuron" else ("query", "key")
-        for projection, units in self.family.rows.items():
+        for projection, units in self.family.structures.rows.items():
             if units[0] in kinds:
                 owners = torch.cat([everything[of].repeat_interleave(self.heads.rows(of)) for of in units])
                 owned.append(Owned(weights[projection], squares[projection], owners, 0))
@@ -180,7 +180,7 @@ class Narrowing:
     def _correct(self, name: str, kept: Tensor, statistics: InputStatistics) -> "Corrected":
         """Correct the columns of an output projection that stay, if they are to be, and measure the error."""
         weight = projection_weight(self.layer, name)
-        columns = columns_of(kept, self.heads.rows(self.family.columns[name]))
+        columns = columns_of(kept, self.heads.rows(self.family.structures.columns[name]))
         cut = weight[:, columns]
         corrected, retries, error = None, 0, None
         if self.scoring.correction:
@@ -220,7 +220,7 @@ def width_statistics(
     correction and the output errors need."""
     found = {}
     for name, *_ in family.inputs:
-        weight, unit = projection_weight(layer, name), family.columns.get(name)
+        weight, unit = projection_weight(layer, name), family.structures.columns.get(name)
         cols = weight.shape[1]
         shape = (cols, cols) if unit and scoring.needs_gram(measure_error) else (cols,)
         sums = torch.zeros(shape, dtype=torch.float32, device=weight.device)

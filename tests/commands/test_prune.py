@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.errors import InputError
-from shardprune.model.skeleton import attention_of
+from shardprune.model.empty_model import attention_of
 from shardprune.solvers.methods import METHODS, Target
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics

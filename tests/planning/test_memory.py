@@ -32,6 +32,11 @@ RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
     "measured damping": ("wide", {**FEW, "samples": 8, "damping": "auto"}, "factor down"),
     "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
+    "trained": (
+        "wide",
+        {**FEW, "samples": 8, "wave": 1, "method": "magnitude", "measure_error": False, "reconstruct": 3},
+        "train",
+    ),
     "alps": ("wide", {**FEW, "method": "alps"}, "factor down"),
     "refit": ("wide", {**FEW, "method": "wanda", "refit": True}, "fit down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),

@@ -8,8 +8,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.errors import InputError
+from shardprune.model.empty_model import attention_of
 from shardprune.model.families import FAMILIES
-from shardprune.model.skeleton import attention_of
 from shardprune.recovery.rows import Example, Rows, check_packing, needs_mask, pack
 from shardprune.storage.folder import Folder
 from tests.support.tiny import CONFIGS, VOCABULARY, make_model

@@ -12,7 +12,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from shardprune.model.families import Unit, family_of
+from shardprune.model.families import Structures, Unit, structures_of
 
 FEWEST_GROUPS = 2
 FEWEST_LAYERS = 2
@@ -41,13 +41,17 @@ class Heads:
 
 def widths_of(config: PretrainedConfig) -> Widths:
     """Return the widths of a config's layers."""
-    return Widths(_key_heads(config), getattr(config, family_of(config.model_type).neurons))
+    return Widths(_key_heads(config), getattr(config, _structures_of(config).neurons))
 
 
 def heads_of(config: PretrainedConfig) -> Heads:
     """Return the composition of a config's groups."""
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads // _key_heads(config), dim)
+
+
+def _structures_of(config: PretrainedConfig) -> Structures:
+    return structures_of(config.model_type, "structured")
 
 
 def _key_heads(config: PretrainedConfig) -> int:
@@ -64,7 +68,7 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
     Args:
         layers: indices of the kept layers.
     """
-    family, heads = family_of(config.model_type), heads_of(config)
+    structures, heads = _structures_of(config), heads_of(config)
     fields: dict[str, Any] = {}
     if len(layers) != config.num_hidden_layers:
         fields["num_hidden_layers"] = len(layers)
@@ -72,7 +76,7 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
             fields["layer_types"] = [types[index] for index in layers]
     before = widths_of(config)
     if widths.neurons != before.neurons:
-        fields[family.neurons] = widths.neurons
+        fields[structures.neurons] = widths.neurons
     if widths.groups != before.groups:
         fields["num_attention_heads"] = widths.groups * heads.queries
         if hasattr(config, "num_key_value_heads"):
@@ -100,7 +104,7 @@ def reshaped(config: PretrainedConfig, widths: Widths, layers: Sequence[int] | N
         ValueError: transformers rejects such a config.
     """
     fields = changes(config, widths, range(config.num_hidden_layers) if layers is None else layers)
-    if fields.get("num_attention_heads") and family_of(config.model_type).fixed_heads:
+    if fields.get("num_attention_heads") and _structures_of(config).fixed_heads:
         raise ValueError("the family's code takes the number of heads and their width for one number")
     values = {**config.to_dict(), **fields}
     if values["model_type"] != config.model_type and (config.attention_bias or config.mlp_bias):
@@ -146,19 +150,19 @@ def costs_of(config: PretrainedConfig, tensors: Mapping[str, tuple[int, ...]]) -
         tensors: shapes by name within the layer (`self_attn.q_proj.weight`): of all its parameters, or of the
             projections' weights alone.
     """
-    family, heads, widths = family_of(config.model_type), heads_of(config), widths_of(config)
+    structures, heads, widths = _structures_of(config), heads_of(config), widths_of(config)
     counts = {"query": 0, "key": 0, "neuron": 0}
     rest = 0
     for name, shape in tensors.items():
         projection, _, leaf = name.rpartition(".")
         whole = math.prod(shape)
-        if projection in family.rows:
-            units = family.rows[projection]
+        if projection in structures.rows:
+            units = structures.rows[projection]
             rows = {unit: heads.rows(unit) for unit in units}
             for unit in units:
                 counts[unit] += whole // shape[0] * rows[unit]
-        elif projection in family.columns and leaf == "weight":
-            unit = family.columns[projection]
+        elif projection in structures.columns and leaf == "weight":
+            unit = structures.columns[projection]
             counts[unit] += whole // shape[1] * heads.rows(unit)
         else:
             rest += whole

@@ -1,0 +1,66 @@
+"""Models that transformers builds from a config, without memory for their parameters."""
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from shardprune.errors import InputError
+from shardprune.model.config_file import deferred_warnings, in_one_line
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Build the causal language model of a config with parameters on the meta device and buffers on `device`.
+
+    Raises:
+        InputError: transformers builds no model from the config.
+    """
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights(), deferred_warnings():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
+            )
+    except Exception as error:  # a bad config fails anywhere in the model's code, with any error
+        raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
+    model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+    return model
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers that a checkpoint holds, by their names in the module."""
+    buffers = dict(module.named_buffers())
+    return {name: buffers[name] for name in module.state_dict() if name in buffers}
+
+
+def dtypes_of(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the dtypes of an empty model's parameters and persistent buffers, by name, as transformers loads them.
+
+    They differ from the `dtype` of the computation where a class creates a tensor in a dtype of its own, or keeps some
+    in float32.
+    """
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = model._get_dtype_plan(dtype)
+    if kept:
+        matching, pattern_of_group, _ = build_glob_alternation(list(kept))
+        for name in dtypes:
+            if (found := matching.search(name)) and found.lastgroup:
+                dtypes[name] = kept[pattern_of_group[found.lastgroup]]
+    return dtypes
+
+
+def attention_of(config: PretrainedConfig) -> str:
+    """Return the attention implementation of all runs of a model: rounding differs between implementations.
+
+    It is `sdpa`, but `eager` if the model class has no sdpa or caps attention scores (Gemma 2): sdpa has no such term,
+    and some versions of transformers drop it silently.
+    """
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if model_class._supports_sdpa and not capped else "eager"

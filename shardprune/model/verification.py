@@ -1,0 +1,175 @@
+"""The check of a class of models that is met for the first time.
+
+That a model may be run one layer at a time is an assumption: a layer may read what an earlier one has left behind, or
+arguments may depend on the tokens. A model of the class, small and with random weights, shows whether it holds.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+
+from shardprune.errors import InputError
+from shardprune.model.config_file import deferred_warnings, in_one_line
+from shardprune.model.empty_model import empty_model, persistent_buffers
+from shardprune.model.skeleton import Skeleton
+
+# Classes whose tiny models pass the check, and a whole run beside transformers, in the tests.
+CHECKED = frozenset(
+    (
+        *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
+        *("gemma3_text", "glm", "glm4", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "ministral", "ministral3"),
+        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
+        *("smollm3", "stablelm", "starcoder2"),
+    )
+)
+SEQUENCES, SEQLEN = 2, 24
+VOCABULARY = 256
+LARGEST = 2**28  # parameters of a model that is made for the check
+
+
+def check_class(config: PretrainedConfig) -> None:
+    """Check that models of a class compute layer by layer what they compute as a whole; one of `CHECKED` does.
+
+    Raises:
+        InputError: this one does not; says how it differs.
+    """
+    if config.model_type not in CHECKED:
+        _check(config.to_json_string(use_diff=False))
+
+
+@cache
+def _check(content: str) -> None:
+    """Check a class once in a process, by the content of its config."""
+    try:
+        difference = difference_layer_by_layer(small_config(AutoConfig.for_model(**json.loads(content))))
+    except InputError:
+        raise
+    except Exception as error:  # the model's own code, in a way for which it is not made
+        raise _refused(f"fails: {in_one_line(error)}") from error
+    if difference:
+        raise _refused(f"gives other logits than as a whole, by up to {difference:.2g}")
+
+
+def _refused(reason: str) -> InputError:
+    return InputError("model", f"cannot be pruned: a small model of its class, run layer by layer, {reason}")
+
+
+def small_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the config of a model of the same class and features, but few and narrow layers.
+
+    Kept is one layer of each kind that the config's lists tell apart, and the last one; the width of a head; the number
+    of query heads per key/value head.
+
+    Raises:
+        InputError: the class takes no such config.
+    """
+    layers = config.num_hidden_layers
+    lists = {
+        name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers
+    }
+    kinds = [repr([value[index] for value in lists.values()]) for index in range(layers)]
+    kept = sorted({kinds.index(kind) for kind in kinds} | {0, layers - 1})
+    values = config.to_dict() | {name: [value[index] for index in kept] for name, value in lists.items()}
+    for name, value in values.items():
+        if name.endswith("_token_id") and not (isinstance(value, int) and value < VOCABULARY):
+            values[name] = None
+    names = config.attribute_map
+
+    def with_fields(fields: dict[str, int]) -> PretrainedConfig:
+        changed = {names.get(name, name): value for name, value in fields.items() if hasattr(config, name)}
+        with deferred_warnings():
+            made = AutoConfig.for_model(**{**values, **changed, "model_type": config.model_type})
+        size = sum(p.numel() for p in empty_model(made, torch.float32, torch.device("cpu")).parameters())
+        if size > LARGEST:
+            raise ValueError(f"it has {size} parameters")
+        return made
+
+    few = {"num_hidden_layers": len(kept), "vocab_size": min(config.vocab_size, VOCABULARY)}
+    try:
+        return with_fields({**few, **_narrow(config)})
+    except Exception:  # a class that relates its sizes in a way of its own keeps them
+        try:
+            return with_fields(few)
+        except Exception as error:
+            raise _refused(f"cannot be made: {in_one_line(error)}") from error
+
+
+def _narrow(config: PretrainedConfig) -> dict[str, int]:
+    """Return narrower sizes of a config's layers."""
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    dim = getattr(config, "head_dim", None) or hidden // heads
+    kept = min(groups, 2)
+    fields = {"num_attention_heads": heads // groups * kept, "num_key_value_heads": kept}
+    fields["hidden_size"] = fields["num_attention_heads"] * dim
+    if isinstance(width := getattr(config, "intermediate_size", None), int):
+        fields["intermediate_size"] = min(width, 2 * fields["hidden_size"])
+    return fields
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Random tensors of a model by name."""
+
+    tensors: dict[str, Tensor]
+
+    def read(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        pass
+
+
+@torch.no_grad()
+def difference_layer_by_layer(config: PretrainedConfig) -> float:
+    """Return the largest difference between the logits of a random model as a whole and layer by layer.
+
+    Raises:
+        InputError: the model has layers that are not pruned.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = empty_model(config, torch.float32, torch.device("cpu")).eval().requires_grad_(False)
+    drawn = _draw(whole, generator)
+    skeleton = Skeleton(config, "cpu", torch.float32)
+    tokens = torch.randint(0, config.vocab_size, (SEQUENCES, SEQLEN), generator=generator)
+    skeleton.load_frame(drawn, embedding=True, head=True)
+    hidden = skeleton.embed(tokens)
+    for index in range(skeleton.layers):
+        tensors = ((name, drawn.read(name)) for name in skeleton.layer_tensors(index))
+        layer = skeleton.build_layer(index, tensors)
+        hidden = skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(index, *tokens.shape))
+    logits, expected = skeleton.logits(hidden), whole(input_ids=tokens, use_cache=False).logits
+    if not bool(torch.isfinite(expected).all()):
+        raise _refused("has logits that are not finite")
+    if difference := float((logits - expected).abs().max()):
+        return difference
+    later = torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % config.vocab_size], 1)
+    if not torch.equal(whole(input_ids=later, use_cache=False).logits[:, :-1], expected[:, :-1]):
+        raise _refused("predicts tokens from those behind them: it is no causal language model")
+    return 0.0
+
+
+def _draw(model: nn.Module, generator: torch.Generator) -> _Drawn:
+    """Give a model random parameters and persistent buffers, which change all that they enter; return them."""
+    drawn: dict[str, Tensor] = {}
+    places: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in places:
+                noise = torch.randn(parameter.shape, generator=generator)
+                places[id(parameter)] = noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + noise / 10
+                drawn[f"{path}.{leaf}" if path else leaf] = places[id(parameter)]
+            module._parameters[leaf] = nn.Parameter(places[id(parameter)], requires_grad=False)
+    for name, buffer in persistent_buffers(model).items():
+        if buffer.is_floating_point():
+            noise = torch.randn(buffer.shape, generator=generator).to(buffer.dtype)
+            buffer += noise / 10
+        drawn[name] = buffer.clone()
+    return _Drawn(drawn)

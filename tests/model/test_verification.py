@@ -1,0 +1,77 @@
+"""A class of models that is met for the first time is checked, and refused if it cannot be run layer by layer."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+from transformers.models.stablelm import modeling_stablelm
+
+from shardprune.errors import InputError
+from shardprune.model import verification
+from shardprune.model.opening import open_model
+from shardprune.model.verification import check_class, difference_layer_by_layer, small_config
+from tests.support.architectures import DENSE, make_architecture
+from tests.support.tiny import CONFIGS
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """As if no test had ever run a class."""
+    monkeypatch.setattr(verification, "CHECKED", frozenset())
+    verification._check.cache_clear()
+    yield
+    verification._check.cache_clear()
+
+
+@pytest.mark.parametrize("model_type", ["apertus", "cohere2", "gemma3_text", "gpt_neox", "opt", "smollm3"])
+def test_a_class_that_runs_layer_by_layer_passes(unchecked, model_type):
+    values = DENSE.get(model_type) or CONFIGS["opt-350m"][1]
+    check_class(AutoConfig.for_model(model_type, **values))
+
+
+def test_a_layer_that_reads_what_its_arguments_do_not_say_is_refused(unchecked, monkeypatch, tmp_path):
+    """The model tells its layers of the tokens, which are not there where a layer runs alone."""
+    layer, model, told = modeling_stablelm.StableLmDecoderLayer, modeling_stablelm.StableLmModel, [0.0]
+    run, embed = layer.forward, model.forward
+
+    def tells(self, input_ids=None, **arguments):
+        told[0] = 0.0 if input_ids is None else input_ids[:, :1, None].float()
+        output = embed(self, input_ids=input_ids, **arguments)
+        told[0] = 0.0
+        return output
+
+    def reads(self, hidden_states, *others, **arguments):
+        return run(self, hidden_states + told[0], *others, **arguments)
+
+    path = make_architecture(tmp_path, "stablelm", DENSE["stablelm"])
+    open_model(path)
+    monkeypatch.setattr(model, "forward", tells)
+    monkeypatch.setattr(layer, "forward", reads)
+    verification._check.cache_clear()
+    reason = "a small model of its class, run layer by layer, gives other logits than as a whole, by up to "
+    with pytest.raises(InputError, match=f"^model: cannot be pruned: {reason}"):
+        open_model(path)
+
+
+def test_a_model_that_looks_at_later_tokens_is_refused(unchecked):
+    values = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    with pytest.raises(InputError, match="predicts tokens from those behind them: it is no causal language model"):
+        check_class(AutoConfig.for_model("electra", num_attention_heads=4, **values))
+
+
+def test_a_check_is_small_and_has_a_layer_of_each_kind():
+    large = {"vocab_size": 100_000, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    config = AutoConfig.for_model(
+        "gemma3_text", **large, num_key_value_heads=8, head_dim=128, num_hidden_layers=60, layer_types=kinds * 10
+    )
+    small = small_config(config)
+    assert small.layer_types == ["sliding_attention", "full_attention", "full_attention"]
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (16, 2, 128)
+    assert (small.vocab_size, small.hidden_size, small.intermediate_size) == (256, 2048, 4096)
+
+
+def test_a_check_leaves_the_global_generator_alone():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert difference_layer_by_layer(AutoConfig.for_model("olmo", **DENSE["olmo"])) == 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,105 @@
+"""Tiny configs of architectures that have no row in the table of families, by their `model_type`.
+
+Those of `DENSE` are pruned by their weights; those of `REFUSED` are not, for a reason that its pattern says.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from shardprune.model.empty_model import persistent_buffers
+
+VOCABULARY = 64
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_HEAD = {**_COMMON, "head_dim": 12}  # not the hidden size over the number of heads
+_WINDOW = {"sliding_window": 8}  # shorter than the sequences of the tests
+_ONE_OF_EACH = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    **_COMMON,
+    **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8},
+    **{"v_head_dim": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+}
+_LINEAR_ATTENTION = {
+    **{"head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8},
+    **{"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
+}
+
+DENSE: dict[str, dict[str, Any]] = {
+    "apertus": _COMMON,
+    "arcee": _COMMON,
+    "bloom": {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "cohere": {**_COMMON, "logit_scale": 1.0},
+    "cohere2": {**_HEAD, "logit_scale": 1.0, **_WINDOW, **_ONE_OF_EACH},
+    "ernie4_5": {**_HEAD, "head_dim": 8},
+    "exaone4": {**_COMMON, **_WINDOW, **_ONE_OF_EACH},
+    "falcon": {**_COMMON, "new_decoder_architecture": False},
+    "gemma": _HEAD,
+    "gemma3_text": {**_HEAD, **_WINDOW, **_ONE_OF_EACH, "query_pre_attn_scalar": 12},
+    "glm": {**_HEAD, "head_dim": 8},
+    "glm4": {**_HEAD, "head_dim": 8},
+    "gpt_neox": {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"},
+    "granite": {**_COMMON, "embedding_multiplier": 12.0, "logits_scaling": 2.0, "residual_multiplier": 0.22},
+    "hunyuan_v1_dense": {**_HEAD, "head_dim": 8},
+    "ministral": {**_HEAD, **_WINDOW, **_ONE_OF_EACH},
+    "ministral3": _HEAD,
+    "nemotron": _COMMON,
+    "olmo": _COMMON,
+    "olmo2": _COMMON,
+    "olmo3": {**_COMMON, **_WINDOW, **_ONE_OF_EACH},
+    "phi": _COMMON,
+    "seed_oss": _HEAD,
+    "smollm3": {**_COMMON, "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]},
+    "stablelm": _COMMON,
+    "starcoder2": {**_COMMON, **_WINDOW},
+}
+_OF_EXPERTS, _KINDS, _PARTS = "is a mixture of experts", "layers are of several kinds", "has other parts"
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "deepseek_v3": (_LATENT, _OF_EXPERTS),
+    "falcon_h1": (
+        {**_COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+        r"mamba\.conv1d\.weight \[48, 1, 4\] of its layers is not the weight of an nn\.Linear",
+    ),
+    "gemma4_text": ({**_COMMON, **_WINDOW, "head_dim": 8, "global_head_dim": 16}, _KINDS),
+    "glm4_moe": ({**_LATENT, "head_dim": 8}, _OF_EXPERTS),
+    "gpt2": (
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        r"attn\.c_attn\.weight \[32, 96\] of its layers is not the weight of an nn\.Linear",
+    ),
+    "gpt_oss": ({**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}, _OF_EXPERTS),
+    "lfm2": ({**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, _KINDS),
+    "minimax_m2": ({**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, _OF_EXPERTS),
+    "mixtral": ({**_COMMON, "num_local_experts": 4}, _OF_EXPERTS),
+    "olmoe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
+    "qwen2_moe": ({**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 16}, _OF_EXPERTS),
+    "qwen3_5_text": ({**_COMMON, **_LINEAR_ATTENTION}, _KINDS),
+    "qwen3_moe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
+    "qwen3_next": ({**_COMMON, **_EXPERTS, **_LINEAR_ATTENTION}, _OF_EXPERTS),
+}
+
+
+def make_architecture(folder: Path, model_type: str, values: dict[str, Any], **saving: Any) -> str:
+    """Save a tiny random model whose layers all matter; its persistent buffers are random, too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape)
+        parameter.data.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.1)
+    for buffer in persistent_buffers(model).values():
+        buffer.add_(torch.randn(buffer.shape).to(buffer.dtype))
+    model.save_pretrained(folder, **saving)
+    return str(folder)
