@@ -1,5 +1,7 @@
 """Runs whose layers are improved by steps beyond the method: stream targets, and the held-out windows that judge."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -254,11 +256,27 @@ def test_replicas_lend_their_windows(folder, tmp_path):
     assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("layer", [0, 2])
-def test_a_run_cut_off_after_training_goes_on_to_the_same_bits(folder, trained, dies_at_layer, layer, tmp_path):
-    dies_at_layer(layer)
+def test_a_run_cut_off_after_training_goes_on_to_the_same_bits(folder, trained, dies_at_layer, tmp_path):
+    dies_at_layer(2)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "o", **BOTH)
+    result = run(folder, tmp_path / "o", **BOTH)
+    assert differing(trained[0], tmp_path / "o") == []
+    assert result.sparsity == trained[1].sparsity
+
+
+def test_a_run_cut_off_while_it_trains_goes_on_to_the_same_bits(folder, trained, tmp_path, monkeypatch):
+    steps, rate_at = itertools.count(), reconstruction.rate_at
+
+    def interrupted(step, of):
+        if next(steps) == 2 * 42 + 15:  # of six steps for seven projections: in the middle of the third layer
+            raise KeyboardInterrupt
+        return rate_at(step, of)
+
+    monkeypatch.setattr(reconstruction, "rate_at", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, tmp_path / "o", **BOTH)
+    assert (tmp_path / "o").exists()
     result = run(folder, tmp_path / "o", **BOTH)
     assert differing(trained[0], tmp_path / "o") == []
     assert result.sparsity == trained[1].sparsity

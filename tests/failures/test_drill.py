@@ -103,13 +103,14 @@ def check(out: Path, result: Result, undisturbed: tuple[Path, Result]) -> None:
 
 
 BARBER = {**PARALLEL, "rebuild": "barber", "rebuild_threshold": 0.1}
+IMPROVED = {**PARALLEL, "weights": "streamed", "targets": "stream", "reconstruct": 4}
 LOSSES = [
     ("actor", "observe", PARALLEL),
     ("actor", "prune", BARBER),
     ("actor", "evaluate", PARALLEL),
     ("node", "plan", PARALLEL),
     ("node", "observe", PARALLEL),
-    ("node", "prune", {**PARALLEL, "weights": "streamed"}),
+    ("node", "prune", IMPROVED),
     ("node", "evaluate", PARALLEL),
 ]
 
