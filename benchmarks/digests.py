@@ -1,26 +1,32 @@
 """CPU seconds that a run spends on digests of what it reads and writes, and on looking whether its model has changed.
 
-    python -m benchmarks.digests [--methods sparsegpt wanda magnitude] [--layers 4] [--hidden 1024] [--repeats 3]
+    python -m benchmarks.digests [--methods sparsegpt wanda magnitude] [--layers 4] [--hidden 1024] [--repeats 5]
 
-Prunes a Llama of random weights in one process, and prints the CPU seconds of the run that took the least of several
-and those of the functions that make digests and stamps. They are those of all threads, and what else the machine does
-changes them little.
+Prunes a Llama of random weights in one process, in turn as it is and without digests, and prints the medians: the CPU
+seconds of the run and of its prune step, those of the functions that make digests and stamps, and those of the prune
+step of the runs without. They are those of all threads, and what else the machine does changes them little.
 """
 
 import argparse
 import functools
 import pkgutil
+import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
 from benchmarks.writing_behind import make_model
 from shardprune import Recipe, prune
+from shardprune.report.events import Events
 from shardprune.report.progress import Reporter
+
+Watch = Callable[[list[float]], AbstractContextManager[None]]
 
 WATCHING = (
     "shardprune.model.sources.tensor_digest",
@@ -54,8 +60,42 @@ def timed(spent: list[float]) -> Iterator[None]:
         yield
 
 
-def prune_once(folder: Path, args: argparse.Namespace, method: str) -> float:
-    """Prune the model; return the CPU seconds of the process."""
+@contextmanager
+def without_digests(_spent: list[float]) -> Iterator[None]:
+    """Give all data the same digest for the duration of the block, without a look at them."""
+    with ExitStack() as stack:
+        for name in WATCHING:
+            if name.endswith("_digest"):
+                stack.enter_context(mock.patch(name, return_value="0" * 32))
+        yield
+
+
+@dataclass(frozen=True)
+class Spent:
+    """CPU seconds of the process, and those of digests and stamps."""
+
+    all: float
+    watching: float
+
+
+class PhaseCosts(Events):
+    """Events that note what is spent between the beginning and the end of the prune step."""
+
+    def __init__(self, spent: list[float]) -> None:
+        super().__init__()
+        self._spent = spent
+        self.prune = Spent(0, 0)
+
+    def emit(self, event: str, **fields: Any) -> None:
+        if fields.get("phase") == "prune":
+            sign = 1 if event == "end" else -1
+            all_, watching = self.prune.all + sign * time.process_time(), self.prune.watching + sign * sum(self._spent)
+            self.prune = Spent(all_, watching)
+        super().emit(event, **fields)
+
+
+def prune_once(folder: Path, args: argparse.Namespace, method: str, watch: Watch) -> tuple[Spent, Spent]:
+    """Prune the model; return what the run takes, and its prune step."""
     values = {
         "model": str(folder / "model"),
         "out": tempfile.mkdtemp(dir=folder),
@@ -69,9 +109,13 @@ def prune_once(folder: Path, args: argparse.Namespace, method: str) -> float:
         "threads": 1,
         "report": False,
     }
-    recipe, started = Recipe.checked(values), time.process_time()
-    prune(recipe, Reporter(quiet=True))
-    return time.process_time() - started
+    spent: list[float] = []
+    recipe, reporter, started = Recipe.checked(values), Reporter(quiet=True), time.process_time()
+    reporter.events = costs = PhaseCosts(spent)
+    with watch(spent):
+        prune(recipe, reporter)
+    shutil.rmtree(values["out"])
+    return Spent(time.process_time() - started, sum(spent)), costs.prune
 
 
 def main() -> None:
@@ -81,23 +125,31 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = make_model(folder, args)
         size = sum(parameter.nbytes for parameter in model.parameters())
-        print(f"{size / 1e6:.0f} MB, {args.samples * args.seqlen} tokens, least of {args.repeats}")
-        print("| method | CPU of the run | of it digests and stamps | share |\n|---|---|---|---|")
+        print(f"{size / 1e6:.0f} MB, {args.samples * args.seqlen} tokens, medians of {args.repeats}")
+        print(
+            "| method | run | of it digests and stamps | prune step | of it digests and stamps | prune step without |"
+        )
+        print("|---|---|---|---|---|---|")
         for method in args.methods:
-            found = []
-            for _ in range(args.repeats + 1):
-                spent: list[float] = []
-                with timed(spent):
-                    found.append((prune_once(folder, args, method), sum(spent)))
-            run, watching = min(found[1:])  # the first one also imports
-            print(f"| {method} | {run:.2f} s | {watching:.3f} s | {watching / run:.1%} |", flush=True)
+            prune_once(folder, args, method, timed)  # which also imports
+            found, without = [], []
+            for _ in range(args.repeats):
+                found.append(prune_once(folder, args, method, timed))
+                without.append(prune_once(folder, args, method, without_digests)[1].all)
+            cells = [cell for spent in zip(*found, strict=True) for cell in _cells(spent)]
+            print(f"| {method} | {' | '.join(cells)} | {median(without):.2f} s |", flush=True)
+
+
+def _cells(found: Sequence[Spent]) -> tuple[str, str]:
+    watching, share = median(one.watching for one in found), median(one.watching / one.all for one in found)
+    return f"{median(one.all for one in found):.2f} s", f"{watching:.3f} s, {share:.1%}"
 
 
 if __name__ == "__main__":

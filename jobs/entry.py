@@ -6,22 +6,28 @@ runs on the cluster that it is submitted to; without Ray's job submission, on on
 """
 
 import sys
+from typing import NoReturn
 
-from shardprune.cli import main
-from shardprune.recipes.commands import COMMANDS
+from shardprune.errors import InputError
+from shardprune.process import be
 
 
-def run(command: str) -> None:
+def run(command: str) -> NoReturn:
     """Run a command with the recipe and the options that this process was started with.
 
     Ends the process with the command's exit code; an error is its last line.
     """
-    arguments = sys.argv[1:]
+    be(lambda: _carry_out(command, sys.argv[1:]))
+
+
+def _carry_out(command: str, arguments: list[str]) -> int:
+    from shardprune.cli import carry_out
+    from shardprune.recipes.commands import COMMANDS
+
     if arguments[:1] and arguments[0] in ("-h", "--help"):
-        main([command, "--help"])
+        return carry_out([command, "--help"])
     if not arguments or arguments[0].startswith("-"):
         given = repr(arguments[0]) + " stands in its place" if arguments else "missing"
-        print(f"error: recipe: {given}; use python -m jobs.{command} RECIPE [OPTIONS]", file=sys.stderr)
-        sys.exit(2)
+        raise InputError("recipe", f"{given}; use python -m jobs.{command} RECIPE [OPTIONS]")
     recipe, *overrides = arguments
-    main([*COMMANDS[command].words(recipe), *overrides])
+    return carry_out([*COMMANDS[command].words(recipe), *overrides])

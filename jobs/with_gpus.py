@@ -6,20 +6,33 @@ An autoscaler starts nodes for what waits, and a run takes the GPUs that there a
 """
 
 import os
+import shutil
 import sys
 
-import ray
-from ray.util.placement_group import placement_group, remove_placement_group
-
-from shardprune.errors import Stopped
-from shardprune.signals import NAMES, handlers_kept, stoppable
+from shardprune.errors import InputError, first_line
+from shardprune.process import be
+from shardprune.signals import handlers_kept
 
 POLL_SECONDS = 1.0  # for which Ray hears no signal
 QUIET_POLLS = 60  # between two lines while it waits
+MOST = 10**5
+USAGE = "give a number of at least 1 and a command: python -m jobs.with_gpus 16 COMMAND"
 
 
 def wait_for_gpus(count: int) -> None:
-    """Return once the connected cluster has so many free GPUs."""
+    """Return once the cluster has so many free GPUs.
+
+    Raises:
+        InputError: there is no cluster.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    try:
+        with handlers_kept():
+            ray.init("auto", logging_level="ERROR", log_to_driver=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError("address", "no Ray cluster is running here, and RAY_ADDRESS names none") from error
     group = placement_group([{"GPU": 1}] * count)
     polls = 0
     while not group.wait(POLL_SECONDS):
@@ -28,28 +41,24 @@ def wait_for_gpus(count: int) -> None:
             print(f"waiting for {count} free GPUs; the cluster has {present}", flush=True)
         polls += 1
     remove_placement_group(group)
+    ray.shutdown()
+
+
+def _carry_out() -> int:
+    count, *command = sys.argv[1:] or [""]
+    if not count.isdecimal() or len(count) > len(str(MOST)) or not 1 <= int(count) <= MOST or not command:
+        raise InputError("gpus", USAGE)
+    if not shutil.which(command[0]):
+        raise InputError("command", f"{command[0]!r} is no program that can be found")
+    wait_for_gpus(int(count))
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        raise InputError("command", f"{command[0]!r} cannot be started: {first_line(error)}") from error
 
 
 def main() -> None:
-    count, *command = sys.argv[1:] or [""]
-    if not count.isdecimal() or not int(count) or not command:
-        sys.exit(_fail("gpus: give a number of at least 1 and a command: python -m jobs.with_gpus 16 COMMAND"))
-    try:
-        with stoppable():
-            with handlers_kept():
-                ray.init("auto", logging_level="ERROR", log_to_driver=False)
-            wait_for_gpus(int(count))
-            ray.shutdown()
-    except ConnectionError:
-        sys.exit(_fail("address: no Ray cluster is running here, and RAY_ADDRESS names none"))
-    except Stopped as stop:
-        sys.exit(_fail(f"stopped by {NAMES[stop.signal]} while waiting for GPUs", 128 + stop.signal))
-    os.execvp(command[0], command)
-
-
-def _fail(message: str, code: int = 2) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    be(_carry_out)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 from typing import NoReturn
 
-from shardprune.process import run
-from shardprune.signals import quick_to_end
+from shardprune.process import be
 
 
 def main() -> NoReturn:
     """Run the command line that this process was started with."""
-    quick_to_end()  # once the command has ended, and until it begins
-    run(_carry_out)
+    be(_carry_out)
 
 
 def _carry_out() -> int:

@@ -217,7 +217,8 @@ def report(
     *,
     compare: Annotated[bool, typer.Option("--compare", help="Compare several outputs on one page")] = False,
     file: Annotated[
-        str | None, typer.Option(help="File of the comparison (default: comparison.html)", metavar="FILE")
+        str | None,
+        typer.Option(help="File of the comparison, which ends in .html (default: comparison.html)", metavar="FILE"),
     ] = None,
 ) -> None:
     """Write OUT/report.html, a page that needs no network, or a comparison."""

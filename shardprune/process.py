@@ -6,8 +6,14 @@ from typing import NoReturn
 
 from shardprune.errors import InputError, RunError, Stopped
 from shardprune.printable import message
-from shardprune.signals import NAMES, stoppable
+from shardprune.signals import NAMES, quick_to_end, stoppable
 from shardprune.standard_streams import outputs
+
+
+def be(command: Callable[[], int]) -> NoReturn:
+    """Be the process of a command that imports all else itself: signals have their meaning before and after it too."""
+    quick_to_end()
+    run(command)
 
 
 def run(command: Callable[[], int]) -> NoReturn:

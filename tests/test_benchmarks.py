@@ -8,6 +8,8 @@ import sys
 import pytest
 
 import benchmarks
+from tests.support.tiny import GROUPED, make_model
+from tests.support.words import words_tokenizer
 
 TEXT = ("--calibration", "constraints.txt")  # a short one, which is soon tokenised
 SMALL = {
@@ -66,9 +68,23 @@ PRINTED = {
 }
 
 
+TAKE_ANY_MODEL = ("propagation", "quality", "rebuilding", "recovery", "searching", "structured")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A model in the place of the bundled one, which takes seconds a run."""
+    folder = tmp_path_factory.mktemp("benchmarks") / "model"
+    name, values = GROUPED["llama"]
+    make_model(folder, "llama", configs={"llama": (name, {**values, "max_position_embeddings": 4096})})
+    words_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs_and_prints_its_table(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, *SMALL[name]])
+def test_a_benchmark_runs_and_prints_its_table(name, tiny, monkeypatch, capsys):
+    model = ("--model", tiny) if name in TAKE_ANY_MODEL else ()
+    monkeypatch.setattr(sys, "argv", [name, *SMALL[name], *model])
     module = importlib.import_module(f"benchmarks.{name}")
     if hasattr(module, "__path__"):  # a package
         module = importlib.import_module(f"benchmarks.{name}.__main__")

@@ -9,7 +9,7 @@ from benchmarks.gpu.numerics import AGREE
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
 from shardprune.solvers import factor, sparsegpt
-from shardprune.solvers.methods import Solution
+from shardprune.solvers.methods import DAMPING, Solution
 from shardprune.solvers.pattern import Pattern, parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
@@ -23,7 +23,7 @@ def run(setting: Setting, rows: Rows) -> None:
     _sweeps(narrow, setting, rows)
     del narrow
     wide = _statistics(setting.size(28672, 640), setting)
-    taken = setting.seconds(lambda: factor.factorise(wide.sums, sparsegpt.DAMPING, wide.scale), repeats=1)
+    taken = setting.seconds(lambda: factor.factorise(wide.sums, DAMPING, wide.scale), repeats=1)
     rows.add(f"factor of {len(wide.sums)} inputs", taken, "s")
 
 
@@ -40,14 +40,12 @@ def _statistics(cols: int, setting: Setting) -> InputStatistics:
 def _leaves(statistics: InputStatistics, setting: Setting, rows: Rows) -> None:
     """Measure the factorisation with recursions that end at other sizes."""
     field = "CUDA_LEAF" if setting.cuda else "LEAF"
-    reference = statistics.factor(sparsegpt.DAMPING)
+    reference = statistics.factor(DAMPING)
     cols = len(statistics.sums)
     for leaf in LEAVES:
         with patch.object(factor, field, leaf):
-            other = factor.factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale)
-            taken = setting.seconds(
-                lambda: factor.factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale), repeats=3
-            )
+            other = factor.factorise(statistics.sums, DAMPING, statistics.scale)
+            taken = setting.seconds(lambda: factor.factorise(statistics.sums, DAMPING, statistics.scale), repeats=3)
         distance = float((other.steps - reference.steps).norm() / reference.steps.norm())
         rows.add(f"factor of {cols} inputs, leaves of {leaf}", 1e3 * taken, "ms")
         rows.add(f"leaves of {leaf}, distance from those in use", distance, ok=distance < 1e-4)

@@ -1,6 +1,7 @@
 """Our run, as a process of its own: python -m benchmarks.peers.ours MODEL TOKENS OUT THREADS.
 
-Imports come before the clock starts, as in the peer's; reading the weights and writing the layers are inside.
+Imports come before the clock starts, as in the peer's; reading the weights and writing the layers are inside. They are
+made as those of the command line are, without the collector.
 """
 
 import json
@@ -8,12 +9,16 @@ import sys
 import time
 
 import numpy
-import torch
 
-from benchmarks.peers.floor import rate
-from shardprune import Recipe, prune
-from shardprune.model.opening import open_model
-from shardprune.report.progress import Reporter
+from shardprune.recipes.imports import uncollected
+
+with uncollected():
+    import torch
+
+    from benchmarks.peers.floor import rate
+    from shardprune import Recipe, prune
+    from shardprune.model.opening import open_model
+    from shardprune.report.progress import Reporter
 
 
 def main() -> None:

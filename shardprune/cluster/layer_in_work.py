@@ -1,14 +1,14 @@
 """A layer in work, as the driver sees it: its waves, and the replicas of its shard."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from shardprune.cluster.group import Group, Ref
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, to_waves
 from shardprune.report.progress import Step
-from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.forward_worker import ForwardWorker, dense_stream
 from shardprune.shard.prune_worker import PruneWorker
 
 T = TypeVar("T")
@@ -30,6 +30,21 @@ class LayerInWork:
         return self.layout.shard_of(self.layer)
 
     @property
+    def calibrating(self) -> "LayerInWork":
+        """The layer with the waves alone that are not held out."""
+        return replace(self, waves=self.waves.calibrating)
+
+    @property
+    def held_out(self) -> "LayerInWork":
+        """The layer with the waves alone that are held out."""
+        return replace(self, waves=self.waves.held_out)
+
+    @property
+    def dense(self) -> "LayerInWork":
+        """The layer with the dense model's activations as its waves."""
+        return replace(self, stream=dense_stream(self.stream))
+
+    @property
     def turn(self) -> int:
         """The replica that does what only one has to do for this layer: layers take turns."""
         return turn_of(self.layer, self.layout.replicas)
@@ -48,6 +63,10 @@ class LayerInWork:
     def ask(self, replica: int, verb: Callable[..., T], *args: Any) -> Ref[T]:
         """Call a verb of one replica for this layer."""
         return self.group.submit(self.shard, replica, verb, self.layer, *args)
+
+    def ask_all(self, verb: Callable[..., T], *args: Any) -> list[T]:
+        """Call a verb of all replicas for this layer, and wait; return the values."""
+        return self.wait([self.ask(replica, verb, *args) for replica in range(self.layout.replicas)])
 
     def others(self, replica: int) -> list[int]:
         """Return all replicas but one."""

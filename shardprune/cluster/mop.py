@@ -16,8 +16,10 @@ from shardprune.cluster.layer_in_work import LayerInWork, turn_of
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, enter, hand_on, to_all
 from shardprune.cluster.scoring import CandidateScorer
+from shardprune.cluster.solution_parts import narrowing_parts
 from shardprune.cluster.width_pruning import cut_layer, narrow_layer
-from shardprune.model.structure.shape import Widths
+from shardprune.model.skeleton import Skeleton
+from shardprune.model.structure.shape import Widths, reshaped
 from shardprune.report.progress import Step
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.forward_worker import ForwardWorker
@@ -25,6 +27,7 @@ from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.waves import split
 from shardprune.signals import as_completed
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.scoring import Criterion, Scoring
 
 STREAM = "narrowing"
@@ -46,7 +49,7 @@ class ModelOnWorkers:
         tokens: calibration windows [samples, seqlen]; `wave` of them move together.
         layers: the current ones, by their index in the checkpoint.
         scoring: how their structures are chosen.
-        inputs: of a layer, by the first projection that reads each.
+        skeleton: of the original model.
     """
 
     def __init__(
@@ -59,13 +62,13 @@ class ModelOnWorkers:
         layers: Sequence[int],
         widths: Widths,
         scoring: Scoring,
-        inputs: Sequence[str],
+        skeleton: Skeleton,
     ) -> None:
         self.group = group
         self.shards, self.replicas = shards, replicas
         self.tokens, self.wave = tokens, wave
         self.layers, self.widths, self.scoring = tuple(layers), widths, scoring
-        self.inputs = tuple(inputs)
+        self.skeleton, self.inputs = skeleton, skeleton.family.input_names
         halves = (range(0, replicas, 2), range(1, replicas, 2)) if replicas > 1 else (range(1), range(1))
         self.narrowing, self.shortening = (ReplicaSubset(group, members) for members in halves)
         self.all = ReplicaSubset(group, range(replicas))
@@ -146,19 +149,30 @@ class ModelOnWorkers:
                 LayerInWork(scorer.team, scorer.layout, scorer.waves, STREAM, index, step) for index in self.layers
             ]
             cuts = [cut_layer(layer, self.inputs, widths) for layer in in_work]
-            self._wait(ref for kept, refs in cuts for ref in (kept, *refs))
+            for kept, refs in cuts:
+                self._wait((kept, *refs))
+                step.advance()
         return None if criterion is None else scorer.scores(criterion, [None], "narrowed", step)[0]
 
-    def passes_to_narrow(self) -> int:
-        """Return how often all waves go through a layer (or the model) while the narrower candidate is built."""
-        if not self.scoring.needs_gram(False):
-            return 1
-        return 2 * len(self.layers) - 1 if self.scoring.correction else len(self.layers)
+    def parts_to_narrow(self) -> int:
+        """Return the number of parts of building the narrower candidate: passes of all waves through a layer (or the
+        model), and the solutions of the layers."""
+        layers, waves = len(self.layers), self.waves_of(self.narrowing)
+        passes = 1
+        if self.scoring.needs_gram(False):
+            passes = 2 * layers - 1 if self.scoring.correction else layers
+        return waves * passes + layers * self._solutions_of_a_layer(self.scorer(self.narrowing))
+
+    def _solutions_of_a_layer(self, scorer: CandidateScorer) -> int:
+        """Return the number of parts that making one layer narrower counts as."""
+        current = Skeleton(reshaped(self.skeleton.config, self.widths), "cpu")
+        effort = Effort(sweeps=self.scoring.needs_gram(False))
+        return narrowing_parts(effort, current.family, current.projection_shapes(0), scorer.waves.tokens_of_one)
 
     def _narrow_one_by_one(self, scorer: CandidateScorer, widths: Widths, step: Step) -> None:
         """Make one layer after another narrower: the Gram matrices of all layers at once would not fit, and with
         correction each layer sees the outputs of the narrower ones before it."""
-        layout, at = scorer.layout, 0
+        layout, at, solutions = scorer.layout, 0, self._solutions_of_a_layer(scorer)
         enter(scorer.team, layout, scorer.waves, STREAM)
         for index in self.layers:
             while at < layout.shard_of(index):
@@ -166,15 +180,16 @@ class ModelOnWorkers:
                 at += 1
             layer = LayerInWork(scorer.team, layout, scorer.waves, STREAM, index, step)
             narrow_layer(layer, self.inputs, widths, not self.scoring.correction)
+            step.advance(solutions)
             if index != self.layers[-1] and self.scoring.correction:
                 layer.over_waves(ForwardWorker.propagate, "narrowed", False)
         to_all(scorer.team, layout, at, ForwardWorker.drop, STREAM)
 
     def candidates(
         self, rule: str | None, widths: Widths | None, criterion: Criterion | None, step: Step
-    ) -> tuple[Shallower | None, float | None]:
-        """Build and score candidates, two of them at the same time; return the shallower one, and the narrower one's
-        score where it is asked for.
+    ) -> tuple[Shallower | None, dict[str, float]]:
+        """Build and score candidates, two of them at the same time; return the shallower one, and the scores that are
+        asked for: `L` is the shallower one's, `G` the narrower one's.
 
         Args:
             rule: that chooses the layer to remove; None for no shallower candidate.
@@ -186,18 +201,21 @@ class ModelOnWorkers:
         """
         if rule is None or widths is None or not self.group.concurrent:
             shorter = None if rule is None else self.shallower(rule, criterion, step)
-            return shorter, None if widths is None else self.narrower(widths, criterion, step)
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            first = pool.submit(self.shallower, rule, criterion, step)
-            second = pool.submit(self.narrower, widths, criterion, step)
-            try:
-                done: Iterable[Future[Any]] = as_completed((first, second))
-                for future in done:
-                    future.result()
-            except BaseException:
-                self.group.close()
-                raise
-            return first.result(), second.result()
+            score = None if widths is None else self.narrower(widths, criterion, step)
+        else:
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                first = pool.submit(self.shallower, rule, criterion, step)
+                second = pool.submit(self.narrower, widths, criterion, step)
+                try:
+                    done: Iterable[Future[Any]] = as_completed((first, second))
+                    for future in done:
+                        future.result()
+                except BaseException:
+                    self.group.close()
+                    raise
+                shorter, score = first.result(), second.result()
+        scores = {"L": shorter.score if shorter else None, "G": score}
+        return shorter, {letter: value for letter, value in scores.items() if value is not None}
 
     # -- adopting one of them ---------------------------------------------------------------------------------
 

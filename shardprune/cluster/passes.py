@@ -6,6 +6,7 @@ all waves first and then read each of their layers once.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import copy
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -24,11 +25,33 @@ IN_FLIGHT = 3  # waves under way to or on a worker, at most
 
 
 class Waves:
-    """A run's window tensor [samples, seqlen] as waves over the replicas."""
+    """A run's window tensor [samples, seqlen] as waves over the replicas.
 
-    def __init__(self, tokens: Tensor, replicas: int, size: int) -> None:
+    The last windows may be `held_out`: they are waves of their own, behind the others.
+    """
+
+    def __init__(self, tokens: Tensor, replicas: int, size: int, held_out: int = 0) -> None:
         self.tokens = tokens
-        self.all: list[Wave] = waves_of(len(tokens), replicas, size)
+        self._seen = len(tokens) - held_out  # windows that are not held out
+        self.all: list[Wave] = waves_of(self._seen, replicas, size)
+        for wave in waves_of(held_out, replicas, size):
+            start, stop = wave.start + self._seen, wave.stop + self._seen
+            self.all.append(Wave(len(self.all), wave.replica, start, stop))
+
+    @property
+    def calibrating(self) -> "Waves":
+        """The waves that are not held out."""
+        return self._of([wave for wave in self.all if wave.stop <= self._seen])
+
+    @property
+    def held_out(self) -> "Waves":
+        """The waves that are held out."""
+        return self._of([wave for wave in self.all if wave.start >= self._seen])
+
+    def _of(self, waves: list[Wave]) -> "Waves":
+        chosen = copy(self)
+        chosen.all = waves
+        return chosen
 
     @property
     def tokens_of_one(self) -> int:

@@ -1,12 +1,15 @@
 """Pending work: what a pruning run still has to do to a model's layers."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from shardprune.cluster.solution_parts import cost_of_solution, narrowing_parts, solution_parts
 from shardprune.model.families import Family
 from shardprune.model.pruning_job import Shapes, Shares
 from shardprune.model.structure.shape import Widths
+from shardprune.shard.forward_worker import dense_stream
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.improving import NOTHING, Improving
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.rebuilding import Rebuilding
 
 
@@ -18,8 +21,8 @@ class PendingWork:
     layers that are done already, `shapes` has [rows, cols] of every projection by layer, `layer_outliers` the
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
-    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `factorises` says
-    whether a solution takes the factors of a Gram matrix, which grow with the cube of its size.
+    layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
+    a solution, `improving` are further steps, which are kept where they improve the layer.
     """
 
     shares: Shares
@@ -31,7 +34,8 @@ class PendingWork:
     measure_error: bool
     widths: Widths | None = None
     passes_on_dense: bool = False
-    factorises: bool = False
+    effort: Effort = field(default_factory=Effort)
+    improving: Improving = NOTHING
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -42,49 +46,61 @@ class PendingWork:
         unfinished = [layer for layer in segment if layer not in self.finished]
         return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
 
-    def parts(self, segments: tuple[range, ...], waves: int, tokens: int) -> int:
+    def streams(self, stream: str) -> tuple[str, ...]:
+        """The names of the waves that go through the layers together: those of `stream`, and beside them the dense
+        model's, where steps need them that improve a layer."""
+        return (stream, dense_stream(stream)) if self.improving else (stream,)
+
+    def parts(self, segments: tuple[range, ...], waves: int, tokens: int, held_out: int = 0) -> int:
         """The number of parts that pruning reports to its progress step. A wave's pass is one: over every unfinished
         layer and once over every finished one, but none beyond the pruning of the last. Solutions and the writing of
         unfinished layers come on top.
 
         Args:
             tokens: of a wave.
+            held_out: waves beside the others.
         """
-        passes = others = 0
-        extra = self.comparing_passes * len(self.family.blocks)
+        parts = 0
         for segment in segments:
             pending = self.pending(segment)
-            own = 1 if self.passes_on_dense else 2 + extra
-            passes += sum(1 if layer in self.finished else own for layer in pending)
-            passes -= bool(pending) and not self.passes_on_dense
-            others += sum(
-                self._parts_of_solutions(layer, tokens) + 1 for layer in pending if layer not in self.finished
-            )
-        return waves * passes + others
+            for layer in pending:
+                if layer in self.finished:
+                    parts += len(self.streams("")) * (waves + held_out)
+                    continue
+                parts += waves * self._passes(False) + held_out * self._passes(True)
+                parts += self._parts_of_solutions(layer, tokens) + 1
+            parts -= (waves + held_out) * (bool(pending) and not self.passes_on_dense)
+        return parts
+
+    def _passes(self, held_out: bool) -> int:
+        """The passes of a wave over an unfinished layer, in whole or in part."""
+        if self.passes_on_dense:
+            return 1
+        improving, inputs = self.improving, len(self.family.inputs)
+        if held_out:  # towards the dense output and on; before and after every step
+            return 2 + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+        if improving.stream_targets:
+            return 1 + inputs
+        return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
-        """The number of parts that solving the projections `names`, which read one input, counts as: that of as many
-        waves as would take about as many operations, and at least one."""
-        if not self.factorises:
-            return 1
-        shapes = self.shapes[layer]
-        forward = sum(rows * cols for rows, cols in shapes.values())
-        sums = sum(shapes[group[0]][1] ** 2 for group in self.family.inputs)
-        return max(1, round(self.cost(layer, names) / (tokens * (forward + sums))))
+        """The number of parts that solving the projections `names`, which read one input, counts as."""
+        return solution_parts(self.effort, self.family, self.shapes[layer], names, tokens)
 
-    def cost(self, layer: int, names: Sequence[str]) -> float:
-        """The operations of solving one input of a layer, roughly: factorise its Hessian, then sweep over the
-        weights."""
-        rows, cols = sum(self.shapes[layer][name][0] for name in names), self.shapes[layer][names[0]][1]
-        return cols**3 + rows * cols**2
+    def cost(self, layer: int, names: tuple[str, ...]) -> float:
+        """The operations of solving one input of a layer, roughly."""
+        return cost_of_solution(self.effort, self.shapes[layer], names)
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""
-        return sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return narrowing_parts(self.effort, self.family, self.shapes[layer], tokens)
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
+        if self.widths:
+            return self.narrow_parts(layer, tokens)
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        return self.narrow_parts(layer, tokens) + rebuilt
+        solutions = sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        return solutions + rebuilt + (self.improving.reconstruction > 0)
 
     @property
     def comparing_passes(self) -> int:

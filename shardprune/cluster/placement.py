@@ -83,6 +83,7 @@ def place_run(
     """
     model, out, asked = place_of(recipe.model), absolute(recipe.out), recipe.asked
     decided = {"model": model, "out": out, "wave": recipe.sequences_per_wave, "device": device}
+    decided |= recipe.decided
     recorded = _recorded(recipe, decided, out)
     if claimed and recorded == _Recorded():
         recorded = _recorded(recipe, decided, claimed)

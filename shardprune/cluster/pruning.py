@@ -3,18 +3,21 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardprune.cluster.group import Group
+from shardprune.cluster.held_out import HeldOut
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
 from shardprune.cluster.passes import Waves, account, enter, hand_on, to_all
 from shardprune.cluster.pending_work import PendingWork
+from shardprune.cluster.reconstruction import reconstruct_layer
+from shardprune.cluster.stream_targets import solve_towards_stream
 from shardprune.cluster.width_pruning import narrow_layer
 from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step
-from shardprune.shard.forward_worker import ForwardWorker, segment_stream
+from shardprune.shard.forward_worker import ForwardWorker, dense_stream, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.signals import as_completed
 from shardprune.storage.records import LayerRecord
@@ -55,21 +58,28 @@ def _prune_layers(
             stream = segment_stream(layers.start)
             if layers.start == 0:
                 enter(group, layout, waves, stream)
+            if work.improving:
+                first = layout.shard_of(layers.start)
+                to_all(group, layout, first, ForwardWorker.fork, stream, dense_stream(stream))
             for index in layers:
                 layer = LayerInWork(group, layout, waves, stream, index, step)
                 if index not in work.finished:
                     step.describe(f"layer {index + 1}/{len(work.shapes)}")
                     started = time.monotonic()
-                    record = _prune_layer(work, layer)
+                    record = _narrow_layer(work, layer) if work.widths else _prune_layer(work, layer)
                     files.write(layer, record, started)
                 if index + 1 in layers:
+                    if index in work.finished and work.improving:
+                        layer.dense.over_waves(ForwardWorker.propagate, "dense", False)
                     if index in work.finished or not work.passes_on_dense:
                         version = "dense" if work.passes_on_dense else "latest"
                         layer.over_waves(ForwardWorker.propagate, version, False)
                     if layout.shard_of(index + 1) != layer.shard:
-                        hand_on(group, layout, waves, stream, layer.shard)
+                        for moved in work.streams(stream):
+                            hand_on(group, layout, waves, moved, layer.shard)
             last = layout.shard_of(layers[-1])
-            to_all(group, layout, last, ForwardWorker.drop, stream)
+            for over in work.streams(stream):
+                to_all(group, layout, last, ForwardWorker.drop, over)
             to_all(group, layout, last, ForwardWorker.release)
     except WorkerLost:
         raise
@@ -79,16 +89,33 @@ def _prune_layers(
     files.settle()
 
 
+def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
+    """Make a layer narrower on every replica, but for its file; return its record."""
+    assert work.widths is not None
+    kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
+    layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
+    sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
+    return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+
+
 def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
-    """Do what is to be done to a layer on every replica, but for its file; return its record."""
-    if work.widths:
-        kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
-        layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
-        sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
-        return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+    """Solve a layer on every replica, rebuild its masks and improve it where that is asked for: all but its file.
+
+    Returns its record.
+    """
     solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
-    record = solve_layer(work, layer, solvers)
-    return rebuild_layer(work, layer, record, solvers) if work.rebuilding else record
+    held_out = HeldOut(layer) if work.improving else None
+    if held_out and work.improving.stream_targets:
+        record = solve_towards_stream(work, layer, held_out, solvers)
+    else:
+        if held_out:  # before the layer changes
+            layer.calibrating.over_waves(PruneWorker.aim)
+        record = solve_layer(work, layer, solvers)
+    if work.rebuilding:
+        record = rebuild_layer(work, layer.calibrating, record, solvers)
+    if held_out and work.improving.reconstruction:
+        record = reconstruct_layer(work, layer, record, held_out)
+    return replace(record, improvements=tuple(held_out.reports)) if held_out else record
 
 
 def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
@@ -97,7 +124,9 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     Args:
         solvers: the replica that solves each input.
     """
-    layer.over_waves(PruneWorker.accumulate, False)
+    layer.calibrating.over_waves(PruneWorker.accumulate, False)
+    if work.improving.measured_damping:
+        layer.held_out.over_waves(PruneWorker.hold_out)
     inputs = work.family.inputs
     waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)

@@ -47,7 +47,7 @@ class Verdict:
     def lines(self) -> list[str]:
         """One line for a whole output, else one for each fault."""
         if self.faults:
-            return [f"{self.url}: {fault}" for fault in self.faults]
+            return [f"{self.url}: {fault.removeprefix(f'{self.url}/')}" for fault in self.faults]
         share = f", {self.zeros / self.weights:.4%} of the projections' weights are zero" if self.weights else ""
         return [f"{self.url} is whole: {self.tensors} tensors, {self.bytes:,} bytes{share}"]
 

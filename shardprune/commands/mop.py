@@ -7,7 +7,7 @@ from typing import Any
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
-from shardprune.cluster.mop import ModelOnWorkers, Shallower
+from shardprune.cluster.mop import ModelOnWorkers
 from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
@@ -26,7 +26,7 @@ from shardprune.recipes.mop import MopRecipe
 from shardprune.report.achieved import shape_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
-from shardprune.report.progress import Reporter, Step
+from shardprune.report.progress import Reporter
 from shardprune.report.result import CalibrationResult, Iteration, ModelSize, Result, Structure
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
@@ -167,10 +167,9 @@ class MopRun:
         prepared, where = self.prepared, self._where()
         shards, replicas, tokens, wave = len(layout.shards), layout.replicas, prepared.calibration, prepared.wave
         start = self.path_plan.start
-        scoring = self.recipe.scoring
-        inputs = prepared.skeleton.family.input_names
+        scoring, skeleton = self.recipe.scoring, prepared.skeleton
         model = ModelOnWorkers(
-            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, inputs
+            group, shards, replicas, tokens, wave, range(start.layers), start.widths, scoring, skeleton
         )
         compared = self._criterion if self._criterion != "perplexity" and self.path_plan.candidates(where) else None
         if compared or not self.state.known.path or any(True for _ in self.state.missing("before")):
@@ -183,7 +182,7 @@ class MopRun:
         if self.state.known.path:
             self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
             layers = self._layers()
-            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, inputs)
+            model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, skeleton)
             model.read(self._saved(where))
         return model
 
@@ -193,7 +192,9 @@ class MopRun:
         built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
         label, parts = f"iteration {state.iteration + 1}", self._parts(model, built)
         with self.clock.phase("search"), self.reporter.step(label, parts) as step:
-            shorter, scores = self._build(model, built, step)
+            rule = self.recipe.depth_rule if "L" in built else None
+            narrower = next((after for letter, after in built.items() if letter != "L"), None)
+            shorter, scores = model.candidates(rule, narrower.widths if narrower else None, self._criterion, step)
             if chosen is None:
                 assert self._criterion is not None
                 if not all(map(math.isfinite, scores.values())):
@@ -221,17 +222,6 @@ class MopRun:
         self.reporter.events.emit("iteration", iteration=entry.iteration, step=entry.step, **self._progress(entry))
         self.reporter.say(_line(entry))
         return after
-
-    def _build(
-        self, model: ModelOnWorkers, built: dict[Letter, State], step: Step
-    ) -> tuple[Shallower | None, dict[str, float]]:
-        """Build candidates, two of them at the same time; the shallower one, and the scores by letter."""
-        recipe, criterion = self.recipe, self._criterion
-        narrow = next((letter for letter in built if letter != "L"), None)
-        rule = recipe.depth_rule if "L" in built else None
-        shorter, score = model.candidates(rule, built[narrow].widths if narrow else None, criterion, step)
-        scores = {"L": shorter.score if shorter else None, "G": score}
-        return shorter, {letter: value for letter, value in scores.items() if value is not None}
 
     def _record(self, model: ModelOnWorkers, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
@@ -355,7 +345,7 @@ class MopRun:
                 again = scored and not (self.recipe.depth_rule == "perplexity" == self._criterion)
                 parts += model.waves_of(model.shortening) * (passes + again)
             else:
-                parts += model.waves_of(model.narrowing) * (model.passes_to_narrow() + scored)
+                parts += model.parts_to_narrow() + scored * model.waves_of(model.narrowing)
         return parts
 
     def _refer_parts(self, model: ModelOnWorkers) -> int:

@@ -10,6 +10,7 @@ from shardprune.cluster.defaults import device_of
 from shardprune.cluster.group import Backend, check_room
 from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.object_store import store_bytes
+from shardprune.cluster.passes import Waves
 from shardprune.cluster.placement import Placement, place_run
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
@@ -27,6 +28,7 @@ from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
+from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
 from shardprune.storage.journal import Earlier, Journal, check_output
@@ -88,6 +90,17 @@ class Prepared:
         return self.placement.wave
 
     @property
+    def held_out(self) -> int:
+        """The number of calibration windows that are held out."""
+        return self.job.improving.held_out(len(self.calibration))
+
+    def calibration_waves(self, replicas: int) -> Waves:
+        """Return the calibration windows as waves over so many replicas."""
+        samples, held_out = len(self.calibration), self.held_out
+        windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
+        return Waves(windows, replicas, self.wave, held_out)
+
+    @property
     def shapes(self) -> Shapes:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
@@ -131,6 +144,7 @@ class Prepared:
     def record(self) -> dict[str, Any]:
         """Return the recipe, with every choice made, for files that others read."""
         choices = self.placement.choices() | ({"sparse": self.job.sparse} if self.job.sparse else {})
+        choices |= self.recipe.decided
         asked = self.recipe.record().keys()
         decided = self.recipe.model_copy(update={name: choices[name] for name in choices if name in asked})
         return decided.record() | ({"model": without_credentials(self.base.model)} if self.base else {})
@@ -178,10 +192,13 @@ class Prepared:
 
     def kept_bytes(self, replicas: int, streams: int) -> int:
         """Return the bytes of the calibration waves that a worker keeps: one share of `replicas` of the samples, once
-        for each of the `streams` that it holds."""
+        for each of the `streams` that it holds, and once more for the dense activations beside one of them."""
+        streams += bool(self.job.improving)
         samples, seqlen = self.calibration.shape
         hidden = self.skeleton.config.hidden_size * self.placement.dtype.itemsize
-        return streams * -(-samples // replicas) * seqlen * hidden
+        held_out = self.held_out
+        sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
+        return streams * sequences * seqlen * hidden
 
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
@@ -224,6 +241,7 @@ class Prepared:
             sources=len(self.evaluations),
             windows=max(map(len, self.evaluations.values()), default=0),
             itemsize=placement.dtype.itemsize,
+            improving=self.job.improving,
         )
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
@@ -262,6 +280,8 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         skeleton.layers, recipe.samples, asked.propagation, asked.shards or 1, asked.replicas or 1, asked.segments
     )
     _check_mixed(job, skeleton)
+    if job.improving.stream_targets:
+        structures_of(skeleton.config.model_type, "targets")
     widths = _widths(job, skeleton)
     sparse = None
     if isinstance(job.zeroing, Adopted):

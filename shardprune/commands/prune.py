@@ -23,6 +23,7 @@ from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import CalibrationResult, ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
+from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
@@ -184,10 +185,11 @@ class PruningRun:
                 self._measure(group, layout, "before", "given" if prepared.job.sparse else "dense")
                 self.state.learn(digests(group, layout))
             if "prune" in self.steps and len(finished) < layers:
-                waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
+                waves = prepared.calibration_waves(layout.replicas)
                 self._observe(group, layout, waves, finished)
                 work = self._work(finished)
-                parts = work.parts(layout.segments, len(waves.all), waves.tokens_of_one)
+                seen, held_out = len(waves.calibrating.all), len(waves.held_out.all)
+                parts = work.parts(layout.segments, seen, waves.tokens_of_one, held_out)
                 with self.clock.phase("prune"), self.reporter.step(prepared.recipe.command, parts) as step:
                     prune_segments(group, layout, waves, work, step)
             if "after" in self.steps:
@@ -210,8 +212,8 @@ class PruningRun:
         return group
 
     def _sent_bytes(self) -> int:
-        """Return the bytes of what the replicas of a shard send each other for a layer: solved projections, and the
-        squared gradients of the block whose masks are rebuilt."""
+        """Return the bytes of what the replicas of a shard send each other for a layer: solved projections, the squared
+        gradients of the block whose masks are rebuilt, and the differences by which an input misses its target."""
         prepared, replicas = self.prepared, self.prepared.layout.replicas
         if replicas == 1:
             return 0
@@ -220,7 +222,14 @@ class PruningRun:
             sizes = {name: rows * cols for name, (rows, cols) in prepared.shapes[0].items()}
             blocks = prepared.skeleton.family.blocks.values()
             gradients = (replicas - 1) * 4 * max(sum(sizes[name] for name in names) for names in blocks)
-        return prepared.layer_bytes + gradients
+        differences = 0
+        if prepared.job.improving.stream_targets:
+            inputs = ((names[0], prepared.shapes[0][names[0]]) for names in prepared.skeleton.family.inputs)
+            outputs = prepared.skeleton.family.outputs
+            differences = (
+                (replicas - 1) * 4 * max(cols * (rows if name in outputs else cols) for name, (rows, cols) in inputs)
+            )
+        return prepared.layer_bytes + gradients + differences
 
     def _observe(self, group: Group, layout: Layout, waves: Waves, finished: set[int]) -> None:
         """Send dense waves through, where something is decided by them that is not known yet: what enters the segments
@@ -254,7 +263,8 @@ class PruningRun:
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
             passes_on_dense=scoring is not None and not scoring.correction,
-            factorises=scoring.correction if scoring else prepared.job.factorises,
+            effort=Effort(sweeps=scoring.needs_gram(False)) if scoring else prepared.job.effort,
+            improving=prepared.job.improving,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
@@ -293,6 +303,7 @@ class PruningRun:
                 calibration=CalibrationResult(
                     source=without_credentials(prepared.recipe.calibration),
                     samples=len(prepared.calibration),
+                    held_out=prepared.held_out or None,
                     seqlen=prepared.recipe.seqlen,
                     tokens_sha256=tokens_hash(prepared.calibration),
                 ),

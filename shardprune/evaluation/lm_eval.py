@@ -3,21 +3,23 @@
 lm-eval 0.4.13 has no plug-in mechanism for models: one of another package has to be imported before its command starts.
 """
 
-import sys
+from typing import NoReturn
 
-from lm_eval.__main__ import cli_evaluate
-
-import shardprune.evaluation.harness  # noqa: F401  registers the model
-from shardprune.errors import InputError
+from shardprune.process import be
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run lm-eval's command."""
-    try:
-        cli_evaluate()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    be(_carry_out)
+
+
+def _carry_out() -> int:
+    from lm_eval.__main__ import cli_evaluate
+
+    import shardprune.evaluation.harness  # noqa: F401  registers the model
+
+    cli_evaluate()
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ no row here to be pruned by its weights. A row of `FAMILIES` says which heads an
 weights belong to, so that they can be removed as a whole.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from shardprune.errors import InputError
@@ -22,6 +22,8 @@ class Structures:
         columns: the structure that the columns of an output projection (attention, MLP) belong to.
         neurons: the config's name for the number of neurons of an MLP.
         fixed_heads: the family's code derives the width of a head from their number, so that no head can be removed.
+        adds_outputs: whether an output projection's output is added to the residual stream as it is, not normed on the
+            way or with it; or the name of the config's switch that says so.
         packing: how packed examples are kept apart: `positions` restart at 0 with each example and transformers
             builds the mask, or an explicit attention `mask` is passed. One mask serves every layer, so that families
             with sliding windows need `positions`. None: packing is refused.
@@ -31,6 +33,7 @@ class Structures:
     columns: dict[str, Unit]
     neurons: str = "intermediate_size"
     fixed_heads: bool = False
+    adds_outputs: bool | str = True
     packing: Literal["positions", "mask"] | None = None
 
 
@@ -66,6 +69,12 @@ class Family:
         return tuple(names[0] for names in self.inputs)
 
     @property
+    def outputs(self) -> tuple[str, ...]:
+        """The output projections of a layer, those whose outputs the residual stream gets, in the order of the forward
+        pass."""
+        return tuple(name for name in self.projections if name in self.structures.columns)
+
+    @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """The projections of attention and MLP, in the order of the forward pass."""
         attention = tuple(name for name in self.projections if name in self.attention)
@@ -99,6 +108,7 @@ OPT = Structures(
     columns={"self_attn.out_proj": "query", "fc2": "neuron"},
     neurons="ffn_dim",
     fixed_heads=True,
+    adds_outputs="do_layer_norm_before",
     packing="mask",
 )
 
@@ -107,7 +117,7 @@ FAMILIES: dict[str, Structures] = {
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gemma2": LLAMA,
+    "gemma2": replace(LLAMA, adds_outputs=False),
     "phi3": PHI3,
     "opt": OPT,
 }
@@ -133,5 +143,6 @@ def structures_of(model_type: str, field: str) -> Structures:
     """
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise InputError(field, f"the heads and neurons of model_type {model_type!r} are not known, only of {known}")
+        reason = f"the heads, neurons and outputs of model_type {model_type!r} are not known"
+        raise InputError(field, f"{reason}, only those of {known}; prune its weights alone")
     return FAMILIES[model_type]

@@ -8,13 +8,15 @@ from shardprune.solvers.allocation.allocation import Projection, Share
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.mixed import in_groups
-from shardprune.solvers.methods import METHODS
+from shardprune.solvers.improving import NOTHING, Improving
+from shardprune.solvers.methods import DAMPING, DAMPINGS, METHODS, Damping, Effort
 from shardprune.solvers.pattern import Mixed, Pattern
 from shardprune.solvers.rebuilding import Rebuilding
 from shardprune.solvers.scoring import Scoring
 
 if TYPE_CHECKING:
     from shardprune.solvers.outliers import Outliers
+    from shardprune.solvers.statistics import Kind
 
 Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
 Shapes = Sequence[dict[str, tuple[int, int]]]  # [rows, cols] of every projection, by layer and name
@@ -25,7 +27,9 @@ class Zeroing:
     """Weights that become zero: a `method` of the table of methods prunes by `pattern`.
 
     `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
-    of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side.
+    of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side. With
+    `refit`, the kept weights are fitted to the dense outputs in the end. `damping` is what Gram matrices get, where the
+    method takes it.
     """
 
     method: str
@@ -34,6 +38,20 @@ class Zeroing:
     allocation: str
     outlier_m: float
     spread: float
+    refit: bool = False
+    damping: Damping = DAMPING
+
+    @property
+    def effort(self) -> Effort:
+        """The work for the projections that read one input."""
+        effort = METHODS[self.method].effort
+        effort = effort.refitted if self.refit else effort
+        return effort.times(len(DAMPINGS) + 1) if self.damping == "auto" else effort
+
+    @property
+    def needs(self) -> "Kind | None":
+        """The kind of statistics that it takes."""
+        return "gram" if self.refit else METHODS[self.method].needs
 
     @property
     def observes(self) -> bool:
@@ -96,12 +114,14 @@ class PathRemoval:
 
 @dataclass(frozen=True)
 class PruningJob:
-    """What a run does to the layers. Masks of zeroed weights may be rebuilt; output errors may be measured."""
+    """What a run does to the layers. Masks of zeroed weights may be rebuilt; output errors may be measured; further
+    steps may improve the layers."""
 
     zeroing: Zeroing | Adopted | None
     removal: WidthRemoval | PathRemoval | None
     rebuilding: Rebuilding | None
     measure_error: bool
+    improving: Improving = NOTHING
 
     @property
     def sparse(self) -> str | None:
@@ -117,9 +137,9 @@ class PruningJob:
         return self.zeroing.target if isinstance(self.zeroing, Zeroing) else None
 
     @property
-    def factorises(self) -> bool:
-        """Whether solutions take the factors of Gram matrices."""
-        return isinstance(self.zeroing, Zeroing) and METHODS[self.zeroing.method].effort.sweeps
+    def effort(self) -> Effort:
+        """The work of zeroing weights."""
+        return self.zeroing.effort if isinstance(self.zeroing, Zeroing) else Effort()
 
     @property
     def observed_m(self) -> float | None:

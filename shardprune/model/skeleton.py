@@ -69,6 +69,12 @@ class Skeleton:
     def layers(self) -> int:
         return len(self._blanks)
 
+    @property
+    def adds_outputs(self) -> bool:
+        """Whether what output projections give is added to the residual stream as it is."""
+        adds = self.family.structures.adds_outputs
+        return bool(getattr(self.config, adds)) if isinstance(adds, str) else adds
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Return the checkpoint names and shapes of all parameters and persistent buffers; tied ones count once."""
         tensors = {name: tuple(p.shape) for name, p in self._frame_parameters().items()}

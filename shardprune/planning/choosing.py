@@ -202,10 +202,10 @@ def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest
             changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
     if nearest.task.wave > 1:
         changes["--wave 1"] = {"wave": 1}
-    sweeps = METHODS[recipe.method].effort.sweeps
-    if recipe.measure_error and not sweeps:
+    factorises = METHODS[recipe.method].needs == "gram"
+    if recipe.measure_error and not factorises:
         changes["--no-measure-error"] = {"measure_error": False}
-    if sweeps:
+    if factorises:
         changes["--method wanda --no-measure-error"] = {"method": "wanda", "measure_error": False}
     helping: dict[str, str] = {}
     for label, change in changes.items():

@@ -12,6 +12,7 @@ from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
 from shardprune.shard.peers import PIECE_BYTES
+from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
@@ -112,6 +113,24 @@ class Costs:
         """Return the seconds of one kept wave through a layer; the output replaces the wave."""
         return self.layer(sequences) + 2 * self._kept(self.wave_bytes(sequences))
 
+    def aim(self, sequences: int) -> float:
+        """Return the seconds of one held-out wave through the dense layer; the output replaces the wave."""
+        return self.propagate(sequences) + self._touched(12 * self.wave_bytes(sequences))
+
+    def miss(self, sequences: int) -> float:
+        """Return the seconds of one held-out wave through the layer, compared with its dense output."""
+        count = self.wave_bytes(sequences)
+        return self.layer(sequences) + 2 * self._kept(count) + self._touched(12 * count)
+
+    def confront(self, sequences: int, place: int, passed_on: bool) -> float:
+        """Return the seconds of one wave up to an input, dense and pruned, with its sums and those of differences."""
+        task, one, count = self.task, self.task.model.inputs[place], self.wave_bytes(sequences)
+        tokens, before = sequences * task.seqlen, task.model.share_before(place, task.seqlen)
+        passes = ((1.0 if passed_on else before) + before) * self.layer(sequences)
+        operations = 2 * tokens * (lower_entries(one.cols) + one.differences)
+        sums = operations / (self._products if task.itemsize == 2 else self.row.float32)
+        return passes + sums + (3 if passed_on else 2) * self._kept(count)
+
     def put(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
         on_host, joined = self.setup.waves_on_host, self.setup.joined
@@ -134,20 +153,23 @@ class Costs:
 
     # -- layers -------------------------------------------------------------------------------------------------
 
-    def sums_bytes(self, one: Input) -> int:
-        """Return the bytes of an input's sums, as replicas exchange them."""
+    def sums_bytes(self, one: Input, differences: bool = False) -> int:
+        """Return the bytes of an input's sums, or of those of differences, as replicas exchange them."""
         if self.task.kind is None:
             return 0
-        return 4 * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
+        if differences:
+            return 4 * one.differences
+        kinds = 2 if self.task.improving.measured_damping else 1  # with those over held-out windows
+        return 4 * kinds * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
 
-    def statistics(self, one: Input) -> float:
+    def statistics(self, one: Input, differences: bool = False) -> float:
         """Return the seconds to send the sums of an input."""
-        count = self.sums_bytes(one)
+        count = self.sums_bytes(one, differences)
         return self._moved(count) + count / self.row.store
 
-    def merge(self, one: Input, parts: int) -> float:
+    def merge(self, one: Input, parts: int, differences: bool = False) -> float:
         """Return the seconds to add the sums of an input over `parts` replicas."""
-        count = self.sums_bytes(one)
+        count = self.sums_bytes(one, differences)
         return (parts - 1) * self._moved(count) + self._touched(3 * parts * count)
 
     def solve(self, one: Input) -> float:
@@ -165,8 +187,39 @@ class Costs:
         elif effort.sorts or sorted_by_group:
             seconds += weights / row.sorted
         seconds *= effort.passes
+        # An ADMM iteration or a step of conjugate gradients: its product, and five weights read or written.
+        seconds += effort.factors * cols**3 / row.large + effort.products * (2 * weights * cols / row.large)
+        seconds += self._touched(20 * effort.products * weights)
         known = 1 if effort.sweeps else 2  # products that the outputs' losses take: a sweep knows them
         return seconds + (known * norm + self._touched(40 * weights) if task.errors else 0.0)
+
+    def correct(self, one: Input) -> float:
+        """Return the seconds to prune the projections that read an input towards the dense stream: the factor is known,
+        and two products with it, for other than output projections one more with the weights."""
+        products = (2 if one.output else 4) * one.weights * one.cols / self.row.large
+        again = self.solve(one) - (one.cols**3 / self.row.large if self.task.effort.sweeps else 0.0)
+        return products + again + self._touched(16 * one.weights)
+
+    def train(self) -> float:
+        """Return the seconds to train a layer: a step is a pass forward and one backward, which takes two, and touches
+        float32 weights, moments and gradients.
+        """
+        task = self.task
+        size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
+        touched = self._touched((26 + 4 * task.itemsize) * task.model.projections)
+        return task.improving.reconstruction * (3 * self.layer(size) + touched)
+
+    @property
+    def lent_windows(self) -> int:
+        """The windows that the other replicas lend the one that trains a layer."""
+        task, replicas = self.task, self.setup.layout.replicas
+        seen = task.improving.reconstruction * max(1, STEP_TOKENS // task.seqlen)
+        windows = task.samples - task.held_out
+        return min(windows, seen) * (replicas - 1) // replicas
+
+    def copy(self, one: Input) -> float:
+        """Return the seconds to copy the projections that read an input, on the device."""
+        return self._touched(2 * self.projections_bytes(one))
 
     def projections_bytes(self, one: Input) -> int:
         """Return the bytes of the solved projections of an input, as they are sent."""
@@ -192,9 +245,9 @@ class Costs:
         nodes = [self.places.node_of(rank) for rank in ranks]
         return sum(one != other for one, other in pairwise(nodes))
 
-    def sum_up(self, one: Input, ranks: Sequence[int]) -> float:
+    def sum_up(self, one: Input, ranks: Sequence[int], differences: bool = False) -> float:
         """Return the seconds to add up the sums of an input along a chain of ranks and on to the taker."""
-        count = self.sums_bytes(one)
+        count = self.sums_bytes(one, differences)
         return self._along(count, len(ranks), ranks) + self._touched(3 * count)
 
     def broadcast(self, one: Input, ranks: Sequence[int]) -> float:

@@ -16,6 +16,7 @@ from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import SUMMED
 from shardprune.solvers.stack import BLOCK
+from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import PANELS, lower_entries
 
 CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
@@ -81,7 +82,7 @@ class WorkerMemory:
         self.model = task.model
         self.layers = setup.layout.shards[shard]
         self.first, self.last = shard == 0, shard == len(setup.layout.shards) - 1
-        self.sequences = -(-task.samples // setup.layout.replicas)
+        self.sequences = -(-task.samples // setup.layout.replicas) + bool(task.held_out)
         lane = setup.layout.lanes()[shard if len(setup.layout.segments) > 1 else 0]
         self.segments = len(lane)
         self.recorded = sum(1 for segment in lane if segment.start)
@@ -135,11 +136,17 @@ class WorkerMemory:
 
     def _prune(self) -> Iterator[Moment]:
         task = self.task
-        kept = self.segments * task.kept_bytes(self.sequences)
+        improving = task.improving
+        kept = (self.segments + bool(improving)) * task.kept_bytes(self.sequences)
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
         weights = self._held() + resident + (0 if self.setup.gpu else self._written())
+        if improving.reconstruction:
+            yield self._train(weights, kept)
+        if improving.stream_targets:
+            yield from self._aim(weights, kept)
+            return
         sums = sum(self._sums(one) for one in self.model.inputs)
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         for place, one in enumerate(self.model.inputs):
@@ -150,8 +157,66 @@ class WorkerMemory:
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
                 statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one))
-                label = f"{step} {'/'.join(name.rpartition('.')[2].removesuffix('_proj') for name in one.rows)}"
-                yield self._moment("prune", label, weights, 0, statistics, workspace + copied, kept=kept)
+                yield self._moment(
+                    "prune", f"{step} {_label(one)}", weights, 0, statistics, workspace + copied, kept=kept
+                )
+
+    def _aim(self, weights: int, kept: int) -> Iterator[Moment]:
+        """Yield the moments of pruning towards the dense stream, one input after the other. Beside the layer stand its
+        dense weights, and those of the input's projections as they were solved first."""
+        task, model = self.task, self.model
+        tokens = min(task.wave, self.sequences) * task.seqlen
+        for one in model.inputs:
+            label = _label(one)
+            weights_held = weights + (model.projections + one.weights) * task.itemsize
+            sums = self._sums(one) + 4 * one.differences
+            # The inputs of both passes, output projections' outputs, and differences in float32.
+            taps = (
+                tokens * (2 * one.cols + 4 * model.hidden) * task.itemsize + 12 * tokens * one.differences // one.cols
+            )
+            yield self._moment("prune", f"confront {label}", weights_held, self._forward() + taps, sums, kept=kept)
+            exchanged = self._sent(one) + 4 * one.differences if self.setup.copies_sums else 0
+            aims = 4 * one.weights
+            # The factor, and two products beside the weights that are aimed at.
+            yield self._moment(
+                "prune",
+                f"aim {label}",
+                weights_held,
+                0,
+                sums + exchanged,
+                4 * one.cols**2 + aims + 8 * one.largest,
+                kept,
+            )
+            for step, workspace in self._solve(one):
+                # The factor serves both solutions.
+                yield self._moment(
+                    "prune", f"{step} {label}", weights_held, 0, sums + exchanged, workspace + aims, kept=kept
+                )
+
+    def _train(self, weights: int, kept: int) -> Moment:
+        """Return the moment of training a layer: its weights before it, and with targets in the dense stream the dense
+        ones; float32 weights, two moments and gradients, masks, and what a step's pass keeps for its gradients. The
+        windows of other replicas come on top of a worker's own.
+        """
+        task, model = self.task, self.model
+        weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
+        workspace = (4 * 4 + 1 + 2 * task.itemsize) * model.projections
+        size = min(task.samples, max(1, STEP_TOKENS // task.seqlen))
+        lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
+        return self._moment(
+            "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent)
+        )
+
+    def _training(self, sequences: int) -> int:
+        """Return the bytes that a decoder layer's pass over a batch keeps for its gradients: what enters every product
+        and what an activation function or norm needs, the scores of attention where its gradient must be repeatable,
+        and the error in float32.
+        """
+        task, model = self.task, self.model
+        tokens = sequences * task.seqlen
+        inputs = sum(one.cols + 2 * sum(one.rows.values()) for one in model.inputs)
+        scores = 3 * model.heads * task.seqlen * tokens * 4 if self.setup.gpu or model.eager else 0
+        return tokens * task.itemsize * (inputs + 6 * model.hidden) + scores + 8 * tokens * model.hidden
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -187,15 +252,23 @@ class WorkerMemory:
         sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
         choosing = (20 if self.setup.gpu else 4) * weights
         effort = task.effort
+        # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
+        split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+        held = 0
         if effort.sweeps:
-            # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
-            split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
             yield "factor", 6 * square + split
             # Beside the factor, float32 columns and masks of all projections that read the input; then a block's scores
             # and losses, or a part of the change.
             swept = 4 * square + 5 * one.cols * rows
             yield "sweep", swept + max(20 * BLOCK * rows, 4 * min(weights, SUMMED))
             yield "check", swept + narrow + checking
+        elif effort.factors:
+            # The scaled Gram matrix, and what iterations go on from for all projections that read the input.
+            held = 4 * square + effort.states * one.cols * rows
+            yield "factor", held + 6 * square + split
+            # Beside the factor an iteration's result and two others; or scores and mask, and what chooses from them.
+            choosing_here = (sorting if task.grouped else choosing) + 9 * weights
+            yield "iterate", held + 4 * square + max(12 * weights, choosing_here)
         elif not effort.sorts:
             yield "select", dense + 4 * weights + (sorting if task.grouped else choosing)
         else:
@@ -203,7 +276,11 @@ class WorkerMemory:
                 sorting = ((36 if self.setup.gpu else 12) + effort.running) * weights
             yield "select", dense + 4 * weights + sorting
         if not effort.sweeps:
-            yield "check", dense + 5 * weights + narrow + checking
+            yield "check", held + dense + 5 * weights + narrow + checking
+        if effort.products:
+            # Conjugate gradients: the weight, its image, two directions, a product, on CUDA with split operands.
+            split = 12 * min(PIECE, weights + square) if self.setup.gpu else 0
+            yield "fit", max(held, swept + 4 * square) + 4 * weights + 21 * weights + split
         if task.errors:
             # A panel of the dense weight's product with the Gram matrix, which a CPU also widens to float64, on CUDA
             # with split operands. The change is another weight, unless the sweep knows what outputs lose.
@@ -277,11 +354,13 @@ class WorkerMemory:
 
     def _sent(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums as replicas exchange them."""
-        return 4 * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
+        kinds = 2 if self.task.improving.measured_damping else 1
+        return 4 * kinds * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
 
     def _sums(self, one: Input) -> int:
-        """Return the bytes of one input's float32 sums."""
-        return 0 if self.task.kind is None else 4 * one.cols ** (2 if self.task.kind == "gram" else 1)
+        """Return the bytes of one input's float32 sums, with those over held-out windows where damping is measured."""
+        kinds = 2 if self.task.improving.measured_damping else 1
+        return 0 if self.task.kind is None else 4 * kinds * one.cols ** (2 if self.task.kind == "gram" else 1)
 
 
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
@@ -314,6 +393,11 @@ def _kinds(setup: Setup) -> list[int]:
     """Return representative shards: the first, the second, a middle one and the last."""
     shards = len(setup.layout.shards)
     return sorted({0, 1, shards // 2, shards - 1} & set(range(shards)))
+
+
+def _label(one: Input) -> str:
+    """Return a short name of an input: its projections'."""
+    return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in one.rows)
 
 
 def _total(moment: Moment) -> int:

@@ -25,6 +25,13 @@ def _need(task: Task, setup: Setup, shard: int) -> Need:
         "wave 1": _worst(replace(task, wave=1), setup, shard).device.peak,
         "half the samples": _worst(replace(task, samples=max(1, task.samples // 2)), setup, shard).device.peak,
     }
+    if task.improving.stream_targets:
+        others["targets own"] = _worst(
+            replace(task, improving=replace(task.improving, stream_targets=False)), setup, shard
+        ).device.peak
+    if task.improving.reconstruction:
+        without = replace(task, improving=replace(task.improving, reconstruction=0))
+        others["no reconstruct"] = _worst(without, setup, shard).device.peak
     least = min(others, key=lambda label: others[label])
     helps = f"{least} takes {gigabytes(others[least])}" if others[least] < taken else "more shards take less"
     return Need(taken, f"{worst.phase}, {worst.step}", f"{helps}; `shardprune plan` finds a layout that fits")

@@ -17,6 +17,7 @@ from pydantic import (
 from shardprune.errors import InputError
 from shardprune.planning.hardware import HARDWARE, Hardware
 from shardprune.recipes.groups import WORKERS, CalibrationFields, EvaluationFields
+from shardprune.recipes.improving import ImprovingFields
 from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.shard.device_room import CONTEXT_BYTES
@@ -122,7 +123,14 @@ class Choices(Settings):
 
 
 class PlanRecipe(
-    Machine, Choices, PruningFields, CalibrationFields, EvaluationFields, StructuredFields, OptionalBarberFields
+    Machine,
+    Choices,
+    PruningFields,
+    CalibrationFields,
+    EvaluationFields,
+    StructuredFields,
+    OptionalBarberFields,
+    ImprovingFields,
 ):
     """The recipe of `shardprune plan`.
 
@@ -150,4 +158,6 @@ class PlanRecipe(
         for field in ("structured", "rebuild"):
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise InputError(field, f"{getattr(self, field)!r} is not planned; plan the run without it")
+        self.check_improving(self.samples, self.rebuilding)
+        self.check_damping(self.samples, self.towards_stream)
         return self

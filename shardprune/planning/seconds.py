@@ -103,7 +103,14 @@ class Expected:
         """
         costs, task, replicas = self.costs, self.task, self.layout.replicas
         inputs, copied = task.model.inputs, self.setup.copies_sums
-        waves = sum(costs.accumulate(size) + costs.propagate(size) for size in self._sizes(task.samples))
+        held_out = self._sizes(task.held_out)
+        waves = sum(costs.propagate(size) for size in (*self._sizes(task.samples - task.held_out), *held_out))
+        waves += self._training()
+        if task.improving.stream_targets:
+            return {**self._aiming(waves), "unloading": costs.unload(), "reading": self._reading()}
+        if task.improving:
+            waves += sum(costs.aim(size) for size in self._sizes(task.samples))
+        waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
         load = [0.0] * min(replicas, len(inputs))
@@ -117,10 +124,63 @@ class Expected:
         elif replicas > 1:
             ranks = range(replicas)
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
-        reading = costs.read(task.model.layer) if self.setup.streamed else 0.0
-        unloading = costs.unload()
-        parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": unloading}
-        return {**parts, "reading": reading}
+        parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": costs.unload()}
+        return {**parts, "reading": self._reading()}
+
+    def _training(self) -> float:
+        """Return the seconds of training a layer: the windows that replicas lend, in two streams, the steps, the errors
+        before and after, and what is sent back.
+        """
+        costs, task = self.costs, self.task
+        if not task.improving.reconstruction:
+            return 0.0
+        seconds = costs.train() + 2 * sum(costs.miss(size) for size in self._sizes(task.held_out))
+        replicas, lent = self.layout.replicas, costs.lent_windows
+        for one in task.model.inputs:
+            seconds += 2 * costs.copy(one)
+            if self.setup.copies_sums:
+                seconds += costs.solved(one) + costs.install(one) + self._network(costs.projections_bytes(one))
+            elif replicas > 1:
+                seconds += costs.broadcast(one, range(replicas))
+        if lent:
+            moved = costs.take(lent) / max(1, replicas - 1) + self._network(costs.wave_bytes(lent)) + costs.put(lent)
+            seconds += 2 * moved
+        return seconds
+
+    def _reading(self) -> float:
+        return self.costs.read(self.task.model.layer) if self.setup.streamed else 0.0
+
+    def _aiming(self, waves: float) -> dict[str, float]:
+        """Return the seconds of a layer whose inputs are solved one after the other, each as it is and towards the
+        dense stream, and judged by the held-out waves.
+
+        Args:
+            waves: the seconds of all waves through the pruned layer.
+        """
+        costs, task, replicas = self.costs, self.task, self.layout.replicas
+        inputs, held_out = task.model.inputs, self._sizes(task.held_out)
+        waves += sum(costs.aim(size) for size in held_out) + 2 * len(inputs) * sum(
+            costs.miss(size) for size in held_out
+        )
+        solving = exchange = 0.0
+        for place, one in enumerate(inputs):
+            last = place == len(inputs) - 1
+            waves += sum(costs.confront(size, place, last) for size in self._sizes(task.samples - task.held_out))
+            solving += costs.solve(one) + costs.correct(one) + 3 * costs.copy(one)
+            for differences in (False, True):
+                if self.setup.copies_sums:
+                    solving += costs.merge(one, replicas, differences)
+                    exchange += costs.statistics(one, differences)
+                    exchange += self._network(
+                        max(0, replicas - self.places.per_node) * costs.sums_bytes(one, differences)
+                    )
+                elif replicas > 1:
+                    exchange += costs.sum_up(one, range(replicas), differences)
+            if self.setup.copies_sums:
+                exchange += 2 * (costs.solved(one) + costs.install(one) + self._network(costs.projections_bytes(one)))
+            elif replicas > 1:
+                exchange += 2 * costs.broadcast(one, range(replicas))
+        return {"waves": waves, "solving": solving, "exchange": exchange}
 
     def _relays(self) -> float:
         """Return the seconds of sending waves to the first shard, and in exact propagation across every boundary."""

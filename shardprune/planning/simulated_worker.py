@@ -1,6 +1,6 @@
 """A worker that only knows how long everything takes: what each call of a verb costs it, and which layers it reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Kind
 from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.stream_targets import differences_of
 from shardprune.shard.verbs import layer_of
 from shardprune.solvers.outliers import Outliers
 from shardprune.storage.records import ProjectionReport
@@ -51,6 +52,7 @@ class Worker:
     summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
     ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
     frame: set[str] = field(default_factory=set)
+    remembered: set[str] = field(default_factory=set)  # projections that may be put back
     spans: list[Stretch] = field(default_factory=list)
     busy: float = 0.0
     reading: float = 0.0
@@ -116,32 +118,84 @@ def _hand_out(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, name = args
     if index not in worker.summed:  # observed only: such sums are vectors, which take no time
         return 0.0, None, 0
-    one = _input_of(worker, name)
-    return worker.costs.statistics(one), None, worker.costs.sums_bytes(one)
+    one, differences = _sums_of(worker, name)
+    return worker.costs.statistics(one, differences), None, worker.costs.sums_bytes(one, differences)
 
 
 def _merge(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, name, *parts = args
-    return worker.costs.merge(_input_of(worker, name), len(parts)) if index in worker.summed else 0.0, None, 0
+    if index not in worker.summed:
+        return 0.0, None, 0
+    one, differences = _sums_of(worker, name)
+    return worker.costs.merge(one, len(parts), differences), None, 0
 
 
 def _sum_up(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, name, ranks, _ = args
     if index not in worker.summed:
         return 0.0, None, 0
-    one = _input_of(worker, name)
-    return worker.costs.sum_up(one, ranks), None, worker.costs.sums_bytes(one)
+    one, differences = _sums_of(worker, name)
+    return worker.costs.sum_up(one, ranks, differences), None, worker.costs.sums_bytes(one, differences)
 
 
 def _broadcast(worker: Worker, args: tuple[Any, ...]) -> Cost:
     _, names, ranks, _ = args
-    one = _input_of(worker, names[0])
-    return worker.costs.broadcast(one, ranks), None, worker.costs.projections_bytes(one)
+    inputs = _inputs_of(worker, names)
+    count = sum(worker.costs.projections_bytes(one) for one in inputs)
+    return sum(worker.costs.broadcast(one, ranks) for one in inputs), None, count
 
 
 def _finish(worker: Worker, args: tuple[Any, ...]) -> Cost:
     worker.summed.clear()
     return 0.0, None, 0
+
+
+def _confront(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    _, wave, index, place, passed_on = args
+    worker.summed.add(index)
+    return worker.costs.confront(worker.size_of(wave), place, passed_on), None, 0
+
+
+def _judge(seconds: Callable[[Costs, int], float]) -> Callable[[Worker, tuple[Any, ...]], Cost]:
+    """The cost of a held-out wave, of which the driver gets a number for each sequence."""
+
+    def cost(worker: Worker, args: tuple[Any, ...]) -> Cost:
+        sequences = worker.size_of(args[1])
+        return seconds(worker.costs, sequences), [1.0] * sequences, 0
+
+    return cost
+
+
+def _correct(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    _, reports, count = _solve(worker, args)
+    return worker.costs.correct(worker.costs.task.model.inputs[args[1]]), reports, count
+
+
+def _lend(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    sequences = len(args[2])
+    return worker.costs.take(sequences), None, worker.costs.wave_bytes(sequences)
+
+
+def _reconstruct(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    names = worker.costs.task.model.skeleton.family.projections
+    return worker.costs.train(), dict.fromkeys(names, 0), 0
+
+
+def _copy_all(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return sum(worker.costs.copy(one) for one in worker.costs.task.model.inputs), None, 0
+
+
+def _copy(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.remembered = set(args[1])
+    return _copied(worker), None, 0
+
+
+def _put_back(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return _copied(worker), None, 0
+
+
+def _copied(worker: Worker) -> float:
+    return sum(worker.costs.copy(one) for one in _inputs_of(worker, worker.remembered))
 
 
 def _solve(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -152,12 +206,13 @@ def _solve(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _solved(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    one = _input_of(worker, args[1][0])
-    return worker.costs.solved(one), args[1], worker.costs.projections_bytes(one)
+    inputs = _inputs_of(worker, args[1])
+    count = sum(worker.costs.projections_bytes(one) for one in inputs)
+    return sum(worker.costs.solved(one) for one in inputs), args[1], count
 
 
 def _install(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    return worker.costs.install(_input_of(worker, args[1].value[0])), None, 0
+    return sum(worker.costs.install(one) for one in _inputs_of(worker, args[1].value)), None, 0
 
 
 def _outliers(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -229,7 +284,17 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.merge: Row(_merge),
     ForwardWorker.sum_up: Row(_sum_up, chain="summing"),
     ForwardWorker.outliers: Row(_outliers, reads="layer"),
+    PruneWorker.hold_out: Row(_accumulate, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
+    PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
+    PruneWorker.miss: Row(_judge(Costs.miss), reads="layer"),
+    PruneWorker.lend: Row(_lend),
+    PruneWorker.reconstruct: Row(_reconstruct, reads="layer"),
+    PruneWorker.remember: Row(_copy, reads="layer"),
+    PruneWorker.put_back: Row(_put_back, reads="layer"),
+    PruneWorker.keep_dense: Row(_copy_all, reads="layer"),
+    PruneWorker.confront: Row(_confront, reads="layer"),
+    PruneWorker.correct: Row(_correct, reads="layer"),
     PruneWorker.solved: Row(_solved, reads="layer"),
     PruneWorker.install: Row(_install, reads="layer"),
     PruneWorker.broadcast: Row(_broadcast, reads="layer", chain="spreading"),
@@ -256,6 +321,19 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
         PruneWorker.sizes,
     }
 )
+
+
+def _sums_of(worker: Worker, name: str) -> tuple[Input, bool]:
+    """The input of sums with a name, and whether they are those of differences."""
+    for one in worker.costs.task.model.inputs:
+        if name == differences_of(next(iter(one.rows))):
+            return one, True
+    return _input_of(worker, name), False
+
+
+def _inputs_of(worker: Worker, names: Collection[str]) -> list[Input]:
+    """The inputs whose projections are among some names."""
+    return [one for one in worker.costs.task.model.inputs if not one.rows.keys().isdisjoint(names)]
 
 
 def _input_of(worker: Worker, name: str) -> Input:

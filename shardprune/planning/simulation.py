@@ -203,14 +203,15 @@ def simulate(costs: Costs) -> SimulatedGroup:
     layout, model = setup.layout, task.model
     group = SimulatedGroup(costs)
     output = Reporter(quiet=True)
-    calibration = Waves(torch.empty(task.samples, task.seqlen, device="meta"), layout.replicas, task.wave)
-    windows = Waves(torch.empty(task.windows, task.seqlen, device="meta"), layout.replicas, task.wave)
+    windows = torch.empty(task.samples, task.seqlen, device="meta")
+    calibration = Waves(windows, layout.replicas, task.wave, task.held_out)
+    measured = Waves(torch.empty(task.windows, task.seqlen, device="meta"), layout.replicas, task.wave)
 
     def measure() -> None:
-        group.note_waves(windows)
+        group.note_waves(measured)
         for _ in range(task.sources):
             with group.phase("evaluate"), output.step("perplexity", 0) as step:
-                perplexity(group, layout, windows, "latest", setup.streamed, step)
+                perplexity(group, layout, measured, "latest", setup.streamed, step)
 
     if not setup.streamed:
         with group.phase("load"):
@@ -226,7 +227,17 @@ def simulate(costs: Costs) -> SimulatedGroup:
     family = model.skeleton.family
     shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
     shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
-    work = PendingWork(shares, frozenset(), family, [shapes] * model.layers, [], None, task.errors)
+    work = PendingWork(
+        shares,
+        frozenset(),
+        family,
+        [shapes] * model.layers,
+        [],
+        None,
+        task.errors,
+        effort=task.effort,
+        improving=task.improving,
+    )
     with group.phase("prune", lanes=len(layout.lanes()) > 1), output.step("prune", 0) as step:
         prune_segments(group, layout, calibration, work, step)
     measure()

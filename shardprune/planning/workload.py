@@ -1,7 +1,7 @@
 """The shapes of a model, from its config alone, and the task of a run."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -14,7 +14,8 @@ from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.recipe import PlanRecipe
-from shardprune.solvers.methods import METHODS, Effort
+from shardprune.solvers.improving import NOTHING, Improving
+from shardprune.solvers.methods import Effort
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder
@@ -25,15 +26,27 @@ EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about 
 
 @dataclass(frozen=True)
 class Input:
-    """One input of a decoder layer: its `cols`, and the rows of the projections that read it."""
+    """One input of a decoder layer: its `cols`, and the rows of the projections that read it; `output` says whether the
+    residual stream gets what these give."""
 
     cols: int
     rows: dict[str, int]
+    output: bool = False
 
     @property
     def largest(self) -> int:
         """Weights of the largest projection."""
         return self.cols * max(self.rows.values())
+
+    @property
+    def weights(self) -> int:
+        """Weights of all projections that read it."""
+        return self.cols * sum(self.rows.values())
+
+    @property
+    def differences(self) -> int:
+        """Entries of the sums of differences times the input, for targets in the dense stream."""
+        return self.cols * (sum(self.rows.values()) if self.output else self.cols)
 
 
 @dataclass(frozen=True)
@@ -96,6 +109,13 @@ class Model:
         """
         return 2 * self.projections * tokens + 2 * tokens * seqlen * self.queries
 
+    def share_before(self, place: int, seqlen: int) -> float:
+        """Return the share of a layer's operations in a pass up to an input, with the output projection that reads
+        it."""
+        done = self.inputs[: place + self.inputs[place].output]
+        operations = 2 * sum(one.weights for one in done) + (2 * seqlen * self.queries if place else 0)
+        return operations / self.forward_operations(1, seqlen)
+
 
 def read_model(name: str) -> Model:
     """Read a model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
@@ -112,7 +132,11 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
     config = skeleton.config
     shapes = skeleton.projection_shapes(0)
     inputs = tuple(
-        Input(shapes[names[0]][1], {projection: shapes[projection][0] for projection in names})
+        Input(
+            shapes[names[0]][1],
+            {projection: shapes[projection][0] for projection in names},
+            names[0] in skeleton.family.outputs,
+        )
         for names in skeleton.family.inputs
     )
     embedding, head = skeleton.model.get_input_embeddings().weight, skeleton.model.get_output_embeddings().weight
@@ -147,6 +171,7 @@ class Task:
         kind: of the accumulated statistics; None: none.
         itemsize: of the compute dtype.
         sources: texts on which perplexity is measured before and after, over `windows` each.
+        improving: further steps on every layer.
     """
 
     model: Model
@@ -161,11 +186,17 @@ class Task:
     sources: int
     windows: int
     itemsize: int
+    improving: Improving = NOTHING
 
     @property
     def stored(self) -> int:
         """Bytes of a stored weight."""
         return self.model.stored.itemsize
+
+    @property
+    def held_out(self) -> int:
+        """Calibration windows that are held out."""
+        return self.improving.held_out(self.samples)
 
     def kept_bytes(self, sequences: int) -> int:
         """Return the bytes of `sequences` kept sequences."""
@@ -190,6 +221,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         sources=len(recipe.eval),
         windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
         itemsize=model.stored.itemsize if narrow else 4,
+        improving=replace(recipe.improving, measured_damping=recipe.damping == "auto"),
     )
 
 
@@ -204,12 +236,13 @@ def task_of(
     sources: int,
     windows: int,
     itemsize: int,
+    improving: Improving = NOTHING,
 ) -> Task:
     """Return what zeroing does to a model; the sizes are those of `Task`."""
     return Task(
         model=model,
-        effort=METHODS[zeroing.method].effort,
-        kind="gram" if errors else METHODS[zeroing.method].needs,
+        effort=zeroing.effort,
+        kind="gram" if errors or improving.stream_targets else zeroing.needs,
         grouped=not isinstance(zeroing.pattern, Unstructured),
         outliers=zeroing.observes,
         errors=errors,
@@ -219,6 +252,7 @@ def task_of(
         sources=sources,
         windows=windows,
         itemsize=itemsize,
+        improving=improving,
     )
 
 

@@ -202,6 +202,11 @@ class OutputFields(Settings):
     resume: bool = Field(True, description="Resume an interrupted run with the same fingerprint")
     report: bool = Field(True, description="Write OUT/report.html")
 
+    @property
+    def decided(self) -> dict[str, str]:
+        """The fields that shape the tensors and may be `auto`, by the value that this is for the recipe."""
+        return {}
+
     @field_validator("out")
     @classmethod
     def _out_lasts(cls, value: str) -> str:

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from shardprune.recipes.settings import Settings
 
@@ -20,6 +20,7 @@ PANELS = (
     "Path",
     "Structured pruning",
     "Mask rebuilding",
+    "Improvement",
     "Kept iterations",
     "Training",
     "Data",
@@ -137,6 +138,8 @@ def _plain_type(annotation: Any) -> Any:
         return list[str]
     if any(get_origin(choice) is dict for choice in get_args(annotation)):
         return dict
+    if any(get_origin(choice) is Literal for choice in get_args(annotation)):  # a word beside numbers
+        return str
     for plain in (bool, int, float):
         if annotation is plain or plain in get_args(annotation):
             return plain

@@ -1,17 +1,20 @@
 """The recipes of `shardprune prune` and `shardprune rebuild`."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zeroing
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
 from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.improving import ImprovingFields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
-from shardprune.solvers.methods import METHODS
+from shardprune.solvers.improving import LEAST_SAMPLES, Improving
+from shardprune.solvers.methods import DAMPING, METHODS, Damping
 from shardprune.solvers.pattern import Mixed, Pattern, Unstructured, parse_pattern
 from shardprune.solvers.rebuilding import Granularity, Metric, Rebuilding
 from shardprune.solvers.scoring import Scoring
@@ -22,6 +25,22 @@ if TYPE_CHECKING:
 else:
     MethodName = Literal[tuple(name for name, method in METHODS.items() if method.named)]
     AllocationName = Literal[tuple(ALLOCATIONS)]
+
+
+def _damping(value: Any) -> Any:
+    """Return a damping that is a number, also as text, or auto."""
+    if value == "auto":
+        return value
+    try:
+        number = float(value) if not isinstance(value, bool) else -1.0
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise ValueError("use a number from 0 to 1, or auto")
+    return number
+
+
+DampingValue = Annotated[Damping, BeforeValidator(_damping)]
 
 
 class StructuredFields(WidthFields):
@@ -62,6 +81,11 @@ class PruningFields(StructuredFields):
         0.08, ge=0, le=0.5, description="lambda: sparsities lie within target +- 2 lambda, from 0 to 0.5"
     )
     wanda_variant: bool = Field(False, description="Wanda's use_variant: per-row sparsity may differ")
+    damping: DampingValue = Field(
+        DAMPING,
+        description="Fraction of the mean diagonal added to Gram matrices, from 0 to 1; auto: measured by projection",
+    )
+    refit: bool = Field(False, description="Fit the kept weights to the dense outputs by least squares")
 
     @field_validator("sparsity")
     @classmethod
@@ -82,6 +106,22 @@ class PruningFields(StructuredFields):
         if isinstance(values, dict) and str(values.get("pattern")).startswith("mixed"):
             return {"allocation": "owl", **values}
         return values
+
+    def check_damping(self, samples: int, towards_stream: bool) -> None:
+        """Check that windows can be held out of so many samples where damping is measured, for sums over all inputs of
+        a layer at a time.
+
+        Raises:
+            InputError: there are too few, or inputs are solved one after the other.
+        """
+        if self.damping != "auto":
+            return
+        if towards_stream:
+            raise InputError("damping", "'auto' does not go with targets stream; use a number from 0 to 1")
+        if samples < LEAST_SAMPLES:
+            raise InputError(
+                "samples", f"{samples} is too few for damping auto, which holds out some; use at least {LEAST_SAMPLES}"
+            )
 
     @property
     def zeros(self) -> Pattern | Mixed:
@@ -111,6 +151,8 @@ class PruningFields(StructuredFields):
             allocation=self.allocation,
             outlier_m=self.outlier_m,
             spread=self.outlier_lambda,
+            refit=self.refit,
+            damping=self.damping,
         )
 
     @model_validator(mode="after")
@@ -152,12 +194,14 @@ class PruningFields(StructuredFields):
         self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")
         varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)
         self.needs("method wanda and pattern unstructured", varies, "wanda_variant")
+        damped = METHODS[self.method].needs == "gram" or self.refit
+        self.needs("a method that takes Gram matrices (sparsegpt, alps) or refit", damped, "damping")
         return self
 
     @model_validator(mode="after")
     def _structure_fits(self) -> "PruningFields":
         self.needs("structured", self.structured is not None, *WidthFields.model_fields)
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation")
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation", "refit", "damping")
         if self.structured is None:
             return self
         if isinstance(self.zeros, Mixed):
@@ -209,6 +253,7 @@ class PruneRecipe(
     EvaluationFields,
     StructuredFields,
     OptionalBarberFields,
+    ImprovingFields,
     PruneWorkerFields,
     OutputFields,
 ):
@@ -218,22 +263,37 @@ class PruneRecipe(
     shaping: ClassVar[tuple[type[Settings], ...]] = (
         PruningFields,
         OptionalBarberFields,
+        ImprovingFields,
     )  # every field of them shapes the tensors
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild")
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", *ImprovingFields.model_fields)
+        replaced = self.rebuilding is not None and not self.keep_corrected
+        self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
+
+    @model_validator(mode="after")
+    def _windows_can_be_held_out(self) -> "PruneRecipe":
+        self.check_improving(self.samples, self.rebuilding)
+        self.check_damping(self.samples, self.towards_stream)
+        return self
+
+    @property
+    def measured(self) -> Improving:
+        """The steps that improve a layer, and whether windows are held out for the damping."""
+        return replace(self.improving, measured_damping=self.damping == "auto")
 
     def job(self) -> PruningJob:
         """Return the job of the run that zeroes weights."""
-        return PruningJob(self.zeroing, None, self.rebuilding, self.measure_error)
+        return PruningJob(self.zeroing, None, self.rebuilding, self.measure_error, self.measured)
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""
-        return self.model_dump(include=shaping_fields(self)) | {"sparsity": self.target}  # which a pattern may fix
+        fields = self.model_dump(include=shaping_fields(self))
+        return fields | self.decided | {"sparsity": self.target}  # which a pattern may fix
 
     @property
     def structures(self) -> "WidthRecipe":

@@ -27,7 +27,7 @@ def optional(default: str, description: str, **bounds: Any) -> Any:
 class Settings(BaseModel):
     """Base of every group of settings: unknown fields are errors, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     title: ClassVar[str] = ""  # of the panel in --help and docs/reference.md; a recipe's own fields are arguments
     unlisted: ClassVar[tuple[str, ...]] = ()  # panels of fields that a command accepts and does nothing with
 

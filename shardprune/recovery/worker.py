@@ -36,32 +36,22 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         TrainingError: the loss diverges, a trained tensor overflows the dtype in which it is stored, or a GPU is too
             small.
     """
-    try:
-        return _take_part(spec, device)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f"a GPU is too small ({first_line(error)}); --zero 3, --offload, --recompute and --micro-batch 1 help"
-        ) from error
+    recipe, started = spec.recipe, time.monotonic()
+    with _small_gpus_named():
+        _prepare(spec, device)
+        from shardprune.recovery.training import Training
+        from shardprune.recovery.writing import write_layers, write_trained_frame
 
-
-def _take_part(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
-    started = time.monotonic()
-    _prepare(spec, device)
-    from shardprune.recovery.training import Training
-    from shardprune.recovery.writing import write_layers, write_trained_frame
-
-    training = Training(spec, device)
-    loaded = time.monotonic()
-    model = training.run()
-    trained = time.monotonic()
-    checkpoint = reopened(spec.recipe.model, spec.inputs["model"])
-    family = Skeleton(checkpoint.config, "cpu").family
-    journal = Journal(spec.recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.stored_name)
-    write_layers(model, family, checkpoint, journal, spec.recipe.zero)
-    if spec.recipe.full:
-        write_trained_frame(model, family, checkpoint, journal, spec.recipe.zero)
+        training = Training(spec, device)
+        loaded = time.monotonic()
+        model = training.run()
+        trained = time.monotonic()
+        checkpoint = reopened(recipe.model, spec.inputs["model"])
+        family = Skeleton(checkpoint.config, "cpu").family
+        journal = Journal(recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.stored_name)
+        write_layers(model, family, checkpoint, journal, recipe.zero)
+        if recipe.full:
+            write_trained_frame(model, family, checkpoint, journal, recipe.zero)
     ended = time.monotonic()
     return {
         "shard": 0,
@@ -75,6 +65,19 @@ def _take_part(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
             "write": round(ended - trained, 3),
         },
     }
+
+
+@contextmanager
+def _small_gpus_named() -> Iterator[None]:
+    """Raise a TrainingError that says what helps where a device has no memory left."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"a GPU is too small ({first_line(error)}); --zero 3, --offload, --recompute and --micro-batch 1 help"
+        ) from error
 
 
 @contextmanager

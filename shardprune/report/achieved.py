@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 from shardprune.model.structure.shape import Widths, reshaped, widths_of
 from shardprune.report.result import (
     BlockResult,
+    ImprovementResult,
     LayerResult,
     ModelSize,
     NarrowedLayer,
@@ -58,6 +59,7 @@ def sparsity_of(records: Sequence[LayerRecord], target: float | None, original: 
         layers=layers,
         projections=[ProjectionResult.of(report) for report in reports],
         blocks=[BlockResult(**asdict(block)) for record in records for block in record.blocks] or None,
+        improvements=[ImprovementResult(**asdict(step)) for record in records for step in record.improvements] or None,
     )
 
 

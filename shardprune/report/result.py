@@ -55,8 +55,9 @@ class ModelSize(BaseModel):
 class ProjectionResult(BaseModel):
     """One projection: `target` and `achieved` are fractions of zeros, `error` is ||XW - XW'||^2 / ||XW||^2, `outliers`
     the percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M, `sweep` the way
-    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `update` that of a masked
-    low-rank update of a fine-tuning: `kernel` or `products`."""
+    of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `iterations` those in which ALPS
+    chose the zeros, `refit_steps` those of conjugate gradients on the mask, `update` the way of a masked low-rank
+    update of a fine-tuning: `kernel` or `products`."""
 
     layer: int
     name: str
@@ -65,6 +66,8 @@ class ProjectionResult(BaseModel):
     retries: int = 0
     damping: float | None = None
     sweep: str | None = None
+    iterations: int | None = None
+    refit_steps: int | None = None
     update: str | None = None
     error: float | None = None
     outliers: float | None = None
@@ -96,6 +99,19 @@ class BlockResult(BaseModel):
     error_after: float | None = None
 
 
+class ImprovementResult(BaseModel):
+    """A step that was meant to improve a layer, by the projections that it changes, and ||output - dense output||^2 /
+    ||dense output - dense input||^2 of the layer on held-out windows before and after it; it was kept where that
+    fell."""
+
+    layer: int
+    step: str
+    projections: list[str]
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
+
+
 class Sparsity(BaseModel):
     """Fractions of zeros over the projections of all decoder layers: `target` was asked for, `allocated` is
     the mean of what the allocation gave the projections, `achieved` is counted on the tensors written,
@@ -114,6 +130,7 @@ class Sparsity(BaseModel):
     layers: list[LayerResult]
     projections: list[ProjectionResult]
     blocks: list[BlockResult] | None = None
+    improvements: list[ImprovementResult] | None = None
 
     @property
     def left_zero(self) -> float | None:
@@ -216,8 +233,11 @@ class Evaluation(BaseModel):
 
 
 class CalibrationResult(BaseModel):
+    """The calibration windows: of the `samples` some were `held_out`, to judge steps that improve a layer."""
+
     source: str
     samples: int
+    held_out: int | None = None
     seqlen: int
     tokens_sha256: str
 

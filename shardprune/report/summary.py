@@ -130,6 +130,9 @@ def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:
     if abs(sparsity.allocated - sparsity.target) > 1e-4:
         yield "sparsity asked for", "", f"{sparsity.target:.4f}"
         yield "sparsity allocated", "", f"{sparsity.allocated:.4f}"
+    if sparsity.improvements:
+        kept = sum(step.kept for step in sparsity.improvements)
+        yield "improving steps kept, of those tried", "", f"{kept} of {len(sparsity.improvements)}"
     if sparsity.blocks:
         yield "pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}"
         errors = [

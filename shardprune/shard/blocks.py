@@ -1,17 +1,15 @@
 """The two blocks of a decoder layer, attention and MLP: their output errors, gradients, and new masks."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shardprune.errors import SolverError
 from shardprune.model.skeleton import projection_weight
 from shardprune.model.stand_ins import Arguments
+from shardprune.shard.gradients import power_near_one, repeatable
 from shardprune.solvers.barber import Masked, rebuild, scores
 from shardprune.solvers.pattern import Pattern
 from shardprune.solvers.rebuilding import Rebuilding
@@ -80,7 +78,7 @@ class Block:
         """
         lost = norm = 0.0
         for sequence in hidden.split(1):
-            with _repeatable(hidden.device, gradients is not None):
+            with repeatable(hidden.device, gradients is not None):
                 sparse = self._output({}, sequence, arguments)
                 with torch.set_grad_enabled(gradients is not None):
                     leaves = {
@@ -90,7 +88,7 @@ class Block:
                     dense = self._output(leaves, sequence, arguments)
                     error = dense.float() - sparse.float()
                     loss = error.square().sum()
-                    scale = _scale(error.detach())
+                    scale = power_near_one(error.detach())
                     scaled = loss * scale
                 if gradients is not None:
                     gradients.add(torch.autograd.grad(scaled, list(leaves.values())), scale)
@@ -160,20 +158,3 @@ class Block:
         finally:
             hook.remove()
         raise AssertionError("the layer has not run the block's last projection")
-
-
-def _scale(error: Tensor) -> float:
-    """A power of two that brings the gradient of ||error||^2 by the output near 1: what flows further back
-    from there would vanish in float16. It is exact in every dtype, and taken back in float32."""
-    largest = float(error.abs().max())
-    return 2.0 ** -math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
-
-
-@contextmanager
-def _repeatable(device: torch.device, gradients: bool) -> Iterator[None]:
-    """Attention whose gradient is the same to the bit every time: on a GPU the fused kernels add in any order."""
-    if device.type == "cuda" and gradients:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
-        yield

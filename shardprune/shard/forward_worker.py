@@ -175,8 +175,12 @@ class ForwardWorker:
             image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
             self.activations.replace(stream, wave, image)
         elif self.sums[index]:  # a method that looks at the weights alone sums up nothing
-            with suppress(_AllSeen):
-                self._run(index, "dense", self.activations.get(stream, wave), self.sums[index], to_the_end=False)
+            self.add_inputs(index, self.activations.get(stream, wave), self.sums[index])
+
+    def add_inputs(self, index: int, hidden: Tensor, sums: Mapping[str, Summed]) -> None:
+        """Run one wave through a dense layer up to the last of the inputs that add to `sums`."""
+        with suppress(_AllSeen):
+            self._run(index, "dense", hidden, sums, to_the_end=False)
 
     # -- sums of replicas ---------------------------------------------------------------------------------------
 
@@ -346,6 +350,10 @@ class ForwardWorker:
         own."""
         return {**self.empty_statistics(index, "squares")}
 
+    def stored_dtypes(self, index: int, names: Sequence[str]) -> dict[str, torch.dtype]:
+        """Return the dtypes in which the checkpoint stores some of a layer's projections."""
+        return {name: self.checkpoint.entries[self.skeleton.projection_tensor(index, name)].dtype for name in names}
+
     def empty_statistics(self, index: int, kind: Kind) -> dict[str, InputStatistics]:
         """Return empty statistics of each input of a layer, by the first projection that reads it."""
         shapes = self.skeleton.projection_shapes(index)
@@ -367,3 +375,8 @@ class ForwardWorker:
 def segment_stream(first_layer: int) -> str:
     """Return the name of the calibration waves that enter the segment starting at a layer."""
     return f"segment from layer {first_layer}"
+
+
+def dense_stream(stream: str) -> str:
+    """Return the name of the dense model's activations beside those of a stream, which see the pruned layers."""
+    return f"{stream}, dense"

@@ -1,7 +1,7 @@
 """The projections that read one input, from their dense weights to the pruned ones that are written, with reports."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,10 +9,14 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.model.saving import overflow
 from shardprune.solvers.allocation.allocation import Share
-from shardprune.solvers.methods import Method, Solution, Target
+from shardprune.solvers.damping import choose
+from shardprune.solvers.least_squares import fitting
+from shardprune.solvers.methods import DAMPING, Damping, Method, Solution, Target
 from shardprune.solvers.pattern import NM, Mixed, Pattern
 from shardprune.solvers.statistics import InputStatistics, gram_norm
 from shardprune.storage.records import ProjectionReport
+
+SOLVED = ("retries", "damping", "sweep", "iterations", "refit_steps")  # fields of a solution that its report has
 
 
 @dataclass(frozen=True)
@@ -20,15 +24,13 @@ class Findings:
     """Facts about one pruned projection, each a tensor [] on its device: the host reads those of all at once.
 
     Attributes:
-        solved: whether the solver's weight is finite.
-        finite: whether the rounded weight is.
+        finite: whether all entries of the rounded weight are, and of the solver's where others are restored.
         masked: entries of the mask.
         zeros: those of the rounded weight; `zeros_before` of the dense one.
         broken: groups of N:M with too many weights.
         lost, norm: ||XW - XW'||^2 and ||XW||^2, where the error is measured.
     """
 
-    solved: Tensor
     finite: Tensor
     masked: Tensor
     zeros: Tensor
@@ -48,6 +50,9 @@ def prune_projections(
     restore: bool,
     measure_error: bool,
     layer: int,
+    refitted: bool = False,
+    damping: Damping = DAMPING,
+    aims: Mapping[str, Tensor] | None = None,
 ) -> list[ProjectionReport]:
     """Prune the projections that read one input, in place.
 
@@ -56,6 +61,10 @@ def prune_projections(
         stored: the dtypes of the checkpoint, to which pruned weights are rounded.
         restore: put the dense values back where the method left weights.
         measure_error: report the output errors, which takes statistics of kind `gram`.
+        refitted: fit the kept weights to the dense outputs, which takes the same statistics.
+        damping: of Gram matrices; `auto` takes statistics with those of held-out windows, and finds it for each.
+        aims: weights that the method prunes in the place of the dense ones, float32 [rows, cols]; errors are those
+            against the dense ones nevertheless.
 
     Returns the reports, with the zeros counted on the rounded weights.
 
@@ -63,32 +72,40 @@ def prune_projections(
         SolverError: names the projection.
     """
     patterns = {name: pattern.at(shares[name].sparsity) for name in weights}
-    targets = [Target(weights[name], patterns[name], shares[name].sparsity) for name in weights]
+    pruned_from = aims or weights
+    known_damping = DAMPING if damping == "auto" else damping
+    targets = [Target(pruned_from[name], patterns[name], shares[name].sparsity, known_damping) for name in weights]
     labels = {name: f"layer {layer} {name}" for name in weights}
     names = list(weights)
     if statistics is not None and not statistics.finite:
         raise SolverError(f"{labels[names[0]]}: its inputs are not finite: the activations overflow")
     gram = statistics.sums if statistics is not None and measure_error else None
     solutions, found = [], []
-    solving = method.solve(targets, statistics)
+    solve = fitting(method.solve) if refitted else method.solve
+    if damping == "auto":
+        assert statistics is not None
+        try:
+            targets = choose(solve, targets, statistics)
+        except SolverError as error:
+            raise SolverError(f"{labels[names[0]]}: {error}") from error
+    solving = solve(targets, statistics)
     for name, weight in weights.items():
         try:
             solution = next(solving)
         except SolverError as error:
             raise SolverError(f"{labels[name]}: {error}") from error
         pruned = (weight.masked_fill(solution.mask, 0) if restore else solution.weight).to(stored[name])
-        found.append(_findings(weight, solution, pruned, patterns[name], gram))
-        solutions.append((solution.sweep, solution.retries, solution.damping))
+        known = solution if aims is None else replace(solution, lost=None)  # which is against what was pruned
+        found.append(_findings(weight, known, pruned, patterns[name], restore, gram))
+        solutions.append({name: getattr(solution, name) for name in SOLVED})
         weight.copy_(pruned)
         del solution, pruned
 
     reports = []
-    for name, facts, (sweep, retries, damping) in zip(names, _read(found), solutions, strict=True):
+    for name, facts, solved_by in zip(names, _read(found), solutions, strict=True):
         rows, cols = weights[name].shape
         expected = patterns[name].zeros(rows, cols, shares[name].sparsity)
-        solved, finite, masked, zeros, zeros_before, broken, lost, norm = facts
-        if not solved:
-            raise SolverError(f"{labels[name]}: the pruned weight is not finite")
+        finite, masked, zeros, zeros_before, broken, lost, norm = facts
         if not finite:
             raise SolverError(f"{labels[name]}: {overflow('pruned weight', stored[name])}")
         # Rounding to 16 bits may add zeros to those of the mask, never take one away.
@@ -103,9 +120,7 @@ def prune_projections(
                 zeros_before=int(zeros_before),
                 weights=rows * cols,
                 pattern=_named(patterns[name]),
-                retries=retries,
-                damping=damping,
-                sweep=sweep,
+                **solved_by,
                 outliers=shares[name].outliers,
                 error=None if gram is None else (lost / norm if norm > 0 else 0.0),
             )
@@ -113,8 +128,11 @@ def prune_projections(
     return reports
 
 
-def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Pattern, gram: Tensor | None) -> Findings:
-    """Return what there is to know of a projection; `pruned` is its rounded weight."""
+def _findings(
+    dense: Tensor, solution: Solution, pruned: Tensor, pattern: Pattern, restored: bool, gram: Tensor | None
+) -> Findings:
+    """Return what there is to know of a projection; `pruned` is its rounded weight, with dense values where the method
+    left weights if it is `restored`."""
     lost = norm = dense.new_zeros((), dtype=torch.float64)
     if gram is not None:
         norm = gram_norm(dense.float(), gram)
@@ -126,17 +144,20 @@ def _findings(dense: Tensor, solution: Solution, pruned: Tensor, pattern: Patter
                 # Roundings of different weights are independent: those of one output add up like their squares.
                 rounding = torch.linalg.vector_norm(solution.weight - pruned, dim=0).square_()
                 lost = lost + (rounding * gram.diagonal()).sum(dtype=torch.float64)
-    solved = torch.isfinite(solution.weight).all()
     return Findings(
-        solved=solved,
-        finite=solved if pruned is solution.weight else torch.isfinite(pruned).all(),
-        masked=solution.mask.sum(),
-        zeros=(pruned == 0).sum(),
-        zeros_before=(dense == 0).sum(),
+        finite=_finite(pruned) & _finite(solution.weight) if restored else _finite(pruned),
+        masked=solution.mask.count_nonzero(),
+        zeros=pruned.numel() - pruned.count_nonzero(),
+        zeros_before=dense.numel() - dense.count_nonzero(),
         broken=pattern.broken(pruned),
         lost=lost,
         norm=norm,
     )
+
+
+def _finite(weight: Tensor) -> Tensor:
+    """Return whether all entries are, bool []: by their extremes, which a NaN replaces, in one pass."""
+    return torch.stack(weight.aminmax()).isfinite().all()
 
 
 def _read(found: list[Findings]) -> list[list[float]]:

@@ -2,9 +2,11 @@
 
 Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, `write` and
 `finish`, then `propagate` for every wave, which turns the layer's inputs into the next layer's. The file is written
-meanwhile; `written` waits for it before the next layer's `write`. Where masks are rebuilt, `compare` for every wave and
-`rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the place of
-`solve`.
+meanwhile; `written` waits for it before the next layer's `write`. Where projections aim at the dense stream, `confront`
+for every wave, `solve` and `correct` come one input after the other instead; where masks are rebuilt, `compare` for
+every wave and `rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the
+place of `solve`. `reconstruct` trains a layer at the end. Steps that improve it are judged by `aim`, `miss`, `remember`
+and `put_back`.
 """
 
 from collections.abc import Sequence
@@ -17,12 +19,16 @@ from shardprune.model.pruning_job import Adopted, Zeroing
 from shardprune.model.saving import changed_tensors, shapes_of, write_tensors_of_layer
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, SquaredGradients
+from shardprune.shard.dense_weights import DenseWeights
 from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.held_out import HeldOut
 from shardprune.shard.layers import Layers
 from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.projections import adopt_projection, prune_projections
+from shardprune.shard.reconstruction import Reconstruction
 from shardprune.shard.spec import WorkerSpec
+from shardprune.shard.stream_targets import StreamTargets
 from shardprune.shard.streams import to_host
 from shardprune.shard.verbs import of_part, verb
 from shardprune.shard.write_behind import WriteBehind
@@ -45,6 +51,10 @@ class PruneWorker(ForwardWorker):
             check_memory(spec.need, spec.settings.device)
         super().__init__(spec)
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
+        self.dense = DenseWeights(self)
+        self.held_out = HeldOut(self)
+        self.stream_targets = StreamTargets(self, self.dense, spec.job)
+        self.reconstruction = Reconstruction(self)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
         self._files = WriteBehind(self.skeleton.device)
 
@@ -72,7 +82,7 @@ class PruneWorker(ForwardWorker):
         layer, names = self.layers.get(index, "dense"), self.skeleton.family.inputs[group]
         weights = {name: projection_weight(layer, name) for name in names}
         tensors = {name: self.skeleton.projection_tensor(index, name) for name in names}
-        stored = {name: self.checkpoint.entries[tensor].dtype for name, tensor in tensors.items()}
+        stored = self.stored_dtypes(index, names)
         statistics = self._input(index, group)
         zeroing, rebuilding = self.spec.job.zeroing, self.spec.job.rebuilding
         restore = rebuilding is not None and not rebuilding.keep_corrected
@@ -90,14 +100,36 @@ class PruneWorker(ForwardWorker):
             measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
             method = METHODS[zeroing.method]
             reports = prune_projections(
-                method, weights, stored, statistics, zeroing.pattern, shares, restore, measured, index
+                method,
+                weights,
+                stored,
+                statistics,
+                zeroing.pattern,
+                shares,
+                restore,
+                measured,
+                index,
+                zeroing.refit,
+                zeroing.damping,
             )
-        if statistics:
+        if statistics and not self.spec.job.improving.stream_targets:  # which `correct` takes as well
             # As large as a layer: given back, or kept without the factor for `measure`.
             del self.sums[index][names[0]]
             if self.spec.job.measure_error and rebuilding:
                 self.sums[index][names[0]] = replace(statistics, _factors={})
         return reports
+
+    @verb("statistics", layer="index")
+    def hold_out(self, stream: str, wave: int, index: int) -> None:
+        """Add one kept wave, which is held out, to the sums over a dense layer's inputs that judge solutions."""
+        if index not in self.sums:
+            self.sums[index] = self.empty_sums(index)
+        held_out = {}
+        for name, statistics in self.sums[index].items():
+            assert isinstance(statistics, InputStatistics)
+            assert statistics.held_out is not None
+            held_out[name] = statistics.held_out
+        self.add_inputs(index, self.activations.get(stream, wave), held_out)
 
     @verb("exchange", layer="index")
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -120,6 +152,18 @@ class PruneWorker(ForwardWorker):
         layer = self.layers.get(index, "dense")
         for name in names:
             self.peers.broadcast(projection_weight(layer, name), ranks, source)
+
+    # -- improving a layer --------------------------------------------------------------------------------------
+
+    keep_dense = of_part("stream_targets", StreamTargets.keep_dense)
+    confront = of_part("stream_targets", StreamTargets.confront)
+    correct = of_part("stream_targets", StreamTargets.correct)
+    lend = of_part("reconstruction", Reconstruction.lend)
+    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
+    aim = of_part("held_out", HeldOut.aim)
+    miss = of_part("held_out", HeldOut.miss)
+    remember = of_part("held_out", HeldOut.remember)
+    put_back = of_part("held_out", HeldOut.put_back)
 
     # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 
@@ -215,6 +259,8 @@ class PruneWorker(ForwardWorker):
         self.layers.mark_pruned(index, self.narrowed.give_up().get(index))
         self.sums.pop(index, None)
         self._block = None
+        self.dense.drop()
+        self.held_out.forget()
 
     def digests(self) -> dict[str, dict[str, str]]:
         """Return the digests of what was read since the last call."""
@@ -257,7 +303,11 @@ class PruneWorker(ForwardWorker):
         job = self.spec.job
         if job.scoring:
             return {**self.narrowed.empty_sums(index)}
-        kind: Kind | None = METHODS[job.zeroing.method].needs if isinstance(job.zeroing, Zeroing) else None
+        kind: Kind | None = job.zeroing.needs if isinstance(job.zeroing, Zeroing) else None
         if job.measure_error:  # which takes the whole Gram matrix
             kind = "gram"
-        return {**self.empty_statistics(index, kind)} if kind else {}
+        found = self.empty_statistics(index, kind) if kind else {}
+        if isinstance(job.zeroing, Zeroing) and job.zeroing.damping == "auto":
+            for name, others in self.empty_statistics(index, "gram").items():
+                found[name].held_out = others
+        return {**found}

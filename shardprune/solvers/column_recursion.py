@@ -1,8 +1,10 @@
-"""SparseGPT's steps over the columns of one block as a recursion of matrix products: on every processor.
+"""SparseGPT's steps over the columns of one block by matrix products: on every processor.
 
 A block is halved recursively: the left half is finished first, then one matrix product corrects the right half for
 everything that the left half lost. Few columns get many small updates this way; nearly all arithmetic is in products.
 """
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,39 +25,20 @@ class ColumnRecursion:
 
     def prune_block(self, left: int, right: int) -> Tensor:
         """Prune the columns [left, right), whole units; return the weights that they lose, [right - left, rows]."""
-        lost = torch.empty_like(self.stack.columns[left:right])
-        self._over_units(left, right, lost)
+        columns, steps = self.stack.columns[left:right], self.factor.steps[left:right, left:right].t()
+        lost = torch.empty_like(columns)
+        unit = self.stack.unit
+        units = [slice(start, min(start + unit, right - left)) for start in range(0, right - left, unit)]
+        for own, correction in zip(units, _corrections(len(units)), strict=True):
+            self._choose(left + own.start, left + own.stop)
+            chosen = self.stack.mask[left:right][own].to(lost.dtype)
+            _prune_columns(columns[own], steps[own, own], lost[own], chosen)
+            if correction:
+                first, middle, last = correction
+                done, rest = slice(unit * first, unit * middle), slice(unit * middle, unit * last)
+                add_product(columns[rest], steps[rest, done], lost[done], alpha=-1)
         self.stack.squares.add_(torch.mv(lost.square().t(), self._inverse[left:right]))
         return lost
-
-    def _over_units(self, left: int, right: int, lost: Tensor) -> None:
-        unit = self.stack.unit
-        units = -(-(right - left) // unit)
-        if units == 1:
-            self._choose(left, right)
-            self._over_columns(left, right, lost, self.stack.mask[left:right].to(lost.dtype))
-        else:
-            size = units // 2 * unit
-            self._over_units(left, left + size, lost[:size])
-            self._correct(left, left + size, right, lost[:size])
-            self._over_units(left + size, right, lost[size:])
-
-    def _over_columns(self, left: int, right: int, lost: Tensor, chosen: Tensor) -> None:
-        """Prune the columns [left, right); `chosen` [right - left, rows] is 1 at pruned weights, else 0."""
-        if right - left == 1:
-            column = self.stack.columns[left]
-            torch.mul(column, chosen[0], out=lost[0])
-            column.sub_(lost[0])  # exactly zero where pruned, unchanged elsewhere
-        else:
-            half = (right - left) // 2
-            self._over_columns(left, left + half, lost[:half], chosen[:half])
-            self._correct(left, left + half, right, lost[:half])
-            self._over_columns(left + half, right, lost[half:], chosen[half:])
-
-    def _correct(self, left: int, middle: int, right: int, lost: Tensor) -> None:
-        """Correct the columns [middle, right) for what [left, middle) lost."""
-        steps = self.factor.steps[left:middle, middle:right]
-        add_product(self.stack.columns[middle:right], steps.t(), lost, alpha=-1)
 
     def _choose(self, left: int, right: int) -> None:
         """Choose the zeros of one unit by w^2 / u_jj^2 (equation 3), on the weights as corrected so far."""
@@ -66,3 +49,34 @@ class ColumnRecursion:
             return
         for span, count in zip(stack.spans, stack.counts(left, right), strict=True):
             stack.mask[left:right, span] = smallest(scores[:, span], count)
+
+
+def _prune_columns(columns: Tensor, steps: Tensor, lost: Tensor, chosen: Tensor) -> None:
+    """Prune columns [width, rows] in place, and fill `lost`, likewise.
+
+    Args:
+        steps: u_ij / u_ii of column j to be corrected for column i, [j, i].
+        chosen: 1 at pruned weights, else 0, [width, rows].
+    """
+    rows = zip(columns.unbind(), lost.unbind(), chosen.unbind(), _corrections(len(columns)), strict=True)
+    for column, gone, zeros, correction in rows:
+        torch.mul(column, zeros, out=gone)
+        column.sub_(gone)  # exactly zero where pruned, unchanged elsewhere
+        if correction:
+            first, middle, last = correction
+            add_product(columns[middle:last], steps[middle:last, first:middle], lost[first:middle], alpha=-1)
+
+
+@cache
+def _corrections(count: int) -> tuple[tuple[int, int, int] | None, ...]:
+    """Return the correction that is due after each of `count` places in turn: (first, middle, last), by which what
+    [first, middle) has lost corrects [middle, last); None after the last place.
+    """
+
+    def within(first: int, last: int) -> list[tuple[int, int, int]]:
+        if last - first == 1:
+            return []
+        middle = first + (last - first) // 2
+        return [*within(first, middle), (first, middle, last), *within(middle, last)]
+
+    return (*within(0, count), None)

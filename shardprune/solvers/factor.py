@@ -66,6 +66,16 @@ def factorise(gram: Tensor, damping: float, scale: float = 1.0) -> Factor:
         retries += 1
 
 
+def upper_of_inverse(symmetric: Tensor, added: float) -> tuple[Tensor, Tensor]:
+    """Return U with (`symmetric` + `added` I)^-1 = U^T U, float32 [cols, cols], and whether that matrix is not positive
+    definite, [] on the device; U is garbage then. The lower triangle of `symmetric` alone is read.
+    """
+    upper = torch.zeros_like(symmetric)
+    faults: list[Tensor] = []
+    _invert_into(symmetric, torch.full_like(symmetric[0], added), upper, faults)
+    return upper, torch.stack(faults).any()
+
+
 def _invert_into(symmetric: Tensor, added: Tensor, upper: Tensor, faults: list[Tensor]) -> None:
     """Fill `upper`, zeros, with U of H = `symmetric` [cols, cols] + diag(`added`); its lower triangle alone is read.
 

@@ -13,6 +13,15 @@ if TYPE_CHECKING:
 
 Sweep = Literal["kernel", "recursion"]
 
+DAMPING = 0.01  # fraction of the mean diagonal that is added to a Gram matrix
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)  # of which one is chosen, where it is measured
+Damping = float | Literal["auto"]  # auto: measured for each projection
+# ALPS: the penalties grow tenfold in equal ratios, with as many iterations at each.
+PENALTIES = tuple(0.1 * 10 ** (place / 5) for place in range(6))
+PER_PENALTY = 6
+SUPPORT_STEPS = 10  # of conjugate gradients at its end, which starts near
+REFIT_STEPS = 20  # of conjugate gradients on another method's mask
+
 
 @dataclass(frozen=True)
 class Target:
@@ -22,11 +31,13 @@ class Target:
         weight: dense, [rows, cols] in any floating dtype; stays as it is.
         pattern: where zeros may stand.
         sparsity: fraction of its weights that become zero.
+        damping: fraction of the mean diagonal that is added to the Gram matrix, where the method takes it.
     """
 
     weight: "Tensor"
     pattern: "Pattern"
     sparsity: float
+    damping: float = DAMPING
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Solution:
         damping: its final damping; None without a factorisation.
         lost: ||XW - XW'||^2 over the calibration tokens, 0-dim float64 on the device, where the method knows it.
         sweep: the way of the steps over columns, where there are any: `kernel` (Triton) or `recursion`.
+        iterations: those in which all zeros were chosen, where there were any.
+        refit_steps: those of conjugate gradients on the final mask, where there were any.
     """
 
     weight: "Tensor"
@@ -48,6 +61,8 @@ class Solution:
     damping: float | None = None
     lost: "Tensor | None" = None
     sweep: Sweep | None = None
+    iterations: int | None = None
+    refit_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,9 @@ class Effort:
         touched: bytes that are read and written for a weight, beside sorting.
         running: bytes of further values beside each weight, for which all weights are sorted at once; 0: none, and a
             bounded number of weights is sorted at a time.
+        factors: how often it factorises a Gram matrix, beside a sweep.
+        products: how often it multiplies all weights with a square matrix of their inputs, in all.
+        states: bytes beside each weight that it holds for all projections that read an input.
     """
 
     sweeps: bool = False
@@ -69,6 +87,24 @@ class Effort:
     passes: int = 1
     touched: int = 120
     running: int = 0
+    factors: int = 0
+    products: float = 0
+    states: int = 0
+
+    @property
+    def refitted(self) -> "Effort":
+        """The effort with the kept weights fitted at the end."""
+        return replace(self, products=self.products + REFIT_STEPS + 2)
+
+    def times(self, count: int) -> "Effort":
+        """The effort of so many solutions one after the other."""
+        return replace(self, passes=count * self.passes, factors=count * self.factors, products=count * self.products)
+
+    def operations(self, rows: int, cols: int) -> float:
+        """Return the multiplications and additions in products for the projections [rows, cols] of an input, roughly;
+        0 where nothing is multiplied."""
+        swept = self.passes * (cols**3 + rows * cols**2) if self.sweeps else 0
+        return swept + self.factors * cols**3 + 2 * self.products * rows * cols**2
 
 
 # Statistics may be None where a method needs none.
@@ -123,9 +159,18 @@ def _function(name: str) -> Any:
 
 
 SORTING = Effort(sorts=True, touched=60)
+# An iteration multiplies with a triangle twice; the dense weight's image and the first residual are two products more.
+SPLITTING = Effort(
+    passes=len(PENALTIES) * PER_PENALTY,
+    touched=200,
+    factors=len(PENALTIES),
+    products=len(PENALTIES) * PER_PENALTY * 9 / 8 + SUPPORT_STEPS + 2,
+    states=12,
+)
 METHODS: dict[str, Method] = {
     "magnitude": Method(one_by_one("magnitude.prune"), None, Effort()),
     "wanda": Method(one_by_one("wanda.prune"), "squares", SORTING),
     "wanda-variant": Method(one_by_one("wanda.prune_variant"), "squares", replace(SORTING, running=28), named=False),
     "sparsegpt": Method(at_once("sparsegpt.prune_together"), "gram", Effort(sweeps=True)),
+    "alps": Method(at_once("alps.prune_together"), "gram", SPLITTING),
 }

@@ -52,5 +52,5 @@ def _above(weight: Tensor, squares: Tensor, thresholds: tuple[float, float]) -> 
     for rows in weight.split(max(1, BLOCK // weight.shape[1])):
         metric = rows.abs() * norms
         for index, threshold in enumerate(thresholds):
-            counts[index] += int((metric > threshold).sum())
+            counts[index] += int((metric > threshold).count_nonzero())
     return counts

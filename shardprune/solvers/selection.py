@@ -23,8 +23,9 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     if flat.is_cuda:
         places = ties.cumsum(0, dtype=torch.int32 if flat.numel() < 2**31 else torch.int64)
         mask = torch.where(ties, places <= count - mask.sum(), mask)
-    else:  # ties are few, and looking at the result costs nothing
-        mask[ties.nonzero().squeeze(1)[: count - int(mask.sum())]] = True
+    else:  # looking at the result costs nothing, and NumPy finds the few ties in a fraction of torch's time
+        tied = np.flatnonzero(ties.numpy())
+        mask.numpy()[tied[: count - int(mask.count_nonzero())]] = True
     return mask.view_as(scores)
 
 

@@ -28,7 +28,6 @@ from shardprune.solvers.statistics import InputStatistics
 if TYPE_CHECKING:
     from shardprune.solvers.column_kernel import ColumnKernel
 
-DAMPING = 0.01
 SUMMED = 2**24  # entries whose squares are taken at once
 
 
@@ -42,15 +41,18 @@ def prune(weight: Tensor, statistics: InputStatistics, pattern: Pattern, sparsit
 
 
 def prune_together(targets: Sequence[Target], statistics: InputStatistics) -> list[Solution]:
-    """Prune the projections that read one input, those of equal patterns in one sweep; the arguments of `prune`.
+    """Prune the projections that read one input, those of equal pattern and damping in one sweep; the arguments of
+    `prune`.
 
     Raises:
         SolverError: the Hessian cannot be factorised.
     """
-    factor = statistics.factor(DAMPING)
     solutions: dict[int, Solution] = {}
-    for pattern in dict.fromkeys(target.pattern for target in targets):
-        places = [place for place, target in enumerate(targets) if target.pattern == pattern]
+    for pattern, damping in dict.fromkeys((target.pattern, target.damping) for target in targets):
+        factor = statistics.factor(damping)
+        places = [
+            place for place, target in enumerate(targets) if (target.pattern, target.damping) == (pattern, damping)
+        ]
         stack = Stack.of([targets[place] for place in places], factor.dead)
         way = _sweep(stack, factor)
         for place, span in zip(places, stack.spans, strict=True):

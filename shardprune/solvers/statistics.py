@@ -54,12 +54,14 @@ class InputStatistics(Summed):
     """Sums over the tokens of one input X [tokens, cols], shared by the projections that read it.
 
     `sums` is the lower triangle of X^T X, float32 [cols, cols] whose other entries mean nothing (kind `gram`), or its
-    diagonal alone, float32 [cols] (kind `squares`); `samples` is the number N of sequences behind it.
+    diagonal alone, float32 [cols] (kind `squares`); `samples` is the number N of sequences behind it. `held_out` are
+    the sums over sequences that judge solutions, where there are any; they go where the statistics go.
     """
 
     kind: Kind
     sums: Tensor
     samples: int = 0
+    held_out: "InputStatistics | None" = None
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -81,9 +83,11 @@ class InputStatistics(Summed):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, of a Gram matrix the panels of its lower triangle: views, not contiguous."""
+        held_out = self.held_out.tensors() if self.held_out else {}
+        others = {f"held out, {name}": tensor for name, tensor in held_out.items()}
         if self.kind == "squares":
-            return {"sums": self.sums}
-        return {f"panel {place}": panel for place, panel in enumerate(lower_panels(self.sums))}
+            return {"sums": self.sums, **others}
+        return {f"panel {place}": panel for place, panel in enumerate(lower_panels(self.sums))} | others
 
     @property
     def gram(self) -> Tensor:
@@ -116,6 +120,10 @@ class InputStatistics(Summed):
         if damping not in self._factors:
             self._factors[damping] = factorise(self.sums, damping, self.scale)
         return self._factors[damping]
+
+    def forget_factors(self) -> None:
+        """Give up the factors, each of which is as large as the sums."""
+        self._factors.clear()
 
 
 def add_gram(gram: Tensor, tokens: Tensor) -> None:

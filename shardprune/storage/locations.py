@@ -8,9 +8,10 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from shardprune.errors import InputError, first_line
+from shardprune.errors import InputError, first_line, without_credentials
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")  # in no name of a file
+LONGEST = 4096  # bytes of a path with its end, PATH_MAX of Linux
 EXTRAS = {
     "s3": "s3",
     "s3a": "s3",
@@ -18,6 +19,7 @@ EXTRAS = {
     "gcs": "gcs",
 }  # extras of this package that install a protocol's file system
 READ_ONLY = "hf://"
+KEYLESS = (*EXTRAS, "hf")  # protocols whose locations have no place for a user and a password
 
 
 def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
@@ -29,6 +31,7 @@ def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     # No cached listings, since other workers write, too. A model on the hub does not change during a run.
     if UNWRITABLE.search(url):
         raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
+    _refuse_keys(url, field)
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
         fs, root = fsspec.core.url_to_fs(url, **options)
@@ -38,9 +41,25 @@ def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
     except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if isinstance(fs, LocalFileSystem) and len(os.fsencode(root)) >= LONGEST:
+        raise InputError(field, f"{url!r} is too long for a path: at most {LONGEST - 1:,} bytes")
     if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
         raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root
+
+
+def _refuse_keys(url: str, field: str) -> None:
+    """Check that no user and password stand in a location whose file system would take them for a part of its name, and
+    say them in its errors.
+
+    Raises:
+        InputError: they do.
+    """
+    protocol, place = url.partition("://")[0], without_credentials(url)
+    if protocol in KEYLESS and url.partition("?")[0] != place:
+        raise InputError(
+            field, f"{place!r} has a key before it, which {protocol}:// does not take; see docs/storage.md"
+        )
 
 
 def protocols_of(fs: AbstractFileSystem) -> set[str]:

@@ -24,7 +24,8 @@ class ProjectionReport:
     `zeros_before` on the dense one. `error` is ||XW - XW'||^2 / ||XW||^2 where it was measured, `outliers` the
     percentage of outliers where the allocation looked at them, `pattern` its N:M. The solver needed so many `retries`
     and ended with the `damping`, where it factorises; `sweep` is the way of its steps over columns (`kernel` or
-    `recursion`), where it has any. `update` is the way of a masked low-rank update (`kernel` or `products`), where
+    `recursion`), where it has any. All its zeros were chosen in so many `iterations`, and its kept weights fitted in so
+    many `refit_steps`, where they were. `update` is the way of a masked low-rank update (`kernel` or `products`), where
     there was one, and `zeros_kept` of the zeros before are still zero, where that was counted.
     """
 
@@ -40,6 +41,8 @@ class ProjectionReport:
     retries: Count = 0
     damping: float | None = None
     sweep: str | None = None
+    iterations: Count | None = None
+    refit_steps: Count | None = None
     outliers: float | None = None
     error: float | None = None
     update: str | None = None
@@ -63,6 +66,22 @@ class BlockReport:
     swaps: Count
     error_before: float | None = None
     error_after: float | None = None
+
+
+@dataclass(frozen=True)
+class ImprovementReport:
+    """A step that was meant to improve a layer (`stream targets`), by the `projections` that it changes. The errors are
+    those of the layer's output on held-out windows before and after it, ||output - dense output||^2 / ||dense output -
+    dense input||^2; the step was `kept` where its error is less, else undone."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    layer: Count
+    step: str
+    projections: tuple[str, ...]
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
 
 
 @dataclass(frozen=True)
@@ -92,8 +111,9 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A finished layer: `projections` where weights became zero, `blocks` where masks were rebuilt, its percentage of
-    `outliers` where the allocation looked at it; what it `kept` and its `sizes` where structures were removed."""
+    """A finished layer: `projections` where weights became zero, `blocks` where masks were rebuilt, `improvements`
+    where further steps were tried, its percentage of `outliers` where the allocation looked at it; what it `kept` and
+    its `sizes` where structures were removed."""
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
 
@@ -103,6 +123,7 @@ class LayerRecord:
     outliers: float | None = None
     kept: KeptStructures | None = None
     sizes: LayerSizes | None = None
+    improvements: tuple[ImprovementReport, ...] = ()
 
     @property
     def zeros(self) -> int:

@@ -20,6 +20,7 @@ ENVIRONMENT = "SHARDPRUNE_STORAGE_PATIENCE"  # environment variable, seconds
 
 # Responses that a repeated request may not get again; object stores send a status or a code.
 STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+ABSENT = frozenset({404, 410})
 CODES = frozenset(
     {
         "BadDigest",  # damaged in transit
@@ -202,3 +203,11 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
     values = getattr(response, "status_code", None), getattr(error, "status", None), getattr(error, "code", None)
     # Attributes of requests and httpx, aiohttp, gcsfs. Other classes use these names for other values.
     return next((value for value in values if isinstance(value, int) and 400 <= value < 600), None), None
+
+
+def hidden_by(absence: OSError) -> BaseException | None:
+    """Return the error of an HTTP server, or of the way to it, that fsspec reports as the absence of a file."""
+    cause = absence.__cause__
+    if isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp":
+        return None if getattr(cause, "status", None) in ABSENT else cause
+    return None

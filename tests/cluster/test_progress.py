@@ -1,9 +1,15 @@
 """The progress of pruning: what counts as how much, and what is said while a layer is solved."""
 
+import pytest
+
 from shardprune.cluster.pending_work import PendingWork
-from shardprune.model.families import Family
+from shardprune.cluster.solution_parts import narrowing_parts
+from shardprune.model.families import LLAMA, Family
+from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter, Step
-from tests.support.running import run
+from shardprune.solvers.methods import Effort
+from shardprune.storage.folder import Folder
+from tests.support.running import run, search_run
 
 SHAPES = {
     "self_attn.q_proj": (8192, 8192),
@@ -20,11 +26,12 @@ INPUTS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-FAMILY = Family("model.layers", INPUTS, frozenset(name for name in SHAPES if name.startswith("self_attn.")))
+ATTENTION = frozenset(name for name in SHAPES if name.startswith("self_attn."))
+FAMILY = Family("model.layers", INPUTS, ATTENTION, LLAMA)
 
 
 def pending(factorises):
-    return PendingWork({}, frozenset(), FAMILY, [SHAPES] * 2, [], None, False, factorises=factorises)
+    return PendingWork({}, frozenset(), FAMILY, [SHAPES] * 2, [], None, False, effort=Effort(sweeps=factorises))
 
 
 def test_solutions_count_as_the_waves_that_would_take_as_many_operations():
@@ -53,3 +60,39 @@ def test_a_layer_that_is_solved_says_how_many_projections_are(folder, tmp_path, 
     assert list(dict.fromkeys(solved)) == [f"layer 2/4, {count} of 7 projections solved" for count in (0, 3, 4, 6)]
     done = {detail: done for detail, done in seen if detail.startswith("layer 2/4")}  # the last of each
     assert done["layer 2/4, 0 of 7 projections solved"] < done["layer 2/4, 6 of 7 projections solved"]
+
+
+def test_of_a_narrower_layer_the_solutions_of_the_output_projections_count():
+    family, tokens = FAMILY, 4096
+    solved = [pending(True).solve_parts(0, (name,), tokens) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    assert narrowing_parts(Effort(sweeps=True), family, SHAPES, tokens) == sum(solved) > 4
+    assert narrowing_parts(Effort(), family, SHAPES, tokens) == 1
+
+
+COUNTED = {
+    "zeros": (run, {"sparsity": 0.5}),
+    "narrower": (run, {"structured": 0.3, "score": "obs"}),
+    "narrower, by the image under the layer as it was": (run, {"structured": 0.3, "score": "obs", "correction": False}),
+    "search by activity": (search_run, {"remove": 0.4, "score": "amp", "correction": False}),
+    "search by error": (search_run, {"remove": 0.4, "score": "obs", "correction": False}),
+    "corrected search": (search_run, {"remove": 0.4, "depth_rule": "perplexity"}),
+    "corrected search over replicas": (search_run, {"remove": 0.4, "shards": 2, "replicas": 2}),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_every_part_of_a_step_is_counted_once(folder, tmp_path, name):
+    start, fields = COUNTED[name]
+    start(folder, tmp_path / "o", **fields)
+    events = [event for event in read_events(Folder(str(tmp_path / "o"), "out")) if event["event"] == "progress"]
+    ended = {event["label"]: (event["done"], event["total"]) for event in events}  # the last of each
+    assert any(label in ended for label in ("prune", "iteration 2"))
+    assert all(done == total > 0 for done, total in ended.values()), ended
+
+
+def test_the_solutions_of_a_search_count(folder, tmp_path):
+    search_run(folder, tmp_path / "o", path="GL", scores=True, score="amp", correction=False, depth_rule="third-last")
+    events = read_events(Folder(str(tmp_path / "o"), "out"))
+    totals = {event["label"]: event["total"] for event in events if event["event"] == "progress"}
+    # Three waves through each candidate for its score, and once more for the activity; four layers are cut.
+    assert totals["iteration 1"] == 3 + 3 * 2 + 4

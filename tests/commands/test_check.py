@@ -1,13 +1,17 @@
 """`shardprune check`: outputs damaged by hand, of which each is found and named."""
 
+import io
 import json
 import os
+import re
 import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pytest
 import torch
 
-from shardprune.cli import main
+from shardprune.cli import carry_out, main
 from shardprune.commands.check import check
 from shardprune.errors import InputError
 from tests.commands.test_damaged_outputs import FRAME, INDEX, LAYER, PROJECTION, rewritten
@@ -54,7 +58,7 @@ def test_an_output_in_memory(outputs):
     assert line.endswith("50.0000% of the projections' weights are zero")
 
 
-# -- the twenty -----------------------------------------------------------------------------------------------------
+# -- damages --------------------------------------------------------------------------------------------------------
 
 
 def removed(name):
@@ -235,16 +239,45 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_and_named(outputs, tmp_path, name):
-    import re
+@pytest.fixture(scope="module")
+def printed(outputs, tmp_path_factory):
+    """What the command prints of each damaged output, lines of `OUT`, and its exit code."""
+    found = {}
+    for name, (whole, damage, _) in DAMAGES.items():
+        out = shutil.copytree(outputs / whole, tmp_path_factory.mktemp("damaged") / "out")
+        damage(out)
+        with redirect_stdout(io.StringIO()) as text:
+            code = carry_out(["check", str(out)])
+        found[name] = [line.replace(str(out), "OUT") for line in text.getvalue().splitlines()], code
+    return found
 
-    whole, damage, words = DAMAGES[name]
-    out = shutil.copytree(outputs / whole, tmp_path / "out")
-    damage(out)
-    found = lines_of(out)
-    assert all(line.startswith(str(out)) and "\n" not in line for line in found)
-    assert any(re.search(words, line) for line in found), found
+
+def naming(name, lines):
+    """The lines that name a damage."""
+    return [line for line in lines if re.search(DAMAGES[name][2], line)]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_named(printed, name):
+    lines, code = printed[name]
+    assert all(line.startswith("OUT") for line in lines)
+    assert naming(name, lines), lines
+    assert code == 1
+
+
+def test_the_table_of_the_page_is_what_is_printed(printed):
+    """But for sizes of files, in whose headers the digits of floats differ from machine to machine."""
+    rows = ["| damage | line | exit code |", "|---|---|---|"]
+    rows += [
+        f"| {name} | `{naming(name, lines)[0].removeprefix('OUT: ')}` | {code} |"
+        for name, (lines, code) in printed.items()
+    ]
+    page = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
+    assert _without_sizes("\n".join(rows)) in _without_sizes(page), "\n".join(rows)
+
+
+def _without_sizes(text):
+    return re.sub(r"[\d,]+ bytes and had [\d,]+", "sizes", text)
 
 
 def test_the_command(outputs, tmp_path, capsys):

@@ -88,7 +88,7 @@ def test_sparsities_are_those_of_the_plain_formulation(folder, allocation, tmp_p
     assert len({report.target for report in result.sparsity.projections}) >= 4
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 @pytest.mark.parametrize("allocation", OBSERVING)
 def test_the_target_is_met_to_a_weight_per_projection(folder, allocation, method, tmp_path):
     result = run(folder, tmp_path / "o", method=method, allocation=allocation, sparsity=0.7, outlier_m=M)
@@ -173,7 +173,7 @@ def test_ratios_are_not_taken_again_after_an_interruption(folder, fields, dies_a
     assert len(asked) == (1 if "shards" in fields else 0)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "alps"])
 def test_mixed_patterns(folder, method, tmp_path):
     fields = {"pattern": "mixed:8", "sparsity": 0.5, "outlier_lambda": 0.3, "outlier_m": M}
     result = run(folder, tmp_path / "o", method=method, **fields)

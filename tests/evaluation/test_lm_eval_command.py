@@ -7,6 +7,7 @@ import sys
 import pytest
 from lm_eval.api.registry import get_model
 
+from shardprune import process
 from shardprune.errors import InputError
 from tests.evaluation.material import evaluated, make_readable, write_task
 
@@ -18,7 +19,10 @@ def test_the_command_knows_the_model(tmp_path, monkeypatch):
     command += ["--model_args", f"pretrained={model},shards=2,backend=local,threads=2"]
     command += ["--tasks", "words", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path / "o")]
     monkeypatch.setattr(sys, "argv", command)
-    runpy.run_module("shardprune.evaluation.lm_eval", run_name="__main__")
+    monkeypatch.setattr(process, "quick_to_end", lambda: None)  # of a process of its own
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_module("shardprune.evaluation.lm_eval", run_name="__main__")
+    assert ending.value.code == 0
     (stored,) = (tmp_path / "o").rglob("results_*.json")
     found = json.loads(stored.read_text())
     own = evaluated(model, tasks="words", tasks_dir=str(tmp_path / "tasks"), shards=2).evaluation.tasks["words"]

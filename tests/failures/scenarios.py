@@ -43,6 +43,7 @@ SCENARIOS = (
     Scenario("prune", _prune(*HALF, *MEASURED)),
     Scenario("prune, streamed, Barber", _prune(*HALF, "--rebuild", "barber", "--weights", "streamed")),
     Scenario("prune, OWL", _prune(*HALF, "--method", "wanda", "--allocation", "owl")),
+    Scenario("prune, improved", _prune(*HALF, "--targets", "stream", "--reconstruct", "4")),
     Scenario("prune, structured", _prune("--structured", "0.3", *MEASURED)),
     Scenario("prune, composite", _prune("--structured", "0.3", *HALF, *MEASURED)),
     Scenario("rebuild", ("rebuild", "model", "sparse", *TEXT, "--wave", "4", *MEASURED)),

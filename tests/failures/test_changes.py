@@ -143,7 +143,7 @@ def test_the_same_command_twice_at_once_is_refused(folder, model, undisturbed, e
     start_another()
     assert snapshot(out) == before
     first.process.resume()
-    assert first.wait(120)
+    assert first.wait(240)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(f"error: out: {out} is in use by another run (process {first.process.pid} on ")
@@ -156,7 +156,7 @@ def test_two_commands_that_start_together_are_one_run(folder, model, undisturbed
     """Both find the output free; the first to claim it makes it."""
     out = tmp_path / "o"
     started = [Driver(words(folder, out, model), tmp_path / str(number), environment) for number in range(2)]
-    assert all(driver.wait(120) for driver in started)
+    assert all(driver.wait(240) for driver in started)
     codes = sorted(driver.code for driver in started if driver.code is not None)
     assert codes in ([0, 0], [0, 2]), [driver.lines() for driver in started]  # one may be over before the other looks
     assert differing(undisturbed, out) == []

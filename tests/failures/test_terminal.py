@@ -58,17 +58,23 @@ def check(terminal: Terminal, code: int, name: str) -> None:
     assert terminal.left_behind() == []
 
 
-def test_ctrl_c_before_anything_is_imported(tmp_path):
-    terminal = Terminal("-m", "shardprune", "plan", "m", cwd=tmp_path)
-    terminal.until(lambda: any("errors" in file.path for file in terminal.process.open_files()) or imported(terminal))
+# Words of a process that is still importing what it needs once it has loaded a library.
+IMPORTING = {
+    "the command": (["shardprune", "plan", "m"], "pydantic_core"),
+    "a job": (["jobs.prune", "recipe.yaml"], "pydantic_core"),
+    "a job that waits": (["jobs.with_gpus", "2", "true"], "_raylet"),
+    "the command of lm-eval": (["shardprune.evaluation.lm_eval", "--tasks", "x"], "libtorch"),
+}
+
+
+@pytest.mark.parametrize("name", IMPORTING)
+def test_ctrl_c_before_all_is_imported(name, tmp_path):
+    words, library = IMPORTING[name]
+    terminal = Terminal("-m", *words, cwd=tmp_path)
+    terminal.until(lambda: any(library in region.path for region in terminal.process.memory_maps()))
     terminal.press_ctrl_c()
     check(terminal, 130, "Ctrl-C")
     assert len(terminal.lines()) == 1
-
-
-def imported(terminal: Terminal) -> bool:
-    """Whether the process has the library of a package that only the command line imports."""
-    return any("pydantic_core" in region.path for region in terminal.process.memory_maps())
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +126,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-LONG = {"steps": 120, "checkpoint_every": 4}
+LONG = {"steps": 80, "checkpoint_every": 4}
 
 
 @pytest.mark.parametrize(("backend", "file"), [("local", "rows.safetensors"), ("ray", "latest")])

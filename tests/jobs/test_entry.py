@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import jobs
+from shardprune import process
 from shardprune.recipes.commands import RECIPES
 
 WITHOUT_RECIPE = {
@@ -27,6 +28,7 @@ def fails(monkeypatch, capsys):
 
     def run(job: str, *arguments: str) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [job, *arguments])
+        monkeypatch.setattr(process, "quick_to_end", lambda: None)  # of a process of its own
         with pytest.raises(SystemExit) as ending:
             runpy.run_module(f"jobs.{job}", run_name="__main__")
         return ending.value.code, capsys.readouterr().err.splitlines()[-1]
@@ -69,3 +71,11 @@ def test_without_a_recipe_the_usage_is_the_error(case, fails):
 @pytest.mark.parametrize("arguments", [[], ["2"], ["0", "true"], ["many", "true"]])
 def test_waiting_needs_a_number_and_a_command(arguments, fails):
     assert fails("with_gpus", *arguments) == (2, f"error: {WITHOUT_COMMAND}")
+
+
+def test_waiting_is_for_a_program_that_there_is(fails):
+    assert fails("with_gpus", "2", "no-such-program", "x") == (
+        2,
+        "error: command: 'no-such-program' is no program that can be found",
+    )
+    assert fails("with_gpus", "9" * 30, "true") == (2, f"error: {WITHOUT_COMMAND}")

@@ -17,19 +17,23 @@ from tests.support.tiny import CONFIGS
 VOCABULARY = 1024
 MODELS = {
     "wide": (512, 4096, 1, VOCABULARY, torch.float32),
-    "stored in 16 bits": (1024, 3072, 2, VOCABULARY, torch.bfloat16),
+    "stored in 16 bits": (1024, 3072, 1, VOCABULARY, torch.bfloat16),
     "narrow": (128, 384, 1, VOCABULARY, torch.float32),
-    "large vocabulary": (768, 1024, 4, 80_000, torch.float32),
+    "large vocabulary": (512, 1024, 4, 80_000, torch.float32),
     "large vocabulary in 16 bits": (768, 1024, 2, 120_000, torch.bfloat16),
 }
 FEW = {"samples": 4, "seqlen": 128, "sparsity": 0.5}
-WEIGHTS_ALONE = {**FEW, "seqlen": 512, "method": "magnitude", "measure_error": False}
+WEIGHTS_ALONE = {**FEW, "seqlen": 320, "method": "magnitude", "measure_error": False}
 
 # What dominates beside the process: the factor; choosing zeros; kept waves and the temporaries of one; all weights and
 # logits; of streamed weights, embedding and head, one after the other; of 16-bit weights, both forms of the one being
 # read.
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
+    "measured damping": ("wide", {**FEW, "samples": 8, "damping": "auto"}, "factor down"),
+    "alps": ("wide", {**FEW, "method": "alps"}, "factor down"),
+    "refit": ("wide", {**FEW, "method": "wanda", "refit": True}, "fit down"),
+    "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
     "resident": ("large vocabulary", WEIGHTS_ALONE, "logits"),

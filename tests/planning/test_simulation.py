@@ -176,6 +176,17 @@ LAYOUTS = [
     {"shards": 4, "eval": "wikitext2", "eval_windows": 32},
     {"streamed": True, "eval": "wikitext2", "eval_windows": 32},
     {"method": "wanda", "measure_error": False},
+    {"targets": "stream"},
+    {"targets": "stream", "streamed": True, "on_host": True, "replicas": 2, "samples": 32},
+    {"targets": "stream", "replicas": 4, "joined": True, "samples": 64},
+    {"reconstruct": 50},
+    {"reconstruct": 50, "replicas": 4, "samples": 64},
+    {"reconstruct": 20, "targets": "stream", "replicas": 4, "joined": True, "samples": 64},
+    {"targets": "stream", "shards": 4, "propagation": "parallel", "allocation": "owl"},
+    {"damping": "auto", "replicas": 4, "joined": True, "samples": 64},
+    {"damping": "auto", "replicas": 2, "samples": 32},
+    {"method": "alps", "replicas": 2, "samples": 32},
+    {"method": "wanda", "refit": True, "measure_error": False},
 ]
 
 

@@ -15,7 +15,7 @@ OFFERS = {
     "commands": ("shardprune p", ["prune", "pipeline", "plan"]),
     "options": ("shardprune prune --sa", ["--samples"]),
     "switches": ("shardprune prune --no-", ["--no-resume", "--no-correction", "--no-measure-error"]),
-    "choices": ("shardprune prune --method ", ["magnitude", "wanda", "sparsegpt"]),
+    "choices": ("shardprune prune --method ", ["magnitude", "wanda", "sparsegpt", "alps"]),
     "choices that begin so": ("shardprune prune model --allocation mo", ["mosaic", "mosaic-released"]),
     "choices of a table": ("shardprune plan --hardware ", list(HARDWARE)),
     "sources": ("shardprune prune m --calibration ", ["stdlib", "wikitext2", "ptb", "c4"]),
@@ -52,10 +52,11 @@ def test_other_shells_are_offered_the_same(shell, monkeypatch, capsys):
     monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
     with pytest.raises(SystemExit):
         typer.main.get_command(app).main([], prog_name="shardprune")
-    assert capsys.readouterr().out.replace('"', " ").replace("))'", " ").split()[-3:] == [
+    assert capsys.readouterr().out.replace('"', " ").replace("))'", " ").split()[-4:] == [
         "magnitude",
         "wanda",
         "sparsegpt",
+        "alps",
     ]
 
 

@@ -83,7 +83,21 @@ def test_waves_do_not_depend_on_the_machine():
             "pattern: '4:2' is not allowed; use 'unstructured', N:M with 0 < N < M such as 2:4, or mixed:M",
         ),
         ({"pattern": "2:4", "sparsity": 0.3}, "sparsity: 0.3 does not fit the pattern 2:4, which is 0.5"),
-        ({"sparsity": 0.5, "method": "obs"}, "method: 'obs' is not allowed; use one of magnitude, wanda, sparsegpt"),
+        (
+            {"sparsity": 0.5, "method": "obs"},
+            "method: 'obs' is not allowed; use one of magnitude, wanda, sparsegpt, alps",
+        ),
+        ({"sparsity": 0.5, "refit": True, "rebuild": "barber"}, "refit: True has no effect without keep_corrected"),
+        ({"sparsity": 0.5, "damping": 1.5}, "damping: 1.5 is not allowed; use a number from 0 to 1, or auto"),
+        ({"sparsity": 0.5, "damping": "much"}, "damping: 'much' is not allowed; use a number from 0 to 1, or auto"),
+        ({"sparsity": 0.5, "damping": True}, "damping: True is not allowed; use a number from 0 to 1, or auto"),
+        (
+            {"sparsity": 0.5, "method": "wanda", "damping": 0.1},
+            "damping: 0.1 has no effect without a method that takes",
+        ),
+        ({"sparsity": 0.5, "damping": "auto", "samples": 7}, "samples: 7 is too few for damping auto, which holds out"),
+        ({"sparsity": 0.5, "damping": "auto", "targets": "stream"}, "damping: 'auto' does not go with targets stream"),
+        ({"structured": 0.2, "refit": True}, "refit: True has no effect without a sparsity or a pattern N:M"),
         ({"pattern": "mixed:8"}, "sparsity: missing"),
         (
             {"pattern": "mixed:8", "sparsity": 0.9},

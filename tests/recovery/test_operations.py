@@ -77,7 +77,7 @@ def test_a_killed_build_is_begun_anew(cache):
     first.wait()
     assert cache.built("AdderBuilder", "adder", build(cache)).read_text() == "whole"
     assert count(cache) == 2
-    child.wait(30)
+    child.wait(120)
 
 
 def test_a_build_that_does_not_end_is_one_line(cache, monkeypatch):

@@ -120,13 +120,21 @@ def contrast(one, other):
     return (light + 0.05) / (dark + 0.05)
 
 
+# Plots are drawn anew some time after the scheme has changed: texts of axes are then light on dark ground, or dark on
+# light ground.
+DRAWN_IN = """scheme => [...document.querySelectorAll('.xtick text, .ytick text')].every(text => {
+    const [red, green, blue] = getComputedStyle(text).fill.match(/\\d+/g).map(Number);
+    return (red + green + blue > 384) === (scheme === 'dark');
+})"""
+
+
 @pytest.mark.parametrize("first", ["light", "dark"])
 def test_text_and_axes_stand_out_in_either_scheme(browser, runs, first):
     """Also where the scheme changes while the page is open."""
     page = opened(browser, runs.folder / "owl" / "report.html", first)
     for scheme in (first, "dark" if first == "light" else "light"):
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(300)
+        page.wait_for_function(DRAWN_IN, arg=scheme, timeout=60_000)
         behind = page.evaluate("getComputedStyle(document.querySelector('figure')).backgroundColor")
         assert (luminance(behind) > 0.5) == (scheme == "light")
         texts = page.evaluate(

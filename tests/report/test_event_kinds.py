@@ -98,7 +98,7 @@ def test_a_run_goes_on_after_a_log_that_is_no_text(tmp_path):
 
 def test_no_event_of_another_shape_ends_a_status_or_a_timeline(tmp_path):
     source = random.Random(0)
-    for _ in range(400):
+    for _ in range(150):
         events = json.loads(json.dumps(EVENTS))
         for _ in range(source.randint(1, 4)):
             event = source.choice(events)

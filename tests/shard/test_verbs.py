@@ -60,7 +60,10 @@ def test_methods_that_are_no_verbs_have_no_kind():
 
 WAVES = {
     ForwardWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate"},
-    PruneWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"},
+    PruneWorker: {
+        *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"),
+        *("confront", "aim", "miss"),
+    },
     MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }
 

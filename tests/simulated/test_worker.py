@@ -32,6 +32,13 @@ def test_a_layer_asks_no_more_of_the_gpu_than_it_must():
     assert not over
 
 
+def test_alps_waits_for_the_gpu_once_for_an_input_and_for_each_count():
+    """However many iterations: once at the first factor, then as every method for its findings."""
+    for label, asked in count_layer(64, method="alps").items():
+        if label.startswith("solve"):
+            assert asked.syncs <= STEPS[label][1] - 1, label
+
+
 def test_waves_on_the_host_come_and_go_once():
     steps = count_layer(HIDDEN, activations="host")
     over = {label: steps[label] for label, bound in ON_HOST.items() if not within(steps[label], bound)}

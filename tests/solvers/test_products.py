@@ -7,6 +7,7 @@ import torch
 
 from shardprune.solvers import products, sparsegpt
 from shardprune.solvers.factor import factorise
+from shardprune.solvers.methods import DAMPING
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.products import add_product
 from shardprune.solvers.statistics import InputStatistics, output_error
@@ -99,11 +100,11 @@ def exact_steps(statistics, damping):
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_factor_by_split_products_is_as_accurate_as_by_float32(decay, monkeypatch):
     statistics = spectrum(decay)
-    exact, condition = exact_steps(statistics, sparsegpt.DAMPING)
+    exact, condition = exact_steps(statistics, DAMPING)
     assert decay == 0 or condition > 1e4
 
     def distance():
-        steps = factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale).steps
+        steps = factorise(statistics.sums, DAMPING, statistics.scale).steps
         return float((steps.double() - exact).norm() / exact.norm())
 
     plain = distance()
@@ -111,7 +112,7 @@ def test_factor_by_split_products_is_as_accurate_as_by_float32(decay, monkeypatc
     split = distance()
     assert split < 2 * plain
     everywhere(monkeypatch, tf32_product)
-    assert factorise(statistics.sums, sparsegpt.DAMPING, statistics.scale).retries or distance() > 20 * split
+    assert factorise(statistics.sums, DAMPING, statistics.scale).retries or distance() > 20 * split
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])

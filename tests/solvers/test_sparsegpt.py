@@ -4,7 +4,7 @@ import torch
 from shardprune.errors import SolverError
 from shardprune.solvers import sparsegpt
 from shardprune.solvers.factor import factorise
-from shardprune.solvers.methods import Target
+from shardprune.solvers.methods import DAMPING, Target
 from shardprune.solvers.pattern import Unstructured, parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
@@ -168,7 +168,7 @@ def test_the_weight_given_is_left_alone():
 def test_a_projection_that_shares_an_input_reuses_its_factor():
     statistics = gathered(inputs(4, 40, 64, seed=0))
     sparsegpt.prune(torch.randn(16, 64), statistics, Unstructured(), 0.5)
-    assert statistics.factor(sparsegpt.DAMPING) is statistics.factor(sparsegpt.DAMPING)
+    assert statistics.factor(DAMPING) is statistics.factor(DAMPING)
 
 
 @pytest.mark.parametrize("cols", [1, 70, 257, 600])  # below, at the edge of and above a leaf of the recursion

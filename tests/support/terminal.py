@@ -47,6 +47,7 @@ class Terminal:
         os.close(slave)
         self._shown = b""
         self._over = threading.Event()
+        self._read_all = threading.Event()  # of what there was to read; processes of the command may stay a while
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -55,6 +56,10 @@ class Terminal:
             while not self._over.is_set():
                 if select.select([self._master], [], [], 0.05)[0]:
                     self._shown += os.read(self._master, 65536)
+                else:
+                    self._read_all.set()
+        self._over.set()
+        self._read_all.set()
         os.close(self._master)
 
     def close(self) -> None:
@@ -75,14 +80,16 @@ class Terminal:
                 raise AssertionError(self.lines())
             time.sleep(0.005)
 
-    def ended(self, seconds: float = 120) -> int:
+    def ended(self, seconds: float = 240) -> int:
         """Wait for the end, and return the exit code as shells report it."""
         try:
             code = self.process.wait(seconds)
         except psutil.TimeoutExpired:
             self.left_behind(0)
             raise AssertionError(self.lines()) from None
-        self._reader.join(5)
+        for _ in range(2):  # the first may have been said before the last words came
+            self._read_all.clear()
+            assert self._over.is_set() or self._read_all.wait(60)
         return code if code >= 0 else 128 - code
 
     def lines(self) -> list[str]:
@@ -90,7 +97,7 @@ class Terminal:
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._shown.decode(errors="replace"))
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
 
-    def left_behind(self, seconds: float = 30) -> list[str]:
+    def left_behind(self, seconds: float = 120) -> list[str]:
         """The processes of the command that are there after some seconds, of which they may take a while to end."""
         deadline = time.monotonic() + seconds
         while (found := self._processes()) and time.monotonic() < deadline:

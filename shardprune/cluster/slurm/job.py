@@ -23,6 +23,7 @@ from shardprune.standard_streams import outputs
 from shardprune.storage.json_file import parse_json
 
 START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be loaded from slow network storage
+VARIABLES = ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_JOB_NODELIST")  # of every job
 STOP_SECONDS = 15.0  # for Ray to end on the nodes
 FINISHED = frozenset({0, 2})  # exit codes after which another attempt would do nothing or fail alike
 
@@ -58,7 +59,7 @@ class Job:
 
     def run(self) -> int:
         """Run the attempt; return the job's exit code."""
-        for number in (signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: self.events.put(Signalled(signal.Signals(number))))
         say(f"job {self.id}, attempt {self.restarts + 1} on {len(self.nodes)} nodes: {', '.join(self.nodes)}")
         try:
@@ -206,7 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--object-store", type=int, help="bytes of each node's object store")
     parser.add_argument("--tmp", default="/tmp", help="directory of every node for Ray's files")
     parser.add_argument("command", nargs="+", help="a command of shardprune and its options, after --")
-    return Job(parser.parse_args(arguments)).run()
+    options = parser.parse_args(arguments)
+    if missing := [name for name in VARIABLES if name not in os.environ]:
+        say(f"error: {missing[0]} is not set: this is the process of a job that `shardprune slurm` has written")
+        return 2
+    return Job(options).run()
 
 
 if __name__ == "__main__":

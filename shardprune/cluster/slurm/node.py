@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--object-store", type=int, help="bytes of the object store")
     options = parser.parse_args(arguments)
     happened: SimpleQueue[str] = SimpleQueue()
-    signal.signal(signal.SIGTERM, lambda *_: happened.put(END))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: happened.put(END))
     _adopt_orphans()
     token = sys.stdin.readline().strip()
     threading.Thread(target=_listen, args=(happened,), daemon=True).start()

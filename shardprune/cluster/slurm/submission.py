@@ -13,7 +13,7 @@ def write_script(path: Path, text: str) -> None:
         InputError: the file holds something else, or cannot be written.
     """
     try:
-        if path.exists() and path.read_bytes() != text.encode():
+        if path.exists() and not (path.is_file() and path.read_bytes() == text.encode()):
             raise InputError(
                 "script", f"{str(path)!r} exists and holds something else; remove it or choose another name"
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import plotly.graph_objects as go
 
 from shardprune.report.page.plot import Plot, figure, series
-from shardprune.report.result import BlockResult, NarrowedLayer, ProjectionResult
+from shardprune.report.result import BlockResult, ImprovementResult, NarrowedLayer, ProjectionResult
 
 TICKS = 12  # of the axis of layers, at most
 STEPS = (1, 2, 5, 10, 20, 50, 100)
@@ -49,6 +49,22 @@ def block_errors(blocks: Iterable[BlockResult]) -> Plot | None:
         "Error of rebuilt blocks by layer (relative, no unit)",
         "‖dense − sparse‖² / ‖dense‖² of the output of each block on the calibration data, before and after its masks "
         "were rebuilt.",
+    )
+
+
+def improvement_errors(improvements: Iterable[ImprovementResult]) -> Plot | None:
+    """Plot the output error of every layer on held-out windows before and after the last step that was meant to improve
+    it.
+    """
+    points: dict[tuple[int, str], float] = {}
+    for step in improvements:
+        points[step.layer, f"{step.step}, before"] = step.error_before
+        points[step.layer, f"{step.step}, after"] = step.error_after if step.kept else step.error_before
+    return _errors(
+        [(layer, name, error) for (layer, name), error in points.items() if math.isfinite(error)],
+        "Error of layers on held-out windows (relative, no unit)",
+        "‖output − dense output‖² / ‖dense output − dense input‖² of each layer before and after the last step of a "
+        "kind that was meant to improve it, as it was kept or undone.",
     )
 
 

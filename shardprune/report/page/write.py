@@ -9,7 +9,7 @@ from shardprune.report.page.heat_maps import outlier_map, sparsity_map
 from shardprune.report.page.history import History
 from shardprune.report.page.memory import memory_of_workers
 from shardprune.report.page.mop_path import path_of_search
-from shardprune.report.page.output_errors import block_errors, narrowing_errors, projection_errors
+from shardprune.report.page.output_errors import block_errors, improvement_errors, narrowing_errors, projection_errors
 from shardprune.report.page.place import FILE, place_of_report
 from shardprune.report.page.plot import Plot
 from shardprune.report.page.render import Grid, Section, render
@@ -29,6 +29,8 @@ from shardprune.storage.folder import Folder, output_folder
 from shardprune.storage.locations import absolute
 from shardprune.storage.retrying import preflight
 from shardprune.storage.yaml_file import dump_yaml
+
+GENERATED = b'<meta name="generator" content="shardprune">'
 
 
 @preflight()
@@ -55,8 +57,8 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
     that are not finished.
 
     Raises:
-        InputError: there are fewer than two, one holds no run that made a model, none is finished, or something cannot
-            be read or written.
+        InputError: there are fewer than two, one holds no run that made a model, none is finished, the file holds
+            something else, or something cannot be read or written.
     """
     outs = list(dict.fromkeys(outs))
     if len(outs) < 2:
@@ -72,9 +74,14 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
     grid = Grid(HEADINGS, comparison_rows(points), numbers=3)
     place = absolute(file)
     where, _, name = place.rpartition("/")
+    if not name.endswith(".html"):
+        raise InputError("file", f"{file!r} does not end in .html")
+    folder = Folder(where or "/", "file")
+    if folder.size(name) and GENERATED not in folder.read_bytes(name):
+        raise InputError("file", f"{file!r} exists and is no report; remove it or choose another name")
     remarks = [f"Not finished, and therefore not on this page: {', '.join(unfinished)}."] if unfinished else []
     section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points), remarks=remarks)
-    Folder(where or "/", "file").write_text(name, render(f"{len(outs)} runs compared", [section]))
+    folder.write_text(name, render(f"{len(outs)} runs compared", [section]))
     return place, unfinished
 
 
@@ -142,6 +149,7 @@ def _plots(result: Result) -> list[Plot | None]:
         plots += [sparsity_map(result.sparsity), outlier_map(result.sparsity)]
         plots.append(projection_errors(result.sparsity.projections))
         plots.append(block_errors(result.sparsity.blocks or ()))
+        plots.append(improvement_errors(result.sparsity.improvements or ()))
     if result.structure:
         plots.append(narrowing_errors(result.structure.layers or ()))
         if result.structure.path:

@@ -1,29 +1,34 @@
 """Evaluation on real Ray actors: the same numbers as in one process, whatever happens to a worker."""
 
 import signal
+import socket
 
+import psutil
 import pytest
 
 from shardprune import EvaluateRecipe, evaluate
-from shardprune.errors import InputError
+from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter, Step
 from tests.evaluation.material import QUIET, write_task
 from tests.support.clusters import processes_of
 
 
-class Killing(Reporter):
-    """Kills a worker as soon as the first wave of a step is through."""
+class Sending(Reporter):
+    """Sends a signal to a worker as soon as the first wave of log-likelihoods is through, and keeps what is said."""
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, number: signal.Signals) -> None:
         super().__init__(quiet=True)
-        self.label, self.killed = label, 0
+        self.number, self.said = number, []
+        self.victim: psutil.Process | None = None
 
     def show(self, step: Step) -> None:
-        if step.label == self.label and step.done == 1 and not self.killed:
-            victim = processes_of("ForwardActor")[-1]
-            victim.send_signal(signal.SIGKILL)
-            self.killed = victim.pid
+        if step.label == "log-likelihoods" and step.done == 1 and not self.victim:
+            self.victim = processes_of("ForwardActor")[-1]
+            self.victim.send_signal(self.number)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +69,23 @@ def test_shards_and_replicas_measure_what_one_process_does(ray, recipe, local):
     ]
 
 
-def test_a_killed_worker_is_replaced(ray, recipe, local):
-    reporter = Killing("log-likelihoods")
-    result = evaluate(recipe(shards=2), reporter)
-    assert reporter.killed
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_is_replaced(ray, recipe, local, number):
+    reporter = Sending(number)
+    result = evaluate(recipe(shards=2, patience="8s"), reporter)
     assert result.restarts == 1
     assert result.evaluation == local.evaluation
+    reporter.victim.wait(60)
+    (said,) = [text for text in reporter.said if text.startswith("a worker was lost (")]
+    if number == signal.SIGSTOP:
+        assert f"worker 1.0 (process {reporter.victim.pid} on {socket.gethostname()}) has given no sign of life" in said
+
+
+def test_a_stopped_worker_ends_an_evaluation_that_may_not_restart(ray, recipe):
+    reporter = Sending(signal.SIGSTOP)
+    with pytest.raises(WorkerLost, match=r"worker 0.0 \(process \d+ on .*\) has given no sign of life for"):
+        evaluate(recipe(patience="8s", max_restarts=0), reporter)
+    reporter.victim.wait(60)
 
 
 def test_more_workers_than_the_cluster_has(ray, recipe):

@@ -7,9 +7,12 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from ray.train import get_context
 
+from shardprune.cluster import ray_training
 from shardprune.cluster.ray_training import _ends_an_attempt
 from shardprune.errors import InputError
+from shardprune.recovery.training import Training
 from shardprune.report.events import read_events
 from shardprune.storage.folder import Folder
 from tests.recovery.trainings import (
@@ -82,6 +85,33 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, al
     assert furthest(tmp_path / "o", alone[0]) < 1e-4
     assert same_zeros(folder / "sparse", tmp_path / "o")
     assert not (tmp_path / "o" / "training").exists()
+
+
+def test_a_training_that_stands_still_is_started_again(ray, folder, tmp_path, monkeypatch):
+    """One process waits for what never happens, the other one for it in a collective."""
+    work, marker = ray_training._work, tmp_path / "stood still"
+
+    def hanging(config) -> None:
+        if get_context().get_world_rank() == 1 and not marker.exists():
+            step = Training._step
+
+            def stand_still(training, number, upcoming):
+                if number == 2:
+                    marker.touch()
+                    threading.Event().wait()
+                return step(training, number, upcoming)
+
+            Training._step = stand_still
+        work(config)
+
+    monkeypatch.setattr(ray_training, "_work", hanging)
+    out = tmp_path / "o"
+    result = recover(checked(folder, out, workers=2, patience="8s", steps=4), QUIET)
+    (lost,) = [event for event in read_events(Folder(str(out), "out")) if event["event"] == "lost"]
+    assert "training worker 1 (process" in lost["reason"]
+    assert "without any use of the processor" in lost["reason"]
+    assert marker.exists()
+    assert (result.restarts, len(result.recovery.losses)) == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,10 @@
-#!/usr/bin/env python3
 """A real Slurm cluster of virtual nodes on one machine, without systemd. Needs root.
-
-    python tests/cluster/slurm/sandbox.py up 3            start munged, slurmctld, 3 slurmd; wait until all are idle
-    python tests/cluster/slurm/sandbox.py status          one line per daemon, then sinfo
-    python tests/cluster/slurm/sandbox.py exec NODE CMD   run a command inside a node
-    python tests/cluster/slurm/sandbox.py kill-node NODE  power failure: kill everything on the node at once
-    python tests/cluster/slurm/sandbox.py start-node NODE start a killed node again
-    python tests/cluster/slurm/sandbox.py down [--keep]   stop everything that `up` started; --keep leaves the logs
 
 Each node has its own network, UTS, mount and PID namespace: an address on a private bridge, a hostname, /dev/shm,
 /tmp/ray and a process table of its own. Disk, CPUs and memory are the machine's; Slurm is told sizes and enforces none.
-Everything lies in $SLURM_SANDBOX_DIR. Clients need SLURM_CONF=$SLURM_SANDBOX_DIR/etc/slurm.conf.
+`python -m tests.cluster.slurm` starts and stops one by hand.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -28,78 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.cluster.slurm.configuration import CGROUP_CONF, CONF, EPILOG
+from tests.cluster.slurm.processes import alive, children, identity, stop
+
+ROOT = Path(__file__).resolve().parents[3]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 PRIVATE = ("/tmp/ray",)  # directories of which each node has its own
 SHM_MIB = 2048
-
-# proctrack/linuxproc follows parents only, so it misses what has been re-parented to PID 1, as Ray's daemons are. The
-# epilog finds that by its environment, logs it and ends it: a job that ends cleanly adds no line to leftovers.log.
-EPILOG = """#!/bin/bash
-for p in /proc/[0-9]*; do
-  pid=${p#/proc/}
-  [ "$pid" != $$ ] || continue
-  marks=$(tr '\\0' '\\n' <$p/environ 2>/dev/null | grep -cxF -e "SLURM_JOB_ID=$SLURM_JOB_ID" -e "SLURM_CONF=@CONF@")
-  [ "$marks" = 2 ] || continue
-  args=$(tr '\\0' ' ' <$p/cmdline 2>/dev/null)
-  case "$args" in *"$0"*|slurmstepd*|slurmd*|"") continue;; esac
-  kill -9 "$pid" 2>/dev/null && echo "job $SLURM_JOB_ID node $SLURMD_NODENAME pid $pid ${args:0:160}" >>@LOG@
-done
-exit 0
-"""
-
-# SlurmdParameters=config_overrides: sizes are declared, not measured. The times make Slurm quick; its own are 300 s for
-# a silent node, 30 s between TERM and KILL, and 120 s (cred_expire) before a requeued job starts again.
-CONF = """ClusterName=sandbox
-SlurmctldHost={host}({subnet}.1)
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge/munge.sock,cred_expire={requeue_wait}
-CredType=cred/munge
-SlurmctldPort={port}
-SlurmdPort={slurmd_port}
-SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd.%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd.%n.log
-StateSaveLocation={folder}/spool/ctld
-SlurmdSpoolDir={folder}/spool/%n
-ProctrackType=proctrack/linuxproc
-Epilog={folder}/etc/epilog
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/filetxt
-JobCompLoc={folder}/log/jobcomp.log
-SwitchType=switch/none
-MpiDefault=none
-SlurmdParameters=config_overrides
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU={memory_per_cpu}
-SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=1,sched_min_interval=100000,batch_sched_delay=0
-SlurmdTimeout={node_timeout}
-SlurmctldTimeout=30
-KillWait={kill_wait}
-MessageTimeout=10
-BatchStartTimeout=10
-CompleteWait=0
-MinJobAge=3600
-ReturnToService=2
-JobRequeue=1
-{gres}
-{nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
-"""
-CGROUP_CONF = """CgroupPlugin=cgroup/v1
-CgroupMountpoint=/sys/fs/cgroup
-CgroupAutomount=no
-ConstrainCores=no
-ConstrainRAMSpace=no
-ConstrainDevices=no
-"""
 
 
 class NotUp(RuntimeError):
@@ -219,7 +146,7 @@ class Sandbox:
             for name in names:
                 self._start_node(state, name)
             idle = dict.fromkeys(names, "idle")
-            self._until("the nodes", lambda: self.node_states() == idle, 25, log=self.log / "slurmctld.log")
+            self._until("the nodes", lambda: self.node_states() == idle, 120, log=self.log / "slurmctld.log")
         except BaseException:
             self.down(keep=True)
             raise
@@ -241,7 +168,7 @@ class Sandbox:
         console = self.log / "munged.console"
         munged = self._spawn(["munged", "--foreground", f"--key-file={key}", *options], console)
         self._record(state, "munged", munged)
-        self._until("munged", (munge / "munge.sock").exists, 10, munged, console)
+        self._until("munged", (munge / "munge.sock").exists, 60, munged, console)
         bridge = state["bridge"]
         _run("ip", "link", "add", bridge, "type", "bridge")
         _run("ip", "addr", "add", f"{state['subnet']}.1/24", "brd", "+", "dev", bridge)
@@ -250,7 +177,7 @@ class Sandbox:
         self._record(state, "slurmctld", slurmctld)
 
     def _record(self, state: dict[str, Any], daemon: str, process: "subprocess.Popen[bytes]") -> None:
-        state["daemons"][daemon] = _identity(process.pid)
+        state["daemons"][daemon] = identity(process.pid)
         self._save(state)
 
     def start_node(self, name: str) -> None:
@@ -264,10 +191,12 @@ class Sandbox:
         wired.unlink(missing_ok=True)
         unshared.unlink(missing_ok=True)
         namespaces = ["--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        outer = self._spawn(["unshare", *namespaces, sys.executable, __file__, "init", name], console)
-        self._until(f"namespaces of {name}", unshared.exists, 10, outer, console)
-        init = _children(outer.pid)[0]
-        state["nodes"][name] = {"unshare": _identity(outer.pid), "init": _identity(init)}
+        outer = self._spawn(
+            ["unshare", *namespaces, sys.executable, "-m", "tests.cluster.slurm", "init", name], console
+        )
+        self._until(f"namespaces of {name}", unshared.exists, 60, outer, console)
+        init = children(outer.pid)[0]
+        state["nodes"][name] = {"unshare": identity(outer.pid), "init": identity(init)}
         self._save(state)
         link = f"{state['bridge']}v{number}"
         _run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(init))
@@ -277,7 +206,7 @@ class Sandbox:
         _run(*inside, "addr", "add", f"{state['subnet']}.{10 + number}/24", "brd", "+", "dev", "eth0")
         _run(*inside, "link", "set", "eth0", "up")
         wired.touch()
-        self._until(f"slurmd of {name}", lambda: bool(_children(init)), 5, outer, console)
+        self._until(f"slurmd of {name}", lambda: bool(children(init)), 60, outer, console)
 
     def run_init(self, name: str) -> None:
         """Be process 1 of a node: what it has of its own, then slurmd, then whatever becomes an orphan."""
@@ -304,7 +233,7 @@ class Sandbox:
 
     def kill_node(self, name: str) -> None:
         """Kill everything on a node at once; its network goes, too."""
-        _stop(self._known(name)["nodes"][name]["init"], signal.SIGKILL)
+        stop(self._known(name)["nodes"][name]["init"], signal.SIGKILL)
 
     def command_inside(self, name: str, *command: str) -> list[str]:
         """The command that runs another one inside a node."""
@@ -333,11 +262,11 @@ class Sandbox:
         if not state:
             return
         for node in state["nodes"].values():
-            _stop(node["init"], signal.SIGKILL)
-            _stop(node["unshare"])
+            stop(node["init"], signal.SIGKILL)
+            stop(node["unshare"])
         for daemon in ("slurmctld", "munged"):
             if daemon in state["daemons"]:
-                _stop(state["daemons"][daemon], grace=8.0)
+                stop(state["daemons"][daemon], grace=8.0)
         links = [f"{state['bridge']}v{number}" for number in range(1, len(state["names"]) + 1)]
         end = time.monotonic() + 3  # they go with their namespaces, a little later
         while time.monotonic() < end and any(Path("/sys/class/net", link).exists() for link in links):
@@ -354,7 +283,7 @@ class Sandbox:
         if not state:
             return "down"
         processes = state["daemons"] | {name: node["init"] for name, node in state["nodes"].items()}
-        lines = [f"{name:<12} pid {who[0]:<8} {'up' if _alive(who) else 'DEAD'}" for name, who in processes.items()]
+        lines = [f"{name:<12} pid {who[0]:<8} {'up' if alive(who) else 'DEAD'}" for name, who in processes.items()]
         sinfo = self.client("sinfo", "-N", "-o", "%N %T %c %m %G %E", check=False).stdout
         return "\n".join([*lines, sinfo.strip(), f"export SLURM_CONF={self.conf}"])
 
@@ -367,6 +296,7 @@ class Sandbox:
                 stderr=file,
                 start_new_session=True,
                 env=self.environment,
+                cwd=ROOT,
             )
 
     def _until(
@@ -385,86 +315,7 @@ class Sandbox:
             time.sleep(0.03)
 
 
-Identity = Sequence[Any]  # pid, and start time or None
-
-
-def _start_time(pid: int) -> str | None:
-    """When a process started, in ticks since the machine did; None where it is gone or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _identity(pid: int) -> Identity:
-    return [pid, _start_time(pid)]
-
-
-def _alive(who: Identity) -> bool:
-    return who[1] is not None and _start_time(who[0]) == who[1]
-
-
-def _stop(who: Identity, first: signal.Signals = signal.SIGTERM, grace: float = 3.0) -> None:
-    for number, seconds in ((first, grace), (signal.SIGKILL, 2.0)):
-        if not _alive(who):
-            return
-        os.kill(who[0], number)
-        end = time.monotonic() + seconds
-        while _alive(who) and time.monotonic() < end:
-            time.sleep(0.02)
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 def _run(*command: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise NotUp(f"{' '.join(command)}: {done.stdout.strip()}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    up = commands.add_parser("up")
-    up.add_argument("nodes", type=int)
-    for name, default in (("cpus", 4), ("memory", 8000), ("gpus", 0), ("port", 16817)):
-        up.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("requeue-wait", 10), ("kill-wait", 5), ("node-timeout", 10)):
-        up.add_argument(f"--{name}", type=int, default=default, help="seconds")
-    up.add_argument("--subnet", default="10.77.0")
-    commands.add_parser("down").add_argument("--keep", action="store_true")
-    commands.add_parser("status")
-    for name in ("kill-node", "start-node", "init", "exec"):
-        commands.add_parser(name).add_argument("node")
-    commands.choices["exec"].add_argument("words", nargs=argparse.REMAINDER)
-    given = vars(parser.parse_args())
-    sandbox, command = Sandbox(os.environ.get("SLURM_SANDBOX_DIR", "/tmp/slurm-sandbox")), given.pop("command")
-    try:
-        if command == "up":
-            if lacks := why_not():
-                sys.exit(lacks)
-            sandbox.up(**given)
-            print(sandbox.status())
-        elif command == "down":
-            sandbox.down(**given)
-        elif command == "status":
-            print(sandbox.status())
-        elif command == "exec":
-            words = sandbox.command_inside(given["node"], *given["words"])
-            os.execvpe(words[0], words, sandbox.environment)
-        else:
-            {"kill-node": sandbox.kill_node, "start-node": sandbox.start_node, "init": sandbox.run_init}[command](
-                given["node"]
-            )
-    except NotUp as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

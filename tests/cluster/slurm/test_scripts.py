@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from shardprune.cli import main
+from shardprune.cluster.slurm import job
 from shardprune.cluster.slurm.batch import BatchJob, standing_script
 from shardprune.recipes.commands import COMMANDS
 
@@ -182,3 +183,9 @@ def test_a_machine_without_slurm(recipe, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert run("r.yaml", "--submit") == 2
     assert capsys.readouterr().err == "error: submit: sbatch is not installed here; 'r.sbatch' is written\n"
+
+
+def test_the_process_of_a_job_outside_of_slurm_says_so(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert job.main(["--", "prune", "m"]) == 2
+    assert "error: SLURM_JOB_ID is not set" in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""The fields of the steps that improve a layer beyond its pruning method."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from shardprune.errors import InputError
+from shardprune.recipes.settings import Settings
+from shardprune.solvers.improving import LEAST_SAMPLES, Improving
+from shardprune.solvers.rebuilding import Rebuilding
+
+
+class ImprovingFields(Settings):
+    """Steps that improve a layer; each is kept only where held-out windows say that it does."""
+
+    title: ClassVar[str] = "Improvement"
+
+    targets: Literal["auto", "stream", "own"] = Field(
+        "auto",
+        description="Targets of the projections: the dense residual stream, or own outputs; auto: own",
+    )
+
+    reconstruct: int = Field(
+        0, ge=0, description="Steps of training each layer's kept weights towards the dense output; 0: none"
+    )
+
+    @property
+    def towards_stream(self) -> bool:
+        """Whether projections aim at the dense residual stream: the one place that says what `auto` is."""
+        return self.targets == "stream"
+
+    @property
+    def decided(self) -> dict[str, str]:
+        """The fields that may be `auto`, by the value that this is for the recipe."""
+        return {"targets": "stream" if self.towards_stream else "own"}
+
+    @property
+    def improving(self) -> Improving:
+        """The steps."""
+        return Improving(self.towards_stream, self.reconstruct)
+
+    def check_improving(self, samples: int, rebuilding: Rebuilding | None) -> None:
+        """Check that windows can be held out of so many samples, and that nothing undoes the steps.
+
+        Raises:
+            InputError: there are too few, or masks are rebuilt.
+        """
+        if rebuilding and self.towards_stream:
+            raise InputError("rebuild", "'barber' does not go with targets stream; use targets own, or rebuild none")
+        if self.improving and samples < LEAST_SAMPLES:
+            asked = "targets stream" if self.towards_stream else "reconstruct"
+            raise InputError(
+                "samples", f"{samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
+            )

@@ -1,0 +1,46 @@
+"""The damping of each projection, chosen by the error of its outputs on calibration windows that are held out.
+
+Damping is what a solver believes of its Gram matrix: too little fits the calibration tokens, too much prunes by
+magnitude. How much is best depends on the sparsity, the method and the number of tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from shardprune.errors import SolverError
+from shardprune.solvers.methods import DAMPINGS, Solve, Target
+from shardprune.solvers.statistics import InputStatistics, gram_norm
+
+
+def choose(solve: Solve, targets: Sequence[Target], statistics: InputStatistics) -> list[Target]:
+    """Return the projections that read one input, each with that of `DAMPINGS` whose solution loses least on the
+    held-out windows, the first of several.
+
+    Args:
+        solve: how the projections are solved; once for each value.
+        statistics: of kind `gram`, with those of held-out windows.
+
+    Raises:
+        SolverError: of the solver; or its solutions are finite with none of the values.
+    """
+    assert statistics.held_out is not None
+    lost = []
+    for damping in DAMPINGS:
+        tried = [replace(target, damping=damping) for target in targets]
+        lost.append(
+            torch.stack(
+                [
+                    gram_norm(target.weight.float() - solution.weight, statistics.held_out.sums)
+                    for target, solution in zip(targets, solve(tried, statistics), strict=True)
+                ]
+            )
+        )
+        statistics.forget_factors()  # as large as the sums
+    errors = torch.stack(lost).nan_to_num_(nan=float("inf"))
+    best, places = errors.min(dim=0)
+    found, dampings = torch.stack([best, places.double()]).tolist()
+    if float("inf") in found:
+        raise SolverError("the pruned weight is not finite")
+    return [replace(target, damping=DAMPINGS[int(place)]) for target, place in zip(targets, dampings, strict=True)]

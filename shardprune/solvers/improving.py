@@ -1,0 +1,41 @@
+"""The steps that improve a layer beyond its pruning method, and the calibration windows held out to judge them. Read
+without torch.
+
+A step that is meant to improve a layer is kept only if the layer's output comes nearer to the dense one on windows that
+it has not seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+LEAST_SAMPLES = 8  # calibration windows: half of them may be held out
+LEAST_HELD_OUT, SHARE = 4, 10  # windows, and a tenth of all
+
+
+@dataclass(frozen=True)
+class Improving:
+    """The steps that improve a layer: whether its projections aim at the dense residual stream (`stream_targets`), and
+    by how many steps its kept weights are trained in the end (`reconstruction`). With `measured_damping`, which is no
+    step of its own, held-out windows choose the damping of each projection."""
+
+    stream_targets: bool = False
+    reconstruction: int = 0
+    measured_damping: bool = False
+
+    def __bool__(self) -> bool:
+        return self.stream_targets or self.reconstruction > 0
+
+    def held_out(self, samples: int) -> int:
+        """Return how many of the calibration windows are held out: a tenth, at least four; none where nothing is to be
+        judged."""
+        return max(LEAST_HELD_OUT, -(-samples // SHARE)) if self or self.measured_damping else 0
+
+
+NOTHING = Improving()
+
+
+def held_out_last(samples: int, held_out: int) -> Sequence[int]:
+    """Return an order of the calibration windows in which those held out are the last: windows at equal distances, so
+    that every source of a mixture has its share of them."""
+    held = {(2 * place + 1) * samples // (2 * held_out) for place in range(held_out)}
+    return [*(place for place in range(samples) if place not in held), *sorted(held)]

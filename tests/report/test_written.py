@@ -1,0 +1,192 @@
+"""When a report is written, where it lies, and what is said where there can be none."""
+
+import json
+import re
+
+import pytest
+
+from shardprune import EvaluateRecipe, evaluate
+from shardprune.cli import main
+from shardprune.errors import InputError, StorageError
+from shardprune.report.page.place import place_of_report
+from shardprune.report.page.write import write_comparison, write_report
+from shardprune.report.progress import Reporter
+from shardprune.storage.folder import Folder
+from tests.report.reading import cells, page_of
+from tests.support.running import run, search_run
+from tests.support.tiny import snapshot
+
+
+def test_a_report_is_written_unless_it_is_not_wanted(runs, tmp_path):
+    fields = {"sparsity": 0.5, "samples": 4}
+    assert run(runs.folder, tmp_path / "without", **fields, report=False)
+    assert not (tmp_path / "without" / "report.html").exists()
+    run(runs.folder, tmp_path / "with", **fields, report=True)
+    before = snapshot(tmp_path / "with")
+    run(runs.folder, tmp_path / "with", **fields, report=True)
+    assert snapshot(tmp_path / "with") == before, "a finished run does nothing"
+    (tmp_path / "with" / "report.html").unlink()
+    run(runs.folder, tmp_path / "with", **fields, report=True)
+    assert page_of(tmp_path / "with").startswith("<!DOCTYPE html>")
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(runs, tmp_path, monkeypatch, capsys):
+    """The run's result stands, the next step of a pipeline begins, and what went wrong is said."""
+    write = Folder.write
+
+    def full(self, name, parts):
+        if name == "report.html":
+            raise StorageError(self.field, "no space left")
+        return write(self, name, parts)
+
+    monkeypatch.setattr(Folder, "write", full)
+    tokens = str(runs.folder / "tokens.npy")
+    words = [
+        "prune",
+        str(runs.folder / "model"),
+        "--out",
+        str(tmp_path / "o"),
+        "--sparsity",
+        "0.5",
+        "--backend",
+        "local",
+    ]
+    with pytest.raises(SystemExit) as end:
+        main([*words, "--calibration", tokens, "--samples", "4", "--seqlen", "24"])
+    said = capsys.readouterr()
+    assert end.value.code == 0
+    assert f"no report was written: out: no space left; `shardprune report {tmp_path}/o` tries again" in said.err
+    assert "report:" not in said.out
+    fields = {"model": str(tmp_path / "o"), "perplexity": tokens, "seqlen": 24, "backend": "local"}
+    assert evaluate(EvaluateRecipe.checked(fields), Reporter(quiet=True)).evaluation.perplexity
+    with pytest.raises(InputError, match="no space left"):
+        write_report(str(tmp_path / "o"))
+
+
+def test_a_page_holds_no_credentials(runs):
+    out = "memory://user:s3cret@reports/out"
+    run(runs.folder, out, sparsity=0.5, samples=4, report=True)
+    page = Folder(out, "out").read_text("report.html")
+    assert "memory://reports/out" in page
+    assert "s3cret" not in page
+    assert place_of_report(out) == "memory://reports/out/report.html"
+
+
+def test_an_evaluation_joins_the_report(runs, tmp_path):
+    tokens = str(runs.folder / "tokens.npy")
+    run(runs.folder, tmp_path / "out", sparsity=0.5, samples=4, report=True)
+    fields = {"model": str(tmp_path / "out"), "perplexity": tokens, "seqlen": 24, "backend": "local"}
+    result = evaluate(EvaluateRecipe.checked(fields), Reporter(quiet=True))
+    (measured,) = result.evaluation.perplexity.values()
+    assert f"{measured.value:.3f}" in cells(page_of(tmp_path / "out"))
+    evaluate(EvaluateRecipe.checked({**fields, "out": str(tmp_path / "alone")}), Reporter(quiet=True))
+    assert f"{measured.value:.3f}" in cells(page_of(tmp_path / "alone"))
+    assert result.recipe["out"] == str(tmp_path / "out")
+
+
+def test_the_command_line_says_where_reports_are(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["prune", str(runs.folder / "model"), "--out", str(out), "--sparsity", "0.5", "--backend", "local"]
+    words += ["--calibration", str(runs.folder / "tokens.npy"), "--samples", "4", "--seqlen", "24"]
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {out}/report.html"
+    with pytest.raises(SystemExit):
+        main([*words, "--no-report"])
+    assert "report:" not in capsys.readouterr().out
+    first = page_of(out)
+    (out / "report.html").unlink()
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(out), str(runs.folder / "owl")])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"report: {place}/report.html" for place in (out, runs.folder / "owl")
+    ]
+    assert page_of(out) == first
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["report", "--compare", str(runs.folder / "owl"), str(runs.folder / "mop"), "--file", f"{tmp_path}/x.html"]
+        )
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"report: {tmp_path}/x.html\n"
+    with pytest.raises(SystemExit) as end:
+        main(["report", str(out), "--file", "y.html"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: file: 'y.html' is for --compare; a report is OUT/report.html\n"
+    assert (tmp_path / "x.html").is_file()
+
+
+def test_a_report_lies_where_the_output_does(runs):
+    out = "memory://reports/out"
+    run(runs.folder, out, sparsity=0.5, samples=4, report=True)
+    assert Folder(out, "out").read_text("report.html").startswith("<!DOCTYPE html>")
+
+
+def test_there_is_none_of_what_is_not_finished(runs, tmp_path, dies_at_layer):
+    dies_at_layer(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.folder, tmp_path / "cut", sparsity=0.5, report=True)
+    for out in ("cut", "nothing"):
+        with pytest.raises(InputError, match="out: .*holds no finished run; `shardprune status` says where one stands"):
+            write_report(str(tmp_path / out))
+
+
+def test_a_comparison_names_what_is_not_finished(runs, tmp_path, dies_at_layer, capsys):
+    dies_at_layer(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(runs.folder, tmp_path / "cut", sparsity=0.5)
+    outs = [str(runs.folder / "owl"), str(tmp_path / "cut"), str(runs.folder / "mop")]
+    with pytest.raises(SystemExit) as end:
+        main(["report", "--compare", *outs, "--file", f"{tmp_path}/x.html"])
+    assert end.value.code == 0
+    said = capsys.readouterr()
+    assert said.out == f"report: {tmp_path}/x.html\n"
+    assert re.fullmatch(r"not finished: cut \(stopped, prune, \d+%\)\n", said.err)
+    page = (tmp_path / "x.html").read_text()
+    assert re.search(r"Not finished, and therefore not on this page: cut \(stopped, prune, \d+%\)\.", page)
+    assert [cell for cell in cells(page) if cell in ("owl", "mop", "cut")] == ["owl", "mop"]
+    with pytest.raises(SystemExit) as end:
+        main(["report", "--compare", *outs, "--file", f"{tmp_path}/x.html"])  # over a page of before
+    assert end.value.code == 0
+    (tmp_path / "mine.html").write_text("mine")
+    with pytest.raises(InputError, match="file: .*mine.html' exists and is no report"):
+        write_comparison(outs, f"{tmp_path}/mine.html")
+    with pytest.raises(InputError, match="file: .*x.json' does not end in .html"):
+        write_comparison(outs, f"{tmp_path}/x.json")
+    with pytest.raises(InputError, match="file: .* is too long for a path: at most 4,095 bytes"):
+        write_comparison(outs, f"{tmp_path}/" + "a/" * 3000 + "x.html")
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    with pytest.raises(InputError, match="none of the runs measured a perplexity.*; not finished: cut"):
+        write_comparison([str(tmp_path / "cut"), str(tmp_path / "cut") + "/"], str(tmp_path / "y.html"))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"command": "prune"}', '{"command": "evaluate", "seconds": 1}'])
+def test_what_is_no_result_is_said(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(InputError, match="out: .*/result.json is no result of a run: it "):
+        write_report(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "problem"),
+    [
+        (["owl"], "is one output; give two or more"),
+        (["owl", "owl"], "is one output; give two or more"),
+        (["owl", "nothing"], "holds no finished run"),
+        (["owl", "old"], "was written before zeros were counted; start its command again"),
+        (["unmeasured", "also"], "none of the runs measured a perplexity"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(runs, tmp_path, names, problem):
+    if "old" in names:
+        (runs.folder / "old").mkdir()
+        result = json.loads((runs.folder / "owl" / "result.json").read_text())
+        del result["model"]["zeros_after"]
+        (runs.folder / "old" / "result.json").write_text(json.dumps(result))
+    if "also" in names:
+        for name in names:
+            search_run(runs.folder, name, path="L")
+    with pytest.raises(InputError, match=problem):
+        write_comparison([str(runs.folder / name) for name in names], str(tmp_path / "x.html"))
+    assert not (tmp_path / "x.html").exists()

@@ -1,0 +1,48 @@
+"""Locations that are refused before their storage is asked."""
+
+import pytest
+
+from shardprune.cli import main
+from shardprune.errors import InputError
+from shardprune.storage.locations import file_system
+
+# Keys with all that a password may hold: botocore would say the first part of each as the name of a bucket.
+WITH_KEYS = ("key:pa/ss@w@host", "AKIA:secret@bucket", "AKIA:se?cret@bucket", "AKIA:se cret@bucket", "AKIA@bucket")
+
+
+@pytest.mark.parametrize("protocol", ["s3", "s3a", "gs", "gcs", "hf"])
+@pytest.mark.parametrize("keys", WITH_KEYS)
+def test_keys_before_a_bucket_are_refused_unsaid(protocol, keys):
+    with pytest.raises(InputError) as caught:
+        file_system(f"{protocol}://{keys}/x", "model")
+    bucket = keys.rpartition("@")[2]
+    assert str(caught.value) == (
+        f"model: '{protocol}://{bucket}/x' has a key before it, which {protocol}:// does not take; see docs/storage.md"
+    )
+
+
+COMMANDS = {
+    "status": ["status", "{}"],
+    "report": ["report", "{}"],
+    "check": ["check", "{}"],
+    "plan": ["plan", "{}", "--hardware", "cpu"],
+    "prune, the model": ["prune", "{}", "--out", "o", "--sparsity", "0.5"],
+    "prune, a recipe": ["prune", "--recipe", "{}"],
+    "evaluate": ["evaluate", "{}", "--perplexity", "stdlib"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_says_them(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([word.replace("{}", "s3://key:pa/ss@w@host/x") for word in COMMANDS[name]])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'s3://host/x' has a key before it, which s3:// does not take" in line
+
+
+def test_what_looks_like_a_key_and_is_none():
+    assert file_system("s3://bucket/a@b:c/d", "model")[1] == "bucket/a@b:c/d"
+    assert file_system("s3://bucket/x?versionId=3", "model")[1].startswith("bucket/x")
+    assert file_system("hf://group/name@main", "model")[1].startswith("group/name@main")
