@@ -4,9 +4,10 @@ digests          what the digests of tensors and the stamps of files take of a r
 gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
 launches         what one layer asks of a GPU, counted on a simulated one, and the seconds that this makes
+masks            perplexity of methods, allocations and rebuilt masks
 peers            SparseGPT of llm-compressor and ours in turn; the floor that the operations give
 propagation      parallel propagation against exact: seconds and perplexity
-quality          perplexity of methods, allocations and rebuilt masks
+quality          every part of what is done to the weights that stay, alone and together, by sparsity and text
 rebuilding       what outlier ratios and rebuilt masks cost beside pruning
 recovery         perplexity before and after fine-tuning, and the zeros that stay
 same_bits        outputs of two checkouts of the code, compared to the bit

@@ -127,7 +127,7 @@ def _default(field: DescribedField) -> str:
         return "required"
     if field.value in (None, ()):
         return _cell(field.default or "none")
-    return f"`{str(field.value).lower() if isinstance(field.value, bool) else field.value}`"
+    return f"`{str(field.value).lower() if isinstance(field.value, bool) else field.default}`"
 
 
 def _cell(text: str) -> str:

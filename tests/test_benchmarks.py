@@ -30,10 +30,14 @@ SMALL = {
         *("--samples", "2", "--seqlen", "64", "--workers", "2", "--repeats", "1"),
         *("--backend", "local", "--eval", "constraints.txt", *TEXT),
     ),
-    "quality": (
+    "masks": (
         *("--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--thresholds", "0.3", "--sparsity", "0.5"),
         *("--jobs", "1", "--threads", "2", "--methods", "sparsegpt", "--allocations", "mosaic"),
         *("--eval", "constraints.txt", *TEXT),
+    ),
+    "quality": (
+        *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--settings", "0.5", "2:4"),
+        *("--only", "*/OWL", "*/0.5/Wanda", "--case", "bundled", "constraints.txt", "own=self"),
     ),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1", *TEXT),
     "recovery": (
@@ -51,13 +55,15 @@ SMALL = {
     "writing_behind": ("--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16", "--repeats", "1"),
     "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
+KEPT = {"quality"}  # which keep what they have measured
 PRINTED = {
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
     "launches": "planned for an H200",
     "peers": "before the first layer",
     "propagation": "prune step",
-    "quality": "| sparsegpt | mosaic |",
+    "masks": "| sparsegpt | mosaic |",
+    "quality": "| OWL |",
     "rebuilding": "| owl |",
     "recovery": "| MoP | all weights | 1 | 1 |",
     "searching": "| obs, corrected |",
@@ -68,7 +74,7 @@ PRINTED = {
 }
 
 
-TAKE_ANY_MODEL = ("propagation", "quality", "rebuilding", "recovery", "searching", "structured")
+TAKE_ANY_MODEL = ("masks", "propagation", "rebuilding", "recovery", "searching", "structured")
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +88,11 @@ def tiny(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs_and_prints_its_table(name, tiny, monkeypatch, capsys):
+def test_a_benchmark_runs_and_prints_its_table(name, tiny, monkeypatch, capsys, tmp_path):
     model = ("--model", tiny) if name in TAKE_ANY_MODEL else ()
-    monkeypatch.setattr(sys, "argv", [name, *SMALL[name], *model])
+    out = ["--out", str(tmp_path)] if name in KEPT else []
+    words = [tiny if word == "bundled" else word for word in SMALL[name]]
+    monkeypatch.setattr(sys, "argv", [name, *out, *words, *model])
     module = importlib.import_module(f"benchmarks.{name}")
     if hasattr(module, "__path__"):  # a package
         module = importlib.import_module(f"benchmarks.{name}.__main__")
@@ -96,3 +104,36 @@ def test_every_benchmark_is_run_and_listed():
     modules = {module.name for module in pkgutil.iter_modules(benchmarks.__path__)}
     tested_apart = {"same_bits", "gpu"}  # in test_same_bits.py and test_gpu_benchmark.py
     assert modules == SMALL.keys() | tested_apart == set(re.findall(r"^(\w+)  ", benchmarks.__doc__, re.MULTILINE))
+
+
+def test_rows_that_are_measured_are_not_measured_again(tiny, monkeypatch, capsys, tmp_path):
+    """What a benchmark that is cut off has left, and what another version takes of it."""
+    from benchmarks.quality import __main__ as quality
+    from benchmarks.quality import measuring
+
+    runs = []
+    prune = measuring.prune
+    monkeypatch.setattr(measuring, "prune", lambda recipe, reporter: (runs.append(recipe), prune(recipe, reporter))[1])
+
+    def table(*words):
+        runs.clear()
+        monkeypatch.setattr(sys, "argv", ["quality", "--out", str(tmp_path), *words])
+        quality.main()
+        return capsys.readouterr().out, len(runs)
+
+    small = (
+        *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--settings", "0.5", "2:4"),
+        "--case",
+        tiny,
+    )
+    text = ("constraints.txt", "own=self")
+    first, count = table(*small, *text, "--only", "*/0.5/Wanda")
+    assert count == 3  # the text, SparseGPT, Wanda
+    assert re.search(r"^\| Wanda \| \d+\.\d{3} \| -?\d+% \| \d+\.\d\d \| 1\.9 \| 0\.5000 \|$", first, re.MULTILINE)
+    again, count = table(*small, *text, "--only", "*/0.5/Wanda")
+    assert (again, count) == (first, 0)
+    both, count = table(*small, *text, "--only", "*/OWL")
+    assert count == 3  # OWL at 0.5, SparseGPT at 2:4, with which OWL does not go; and a look at the text
+    assert "OWL: left out, allocation: 'owl' needs a sparsity to share out" in both
+    with pytest.raises(SystemExit, match="matches no row"):
+        table(*small, *text, "--only", "*/nothing")

@@ -46,6 +46,7 @@ with uncollected():
     from shardprune.recovery.spec import TrainingSpec
     from shardprune.shard.device_errors import context_is_dead
     from shardprune.shard.forward_worker import ForwardWorker
+    from shardprune.shard.generation_worker import GenerationWorker
     from shardprune.shard.ledger import Ledger
     from shardprune.shard.mop_worker import MopWorker
     from shardprune.shard.prune_worker import PruneWorker
@@ -105,7 +106,12 @@ class ForwardActor(_StartedLater, JoiningActor, ForwardWorker):
     """A worker of `evaluate`."""
 
 
+class GenerationActor(_StartedLater, JoiningActor, GenerationWorker):
+    """A worker that writes calibration text."""
+
+
 ACTORS: dict[type[ForwardWorker], type] = {
+    GenerationWorker: GenerationActor,
     PruneWorker: PruneActor,
     MopWorker: MopActor,
     ForwardWorker: ForwardActor,

@@ -15,7 +15,7 @@ def claim_output(recipe: PruneRecipe, first: Prepared) -> RunState:
         InputError: the directory holds something else, or may not be resumed.
     """
     second, identity = second_recipe(recipe, first, first.placement.out), first.journal.fingerprint
-    fingerprint = fingerprint_of(second, first.placement, identity, None, first.calibration)
+    fingerprint = fingerprint_of(second, first.placement, identity, None, first.text)
     journal = Journal(second.out, fingerprint, first.skeleton.layers)
     earlier = journal.check(recipe.resume)
     if not earlier:

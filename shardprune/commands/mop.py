@@ -13,7 +13,7 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs
-from shardprune.errors import InputError, SolverError, without_credentials
+from shardprune.errors import InputError, SolverError
 from shardprune.model.families import structures_of
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
@@ -27,12 +27,11 @@ from shardprune.report.achieved import shape_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import CalibrationResult, Iteration, ModelSize, Result, Structure
+from shardprune.report.result import Iteration, ModelSize, Result, Structure
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion
 from shardprune.storage.journal import Journal
-from shardprune.storage.windows import tokens_hash
 
 SAVED = "layers-"  # how folders begin that hold the layers of the last iteration which changed them
 
@@ -135,6 +134,7 @@ class MopRun:
             self.remove_saved()
             self._check_saved()
             restarts = self.recipe.max_restarts
+            prepared.text.complete(self.state, restarts, self.backend, self.reporter, self.clock)
             for attempt in Attempts(prepared.layout, device, restarts, self.backend, self.reporter, self.state.lost):
                 with attempt as layout:
                     self._attempt(layout)
@@ -272,12 +272,7 @@ class MopRun:
                 fingerprint=self.journal.fingerprint,
                 recipe=prepared.record(),
                 model=size,
-                calibration=CalibrationResult(
-                    source=without_credentials(recipe.calibration),
-                    samples=len(prepared.calibration),
-                    seqlen=recipe.seqlen,
-                    tokens_sha256=tokens_hash(prepared.calibration),
-                ),
+                calibration=prepared.calibration_result(),
                 structure=Structure(
                     before=shape_of(config),
                     after=shape_of(after),

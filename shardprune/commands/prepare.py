@@ -12,8 +12,11 @@ from shardprune.cluster.layout import Layout, plan_layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.cluster.passes import Waves
 from shardprune.cluster.placement import Placement, place_run
+from shardprune.commands.calibration import CalibrationText, text_of
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
+from shardprune.model.allocation_file import FIELD as ALLOCATED
+from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.families import structures_of
@@ -26,7 +29,9 @@ from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
+from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
+from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
@@ -34,7 +39,7 @@ from shardprune.solvers.pattern import Mixed, Unstructured
 from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
-from shardprune.storage.windows import calibration_windows
+from shardprune.storage.windows import tokens_hash
 
 # A job with the largest statistics and workspace.
 STAND_IN = Zeroing("sparsegpt", Unstructured(), 0.5, "uniform", outlier_m=5.0, spread=0.08)
@@ -57,8 +62,9 @@ class Base:
 class Prepared:
     """A run that can start.
 
-    `calibration` is int64 [samples, seqlen], `evaluations` has windows [windows, seqlen] by source. `earlier` is the
-    run's state in the output, `widths` are those that all layers get, `base` is where the model comes from.
+    `text` has the calibration windows, which the model may have to write first; `evaluations` has windows
+    [windows, seqlen] by source. `earlier` is the run's state in the output, `widths` are those that all layers get,
+    `base` is where the model comes from.
     """
 
     recipe: LayerRecipe
@@ -68,7 +74,7 @@ class Prepared:
     checkpoint: Checkpoint
     sparse: Checkpoint | None
     skeleton: Skeleton
-    calibration: Tensor
+    text: CalibrationText
     evaluations: dict[str, Tensor]
     journal: Journal
     earlier: Earlier
@@ -92,11 +98,11 @@ class Prepared:
     @property
     def held_out(self) -> int:
         """The number of calibration windows that are held out."""
-        return self.job.improving.held_out(len(self.calibration))
+        return self.job.improving.held_out(self.recipe.samples)
 
     def calibration_waves(self, replicas: int) -> Waves:
         """Return the calibration windows as waves over so many replicas."""
-        samples, held_out = len(self.calibration), self.held_out
+        samples, held_out = self.recipe.samples, self.held_out
         windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
         return Waves(windows, replicas, self.wave, held_out)
 
@@ -104,6 +110,11 @@ class Prepared:
     def shapes(self) -> Shapes:
         """[rows, cols] of every projection, by layer and name."""
         return [self.skeleton.projection_shapes(index) for index in range(self.skeleton.layers)]
+
+    @property
+    def calibration(self) -> Tensor:
+        """The calibration windows, int64 [samples, seqlen]."""
+        return self.text.windows
 
     @property
     def weights(self) -> int:
@@ -148,6 +159,16 @@ class Prepared:
         asked = self.recipe.record().keys()
         decided = self.recipe.model_copy(update={name: choices[name] for name in choices if name in asked})
         return decided.record() | ({"model": without_credentials(self.base.model)} if self.base else {})
+
+    def calibration_result(self) -> CalibrationResult:
+        """Return what a result says of the calibration text."""
+        return CalibrationResult(
+            source=without_credentials(" + ".join(self.recipe.calibration)),
+            samples=self.recipe.samples,
+            held_out=self.held_out or None,
+            seqlen=self.recipe.seqlen,
+            tokens_sha256=tokens_hash(self.calibration),
+        )
 
     def shares(self, outliers: list[Outliers]) -> Shares:
         """Return what every projection gives up; empty where a sparse checkpoint says it.
@@ -194,7 +215,7 @@ class Prepared:
         """Return the bytes of the calibration waves that a worker keeps: one share of `replicas` of the samples, once
         for each of the `streams` that it holds, and once more for the dense activations beside one of them."""
         streams += bool(self.job.improving)
-        samples, seqlen = self.calibration.shape
+        samples, seqlen = self.recipe.samples, self.recipe.seqlen
         hidden = self.skeleton.config.hidden_size * self.placement.dtype.itemsize
         held_out = self.held_out
         sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
@@ -204,10 +225,12 @@ class Prepared:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
         config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
-        wave = self.wave * self.calibration.shape[1] * config.hidden_size * itemsize
+        wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
-        return store_bytes(self.layout, wave, (self.shapes[0][name][1] for name in family.input_names), sent)
+        columns = [self.shapes[0][name][1] for name in family.input_names]
+        kinds = 2 if self.job.improving.measured_damping else 1  # with sums over held-out windows
+        return store_bytes(self.layout, wave, kinds * columns, sent)
 
     @property
     def layer_bytes(self) -> int:
@@ -250,18 +273,25 @@ class Prepared:
 
 
 @preflight()
-def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, claimed: str | None = None) -> Prepared:
+def prepare(
+    recipe: LayerRecipe, backend: Backend, first: Prepared | None = None, claimed: str | None = None
+) -> Prepared:
     """Open and check everything that a recipe names, and decide what it leaves open.
 
     Args:
-        base: what the recipe's model comes from, where this is the second run of two.
+        first: the run that makes the recipe's model, where this is the second of two; its calibration text stays.
         claimed: the output of the second run, where this is the first: it may hold what was decided earlier.
 
     Raises:
         InputError: something cannot work; nothing has been written then.
     """
     job = recipe.job()
-    for field, url in (("model", recipe.model), ("sparse", job.sparse), ("out", recipe.out)):
+    for field, url in (
+        ("model", recipe.model),
+        ("sparse", job.sparse),
+        (ALLOCATED, getattr(recipe, ALLOCATED, None)),
+        ("out", recipe.out),
+    ):
         if url:
             check_reachable(field, url, recipe.backend)
     for out in (claimed, recipe.out):  # before models and texts are read, which may be downloads
@@ -283,6 +313,7 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
     if job.improving.stream_targets:
         structures_of(skeleton.config.model_type, "targets")
     widths = _widths(job, skeleton)
+    job, given = _with_given(recipe, job, skeleton)
     sparse = None
     if isinstance(job.zeroing, Adopted):
         adopted = replace(job.zeroing, sparse=place_of(job.zeroing.sparse))
@@ -290,20 +321,20 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         sparse = open_checkpoint(adopted.sparse, "sparse")
         check_sparse(skeleton, sparse, checkpoint, adopted.pattern)
 
-    vocabulary = skeleton.config.vocab_size
-    calibration = calibration_windows(
-        recipe.calibration, opened.tokenizer, recipe.samples, recipe.seqlen, recipe.seed, vocabulary
-    )
+    text = first.text if first else text_of(recipe, opened)
     evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
 
     placement = place_run(recipe, slots, device, skeleton, claimed)
+    base = first.as_base() if first else None
     identity = base.fingerprint if base else checkpoint.identity()
-    fingerprint = fingerprint_of(recipe, placement, identity, sparse, calibration)
+    fingerprint = fingerprint_of(recipe, placement, identity, sparse, text, given)
     journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.stored_name)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if earlier else asked.workers, device)
     layout = placement.layout.shrunk_to(int(min(backend.room(device), placement.layout.workers)))
+    if first is None:
+        text.written_by(checkpoint, skeleton, placement.workers, layout, absolute(claimed or recipe.out))
     return Prepared(
         recipe=recipe,
         job=job,
@@ -312,13 +343,28 @@ def prepare(recipe: LayerRecipe, backend: Backend, base: Base | None = None, cla
         checkpoint=checkpoint,
         sparse=sparse,
         skeleton=skeleton,
-        calibration=calibration,
+        text=text,
         evaluations=evaluations,
         journal=journal,
         earlier=earlier,
         widths=widths,
         base=base,
     )
+
+
+def _with_given(recipe: LayerRecipe, job: PruningJob, skeleton: Skeleton) -> tuple[PruningJob, Sparsities | None]:
+    """Return the job with the sparsities of the recipe's allocation file, and these, where there is one.
+
+    Raises:
+        InputError: it is not one for this model and this target.
+    """
+    file = getattr(recipe, ALLOCATED, None)
+    if file is None:
+        return job, None
+    assert isinstance(job.zeroing, Zeroing)
+    shapes = [skeleton.projection_shapes(layer) for layer in range(skeleton.layers)]
+    given = read_allocation(file, shapes, job.zeroing.target)
+    return replace(job, zeroing=replace(job.zeroing, given=given)), given
 
 
 def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:

@@ -14,20 +14,20 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
-from shardprune.errors import without_credentials
+from shardprune.model.allocation_file import AllocationFile, written
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import CalibrationResult, ModelSize, Result, Sparsity, Structure
+from shardprune.report.result import ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
 from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
+from shardprune.storage.output_names import ALLOCATION
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
-from shardprune.storage.windows import tokens_hash
 
 NARROWED = "structured"  # folder of an output that holds the model before its weights become zero
 
@@ -112,7 +112,7 @@ def _prune_composite(recipe: PruneRecipe, backend: Backend, reporter: Reporter, 
                     removing = PruningRun(first, backend, reporter, Clock(reporter.events), STEPS[:-1])
                     model, narrowed = first.placement.out, removing.state.done(reporter) or removing.go()
             with clock.phase("plan"):
-                second = prepare(second_recipe(recipe, first, model), backend, first.as_base())
+                second = prepare(second_recipe(recipe, first, model), backend, first)
             result = PruningRun(second, backend, reporter, clock, narrowed=narrowed).go()
     claim.journal.folder.remove_folder(NARROWED)
     return result
@@ -158,10 +158,17 @@ class PruningRun:
                 self.reporter.say(f"threads: the run keeps {threads} for each worker, with which it began")
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
+            if self.state.previous is None:
+                self._complete_text()
             for attempt in self.attempts():
                 with attempt as layout:
                     self.attempt(layout)
             return self._finish()
+
+    def _complete_text(self) -> None:
+        """Let the model write its calibration text, where it is to."""
+        restarts = self.prepared.recipe.max_restarts
+        self.prepared.text.complete(self.state, restarts, self.backend, self.reporter, self.clock)
 
     def attempts(self) -> Attempts[Layout]:
         """Return attempts on the workers that there are, until one ends without losing any."""
@@ -286,6 +293,8 @@ class PruningRun:
                 write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
                 write_index(prepared.checkpoint, self.journal, prepared.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
+        if any(record.projections for record in records):
+            self.journal.folder.write_text(ALLOCATION, written(AllocationFile.of(records)))
         size = ModelSize(
             parameters_before=prepared.parameters_before,
             parameters_after=prepared.parameters_after,
@@ -300,13 +309,7 @@ class PruningRun:
                 fingerprint=self.journal.fingerprint,
                 recipe=prepared.record(),
                 model=size,
-                calibration=CalibrationResult(
-                    source=without_credentials(prepared.recipe.calibration),
-                    samples=len(prepared.calibration),
-                    held_out=prepared.held_out or None,
-                    seqlen=prepared.recipe.seqlen,
-                    tokens_sha256=tokens_hash(prepared.calibration),
-                ),
+                calibration=state.previous.calibration if state.previous else prepared.calibration_result(),
                 sparsity=removal_of(records, prepared.job.target) if prepared.widths else self._sparsity(records),
                 structure=self._structure(size, records),
                 perplexity=state.perplexities(),

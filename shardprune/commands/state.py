@@ -49,7 +49,8 @@ class RunFile(BaseModel):
     Fields of one command: `outliers` of prune, by layer; `path` and `saved` (the folder with the layers of the last
     iteration that changed them) of mop; `zeros` and `workers` (what each process took) of recover. `inputs` are the
     checkpoints that are read, by the recipe's fields that name them, as they were when the run began. `evaluation` is
-    what `shardprune evaluate` has measured of a run that was finished, and goes on.
+    what `shardprune evaluate` has measured of a run that was finished, and goes on. `self_sha256` is the hash of the
+    text that the model has written for its calibration.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -65,6 +66,7 @@ class RunFile(BaseModel):
     workers: list[dict[str, Any]] = []
     inputs: dict[str, SourceState] = {}
     evaluation: Evaluation | None = None
+    self_sha256: str | None = None
 
 
 class RunState:
@@ -126,6 +128,23 @@ class RunState:
         for digests in found:
             for field, own in digests.items():
                 self._inputs[field].source.learn(own)
+        self.save()
+
+    def reads(self, checkpoint: Checkpoint) -> bool:
+        """Return whether a checkpoint is one of the inputs."""
+        return any(own is checkpoint for own in self._inputs.values())
+
+    def keep_text(self, tokens: Tensor) -> None:
+        """Record which text the model has written for its calibration.
+
+        Raises:
+            InputError: it is not the one that finished layers have seen.
+        """
+        written = tokens_hash(tokens)
+        if self.known.self_sha256 not in (None, written) and self.journal.finished():
+            reason = "the calibration text that its finished layers have seen is lost, and the model now writes another"
+            raise InputError("out", f"{self.journal.folder.url}: {reason}; choose an empty directory")
+        self.known.self_sha256 = written
         self.save()
 
     def check_inputs(self) -> None:

@@ -18,11 +18,9 @@ from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
 GENERATION = "generation_config.json"
-NAMES = frozenset(
+# Tokenizers, as transformers, sentencepiece, tiktoken and Mistral write them.
+TOKENIZER = frozenset(
     {
-        "config.json",
-        GENERATION,
-        # tokenizers, as transformers, sentencepiece, tiktoken and Mistral write them
         "added_tokens.json",
         "merges.txt",
         "sentencepiece.bpe.model",
@@ -35,6 +33,13 @@ NAMES = frozenset(
         "tokenizer_config.json",
         "vocab.json",
         "vocab.txt",
+    }
+)
+NAMES = frozenset(
+    {
+        "config.json",
+        GENERATION,
+        *TOKENIZER,
         # chat templates
         "chat_template.jinja",
         "chat_template.json",
@@ -45,6 +50,11 @@ NAMES = frozenset(
     }
 )
 LARGEST = 2**28  # bytes; tokenizers of a quarter of a million tokens have 2**25
+
+
+def has_tokenizer(folder: Folder) -> bool:
+    """Return whether a checkpoint has any file of a tokenizer."""
+    return not TOKENIZER.isdisjoint(folder.names())
 
 
 def companions(folder: Folder) -> list[str]:

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.derivation import family_of_model
 from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buffers
+from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.stand_ins import Arguments, Recorder, StandIn, returning, standing_in
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
@@ -135,6 +136,13 @@ class Skeleton:
             del self._arguments[next(iter(self._arguments))]
         return arguments[index]
 
+    def next_arguments(self, batch: int, kept: KeptKeys) -> list[Arguments]:
+        """Return the arguments of all layers, beside the hidden states, for the next token of `batch` sequences, whose
+        keys and values they add to those that are kept."""
+        recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        self._run(recorders, self.model.base_model, batch, 1, kept)
+        return [recorder.arguments for recorder in recorders]
+
     @staticmethod
     def forward_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
         """Apply one decoder layer to hidden states [batch, seqlen, hidden]."""
@@ -171,11 +179,16 @@ class Skeleton:
                 if not parameter.is_meta:
                     self._replace(parameter, torch.empty_like(parameter, device="meta"))
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Compute the hidden states [batch, seqlen, hidden] that enter the first layer from tokens [batch, seqlen]."""
+    def embed(self, tokens: Tensor, kept: KeptKeys | None = None) -> Tensor:
+        """Compute the hidden states [batch, seqlen, hidden] that enter the first layer from tokens [batch, seqlen].
+
+        Args:
+            kept: of the tokens before these, where there are any.
+        """
         recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
-            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+            self.model.base_model(input_ids=tokens, past_key_values=kept, use_cache=kept is not None)
         hidden = recorders[0].hidden
         assert hidden is not None
         return hidden
@@ -191,12 +204,14 @@ class Skeleton:
         """The parameters beside the layers by name; tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if not name.startswith(self._inside)}
 
-    def _run(self, stand_ins: Sequence[StandIn], model: nn.Module, batch: int, seqlen: int) -> Any:
+    def _run(
+        self, stand_ins: Sequence[StandIn], model: nn.Module, batch: int, seqlen: int, kept: KeptKeys | None = None
+    ) -> Any:
         """Run a model's forward pass with stand-ins for its layers, on an embedding of zeros."""
         width = self.model.get_input_embeddings().embedding_dim
         blank = torch.zeros(batch, seqlen, width, dtype=self.dtype, device=self.device)
         with standing_in(self._places, stand_ins):
-            return model(inputs_embeds=blank, use_cache=False)
+            return model(inputs_embeds=blank, past_key_values=kept, use_cache=kept is not None)
 
     def _replace(self, parameter: nn.Parameter, tensor: Tensor) -> None:
         """Replace a parameter wherever it is registered: a tied one is in two modules."""

@@ -11,6 +11,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.traffic import Traffic, traffic_of
 from shardprune.planning.workload import Model, read_model
+from shardprune.planning.writing import Writing, writing_of
 from shardprune.storage.retrying import preflight
 
 PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
@@ -19,7 +20,7 @@ PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
 @dataclass(frozen=True)
 class Planned:
     """The plan for one propagation: the layout, `missing` and `helps` if it does not fit, why GPUs are `unused` if some
-    are, and the simulated growth if asked for.
+    are, the `writing` of calibration text if the model writes any, and the simulated growth if asked for.
     """
 
     propagation: Propagation
@@ -30,10 +31,11 @@ class Planned:
     helps: list[str]
     unused: str | None
     growth: list[Growth]
+    writing: Writing | None = None
 
     @property
     def fits(self) -> bool:
-        return self.candidate.fits
+        return self.candidate.fits and (self.writing is None or self.writing.fits)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -86,6 +88,20 @@ class Planned:
             "bytes": asdict(self.traffic),
             "seconds": {**asdict(one.seconds), "total": one.seconds.total},
         }
+        if self.writing:
+            writing = self.writing
+            content["writing"] = {
+                "sequences": writing.sequences,
+                "batch": writing.batch,
+                "shards": len(writing.layout.shards),
+                "replicas": writing.layout.replicas,
+                "resident": writing.room.resident,
+                "weights": writing.held,
+                "keys_and_values": writing.room.batch_bytes,
+                "batches": writing.room.batches,
+                "smaller_batch": writing.smaller,
+                "seconds": writing.seconds,
+            }
         if simulated:
             content["simulation"] = {
                 "seconds": {**self.group.phases, "total": self.group.seconds},
@@ -143,9 +159,12 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         if candidate is None:  # parallel propagation without a second shard
             continue
         group = simulate(candidate.costs)
+        writing = writing_of(recipe, candidate)
         short = None if candidate.fits else missing(candidate)
         helps = remedies(recipe, model, propagation, candidate) if short else []
+        if short is None and writing and not writing.fits:
+            short, helps = writing.missing, ["a smaller --self-batch", "more shards", "--calibration self:OUT"]
         grown = growth(recipe, model, propagation) if simulated and candidate.fits else []
         idle = None if short else unused(recipe, model, propagation, candidate)
-        plans.append(Planned(propagation, candidate, traffic_of(group), group, short, helps, idle, grown))
+        plans.append(Planned(propagation, candidate, traffic_of(group), group, short, helps, idle, grown, writing))
     return PlanResult(recipe, model, plans, simulated)

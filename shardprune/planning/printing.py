@@ -8,6 +8,7 @@ from rich.table import Table
 from shardprune.planning.chart import LEGEND, idle_share, timeline
 from shardprune.planning.choosing import second_shard
 from shardprune.planning.plan import Planned, PlanResult
+from shardprune.planning.writing import Writing
 from shardprune.storage.quantities import duration, gigabytes
 
 
@@ -70,8 +71,23 @@ def _show_plan(plan: Planned, console: Console, unit: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if plan.writing and plan.writing.fits:
+        console.print(_line_of_writing(plan.writing), highlight=False, soft_wrap=True)
     phases = ", ".join(f"{name} {duration(value)}" for name, value in vars(one.seconds).items() if value)
     console.print(f"expected: {duration(one.seconds.total)} ({phases})", highlight=False, soft_wrap=True)
+
+
+def _line_of_writing(writing: Writing) -> str:
+    shards, replicas = len(writing.layout.shards), writing.layout.replicas
+    layers = "layers in memory" if writing.room.resident else "every token takes a reading of all layers"
+    if writing.smaller:
+        layers += f" (with --self-batch {writing.smaller} they stay in memory)"
+    return (
+        f"writes calibration text first: {writing.sequences} sequences in batches of {writing.batch} on {shards} x"
+        f" {replicas} (shards x replicas), {layers}; of a worker {gigabytes(writing.held)} of weights,"
+        f" {gigabytes(writing.room.batch_bytes)} of keys and values for each batch under way; expected:"
+        f" {duration(writing.seconds)}"
+    )
 
 
 def _memory_table(plan: Planned) -> Table:

@@ -5,15 +5,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from shardprune.errors import InputError
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.scoring import Score
 from shardprune.storage.locations import absolute
-from shardprune.storage.sources import FORMS, PAPERS, check_source
+from shardprune.storage.mixture import CALIBRATION_FORMS, SELF, Part, parse_parts, windows_of
+from shardprune.storage.sources import PAPERS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
+BATCH = 32  # sequences of a text that a model writes which are computed together, unless the recipe says otherwise
+KEPT_ELEMENTS = 6 * 10**9  # of a batch's keys and values over all layers, at most: 12 GB in 16 bits
 THREADS = 1024  # most of one worker; torch crashes where the machine cannot start as many as it is told to
 WORKERS = 10_000  # most beside one another, one process each
 
@@ -21,6 +32,19 @@ WORKERS = 10_000  # most beside one another, one process each
 def wave_of(asked: int | None, seqlen: int) -> int:
     """Return the sequences of a wave: those asked for, or `WAVE_TOKENS` tokens' worth."""
     return asked or max(1, WAVE_TOKENS // seqlen)
+
+
+def batch_of(asked: int | None, kept: int) -> int:
+    """Return the sequences that are computed together when a model writes: those asked for, or as many as keep at most
+    `KEPT_ELEMENTS`.
+
+    Args:
+        kept: elements of the keys and values of one sequence over all layers.
+    """
+    size = BATCH
+    while size > 1 and size * kept > KEPT_ELEMENTS:
+        size //= 2
+    return asked or size
 
 
 def _listed(value: Any) -> Any:
@@ -33,6 +57,19 @@ def _known(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     return value
 
 
+def _calibration(value: tuple[str, ...]) -> tuple[str, ...]:
+    parse_parts(value)
+    return value
+
+
+def _plain(value: tuple[str, ...]) -> str | list[str]:
+    return value[0] if len(value) == 1 else list(value)
+
+
+# Sources of calibration text, one or several as a list, each with a weight if it is followed by one.
+Mixture = Annotated[
+    tuple[str, ...], BeforeValidator(_listed), AfterValidator(_calibration), PlainSerializer(_plain, return_type=Any)
+]
 OFFERED: list[str] = ["stdlib", *PAPERS]  # what a shell offers for a source of text, beside files
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
@@ -75,17 +112,40 @@ class CalibrationFields(Settings):
 
     title: ClassVar[str] = "Calibration"
 
-    calibration: str = Field("c4", description=f"Text source: {FORMS}", json_schema_extra={"offered": [*OFFERED]})
+    calibration: Mixture = Field(
+        ("c4",),
+        description=f"Text source: {CALIBRATION_FORMS}; repeatable",
+        json_schema_extra={"offered": [SELF, *OFFERED]},
+    )
     samples: int = Field(128, ge=1, le=1_000_000, description="Number of calibration windows")
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
     seed: int = Field(0, description="Random seed for drawing windows")
     wave: int | None = optional(f"{WAVE_TOKENS} / seqlen", "Windows per micro-batch", ge=1)
+    self_temperature: float = Field(
+        1.0, gt=0, le=100, description="Temperature of sampling (calibration self, drawn with the seed)"
+    )
+    self_bos: bool = Field(
+        False,
+        description="Begin sequences with the tokenizer's first token (calibration self): for models that need it",
+    )
+    self_batch: int | None = optional(
+        f"{BATCH}, halved until keys and values have {KEPT_ELEMENTS // 10**9}e9 elements",
+        "Sequences computed together (calibration self); another number is another text",
+        ge=1,
+        le=1024,
+    )
 
-    @field_validator("calibration")
-    @classmethod
-    def _known_source(cls, value: str) -> str:
-        check_source("calibration", value)
-        return value
+    @model_validator(mode="after")
+    def _self_options_have_an_effect(self) -> "CalibrationFields":
+        written = any(part.is_written for part in self.parts)
+        self.needs("calibration self", written, "self_temperature", "self_bos", "self_batch")
+        windows_of(self.parts, self.samples)
+        return self
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources of the text with their weights."""
+        return parse_parts(self.calibration)
 
     @property
     def sequences_per_wave(self) -> int:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from shardprune.model.draft import Draft
 from shardprune.model.pruning_job import PruningJob
 from shardprune.model.sources import SourceState
 from shardprune.model.structure.shape import Widths
@@ -53,6 +54,17 @@ class ForwardSpec:
     def label(self) -> str:
         """The worker's name in messages."""
         return f"worker {self.shard}.{self.replica}"
+
+
+@dataclass(frozen=True)
+class GenerationSpec(ForwardSpec):
+    """The arguments of a worker that writes text after a `draft`, one of `workers` that may share a machine's memory.
+
+    Where layers are streamed, they stay in memory all the same if there is room for all of the shard's.
+    """
+
+    draft: Draft
+    workers: int
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.storage.digests import stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
-from shardprune.storage.output_names import EVENTS, OWNER, RESULT, STATE
+from shardprune.storage.output_names import EVENTS, OWNER, RESULT, SELF_RECORD, SELF_TOKENS, STATE
 from shardprune.storage.owner import check_unowned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
@@ -124,7 +124,11 @@ class Journal:
             yield
         except InputError:
             held = self._lasting_names()
-            if not resumed and held <= {STATE, EVENTS} and not _record(self.folder, STATE).get("restarts"):
+            if (
+                not resumed
+                and held <= {STATE, EVENTS, SELF_TOKENS, SELF_RECORD}
+                and not _record(self.folder, STATE).get("restarts")
+            ):
                 for name in sorted(held):
                     self.folder.remove(name)
             raise

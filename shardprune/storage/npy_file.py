@@ -11,6 +11,13 @@ from shardprune.storage.malformed import Malformed
 HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
+def npy_bytes(array: np.ndarray) -> bytes:
+    """Return the content of a file that holds an array."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
 def parse_npy(content: bytes, dtype: type[np.generic]) -> np.ndarray:
     """Return the array in a file, in C order and in memory of its own.
 

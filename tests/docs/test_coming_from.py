@@ -98,6 +98,7 @@ def test_the_defaults_are_those_that_the_page_says():
         for option, value in zip(words[::2], words[1::2], strict=True):
             field = RECIPES[command].model_fields[option.removeprefix("--").replace("-", "_")]
             default = OF_LOW_RANK_UPDATES.get(option, field.default)
+            default = ", ".join(default) if isinstance(default, tuple) else default
             assert str(default) == value or float(default) == float(value), (command, option, value)
 
 

@@ -96,7 +96,7 @@ def options(command: str) -> frozenset[str]:
 
 @cache
 def all_options() -> frozenset[str]:
-    benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
+    benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").rglob("*.py"))
     own = frozenset().union(*(options(command) for command in COMMANDS))
     return own | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', benchmarks)) | {"--install-completion"}
 

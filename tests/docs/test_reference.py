@@ -11,6 +11,7 @@ from docs.make_reference import page
 from shardprune.cli import SETTINGS
 from shardprune.cluster.layout import plan_layout
 from shardprune.cluster.placement import Placement
+from shardprune.commands.calibration import CalibrationText
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
@@ -19,9 +20,13 @@ from shardprune.shard.spec import WorkerSettings
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BESIDE = {
+    "allocation_file",
     "model",
     "sparse",
     "calibration",
+    "self_temperature",
+    "self_bos",
+    "self_batch",
     "samples",
     "seed",
     "propagation",
@@ -61,9 +66,11 @@ def test_what_makes_two_runs_the_same_is_what_the_fingerprint_covers(recipe):
     workers = WorkerSettings("m", "cpu", "float32", threads=1, streamed=False, activations="auto")
     decided = Placement(layout, "exact", workers, wave=1, out="o")
 
+    text = CalibrationText([2], {0: torch.zeros(2, 4, dtype=torch.int64)}, None)
+
     def fingerprint(settings):
         placement = replace(decided, wave=settings.sequences_per_wave)
-        return fingerprint_of(settings, placement, "identity", None, torch.zeros(2, 4, dtype=torch.int64))
+        return fingerprint_of(settings, placement, "identity", None, text)
 
     settings = recipe.checked({"model": "m", "out": "o", **NEEDED[recipe]})
     named = identifying_fields(recipe)

@@ -322,3 +322,50 @@ def test_hardware_is_named_in_any_case_and_memory_has_its_unit():
             PlanRecipe.checked({"model": "m", "gpu_memory": value})
     with pytest.raises(InputError, match="network: .*use 12.5GB/s, or a rate such as"):
         PlanRecipe.checked({"model": "m", "network": "12.5"})
+
+
+def test_a_plan_says_how_the_model_writes_its_text(capsys):
+    """Of 70B on eight GPUs: 80 layers over all of them, keys and values by hand."""
+    (one,) = plan(
+        PlanRecipe.checked({"model": config("70b"), "propagation": "exact", "calibration": "self", **EIGHT})
+    ).plans
+    writing = one.writing
+    assert (len(writing.layout.shards), writing.layout.replicas, writing.room.resident) == (8, 1, True)
+    assert (writing.sequences, writing.batch) == (128, 16)
+    assert writing.room.batch_bytes == 2 * 2 * 8 * 128 * 10 * 16 * (2048 + 8)  # bfloat16, key and value, heads, layers
+    weights = 2 * (10 * 855_654_400 + 128_256 * 8192)
+    assert writing.held == weights + 32 * 16 * 128_256
+    assert writing.seconds > 2055 * 8 * weights / one.candidate.row.memory * 0.8
+    code, out, _ = printed(capsys, config("70b"), "--propagation", "exact", "--calibration", "self", "--gpus", "8")
+    assert code == 0
+    assert "writes calibration text first: 128 sequences in batches of 16 on 8 x 1" in out
+
+
+def test_a_plan_says_where_every_token_takes_a_reading_of_the_layers():
+    (one,) = plan(
+        PlanRecipe.checked({"model": config("8b"), "propagation": "exact", "calibration": "self", **SMALL})
+    ).plans
+    writing = one.writing
+    assert one.fits
+    assert not writing.room.resident
+    assert writing.seconds > 2055 * one.candidate.costs.read(32 * read_model(config("8b")).layer)
+    assert 1 <= writing.smaller < writing.batch
+    fitting = {"model": config("8b"), "propagation": "exact", "calibration": "self", "self_batch": writing.smaller}
+    (smaller,) = plan(PlanRecipe.checked({**fitting, **SMALL})).plans
+    assert smaller.writing.room.resident
+    assert smaller.writing.smaller is None
+    assert smaller.writing.seconds < writing.seconds / 10
+
+
+def test_a_batch_that_fits_on_no_worker_is_missing():
+    values = {"model": config("70b"), "propagation": "exact", "calibration": ["c4", "self:3"], "self_batch": 256}
+    (one,) = plan(PlanRecipe.checked({**values, "samples": 512, **SMALL})).plans
+    assert not one.fits
+    assert one.writing.sequences == 384
+    assert "writing calibration text, a batch of 256 sequences: keys and values 172" in one.missing
+    assert "a smaller --self-batch" in one.helps
+
+
+def test_text_that_is_read_takes_no_writing():
+    values = {"model": config("8b"), "propagation": "exact", **EIGHT}
+    assert [one.writing for one in plan(PlanRecipe.checked(values)).plans] == [None]

@@ -332,7 +332,7 @@ def test_searches_have_the_published_settings_and_remove_what_they_say(name):
 def test_recipes_have_the_published_settings(name):
     loaded = PruneRecipe.load(RECIPES / f"{name}.yaml", {"out": "o"})
     assert {field: getattr(loaded, field) for field in PUBLISHED[name]} == PUBLISHED[name]
-    assert (loaded.calibration, loaded.samples, loaded.seqlen) == ("c4", 128, 2048)
+    assert (loaded.calibration, loaded.samples, loaded.seqlen) == (("c4",), 128, 2048)
     comment = (RECIPES / f"{name}.yaml").read_text()
     assert "arXiv" in comment
     assert "GiB" in comment  # the hardware that it needs

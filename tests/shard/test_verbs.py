@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.generation_worker import GenerationWorker
 from shardprune.shard.ledger import OF_ONE_WAVE, Ledger
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.prune_worker import PruneWorker
@@ -59,6 +60,7 @@ def test_methods_that_are_no_verbs_have_no_kind():
 
 
 WAVES = {
+    GenerationWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "extend", "draw"},
     ForwardWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate"},
     PruneWorker: {
         *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"),

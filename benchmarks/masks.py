@@ -1,6 +1,6 @@
 """Perplexity of every method with every allocation, with and without rebuilt masks.
 
-    python -m benchmarks.quality [--model DIR --calibration SOURCE --eval SOURCE] [--sparsity 0.7]
+    python -m benchmarks.masks [--model DIR --calibration SOURCE --eval SOURCE] [--sparsity 0.7]
 
 Prunes the model once for each of `--methods` (magnitude, wanda, sparsegpt) x `--allocations` (uniform, owl, mosaic) x
 {none, barber at each of `--thresholds`}; for methods that correct weights also with the corrected ones kept. Prints a

@@ -1,0 +1,35 @@
+"""Forward passes of a run, counted in the events that it leaves."""
+
+from pathlib import Path
+
+from shardprune.report.events import read_events
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.ledger import OF_ONE_WAVE
+from shardprune.storage.folder import Folder
+
+# Phases that do not belong to what a method takes: they are the same in every row.
+APART = {"plan", "load", "write", "evaluate", "generate", "total"}
+
+
+def passes_of(out: Path, layers: int, samples: int, wave: int) -> float:
+    """Return how many times the calibration windows have passed through all layers: calls that carry a wave through
+    the layer that they name, or through those of a shard."""
+    phases: list[str] = []
+    by_layer, by_shard, shards = 0, 0, 1
+    for event in read_events(Folder(str(out), "out")):
+        if event["event"] == "begin":
+            phases.append(event["phase"])
+        elif event["event"] == "end" and event["phase"] in phases:
+            phases.remove(event["phase"])
+        elif event["event"] == "work":
+            shards = max(shards, event["shard"] + 1)
+            if APART.isdisjoint(phases):
+                for verb, layer, _, _, _, calls, _, kind in event["spans"]:
+                    by_layer += calls * (layer is not None and kind in OF_ONE_WAVE)
+                    by_shard += calls * (verb == ForwardWorker.forward.__name__)
+    return (by_layer / layers + by_shard / shards) / -(-samples // wave)
+
+
+def method_seconds(seconds: dict[str, float]) -> float:
+    """Return the seconds of what a method takes, of those of all phases."""
+    return sum(value for phase, value in seconds.items() if phase not in APART)

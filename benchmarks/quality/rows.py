@@ -1,0 +1,51 @@
+"""The rows of the table: recipes of `shardprune prune`, of which each row names what differs from SparseGPT's.
+
+A row that the recipes of this version do not take, or that a setting does not go with (an allocation beside N:M), is
+left out, and the benchmark says so. A new part is a line here.
+"""
+
+from typing import Any
+
+BASELINE = "SparseGPT"
+STREAM: dict[str, Any] = {"targets": "stream"}
+TRAINED: dict[str, Any] = {"reconstruct": 100}
+ALPS: dict[str, Any] = {"method": "alps"}
+OWL: dict[str, Any] = {"allocation": "owl"}
+FISHER: dict[str, Any] = {"allocation": "fisher"}
+DAMPED: dict[str, Any] = {"damping": "auto"}
+
+ROWS: dict[str, dict[str, Any]] = {
+    BASELINE: {},
+    # each part alone
+    "SparseGPT, damping auto": DAMPED,
+    "Wanda": {"method": "wanda"},
+    "OWL": OWL,
+    "Fisher": FISHER,
+    "ALPS": ALPS,
+    "refit": {"refit": True},
+    "stream targets": STREAM,
+    "reconstruction": TRAINED,
+    # together
+    "OWL + stream targets": OWL | STREAM,
+    "OWL + reconstruction": OWL | TRAINED,
+    "Fisher + damping auto": FISHER | DAMPED,
+    "Fisher + stream targets": FISHER | STREAM,
+    "Fisher + damping auto + reconstruction": FISHER | DAMPED | TRAINED,
+    "ALPS + OWL": ALPS | OWL,
+    "ALPS + Fisher": ALPS | FISHER,
+    "ALPS + stream targets": ALPS | STREAM,
+    "ALPS + reconstruction": ALPS | TRAINED,
+    "stream targets + reconstruction": STREAM | TRAINED,
+    "OWL + stream targets + reconstruction": OWL | STREAM | TRAINED,
+    "Fisher + stream targets + reconstruction": FISHER | STREAM | TRAINED,
+    "ALPS + OWL + stream targets + reconstruction": ALPS | OWL | STREAM | TRAINED,
+    "ALPS + Fisher + stream targets + reconstruction": ALPS | FISHER | STREAM | TRAINED,
+    # the dial
+    "quality balanced": {"quality": "balanced"},
+    "quality best": {"quality": "best"},
+}
+
+
+def amount(setting: str) -> dict[str, Any]:
+    """Return the fields of a setting: a sparsity such as 0.7, or a pattern such as 2:4."""
+    return {"pattern": setting} if ":" in setting else {"sparsity": float(setting)}

@@ -1,0 +1,59 @@
+"""Keys and values of the tokens that a shard has seen, kept for the tokens that follow."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class KeptKeys(Cache):
+    """Keys and values of sequences that grow together, for all layers of a model of which some are here.
+
+    Memory for `length` tokens is taken when a layer sees the first one, so that nothing moves as sequences grow. Layers
+    with sliding windows keep all tokens, too: their masks leave out what is too far.
+
+    `seen` is the number of tokens that have passed, which the owner counts: it holds for layers that are elsewhere, and
+    while a token is on its way through the layers.
+    """
+
+    def __init__(self, layers: int, length: int) -> None:
+        self.seen, self.length = 0, length
+        super().__init__(layers=[_KeptLayer(self) for _ in range(layers)])
+
+
+class _KeptLayer(CacheLayerMixin):
+    """One layer's keys and values, [sequences, key heads, length, width] each."""
+
+    is_sliding = False
+
+    def __init__(self, of: KeptKeys) -> None:
+        super().__init__()
+        self._of = of
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        room = [
+            torch.empty(*states.shape[:2], self._of.length, states.shape[-1], dtype=states.dtype, device=states.device)
+            for states in (key_states, value_states)
+        ]
+        self.keys, self.values = room
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        start, end = self._of.seen, self._of.seen + key_states.shape[-2]
+        self.keys[:, :, start:end] = key_states
+        self.values[:, :, start:end] = value_states
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._of.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._of.seen
+
+    def get_max_length(self) -> int:
+        return self._of.length

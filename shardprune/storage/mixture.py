@@ -1,0 +1,92 @@
+"""Mixtures of calibration sources: how many windows each gives, and in which order they stand."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from shardprune.errors import InputError
+from shardprune.storage.sources import FORMS, is_source
+
+SELF = "self"  # the source that is what the model itself writes; followed by :OUT, what it has written for that run
+CALIBRATION_FORMS = f"{FORMS}, self or self:OUT, each with :WEIGHT beside others"
+WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source with its weight beside others."""
+
+    source: str
+    weight: Fraction = Fraction(1)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the run's own model is to write the text."""
+        return self.source == SELF
+
+    @property
+    def folder(self) -> str | None:
+        """The output of the run whose model has written the text; None for any other source."""
+        return self.source.removeprefix(f"{SELF}:") if self.source.startswith(f"{SELF}:") else None
+
+
+def parse_parts(texts: Sequence[str]) -> tuple[Part, ...]:
+    """Parse sources that may each be followed by :WEIGHT.
+
+    A number at the end of what is a source without it is a weight.
+
+    Raises:
+        InputError: one has none of the known forms, weighs nothing, or is given twice.
+    """
+    if not texts:
+        raise InputError("calibration", f"is empty; use {CALIBRATION_FORMS}")
+    parts = tuple(_parse(text) for text in texts)
+    for place, part in enumerate(parts):
+        if not part.weight:
+            raise InputError("calibration", f"{texts[place]!r} weighs nothing; use a weight above 0")
+        if any(part.source == other.source for other in parts[:place]):
+            raise InputError("calibration", f"{part.source!r} is given twice; give each source once, with its weight")
+    return parts
+
+
+def windows_of(parts: Sequence[Part], samples: int) -> list[int]:
+    """Return how many of the windows each part gives, by its weight: the largest remainders are rounded up, of equal
+    ones the first.
+
+    Raises:
+        InputError: a part would give none.
+    """
+    total = sum(part.weight for part in parts)
+    exact = [samples * part.weight / total for part in parts]
+    counts = [int(share) for share in exact]
+    order = sorted(range(len(parts)), key=lambda place: (counts[place] - exact[place], place))
+    for place in order[: samples - sum(counts)]:
+        counts[place] += 1
+    if none := [part.source for part, count in zip(parts, counts, strict=True) if not count]:
+        raise InputError("samples", f"{samples} windows leave none for {none[0]!r} by the weights; use more of them")
+    return counts
+
+
+def order_of(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (part, window of the part) in the order in which the windows stand: those of every part are spread evenly,
+    so that any run of windows is a mixture, too."""
+    places = [
+        (Fraction(2 * window + 1, 2 * count), part, window)
+        for part, count in enumerate(counts)
+        for window in range(count)
+    ]
+    return [(part, window) for _, part, window in sorted(places)]
+
+
+def _parse(text: str) -> Part:
+    match = WEIGHTED.fullmatch(text)
+    if match and _is_calibration(match[1]):
+        return Part(match[1], Fraction(match[2]))
+    if not _is_calibration(text):
+        raise InputError("calibration", f"{text!r} is no known source; use {CALIBRATION_FORMS}")
+    return Part(text)
+
+
+def _is_calibration(source: str) -> bool:
+    return is_source(source) or source == SELF or (source.startswith(f"{SELF}:") and len(source) > len(SELF) + 1)
