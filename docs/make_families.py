@@ -34,8 +34,9 @@ nothing is left out in silence.
 - **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`. `yes`: the logits are equal to the
   bit; in the tests, each runs through `prune`, its perplexity before and after is that of transformers on the same
   windows, and what is written loads without a missing or unexpected tensor.
-- **structures**: `--structured` and `mop`; `neurons` where no attention head can go. They need to know which heads and
-  neurons the rows and columns of the weights are, which no class says: see [extending.md](extending.md).
+- **structures**: `--structured`, `mop` and `--targets stream`; `neurons` where no attention head can go. They need to
+  know which heads and neurons the rows and columns of the weights are, which no class says: see
+  [extending.md](extending.md).
 - **packing**: `recover --packing`.
 
 Of multimodal models, the language tower of LLaVA (`llava`) is pruned, if it is one of these.

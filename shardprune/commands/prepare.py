@@ -310,6 +310,8 @@ def prepare(
         skeleton.layers, recipe.samples, asked.propagation, asked.shards or 1, asked.replicas or 1, asked.segments
     )
     _check_mixed(job, skeleton)
+    if job.improving.stream_targets:
+        structures_of(skeleton.config.model_type, "targets")
     widths = _widths(job, skeleton)
     job, given = _with_given(recipe, job, skeleton)
     sparse = None

@@ -73,7 +73,7 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
     if model_type in TOWERS:
         _check_type(language_config(config).model_type, field)
-    elif config.get_text_config() is not config:
+    elif _has_other_parts(config):
         raise _other_parts(model_type, field)
     return config
 
@@ -94,6 +94,13 @@ def _check_type(model_type: str, field: str) -> None:
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         raise _other_parts(model_type, field)
     raise InputError(field, f"model_type {model_type!r} has no causal language model in transformers")
+
+
+def _has_other_parts(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is not config
+    except ValueError:  # several of its parts are language models
+        return True
 
 
 def _other_parts(model_type: str, field: str) -> InputError:

@@ -29,11 +29,13 @@ def family_of_model(model: PreTrainedModel) -> Family:
     Raises:
         InputError: they are not such that every matrix of theirs can be pruned one layer at a time.
     """
-    path, layers = _decoder_layers(model)
-    _check_kinds(layers)
     try:
+        path, layers = _decoder_layers(model)
+        _check_kinds(layers)
         hidden, arguments = _first_call(model, layers)
         calls, output = _run_on_meta(layers[0], hidden, arguments)
+    except InputError:
+        raise
     except Exception as error:  # the model's own code, which may not run without values
         raise _refused(f"its decoder layers do not run alone: {in_one_line(error)}") from error
     inputs = tuple(tuple(dict.fromkeys(names)) for names in calls)

@@ -1,8 +1,11 @@
 """Models that transformers builds from a config, without memory for their parameters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from accelerate import init_empty_weights
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
@@ -19,7 +22,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         InputError: transformers builds no model from the config.
     """
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights(), deferred_warnings():
+        with _parameters_on_meta(), no_init_weights(), deferred_warnings():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
             )
@@ -31,6 +34,20 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
     return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules be made with their parameters on the meta device; buffers hold what they compute for them."""
+
+    def moved(_module: nn.Module, _name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(moved)  # type: ignore[arg-type]  # declared to return None
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

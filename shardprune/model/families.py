@@ -143,5 +143,6 @@ def structures_of(model_type: str, field: str) -> Structures:
     """
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise InputError(field, f"the heads and neurons of model_type {model_type!r} are not known, only of {known}")
+        reason = f"the heads, neurons and outputs of model_type {model_type!r} are not known"
+        raise InputError(field, f"{reason}, only those of {known}; prune its weights alone")
     return FAMILIES[model_type]

@@ -19,8 +19,8 @@ def names_in_model(config: PretrainedConfig, stored: Iterable[str]) -> dict[str,
     Raises:
         InputError: transformers builds no model from the config.
     """
-    classes = [mapping[type(config)] for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)]
-    known = [config.model_type, *(one.__name__ for one in classes)]
+    classes = [mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)]
+    known = [config.model_type, *(one.__name__ for one in classes if one)]
     if not any(get_checkpoint_conversion_mapping(one) for one in known):  # most classes: no model need be built
         return {name: name for name in stored}
     model = empty_model(config, torch.float32, torch.device("cpu"))

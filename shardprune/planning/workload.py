@@ -13,6 +13,7 @@ from shardprune.model.empty_model import attention_of
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
+from shardprune.model.verification import check_class
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import Effort
@@ -121,10 +122,12 @@ def read_model(name: str) -> Model:
     """Read a model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
 
     Raises:
-        InputError: there is no such config, or its family is not supported.
+        InputError: there is no such config, or models of its class cannot be pruned.
     """
     config, stored = _read(name)
-    return model_of(Skeleton(config, "cpu", stored), name, stored)
+    skeleton = Skeleton(config, "cpu", stored)
+    check_class(config)
+    return model_of(skeleton, name, stored)
 
 
 def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:

@@ -36,7 +36,8 @@ class MaskedUpdate(torch.autograd.Function):
             block = slice(start, start + BLOCK)
             part = _masked_sum(weight[block], a, b[block], scale, whole)
             torch.mm(tokens, part.t(), out=output[:, block])
-        return output.view(*inputs.shape[:-1], len(weight))
+        # No view, which a model could not change in place.
+        return torch.ops.aten._unsafe_view(output, (*inputs.shape[:-1], len(weight)))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -68,9 +68,11 @@ def test_masks_of_parallel_blocks_are_rebuilt(model_type, tmp_path):
 def test_structures_that_are_not_known_are_refused_in_one_line(tmp_path):
     make_architecture(tmp_path / "model", "gemma", DENSE["gemma"])
     make_tokens(tmp_path / "tokens.npy")
-    reason = "the heads and neurons of model_type 'gemma' are not known, only of llama, mistral, "
+    reason = "the heads, neurons and outputs of model_type 'gemma' are not known, only those of llama, mistral, "
     with pytest.raises(InputError, match=f"^structured: {reason}"):
         run(tmp_path, "out", structured=0.3)
+    with pytest.raises(InputError, match=f"^targets: {reason}"):
+        run(tmp_path, "out", sparsity=0.5, targets="stream")
     with pytest.raises(InputError, match=f"^model: {reason}"):
         search_run(tmp_path, "out", remove=0.3)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.errors import InputError
-from shardprune.model.skeleton import attention_of
+from shardprune.model.empty_model import attention_of
 from shardprune.report.result import read_result
 from shardprune.shard.generation_worker import GenerationWorker, Room
 from shardprune.storage import self_text

@@ -24,6 +24,15 @@ BAD = {
         {"model_type": "gpt7"},
         r"^model: model_type 'gpt7' is not known to transformers [\d.]+; another version may",
     ),
+    "encoder and decoder": (
+        {"model_type": "t5"},
+        r"^model: model_type 't5' has no causal language model in transformers$",
+    ),
+    "vision and language": (
+        {"model_type": "gemma3"},
+        r"^model: model_type 'gemma3' has other parts beside its language model .*; of such models only llava is ",
+    ),
+    "several language models": ({"model_type": "musicgen"}, r"^model: "),
     "a billion layers": (
         {**LLAMA, "num_hidden_layers": 10**9},
         r"^model: x/config.json holds 1000000000 as num_hidden_layers; use less than or equal to 2000$",

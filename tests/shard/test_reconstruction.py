@@ -1,6 +1,7 @@
 """The training of a layer on one worker, against Adam written down."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,10 +50,12 @@ def plain_adam(worker, layer, dense, hidden, batches, norm):
     """The kept weights in double precision after one step for each batch of windows."""
     skeleton, names = worker.skeleton, worker.skeleton.family.projections
     own, goal = copy.deepcopy(layer).double(), copy.deepcopy(dense).double()
-    arguments = {
+    given = skeleton.layer_arguments(1, len(batches[0]), 24)
+    keywords = {
         name: tuple(part.double() for part in value) if name == "position_embeddings" else value
-        for name, value in skeleton.layer_arguments(1, len(batches[0]), 24).items()
+        for name, value in given.keywords.items()
     }
+    arguments = replace(given, keywords=keywords)
     weights = [projection_weight(own, name).requires_grad_() for name in names]
     kept = [weight.detach() != 0 for weight in weights]
     rates = [
