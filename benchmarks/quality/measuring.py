@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.passes import method_seconds, passes_of
+from benchmarks.quality.costs import CpuSeconds, method_seconds, passes_of
 from benchmarks.quality.rows import amount
 from benchmarks.quality.store import Measured, Store
 from shardprune import EvaluateRecipe, Recipe, evaluate, prune
@@ -15,7 +15,7 @@ from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 
-EXACT = 5e-5  # of the achieved sparsity, which is shown with four digits
+EXACT = 5e-5  # of a sparsity that is shown with four digits; a small model may miss it by a weight a projection
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,18 @@ class Measurer:
             self._write_text()
         out = self._work / "pruning"
         shutil.rmtree(out, ignore_errors=True)  # of a row that was cut off
-        result = prune(Recipe.checked({**recipe, "out": str(out), "report": False}), Reporter(quiet=True))
+        reporter = Reporter(quiet=True)
+        reporter.events = clock = CpuSeconds()
+        result = prune(Recipe.checked({**recipe, "out": str(out), "report": False}), reporter)
         assert result.sparsity is not None
         achieved, target = result.sparsity.achieved, result.sparsity.target
-        assert ":" in place[1] or abs(achieved - target) < EXACT, f"{place}: {achieved}, not {target}"
+        allowed = max(EXACT, len(result.sparsity.projections) / result.model.parameters_before)
+        assert ":" in place[1] or abs(achieved - target) < allowed, f"{place}: {achieved}, not {target}"
         settings = result.recipe
         passes = passes_of(out, len(result.sparsity.layers), settings["samples"], settings["wave"])  # of pruning alone
-        measured = Measured(self._perplexity(str(out)), method_seconds(result.seconds), passes, achieved)
+        here = settings["backend"] == "local" and settings["device"] == "cpu"
+        seconds = method_seconds(clock.seconds if here else result.seconds)
+        measured = Measured(self._perplexity(str(out)), seconds, passes, achieved)
         shutil.rmtree(out)
         self.store.keep(place_of_row, measuring, measured)
         print(f"{' / '.join(place_of_row)}: {measured.perplexity:.3f}", file=sys.stderr, flush=True)
