@@ -77,8 +77,14 @@ class PendingWork:
         if self.passes_on_dense:
             return 1
         improving, inputs = self.improving, len(self.family.inputs)
-        if held_out:  # towards the dense output and on; before and after every step
-            return 2 + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+        if (
+            held_out
+        ):  # towards the dense output and on, where only damping is measured into sums and on; around each step
+            return (
+                2
+                + (bool(improving) and improving.measured_damping)
+                + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+            )
         if improving.stream_targets:
             return 1 + inputs
         return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)

@@ -15,6 +15,8 @@ from shardprune.cluster.placement import Placement, place_run
 from shardprune.commands.calibration import CalibrationText, text_of
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
+from shardprune.model.allocation_file import FIELD as ALLOCATED
+from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.families import structures_of
@@ -29,6 +31,7 @@ from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
+from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
@@ -225,7 +228,9 @@ class Prepared:
         wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
-        return store_bytes(self.layout, wave, (self.shapes[0][name][1] for name in family.input_names), sent)
+        columns = [self.shapes[0][name][1] for name in family.input_names]
+        kinds = 2 if self.job.improving.measured_damping else 1  # with sums over held-out windows
+        return store_bytes(self.layout, wave, kinds * columns, sent)
 
     @property
     def layer_bytes(self) -> int:
@@ -281,7 +286,12 @@ def prepare(
         InputError: something cannot work; nothing has been written then.
     """
     job = recipe.job()
-    for field, url in (("model", recipe.model), ("sparse", job.sparse), ("out", recipe.out)):
+    for field, url in (
+        ("model", recipe.model),
+        ("sparse", job.sparse),
+        (ALLOCATED, getattr(recipe, ALLOCATED, None)),
+        ("out", recipe.out),
+    ):
         if url:
             check_reachable(field, url, recipe.backend)
     for out in (claimed, recipe.out):  # before models and texts are read, which may be downloads
@@ -301,6 +311,7 @@ def prepare(
     )
     _check_mixed(job, skeleton)
     widths = _widths(job, skeleton)
+    job, given = _with_given(recipe, job, skeleton)
     sparse = None
     if isinstance(job.zeroing, Adopted):
         adopted = replace(job.zeroing, sparse=place_of(job.zeroing.sparse))
@@ -314,7 +325,7 @@ def prepare(
     placement = place_run(recipe, slots, device, skeleton, claimed)
     base = first.as_base() if first else None
     identity = base.fingerprint if base else checkpoint.identity()
-    fingerprint = fingerprint_of(recipe, placement, identity, sparse, text)
+    fingerprint = fingerprint_of(recipe, placement, identity, sparse, text, given)
     journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.stored_name)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
@@ -337,6 +348,21 @@ def prepare(
         widths=widths,
         base=base,
     )
+
+
+def _with_given(recipe: LayerRecipe, job: PruningJob, skeleton: Skeleton) -> tuple[PruningJob, Sparsities | None]:
+    """Return the job with the sparsities of the recipe's allocation file, and these, where there is one.
+
+    Raises:
+        InputError: it is not one for this model and this target.
+    """
+    file = getattr(recipe, ALLOCATED, None)
+    if file is None:
+        return job, None
+    assert isinstance(job.zeroing, Zeroing)
+    shapes = [skeleton.projection_shapes(layer) for layer in range(skeleton.layers)]
+    given = read_allocation(file, shapes, job.zeroing.target)
+    return replace(job, zeroing=replace(job.zeroing, given=given)), given
 
 
 def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:

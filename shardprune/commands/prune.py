@@ -14,6 +14,7 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
+from shardprune.model.allocation_file import AllocationFile, written
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
@@ -24,6 +25,7 @@ from shardprune.report.result import ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
 from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
+from shardprune.storage.output_names import ALLOCATION
 from shardprune.storage.owner import owned
 from shardprune.storage.records import LayerRecord
 
@@ -291,6 +293,8 @@ class PruningRun:
                 write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
                 write_index(prepared.checkpoint, self.journal, prepared.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
+        if any(record.projections for record in records):
+            self.journal.folder.write_text(ALLOCATION, written(AllocationFile.of(records)))
         size = ModelSize(
             parameters_before=prepared.parameters_before,
             parameters_after=prepared.parameters_after,

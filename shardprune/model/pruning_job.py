@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardprune.solvers.allocation.allocation import Projection, Share
+from shardprune.solvers.allocation.allocation import Projection, Share, Sparsities
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.mixed import in_groups
@@ -29,7 +29,7 @@ class Zeroing:
     `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
     of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side. With
     `refit`, the kept weights are fitted to the dense outputs in the end. `damping` is what Gram matrices get, where the
-    method takes it.
+    method takes it. Sparsities that are `given` take the place of the allocation's.
     """
 
     method: str
@@ -40,6 +40,7 @@ class Zeroing:
     spread: float
     refit: bool = False
     damping: Damping = DAMPING
+    given: Sparsities | None = None
 
     @property
     def effort(self) -> Effort:
@@ -76,7 +77,7 @@ class Zeroing:
             for name, (rows, cols) in layer.items()
         ]
         allocation, target = ALLOCATIONS[self.allocation], self.of_rest(removed)
-        sparsities = allocation.allocate(projections, outliers, target, self.spread)
+        sparsities = self.given or allocation.allocate(projections, outliers, target, self.spread)
         if isinstance(self.pattern, Mixed):
             sparsities = in_groups(sparsities, target, self.pattern.m)
         spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)

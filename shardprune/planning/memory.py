@@ -200,8 +200,9 @@ class WorkerMemory:
         """
         task, model = self.task, self.model
         weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
-        workspace = (4 * 4 + 1 + 2 * task.itemsize) * model.projections
-        size = min(task.samples, max(1, STEP_TOKENS // task.seqlen))
+        narrow = 2 * task.itemsize if task.itemsize != 4 else 0  # weights and gradients as they are computed with
+        workspace = (4 * 4 + 1 + narrow) * model.projections
+        size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
         lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
         return self._moment(
             "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent)
@@ -385,7 +386,8 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
     sent = task.model.projections * task.itemsize if setup.copies_sums else 0
-    columns = (one.cols for one in task.model.inputs if setup.copies_sums)
+    kinds = 2 if task.improving.measured_damping else 1  # with sums over held-out windows
+    columns = [one.cols for one in task.model.inputs if setup.copies_sums] * kinds
     return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
 
 

@@ -10,7 +10,7 @@ from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zero
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
 from shardprune.recipes.identity import shaping_fields
 from shardprune.recipes.improving import ImprovingFields
-from shardprune.recipes.settings import Settings
+from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
 from shardprune.solvers.improving import LEAST_SAMPLES, Improving
@@ -72,6 +72,9 @@ class PruningFields(StructuredFields):
         description="unstructured, N:M (at most N nonzeros in every M inputs) or mixed:M (N per layer)",
     )
     allocation: AllocationName = Field("uniform", description="Distribution of the sparsity; owl with mixed:M")
+    allocation_file: str | None = optional(
+        "none", "Sparsity of every projection as another run has left it, OUT/allocation.json", min_length=1
+    )
     outlier_m: float = Field(
         5.0,
         gt=0,
@@ -189,6 +192,19 @@ class PruningFields(StructuredFields):
                 f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
                 f"use less than {HIGHEST}, or allocation uniform",
             )
+        if self.allocation_file is not None:
+            if self.allocation != "uniform" or not isinstance(self.zeros, Unstructured):
+                other = "allocation" if self.allocation != "uniform" else "pattern"
+                raise InputError(
+                    "allocation_file",
+                    f"{self.allocation_file!r} does not go with {other} {getattr(self, other)}, which says itself what "
+                    "a projection gives up",
+                )
+            if self.structured is not None:
+                raise InputError(
+                    "allocation_file",
+                    f"{self.allocation_file!r} does not go with structured, after which projections are smaller",
+                )
         self.needs("an allocation other than uniform", self.allocation != "uniform", "outlier_lambda")
         looks = observes or (self.structured is not None and self.score == "outlier")
         self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")

@@ -86,6 +86,7 @@ def prune_projections(
         assert statistics is not None
         try:
             targets = choose(solve, targets, statistics)
+            statistics.take_in_held_out()
         except SolverError as error:
             raise SolverError(f"{labels[names[0]]}: {error}") from error
     solving = solve(targets, statistics)

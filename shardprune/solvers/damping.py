@@ -1,5 +1,7 @@
 """The damping of each projection, chosen by the error of its outputs on calibration windows that are held out.
 
+The windows held out have no other use afterwards: the last solution is that of all.
+
 Damping is what a solver believes of its Gram matrix: too little fits the calibration tokens, too much prunes by
 magnitude. How much is best depends on the sparsity, the method and the number of tokens.
 """

@@ -121,6 +121,14 @@ class InputStatistics(Summed):
             self._factors[damping] = factorise(self.sums, damping, self.scale)
         return self._factors[damping]
 
+    def take_in_held_out(self) -> None:
+        """Add the sums over held-out sequences to the others, once they have judged. `samples`, of which no solution
+        depends but by the scale of H, stays what it is."""
+        assert self.held_out is not None
+        self.sums += self.held_out.sums if self.kind == "gram" else self.held_out.sums.diagonal()
+        self.held_out = None
+        self.forget_factors()
+
     def forget_factors(self) -> None:
         """Give up the factors, each of which is as large as the sums."""
         self._factors.clear()

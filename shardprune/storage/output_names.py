@@ -4,6 +4,7 @@ STATE = "run.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 OWNER = "owner.json"
+ALLOCATION = "allocation.json"
 SELF_TOKENS, SELF_RECORD = "self.npy", "self.json"  # of a text that the run's own model has written
 PRUNED, RECOVERED = "pruned", "recovered"  # folders of a pipeline's output, one for each step that makes a model
 

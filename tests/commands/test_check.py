@@ -180,7 +180,7 @@ DAMAGES = {
         changed(lambda tensors, _: tensors.pop(PROJECTION)),
         f"{INDEX} places {PROJECTION} in {LAYER}",
     ),
-    "two layers swapped": ("half", swapped, f"{LAYER} (is not what was written|has .* bytes and had)"),
+    "two layers swapped": ("half", swapped, f"{INDEX} places .* in .*, which has no such tensor"),
     "index without a tensor": ("half", index_without, f"{INDEX} (has .* bytes and had|is not what was written)"),
     "config of another shape": ("half", edited("config.json", intermediate_size=40), "the config implies"),
     "a stated number of zeros": ("half", changed(stated_zeros), f"{LAYER} has another header than was written"),

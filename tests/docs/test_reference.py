@@ -20,6 +20,7 @@ from shardprune.shard.spec import WorkerSettings
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BESIDE = {
+    "allocation_file",
     "model",
     "sparse",
     "calibration",

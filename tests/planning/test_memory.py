@@ -31,9 +31,14 @@ WEIGHTS_ALONE = {**FEW, "seqlen": 320, "method": "magnitude", "measure_error": F
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
     "measured damping": ("wide", {**FEW, "samples": 8, "damping": "auto"}, "factor down"),
+    "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
+    "trained": (
+        "wide",
+        {**FEW, "samples": 8, "wave": 1, "method": "magnitude", "measure_error": False, "reconstruct": 3},
+        "train",
+    ),
     "alps": ("wide", {**FEW, "method": "alps"}, "factor down"),
     "refit": ("wide", {**FEW, "method": "wanda", "refit": True}, "fit down"),
-    "stream targets": ("wide", {**FEW, "samples": 8, "wave": 1, "targets": "stream"}, "factor down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
     "resident": ("large vocabulary", WEIGHTS_ALONE, "logits"),
