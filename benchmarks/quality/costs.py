@@ -8,10 +8,16 @@ from typing import Any
 from shardprune.report.events import Events, read_events
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import OF_ONE_WAVE
+from shardprune.solvers.training import STEP_TOKENS
 from shardprune.storage.folder import Folder
 
 # Phases that do not belong to what a method takes: they are the same in every row.
 APART = {"plan", "load", "write", "evaluate", "generate", "total"}
+
+
+def training_passes(steps: int, samples: int, seqlen: int) -> float:
+    """Return the passes of training every layer for so many steps: a backward pass counts as two."""
+    return 3 * steps * min(samples, max(1, STEP_TOKENS // seqlen)) / samples
 
 
 def passes_of(out: Path, layers: int, samples: int, wave: int) -> float:

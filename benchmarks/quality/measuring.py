@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.costs import CpuSeconds, method_seconds, passes_of
+from benchmarks.quality.costs import CpuSeconds, method_seconds, passes_of, training_passes
 from benchmarks.quality.rows import amount
 from benchmarks.quality.store import Measured, Store
 from shardprune import EvaluateRecipe, Recipe, evaluate, prune
@@ -80,7 +80,7 @@ class Measurer:
         try:
             Recipe.checked({**recipe, "out": "nowhere"})
         except InputError as error:
-            return str(error)
+            return str(error).split(";")[0]
         return None
 
     def row(self, place: tuple[str, str, str], recipe: dict[str, Any]) -> Measured:
@@ -106,6 +106,7 @@ class Measurer:
         assert ":" in place[1] or abs(achieved - target) < allowed, f"{place}: {achieved}, not {target}"
         settings = result.recipe
         passes = passes_of(out, len(result.sparsity.layers), settings["samples"], settings["wave"])  # of pruning alone
+        passes += training_passes(settings.get("reconstruct", 0), settings["samples"], settings["seqlen"])
         here = settings["backend"] == "local" and settings["device"] == "cpu"
         seconds = method_seconds(clock.seconds if here else result.seconds)
         measured = Measured(self._perplexity(str(out)), seconds, passes, achieved)
