@@ -106,7 +106,7 @@ class Measurer:
         assert ":" in place[1] or abs(achieved - target) < allowed, f"{place}: {achieved}, not {target}"
         settings = result.recipe
         passes = passes_of(out, len(result.sparsity.layers), settings["samples"], settings["wave"])  # of pruning alone
-        passes += training_passes(settings.get("reconstruct", 0), settings["samples"], settings["seqlen"])
+        passes += training_passes(settings.get("reconstruct") or 0, settings["samples"], settings["seqlen"])
         here = settings["backend"] == "local" and settings["device"] == "cpu"
         seconds = method_seconds(clock.seconds if here else result.seconds)
         measured = Measured(self._perplexity(str(out)), seconds, passes, achieved)
