@@ -14,6 +14,7 @@ from shardprune import EvaluateRecipe, Recipe, evaluate, prune
 from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
+from shardprune.storage.output_names import RESULT
 
 EXACT = 5e-5  # of a sparsity that is shown with four digits; a small model may miss it by a weight a projection
 
@@ -51,7 +52,7 @@ class Measurer:
         self.case, self.store = case, store
         self._shared, self._evaluation = shared, evaluation
         self._work = store.folder / case.name
-        self._text_is_written = False  # as far as this process has made sure of it
+        self._text = self._work / "self-{seed}-{samples}x{seqlen}".format(**shared)  # the run whose model writes it
 
     def dense(self) -> float:
         """Return the perplexity of the model as it is."""
@@ -72,7 +73,7 @@ class Measurer:
             **amount(setting),
             **fields,
             "model": self.case.model,
-            "calibration": f"self:{self._work / 'self'}" if source == "self" else source,
+            "calibration": f"self:{self._text}" if source == "self" else source,
         }
 
     def refusal(self, recipe: dict[str, Any]) -> str | None:
@@ -93,7 +94,7 @@ class Measurer:
         measuring = {"recipe": recipe, "evaluation": self._evaluating(self.case.model)}
         if found := self.store.find(place_of_row, measuring):
             return found
-        if recipe["calibration"].startswith("self:") and not self._text_is_written:
+        if recipe["calibration"].startswith("self:") and not (self._text / RESULT).exists():
             self._write_text()
         out = self._work / "pruning"
         shutil.rmtree(out, ignore_errors=True)  # of a row that was cut off
@@ -119,8 +120,7 @@ class Measurer:
         """Let the model write its calibration text, unless it has; the cheapest run there is comes with it."""
         cheap = {"method": "magnitude", "sparsity": 0.0, "measure_error": False, "report": False}
         fields = {**self._shared, **cheap, "model": self.case.model, "calibration": "self"}
-        prune(Recipe.checked({**fields, "out": str(self._work / "self")}), Reporter(quiet=True))
-        self._text_is_written = True
+        prune(Recipe.checked({**fields, "out": str(self._text)}), Reporter(quiet=True))
 
     def _evaluating(self, model: str) -> dict[str, Any]:
         return {**self._evaluation, "model": model, "perplexity": [self.case.eval]}
