@@ -20,6 +20,7 @@ from shardprune.model.companions import has_tokenizer
 from shardprune.model.draft import Draft, draft_of, kept_elements
 from shardprune.model.opening import OpenedModel
 from shardprune.model.skeleton import Skeleton
+from shardprune.model.verification import check_class_writes
 from shardprune.recipes.groups import CalibrationFields, batch_of
 from shardprune.report.clock import Clock
 from shardprune.report.progress import Reporter
@@ -145,6 +146,7 @@ def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
     draft = None
     for place, (part, count) in enumerate(zip(recipe.parts, counts, strict=True)):
         if part.is_written:
+            check_class_writes(skeleton.config)
             tokenizer = opened.tokenizer() if has_tokenizer(opened.checkpoint.folder) else None
             kept = seqlen * kept_elements(skeleton.config, skeleton.layers)
             own = draft_of(

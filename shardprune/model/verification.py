@@ -16,6 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
+from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests.
@@ -29,6 +30,7 @@ CHECKED = frozenset(
 )
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
+ROUNDING = 1e-4  # of logits in float32, as a share of the largest
 LARGEST = 2**28  # parameters of a model that is made for the check
 
 
@@ -152,6 +154,53 @@ def difference_layer_by_layer(config: PretrainedConfig) -> float:
     if not torch.equal(whole(input_ids=later, use_cache=False).logits[:, :-1], expected[:, :-1]):
         raise _refused("predicts tokens from those behind them: it is no causal language model")
     return 0.0
+
+
+def check_class_writes(config: PretrainedConfig) -> None:
+    """Check that models of a class compute token by token, with keys and values that are kept, what they compute for a
+    text as a whole; one of `CHECKED` does.
+
+    Raises:
+        InputError: this one does not; says by how much.
+    """
+    if config.model_type not in CHECKED:
+        _check_writes(config.to_json_string(use_diff=False))
+
+
+@cache
+def _check_writes(content: str) -> None:
+    """Check a class once in a process, by the content of its config."""
+    difference = difference_token_by_token(small_config(AutoConfig.for_model(**json.loads(content))))
+    if not difference < ROUNDING:
+        reason = f"gives other logits than for a text as a whole, by up to {difference:.2g}"
+        problem = f"'self' is not possible: a small model of its class, run token by token, {reason}"
+        raise InputError("calibration", f"{problem}; give a text")
+
+
+@torch.no_grad()
+def difference_token_by_token(config: PretrainedConfig) -> float:
+    """Return the largest difference between the logits of a random model for tokens as a whole, and one after the
+    other, as a share of the largest logit."""
+    generator = torch.Generator().manual_seed(0)
+    whole = empty_model(config, torch.float32, torch.device("cpu")).eval().requires_grad_(False)
+    drawn = _draw(whole, generator)
+    skeleton = Skeleton(config, "cpu", torch.float32)
+    tokens = torch.randint(0, config.vocab_size, (SEQUENCES, SEQLEN), generator=generator)
+    skeleton.load_frame(drawn, embedding=True, head=True)
+    names = [skeleton.layer_tensors(index) for index in range(skeleton.layers)]
+    layers = [
+        skeleton.build_layer(index, ((name, drawn.read(name)) for name in own)) for index, own in enumerate(names)
+    ]
+    kept, logits = KeptKeys(skeleton.layers, SEQLEN), []
+    for position in range(SEQLEN):
+        kept.seen = position
+        hidden = skeleton.embed(tokens[:, position : position + 1], kept)
+        arguments = skeleton.next_arguments(SEQUENCES, kept)
+        for layer, own in zip(layers, arguments, strict=True):
+            hidden = skeleton.forward_layer(layer, hidden, own)
+        logits.append(skeleton.logits(hidden))
+    expected = whole(input_ids=tokens, use_cache=False).logits
+    return float((torch.cat(logits, 1) - expected).abs().max() / expected.abs().max())
 
 
 def _draw(model: nn.Module, generator: torch.Generator) -> _Drawn:

@@ -15,6 +15,7 @@ from shardprune.report.result import read_result
 from shardprune.shard.generation_worker import GenerationWorker, Room
 from shardprune.storage import self_text
 from shardprune.storage.folder import Folder
+from tests.support.architectures import DENSE, make_architecture
 from tests.support.running import rebuild_run, run, search_run
 from tests.support.tiny import CONFIGS, differing, make_model, snapshot
 
@@ -31,7 +32,8 @@ def plain_text(folder, sequences=12, seqlen=24, batch=BATCH, temperature=1.0, se
     attention = attention_of(AutoConfig.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention).eval()
     length = 8 + seqlen
-    ordinary = [token for token in range(model.config.vocab_size) if token not in (0, 1)]
+    special = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
+    ordinary = [token for token in range(model.config.vocab_size) if token not in special]
     draws = np.stack(
         [
             np.random.Generator(np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64))).random(length)
@@ -60,6 +62,13 @@ def test_every_family_writes_what_a_plain_generation_does(family, tmp_path):
     make_model(tmp_path / "model", family)
     run(tmp_path, "o", **CHEAP, self_batch=BATCH, shards=3)
     assert text(tmp_path / "o").tolist() == plain_text(tmp_path / "model").tolist()
+
+
+@pytest.mark.parametrize("model_type", DENSE)
+def test_other_architectures_do_so_too(model_type, tmp_path):
+    make_architecture(tmp_path / "model", model_type, DENSE[model_type])
+    run(tmp_path, "o", **CHEAP, samples=3, seqlen=16, self_batch=2, shards=2)
+    assert text(tmp_path / "o").tolist() == plain_text(tmp_path / "model", 3, 16, 2).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ from transformers.models.stablelm import modeling_stablelm
 from shardprune.errors import InputError
 from shardprune.model import verification
 from shardprune.model.opening import open_model
-from shardprune.model.verification import check_class, difference_layer_by_layer, small_config
+from shardprune.model.verification import check_class, check_class_writes, difference_layer_by_layer, small_config
 from tests.support.architectures import DENSE, make_architecture
+from tests.support.running import run
 from tests.support.tiny import CONFIGS
 
 
@@ -18,8 +19,10 @@ def unchecked(monkeypatch):
     """As if no test had ever run a class."""
     monkeypatch.setattr(verification, "CHECKED", frozenset())
     verification._check.cache_clear()
+    verification._check_writes.cache_clear()
     yield
     verification._check.cache_clear()
+    verification._check_writes.cache_clear()
 
 
 @pytest.mark.parametrize("model_type", ["apertus", "cohere2", "gemma3_text", "gpt_neox", "opt", "smollm3"])
@@ -50,6 +53,27 @@ def test_a_layer_that_reads_what_its_arguments_do_not_say_is_refused(unchecked, 
     reason = "a small model of its class, run layer by layer, gives other logits than as a whole, by up to "
     with pytest.raises(InputError, match=f"^model: cannot be pruned: {reason}"):
         open_model(path)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "cohere2", "gemma3_text", "gpt_neox", "opt", "smollm3"])
+def test_a_class_that_runs_token_by_token_passes(unchecked, model_type):
+    values = DENSE.get(model_type) or CONFIGS["opt-350m"][1]
+    check_class_writes(AutoConfig.for_model(model_type, **values))
+
+
+def test_a_layer_that_keeps_nothing_of_earlier_tokens_does_not_write(unchecked, monkeypatch, tmp_path):
+    layer = modeling_stablelm.StableLmDecoderLayer
+    run_layer = layer.forward
+
+    def forgets(self, hidden_states, *others, past_key_values=None, **arguments):
+        return run_layer(self, hidden_states, *others, **arguments)
+
+    make_architecture(tmp_path / "model", "stablelm", DENSE["stablelm"])
+    monkeypatch.setattr(layer, "forward", forgets)
+    reason = "'self' is not possible: a small model of its class, run token by token, gives other logits"
+    with pytest.raises(InputError, match=f"^calibration: {reason}"):
+        run(tmp_path, tmp_path / "o", calibration="self", sparsity=0.5)
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_model_that_looks_at_later_tokens_is_refused(unchecked):
