@@ -64,7 +64,7 @@ WAVES = {
     ForwardWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate"},
     PruneWorker: {
         *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"),
-        *("confront", "aim", "miss"),
+        *("confront", "hold_out", "aim", "miss"),
     },
     MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }
