@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 LEFT = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that has been closed
 
@@ -120,7 +120,7 @@ def libraries_held() -> Iterator[None]:
         return
     _held = True
     try:
-        with tempfile.TemporaryFile(buffering=0) as words:
+        with _memory() as words:
             with _diverted(words.fileno()):
                 yield
             words.seek(0)
@@ -132,6 +132,13 @@ def libraries_held() -> Iterator[None]:
 
 _held = False
 HELD = 2**16  # bytes
+
+
+def _memory() -> BinaryIO:
+    """Return a file that needs no folder, as that of temporary files may be missing or full."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("held"), "w+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
 
 
 @contextmanager

@@ -118,8 +118,9 @@ def test_a_layer_that_is_removed_under_a_run_is_missed(folder, model, undisturbe
 
 def words(folder, out, model) -> list[str]:
     fields = recipe(folder, out, model)
-    options = [f"--{name}={getattr(fields, name)}" for name in ("samples", "seqlen", "wave", "sparsity", "calibration")]
-    return ["prune", fields.model, f"--out={out}", f"--eval={fields.eval[0]}", *options, *COMMON]
+    options = [f"--{name}={getattr(fields, name)}" for name in ("samples", "seqlen", "wave", "sparsity")]
+    text = (f"--calibration={fields.calibration[0]}", f"--eval={fields.eval[0]}")
+    return ["prune", fields.model, f"--out={out}", *text, *options, *COMMON]
 
 
 COMMON = ("--backend=local", "--threads=1", "--no-report")
