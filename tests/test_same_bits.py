@@ -19,8 +19,8 @@ def test_a_changed_solver_is_seen(tmp_path, monkeypatch, capsys):
 
     changed = tmp_path / "changed"
     shutil.copytree(ROOT / "shardprune", changed / "shardprune", ignore=shutil.ignore_patterns("__pycache__"))
-    solver = changed / "shardprune" / "solvers" / "sparsegpt.py"
-    solver.write_text(solver.read_text().replace("DAMPING = 0.01\n", "DAMPING = 0.0100001\n"))
+    solver = changed / "shardprune" / "solvers" / "methods.py"
+    solver.write_text(solver.read_text().replace("DAMPING = 0.01 ", "DAMPING = 0.0100001 "))
     code, table = compare(ROOT, changed)
     assert code == 1
     assert "| sparsegpt | local | 39 | no | no |" in table

@@ -4,7 +4,6 @@ That a model may be run one layer at a time is an assumption: a layer may read w
 arguments may depend on the tokens. A model of the class, small and with random weights, shows whether it holds.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
+from shardprune.storage.json_file import parse_json
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests.
 CHECKED = frozenset(
@@ -48,7 +48,7 @@ def check_class(config: PretrainedConfig) -> None:
 def _check(content: str) -> None:
     """Check a class once in a process, by the content of its config."""
     try:
-        difference = difference_layer_by_layer(small_config(AutoConfig.for_model(**json.loads(content))))
+        difference = difference_layer_by_layer(small_config(AutoConfig.for_model(**parse_json(content))))
     except InputError:
         raise
     except Exception as error:  # the model's own code, in a way for which it is not made
@@ -170,7 +170,7 @@ def check_class_writes(config: PretrainedConfig) -> None:
 @cache
 def _check_writes(content: str) -> None:
     """Check a class once in a process, by the content of its config."""
-    difference = difference_token_by_token(small_config(AutoConfig.for_model(**json.loads(content))))
+    difference = difference_token_by_token(small_config(AutoConfig.for_model(**parse_json(content))))
     if not difference < ROUNDING:
         reason = f"gives other logits than for a text as a whole, by up to {difference:.2g}"
         problem = f"'self' is not possible: a small model of its class, run token by token, {reason}"
