@@ -19,7 +19,7 @@ from shardprune.storage.journal import Earlier, Journal
 from shardprune.storage.json_file import MaybeMeasurement, fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
-from shardprune.storage.output_names import RESULT, STATE
+from shardprune.storage.output_names import BESIDE, RESULT, STATE, WRITTEN
 from shardprune.storage.owner import Ownership, owned
 from shardprune.storage.windows import tokens_hash
 
@@ -169,7 +169,9 @@ class RunState:
         if self.previous is None:
             return None
         folder = self.journal.folder
-        if faults := manifest_faults(folder, self.previous.files):
+        # The text that the model has written is of no use to a run that is finished.
+        files = {name: record for name, record in self.previous.files.items() if name not in WRITTEN}
+        if faults := manifest_faults(folder, files):
             for name, fault in faults.items():
                 if lasting(name):
                     raise InputError("out", f"{folder.url} is not whole: {name} {fault}; choose an empty directory")
@@ -251,7 +253,7 @@ class RunState:
         return result
 
     def _written(self, kept: Iterable[str]) -> dict[str, FileRecord]:
-        """Return the records of all files of the models in the output, which are opened for that."""
+        """Return the records of all files of the models in the output, which are opened for that, and beside them."""
         folder = self.journal.folder
         files: dict[str, FileRecord] = {}
         for place in ("", *(f"{name}/" for name in kept)):
@@ -259,7 +261,7 @@ class RunState:
                 model = Checkpoint(f"{folder.url}/{place}".rstrip("/"), "out")
             except InputError as error:
                 raise StorageError("out", error.problem) from error
-            found = manifest_of(model.folder, model.source.stamps)
+            found = manifest_of(model.folder, {*model.source.stamps, *BESIDE})
             files |= {f"{place}{name}": record for name, record in found.items()}
         return files
 
