@@ -1,5 +1,6 @@
 """The kinds of input: which file or option is changed, in which way, and which commands read it."""
 
+import json
 import os
 import random
 import shutil
@@ -108,11 +109,30 @@ def _damaged_output(material: Path, folder: Path, draw: random.Random) -> Input:
         change = draw.choice((tensor_mutations.safetensors_data, tensor_mutations.safetensors_header))
         place.write_bytes(change(place.read_bytes(), draw))
     elif place.suffix == ".json":
-        place.write_bytes(mutations.json_file(place.read_bytes(), draw))
+        content = place.read_bytes()
+        changed = mutations.json_file(content, draw)
+        while place.name == "result.json" and not _can_be_doubted(content, changed):
+            changed = mutations.json_file(content, draw)
+        place.write_bytes(changed)
     else:
         place.unlink()
         place.mkdir()
     return Input(list(command.words), command)
+
+
+# Fields of result.json that say nothing about the model: nothing else tells what they were.
+MEASURED = {"version", "recipe", "calibration", "perplexity", "seconds", "workers", "restarts"}
+
+
+def _can_be_doubted(before: bytes, after: bytes) -> bool:
+    """Whether a result says something about its model that can be found to be wrong."""
+    try:
+        values, given = json.loads(after), json.loads(before)
+    except (ValueError, RecursionError):
+        return True
+    if not isinstance(values, dict):
+        return True
+    return any(values.get(name) != given.get(name) for name in (values.keys() | given.keys()) - MEASURED)
 
 
 def _special_file(material: Path, folder: Path, draw: random.Random) -> Input:
