@@ -4,6 +4,7 @@ the bit the same, and on the CPU."""
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,13 +25,13 @@ BESIDE = {"activations on the host": {"activations": "host"}, "layers streamed":
 
 def run(setting: Setting, rows: Rows) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        first = _prune(setting, setting.device, f"{folder}/first", rows)
+        first = prune_bundled(setting, setting.device, f"{folder}/first", rows)
         for name, fields in {"again": {}, **BESIDE}.items():
-            other = _prune(setting, setting.device, f"{folder}/{name}", rows, **fields)
-            same = _digest(f"{folder}/{name}") == _digest(f"{folder}/first") and other == first
+            other = prune_bundled(setting, setting.device, f"{folder}/{name}", rows, **fields)
+            same = digest_of(f"{folder}/{name}") == digest_of(f"{folder}/first") and other == first
             rows.add(f"{name}: the same to the bit", same, ok=same)
         if setting.cuda:
-            there = _prune(setting, "cpu", f"{folder}/cpu", rows)
+            there = prune_bundled(setting, "cpu", f"{folder}/cpu", rows)
             for label, ours, theirs, limit in (
                 ("dense", first.before, there.before, SAME),
                 ("pruned", first.after, there.after, NEAR),
@@ -39,8 +40,11 @@ def run(setting: Setting, rows: Rows) -> None:
                 rows.add(f"perplexity, {label}, distance from the CPU's", distance, ok=distance < limit)
 
 
-def _prune(setting: Setting, device: str, out: str, rows: Rows, **fields: str) -> Perplexity:
-    """Prune to 50 % with SparseGPT in float32, and return the perplexities."""
+def prune_bundled(setting: Setting, device: str, out: str, rows: Rows, **fields: Any) -> Perplexity:
+    """Prune the bundled model to 50 % in float32, by SparseGPT unless `fields` say otherwise.
+
+    Returns its perplexities.
+    """
     values = {
         "model": bundled_model(),
         "out": out,
@@ -64,7 +68,7 @@ def _prune(setting: Setting, device: str, out: str, rows: Rows, **fields: str) -
     return measured
 
 
-def _digest(out: str) -> str:
+def digest_of(out: str) -> str:
     """Return a hash of the tensors of an output; headers hold seconds."""
     digest = hashlib.sha256()
     for file in sorted(Path(out).rglob("*.safetensors")):

@@ -170,11 +170,17 @@ def check_class_writes(config: PretrainedConfig) -> None:
 @cache
 def _check_writes(content: str) -> None:
     """Check a class once in a process, by the content of its config."""
-    difference = difference_token_by_token(small_config(AutoConfig.for_model(**parse_json(content))))
+    try:
+        difference = difference_token_by_token(small_config(AutoConfig.for_model(**parse_json(content))))
+    except Exception as error:  # the model's own code, in a way for which it is not made
+        raise _no_writer(f"fails: {in_one_line(error)}") from error
     if not difference < ROUNDING:
-        reason = f"gives other logits than for a text as a whole, by up to {difference:.2g}"
-        problem = f"'self' is not possible: a small model of its class, run token by token, {reason}"
-        raise InputError("calibration", f"{problem}; give a text")
+        raise _no_writer(f"gives other logits than for a text as a whole, by up to {difference:.2g}")
+
+
+def _no_writer(reason: str) -> InputError:
+    problem = f"'self' is not possible: a small model of its class, run token by token, {reason}"
+    return InputError("calibration", f"{problem}; give a text")
 
 
 @torch.no_grad()

@@ -76,6 +76,23 @@ def test_a_layer_that_keeps_nothing_of_earlier_tokens_does_not_write(unchecked, 
     assert not (tmp_path / "o").exists()
 
 
+def test_a_class_whose_own_code_fails_with_kept_keys_does_not_write(unchecked, monkeypatch, tmp_path):
+    layer = modeling_stablelm.StableLmDecoderLayer
+    run_layer = layer.forward
+
+    def refuses(self, hidden_states, *others, past_key_values=None, **arguments):
+        if past_key_values is not None:
+            raise TypeError("no such cache")
+        return run_layer(self, hidden_states, *others, **arguments)
+
+    make_architecture(tmp_path / "model", "stablelm", DENSE["stablelm"])
+    monkeypatch.setattr(layer, "forward", refuses)
+    reason = "'self' is not possible: a small model of its class, run token by token, fails: no such cache; give a text"
+    with pytest.raises(InputError, match=f"^calibration: {reason}$"):
+        run(tmp_path, tmp_path / "o", calibration="self", sparsity=0.5)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_model_that_looks_at_later_tokens_is_refused(unchecked):
     values = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     with pytest.raises(InputError, match="predicts tokens from those behind them: it is no causal language model"):
