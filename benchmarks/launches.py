@@ -18,6 +18,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -118,8 +119,8 @@ def count_layer(
             activation_bytes=0,
             finished=frozenset(),
         )
-        with simulated_cuda() as gpu:
-            return _steps(PruneWorker(spec), seqlen, hidden, gpu)
+        with simulated_cuda() as gpu, closing(PruneWorker(spec)) as worker:  # its file is written until it closes
+            return _steps(worker, seqlen, hidden, gpu)
 
 
 def _steps(worker: PruneWorker, seqlen: int, hidden: int, gpu: SimulatedGpu) -> dict[str, Asked]:

@@ -15,6 +15,7 @@ import gc
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -104,32 +105,31 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
     if cuda:  # what an earlier layer left is none of this one's peak
         gc.collect()
         torch.cuda.empty_cache()
-    worker = worker_of(folder, out, args)
-    waves = give_waves(worker, args)
-    steps: dict[str, Callable[[], object]] = {
-        "accumulate": lambda: [worker.accumulate(STREAM, wave, 0, False) for wave in waves],
-        **{
-            f"solve {', '.join(name.rpartition('.')[2] for name in names)}": (
-                lambda group=group, names=names: worker.solve(0, group, dict.fromkeys(names, Share(args.sparsity)))
-            )
-            for group, names in enumerate(worker.skeleton.family.inputs)
-        },
-        "write": lambda: worker.write(0, LayerRecord(0)),
-        "propagate": lambda: (
-            worker.finish(0),
-            [worker.propagate(STREAM, wave, 0, "latest", False) for wave in waves],
-        ),
-        "written": lambda: worker.written(0),
-    }
-    seconds = {}
-    for label, step in steps.items():
-        started = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds[label] = time.perf_counter() - started
-    worker.close()
-    return seconds
+    with closing(worker_of(folder, out, args)) as worker:
+        waves = give_waves(worker, args)
+        steps: dict[str, Callable[[], object]] = {
+            "accumulate": lambda: [worker.accumulate(STREAM, wave, 0, False) for wave in waves],
+            **{
+                f"solve {', '.join(name.rpartition('.')[2] for name in names)}": (
+                    lambda group=group, names=names: worker.solve(0, group, dict.fromkeys(names, Share(args.sparsity)))
+                )
+                for group, names in enumerate(worker.skeleton.family.inputs)
+            },
+            "write": lambda: worker.write(0, LayerRecord(0)),
+            "propagate": lambda: (
+                worker.finish(0),
+                [worker.propagate(STREAM, wave, 0, "latest", False) for wave in waves],
+            ),
+            "written": lambda: worker.written(0),
+        }
+        seconds = {}
+        for label, step in steps.items():
+            started = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds[label] = time.perf_counter() - started
+        return seconds
 
 
 def peak_memory(device: str) -> str:
