@@ -21,7 +21,7 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.families import structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
-from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
+from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import narrowed_by
 from shardprune.model.structure.shape import Widths, changes, reshaped, widths_of
@@ -33,6 +33,7 @@ from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
+from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
@@ -106,6 +107,12 @@ class Prepared:
         windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
         return Waves(windows, replicas, self.wave, held_out)
 
+    def curve_waves(self, replicas: int) -> Waves:
+        """Return the windows on which error curves are measured as waves; none of them is held out."""
+        windows = self.calibration_waves(replicas).tokens
+        count = windows_of(self.recipe.samples - self.held_out, self.recipe.seqlen)
+        return Waves(windows[:count], replicas, self.wave)
+
     @property
     def shapes(self) -> Shapes:
         """[rows, cols] of every projection, by layer and name."""
@@ -170,14 +177,15 @@ class Prepared:
             tokens_sha256=tokens_hash(self.calibration),
         )
 
-    def shares(self, outliers: list[Outliers]) -> Shares:
+    def shares(self, outliers: list[Outliers], curves: Curves) -> Shares:
         """Return what every projection gives up; empty where a sparse checkpoint says it.
 
         Args:
             outliers: by layer, where the allocation looks at them.
+            curves: of all projections, where the allocation measures them.
         """
         zeroing = self.job.zeroing
-        return zeroing.shares(self.shapes, outliers, self.removed) if isinstance(zeroing, Zeroing) else {}
+        return zeroing.shares(self.shapes, outliers, self.removed, curves) if isinstance(zeroing, Zeroing) else {}
 
     # -- workers ------------------------------------------------------------------------------------------------
 
