@@ -229,11 +229,21 @@ class Prepared:
         sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
         return streams * sequences * seqlen * hidden
 
+    def curve_bytes(self, layout: Layout) -> int:
+        """Return the bytes that a worker keeps for error curves: what enters each of its layers, and gradients in
+        float32."""
+        if not self.job.measures:
+            return 0
+        sequences = -(-len(self.curve_waves(1).tokens) // layout.replicas)
+        wide = len(max(layout.shards, key=len)) * self.placement.dtype.itemsize + 4
+        return sequences * self.recipe.seqlen * self.skeleton.config.hidden_size * wide
+
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
         config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
-        wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
+        width = 4 if self.job.measures else itemsize  # of gradients
+        wave = self.wave * self.recipe.seqlen * config.hidden_size * width
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
         columns = [self.shapes[0][name][1] for name in family.input_names]

@@ -211,7 +211,7 @@ class PruningRun:
         """Start workers, which hold their layers where these are not streamed."""
         prepared = self.prepared
         kept = prepared.kept_bytes(layout.replicas, streams=max(len(lane) for lane in layout.lanes()))
-        specs = prepared.worker_specs(layout, finished, kept)
+        specs = prepared.worker_specs(layout, finished, max(kept, prepared.curve_bytes(layout)))
         group = self.backend.start(specs, prepared.store_bytes(self._sent_bytes()))
         try:
             if not prepared.streamed:

@@ -1,5 +1,6 @@
 """Expected seconds of a run's phases in closed form; the simulation runs the real driver instead."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardprune.planning.costs import Costs
@@ -14,6 +15,7 @@ class Phases:
     """Seconds of the phases of a run, with reads of weights that do not overlap with computation."""
 
     load: float
+    curves: float
     observe: float
     prune: float
     write: float
@@ -61,11 +63,53 @@ class Expected:
         prune = length * layer + self._relays()
         # The last layer's output is not needed.
         prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))
-        reads = self._reads(passes + bool(observe))
-        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
+        reads = self._reads(passes + bool(observe) + 2 * task.curves)
+        frame = self.costs.read(task.model.embedding) + (
+            self.costs.read(task.model.head) if passes or task.curves else 0.0
+        )
         # The last layer's file, and as much of the others' as takes longer than a layer.
         write = self.costs.write() + (length - 1) * max(0.0, self.costs.write() - layer)
-        return Phases(reads + frame, observe, prune, write, evaluate)
+        return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
+
+    def _curves(self) -> float:
+        """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
+        with most layers takes to gather its inputs and to measure what its projections lose.
+        """
+        costs, task, layout = self.costs, self.task, self.layout
+        sizes, read = self._sizes(task.curve_windows), self._reading()
+        forward = self._pass(task.curve_windows, task.model.layers)
+        labels = sum(costs.draw_labels(size) for size in sizes)
+        if self.setup.streamed:
+            forward += labels + sum(costs.take(size) for size in sizes)
+            layers = sum(costs.differentiate(size) for size in sizes)
+            width = costs.gradient_bytes(1) / costs.wave_bytes(1)
+            back = max(layers, read) * task.model.layers + width * (len(layout.shards) - 1) * self._relay(sizes)
+        else:
+            # The last shard, which draws the labels, may be the slowest stage of the pipeline.
+            stages = [costs.forward(sizes[0], len(shard)) for shard in layout.shards]
+            slowest = max(*stages, stages[-1] + costs.draw_labels(sizes[0]))
+            forward += costs.draw_labels(sizes[0]) + (len(sizes) - 1) * (slowest - max(stages))
+            stages = [costs.backward(sizes[0], len(shard)) for shard in layout.shards]
+            network = CALL_SECONDS + self._network(costs.gradient_bytes(sizes[0]))
+            back = sum(stages) + (len(sizes) - 1) * max(stages) + (len(stages) - 1) * network
+        gathering = sum(costs.gather(size) for size in sizes)
+        exchange, solves = self._exchanged_for_curves()
+        layer = gathering + exchange + solves
+        return forward + back + max(len(shard) for shard in layout.shards) * max(layer, read)
+
+    def _exchanged_for_curves(self) -> tuple[float, float]:
+        """Return the seconds of a layer's sums from replica to replica, and of the one that measures longest."""
+        costs, replicas = self.costs.of_curves, self.layout.replicas
+        inputs, copied = self.task.model.inputs, self.setup.copies_sums
+        merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
+        exchange = 0.0
+        if copied:
+            arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
+            exchange = sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+        elif replicas > 1:
+            exchange = sum(costs.sum_up(one, range(replicas)) for one in inputs)
+        times = [merge + costs.measure_curves(one) for merge, one in zip(merges, inputs, strict=True)]
+        return exchange, _longest(times, replicas)
 
     def _sizes(self, samples: int) -> list[int]:
         """Return the wave sizes of the replica with the most sequences."""
@@ -112,10 +156,7 @@ class Expected:
             waves += sum(costs.aim(size) for size in self._sizes(task.samples))
         waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
-        solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
-        load = [0.0] * min(replicas, len(inputs))
-        for solve in solves:
-            load[load.index(min(load))] += solve
+        longest = _longest([merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)], replicas)
         exchange = 0.0
         if copied:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
@@ -124,7 +165,7 @@ class Expected:
         elif replicas > 1:
             ranks = range(replicas)
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
-        parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": costs.unload()}
+        parts = {"waves": waves, "solving": longest, "exchange": exchange, "unloading": costs.unload()}
         return {**parts, "reading": self._reading()}
 
     def _training(self) -> float:
@@ -213,3 +254,11 @@ class Expected:
         if self.setup.streamed:
             return (passes + 1) * layer
         return max(len(shard) for shard in self.layout.shards) * layer
+
+
+def _longest(seconds: Sequence[float], workers: int) -> float:
+    """Return the seconds of the worker that has most to do where several share pieces of work, the longest first."""
+    load = [0.0] * workers
+    for piece in sorted(seconds, reverse=True):
+        load[load.index(min(load))] += piece
+    return max(load)

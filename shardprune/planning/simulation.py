@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from shardprune.cluster.error_curves import differentiate, measure
 from shardprune.cluster.group import Ref
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
@@ -26,6 +27,7 @@ from shardprune.planning.simulated_worker import ROWS, Call, Worker
 from shardprune.report.progress import Reporter
 from shardprune.shard.verbs import kind_of
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.error_curves import LEVELS
 
 
 class SimulatedGroup:
@@ -171,6 +173,7 @@ class SimulatedGroup:
         if layer in worker.held:
             return now
         seconds = self.costs.read(self.task.model.layer)
+        step = -1 if layer + 1 in worker.held else 1
         if not self.setup.streamed:
             self._count_layer()
             worker.held.add(layer)
@@ -182,9 +185,9 @@ class SimulatedGroup:
             self._count_layer()
             now += seconds
         worker.held = {layer}
-        if layer + 1 in worker.layers:
+        if layer + step in worker.layers:
             self._count_layer()
-            worker.ahead = (layer + 1, now + seconds)
+            worker.ahead = (layer + step, now + seconds)
         return now
 
     def _count_layer(self) -> None:
@@ -197,8 +200,22 @@ class SimulatedGroup:
         self._sizes.update({wave.index: wave.stop - wave.start for wave in waves.all})
 
 
+def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
+    """Measure error curves, which are of no use to anyone."""
+    task, setup = group.task, group.setup
+    layout, model = setup.layout, task.model
+    waves = Waves(torch.empty(task.curve_windows, task.seqlen, device="meta"), layout.replicas, task.wave)
+    group.note_waves(waves)
+    shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
+    family = model.skeleton.family
+    with group.phase("curves"), output.step("curves", 0) as step:
+        differentiate(group, layout, waves, setup.streamed, step)
+    with group.phase("curves", lanes=len(layout.shards) > 1), output.step("curves", 0) as step:
+        measure(group, layout, waves, family, [shapes] * model.layers, [0.5] * LEVELS, 0.01, step)
+
+
 def simulate(costs: Costs) -> SimulatedGroup:
-    """Carry out a run on workers that only take time: measure, observe, prune, measure again."""
+    """Carry out a run on workers that only take time: measure, find an allocation, prune, measure again."""
     task, setup = costs.task, costs.setup
     layout, model = setup.layout, task.model
     group = SimulatedGroup(costs)
@@ -217,6 +234,8 @@ def simulate(costs: Costs) -> SimulatedGroup:
         with group.phase("load"):
             load(group, layout, "latest")
     measure()
+    if task.curves:
+        _measure_curves(group, output)
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     observation = Observation(starts, 5.0 if task.outliers else None)

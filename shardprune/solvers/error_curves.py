@@ -22,6 +22,7 @@ from shardprune.solvers.statistics import InputStatistics, Summed, gram_norm
 TOKENS = 2**14  # of calibration text that curves are measured on, at the least, where there are so many
 ROWS = 4  # of which one is solved
 SPAN = 0.2  # of the levels on either side of the target
+LEVELS = 5
 LABEL_SEED = 2**32  # beyond the seeds by which text is drawn: labels do not repeat a text that the model has written
 
 

@@ -1,6 +1,5 @@
 """Runs whose sparsity is shared out by error curves: the curves by definition, layouts, restarts, and what is kept."""
 
-import functools
 import json
 
 import numpy as np
@@ -8,19 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from shardprune.cluster.local_backend import LocalBackend
-from shardprune.commands import prune as story
-from shardprune.errors import InputError, SolverError, WorkerLost
-from shardprune.shard.prune_worker import PruneWorker
-from shardprune.solvers import error_curves
 from shardprune.solvers.allocation.knapsack import share_out
-from shardprune.solvers.error_curves import LABEL_SEED, ROWS, levels_around
+from shardprune.solvers.error_curves import LABEL_SEED, ROWS
+from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.sampling import drawn_tokens, draws
 from shardprune.solvers.sparsegpt import prune
-from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import InputStatistics
 from tests.support.running import run
-from tests.support.tiny import differing, load_tensors, make_model
+from tests.support.tiny import differing, load_tensors
 
 FISHER = {"allocation": "fisher", "sparsity": 0.7}
 
