@@ -263,11 +263,18 @@ class PruningRun:
     def _measure_curves(self, group: Group, layout: Layout) -> None:
         """Measure the error curves of all projections, where an allocation shares them out and they are not known."""
         prepared, known, zeroing = self.prepared, self.state.known, self.prepared.job.zeroing
-        if known.curves or not isinstance(zeroing, Zeroing) or not zeroing.measures:
+        if not isinstance(zeroing, Zeroing) or not zeroing.measures:
+            return
+        target = zeroing.of_rest(prepared.removed)
+        levels = levels_around(target)
+        places = {(layer, name) for layer, own in enumerate(prepared.shapes) for name in own}
+        whole = {
+            (share.layer, share.name) for share in known.curves if [level for level, _ in share.curve or ()] == levels
+        }
+        if whole == places or target == 0:  # where structures have met the target alone
             return
         waves, family = prepared.curve_waves(layout.replicas), prepared.skeleton.family
         parts = parts_of_curves(waves, prepared.skeleton.layers, len(family.inputs), prepared.streamed)
-        levels = levels_around(zeroing.of_rest(prepared.removed))
         with self.clock.phase("curves"), self.reporter.step("curves", parts) as step:
             differentiate(group, layout, waves, prepared.streamed, step)
             found = measure(group, layout, waves, family, prepared.shapes, levels, zeroing.damping_of_curves, step)

@@ -96,7 +96,8 @@ class Zeroing:
             sparsities = allocation.allocate(projections, outliers, target, self.spread)
         else:
             weights = {(projection.layer, projection.name): projection.weights for projection in projections}
-            sparsities = share_out(curves, weights, target)
+            # Structures may have met the target alone.
+            sparsities = share_out(curves, weights, target) if target else dict.fromkeys(weights, 0.0)
         if isinstance(self.pattern, Mixed):
             sparsities = in_groups(sparsities, target, self.pattern.m)
         spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
