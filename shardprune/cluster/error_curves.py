@@ -37,15 +37,11 @@ from shardprune.solvers.allocation.knapsack import Curve
 from shardprune.solvers.methods import Effort
 
 
-def parts_of_curves(waves: Waves, layers: int, inputs: int, streamed: bool) -> int:
-    """Return the number of parts that `differentiate` and `measure` report to their progress step.
-
-    Args:
-        inputs: of a layer.
-    """
-    count = len(waves.all)
+def parts_of_curves(waves: Waves, family: Family, streamed: bool) -> int:
+    """Return the number of parts that `differentiate` and `measure` report to their progress step."""
+    count, layers = len(waves.all), len(family.kinds)
     forward, backward = parts_of_pass(waves, layers, streamed), count * (layers if streamed else 1)
-    return forward + backward + layers * (count + inputs)
+    return forward + backward + sum(count + len(kind.inputs) for kind in family.kinds if kind.inputs)
 
 
 def differentiate(group: Group, layout: Layout, waves: Waves, streamed: bool, step: Step) -> None:
@@ -107,12 +103,13 @@ def measure(
     """
 
     def of_layer(index: int) -> Curves:
-        layer = LayerInWork(group, layout, waves, segment_stream(index), index, step)
-        layer.ask_all(PruneWorker.begin_curves)
-        layer.over_waves(PruneWorker.gather)
-        costs = [cost_of_solution(Effort(sweeps=True), shapes[index], names) for names in family.inputs]
+        layer, kind = LayerInWork(group, layout, waves, segment_stream(index), index, step), family.kinds[index]
+        if kind.inputs:
+            layer.ask_all(PruneWorker.begin_curves)
+            layer.over_waves(PruneWorker.gather)
+        costs = [cost_of_solution(Effort(sweeps=True), shapes[index], names) for names in kind.inputs]
         solvers = layer.share_out(costs)
-        takers = dict(zip(family.input_names, solvers, strict=True))
+        takers = dict(zip(kind.input_names, solvers, strict=True))
         layer.wait(layer.reduce(takers | {gradients_of(name): taker for name, taker in takers.items()}))
         tokens = waves.tokens.numel()
         found: dict[tuple[int, str], Curve] = {}

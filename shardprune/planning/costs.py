@@ -51,6 +51,11 @@ class Costs:
     row: Hardware
     places: Places
 
+    def at(self, index: int) -> "Costs":
+        """Return the costs as seen at a layer."""
+        task = self.task.at(index)
+        return self if task is self.task else replace(self, task=task)
+
     # -- rates --------------------------------------------------------------------------------------------------
 
     @property
@@ -99,18 +104,19 @@ class Costs:
         count = self.wave_bytes(sequences)
         return self._touched(2 * count) + self._leaves(count)
 
-    def forward(self, sequences: int, layers: int) -> float:
-        """Return the seconds of one wave through `layers` layers, from another worker and on its way to the next."""
+    def forward(self, sequences: int, layers: Sequence[int]) -> float:
+        """Return the seconds of one wave through some layers, from another worker and on its way to the next."""
         count = self.wave_bytes(sequences)
-        return layers * self.layer(sequences) + self._arrives(count) + self._leaves(count)
+        through = sum(number * self.at(one).layer(sequences) for one, number in self.task.model.kinds(layers))
+        return through + self._arrives(count) + self._leaves(count)
 
     def accumulate(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
-        return self._summing(sequences, self.task.kind) if self.task.kind else 0.0
+        return self._summing(sequences, self.task.kind) if self.task.kind and self.task.model.inputs else 0.0
 
     def gather(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a dense layer, with its inputs added to sums for error curves."""
-        return self._summing(sequences, "gram")
+        return self._summing(sequences, "gram") if self.task.model.inputs else 0.0
 
     def _summing(self, sequences: int, kind: Kind) -> float:
         tokens = sequences * self.task.seqlen
@@ -161,11 +167,12 @@ class Costs:
             self._arrives(count) + products + self._touched(80 * entries) + self._kept(self.gradient_bytes(sequences))
         )
 
-    def backward(self, sequences: int, layers: int) -> float:
-        """Return the seconds of the gradients of one wave back through `layers` layers, each of which takes its forward
+    def backward(self, sequences: int, layers: Sequence[int]) -> float:
+        """Return the seconds of the gradients of one wave back through some layers, each of which takes its forward
         pass again and a backward one of two."""
-        count = self.gradient_bytes(sequences)
-        through = layers * (3 * self.layer(sequences) + self._kept(self.wave_bytes(sequences)))
+        count, kept = self.gradient_bytes(sequences), self._kept(self.wave_bytes(sequences))
+        kinds = self.task.model.kinds(layers)
+        through = sum(number * (3 * self.at(one).layer(sequences) + kept) for one, number in kinds)
         return through + self._arrives(count) + self._leaves(count)
 
     def differentiate(self, sequences: int) -> float:

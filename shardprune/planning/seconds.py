@@ -1,6 +1,6 @@
 """Expected seconds of a run's phases in closed form; the simulation runs the real driver instead."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardprune.planning.costs import Costs
@@ -50,66 +50,85 @@ class Expected:
     def phases(self) -> Phases:
         task, layout = self.task, self.layout
         segments = len(layout.segments)
-        layers = max(len(shard) for shard in layout.shards)
         passes = 2 * task.sources
         evaluate = passes * self._pass(task.windows, task.model.layers, judged=True)
         observe = 0.0
         if task.outliers or segments > 1:
             observed = task.model.layers if task.outliers else layout.segments[-1].start
             observe = self._pass(task.samples, observed)
-            observe += layers * self.costs.outliers() if task.outliers else 0.0
-        length = task.model.layers if segments == 1 else layers
-        layer = self._layer()
-        prune = length * layer + self._relays()
+            observe += self._longest(lambda one: one.costs.outliers()) if task.outliers else 0.0
+        pruned = [range(task.model.layers)] if segments == 1 else layout.shards
+        prune = max(self._over(layers, Expected._layer) for layers in pruned) + self._relays()
         # The last layer's output is not needed.
-        prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))
+        last = self.at(task.model.layers - 1)
+        prune -= sum(last.costs.propagate(size) for size in self._sizes(task.samples))
         reads = self._reads(passes + bool(observe) + 2 * task.curves)
-        frame = self.costs.read(task.model.embedding) + (
-            self.costs.read(task.model.head) if passes or task.curves else 0.0
-        )
+        judged = passes or task.curves
+        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if judged else 0.0)
         # The last layer's file, and as much of the others' as takes longer than a layer.
-        write = self.costs.write() + (length - 1) * max(0.0, self.costs.write() - layer)
+        write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
         return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
 
     def _curves(self) -> float:
         """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
-        with most layers takes to gather its inputs and to measure what its projections lose.
+        with most to do takes to gather its inputs and to measure what its projections lose.
         """
         costs, task, layout = self.costs, self.task, self.layout
-        sizes, read = self._sizes(task.curve_windows), self._reading()
+        sizes = self._sizes(task.curve_windows)
         forward = self._pass(task.curve_windows, task.model.layers)
         labels = sum(costs.draw_labels(size) for size in sizes)
         if self.setup.streamed:
             forward += labels + sum(costs.take(size) for size in sizes)
-            layers = sum(costs.differentiate(size) for size in sizes)
             width = costs.gradient_bytes(1) / costs.wave_bytes(1)
-            back = max(layers, read) * task.model.layers + width * (len(layout.shards) - 1) * self._relay(sizes)
+            relays = width * (len(layout.shards) - 1) * self._relay(sizes)
+            back = self._over(range(task.model.layers), Expected._back) + relays
         else:
             # The last shard, which draws the labels, may be the slowest stage of the pipeline.
-            stages = [costs.forward(sizes[0], len(shard)) for shard in layout.shards]
+            stages = [costs.forward(sizes[0], shard) for shard in layout.shards]
             slowest = max(*stages, stages[-1] + costs.draw_labels(sizes[0]))
             forward += costs.draw_labels(sizes[0]) + (len(sizes) - 1) * (slowest - max(stages))
-            stages = [costs.backward(sizes[0], len(shard)) for shard in layout.shards]
+            stages = [costs.backward(sizes[0], shard) for shard in layout.shards]
             network = CALL_SECONDS + self._network(costs.gradient_bytes(sizes[0]))
             back = sum(stages) + (len(sizes) - 1) * max(stages) + (len(stages) - 1) * network
-        gathering = sum(costs.gather(size) for size in sizes)
-        exchange, solves = self._exchanged_for_curves()
-        layer = gathering + exchange + solves
-        return forward + back + max(len(shard) for shard in layout.shards) * max(layer, read)
+        return forward + back + self._longest(Expected._measuring)
 
-    def _exchanged_for_curves(self) -> tuple[float, float]:
-        """Return the seconds of a layer's sums from replica to replica, and of the one that measures longest."""
+    def _back(self) -> float:
+        """Return the seconds of gradients back through one streamed layer."""
+        layer = sum(self.costs.differentiate(size) for size in self._sizes(self.task.curve_windows))
+        return max(layer, self._reading())
+
+    def _measuring(self) -> float:
+        """Return the seconds to gather the inputs of a layer, to bring its sums from replica to replica, and of the one
+        that measures error curves longest."""
         costs, replicas = self.costs.of_curves, self.layout.replicas
         inputs, copied = self.task.model.inputs, self.setup.copies_sums
+        gathering = sum(self.costs.gather(size) for size in self._sizes(self.task.curve_windows))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         exchange = 0.0
-        if copied:
+        if copied and inputs:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
             exchange = sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
         elif replicas > 1:
             exchange = sum(costs.sum_up(one, range(replicas)) for one in inputs)
         times = [merge + costs.measure_curves(one) for merge, one in zip(merges, inputs, strict=True)]
-        return exchange, _longest(times, replicas)
+        return max(gathering + exchange + _shared(times, replicas), self._reading())
+
+    def at(self, index: int) -> "Expected":
+        """Return the phases as seen at a layer."""
+        costs = self.costs.at(index)
+        return self if costs is self.costs else Expected(costs)
+
+    def _over(self, layers: Sequence[int], seconds: Callable[["Expected"], float]) -> float:
+        """Return the sum over some layers of the seconds of each."""
+        return sum(number * seconds(self.at(one)) for one, number in self.task.model.kinds(layers))
+
+    def _longest(self, seconds: Callable[["Expected"], float]) -> float:
+        """Return the largest sum over the layers of a shard of the seconds of each."""
+        return max(self._over(shard, seconds) for shard in self.layout.shards)
+
+    def _left_to_write(self) -> float:
+        """Return by how much the file of a layer takes longer than the next layer."""
+        return max(0.0, self.costs.write() - self._layer())
 
     def _sizes(self, samples: int) -> list[int]:
         """Return the wave sizes of the replica with the most sequences."""
@@ -121,14 +140,18 @@ class Expected:
         costs, sizes = self.costs, self._sizes(samples)
         full = sizes[0]
         reached = [shard for shard in self.layout.shards if shard[0] < stop]
-        counts = [len([layer for layer in shard if layer < stop]) for shard in reached]
+        passed = [[layer for layer in shard if layer < stop] for shard in reached]
         if self.setup.streamed:
-            through = sum(costs.propagate(size) for size in sizes)
+
+            def layer(one: Expected) -> float:
+                through = sum(one.costs.propagate(size) for size in sizes)
+                return max(through, one.costs.read(one.task.model.layer))
+
             entering = sum(costs.embed(size) + costs.put(size) for size in sizes)
             relays = (len(reached) - 1) * self._relay(sizes)
             judging = sum(costs.take(size) + costs.losses(size) for size in sizes) if judged else 0.0
-            return entering + max(through, costs.read(self.task.model.layer)) * stop + relays + judging
-        stages = [costs.forward(full, count) for count in counts]
+            return entering + self._over(range(stop), layer) + relays + judging
+        stages = [costs.forward(full, layers) for layers in passed]
         stages[0] += costs.embed(full)
         if judged:
             stages[-1] += costs.losses(full)
@@ -156,16 +179,21 @@ class Expected:
             waves += sum(costs.aim(size) for size in self._sizes(task.samples))
         waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
-        longest = _longest([merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)], replicas)
+        solves = [merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)]
         exchange = 0.0
-        if copied:
+        if copied and inputs:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
             exchange += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
             exchange += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
         elif replicas > 1:
             ranks = range(replicas)
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
-        parts = {"waves": waves, "solving": longest, "exchange": exchange, "unloading": costs.unload()}
+        parts = {
+            "waves": waves,
+            "solving": _shared(solves, replicas),
+            "exchange": exchange,
+            "unloading": costs.unload(),
+        }
         return {**parts, "reading": self._reading()}
 
     def _training(self) -> float:
@@ -250,13 +278,16 @@ class Expected:
         """Return the seconds of reads that nothing overlaps: the first layer of each pass of streamed shards, all
         layers of a resident shard while the other shards read theirs.
         """
-        layer = self.costs.read(self.task.model.layer)
+
+        def layer(one: Expected) -> float:
+            return one.costs.read(one.task.model.layer)
+
         if self.setup.streamed:
-            return (passes + 1) * layer
-        return max(len(shard) for shard in self.layout.shards) * layer
+            return (passes + 1) * layer(self.at(0))
+        return self._longest(layer)
 
 
-def _longest(seconds: Sequence[float], workers: int) -> float:
+def _shared(seconds: Sequence[float], workers: int) -> float:
     """Return the seconds of the worker that has most to do where several share pieces of work, the longest first."""
     load = [0.0] * workers
     for piece in sorted(seconds, reverse=True):

@@ -21,13 +21,16 @@ from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
+from shardprune.model.pruning_job import Shapes
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
 from shardprune.planning.simulated_worker import ROWS, Call, Worker
+from shardprune.planning.workload import Model
 from shardprune.report.progress import Reporter
-from shardprune.shard.verbs import kind_of
+from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.error_curves import LEVELS
+from shardprune.solvers.methods import DAMPING
 
 
 class SimulatedGroup:
@@ -65,6 +68,8 @@ class SimulatedGroup:
         worker = self.workers[shard, replica]
         sent = self._advance(shard, self._clock(shard) + SUBMIT_SECONDS)
         start = max(sent + CALL_SECONDS, worker.free)
+        if kind_of(verb) and (index := layer_of(verb, args)) is not None:
+            worker.costs = self.costs.at(index)
         for argument in args:
             if isinstance(argument, Call):
                 start = max(start, self._arrival(argument, (shard, replica)))
@@ -172,27 +177,28 @@ class SimulatedGroup:
         """As `shardprune.shard.layers`: resident layers stay, of streamed ones the next is read ahead."""
         if layer in worker.held:
             return now
-        seconds = self.costs.read(self.task.model.layer)
+        seconds = self.costs.read(self.task.model.at(layer).layer)
         step = -1 if layer + 1 in worker.held else 1
         if not self.setup.streamed:
-            self._count_layer()
+            self._count(layer)
             worker.held.add(layer)
             return now + seconds
         ahead, worker.ahead = worker.ahead, None
         if ahead:
             now = max(now, ahead[1])
         if not ahead or ahead[0] != layer:
-            self._count_layer()
+            self._count(layer)
             now += seconds
         worker.held = {layer}
-        if layer + step in worker.layers:
-            self._count_layer()
-            worker.ahead = (layer + step, now + seconds)
+        if (following := layer + step) in worker.layers:
+            self._count(following)
+            worker.ahead = (following, now + self.costs.read(self.task.model.at(following).layer))
         return now
 
-    def _count_layer(self) -> None:
+    def _count(self, layer: int) -> None:
+        """Count a layer as read."""
         with self._lock:
-            self.read += self.task.model.layer
+            self.read += self.task.model.at(layer).layer
 
     def note_waves(self, waves: Waves) -> None:
         """Learn how many sequences the waves have that are on their way next."""
@@ -200,18 +206,24 @@ class SimulatedGroup:
         self._sizes.update({wave.index: wave.stop - wave.start for wave in waves.all})
 
 
+def _shapes(model: Model) -> Shapes:
+    """Return [rows, cols] of every projection, by layer."""
+    return [
+        {name: (rows, one.cols) for one in shape.inputs for name, rows in one.rows.items()} for shape in model.shapes
+    ]
+
+
 def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
     """Measure error curves, which are of no use to anyone."""
     task, setup = group.task, group.setup
     layout, model = setup.layout, task.model
+    family = model.skeleton.family
     waves = Waves(torch.empty(task.curve_windows, task.seqlen, device="meta"), layout.replicas, task.wave)
     group.note_waves(waves)
-    shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
-    family = model.skeleton.family
     with group.phase("curves"), output.step("curves", 0) as step:
         differentiate(group, layout, waves, setup.streamed, step)
     with group.phase("curves", lanes=len(layout.shards) > 1), output.step("curves", 0) as step:
-        measure(group, layout, waves, family, [shapes] * model.layers, [0.5] * LEVELS, 0.01, step)
+        measure(group, layout, waves, family, _shapes(model), [0.5] * LEVELS, DAMPING, step)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:
@@ -238,19 +250,18 @@ def simulate(costs: Costs) -> SimulatedGroup:
         _measure_curves(group, output)
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
+    family = model.skeleton.family
+    inputs = [kind.input_names for kind in family.kinds]
     observation = Observation(starts, 5.0 if task.outliers else None)
-    inputs = model.skeleton.family.input_names
     if observation:
         with group.phase("observe"), output.step("observe", 0) as step:
             observe(group, layout, calibration, observation, inputs, setup.streamed, step)
-    family = model.skeleton.family
-    shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
-    shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
+    shares = {(layer, name): Share(0.5) for layer, kind in enumerate(family.kinds) for name in kind.projections}
     work = PendingWork(
         shares,
         frozenset(),
         family,
-        [shapes] * model.layers,
+        _shapes(model),
         [],
         None,
         task.errors,

@@ -84,7 +84,7 @@ class ErrorCurves:
     def gather(self, stream: str, wave: int, index: int) -> None:
         """Add one kept wave to the sums over a dense layer's inputs."""
         sums = self._worker.sums[index]
-        inputs = {name: sums[name] for name in self._skeleton.family.input_names}
+        inputs = {name: sums[name] for name in self._skeleton.family.kinds[index].input_names}
         self._worker.add_inputs(index, self._worker.activations.get(stream, wave), inputs)
 
     @verb("solve", layer="index")
@@ -100,7 +100,7 @@ class ErrorCurves:
         Raises:
             SolverError: names the projection.
         """
-        layer, names = self._worker.layers.get(index, "dense"), self._skeleton.family.inputs[group]
+        layer, names = self._worker.layers.get(index, "dense"), self._skeleton.family.kinds[index].inputs[group]
         sums = self._worker.sums[index]
         inputs, gradients = sums.pop(names[0]), sums.pop(gradients_of(names[0]))
         if not sums:
@@ -172,9 +172,11 @@ class ErrorCurves:
 
     def _row_gradients(self, index: int) -> list[RowGradients]:
         """Return the sums of a layer, one for each of its inputs, which begin here."""
-        sums, shapes = self._worker.sums.setdefault(index, {}), self._skeleton.projection_shapes(index)
-        found = []
-        for names in self._skeleton.family.inputs:
+        inputs, shapes = self._skeleton.family.kinds[index].inputs, self._skeleton.projection_shapes(index)
+        if not inputs:
+            return []
+        sums, found = self._worker.sums.setdefault(index, {}), []
+        for names in inputs:
             rows = {name: shapes[name][0] for name in names}
             own = sums.get(gradients_of(names[0])) or RowGradients.empty(rows, self._skeleton.device)
             assert isinstance(own, RowGradients)
