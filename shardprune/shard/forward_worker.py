@@ -50,7 +50,7 @@ class ForwardWorker:
         self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = reopened(settings.model, spec.model)
         with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
-            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
+            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype, spec.ignore)
             self.skeleton.load_frame(self.checkpoint)
         self.ledger = Ledger(clock_of(self.skeleton.device))
         self.activations = Activations(self.skeleton.device, self._place())
