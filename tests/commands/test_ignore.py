@@ -34,6 +34,7 @@ def left_alone(name: str) -> bool:
         {"sparsity": 0.6, "method": "wanda", "allocation": "owl"},
         {"sparsity": 0.6, "method": "wanda", "allocation": "mosaic"},
         {"sparsity": 0.6, "method": "wanda", "allocation": "mosaic-released"},
+        {"sparsity": 0.6, "method": "wanda", "allocation": "fisher"},
         {"sparsity": 0.5, "method": "wanda", "pattern": "mixed:8"},
         {"sparsity": 0.5, "rebuild": "barber", "rebuild_threshold": 0.5},
         {"sparsity": 0.5, "targets": "stream"},

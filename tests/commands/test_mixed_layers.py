@@ -37,7 +37,7 @@ def test_masks_of_every_mixer_are_rebuilt(folder, tmp_path):
     assert [verdict.faults for verdict in check(str(tmp_path / "out"))] == [[]]
 
 
-@pytest.mark.parametrize("allocation", ["owl", "mosaic", "mosaic-released"])
+@pytest.mark.parametrize("allocation", ["owl", "mosaic", "mosaic-released", "fisher"])
 def test_layers_of_other_kinds_are_allocated_together(folder, tmp_path, allocation):
     result = run(folder[0], tmp_path / "out", method="wanda", sparsity=0.6, allocation=allocation)
     assert len({report.target for report in result.sparsity.projections}) > 1

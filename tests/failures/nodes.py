@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from tests.support.clusters import NO_SPARE_WORKERS, processes_of
+from tests.support.clusters import NO_SPARE_WORKERS, kill, processes_of
 from tests.support.forking import forks
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -26,8 +26,15 @@ class Nodes:
         self.address: str = cluster.address
 
     def kill_node(self) -> None:
-        """Kill all processes of one node, which has a worker if all have."""
-        self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
+        """Kill all processes of one node, which has a worker if all have.
+
+        Its workers are forks, which Ray does not kill with their node: they would see that it is gone a little later.
+        """
+        node = self._nodes.pop(0)
+        workers = _workers_on(node.node_id)
+        self._cluster.remove_node(node, allow_graceful=False)
+        for process in workers:
+            kill(process)
 
     def repair(self) -> None:
         """Add nodes until there are as many as at the start."""
@@ -43,6 +50,19 @@ class Nodes:
     def workers(self) -> list[psutil.Process]:
         """The processes of the workers on all nodes."""
         return processes_of("PruneActor")
+
+
+def _workers_on(node_id: str) -> list[psutil.Process]:
+    """The processes of a node's workers, none where this process is not connected yet."""
+    import ray
+    from ray._private import state
+
+    actors = state.actors().values() if ray.is_initialized() else ()
+    return [
+        psutil.Process(actor["Pid"])
+        for actor in actors
+        if actor["Address"]["NodeID"] == node_id and actor["State"] == "ALIVE"
+    ]
 
 
 @contextmanager
