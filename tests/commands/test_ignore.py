@@ -96,3 +96,5 @@ def test_a_plan_does_not_pay_for_what_is_ignored(folder):
         return plan(PlanRecipe.checked(values)).plans[0].candidate.seconds.prune
 
     assert seconds(ignore=["*.mlp.*"]) < seconds()
+    for fields in ({}, {"targets": "stream"}, {"reconstruct": 2, "replicas": 2, "gpus": 2}):
+        assert seconds(ignore=["model.layers.0.*"], **fields) < seconds(**fields)
