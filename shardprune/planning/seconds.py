@@ -172,6 +172,9 @@ class Expected:
         inputs, copied = task.model.inputs, self.setup.copies_sums
         held_out = self._sizes(task.held_out)
         waves = sum(costs.propagate(size) for size in (*self._sizes(task.samples - task.held_out), *held_out))
+        if not inputs:  # nothing is pruned in the layer: waves pass through it, those of the dense model as well
+            waves *= 2 if task.improving else 1
+            return {"waves": waves, "unloading": costs.unload(), "reading": self._reading()}
         waves += self._training()
         if task.improving.stream_targets:
             return {**self._aiming(waves), "unloading": costs.unload(), "reading": self._reading()}
