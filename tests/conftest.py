@@ -3,11 +3,14 @@
 import gc
 import os
 import signal
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What tests start may be cut off in the middle of a file, also of one with a module's code.
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 # Threads of several processes on few cores otherwise spin while they wait for one another: up to six times as slow.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -17,6 +20,9 @@ import torch
 
 from tests.support.dying import dying_at
 from tests.support.tiny import make_model, make_tokens
+
+# Modules of the tests, which pytest rewrites, are compiled once for all processes of a run.
+sys.dont_write_bytecode = False
 
 # A shell ignores Ctrl-C in what it starts in the background, and nohup the end of a terminal; both are inherited, and
 # tests send them.

@@ -97,7 +97,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
     calls, output = _run_on_meta(layer, hidden, arguments)
     maps = tuple(tuple(dict.fromkeys(names)) for names in calls)
     called = {name for names in maps for name in names}
-    inputs, kept = pruned_of(layer, maps)
+    inputs, kept = pruned_of(layer, maps, structures.rows.keys() | structures.columns.keys())
     return LayerKind(
         maps=maps,
         inputs=inputs,

@@ -1,7 +1,7 @@
 """Matrices of decoder layers that stay dense: which, and why."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -28,13 +28,14 @@ SMALL = f"fewer than {SMALLEST} rows or columns"
 
 
 def pruned_of(
-    layer: nn.Module, maps: tuple[tuple[str, ...], ...]
+    layer: nn.Module, maps: tuple[tuple[str, ...], ...], structured: Collection[str] = ()
 ) -> tuple[tuple[tuple[str, ...], ...], dict[str, tuple[str, ...]]]:
     """Return the projections among a layer's linear maps, in groups as these, and the parameters with two or more
     dimensions that stay as they are, by the reason.
 
     Args:
         maps: tuples of linear maps that read the same input.
+        structured: maps of known heads and neurons, of which few may be left: they are projections at any size.
 
     Raises:
         InputError: most of the layer's weights would stay.
@@ -48,7 +49,7 @@ def pruned_of(
                 continue
             weights += parameter.numel()
             name = f"{path}.{leaf}" if path else leaf
-            if reason := _reason(module, path, called, parameter.shape):
+            if reason := _reason(module, path, called, SMALLEST if path not in structured else 0):
                 kept.setdefault(reason, []).append(name)
                 left += parameter.numel() * (reason in (NOT_A_MAP, NOT_CALLED))
             else:
@@ -115,7 +116,7 @@ def _counts(kind: LayerKind) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return kind.kept.get(IGNORED, ()), kind.projections
 
 
-def _reason(module: nn.Module, path: str, called: set[str], shape: tuple[int, ...]) -> str | None:
+def _reason(module: nn.Module, path: str, called: set[str], smallest: int) -> str | None:
     """Return why a parameter of a module stays as it is; None where it is a projection's weight."""
     if not isinstance(module, nn.Linear):
         return NOT_A_MAP
@@ -124,4 +125,4 @@ def _reason(module: nn.Module, path: str, called: set[str], shape: tuple[int, ..
     for pattern, reason in SENSITIVE.items():
         if re.search(pattern, path):
             return reason
-    return SMALL if min(shape) < SMALLEST else None
+    return SMALL if min(module.weight.shape) < smallest else None

@@ -1,12 +1,10 @@
 """The progress of pruning: what counts as how much, and what is said while a layer is solved."""
 
-from dataclasses import replace
-
 import pytest
 
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.solution_parts import narrowing_parts
-from shardprune.model.families import FAMILIES, Family
+from shardprune.model.families import FAMILIES, Family, LayerKind
 from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter, Step
 from shardprune.solvers.methods import Effort
@@ -28,7 +26,9 @@ INPUTS = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-FAMILY = Family("model.layers", INPUTS, frozenset(name for name in SHAPES if name.startswith("self_attn.")))
+ATTENTION = frozenset(name for name in SHAPES if name.startswith("self_attn."))
+KIND = LayerKind(INPUTS, INPUTS, ATTENTION, FAMILIES["llama"])
+FAMILY = Family("model.layers", (KIND, KIND))
 
 
 def pending(factorises):
@@ -64,10 +64,10 @@ def test_a_layer_that_is_solved_says_how_many_projections_are(folder, tmp_path, 
 
 
 def test_of_a_narrower_layer_the_solutions_of_the_output_projections_count():
-    family, tokens = replace(FAMILY, structures=FAMILIES["llama"]), 4096
+    tokens = 4096
     solved = [pending(True).solve_parts(0, (name,), tokens) for name in ("self_attn.o_proj", "mlp.down_proj")]
-    assert narrowing_parts(Effort(sweeps=True), family, SHAPES, tokens) == sum(solved) > 4
-    assert narrowing_parts(Effort(), family, SHAPES, tokens) == 1
+    assert narrowing_parts(Effort(sweeps=True), KIND, SHAPES, tokens) == sum(solved) > 4
+    assert narrowing_parts(Effort(), KIND, SHAPES, tokens) == 1
 
 
 COUNTED = {

@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,7 @@ def test_a_run_that_is_refused_leaves_the_other_ones_record(folder, model, tmp_p
 @pytest.mark.parametrize("why", ["is full", "does not exist"])
 def test_a_temporary_folder_that_cannot_be_used_is_one_line(folder, model, why, command, tmp_path, capsys, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # or the first bytes of modules stay
     if why == "does not exist":
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     arguments = words(folder, tmp_path / "o", model) if command == "prune" else ["plan", str(model), "--seqlen=24"]

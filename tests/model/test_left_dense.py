@@ -66,6 +66,11 @@ def test_matrices_that_are_no_maps_that_are_not_called_or_are_narrow_stay():
     assert sorted(kept.values()) == [("conv.weight",), ("dark.weight",), ("thin.weight",)]
 
 
+def test_narrow_maps_of_known_structures_are_pruned():
+    layer = layer_of(thin=linear(4, 16), up=linear(64, 64))
+    assert pruned_of(layer, (("thin", "up"),), {"thin"}) == ((("thin", "up"),), {})
+
+
 def test_a_layer_of_which_most_would_stay_is_refused():
     layer = layer_of(conv=nn.Conv1d(32, 32, 8), up=linear(8, 8))
     with pytest.raises(

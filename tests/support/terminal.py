@@ -85,7 +85,7 @@ class Terminal:
         elsewhere by the time that a busy machine lets this process look."""
         while not happened():
             self.process.resume()
-            time.sleep(0.02)
+            time.sleep(0.005)
             self.process.suspend()
             if self.process.status() == psutil.STATUS_ZOMBIE:
                 raise AssertionError(self.lines())
