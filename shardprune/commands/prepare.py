@@ -205,6 +205,7 @@ class Prepared:
                 need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
                 other_bytes=needs[shard].bytes + others,
                 model=states["model"],
+                samples=self.recipe.samples - self.held_out,
                 sparse=states.get("sparse"),
             )
             for shard, layers in enumerate(layout.shards)

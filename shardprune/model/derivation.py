@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shardprune.errors import InputError
 from shardprune.model.config_file import in_one_line
+from shardprune.model.experts import chooses, mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family
 from shardprune.model.stand_ins import Arguments, standing_in
 
@@ -44,6 +45,7 @@ def family_of_model(model: PreTrainedModel) -> Family:
         layers=path,
         inputs=inputs,
         attention=_attention(layers[0], inputs),
+        mixtures=tuple(mixtures(layers[0])),
         structures=FAMILIES.get(model.config.model_type, NO_STRUCTURES),
         returns_tuple=isinstance(output, tuple),
     )
@@ -67,11 +69,8 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _check_kinds(layers: nn.ModuleList) -> None:
-    """Check that all layers have the same tensors, and no experts among them."""
+    """Check that all layers have the same tensors."""
     shapes = [{name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} for layer in layers]
-    for index, own in enumerate(shapes):
-        if experts := next((name for name in own if "experts" in name.split(".")), None):
-            raise _refused(f"it is a mixture of experts, which is not supported yet: layer {index} has {experts}")
     for index, own in enumerate(shapes):
         if differing := next((name for name in {**own, **shapes[0]} if own.get(name) != shapes[0].get(name)), None):
             has = [f"{list(some[differing])}" if differing in some else "nothing" for some in (shapes[0], own)]
@@ -86,6 +85,8 @@ def _check_matrices(layer: nn.Module, called: set[str]) -> None:
             if parameter is None or parameter.dim() < 2:
                 continue
             name = f"{path}.{leaf}" if path else leaf
+            if chooses(module, layer):
+                continue
             if not isinstance(module, nn.Linear):
                 raise _refused(f"{name} {list(parameter.shape)} of its layers is not the weight of an nn.Linear")
             if path not in called:
@@ -141,11 +142,13 @@ def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tupl
         Tensor, lambda tensor: tensor.to("meta"), (arguments.positional, arguments.keywords)
     )
     alone = copy.deepcopy(layer).to("meta")
+    for mixture in mixtures(alone).values():
+        mixture.__dict__["forward"] = lambda hidden, *_routing, mixture=mixture: run_on_meta(mixture, hidden)
     seen: dict[tuple[Any, ...], list[str]] = {}
     alive = []  # a freed tensor's place is another's soon
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        (given,) = inputs
+        given = inputs[0]
         alive.append(given)
         place = given.untyped_storage()._cdata, given.storage_offset(), given.shape, given.stride(), given._version
         seen.setdefault(place, []).append(name)

@@ -48,6 +48,7 @@ class Family:
         layers: path of the list of decoder layers in the causal language model.
         inputs: tuples of projections that read the same input, in the order of the forward pass.
         attention: projections of the attention; all others are the MLP's.
+        mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`).
         structures: of the weights, where they are known.
         returns_tuple: a layer returns its hidden states as the first of a tuple.
     """
@@ -55,6 +56,7 @@ class Family:
     layers: str
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
+    mixtures: tuple[str, ...] = ()
     structures: Structures = NO_STRUCTURES
     returns_tuple: bool = False
 
@@ -67,6 +69,10 @@ class Family:
     def input_names(self) -> tuple[str, ...]:
         """The inputs of a layer in the order of the forward pass, each named by the first projection that reads it."""
         return tuple(names[0] for names in self.inputs)
+
+    def mixture_of(self, projection: str) -> str | None:
+        """Return the path of the mixture to one of whose experts a projection belongs; None where it sees all tokens."""
+        return next((path for path in self.mixtures if projection.startswith(f"{path}.")), None)
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
+from shardprune.model.experts import named_tensors
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.json_file import parse_json
@@ -24,7 +25,7 @@ CHECKED = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
         *("gemma3_text", "glm", "glm4", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "ministral", "ministral3"),
-        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
+        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss"),
         *("smollm3", "stablelm", "starcoder2"),
     )
 )
@@ -211,20 +212,17 @@ def difference_token_by_token(config: PretrainedConfig) -> float:
 
 def _draw(model: nn.Module, generator: torch.Generator) -> _Drawn:
     """Give a model random parameters and persistent buffers, which change all that they enter; return them."""
-    drawn: dict[str, Tensor] = {}
     places: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
+    for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in places:
                 noise = torch.randn(parameter.shape, generator=generator)
                 places[id(parameter)] = noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + noise / 10
-                drawn[f"{path}.{leaf}" if path else leaf] = places[id(parameter)]
             module._parameters[leaf] = nn.Parameter(places[id(parameter)], requires_grad=False)
-    for name, buffer in persistent_buffers(model).items():
+    for buffer in persistent_buffers(model).values():
         if buffer.is_floating_point():
             noise = torch.randn(buffer.shape, generator=generator).to(buffer.dtype)
             buffer += noise / 10
-        drawn[name] = buffer.clone()
-    return _Drawn(drawn)
+    return _Drawn({name: tensor.detach().clone() for name, tensor in named_tensors(model).items()})

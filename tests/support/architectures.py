@@ -1,6 +1,6 @@
 """Tiny configs of architectures that have no row in the table of families, by their `model_type`.
 
-Those of `DENSE` are pruned by their weights; those of `REFUSED` are not, for a reason that its pattern says.
+Those of `DENSE` and `MIXTURES` are pruned by their weights; those of `REFUSED` are not, for a reason that its pattern says.
 """
 
 from pathlib import Path
@@ -67,6 +67,9 @@ DENSE: dict[str, dict[str, Any]] = {
     "stablelm": _COMMON,
     "starcoder2": {**_COMMON, **_WINDOW},
 }
+MIXTURES: dict[str, dict[str, Any]] = {  # of experts
+    "qwen3_moe": {**_HEAD, **_EXPERTS, "num_experts": 6},
+}
 _OF_EXPERTS, _KINDS, _PARTS = "is a mixture of experts", "layers are of several kinds", "has other parts"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v3": (_LATENT, _OF_EXPERTS),
@@ -87,7 +90,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "olmoe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
     "qwen2_moe": ({**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 16}, _OF_EXPERTS),
     "qwen3_5_text": ({**_COMMON, **_LINEAR_ATTENTION}, _KINDS),
-    "qwen3_moe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
     "qwen3_next": ({**_COMMON, **_EXPERTS, **_LINEAR_ATTENTION}, _OF_EXPERTS),
 }
 
