@@ -3,6 +3,7 @@
 python -m docs.make_families [FILE]     print the page, or write it
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES, Structures
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import difference_layer_by_layer
-from tests.support.architectures import DENSE, REFUSED
+from tests.support.architectures import DENSE, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
 
 HEAD = """\
@@ -31,7 +32,8 @@ its config has, is run layer by layer and as a whole. If the logits differ in on
 that says by how much, before any work. It also ends with a line where a layer has a matrix that could not be pruned:
 nothing is left out in silence.
 
-- **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`. `yes`: the logits are equal to the
+- **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`, which does not train mixtures of
+  experts yet. `yes`: the logits are equal to the
   bit; in the tests, each runs through `prune`, its perplexity before and after is that of transformers on the same
   windows, and what is written loads without a missing or unexpected tensor.
 - **structures**: `--structured`, `mop` and `--targets stream`; `neurons` where no attention head can go. They need to
@@ -57,7 +59,7 @@ REFUSALS = """
 def page() -> str:
     """Return the whole page."""
     ours = {config.model_type: config for config in map(_config, CONFIGS)}
-    configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in DENSE.items()}}
+    configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in {**DENSE, **MIXTURES}.items()}}
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
     return HEAD + TABLE + rows + REFUSALS + refusals
@@ -71,7 +73,12 @@ def _config(name: str) -> transformers.PretrainedConfig:
 def _row(name: str, config: transformers.PretrainedConfig) -> str:
     difference = difference_layer_by_layer(config)
     structures = FAMILIES.get(name)
-    groups = "; ".join(", ".join(f"`{one}`" for one in group) for group in Skeleton(config, "cpu").family.inputs)
+    family = Skeleton(config, "cpu").family
+    # The experts of a mixture are alike.
+    inputs = dict.fromkeys(
+        tuple(re.sub(r"\.experts\.\d+\.", ".experts.*.", one) for one in group) for group in family.inputs
+    )
+    groups = "; ".join(", ".join(f"`{one}`" for one in group) for group in inputs)
     cells = [f"`{name}`", "differs" if difference else "yes", _structures(structures), _packing(structures), groups]
     return f"| {' | '.join(cells)} |\n"
 

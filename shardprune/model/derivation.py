@@ -89,6 +89,8 @@ def _check_matrices(layer: nn.Module, called: set[str]) -> None:
                 continue
             if not isinstance(module, nn.Linear):
                 raise _refused(f"{name} {list(parameter.shape)} of its layers is not the weight of an nn.Linear")
+            if len(parameter) == 1:
+                raise _refused(f"{path} of its layers is a gate, which is not supported yet")
             if path not in called:
                 raise _refused(f"{path} of its layers is not called as a module")
 

@@ -52,7 +52,7 @@ class Stack:
         self._transposed, self._interleaved = transposed, interleaved
         self.parts: list[list[Part]] = []  # by expert
         for weights in map(self._views, values):
-            parts = [Part(*reversed(weight.shape), bias=False, device="meta") for weight in weights]
+            parts = [Part(weight.shape[1], weight.shape[0], bias=False, device="meta") for weight in weights]
             self.parts.append(parts)
         self._fill(values)
 
@@ -128,13 +128,13 @@ def take_apart(model: nn.Module) -> None:
         for name, names in STACKS.items():
             if name in module._parameters:
                 values = module.get_parameter(name)
-                stacks[name] = Stack(values, names, module.is_transposed, not module.is_concatenated)
+                stacks[name] = Stack(values, names, *_layout(module))
                 del module._parameters[name]
                 setattr(module, name, stacks[name])
         for place, parts in enumerate(zip(*(stack.parts for stack in stacks.values()), strict=True)):
-            names = [name for stack in stacks.values() for name in stack.names]
-            own = [part for of_stack in parts for part in of_stack]
-            module.add_module(str(place), Expert(dict(zip(names, own, strict=True))))
+            named = zip(stacks.values(), parts, strict=True)
+            own = {name: part for stack, held in named for name, part in zip(stack.names, held, strict=True)}
+            module.add_module(str(place), Expert(own))
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -142,6 +142,11 @@ def is_mixture(module: nn.Module) -> bool:
     them."""
     known = all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate"))
     return known and module._parameters.get("down_proj") is not None
+
+
+def _layout(mixture: nn.Module) -> tuple[bool, bool]:
+    """Return whether a mixture's matrices are transposed, and whether the rows of gate and up alternate."""
+    return bool(mixture.is_transposed), not mixture.is_concatenated
 
 
 def stacks_of(layer: nn.Module) -> Iterator[tuple[nn.Module, Stack]]:
@@ -165,6 +170,7 @@ def run_on_meta(mixture: nn.Module, hidden: Tensor) -> Tensor:
         if isinstance(expert, Expert):
             shared = torch.empty_like(hidden)
             for name, part in expert.named_children():
+                assert isinstance(part, Part)
                 tokens = hidden.new_empty(len(hidden), part.in_features) if name == DOWN else shared
                 part(tokens, hidden.new_empty(len(hidden), part.out_features))
     return torch.empty_like(hidden)
@@ -195,6 +201,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 if (values := tensors.pop(f"{path}.{name}", None)) is None:
                     continue
                 for expert, matrix in enumerate(values):
-                    weights = views_of(matrix, len(names), module.is_transposed, not module.is_concatenated)
-                    tensors |= {f"{path}.{expert}.{part}.weight": weight for part, weight in zip(names, weights, strict=True)}
+                    weights = views_of(matrix, len(names), *_layout(module))
+                    for part, weight in zip(names, weights, strict=True):
+                        tensors[f"{path}.{expert}.{part}.weight"] = weight
     return tensors

@@ -6,6 +6,7 @@ weights belong to, so that they can be removed as a whole.
 """
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Literal
 
 from shardprune.errors import InputError
@@ -71,7 +72,7 @@ class Family:
         return tuple(names[0] for names in self.inputs)
 
     def mixture_of(self, projection: str) -> str | None:
-        """Return the path of the mixture to one of whose experts a projection belongs; None where it sees all tokens."""
+        """Return the path of the mixture whose expert a projection belongs to; None where it sees all tokens."""
         return next((path for path in self.mixtures if projection.startswith(f"{path}.")), None)
 
     @property
@@ -86,6 +87,16 @@ class Family:
         attention = tuple(name for name in self.projections if name in self.attention)
         mlp = tuple(name for name in self.projections if name not in self.attention)
         return {name: names for name, names in (("attention", attention), ("mlp", mlp)) if names}
+
+    def end_of(self, block: str) -> str:
+        """Return the module that gives the output of a block: its last projection, or where experts share the work, the
+        module that holds all of its projections."""
+        names = self.blocks[block]
+        if not any(map(self.mixture_of, names)):
+            return names[-1]
+        paths = [name.split(".") for name in names]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        return ".".join(parts[0] for parts in shared)
 
 
 LLAMA = Structures(

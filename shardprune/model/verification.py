@@ -25,8 +25,8 @@ CHECKED = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
         *("gemma3_text", "glm", "glm4", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "ministral", "ministral3"),
-        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_moe", "seed_oss"),
-        *("smollm3", "stablelm", "starcoder2"),
+        *("minimax_m2", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3"),
+        *("qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
     )
 )
 SEQUENCES, SEQLEN = 2, 24

@@ -141,7 +141,7 @@ class InputStatistics(Summed):
     @property
     def mean_squares(self) -> Tensor:
         """s = 1/N sum over tokens of x^2, float32 [cols]."""
-        return (self.sums.diagonal() if self.kind == "gram" else self.sums) / self.samples
+        return (self.sums.diagonal() if self.kind == "gram" else self.sums) / max(1, self.samples)
 
     @property
     def finite(self) -> bool:
@@ -151,7 +151,7 @@ class InputStatistics(Summed):
     @property
     def scale(self) -> float:
         """2/N, by which X^T X becomes the Hessian."""
-        return 2 / self.samples
+        return 2 / max(1, self.samples)
 
     @property
     def hessian(self) -> Tensor:

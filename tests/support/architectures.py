@@ -1,6 +1,7 @@
 """Tiny configs of architectures that have no row in the table of families, by their `model_type`.
 
-Those of `DENSE` and `MIXTURES` are pruned by their weights; those of `REFUSED` are not, for a reason that its pattern says.
+Those of `DENSE` and `MIXTURES` are pruned by their weights; those of `REFUSED` are not, for a reason that its pattern
+says.
 """
 
 from pathlib import Path
@@ -68,29 +69,32 @@ DENSE: dict[str, dict[str, Any]] = {
     "starcoder2": {**_COMMON, **_WINDOW},
 }
 MIXTURES: dict[str, dict[str, Any]] = {  # of experts
+    "minimax_m2": {**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {**_COMMON, "num_local_experts": 4},
+    "olmoe": {**_COMMON, **_EXPERTS},
     "qwen3_moe": {**_HEAD, **_EXPERTS, "num_experts": 6},
 }
-_OF_EXPERTS, _KINDS, _PARTS = "is a mixture of experts", "layers are of several kinds", "has other parts"
+_MATRIX, _KINDS, _PARTS = "is not the weight of an nn.Linear", "layers are of several kinds", "has other parts"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "deepseek_v3": (_LATENT, _OF_EXPERTS),
+    "deepseek_v3": (_LATENT, _KINDS),
     "falcon_h1": (
         {**_COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
         r"mamba\.conv1d\.weight \[48, 1, 4\] of its layers is not the weight of an nn\.Linear",
     ),
     "gemma4_text": ({**_COMMON, **_WINDOW, "head_dim": 8, "global_head_dim": 16}, _KINDS),
-    "glm4_moe": ({**_LATENT, "head_dim": 8}, _OF_EXPERTS),
+    "glm4_moe": ({**_LATENT, "head_dim": 8}, _KINDS),
     "gpt2": (
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         r"attn\.c_attn\.weight \[32, 96\] of its layers is not the weight of an nn\.Linear",
     ),
-    "gpt_oss": ({**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}, _OF_EXPERTS),
+    "gpt_oss": ({**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}, _MATRIX),
     "lfm2": ({**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, _KINDS),
-    "minimax_m2": ({**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, _OF_EXPERTS),
-    "mixtral": ({**_COMMON, "num_local_experts": 4}, _OF_EXPERTS),
-    "olmoe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
-    "qwen2_moe": ({**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 16}, _OF_EXPERTS),
+    "qwen2_moe": (
+        {**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 16},
+        "shared_expert_gate of its layers is a gate",
+    ),
     "qwen3_5_text": ({**_COMMON, **_LINEAR_ATTENTION}, _KINDS),
-    "qwen3_next": ({**_COMMON, **_EXPERTS, **_LINEAR_ATTENTION}, _OF_EXPERTS),
+    "qwen3_next": ({**_COMMON, **_EXPERTS, **_LINEAR_ATTENTION}, _KINDS),
 }
 
 
