@@ -92,7 +92,7 @@ def _prune_layers(
 def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
     """Make a layer narrower on every replica, but for its file; return its record."""
     assert work.widths is not None
-    kept = narrow_layer(layer, work.family.input_names, work.widths, work.passes_on_dense)
+    kept = narrow_layer(layer, work.family.kinds[layer.layer].input_names, work.widths, work.passes_on_dense)
     layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
     sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
     return LayerRecord(layer.layer, kept=kept, sizes=sizes)
@@ -103,7 +103,7 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
 
     Returns its record.
     """
-    solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
+    solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.kinds[layer.layer].inputs])
     held_out = HeldOut(layer) if work.improving else None
     if held_out and work.improving.stream_targets:
         record = solve_towards_stream(work, layer, held_out, solvers)
@@ -127,8 +127,9 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     layer.calibrating.over_waves(PruneWorker.accumulate, False)
     if work.improving.measured_damping:
         layer.held_out.over_waves(PruneWorker.hold_out)
-    inputs = work.family.inputs
-    waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
+    kind = work.family.kinds[layer.layer]
+    inputs = kind.inputs
+    waiting = layer.reduce(dict(zip(kind.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)
     solving = []
     for group, solver in enumerate(solvers):
@@ -146,7 +147,7 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     layer.wait(waiting)
     return LayerRecord(
         layer.layer,
-        projections=tuple(reports[name] for name in work.family.projections),
+        projections=tuple(reports[name] for name in kind.projections),
         outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
     )
 
@@ -165,7 +166,7 @@ class _Solved:
         self._describe()
 
     def _describe(self) -> None:
-        of_all = len(self._work.family.projections)
+        of_all = len(self._work.family.kinds[self._layer.layer].projections)
         solving = f", {self._count} of {of_all} projections solved" if self._count < of_all else ""
         self._layer.step.describe(f"layer {self._layer.layer + 1}/{len(self._work.shapes)}{solving}")
 

@@ -36,6 +36,7 @@ from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
+from shardprune.solvers.triangles import lower_entries
 from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
@@ -225,18 +226,25 @@ class Prepared:
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
-        config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
+        config, itemsize = self.skeleton.config, self.placement.dtype.itemsize
         wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
-        columns = [self.shapes[0][name][1] for name in family.input_names]
+        columns = [
+            [shapes[name][1] for name in kind.input_names]
+            for kind, shapes in zip(self.skeleton.family.kinds, self.shapes, strict=True)
+        ]
+        most = max(columns, key=lambda of_layer: sum(map(lower_entries, of_layer)))
         kinds = 2 if self.job.improving.measured_damping else 1  # with sums over held-out windows
-        return store_bytes(self.layout, wave, kinds * columns, sent)
+        return store_bytes(self.layout, wave, kinds * most, sent)
 
     @property
     def layer_bytes(self) -> int:
-        """The bytes of a layer's projections as they are computed with."""
-        return sum(rows * cols for rows, cols in self.shapes[0].values()) * self.placement.dtype.itemsize
+        """The bytes of the projections of the largest layer as they are computed with."""
+        return (
+            max(sum(rows * cols for rows, cols in layer.values()) for layer in self.shapes)
+            * self.placement.dtype.itemsize
+        )
 
     @property
     def _other_bytes(self) -> int:
@@ -397,7 +405,10 @@ def _check_mixed(job: PruningJob, skeleton: Skeleton) -> None:
     zeroing = job.zeroing
     if not isinstance(zeroing, Zeroing) or not isinstance(zeroing.pattern, Mixed):
         return
-    for name, (_, cols) in skeleton.projection_shapes(0).items():
+    inputs = {
+        name: cols for index in range(skeleton.layers) for name, (_, cols) in skeleton.projection_shapes(index).items()
+    }
+    for name, cols in inputs.items():
         if cols % zeroing.pattern.m:
             raise InputError("pattern", f"{zeroing.pattern} does not fit {name}, which has {cols} inputs")
     try:

@@ -92,7 +92,7 @@ class PreparedRecovery:
         """The paths of all projections."""
         family = self.skeleton.family
         layers = range(self.skeleton.layers)
-        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.projections)
+        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.kinds[index].projections)
 
     @property
     def parameters_trained(self) -> int:
@@ -139,7 +139,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     check_output(recipe.out, recipe.resume)  # before models and texts are read, which may be downloads
     opened = open_model(recipe.model)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
-    if skeleton.family.mixtures:
+    if any(kind.mixtures for kind in skeleton.family.kinds):
         raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
@@ -270,7 +270,7 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> ZeroCount:
     names = [
         skeleton.projection_tensor(index, name)
         for index in range(skeleton.layers)
-        for name in skeleton.family.projections
+        for name in skeleton.family.kinds[index].projections
     ]
     counts = [(int((weight == 0).sum()), weight.numel()) for weight in map(checkpoint.read, names)]
     return ZeroCount(count=sum(count for count, _ in counts), weights=sum(weights for _, weights in counts))

@@ -182,13 +182,12 @@ def allocate(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None
         stack.allocate(device, dtype)
 
 
-def chooses(module: nn.Module, layer: nn.Module) -> bool:
-    """Return whether a module of a layer is the router of its experts: it holds a matrix with a row for each, and is no
-    linear map."""
-    weight = module._parameters.get("weight")
-    if isinstance(module, nn.Linear) or weight is None:
-        return False
-    return any(len(weight) == len(stack.parts) for _, stack in stacks_of(layer))
+def stack_names(part: str) -> list[str]:
+    """Return the names that the parameter of all experts may have whose part has the weight of a name; none where it is
+    no part of an expert's."""
+    path, _, own = part.removesuffix(".weight").rpartition(".")
+    mixture, _, expert = path.rpartition(".")
+    return [f"{mixture}.{name}" for name, parts in STACKS.items() if own in parts] if expert.isdigit() else []
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

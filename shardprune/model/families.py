@@ -5,7 +5,7 @@ no row here to be pruned by its weights. A row of `FAMILIES` says which heads an
 weights belong to, so that they can be removed as a whole.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -42,24 +42,27 @@ NO_STRUCTURES = Structures(rows={}, columns={})
 
 
 @dataclass(frozen=True)
-class Family:
-    """The modules of a model's decoder layers, as its class runs them.
+class LayerKind:
+    """The modules of the decoder layers of one kind, as their class runs them.
 
     Attributes:
-        layers: path of the list of decoder layers in the causal language model.
-        inputs: tuples of projections that read the same input, in the order of the forward pass.
-        attention: projections of the attention; all others are the MLP's.
+        maps: tuples of linear maps that read the same input, in the order of the forward pass; pruned or not.
+        inputs: those of them that are pruned, the projections.
+        attention: maps of the attention; all others are the MLP's.
         mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`).
         structures: of the weights, where they are known.
-        returns_tuple: a layer returns its hidden states as the first of a tuple.
+        returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
+            them alone.
+        kept: parameters with two or more dimensions that are no projections, by the reason why they stay as they are.
     """
 
-    layers: str
+    maps: tuple[tuple[str, ...], ...]
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
     mixtures: tuple[str, ...] = ()
     structures: Structures = NO_STRUCTURES
-    returns_tuple: bool = False
+    returned: int = 0
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -97,6 +100,21 @@ class Family:
         paths = [name.split(".") for name in names]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join(parts[0] for parts in shared)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The decoder layers of a model.
+
+    Attributes:
+        layers: path of their list in the causal language model.
+        kinds: the kind of each layer.
+        structures: of the weights, where they are known.
+    """
+
+    layers: str
+    kinds: tuple[LayerKind, ...]
+    structures: Structures = NO_STRUCTURES
 
 
 LLAMA = Structures(

@@ -104,9 +104,12 @@ class Skeleton:
 
     def projection_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Return [rows, cols] of one layer's projections, in the order of the forward pass."""
-        layer = self._blanks[index]
-        weights = {name: projection_weight(layer, name) for name in self.family.projections}
-        return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        return {name: self.map_shape(index, name) for name in self.family.kinds[index].projections}
+
+    def map_shape(self, index: int, name: str) -> tuple[int, int]:
+        """Return [rows, cols] of one of a layer's linear maps."""
+        rows, cols = projection_weight(self._blanks[index], name).shape
+        return rows, cols
 
     def build_layer(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
         """Build a decoder layer on the device from the given checkpoint tensors.
@@ -133,7 +136,7 @@ class Skeleton:
         key = (batch, seqlen)
         arguments = self._arguments.pop(key, None)
         if arguments is None:
-            recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+            recorders = [Recorder(kind.returned) for kind in self.family.kinds]
             self._run(recorders, self.model.base_model, batch, seqlen)
             arguments = [recorder.arguments for recorder in recorders]
         self._arguments[key] = arguments  # last in order: the least recently used entry is dropped first
@@ -144,7 +147,7 @@ class Skeleton:
     def next_arguments(self, batch: int, kept: KeptKeys) -> list[Arguments]:
         """Return the arguments of all layers, beside the hidden states, for the next token of `batch` sequences, whose
         keys and values they add to those that are kept."""
-        recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        recorders = [Recorder(kind.returned) for kind in self.family.kinds]
         self._run(recorders, self.model.base_model, batch, 1, kept)
         return [recorder.arguments for recorder in recorders]
 
@@ -190,7 +193,7 @@ class Skeleton:
         Args:
             kept: of the tokens before these, where there are any.
         """
-        recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        recorders = [Recorder(kind.returned) for kind in self.family.kinds]
         tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
             self.model.base_model(input_ids=tokens, past_key_values=kept, use_cache=kept is not None)
@@ -200,7 +203,7 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits [batch, seqlen, vocabulary] from the last layer's output [batch, seqlen, hidden]."""
-        stand_ins = [returning(hidden, self.family.returns_tuple)] * self.layers
+        stand_ins = [returning(hidden, kind.returned) for kind in self.family.kinds]
         return self._run(stand_ins, self.model, *hidden.shape[:2]).logits
 
     # -- inside -------------------------------------------------------------------------------------------

@@ -20,18 +20,34 @@ from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.json_file import parse_json
 
-# Classes whose tiny models pass the check, and a whole run beside transformers, in the tests.
-CHECKED = frozenset(
+# Classes whose tiny models pass the check, and a whole run beside transformers, in the tests. All layers of the first
+# are attention with an MLP, and keep keys and values of earlier tokens alone; those of the last have experts.
+ATTENDING = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
         *("gemma3_text", "glm", "glm4", "gpt_neox", "granite", "hunyuan_v1_dense", "llama", "ministral", "ministral3"),
-        *("minimax_m2", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "phi", "phi3"),
-        *("qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+        *("mistral", "nemotron", "olmo", "olmo2", "olmo3", "opt", "phi", "phi3", "qwen2", "qwen3", "seed_oss"),
+        *("smollm3", "stablelm", "starcoder2"),
     )
 )
+MIXING = frozenset(
+    (
+        *("bamba", "falcon_h1", "falcon_mamba", "gemma4_text", "granitemoehybrid", "jamba", "lfm2"),
+        *("lfm3", "mamba", "mamba2", "nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma"),
+    )
+)
+ROUTING = frozenset(
+    (
+        *("cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe"),
+        *("glm4_moe_lite", "hunyuan_v1_moe", "lfm2_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe"),
+        *("qwen3_5_moe_text", "qwen3_moe"),
+    )
+)
+CHECKED = ATTENDING | MIXING | ROUTING
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
 ROUNDING = 1e-4  # of logits in float32, as a share of the largest
+DENSE_BEFORE_EXPERTS = "first_k_dense_replace"  # number of the first layers, which have no experts
 LARGEST = 2**28  # parameters of a model that is made for the check
 
 
@@ -93,6 +109,8 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         return made
 
     few = {"num_hidden_layers": len(kept), "vocab_size": min(config.vocab_size, VOCABULARY)}
+    if getattr(config, DENSE_BEFORE_EXPERTS, 0):
+        few[DENSE_BEFORE_EXPERTS] = 1
     try:
         return with_fields({**few, **_narrow(config)})
     except Exception:  # a class that relates its sizes in a way of its own keeps them
@@ -159,12 +177,12 @@ def difference_layer_by_layer(config: PretrainedConfig) -> float:
 
 def check_class_writes(config: PretrainedConfig) -> None:
     """Check that models of a class compute token by token, with keys and values that are kept, what they compute for a
-    text as a whole; one of `CHECKED` does.
+    text as a whole; one of `ATTENDING` does.
 
     Raises:
         InputError: this one does not; says by how much.
     """
-    if config.model_type not in CHECKED:
+    if config.model_type not in ATTENDING:
         _check_writes(config.to_json_string(use_diff=False))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shardprune.errors import SolverError
 from shardprune.model.checkpoint import reopened
 from shardprune.model.experts import DOWN
+from shardprune.model.families import LayerKind
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
@@ -231,12 +232,12 @@ class ForwardWorker:
         layer, sums = self.layers.get(index, "dense"), self._known(index)
         del self.sums[index]
         squares: dict[str, Tensor] = {}
-        for names in self.skeleton.family.inputs:
+        for names in self.skeleton.family.kinds[index].inputs:
             statistics = sums[names[0]]
             assert isinstance(statistics, InputStatistics)
             statistics.settle()
             squares |= dict.fromkeys(names, statistics.mean_squares)
-        weights = {name: projection_weight(layer, name) for name in self.skeleton.family.projections}
+        weights = {name: projection_weight(layer, name) for name in self.skeleton.family.kinds[index].projections}
         if not all(bool(torch.isfinite(square).all()) for square in squares.values()):
             raise SolverError(f"layer {index}: its inputs are not finite: the activations overflow")
         return outlier_ratios({name: (weights[name], squares[name]) for name in weights}, m)
@@ -302,20 +303,23 @@ class ForwardWorker:
             self.sums.pop(index, None)
         return statistic
 
+    def _kind(self, index: int) -> LayerKind:
+        return self.skeleton.family.kinds[index]
+
     def _known(self, index: int) -> dict[str, Summed]:
         """Return the sums over a layer's inputs when all waves have added to them.
 
         What all tokens of a mixture have added becomes a part of its experts' sums, once.
         """
         sums = self.sums.get(index, {})
-        for path in self.skeleton.family.mixtures:
+        for path in self._kind(index).mixtures:
             if (common := sums.pop(path, None)) is None:
                 continue
             assert isinstance(common, InputStatistics)
             assert common.tokens is not None
             tokens = common.tokens // common.samples * self.spec.samples
             for name, statistics in sums.items():
-                if self.skeleton.family.mixture_of(name) == path and not name.endswith(f".{DOWN}"):
+                if self._kind(index).mixture_of(name) == path and not name.endswith(f".{DOWN}"):
                     assert isinstance(statistics, InputStatistics)
                     statistics.add_prior(common, tokens)
         return sums
@@ -338,7 +342,7 @@ class ForwardWorker:
         unseen = set(sums or ())
 
         # An expert may see no token of a wave, and counts its sequences nevertheless.
-        routed = {name for name in sums or () if self.skeleton.family.mixture_of(name)}
+        routed = {name for name in sums or () if self._kind(index).mixture_of(name)}
         for name, statistics in (sums or {}).items():
             statistics.samples += len(hidden) if name in routed else 0
 
@@ -382,10 +386,10 @@ class ForwardWorker:
 
     def empty_statistics(self, index: int, kind: Kind) -> dict[str, InputStatistics]:
         """Return empty statistics of each input of a layer, by the first projection that reads it."""
-        shapes, family, device = self.skeleton.projection_shapes(index), self.skeleton.family, self.skeleton.device
+        shapes, own, device = self.skeleton.projection_shapes(index), self._kind(index), self.skeleton.device
         found = {}
-        for name in family.input_names:
-            path = family.mixture_of(name)
+        for name in own.input_names:
+            path = own.mixture_of(name)
             found[name] = InputStatistics.empty(kind, shapes[name][1], device, counting=path is not None)
             if path is not None and path not in found:  # the first input of the first expert is what all share
                 found[path] = InputStatistics.empty(kind, shapes[name][1], device, counting=True)

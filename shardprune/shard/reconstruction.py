@@ -39,7 +39,7 @@ class Reconstruction:
         Args:
             norm: ||dense output - dense input||^2 of a window: the unit of the loss.
         """
-        layer, names = self._worker.layers.get(index, "dense"), self._skeleton.family.projections
+        layer, names = self._worker.layers.get(index, "dense"), self._skeleton.family.kinds[index].projections
         weights = {name: projection_weight(layer, name) for name in names}
         masks = {name: weight != 0 for name, weight in weights.items()}
         masters = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}
@@ -83,7 +83,7 @@ class Reconstruction:
             (error.square().sum() * power).backward()
         for name, leaf in leaves.items():
             if leaf.grad is None:  # an expert that sees no token of the batch
-                assert self._skeleton.family.mixture_of(name)
+                assert self._skeleton.family.kinds[index].mixture_of(name)
                 continue
             masters[name].grad = leaf.grad.float().div_(power * len(batch) * norm).mul_(masks[name])
 

@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton
 from tests.commands.test_architectures import perplexity
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.running import run
@@ -19,6 +21,8 @@ def test_a_run_equals_transformers_before_and_after(model_type, tmp_path):
     dense = make_architecture(tmp_path / "model", model_type, MIXTURES[model_type])
     tokens = torch.from_numpy(np.load(make_tokens(tmp_path / "tokens.npy")))
     text = str(tmp_path / "tokens.npy")
+    checkpoint = Checkpoint(dense)
+    skeleton = Skeleton(checkpoint.config, "cpu")
     for out, fields in (
         ("half", {"sparsity": 0.5}),
         ("groups", {"pattern": "2:4", "shards": 2, "weights": "streamed"}),
@@ -33,8 +37,19 @@ def test_a_run_equals_transformers_before_and_after(model_type, tmp_path):
         assert {name: tensor.shape for name, tensor in before.items()} == {
             name: tensor.shape for name, tensor in after.items()
         }
-        pruned = {name for name in before if re.search(r"proj(\.weight)?$|w[123]\.weight$", name)}
+        pruned = {
+            checkpoint.stored_name(skeleton.projection_tensor(one.layer, one.name))
+            for one in result.sparsity.projections
+        }
         assert {name for name in before if not torch.equal(before[name], after[name])} == pruned
+        left = {
+            checkpoint.stored_name(f"{skeleton.family.layers}.{layer}.{name}")
+            for layer, kind in enumerate(skeleton.family.kinds)
+            for names in kind.kept.values()
+            for name in names
+        }
+        inside = re.compile(rf"{skeleton.family.layers}\.|backbone\.layers\.")
+        assert pruned | left == {name for name in before if before[name].dim() > 1 and inside.match(name)}
         zeros = sum(int((after[name] == 0).sum()) for name in pruned)
         weights = sum(before[name].numel() for name in pruned)
         assert zeros / weights == result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)

@@ -8,13 +8,14 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.checks import check_tensors
 from shardprune.model.empty_model import attention_of
 from shardprune.model.experts import Part, named_tensors
 from shardprune.model.skeleton import Skeleton, projection_weight
-from shardprune.model.verification import difference_layer_by_layer
-from tests.support.architectures import MIXTURES, VOCABULARY, make_architecture
+from shardprune.model.verification import difference_layer_by_layer, small_config
+from tests.support.architectures import MIXTURES, STACKED, VOCABULARY, make_architecture
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def test_pruning_a_part_changes_what_the_layer_computes(layer):
     skeleton, built, hidden = layer
     arguments = skeleton.layer_arguments(0, *hidden.shape[:2])
     before = skeleton.forward_layer(built, hidden, arguments)
-    for name in skeleton.family.projections:
+    for name in skeleton.family.kinds[0].projections:
         if name.endswith("down_proj"):
             projection_weight(built, name).zero_()
     after = skeleton.forward_layer(built, hidden, arguments)
@@ -111,7 +112,7 @@ def test_pruning_a_part_changes_what_the_layer_computes(layer):
 def test_weights_that_stand_in_for_those_of_parts_are_used_and_have_gradients(layer):
     skeleton, built, hidden = layer
     arguments = skeleton.layer_arguments(0, *hidden.shape[:2])
-    names = [name for name in skeleton.family.projections if "experts" in name]
+    names = [name for name in skeleton.family.kinds[0].projections if "experts" in name]
     others = {name: projection_weight(built, name).detach() * 0.5 for name in names}
     leaves = {f"{name}.weight": weight.clone().requires_grad_() for name, weight in others.items()}
     output = torch.func.functional_call(built, leaves, (hidden,), arguments.keywords)
@@ -142,3 +143,32 @@ def test_other_uses_of_an_experts_matrix_are_not_passed_over(layer):
     _, built, _ = layer
     with pytest.raises(NotImplementedError, match="used in t"):
         built.mlp.experts.down_proj[0].t()
+
+
+def test_one_tensor_for_all_experts_is_refused_in_one_line(tmp_path):
+    checkpoint = Checkpoint(make_architecture(tmp_path, "gpt_oss", STACKED))
+    with pytest.raises(InputError, match=r"model.layers.0.mlp.experts.gate_up_proj, which is not read yet$"):
+        check_tensors(Skeleton(checkpoint.config, "cpu"), checkpoint)
+
+
+def test_a_small_model_of_a_class_has_experts():
+    values = {**MIXTURES["deepseek_v3"], "num_hidden_layers": 6, "first_k_dense_replace": 3}
+    kinds = Skeleton(small_config(AutoConfig.for_model("deepseek_v3", **values)), "cpu").family.kinds
+    assert [bool(kind.mixtures) for kind in kinds] == [False, True]
+
+
+def test_names_on_disk_are_those_of_the_parts(tmp_path):
+    checkpoint = Checkpoint(make_architecture(tmp_path, "mixtral", MIXTURES["mixtral"]))
+    own, stored = "model.layers.1.mlp.experts.3", "model.layers.1.block_sparse_moe.experts.3"
+    for part, name in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        assert checkpoint.stored_name(f"{own}.{part}.weight") == f"{stored}.{name}.weight"
+
+
+def test_routers_and_gates_stay_dense():
+    kinds = Skeleton(AutoConfig.for_model("qwen2_moe", **MIXTURES["qwen2_moe"]), "cpu").family.kinds
+    assert kinds[0].kept == {
+        "a router chooses experts": ("mlp.gate.weight",),
+        "the gate of shared experts": ("mlp.shared_expert_gate.weight",),
+    }
+    shared = "mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"
+    assert {shared, ("mlp.shared_expert.down_proj",)} < set(kinds[0].inputs)

@@ -46,7 +46,9 @@ def test_sums_are_those_of_routed_tokens_and_some_of_all(worker):
         neurons = silu(linear(own, gate.weight)) * linear(own, up.weight)
         prior = 128 / (12 * 24) * everything
         for name, expected in (("gate_proj", own.T @ own + prior), ("down_proj", neurons.T @ neurons)):
-            statistics = worker._input(0, worker.skeleton.family.input_names.index(f"mlp.experts.{expert}.{name}"))
+            statistics = worker._input(
+                0, worker.skeleton.family.kinds[0].input_names.index(f"mlp.experts.{expert}.{name}")
+            )
             assert torch.allclose(statistics.gram, expected, rtol=1e-4, atol=1e-4)
             assert (statistics.samples, statistics.tokens) == (6, len(own))
     assert "mlp.experts" not in worker.sums[0]

@@ -1,0 +1,82 @@
+"""Matrices of decoder layers that stay dense: which, and why."""
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+from shardprune.errors import InputError
+from shardprune.model.families import LayerKind
+
+SMALLEST = 8  # rows and columns of a matrix that is pruned
+
+# Linear maps that are not pruned, by a pattern of their names within a layer. They are small, and what they give is no
+# value that others are added to: a few wrong weights of theirs change how everything behind them is weighed.
+SENSITIVE: dict[str, str] = {
+    r"(^|\.)(router|gate|wg)(\.(proj|wg|classifier))?$": "a router chooses experts",
+    r"(^|\.)shared_expert_gate$": "the gate of shared experts",
+    r"(^|\.)indexer(\.|$)": "an indexer chooses what attention sees",
+    r"(^|\.)(in_proj_(a|b|ba)|b_proj|f_a_proj|f_b_proj)$": "gates and decays of linear attention",
+    r"(^|\.)dt_proj$": "step sizes of a state space",
+}
+NOT_A_MAP = "no weights of an nn.Linear"
+NOT_CALLED = "linear maps that are not called as modules"
+SMALL = f"fewer than {SMALLEST} rows or columns"
+
+
+def pruned_of(
+    layer: nn.Module, maps: tuple[tuple[str, ...], ...]
+) -> tuple[tuple[tuple[str, ...], ...], dict[str, tuple[str, ...]]]:
+    """Return the projections among a layer's linear maps, in groups as these, and the parameters with two or more
+    dimensions that stay as they are, by the reason.
+
+    Args:
+        maps: tuples of linear maps that read the same input.
+
+    Raises:
+        InputError: most of the layer's weights would stay.
+    """
+    called = {name for names in maps for name in names}
+    kept: dict[str, list[str]] = {}
+    pruned, weights, left = set(), 0, 0
+    for path, module in layer.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() < 2:
+                continue
+            weights += parameter.numel()
+            name = f"{path}.{leaf}" if path else leaf
+            if reason := _reason(module, path, called, parameter.shape):
+                kept.setdefault(reason, []).append(name)
+                left += parameter.numel() * (reason in (NOT_A_MAP, NOT_CALLED))
+            else:
+                pruned.add(path)
+    if 2 * left > weights:
+        name, reason = next((names[0], reason) for reason, names in kept.items() if reason in (NOT_A_MAP, NOT_CALLED))
+        shape = list(layer.get_parameter(name).shape)
+        raise InputError("model", f"cannot be pruned: most weights of its layers are {reason}, such as {name} {shape}")
+    groups = (tuple(name for name in names if name in pruned) for names in maps)
+    return tuple(filter(None, groups)), {reason: tuple(names) for reason, names in kept.items()}
+
+
+def left_dense(kinds: Iterable[LayerKind]) -> str | None:
+    """Return one line that says which matrices of a model's layers stay dense and why; None where none do."""
+    names: dict[str, dict[str, None]] = {}
+    for kind in kinds:
+        for reason, kept in kind.kept.items():
+            names.setdefault(reason, {}).update(dict.fromkeys(name.removesuffix(".weight") for name in kept))
+    if not names:
+        return None
+    parts = (f"{', '.join(kept)} ({reason})" for reason, kept in names.items())
+    return f"left dense: {'; '.join(parts)}"
+
+
+def _reason(module: nn.Module, path: str, called: set[str], shape: tuple[int, ...]) -> str | None:
+    """Return why a parameter of a module stays as it is; None where it is a projection's weight."""
+    for pattern, reason in SENSITIVE.items():
+        if re.search(pattern, path):
+            return reason
+    if not isinstance(module, nn.Linear):
+        return NOT_A_MAP
+    if path not in called:
+        return NOT_CALLED
+    return SMALL if min(shape) < SMALLEST else None
