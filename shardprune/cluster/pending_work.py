@@ -46,6 +46,10 @@ class PendingWork:
         unfinished = [layer for layer in segment if layer not in self.finished]
         return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
 
+    def is_bare(self, layer: int) -> bool:
+        """Whether a layer has no projections: waves pass through it as they do through a finished one."""
+        return not self.family.kinds[layer].inputs
+
     def streams(self, stream: str) -> tuple[str, ...]:
         """The names of the waves that go through the layers together: those of `stream`, and beside them the dense
         model's, where steps need them that improve a layer."""
@@ -64,12 +68,13 @@ class PendingWork:
         for segment in segments:
             pending = self.pending(segment)
             for layer in pending:
-                if layer in self.finished:
-                    parts += len(self.streams("")) * (waves + held_out)
+                if layer in self.finished or self.is_bare(layer):
+                    parts += len(self.streams("")) * (waves + held_out) + (layer not in self.finished)
                     continue
                 parts += waves * self._passes(layer, False) + held_out * self._passes(layer, True)
                 parts += self._parts_of_solutions(layer, tokens) + 1
-            parts -= (waves + held_out) * (bool(pending) and not self.passes_on_dense)
+            if pending and not self.passes_on_dense:
+                parts -= (waves + held_out) * (len(self.streams("")) if self.is_bare(pending[-1]) else 1)
         return parts
 
     def _passes(self, layer: int, held_out: bool) -> int:

@@ -69,7 +69,9 @@ def _prune_layers(
                     record = _narrow_layer(work, layer) if work.widths else _prune_layer(work, layer)
                     files.write(layer, record, started)
                 if index + 1 in layers:
-                    if index in work.finished and work.improving:
+                    if work.improving and work.is_bare(index):  # in memory, and its file may not be there yet
+                        layer.dense.over_waves(ForwardWorker.propagate, "latest", False)
+                    elif work.improving and index in work.finished:
                         layer.dense.over_waves(ForwardWorker.propagate, "dense", False)
                     if index in work.finished or not work.passes_on_dense:
                         version = "dense" if work.passes_on_dense else "latest"
@@ -103,6 +105,8 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
 
     Returns its record.
     """
+    if work.is_bare(layer.layer):
+        return LayerRecord(layer.layer)
     solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.kinds[layer.layer].inputs])
     held_out = HeldOut(layer) if work.improving else None
     if held_out and work.improving.stream_targets:

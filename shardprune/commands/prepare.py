@@ -207,6 +207,7 @@ class Prepared:
                 other_bytes=needs[shard].bytes + others,
                 model=states["model"],
                 samples=self.recipe.samples - self.held_out,
+                ignore=getattr(self.recipe, "ignore", ()),
                 sparse=states.get("sparse"),
             )
             for shard, layers in enumerate(layout.shards)
@@ -310,7 +311,8 @@ def prepare(
     device = device_of(recipe.device, slots)
     # Where structures go, all that is cut passes through memory: biases and norms, too.
     float32 = recipe.dtype == "float32" or device == "cpu"
-    opened = open_model(recipe.model, float32=float32, whole=job.removal is not None)
+    ignore = getattr(recipe, "ignore", ())
+    opened = open_model(recipe.model, float32=float32, whole=job.removal is not None, ignore=ignore)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     check_seqlen(recipe.seqlen, skeleton)
     asked = recipe.asked
@@ -412,7 +414,8 @@ def _check_mixed(job: PruningJob, skeleton: Skeleton) -> None:
         if cols % zeroing.pattern.m:
             raise InputError("pattern", f"{zeroing.pattern} does not fit {name}, which has {cols} inputs")
     try:
-        nonzeros_in_all(zeroing.target, skeleton.layers, zeroing.pattern.m)
+        layers = sum(1 for kind in skeleton.family.kinds if kind.inputs)
+        nonzeros_in_all(zeroing.target, layers, zeroing.pattern.m)
     except ValueError as error:
         reason = f"{zeroing.target} does not fit the pattern {zeroing.pattern}: {error}"
         raise InputError("sparsity", reason) from error

@@ -108,12 +108,12 @@ def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterato
     yield hidden states of zeros [1, SEQLEN, hidden] that enter it."""
     embedding = model.get_input_embeddings()
     large = {id(embedding.weight), id(model.get_output_embeddings().weight)}
-    inside = {id(parameter) for parameter in layers.parameters()}
+    left = large | {id(parameter) for parameter in layers.parameters()}
     held = [
         (module, leaf, parameter)
         for module in model.modules()
         for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_meta and id(parameter) not in large | inside
+        if parameter is not None and parameter.is_meta and id(parameter) not in left
     ]
     device = next((buffer.device for buffer in model.buffers()), torch.device("cpu"))
     try:

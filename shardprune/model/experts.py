@@ -19,7 +19,17 @@ PRODUCTS = (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul
 
 
 class Part(nn.Linear):
-    """A part of an expert. It is called with its inputs and the outputs that the expert's own code has computed."""
+    """A part of an expert. It is called with its inputs and the outputs that the expert's own code has computed.
+
+    Args:
+        weight: [rows, cols], a view of the parameter of all experts.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        nn.Module.__init__(self)  # there are thousands: no memory and no values of their own
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        self.register_parameter("bias", None)
 
     def forward(self, input: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
         return output
@@ -47,21 +57,14 @@ class Stack:
     """
 
     def __init__(self, values: Tensor, names: tuple[str, ...], transposed: bool, interleaved: bool) -> None:
-        self.values = values
+        self.values = values.detach()
         self.names = names
         self._transposed, self._interleaved = transposed, interleaved
-        self.parts: list[list[Part]] = []  # by expert
-        for weights in map(self._views, values):
-            parts = [Part(weight.shape[1], weight.shape[0], bias=False, device="meta") for weight in weights]
-            self.parts.append(parts)
-        self._fill(values)
+        self.parts = [[Part(weight) for weight in self._views(matrix)] for matrix in self.values]  # by expert
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
         """Take memory for the matrices, of which the parts' weights become views."""
-        self._fill(torch.empty(self.values.shape, dtype=dtype, device=device))
-
-    def _fill(self, values: Tensor) -> None:
-        self.values = values.detach()
+        self.values = torch.empty(self.values.shape, dtype=dtype, device=device)
         for matrix, parts in zip(self.values, self.parts, strict=True):
             for part, weight in zip(parts, self._views(matrix), strict=True):
                 part.weight = nn.Parameter(weight, requires_grad=False)

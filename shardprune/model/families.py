@@ -86,20 +86,29 @@ class LayerKind:
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
-        """The projections of attention and MLP, in the order of the forward pass."""
-        attention = tuple(name for name in self.projections if name in self.attention)
-        mlp = tuple(name for name in self.projections if name not in self.attention)
-        return {name: names for name, names in (("attention", attention), ("mlp", mlp)) if names}
+        """The projections of attention and MLP, in the order of the forward pass. Where several mixers are attention
+        side by side, each is a block under its own name."""
+        blocks: dict[str, list[str]] = {}
+        for name in self.projections:
+            blocks.setdefault(self._block_of(name), []).append(name)
+        return {block: tuple(blocks[block]) for block in sorted(blocks, key=lambda block: block == "mlp")}
 
     def end_of(self, block: str) -> str:
-        """Return the module that gives the output of a block: its last projection, or where experts share the work, the
-        module that holds all of its projections."""
-        names = self.blocks[block]
-        if not any(map(self.mixture_of, names)):
-            return names[-1]
-        paths = [name.split(".") for name in names]
+        """Return the module that gives the output of a block: its last linear map, whether it is pruned or not; where
+        experts share the work, the module that holds them, and what they share."""
+        maps = [name for names in self.maps for name in names if self._block_of(name) == block]
+        if not any(map(self.mixture_of, maps)):
+            return maps[-1]
+        paths = [name.split(".") for name in maps if name.split(".")[0] == maps[-1].split(".")[0]]
         shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join(parts[0] for parts in shared)
+
+    def _block_of(self, name: str) -> str:
+        """Return the block of a linear map."""
+        if name not in self.attention:
+            return "mlp"
+        mixers = {one.split(".")[0] for one in self.attention}
+        return "attention" if len(mixers) == 1 else name.split(".")[0]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
 """Matrices of decoder layers that stay dense: which, and why."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 
 from torch import nn
 
 from shardprune.errors import InputError
-from shardprune.model.families import LayerKind
+from shardprune.model.families import Family, LayerKind
 
 SMALLEST = 8  # rows and columns of a matrix that is pruned
 
@@ -21,6 +23,7 @@ SENSITIVE: dict[str, str] = {
 }
 NOT_A_MAP = "no weights of an nn.Linear"
 NOT_CALLED = "linear maps that are not called as modules"
+IGNORED = "ignored"
 SMALL = f"fewer than {SMALLEST} rows or columns"
 
 
@@ -58,16 +61,58 @@ def pruned_of(
     return tuple(filter(None, groups)), {reason: tuple(names) for reason, names in kept.items()}
 
 
-def left_dense(kinds: Iterable[LayerKind]) -> str | None:
+def ignoring(family: Family, patterns: Sequence[str]) -> Family:
+    """Return decoder layers of which some projections are none.
+
+    Args:
+        patterns: globs over the projections' names in the model, such as `model.layers.0.*` or `*.down_proj`.
+
+    Raises:
+        InputError: a pattern matches no projection, or nothing is left.
+    """
+    if not patterns:
+        return family
+    used: set[str] = set()
+    known: dict[tuple[int, tuple[str, ...]], LayerKind] = {}
+    kinds = []
+    for index, kind in enumerate(family.kinds):
+        matches = {
+            name: [one for one in patterns if fnmatchcase(f"{family.layers}.{index}.{name}", one)]
+            for name in kind.projections
+        }
+        used.update(one for found in matches.values() for one in found)
+        ignored = tuple(name for name, found in matches.items() if found)
+        key = id(kind), ignored
+        if key not in known:
+            groups = (tuple(name for name in names if name not in ignored) for names in kind.inputs)
+            kept = {**kind.kept, IGNORED: tuple(f"{name}.weight" for name in ignored)} if ignored else kind.kept
+            known[key] = replace(kind, inputs=tuple(filter(None, groups)), kept=kept)
+        kinds.append(known[key])
+    example = f"{family.layers}.0.{family.kinds[0].projections[0]}"
+    if missing := [one for one in patterns if one not in used]:
+        raise InputError("ignore", f"{missing[0]!r} matches no projection; their names are such as {example}")
+    if not any(kind.inputs for kind in kinds):
+        raise InputError("ignore", "leaves nothing to prune; ignore fewer projections")
+    return replace(family, kinds=tuple(kinds))
+
+
+def left_dense(kinds: Sequence[LayerKind]) -> str | None:
     """Return one line that says which matrices of a model's layers stay dense and why; None where none do."""
     names: dict[str, dict[str, None]] = {}
     for kind in kinds:
         for reason, kept in kind.kept.items():
             names.setdefault(reason, {}).update(dict.fromkeys(name.removesuffix(".weight") for name in kept))
-    if not names:
-        return None
-    parts = (f"{', '.join(kept)} ({reason})" for reason, kept in names.items())
-    return f"left dense: {'; '.join(parts)}"
+    names.pop(IGNORED, None)
+    parts = [f"{', '.join(kept)} ({reason})" for reason, kept in names.items()]
+    ignored, pruned = ([len(some) for some in counts] for counts in zip(*map(_counts, kinds), strict=True))
+    if sum(ignored):
+        parts.append(f"{sum(ignored)} of {sum(ignored) + sum(pruned)} projections (ignored; the target is the others')")
+    return f"left dense: {'; '.join(parts)}" if parts else None
+
+
+def _counts(kind: LayerKind) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the projections of a layer that are ignored, and the others."""
+    return kind.kept.get(IGNORED, ()), kind.projections
 
 
 def _reason(module: nn.Module, path: str, called: set[str], shape: tuple[int, ...]) -> str | None:

@@ -21,6 +21,7 @@ from shardprune.model.derivation import family_of_model
 from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buffers
 from shardprune.model.experts import Part, allocate, take_apart
 from shardprune.model.kept_keys import KeptKeys
+from shardprune.model.left_dense import ignoring
 from shardprune.model.stand_ins import Arguments, Recorder, StandIn, returning, standing_in
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
@@ -40,13 +41,20 @@ class Skeleton:
     Args:
         device: of materialised parameters.
         dtype: of the computation; None: the config's.
+        ignore: globs over the names of projections that are left alone.
 
     Raises:
         InputError: its weights are quantised, transformers builds no model from its config, or the layers of that model
-            are not such that shardprune prunes them.
+            are not such that shardprune prunes them; a glob matches no projection.
     """
 
-    def __init__(self, config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        ignore: Sequence[str] = (),
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype or config.dtype or torch.float32
@@ -55,7 +63,7 @@ class Skeleton:
         self.model = empty_model(config, self.dtype, self.device)
         self.model.eval().requires_grad_(False)
         take_apart(self.model)
-        self.family = family_of_model(self.model)
+        self.family = ignoring(family_of_model(self.model), ignore)
         listed = self.model.get_submodule(self.family.layers)
         assert isinstance(listed, nn.ModuleList)
         self._blanks: Sequence[nn.Module] = list(listed)

@@ -161,14 +161,17 @@ class Model:
         return operations / self.forward_operations(1, seqlen)
 
 
-def read_model(name: str) -> Model:
+def read_model(name: str, ignore: Sequence[str] = ()) -> Model:
     """Read a model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
+
+    Args:
+        ignore: globs over the names of projections that are left alone.
 
     Raises:
         InputError: there is no such config, or models of its class cannot be pruned.
     """
     config, stored = _read(name)
-    skeleton = Skeleton(config, "cpu", stored)
+    skeleton = Skeleton(config, "cpu", stored, ignore)
     check_class(config)
     return model_of(skeleton, name, stored)
 

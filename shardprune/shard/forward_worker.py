@@ -52,7 +52,7 @@ class ForwardWorker:
         self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = reopened(settings.model, spec.model)
         with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
-            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
+            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype, spec.ignore)
             self.skeleton.load_frame(self.checkpoint)
         self.ledger = Ledger(clock_of(self.skeleton.device))
         self.activations = Activations(self.skeleton.device, self._place())
@@ -391,7 +391,8 @@ class ForwardWorker:
         for name in own.input_names:
             path = own.mixture_of(name)
             found[name] = InputStatistics.empty(kind, shapes[name][1], device, counting=path is not None)
-            if path is not None and path not in found:  # the first input of the first expert is what all share
+            # What the first parts of all experts have a part of.
+            if path is not None and path not in found and not name.endswith(f".{DOWN}"):
                 found[path] = InputStatistics.empty(kind, shapes[name][1], device, counting=True)
         return found
 

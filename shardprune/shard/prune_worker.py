@@ -291,10 +291,11 @@ class PruneWorker(ForwardWorker):
         if self._block is None or self._block[:2] != (index, name):
             self._block = None
             dtype, device = self.skeleton.dtype, self.skeleton.device
-            names = self._kind(index).blocks[name]
+            kind = self.skeleton.family.kinds[index]
+            names = kind.blocks[name]
             tensors = {name: self.checkpoint.read(self.skeleton.projection_tensor(index, name)) for name in names}
             dense = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-            self._block = index, name, Block(self.layers.get(index, "dense"), dense, self._kind(index).end_of(name))
+            self._block = index, name, Block(self.layers.get(index, "dense"), dense, kind.end_of(name))
         return self._block[2]
 
     def _input(self, index: int, group: int) -> InputStatistics | None:

@@ -11,7 +11,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from tests.commands.test_architectures import perplexity
-from tests.support.architectures import MIXTURES, make_architecture
+from tests.support.architectures import MIXTURES, STACKED, make_architecture
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors, make_tokens
 
@@ -102,9 +102,12 @@ def test_masks_and_weights_of_experts_are_improved_as_those_of_others(mixture):
     assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
 
 
-def test_damping_is_measured_for_experts_that_see_no_token(mixture):
-    result = run(mixture, "damped", sparsity=0.5, damping="auto")
+def test_damping_is_measured_for_experts_that_see_no_token_and_parts_may_be_ignored(mixture):
+    result = run(mixture, "damped", sparsity=0.5, damping="auto", ignore=("*.gate_proj", "*.up_proj"))
     assert all(one.damping for one in result.sparsity.projections)
+    assert {one.name.rsplit(".", 1)[1] for one in result.sparsity.projections if one.tokens is not None} == {
+        "down_proj"
+    }
     assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
 
 
@@ -113,3 +116,11 @@ def test_what_is_not_known_of_experts_is_refused_in_one_line(mixture):
         with pytest.raises(InputError, match="are not known, only those of"):
             run(mixture, "refused", **fields)
     assert not (mixture / "refused").exists()
+
+
+def test_one_tensor_for_all_experts_is_refused_before_any_work(tmp_path):
+    make_architecture(tmp_path / "model", "gpt_oss", STACKED)
+    make_tokens(tmp_path / "tokens.npy")
+    with pytest.raises(InputError, match=r"^model: .* has all experts of a layer in one tensor"):
+        run(tmp_path, "out", sparsity=0.5)
+    assert not (tmp_path / "out").exists()
