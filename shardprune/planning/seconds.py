@@ -15,6 +15,7 @@ class Phases:
     """Seconds of the phases of a run, with reads of weights that do not overlap with computation."""
 
     load: float
+    curves: float
     observe: float
     prune: float
     write: float
@@ -61,11 +62,56 @@ class Expected:
         # The last layer's output is not needed.
         last = self.at(task.model.layers - 1)
         prune -= sum(last.costs.propagate(size) for size in self._sizes(task.samples))
-        reads = self._reads(passes + bool(observe))
-        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
+        reads = self._reads(passes + bool(observe) + 2 * task.curves)
+        judged = passes or task.curves
+        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if judged else 0.0)
         # The last layer's file, and as much of the others' as takes longer than a layer.
         write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
-        return Phases(reads + frame, observe, prune, write, evaluate)
+        return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
+
+    def _curves(self) -> float:
+        """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
+        with most to do takes to gather its inputs and to measure what its projections lose.
+        """
+        costs, task, layout = self.costs, self.task, self.layout
+        sizes = self._sizes(task.curve_windows)
+        forward = self._pass(task.curve_windows, task.model.layers)
+        labels = sum(costs.draw_labels(size) for size in sizes)
+        if self.setup.streamed:
+            forward += labels + sum(costs.take(size) for size in sizes)
+            width = costs.gradient_bytes(1) / costs.wave_bytes(1)
+            relays = width * (len(layout.shards) - 1) * self._relay(sizes)
+            back = self._over(range(task.model.layers), Expected._back) + relays
+        else:
+            # The last shard, which draws the labels, may be the slowest stage of the pipeline.
+            stages = [costs.forward(sizes[0], shard) for shard in layout.shards]
+            slowest = max(*stages, stages[-1] + costs.draw_labels(sizes[0]))
+            forward += costs.draw_labels(sizes[0]) + (len(sizes) - 1) * (slowest - max(stages))
+            stages = [costs.backward(sizes[0], shard) for shard in layout.shards]
+            network = CALL_SECONDS + self._network(costs.gradient_bytes(sizes[0]))
+            back = sum(stages) + (len(sizes) - 1) * max(stages) + (len(stages) - 1) * network
+        return forward + back + self._longest(Expected._measuring)
+
+    def _back(self) -> float:
+        """Return the seconds of gradients back through one streamed layer."""
+        layer = sum(self.costs.differentiate(size) for size in self._sizes(self.task.curve_windows))
+        return max(layer, self._reading())
+
+    def _measuring(self) -> float:
+        """Return the seconds to gather the inputs of a layer, to bring its sums from replica to replica, and of the one
+        that measures error curves longest."""
+        costs, replicas = self.costs.of_curves, self.layout.replicas
+        inputs, copied = self.task.model.inputs, self.setup.copies_sums
+        gathering = sum(self.costs.gather(size) for size in self._sizes(self.task.curve_windows))
+        merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
+        exchange = 0.0
+        if copied and inputs:
+            arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
+            exchange = sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+        elif replicas > 1:
+            exchange = sum(costs.sum_up(one, range(replicas)) for one in inputs)
+        times = [merge + costs.measure_curves(one) for merge, one in zip(merges, inputs, strict=True)]
+        return max(gathering + exchange + _shared(times, replicas), self._reading())
 
     def at(self, index: int) -> "Expected":
         """Return the phases as seen at a layer."""
@@ -126,6 +172,9 @@ class Expected:
         inputs, copied = task.model.inputs, self.setup.copies_sums
         held_out = self._sizes(task.held_out)
         waves = sum(costs.propagate(size) for size in (*self._sizes(task.samples - task.held_out), *held_out))
+        if not inputs:  # nothing is pruned in the layer: waves pass through it, those of the dense model as well
+            waves *= 2 if task.improving else 1
+            return {"waves": waves, "unloading": costs.unload(), "reading": self._reading()}
         waves += self._training()
         if task.improving.stream_targets:
             return {**self._aiming(waves), "unloading": costs.unload(), "reading": self._reading()}
@@ -133,10 +182,7 @@ class Expected:
             waves += sum(costs.aim(size) for size in self._sizes(task.samples))
         waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
-        solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
-        load = [0.0] * max(1, min(replicas, len(inputs)))
-        for solve in solves:
-            load[load.index(min(load))] += solve
+        solves = [merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)]
         exchange = 0.0
         if copied and inputs:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
@@ -145,7 +191,12 @@ class Expected:
         elif replicas > 1:
             ranks = range(replicas)
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
-        parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": costs.unload()}
+        parts = {
+            "waves": waves,
+            "solving": _shared(solves, replicas),
+            "exchange": exchange,
+            "unloading": costs.unload(),
+        }
         return {**parts, "reading": self._reading()}
 
     def _training(self) -> float:
@@ -237,3 +288,11 @@ class Expected:
         if self.setup.streamed:
             return (passes + 1) * layer(self.at(0))
         return self._longest(layer)
+
+
+def _shared(seconds: Sequence[float], workers: int) -> float:
+    """Return the seconds of the worker that has most to do where several share pieces of work, the longest first."""
+    load = [0.0] * workers
+    for piece in sorted(seconds, reverse=True):
+        load[load.index(min(load))] += piece
+    return max(load)
