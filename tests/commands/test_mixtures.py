@@ -115,6 +115,8 @@ def test_what_is_not_known_of_experts_is_refused_in_one_line(mixture):
     for fields in ({"structured": 0.3}, {"sparsity": 0.5, "targets": "stream"}):
         with pytest.raises(InputError, match="are not known, only those of"):
             run(mixture, "refused", **fields)
+    with pytest.raises(InputError, match="^allocation: fisher measures no experts yet"):
+        run(mixture, "refused", sparsity=0.5, allocation="fisher")
     assert not (mixture / "refused").exists()
 
 
