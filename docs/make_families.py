@@ -3,6 +3,7 @@
 python -m docs.make_families [FILE]     print the page, or write it
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES, LayerKind, Structures
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import difference_layer_by_layer
-from tests.support.architectures import DENSE, MIXED, REFUSED
+from tests.support.architectures import DENSE, MIXED, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
 
 HEAD = """\
@@ -35,13 +36,17 @@ its own. What is no weight of an `nn.Linear` (convolutions, decays), what no lay
 matrices that choose or weigh (routers, gates, indexers, decays) stay dense; the run and the plan say which, in one
 line. Where most of a layer is no `nn.Linear`, the command ends with a line that says so.
 
-- **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`. `yes`: the logits are equal to the
-  bit; in the tests, each runs through `prune`, its perplexity before and after is that of transformers on the same
-  windows, and what is written loads without a missing or unexpected tensor.
+- **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`, which does not train mixtures of
+  experts yet. `yes`: the logits are equal to the bit; in the tests, each runs through `prune`, its perplexity before
+  and after is that of transformers on the same windows, and what is written loads without a missing or unexpected
+  tensor.
 - **structures**: `--structured`, `mop` and `--targets stream`; `neurons` where no attention head can go. They need to
   know which heads and neurons the rows and columns of the weights are, which no class says: see
   [extending.md](extending.md).
 - **packing**: `recover --packing`.
+
+Of mixtures of experts, files are read that have a tensor for each part of each expert. Those that have all experts of
+a layer in one tensor (`gpt_oss`) get a line that says so.
 
 Of multimodal models, the language tower of LLaVA (`llava`) is pruned, if it is one of these.
 
@@ -61,7 +66,7 @@ REFUSALS = """
 def page() -> str:
     """Return the whole page."""
     ours = {config.model_type: config for config in map(_config, CONFIGS)}
-    others = {**DENSE, **MIXED}.items()
+    others = {**DENSE, **MIXED, **MIXTURES}.items()
     configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in others}}
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
@@ -83,7 +88,11 @@ def _row(name: str, config: transformers.PretrainedConfig) -> str:
 
 
 def _groups(kind: LayerKind) -> str:
-    return "; ".join(", ".join(f"`{one}`" for one in group) for group in kind.inputs)
+    """Return the inputs of a kind of layers; all experts of a mixture are alike."""
+    inputs = dict.fromkeys(
+        tuple(re.sub(r"\.experts\.\d+\.", ".experts.*.", one) for one in group) for group in kind.inputs
+    )
+    return "; ".join(", ".join(f"`{one}`" for one in group) for group in inputs)
 
 
 def _structures(structures: Structures | None) -> str:

@@ -214,6 +214,7 @@ class Prepared:
                 need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
                 other_bytes=needs[shard].bytes + others,
                 model=states["model"],
+                samples=self.recipe.samples - self.held_out,
                 ignore=getattr(self.recipe, "ignore", ()),
                 sparse=states.get("sparse"),
             )
@@ -338,6 +339,9 @@ def prepare(
         skeleton.layers, recipe.samples, asked.propagation, asked.shards or 1, asked.replicas or 1, asked.segments
     )
     _check_mixed(job, skeleton)
+    mixture = any(kind.mixtures for kind in skeleton.family.kinds)
+    if mixture and isinstance(job.zeroing, Zeroing) and job.zeroing.allocation == "fisher":
+        raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
     if job.improving.stream_targets:
         structures_of(skeleton.config.model_type, "targets")
     widths = _widths(job, skeleton)

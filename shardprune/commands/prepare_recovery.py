@@ -139,6 +139,8 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     check_output(recipe.out, recipe.resume)  # before models and texts are read, which may be downloads
     opened = open_model(recipe.model)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
+    if any(kind.mixtures for kind in skeleton.family.kinds):
+        raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shardprune.errors import InputError
 from shardprune.model.config_file import in_one_line
+from shardprune.model.experts import mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
 from shardprune.model.left_dense import pruned_of
 from shardprune.model.stand_ins import Arguments, as_returned, standing_in
@@ -35,7 +36,6 @@ def family_of_model(model: PreTrainedModel) -> Family:
     structures = FAMILIES.get(model.config.model_type, NO_STRUCTURES)
     try:
         path, layers = _decoder_layers(model)
-        _check_experts(layers)
         kinds = _kinds(model, layers, structures)
     except InputError:
         raise
@@ -59,13 +59,6 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if inside and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
             return path, module
     raise _refused(f"{type(model).__name__} has no list of {count} decoder layers")
-
-
-def _check_experts(layers: nn.ModuleList) -> None:
-    """Check that no layer has experts."""
-    for index, layer in enumerate(layers):
-        if experts := next((name for name in layer.state_dict() if "experts" in name.split(".")), None):
-            raise _refused(f"it is a mixture of experts, which is not supported yet: layer {index} has {experts}")
 
 
 def _kinds(model: PreTrainedModel, layers: nn.ModuleList, structures: Structures) -> tuple[LayerKind, ...]:
@@ -102,6 +95,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
         maps=maps,
         inputs=inputs,
         attention=_attention(layer, called),
+        mixtures=tuple(mixtures(layer)),
         structures=structures,
         returned=len(output) if isinstance(output, tuple) else 0,
         kept=kept,
@@ -114,12 +108,12 @@ def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterato
     yield hidden states of zeros [1, SEQLEN, hidden] that enter it."""
     embedding = model.get_input_embeddings()
     large = {id(embedding.weight), id(model.get_output_embeddings().weight)}
-    inside = {id(parameter) for parameter in layers.parameters()}
+    left = large | {id(parameter) for parameter in layers.parameters()}
     held = [
         (module, leaf, parameter)
         for module in model.modules()
         for leaf, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_meta and id(parameter) not in large | inside
+        if parameter is not None and parameter.is_meta and id(parameter) not in left
     ]
     device = next((buffer.device for buffer in model.buffers()), torch.device("cpu"))
     try:
@@ -139,11 +133,13 @@ def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tupl
         Tensor, lambda tensor: tensor.to("meta"), (arguments.positional, arguments.keywords)
     )
     alone = copy.deepcopy(layer).to("meta")
+    for mixture in mixtures(alone).values():
+        mixture.__dict__["forward"] = lambda hidden, *_routing, mixture=mixture: run_on_meta(mixture, hidden)
     seen: dict[tuple[Any, ...], list[str]] = {}
     alive = []  # a freed tensor's place is another's soon
 
     def note(name: str, inputs: tuple[Tensor, ...]) -> None:
-        (given,) = inputs
+        given = inputs[0]
         alive.append(given)
         place = given.untyped_storage()._cdata, given.storage_offset(), given.shape, given.stride(), given._version
         seen.setdefault(place, []).append(name)

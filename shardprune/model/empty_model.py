@@ -24,7 +24,11 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     try:
         with _parameters_on_meta(), no_init_weights(), deferred_warnings():
             model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention_of(config), trust_remote_code=False
+                config,
+                dtype=dtype,
+                attn_implementation=attention_of(config),
+                experts_implementation="eager",  # one expert after the other: others round differently
+                trust_remote_code=False,
             )
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
         raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error

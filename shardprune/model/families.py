@@ -6,6 +6,7 @@ weights belong to, so that they can be removed as a whole.
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
 from shardprune.errors import InputError
@@ -48,6 +49,7 @@ class LayerKind:
         maps: tuples of linear maps that read the same input, in the order of the forward pass; pruned or not.
         inputs: those of them that are pruned, the projections.
         attention: maps of the attention; all others are the MLP's.
+        mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`).
         structures: of the weights, where they are known.
         returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
             them alone.
@@ -57,6 +59,7 @@ class LayerKind:
     maps: tuple[tuple[str, ...], ...]
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
+    mixtures: tuple[str, ...] = ()
     structures: Structures = NO_STRUCTURES
     returned: int = 0
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -70,6 +73,10 @@ class LayerKind:
     def input_names(self) -> tuple[str, ...]:
         """The inputs of a layer in the order of the forward pass, each named by the first projection that reads it."""
         return tuple(names[0] for names in self.inputs)
+
+    def mixture_of(self, projection: str) -> str | None:
+        """Return the path of the mixture whose expert a projection belongs to; None where it sees all tokens."""
+        return next((path for path in self.mixtures if projection.startswith(f"{path}.")), None)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -87,8 +94,14 @@ class LayerKind:
         return {block: tuple(blocks[block]) for block in sorted(blocks, key=lambda block: block == "mlp")}
 
     def end_of(self, block: str) -> str:
-        """Return the linear map that gives the output of a block: its last one, whether it is pruned or not."""
-        return [name for names in self.maps for name in names if self._block_of(name) == block][-1]
+        """Return the module that gives the output of a block: its last linear map, whether it is pruned or not; where
+        experts share the work, the module that holds them, and what they share."""
+        maps = [name for names in self.maps for name in names if self._block_of(name) == block]
+        if not any(map(self.mixture_of, maps)):
+            return maps[-1]
+        paths = [name.split(".") for name in maps if name.split(".")[0] == maps[-1].split(".")[0]]
+        shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        return ".".join(parts[0] for parts in shared)
 
     def _block_of(self, name: str) -> str:
         """Return the block of a linear map."""

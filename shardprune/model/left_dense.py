@@ -118,11 +118,11 @@ def _counts(kind: LayerKind) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _reason(module: nn.Module, path: str, called: set[str], smallest: int) -> str | None:
     """Return why a parameter of a module stays as it is; None where it is a projection's weight."""
+    for pattern, reason in SENSITIVE.items():
+        if re.search(pattern, path):
+            return reason
     if not isinstance(module, nn.Linear):
         return NOT_A_MAP
     if path not in called:
         return NOT_CALLED
-    for pattern, reason in SENSITIVE.items():
-        if re.search(pattern, path):
-            return reason
     return SMALL if min(module.weight.shape) < smallest else None

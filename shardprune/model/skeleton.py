@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.derivation import family_of_model
 from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buffers
+from shardprune.model.experts import Part, allocate, take_apart
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.left_dense import ignoring
 from shardprune.model.stand_ins import Arguments, Recorder, StandIn, returning, standing_in
@@ -61,6 +62,7 @@ class Skeleton:
             raise InputError("model", "its weights are quantised; give the checkpoint that they were made from")
         self.model = empty_model(config, self.dtype, self.device)
         self.model.eval().requires_grad_(False)
+        take_apart(self.model)
         self.family = ignoring(family_of_model(self.model), ignore)
         listed = self.model.get_submodule(self.family.layers)
         assert isinstance(listed, nn.ModuleList)
@@ -123,11 +125,14 @@ class Skeleton:
         They are converted one by one as they arrive. Parameters own their memory, so that solvers may write into them.
         """
         layer = copy.deepcopy(self._blanks[index])
+        allocate(layer, self.device, self.dtype)
         prefix = f"{self.family.layers}.{index}."
         for name, tensor in tensors:
             path, _, leaf = name.removeprefix(prefix).rpartition(".")
             module, value = layer.get_submodule(path), tensor.to(self.device, self._dtypes[name])
-            if leaf in module._buffers:
+            if isinstance(module, Part):
+                module.weight.copy_(value)
+            elif leaf in module._buffers:
                 module._buffers[leaf] = value
             else:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -15,12 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
+from shardprune.model.experts import named_tensors
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.json_file import parse_json
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests. All layers of the first
-# are attention with an MLP, and keep keys and values of earlier tokens alone.
+# are attention with an MLP, and keep keys and values of earlier tokens alone; those of the last have experts.
 ATTENDING = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
@@ -35,10 +36,18 @@ MIXING = frozenset(
         *("lfm3", "mamba", "mamba2", "nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma"),
     )
 )
-CHECKED = ATTENDING | MIXING
+ROUTING = frozenset(
+    (
+        *("cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe"),
+        *("glm4_moe_lite", "hunyuan_v1_moe", "lfm2_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe"),
+        *("qwen3_5_moe_text", "qwen3_moe"),
+    )
+)
+CHECKED = ATTENDING | MIXING | ROUTING
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
 ROUNDING = 1e-4  # of logits in float32, as a share of the largest
+DENSE_BEFORE_EXPERTS = "first_k_dense_replace"  # number of the first layers, which have no experts
 LARGEST = 2**28  # parameters of a model that is made for the check
 
 
@@ -100,6 +109,8 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         return made
 
     few = {"num_hidden_layers": len(kept), "vocab_size": min(config.vocab_size, VOCABULARY)}
+    if getattr(config, DENSE_BEFORE_EXPERTS, 0):
+        few[DENSE_BEFORE_EXPERTS] = 1
     try:
         return with_fields({**few, **_narrow(config)})
     except Exception:  # a class that relates its sizes in a way of its own keeps them
@@ -219,20 +230,17 @@ def difference_token_by_token(config: PretrainedConfig) -> float:
 
 def _draw(model: nn.Module, generator: torch.Generator) -> _Drawn:
     """Give a model random parameters and persistent buffers, which change all that they enter; return them."""
-    drawn: dict[str, Tensor] = {}
     places: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
+    for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in places:
                 noise = torch.randn(parameter.shape, generator=generator)
                 places[id(parameter)] = noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + noise / 10
-                drawn[f"{path}.{leaf}" if path else leaf] = places[id(parameter)]
             module._parameters[leaf] = nn.Parameter(places[id(parameter)], requires_grad=False)
-    for name, buffer in persistent_buffers(model).items():
+    for buffer in persistent_buffers(model).values():
         if buffer.is_floating_point():
             noise = torch.randn(buffer.shape, generator=generator).to(buffer.dtype)
             buffer += noise / 10
-        drawn[name] = buffer.clone()
-    return _Drawn(drawn)
+    return _Drawn({name: tensor.detach().clone() for name, tensor in named_tensors(model).items()})

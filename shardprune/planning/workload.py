@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from transformers import PretrainedConfig
@@ -70,6 +71,11 @@ class LayerShape:
     matrices: int
     attends: bool
 
+    @cached_property
+    def largest(self) -> int:
+        """Elements of the largest linear map."""
+        return max((one.largest for one in self.maps), default=0)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -129,7 +135,7 @@ class Model:
     @property
     def largest(self) -> int:
         """Elements of the layer's largest linear map."""
-        return max((one.largest for one in self.shape.maps), default=0)
+        return self.shape.largest
 
     def forward_bytes(self, sequences: int, seqlen: int, itemsize: int) -> int:
         """Return the peak memory of the layer's forward pass over a wave, without the wave itself.

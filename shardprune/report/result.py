@@ -57,7 +57,8 @@ class ProjectionResult(BaseModel):
     the percentage of outliers among its weights where the allocation looked at them, `pattern` its N:M, `sweep` the way
     of SparseGPT's steps over columns: `kernel` (Triton, on GPUs) or `recursion`, `iterations` those in which ALPS
     chose the zeros, `refit_steps` those of conjugate gradients on the mask, `update` the way of a masked low-rank
-    update of a fine-tuning: `kernel` or `products`."""
+    update of a fine-tuning: `kernel` or `products`, `tokens` the calibration tokens that were routed to the expert that
+    it is a part of."""
 
     layer: int
     name: str
@@ -72,6 +73,7 @@ class ProjectionResult(BaseModel):
     error: float | None = None
     outliers: float | None = None
     pattern: str | None = None
+    tokens: int | None = None
 
     @classmethod
     def of(cls, report: ProjectionReport) -> "ProjectionResult":

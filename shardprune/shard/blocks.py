@@ -94,7 +94,7 @@ class Block:
                     scale = power_near_one(error.detach())
                     scaled = loss * scale
                 if gradients is not None:
-                    gradients.add(torch.autograd.grad(scaled, list(leaves.values())), scale)
+                    gradients.add(torch.autograd.grad(scaled, list(leaves.values()), materialize_grads=True), scale)
             lost += float(loss.detach())
             norm += float(dense.detach().float().square().sum())
         return lost, norm
@@ -149,8 +149,8 @@ class Block:
         """The block's output for hidden states that enter the layer, with the given projections in the place
         of the layer's own."""
 
-        def stop(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            raise _Reached(output)
+        def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
 
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
         hook = self.last.register_forward_hook(stop)

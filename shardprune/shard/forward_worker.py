@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from shardprune.errors import SolverError
 from shardprune.model.checkpoint import reopened
+from shardprune.model.experts import DOWN
+from shardprune.model.families import LayerKind
 from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
@@ -199,7 +201,7 @@ class ForwardWorker:
 
         `parts` are the replicas' sums in their order, None in this worker's own place.
         """
-        if statistic := self.sums.get(index, {}).get(name):
+        if statistic := self._known(index).get(name):
             statistic.merge(parts)
 
     @verb("exchange", layer="index")
@@ -211,7 +213,7 @@ class ForwardWorker:
         The result is that of `hand_out` and `merge`, to the bit.
         """
         assert self.peers is not None
-        if (statistic := self.sums.get(index, {}).get(name)) is None:
+        if (statistic := self._known(index).get(name)) is None:
             return
         samples = torch.tensor([statistic.samples], device=self.skeleton.device)
         for tensor in (samples, *statistic.tensors().values()):
@@ -227,11 +229,13 @@ class ForwardWorker:
     @verb("solve", layer="index")
     def outliers(self, index: int, m: float) -> Outliers:
         """Return the outlier ratios of a dense layer whose inputs were observed, by the sums of all replicas."""
-        layer, sums = self.layers.get(index, "dense"), self.sums.pop(index)
+        layer, sums = self.layers.get(index, "dense"), self._known(index)
+        del self.sums[index]
         squares: dict[str, Tensor] = {}
         for names in self.skeleton.family.kinds[index].inputs:
             statistics = sums[names[0]]
             assert isinstance(statistics, InputStatistics)
+            statistics.settle()
             squares |= dict.fromkeys(names, statistics.mean_squares)
         weights = {name: projection_weight(layer, name) for name in self.skeleton.family.kinds[index].projections}
         if not all(bool(torch.isfinite(square).all()) for square in squares.values()):
@@ -293,11 +297,32 @@ class ForwardWorker:
 
     def _give_up(self, index: int, name: str) -> Summed | None:
         """Remove a statistic of a layer and return it, if there is one."""
-        sums = self.sums.get(index, {})
+        sums = self._known(index)
         statistic = sums.pop(name, None)
         if not sums:
             self.sums.pop(index, None)
         return statistic
+
+    def _kind(self, index: int) -> LayerKind:
+        return self.skeleton.family.kinds[index]
+
+    def _known(self, index: int) -> dict[str, Summed]:
+        """Return the sums over a layer's inputs when all waves have added to them.
+
+        What all tokens of a mixture have added becomes a part of its experts' sums, once.
+        """
+        sums = self.sums.get(index, {})
+        for path in self._kind(index).mixtures:
+            if (common := sums.pop(path, None)) is None:
+                continue
+            assert isinstance(common, InputStatistics)
+            assert common.tokens is not None
+            tokens = common.tokens // common.samples * self.spec.samples
+            for name, statistics in sums.items():
+                if self._kind(index).mixture_of(name) == path and not name.endswith(f".{DOWN}"):
+                    assert isinstance(statistics, InputStatistics)
+                    statistics.add_prior(common, tokens)
+        return sums
 
     def _run(
         self,
@@ -316,8 +341,13 @@ class ForwardWorker:
         arguments = self.skeleton.layer_arguments(index, *hidden.shape[:2])
         unseen = set(sums or ())
 
+        # An expert may see no token of a wave, and counts its sequences nevertheless.
+        routed = {name for name in sums or () if self._kind(index).mixture_of(name)}
+        for name, statistics in (sums or {}).items():
+            statistics.samples += len(hidden) if name in routed else 0
+
         def add(name: str, statistics: InputStatistics, inputs: tuple[Tensor, ...]) -> None:
-            statistics.add(inputs[0], len(hidden))
+            statistics.add(inputs[0], 0 if name in routed else len(hidden))
             unseen.discard(name)
             if not unseen and not to_the_end:
                 raise _AllSeen
@@ -356,11 +386,15 @@ class ForwardWorker:
 
     def empty_statistics(self, index: int, kind: Kind) -> dict[str, InputStatistics]:
         """Return empty statistics of each input of a layer, by the first projection that reads it."""
-        shapes = self.skeleton.projection_shapes(index)
-        return {
-            name: InputStatistics.empty(kind, shapes[name][1], self.skeleton.device)
-            for name in self.skeleton.family.kinds[index].input_names
-        }
+        shapes, own, device = self.skeleton.projection_shapes(index), self._kind(index), self.skeleton.device
+        found = {}
+        for name in own.input_names:
+            path = own.mixture_of(name)
+            found[name] = InputStatistics.empty(kind, shapes[name][1], device, counting=path is not None)
+            # What the first parts of all experts have a part of.
+            if path is not None and path not in found and not name.endswith(f".{DOWN}"):
+                found[path] = InputStatistics.empty(kind, shapes[name][1], device, counting=True)
+        return found
 
     def _place(self) -> Literal["device", "host"]:
         """Return where waves are kept: in host memory if a GPU has no room for them beside all else."""

@@ -79,6 +79,8 @@ def prune_projections(
     names = list(weights)
     if statistics is not None and not statistics.finite:
         raise SolverError(f"{labels[names[0]]}: its inputs are not finite: the activations overflow")
+    if statistics is not None:
+        statistics.settle()
     gram = statistics.sums if statistics is not None and measure_error else None
     solutions, found = [], []
     solve = fitting(method.solve) if refitted else method.solve

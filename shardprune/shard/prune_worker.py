@@ -16,6 +16,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from shardprune.model.checkpoint import reopened
+from shardprune.model.experts import DOWN
 from shardprune.model.pruning_job import Adopted, Zeroing
 from shardprune.model.saving import changed_tensors, shapes_of, write_tensors_of_layer
 from shardprune.model.skeleton import projection_weight
@@ -110,6 +111,9 @@ class PruneWorker(ForwardWorker):
         else:
             assert isinstance(zeroing, Zeroing)
             measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
+            damping, tokens = zeroing.damping, None
+            if statistics and (tokens := statistics.tokens) is not None and names[0].endswith(f".{DOWN}"):
+                damping = statistics.least_damping(damping) if damping != "auto" else damping
             method = METHODS[zeroing.method]
             reports = prune_projections(
                 method,
@@ -122,8 +126,10 @@ class PruneWorker(ForwardWorker):
                 measured,
                 index,
                 zeroing.refit,
-                zeroing.damping,
+                damping,
             )
+            if tokens is not None:
+                reports = [replace(report, tokens=tokens) for report in reports]
         if statistics and not self.spec.job.improving.stream_targets:  # which `correct` takes as well
             # As large as a layer: given back, or kept without the factor for `measure`.
             del self.sums[index][names[0]]
@@ -306,7 +312,7 @@ class PruneWorker(ForwardWorker):
 
     def _input(self, index: int, group: int) -> InputStatistics | None:
         """The sums over one input of the layer in work; None where this run needs none."""
-        statistics = self.sums.get(index, {}).get(self.skeleton.family.kinds[index].input_names[group])
+        statistics = self._known(index).get(self._kind(index).input_names[group])
         assert statistics is None or isinstance(statistics, InputStatistics)
         return statistics
 

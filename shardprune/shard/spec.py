@@ -40,7 +40,8 @@ class ForwardSpec:
 
     `activation_bytes` is the size of the waves that it keeps, `other_bytes` what else its device must hold at the same
     time: layers, sums, and the largest workspace. `model` is the checkpoint as the driver has opened it, where one has;
-    `ignore` are globs over the names of projections that are left alone.
+    `ignore` are globs over the names of projections that are left alone; `samples` is the number of calibration
+    sequences of all replicas, where there are any.
     """
 
     settings: WorkerSettings
@@ -50,6 +51,7 @@ class ForwardSpec:
     activation_bytes: int
     other_bytes: int = field(default=0, kw_only=True)
     model: SourceState | None = field(default=None, kw_only=True)
+    samples: int = field(default=0, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property

@@ -41,8 +41,9 @@ def factorise(gram: Tensor, damping: float, scale: float = 1.0) -> Factor:
     """
     diagonal = gram.diagonal()
     finite = torch.isfinite(diagonal).all()  # no other entry of X^T X is larger
-    dead = diagonal == 0
-    replaced = dead / scale  # 1 in the Hessian
+    zero = diagonal == 0
+    replaced = zero / scale  # 1 in the Hessian
+    dead = zero & ~zero.all()  # where nothing is known, all inputs count alike
     mean = (diagonal + replaced).mean()
 
     # U of `gram`, which is that of H times the root of the scale: its steps are the same.

@@ -59,7 +59,7 @@ def prune_together(targets: Sequence[Target], statistics: InputStatistics) -> li
             weight = stack.columns[:, span].t()
             change = _squared_change(targets[place].weight, weight, factor.dead)
             # The sweep's squares are tr(dW (2/N X^T X + ridge I) dW^T): U factorises the inverse of that matrix.
-            lost = (stack.squares[span].sum() - factor.ridge * change).clamp_(min=0) * (statistics.samples / 2)
+            lost = (stack.squares[span].sum() - factor.ridge * change).clamp_(min=0) * (max(1, statistics.samples) / 2)
             solutions[place] = Solution(weight, stack.mask[:, span].t(), factor.retries, factor.damping, lost, way)
     return [solutions[place] for place in range(len(targets))]
 

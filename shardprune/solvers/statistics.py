@@ -13,6 +13,8 @@ from shardprune.solvers.products import add_product, product
 from shardprune.solvers.triangles import add_square, lower_panels, mirror, panels, whole
 
 Kind = Literal["gram", "squares"]
+PRIOR_TOKENS = 128  # of all that enter a mixture, added to those of each expert
+FEW_TOKENS_DAMPING = 0.1  # of the Gram matrix of an expert that saw fewer tokens than twice its inputs
 Part = tuple[dict[str, Tensor], int]  # one replica's sums by name, on the CPU, and the number of sequences behind them
 
 
@@ -55,19 +57,29 @@ class InputStatistics(Summed):
 
     `sums` is the lower triangle of X^T X, float32 [cols, cols] whose other entries mean nothing (kind `gram`), or its
     diagonal alone, float32 [cols] (kind `squares`); `samples` is the number N of sequences behind it. `held_out` are
-    the sums over sequences that judge solutions, where there are any; they go where the statistics go.
+    the sums over sequences that judge solutions, where there are any; they go where the statistics go. `counted` is the
+    number of tokens, int64 [] on the device, of an input that gets those alone that are routed to its expert.
     """
 
     kind: Kind
     sums: Tensor
     samples: int = 0
     held_out: "InputStatistics | None" = None
+    counted: Tensor | None = None
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def empty(cls, kind: Kind, cols: int, device: torch.device | str = "cpu") -> "InputStatistics":
+    def empty(
+        cls, kind: Kind, cols: int, device: torch.device | str = "cpu", *, counting: bool = False
+    ) -> "InputStatistics":
+        """Return the sums over nothing.
+
+        Args:
+            counting: count the tokens, too.
+        """
         shape = (cols, cols) if kind == "gram" else (cols,)
-        return cls(kind, torch.zeros(shape, dtype=torch.float32, device=device))
+        counted = torch.zeros((), dtype=torch.int64, device=device) if counting else None
+        return cls(kind, torch.zeros(shape, dtype=torch.float32, device=device), counted=counted)
 
     def add(self, inputs: Tensor, samples: int) -> None:
         """Add the inputs of one wave of `samples` sequences, [..., cols] in any floating dtype.
@@ -76,6 +88,8 @@ class InputStatistics(Summed):
         """
         self.samples += samples
         tokens = inputs.reshape(-1, inputs.shape[-1])
+        if self.counted is not None:
+            self.counted += len(tokens)
         if self.kind == "squares":
             self.sums += tokens.float().square().sum(0)
         else:
@@ -85,9 +99,38 @@ class InputStatistics(Summed):
         """Return the sums, of a Gram matrix the panels of its lower triangle: views, not contiguous."""
         held_out = self.held_out.tensors() if self.held_out else {}
         others = {f"held out, {name}": tensor for name, tensor in held_out.items()}
+        if self.counted is not None:
+            others["counted"] = self.counted
         if self.kind == "squares":
             return {"sums": self.sums, **others}
         return {f"panel {place}": panel for place, panel in enumerate(lower_panels(self.sums))} | others
+
+    @property
+    def tokens(self) -> int | None:
+        """The number of tokens behind the sums, where it was counted."""
+        return None if self.counted is None else int(self.counted)
+
+    def add_prior(self, common: "InputStatistics", tokens: int) -> None:
+        """Add as much of what enters a mixture as `PRIOR_TOKENS` tokens have on average: an expert that sees few tokens
+        is pruned by those that it might have seen.
+
+        Each replica adds its part.
+
+        Args:
+            common: sums over this replica's tokens.
+            tokens: of all replicas.
+        """
+        self.sums.add_(common.sums, alpha=PRIOR_TOKENS / tokens)
+
+    def settle(self) -> None:
+        """Have all inputs count alike where none was ever other than zero: nothing is known of them then."""
+        diagonal = self.sums.diagonal() if self.kind == "gram" else self.sums
+        diagonal += (diagonal == 0).all().to(diagonal.dtype) * max(1, self.samples)
+
+    def least_damping(self, damping: float) -> float:
+        """Return the damping of an expert's input: more where it saw few tokens and has no prior."""
+        few = self.tokens is not None and self.tokens < 2 * self.sums.shape[0]
+        return max(damping, FEW_TOKENS_DAMPING) if few else damping
 
     @property
     def gram(self) -> Tensor:
@@ -98,7 +141,7 @@ class InputStatistics(Summed):
     @property
     def mean_squares(self) -> Tensor:
         """s = 1/N sum over tokens of x^2, float32 [cols]."""
-        return (self.sums.diagonal() if self.kind == "gram" else self.sums) / self.samples
+        return (self.sums.diagonal() if self.kind == "gram" else self.sums) / max(1, self.samples)
 
     @property
     def finite(self) -> bool:
@@ -108,7 +151,7 @@ class InputStatistics(Summed):
     @property
     def scale(self) -> float:
         """2/N, by which X^T X becomes the Hessian."""
-        return 2 / self.samples
+        return 2 / max(1, self.samples)
 
     @property
     def hessian(self) -> Tensor:

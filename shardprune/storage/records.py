@@ -26,7 +26,8 @@ class ProjectionReport:
     and ended with the `damping`, where it factorises; `sweep` is the way of its steps over columns (`kernel` or
     `recursion`), where it has any. All its zeros were chosen in so many `iterations`, and its kept weights fitted in so
     many `refit_steps`, where they were. `update` is the way of a masked low-rank update (`kernel` or `products`), where
-    there was one, and `zeros_kept` of the zeros before are still zero, where that was counted.
+    there was one, and `zeros_kept` of the zeros before are still zero, where that was counted. The calibration `tokens`
+    are those that were routed to it, if it is a part of an expert.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
@@ -47,6 +48,7 @@ class ProjectionReport:
     error: float | None = None
     update: str | None = None
     zeros_kept: Count | None = None
+    tokens: Count | None = None
 
     @property
     def achieved(self) -> float:

@@ -12,7 +12,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import attention_of
 from shardprune.model.skeleton import Skeleton
-from tests.support.architectures import DENSE, MIXED, REFUSED, make_architecture
+from tests.support.architectures import DENSE, MIXED, make_architecture
 from tests.support.running import run, search_run
 from tests.support.tiny import differing, load_tensors, make_tokens
 
@@ -91,12 +91,4 @@ def test_structures_that_are_not_known_are_refused_in_one_line(tmp_path):
         run(tmp_path, "out", sparsity=0.5, targets="stream")
     with pytest.raises(InputError, match=f"^model: {reason}"):
         search_run(tmp_path, "out", remove=0.3)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_mixture_of_experts_is_refused_before_any_work(tmp_path):
-    make_architecture(tmp_path / "model", "qwen3_moe", REFUSED["qwen3_moe"][0])
-    make_tokens(tmp_path / "tokens.npy")
-    with pytest.raises(InputError, match="^model: cannot be pruned: it is a mixture of experts"):
-        run(tmp_path, "out", sparsity=0.5)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from shardprune.solvers import triangles
+from shardprune.solvers import magnitude, sparsegpt, triangles, wanda
+from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics, add_gram, gram_norm, output_error
 
 
@@ -103,3 +104,55 @@ def test_output_error_is_that_of_the_outputs(device):
     tokens = x.reshape(-1, 10)
     expected = float((tokens @ (dense - pruned).T).square().sum() / (tokens @ dense.T).square().sum())
     assert output_error(dense.to(device), pruned.to(device), statistics) == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_input_of_which_nothing_is_known_counts_alike_everywhere(device):
+    """Its solution is that of magnitudes; no sequence need have been there."""
+    weight = torch.randn(16, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    pattern = parse_pattern("unstructured").at(0.5)
+    expected = magnitude.prune(weight, None, pattern, 0.5).mask
+    rows = wanda.prune(weight, _alike(24, device), pattern, 0.5).mask
+    for samples in (0, 7):
+        for kind in ("gram", "squares"):
+            statistics = InputStatistics.empty(kind, 24, device)
+            statistics.samples = samples
+            statistics.settle()
+            assert statistics.finite
+            assert torch.equal(wanda.prune(weight, statistics, pattern, 0.5).mask, rows)
+            if kind == "gram":
+                assert torch.isfinite(statistics.hessian).all()
+                assert torch.equal(sparsegpt.prune(weight, statistics, pattern, 0.5).mask, expected)
+        empty = InputStatistics("gram", torch.zeros(24, 24, device=device), samples)
+        assert torch.equal(sparsegpt.prune(weight, empty, pattern, 0.5).mask, expected)
+
+
+def _alike(cols, device):
+    return InputStatistics("squares", torch.ones(cols, device=device), 1)
+
+
+def test_inputs_that_are_known_stay_as_they_are(device):
+    x = torch.randn(3, 5, 12, generator=torch.Generator().manual_seed(0))
+    x[..., 4] = 0
+    statistics = InputStatistics.empty("gram", 12, device)
+    statistics.add(x.to(device), 3)
+    before = statistics.sums.clone()
+    statistics.settle()
+    assert torch.equal(statistics.sums, before)
+
+
+def test_tokens_are_counted_over_replicas(device):
+    x = torch.randn(4, 5, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    parts = [InputStatistics.empty("squares", 12, device, counting=True) for _ in range(2)]
+    for part, share in zip(parts, (x[:1], x[1:]), strict=True):
+        part.add(share, len(share))
+    parts[0].merge([None, parts[1].part()])
+    assert (parts[0].tokens, parts[0].samples) == (20, 4)
+    assert InputStatistics.empty("squares", 12, device).tokens is None
+
+
+def test_few_tokens_are_damped_more(device):
+    statistics = InputStatistics.empty("gram", 12, device, counting=True)
+    statistics.add(torch.ones(23, 12, device=device), 1)
+    assert [statistics.least_damping(damping) for damping in (0.01, 0.3)] == [0.1, 0.3]
+    statistics.add(torch.ones(1, 12, device=device), 1)
+    assert statistics.least_damping(0.01) == 0.01

@@ -1,8 +1,8 @@
 """Tiny configs of architectures that have no row in the table of families, by their `model_type`.
 
 Those of `DENSE` are pruned by their weights, all of their layers' matrices; those of `MIXED`, whose layers are of
-several kinds or have mixers other than attention, keep some matrices as they are. Those of `REFUSED` are not pruned,
-for a reason that its pattern says.
+several kinds or have mixers other than attention, keep some matrices as they are; those of `MIXTURES` have experts.
+Those of `REFUSED` are not pruned, for a reason that its pattern says.
 """
 
 from pathlib import Path
@@ -105,21 +105,45 @@ MIXED: dict[str, dict[str, Any]] = {
         **{"block_types": ["recurrent", "recurrent", "attention"]},
     },
 }
-_OF_EXPERTS = "is a mixture of experts"
+_SHARED = {"shared_expert_intermediate_size": 16}
+_ONE_GROUP = {"n_group": 1, "topk_group": 1}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "cohere2_moe": {**_COMMON, "head_dim": 8, **_WINDOW, "num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": {**_LATENT, "topk_method": "group_limited_greedy"},
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8},
+    "dots1": {
+        **{**_COMMON, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        **{"n_shared_experts": 1, "first_k_dense_replace": 1},
+    },
+    "ernie4_5_moe": {
+        **{**_COMMON, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
+        **{"moe_layer_start_index": 1},
+    },
+    "glm4_moe": {**_LATENT, "head_dim": 8},
+    "glm4_moe_lite": {**_LATENT, **_ONE_GROUP},
+    "hunyuan_v1_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "moe_topk": [2] * 2},
+    "jamba": {**MIXED["jamba"], "num_experts": 4, "num_experts_per_tok": 2},
+    "lfm2_moe": {**_COMMON, **_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "minimax_m2": {**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {**_COMMON, "num_local_experts": 4},
+    "nemotron_h": {
+        **{**MIXED["nemotron_h"], "num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "mlp", "moe"]},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        **{"moe_shared_expert_intermediate_size": 16},
+    },
+    "olmoe": {**_COMMON, **_EXPERTS},
+    "qwen2_moe": {**_COMMON, **_EXPERTS, **_SHARED},
+    "qwen3_5_moe_text": {**_COMMON, **_EXPERTS, **_SHARED, **_LINEAR_ATTENTION},
+    "qwen3_moe": {**_HEAD, **_EXPERTS, "num_experts": 6},
+    "qwen3_next": {**_COMMON, **_EXPERTS, **_SHARED, **_LINEAR_ATTENTION},
+}
+STACKED = {**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}  # of gpt_oss: one tensor for all experts
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "deepseek_v3": (_LATENT, _OF_EXPERTS),
-    "glm4_moe": ({**_LATENT, "head_dim": 8}, _OF_EXPERTS),
     "gpt2": (
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         r"most weights of its layers are no weights of an nn\.Linear, such as attn\.c_attn\.weight \[32, 96\]",
     ),
-    "gpt_oss": ({**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}, _OF_EXPERTS),
-    "minimax_m2": ({**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, _OF_EXPERTS),
-    "mixtral": ({**_COMMON, "num_local_experts": 4}, _OF_EXPERTS),
-    "olmoe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
-    "qwen2_moe": ({**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 16}, _OF_EXPERTS),
-    "qwen3_moe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
-    "qwen3_next": ({**_COMMON, **_EXPERTS, **_LINEAR_ATTENTION}, _OF_EXPERTS),
 }
 
 

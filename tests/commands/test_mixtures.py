@@ -1,0 +1,128 @@
+"""Runs over mixtures of experts: what they measure, report and write."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.skeleton import Skeleton
+from tests.commands.test_architectures import perplexity
+from tests.support.architectures import MIXTURES, STACKED, make_architecture
+from tests.support.running import run
+from tests.support.tiny import differing, load_tensors, make_tokens
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_run_equals_transformers_before_and_after(model_type, tmp_path):
+    dense = make_architecture(tmp_path / "model", model_type, MIXTURES[model_type])
+    tokens = torch.from_numpy(np.load(make_tokens(tmp_path / "tokens.npy")))
+    text = str(tmp_path / "tokens.npy")
+    checkpoint = Checkpoint(dense)
+    skeleton = Skeleton(checkpoint.config, "cpu")
+    for out, fields in (
+        ("half", {"sparsity": 0.5}),
+        ("groups", {"pattern": "2:4", "shards": 2, "weights": "streamed"}),
+    ):
+        result = run(tmp_path, out, eval=(text,), **fields)
+        (measured,) = result.perplexity.values()
+        assert measured.before == pytest.approx(perplexity(dense, tokens), rel=1e-4)
+        assert measured.after == pytest.approx(perplexity(tmp_path / out, tokens), rel=1e-4)
+        assert measured.after != measured.before
+
+        before, after = load_tensors(dense), load_tensors(tmp_path / out)
+        assert {name: tensor.shape for name, tensor in before.items()} == {
+            name: tensor.shape for name, tensor in after.items()
+        }
+        pruned = {
+            checkpoint.stored_name(skeleton.projection_tensor(one.layer, one.name))
+            for one in result.sparsity.projections
+        }
+        assert {name for name in before if not torch.equal(before[name], after[name])} == pruned
+        left = {
+            checkpoint.stored_name(f"{skeleton.family.layers}.{layer}.{name}")
+            for layer, kind in enumerate(skeleton.family.kinds)
+            for names in kind.kept.values()
+            for name in names
+        }
+        inside = re.compile(rf"{skeleton.family.layers}\.|backbone\.layers\.")
+        assert pruned | left == {name for name in before if before[name].dim() > 1 and inside.match(name)}
+        zeros = sum(int((after[name] == 0).sum()) for name in pruned)
+        weights = sum(before[name].numel() for name in pruned)
+        assert zeros / weights == result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
+        assert sum(facts.achieved == 0.5 for facts in result.sparsity.projections) > 1
+    run(tmp_path, "single", pattern="2:4")
+    assert differing(tmp_path / "single", tmp_path / "groups") == []
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A folder with a Qwen3-MoE of which two experts are never chosen."""
+    folder = tmp_path_factory.mktemp("mixture")
+    make_architecture(folder / "plain", "qwen3_moe", MIXTURES["qwen3_moe"])
+    model = AutoModelForCausalLM.from_pretrained(folder / "plain")
+    for layer in model.model.layers:
+        one, other = layer.mlp.gate.weight.data[:2].clone()
+        layer.mlp.gate.weight.data = torch.stack([one, -one, other, -other, 0 * one, 0 * one])  # two are above zero
+    model.save_pretrained(folder / "model")
+    make_tokens(folder / "tokens.npy")
+    return folder
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_experts_that_see_no_token_are_pruned_as_the_others(method, mixture):
+    result = run(mixture, method, sparsity=0.5, method=method, allocation="owl", outlier_m=3.0, replicas=2)
+    facts = {(one.layer, one.name): one for one in result.sparsity.projections}
+    for layer in range(2):
+        counts = [facts[layer, f"mlp.experts.{expert}.up_proj"].tokens for expert in range(6)]
+        assert counts[4:] == [0, 0]
+        assert sum(counts) == 2 * 12 * 24  # two experts for each token
+        assert facts[layer, "self_attn.q_proj"].tokens is None
+    assert sum(one.outliers for one in facts.values()) > 0
+    tensors = load_tensors(mixture / method)
+    for name in (f"model.layers.{layer}.mlp.experts.{e}" for layer in range(2) for e in range(6)):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            share = float((tensors[f"{name}.{part}.weight"] == 0).float().mean())
+            assert abs(share - facts[int(name.split(".")[2]), f"{name.split('.', 3)[3]}.{part}"].achieved) < 1e-9
+            assert 0.2 < share < 0.8
+    if method == "sparsegpt":
+        assert facts[0, "mlp.experts.4.down_proj"].damping == 0.1
+        assert facts[0, "mlp.experts.4.up_proj"].damping == 0.01
+
+
+def test_masks_and_weights_of_experts_are_improved_as_those_of_others(mixture):
+    result = run(mixture, "improved", sparsity=0.5, rebuild="barber", rebuild_threshold=0.5, reconstruct=2)
+    blocks = result.sparsity.blocks
+    assert {block.block for block in blocks} == {"attention", "mlp"}
+    assert all(block.error_after <= block.error_before for block in blocks)
+    assert any(block.swaps for block in blocks if block.block == "mlp")
+    assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
+
+
+def test_damping_is_measured_for_experts_that_see_no_token_and_parts_may_be_ignored(mixture):
+    result = run(mixture, "damped", sparsity=0.5, damping="auto", ignore=("*.gate_proj", "*.up_proj"))
+    assert all(one.damping for one in result.sparsity.projections)
+    assert {one.name.rsplit(".", 1)[1] for one in result.sparsity.projections if one.tokens is not None} == {
+        "down_proj"
+    }
+    assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
+
+
+def test_what_is_not_known_of_experts_is_refused_in_one_line(mixture):
+    for fields in ({"structured": 0.3}, {"sparsity": 0.5, "targets": "stream"}):
+        with pytest.raises(InputError, match="are not known, only those of"):
+            run(mixture, "refused", **fields)
+    with pytest.raises(InputError, match="^allocation: fisher measures no experts yet"):
+        run(mixture, "refused", sparsity=0.5, allocation="fisher")
+    assert not (mixture / "refused").exists()
+
+
+def test_one_tensor_for_all_experts_is_refused_before_any_work(tmp_path):
+    make_architecture(tmp_path / "model", "gpt_oss", STACKED)
+    make_tokens(tmp_path / "tokens.npy")
+    with pytest.raises(InputError, match=r"^model: .* has all experts of a layer in one tensor"):
+        run(tmp_path, "out", sparsity=0.5)
+    assert not (tmp_path / "out").exists()
