@@ -1,7 +1,7 @@
 """The shapes of a model, from its config alone, and the task of a run."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
@@ -224,7 +224,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         sources=len(recipe.eval),
         windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
         itemsize=model.stored.itemsize if narrow else 4,
-        improving=replace(recipe.improving, measured_damping=recipe.damping == "auto"),
+        improving=recipe.measured,
     )
 
 

@@ -17,7 +17,8 @@ class ImprovingFields(Settings):
 
     targets: Literal["auto", "stream", "own"] = Field(
         "auto",
-        description="Targets of the projections: the dense residual stream, or own outputs; auto: own",
+        description="Targets of the projections: the dense residual stream, or own outputs; auto: stream where "
+        "calibration is self and nothing is trained",
     )
 
     reconstruct: int = Field(
@@ -26,8 +27,13 @@ class ImprovingFields(Settings):
 
     @property
     def towards_stream(self) -> bool:
-        """Whether projections aim at the dense residual stream: the one place that says what `auto` is."""
-        return self.targets == "stream"
+        """Whether projections aim at the dense residual stream."""
+        return self.targets == "stream" or (self.targets == "auto" and self.stream_is_safe)
+
+    @property
+    def stream_is_safe(self) -> bool:
+        """Whether `auto` aims at the dense stream: not by itself, but a recipe with calibration text may say so."""
+        return False
 
     @property
     def decided(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zero
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
 from shardprune.recipes.identity import shaping_fields
 from shardprune.recipes.improving import ImprovingFields
+from shardprune.recipes.quality import QualityFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
@@ -263,16 +264,39 @@ class OptionalBarberFields(BarberFields):
         return self.swapping if self.rebuild == "barber" else None
 
 
-class PruneRecipe(
+class ZeroingFields(
+    QualityFields,
     PruningFields,
     CalibrationFields,
     EvaluationFields,
     StructuredFields,
     OptionalBarberFields,
     ImprovingFields,
-    PruneWorkerFields,
-    OutputFields,
 ):
+    """What a run and a plan of one say alike, and what follows from it."""
+
+    @property
+    def stream_is_safe(self) -> bool:
+        """Whether `auto` aims at the dense stream: the one place that says so. On text of another kind than that which
+        counts it harms, which no window of that text can tell; what the model writes is like what it reads. A training
+        comes to the same place without it."""
+        hindered = self.rebuilding is not None or self.damping == "auto" or self.samples < LEAST_SAMPLES
+        written = any(part.is_written or part.folder for part in self.parts)
+        return self.zeroes and written and not hindered and not self.reconstruct
+
+    @model_validator(mode="after")
+    def _windows_can_be_held_out(self) -> "ZeroingFields":
+        self.check_improving(self.samples, self.rebuilding)
+        self.check_damping(self.samples, self.towards_stream)
+        return self
+
+    @property
+    def measured(self) -> Improving:
+        """The steps that improve a layer, and whether windows are held out for the damping."""
+        return replace(self.improving, measured_damping=self.damping == "auto")
+
+
+class PruneRecipe(ZeroingFields, PruneWorkerFields, OutputFields):
     """The recipe of `shardprune prune`."""
 
     command: ClassVar[str] = "prune"
@@ -290,17 +314,6 @@ class PruneRecipe(
         replaced = self.rebuilding is not None and not self.keep_corrected
         self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
-
-    @model_validator(mode="after")
-    def _windows_can_be_held_out(self) -> "PruneRecipe":
-        self.check_improving(self.samples, self.rebuilding)
-        self.check_damping(self.samples, self.towards_stream)
-        return self
-
-    @property
-    def measured(self) -> Improving:
-        """The steps that improve a layer, and whether windows are held out for the damping."""
-        return replace(self.improving, measured_damping=self.damping == "auto")
 
     def job(self) -> PruningJob:
         """Return the job of the run that zeroes weights."""

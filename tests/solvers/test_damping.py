@@ -23,7 +23,7 @@ def judged(tokens: int, cols: int, device: str = "cpu") -> tuple[InputStatistics
 
 @pytest.mark.parametrize("refitted", [False, True])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
-def test_each_projection_gets_the_value_that_loses_least_on_the_held_out_inputs(method, refitted, device):
+def test_each_projection_gets_the_largest_value_that_is_as_good_on_the_held_out_inputs(method, refitted, device):
     statistics, held = judged(40, 96, device)
     generator = torch.Generator().manual_seed(0)
     targets = [
@@ -39,7 +39,7 @@ def test_each_projection_gets_the_value_that_loses_least_on_the_held_out_inputs(
             (solution,) = solve([Target(target.weight, target.pattern, target.sparsity, damping)], statistics)
             change = (target.weight - solution.weight).cpu().double()
             lost[damping] = float((held.double() @ change.T).square().sum())
-        assert found.damping == min(lost, key=lambda damping: lost[damping])
+        assert found.damping == max(damping for damping in DAMPINGS if lost[damping] <= 1.05 * min(lost.values()))
         assert (found.weight is target.weight, found.pattern, found.sparsity) == (True, target.pattern, 0.6)
 
 
