@@ -103,7 +103,7 @@ class PendingWork:
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
         if self.widths:
-            return self.narrow_parts(layer, tokens)
+            return self.narrow_parts(layer, tokens) + (self.improving.reconstruction > 0)
         rebuilt = len(self.family.blocks) if self.rebuilding else 0
         solutions = sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
         return solutions + rebuilt + (self.improving.reconstruction > 0)

@@ -10,7 +10,17 @@ from shardprune.solvers.improving import LEAST_SAMPLES, Improving
 from shardprune.solvers.rebuilding import Rebuilding
 
 
-class ImprovingFields(Settings):
+class TrainingFields(Settings):
+    """Training of every layer."""
+
+    title: ClassVar[str] = "Improvement"
+
+    reconstruct: int = Field(
+        0, ge=0, description="Steps of training each layer's kept weights towards the dense output; 0: none"
+    )
+
+
+class ImprovingFields(TrainingFields):
     """Steps that improve a layer; each is kept only where held-out windows say that it does."""
 
     title: ClassVar[str] = "Improvement"
@@ -19,10 +29,6 @@ class ImprovingFields(Settings):
         "auto",
         description="Targets of the projections: the dense residual stream, or own outputs; auto: stream where "
         "calibration is self and nothing is trained",
-    )
-
-    reconstruct: int = Field(
-        0, ge=0, description="Steps of training each layer's kept weights towards the dense output; 0: none"
     )
 
     @property

@@ -9,7 +9,7 @@ from shardprune.errors import InputError
 from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zeroing
 from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
 from shardprune.recipes.identity import shaping_fields
-from shardprune.recipes.improving import ImprovingFields
+from shardprune.recipes.improving import ImprovingFields, TrainingFields
 from shardprune.recipes.quality import QualityFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
@@ -310,7 +310,7 @@ class PruneRecipe(ZeroingFields, PruneWorkerFields, OutputFields):
 
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", *ImprovingFields.model_fields)
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", "targets")
         replaced = self.rebuilding is not None and not self.keep_corrected
         self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
@@ -326,9 +326,10 @@ class PruneRecipe(ZeroingFields, PruneWorkerFields, OutputFields):
 
     @property
     def structures(self) -> "WidthRecipe":
-        """The recipe of the run that removes structures, before weights become zero."""
+        """The recipe of the run that removes structures, before weights become zero; layers are trained in the last
+        run alone."""
         shared = set(WidthRecipe.model_fields) & set(PruneRecipe.model_fields)
-        return WidthRecipe(**self.model_dump(include=shared))
+        return WidthRecipe(**self.model_dump(include=shared) | ({"reconstruct": 0} if self.zeroes else {}))
 
 
 class RemovalFields(StructuredFields):
@@ -338,18 +339,19 @@ class RemovalFields(StructuredFields):
     outlier_m: float = 5.0
 
 
-class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
+class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, TrainingFields, PruneWorkerFields, OutputFields):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (RemovalFields,)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (RemovalFields, TrainingFields)
 
     model: str
 
     def job(self) -> PruningJob:
         """Return the job of the run that removes structures."""
         scoring = Scoring(self.score, self.correction, self.outlier_m)
-        return PruningJob(None, WidthRemoval(self.structured, self.neuron_multiple, scoring), None, self.measure_error)
+        removal = WidthRemoval(self.structured, self.neuron_multiple, scoring)
+        return PruningJob(None, removal, None, self.measure_error, Improving(reconstruction=self.reconstruct))
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""

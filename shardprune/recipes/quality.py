@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from shardprune.recipes.improving import TrainingFields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.allocation.budget import HIGHEST
 
@@ -24,9 +25,9 @@ def stands_for(values: Mapping[str, Any]) -> dict[str, Any]:
     are given win over them."""
     quality, sparsity = values.get("quality", "fast"), values.get("sparsity")
     unstructured = values.get("pattern", "unstructured") == "unstructured"
-    if unstructured and sparsity is None:  # nothing becomes zero
-        return {}
     fields = dict(EVERYWHERE.get(quality, {}))
+    if unstructured and sparsity is None:  # nothing becomes zero, but structures may go
+        return {name: value for name, value in fields.items() if name in TrainingFields.model_fields}
     if unstructured and "allocation_file" not in values and _many(sparsity):
         fields |= UNSTRUCTURED.get(quality, {})
     return fields

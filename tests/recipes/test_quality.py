@@ -33,7 +33,7 @@ def recipe(**fields) -> PruneRecipe:
         (AT_70 | {"quality": "best", "reconstruct": 0, "allocation": "mosaic"}, ("alps", "mosaic", 0)),
         (AT_70 | {"quality": "best", "rebuild": "barber"}, ("alps", "owl", 100)),
         # nothing becomes zero
-        ({"structured": 0.2, "quality": "best"}, ("sparsegpt", "uniform", 0)),
+        ({"structured": 0.2, "quality": "best"}, ("sparsegpt", "uniform", 100)),
         ({"structured": 0.2, "sparsity": 0.7, "quality": "best"}, ("alps", "owl", 100)),
     ],
 )
