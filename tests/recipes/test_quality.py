@@ -5,6 +5,7 @@ import pytest
 from shardprune.errors import InputError
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipes.prune import PruneRecipe
+from tests.recipes.test_prune import RECIPES
 
 NAMES = ("method", "allocation", "reconstruct")
 AT_70 = {"sparsity": 0.7}
@@ -45,10 +46,24 @@ def test_a_quality_stands_for_fields(fields, stood_for):
         assert PlanRecipe.checked({"model": "m", **fields}).chosen == dict(zip(NAMES, stood_for, strict=True))
 
 
+def test_a_plan_without_a_sparsity_has_the_one_that_it_takes():
+    assert PlanRecipe.checked({"model": "m", "quality": "best"}).method == "alps"
+
+
 def test_the_same_fields_are_the_same_run_whatever_stood_for_them():
     dialled = recipe(**AT_70, quality="best").shape()
     assert "quality" not in dialled
     assert dialled == recipe(**AT_70, method="alps", allocation="owl", reconstruct=100).shape()
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "allocation"),
+    [("50", 0.5, "uniform"), ("60", 0.6, "owl"), ("70", 0.7, "owl"), ("2of4", 0.5, "uniform")],
+)
+def test_the_recipes_of_the_repository_are_the_best(name, target, allocation):
+    loaded = PruneRecipe.load(RECIPES / f"best-{name}.yaml", {"out": "o"})
+    assert (loaded.quality, loaded.method, loaded.allocation, loaded.reconstruct) == ("best", "alps", allocation, 100)
+    assert (loaded.zeroing.target, loaded.pattern) == (target, "2:4" if name == "2of4" else "unstructured")
 
 
 def test_another_quality_is_refused_in_a_line():
