@@ -95,7 +95,7 @@ def main() -> None:
     places = {
         (layer, name): skeleton.projection_tensor(layer, name).removesuffix(".weight")
         for layer in range(skeleton.layers)
-        for name in skeleton.family.projections
+        for name in skeleton.family.kinds[0].projections
     }
     projections = {place: model.get_submodule(name) for place, name in places.items()}
     curvature = Curvature(projections)

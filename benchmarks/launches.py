@@ -132,7 +132,7 @@ def _steps(worker: PruneWorker, seqlen: int, hidden: int, gpu: SimulatedGpu) -> 
     waves = range(1, COUNTED_WAVES + 1)
     worker.accumulate(STREAM, 0, 0, False)  # masks and rotary embeddings are made once
     found = {"accumulate": _counted(gpu, lambda: [worker.accumulate(STREAM, wave, 0, False) for wave in waves])}
-    for group, names in enumerate(worker.skeleton.family.inputs):
+    for group, names in enumerate(worker.skeleton.family.kinds[0].inputs):
         shares = dict.fromkeys(names, Share(0.5))
         label = "solve " + ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
         found[label] = _counted(gpu, lambda group=group, shares=shares: worker.solve(0, group, shares))

@@ -113,7 +113,7 @@ def prune_layer(folder: str, out: str, args: argparse.Namespace) -> dict[str, fl
                 f"solve {', '.join(name.rpartition('.')[2] for name in names)}": (
                     lambda group=group, names=names: worker.solve(0, group, dict.fromkeys(names, Share(args.sparsity)))
                 )
-                for group, names in enumerate(worker.skeleton.family.inputs)
+                for group, names in enumerate(worker.skeleton.family.kinds[0].inputs)
             },
             "write": lambda: worker.write(0, LayerRecord(0)),
             "propagate": lambda: (

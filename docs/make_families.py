@@ -12,10 +12,10 @@ import transformers
 from transformers import AutoConfig
 
 from shardprune.errors import InputError
-from shardprune.model.families import FAMILIES, Structures
+from shardprune.model.families import FAMILIES, LayerKind, Structures
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import difference_layer_by_layer
-from tests.support.architectures import DENSE, REFUSED
+from tests.support.architectures import DENSE, MIXED, REFUSED
 from tests.support.tiny import CONFIGS
 
 HEAD = """\
@@ -28,8 +28,12 @@ apart and run layer by layer, and the logits are compared with those of the whol
 
 An architecture that is not here is checked when it is first met: a small model of its class, with the features that
 its config has, is run layer by layer and as a whole. If the logits differ in one bit, the command ends with one line
-that says by how much, before any work. It also ends with a line where a layer has a matrix that could not be pruned:
-nothing is left out in silence.
+that says by how much, before any work.
+
+Layers may be of several kinds (attention, linear attention, convolutions, state spaces): each kind has projections of
+its own. What is no weight of an `nn.Linear` (convolutions, decays), what no layer calls as a module, and the small
+matrices that choose or weigh (routers, gates, indexers, decays) stay dense; the run and the plan say which, in one
+line. Where most of a layer is no `nn.Linear`, the command ends with a line that says so.
 
 - **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`. `yes`: the logits are equal to the
   bit; in the tests, each runs through `prune`, its perplexity before and after is that of transformers on the same
@@ -43,7 +47,7 @@ Of multimodal models, the language tower of LLaVA (`llava`) is pruned, if it is 
 
 """
 TABLE = """\
-| `model_type` | weights | structures | packing | linear maps of a layer, those with the same input together |
+| `model_type` | weights | structures | packing | projections of a layer, by kind; those with the same input together |
 |---|---|---|---|---|
 """
 REFUSALS = """
@@ -57,7 +61,8 @@ REFUSALS = """
 def page() -> str:
     """Return the whole page."""
     ours = {config.model_type: config for config in map(_config, CONFIGS)}
-    configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in DENSE.items()}}
+    others = {**DENSE, **MIXED}.items()
+    configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in others}}
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
     return HEAD + TABLE + rows + REFUSALS + refusals
@@ -71,9 +76,14 @@ def _config(name: str) -> transformers.PretrainedConfig:
 def _row(name: str, config: transformers.PretrainedConfig) -> str:
     difference = difference_layer_by_layer(config)
     structures = FAMILIES.get(name)
-    groups = "; ".join(", ".join(f"`{one}`" for one in group) for group in Skeleton(config, "cpu").family.inputs)
+    kinds = {kind.inputs: kind for kind in Skeleton(config, "cpu").family.kinds}
+    groups = " / ".join(_groups(kind) for kind in kinds.values())
     cells = [f"`{name}`", "differs" if difference else "yes", _structures(structures), _packing(structures), groups]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _groups(kind: LayerKind) -> str:
+    return "; ".join(", ".join(f"`{one}`" for one in group) for group in kind.inputs)
 
 
 def _structures(structures: Structures | None) -> str:

@@ -24,7 +24,7 @@ def run(setting: Setting, rows: Rows) -> None:
         layer_70b.make_checkpoint(folder, layer_70b.llama(args), args.device)
         worker = layer_70b.worker_of(folder, f"{folder}/out", args)
         layer_70b.give_waves(worker, args)
-        names = worker.skeleton.family.inputs[ATTENTION_OUTPUT]
+        names = worker.skeleton.family.kinds[0].inputs[ATTENTION_OUTPUT]
         worker.accumulate(layer_70b.STREAM, 0, 0, False)  # loads the kernels
 
         def waves() -> None:

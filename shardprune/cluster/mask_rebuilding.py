@@ -17,11 +17,11 @@ def rebuild_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord, so
         record: of the solved layer.
         solvers: the replica that solved each input and holds its statistics.
     """
-    settings = work.rebuilding
+    settings, kind = work.rebuilding, work.family.kinds[layer.layer]
     assert settings is not None
     reports = {report.name: report for report in record.projections}
     blocks = []
-    for block, names in work.family.blocks.items():
+    for block, names in kind.blocks.items():
         before = after = None
         if settings.needs_gradients or work.measure_error:
             before = _compare(layer, block, settings.needs_gradients)
@@ -51,9 +51,10 @@ def _compare(layer: LayerInWork, block: str, gradients: bool) -> float:
 
 def _measure(work: PendingWork, layer: LayerInWork, block: str, solvers: Sequence[int]) -> dict[str, float]:
     """The output errors of a block's projections, each from the replica that solved it."""
+    kind = work.family.kinds[layer.layer]
     measuring = [
         layer.ask(solver, PruneWorker.measure, group, block)
         for group, solver in enumerate(solvers)
-        if set(work.family.inputs[group]) & set(work.family.blocks[block])
+        if set(kind.inputs[group]) & set(kind.blocks[block])
     ]
     return {name: error for errors in layer.wait(measuring) for name, error in errors.items()}

@@ -68,7 +68,7 @@ class ModelOnWorkers:
         self.shards, self.replicas = shards, replicas
         self.tokens, self.wave = tokens, wave
         self.layers, self.widths, self.scoring = tuple(layers), widths, scoring
-        self.skeleton, self.inputs = skeleton, skeleton.family.input_names
+        self.skeleton, self.inputs = skeleton, skeleton.family.kinds[0].input_names
         halves = (range(0, replicas, 2), range(1, replicas, 2)) if replicas > 1 else (range(1), range(1))
         self.narrowing, self.shortening = (ReplicaSubset(group, members) for members in halves)
         self.all = ReplicaSubset(group, range(replicas))
@@ -167,7 +167,9 @@ class ModelOnWorkers:
         """Return the number of parts that making one layer narrower counts as."""
         current = Skeleton(reshaped(self.skeleton.config, self.widths), "cpu")
         effort = Effort(sweeps=self.scoring.needs_gram(False))
-        return narrowing_parts(effort, current.family, current.projection_shapes(0), scorer.waves.tokens_of_one)
+        return narrowing_parts(
+            effort, current.family.kinds[0], current.projection_shapes(0), scorer.waves.tokens_of_one
+        )
 
     def _narrow_one_by_one(self, scorer: CandidateScorer, widths: Widths, step: Step) -> None:
         """Make one layer after another narrower: the Gram matrices of all layers at once would not fit, and with

@@ -41,14 +41,14 @@ def observe(
     layout: Layout,
     waves: Waves,
     observation: Observation,
-    inputs: Sequence[str],
+    inputs: Sequence[Sequence[str]],
     streamed: bool,
     step: Step,
 ) -> list[Outliers]:
     """Send the dense calibration waves through; return the outlier ratios by layer where they are asked for.
 
     Args:
-        inputs: of a layer, by the first projection that reads each.
+        inputs: of each layer, by the first projection that reads each.
     """
     stop = observation.stop(layout)
     last = layout.shard_of(min(stop, layout.stop - 1))
@@ -60,7 +60,7 @@ def observe(
     def ask(index: int) -> None:
         if ratios:
             layer = LayerInWork(group, layout, waves, stream, index, step)
-            merging.extend(layer.reduce(dict.fromkeys(inputs, layer.turn)))
+            merging.extend(layer.reduce(dict.fromkeys(inputs[index], layer.turn)))
             refs.append(layer.ask(layer.turn, ForwardWorker.outliers, observation.outlier_m))
 
     if streamed:

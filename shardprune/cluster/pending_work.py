@@ -46,6 +46,10 @@ class PendingWork:
         unfinished = [layer for layer in segment if layer not in self.finished]
         return range(segment.start, unfinished[-1] + 1) if unfinished else range(0)
 
+    def is_bare(self, layer: int) -> bool:
+        """Whether a layer has no projections: waves pass through it as they do through a finished one."""
+        return not self.family.kinds[layer].inputs
+
     def streams(self, stream: str) -> tuple[str, ...]:
         """The names of the waves that go through the layers together: those of `stream`, and beside them the dense
         model's, where steps need them that improve a layer."""
@@ -64,34 +68,35 @@ class PendingWork:
         for segment in segments:
             pending = self.pending(segment)
             for layer in pending:
-                if layer in self.finished:
-                    parts += len(self.streams("")) * (waves + held_out)
+                if layer in self.finished or self.is_bare(layer):
+                    parts += len(self.streams("")) * (waves + held_out) + (layer not in self.finished)
                     continue
-                parts += waves * self._passes(False) + held_out * self._passes(True)
+                parts += waves * self._passes(layer, False) + held_out * self._passes(layer, True)
                 parts += self._parts_of_solutions(layer, tokens) + 1
-            parts -= (waves + held_out) * (bool(pending) and not self.passes_on_dense)
+            if pending and not self.passes_on_dense:
+                parts -= (waves + held_out) * (len(self.streams("")) if self.is_bare(pending[-1]) else 1)
         return parts
 
-    def _passes(self, held_out: bool) -> int:
+    def _passes(self, layer: int, held_out: bool) -> int:
         """The passes of a wave over an unfinished layer, in whole or in part."""
         if self.passes_on_dense:
             return 1
-        improving, inputs = self.improving, len(self.family.inputs)
+        improving, kind = self.improving, self.family.kinds[layer]
         if (
             held_out
         ):  # towards the dense output and on, where only damping is measured into sums and on; around each step
             return (
                 2
                 + (bool(improving) and improving.measured_damping)
-                + 2 * ((inputs if improving.stream_targets else 0) + (improving.reconstruction > 0))
+                + 2 * ((len(kind.inputs) if improving.stream_targets else 0) + (improving.reconstruction > 0))
             )
         if improving.stream_targets:
-            return 1 + inputs
-        return 2 + bool(improving) + self.comparing_passes * len(self.family.blocks)
+            return 1 + len(kind.inputs)
+        return 2 + bool(improving) + self.comparing_passes * len(kind.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
         """The number of parts that solving the projections `names`, which read one input, counts as."""
-        return solution_parts(self.effort, self.family, self.shapes[layer], names, tokens)
+        return solution_parts(self.effort, self.family.kinds[layer], self.shapes[layer], names, tokens)
 
     def cost(self, layer: int, names: tuple[str, ...]) -> float:
         """The operations of solving one input of a layer, roughly."""
@@ -99,13 +104,14 @@ class PendingWork:
 
     def narrow_parts(self, layer: int, tokens: int) -> int:
         """The number of parts that cutting a layer counts as."""
-        return narrowing_parts(self.effort, self.family, self.shapes[layer], tokens)
+        return narrowing_parts(self.effort, self.family.kinds[layer], self.shapes[layer], tokens)
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
         if self.widths:
             return self.narrow_parts(layer, tokens) + (self.improving.reconstruction > 0)
-        rebuilt = len(self.family.blocks) if self.rebuilding else 0
-        solutions = sum(self.solve_parts(layer, names, tokens) for names in self.family.inputs)
+        kind = self.family.kinds[layer]
+        rebuilt = len(kind.blocks) if self.rebuilding else 0
+        solutions = sum(self.solve_parts(layer, names, tokens) for names in kind.inputs)
         return solutions + rebuilt + (self.improving.reconstruction > 0)
 
     @property

@@ -69,7 +69,9 @@ def _prune_layers(
                     record = _narrow_layer(work, layer) if work.widths else _prune_layer(work, layer)
                     files.write(layer, record, started)
                 if index + 1 in layers:
-                    if index in work.finished and work.improving:
+                    if work.improving and work.is_bare(index):  # in memory, and its file may not be there yet
+                        layer.dense.over_waves(ForwardWorker.propagate, "latest", False)
+                    elif work.improving and index in work.finished:
                         layer.dense.over_waves(ForwardWorker.propagate, "dense", False)
                     if index in work.finished or not work.passes_on_dense:
                         version = "dense" if work.passes_on_dense else "latest"
@@ -98,7 +100,8 @@ def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
     held_out = HeldOut(layer) if work.improving else None
     if held_out:  # before the layer changes
         layer.calibrating.over_waves(PruneWorker.aim)
-    kept = narrow_layer(layer.calibrating, work.family.input_names, work.widths, work.passes_on_dense)
+    inputs = work.family.kinds[layer.layer].input_names
+    kept = narrow_layer(layer.calibrating, inputs, work.widths, work.passes_on_dense)
     layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
     record = LayerRecord(layer.layer, kept=kept)
     if held_out:
@@ -112,7 +115,9 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
 
     Returns its record.
     """
-    solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.inputs])
+    if work.is_bare(layer.layer):
+        return LayerRecord(layer.layer)
+    solvers = layer.share_out([work.cost(layer.layer, names) for names in work.family.kinds[layer.layer].inputs])
     held_out = HeldOut(layer) if work.improving else None
     if held_out and work.improving.stream_targets:
         record = solve_towards_stream(work, layer, held_out, solvers)
@@ -136,8 +141,9 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     layer.calibrating.over_waves(PruneWorker.accumulate, False)
     if work.improving.measured_damping:
         layer.held_out.over_waves(PruneWorker.hold_out)
-    inputs = work.family.inputs
-    waiting = layer.reduce(dict(zip(work.family.input_names, solvers, strict=True)))
+    kind = work.family.kinds[layer.layer]
+    inputs = kind.inputs
+    waiting = layer.reduce(dict(zip(kind.input_names, solvers, strict=True)))
     solved = _Solved(work, layer)
     solving = []
     for group, solver in enumerate(solvers):
@@ -155,7 +161,7 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     layer.wait(waiting)
     return LayerRecord(
         layer.layer,
-        projections=tuple(reports[name] for name in work.family.projections),
+        projections=tuple(reports[name] for name in kind.projections),
         outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
     )
 
@@ -174,7 +180,7 @@ class _Solved:
         self._describe()
 
     def _describe(self) -> None:
-        of_all = len(self._work.family.projections)
+        of_all = len(self._work.family.kinds[self._layer.layer].projections)
         solving = f", {self._count} of {of_all} projections solved" if self._count < of_all else ""
         self._layer.step.describe(f"layer {self._layer.layer + 1}/{len(self._work.shapes)}{solving}")
 

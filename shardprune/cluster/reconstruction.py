@@ -25,7 +25,7 @@ def reconstruct_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord
     Args:
         record: of the solved or narrowed layer.
     """
-    names, steps = work.family.projections, work.improving.reconstruction
+    names, steps = work.family.kinds[layer.layer].projections, work.improving.reconstruction
     held_out.measure()
     zeros = held_out.improve(STEP, names, partial(_train, layer, names, steps, held_out.norm))
     layer.step.advance()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from shardprune.model.families import Family
+from shardprune.model.families import LayerKind
 from shardprune.solvers.methods import Effort
 
 
@@ -18,7 +18,7 @@ def cost_of_solution(effort: Effort, shapes: Mapping[str, tuple[int, int]], name
 
 
 def solution_parts(
-    effort: Effort, family: Family, shapes: Mapping[str, tuple[int, int]], names: Sequence[str], tokens: int
+    effort: Effort, kind: LayerKind, shapes: Mapping[str, tuple[int, int]], names: Sequence[str], tokens: int
 ) -> int:
     """Return the number of parts that solving the projections `names`, which read one input of a layer, counts as: that
     of as many waves as would take about as many operations, and at least one.
@@ -28,11 +28,11 @@ def solution_parts(
         tokens: of a wave.
     """
     forward = sum(rows * cols for rows, cols in shapes.values())
-    sums = sum(shapes[group[0]][1] ** 2 for group in family.inputs)
+    sums = sum(shapes[group[0]][1] ** 2 for group in kind.inputs)
     return max(1, round(effort.operations(*_size(shapes, names)) / (tokens * (forward + sums))))
 
 
-def narrowing_parts(effort: Effort, family: Family, shapes: Mapping[str, tuple[int, int]], tokens: int) -> int:
+def narrowing_parts(effort: Effort, kind: LayerKind, shapes: Mapping[str, tuple[int, int]], tokens: int) -> int:
     """Return the number of parts that making a layer narrower counts as: the solutions of its output projections.
 
     Args:
@@ -41,7 +41,7 @@ def narrowing_parts(effort: Effort, family: Family, shapes: Mapping[str, tuple[i
     """
     if not effort.sweeps:
         return 1
-    return sum(solution_parts(effort, family, shapes, (name,), tokens) for name in family.structures.columns)
+    return sum(solution_parts(effort, kind, shapes, (name,), tokens) for name in kind.structures.columns)
 
 
 def _size(shapes: Mapping[str, tuple[int, int]], names: Sequence[str]) -> tuple[int, int]:

@@ -28,7 +28,8 @@ def solve_towards_stream(
     """
     layer.ask_all(PruneWorker.keep_dense)
     reports = {}
-    inputs = work.family.inputs
+    kind = work.family.kinds[layer.layer]
+    inputs = kind.inputs
     for group, (names, solver) in enumerate(zip(inputs, solvers, strict=True)):
         passed_on = group == len(inputs) - 1  # nothing needs the dense activations before the layer any more
         layer.calibrating.over_waves(PruneWorker.confront, group, passed_on)
@@ -42,7 +43,7 @@ def solve_towards_stream(
         layer.step.advance(work.solve_parts(layer.layer, names, layer.waves.tokens_of_one))
     return LayerRecord(
         layer.layer,
-        projections=tuple(reports[name] for name in work.family.projections),
+        projections=tuple(reports[name] for name in kind.projections),
         outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
     )
 

@@ -105,7 +105,8 @@ class _Model:
         """Add what is wrong to the verdict."""
         try:
             self.checkpoint = Checkpoint(self.folder.url, "out")
-            self.skeleton = Skeleton(self.checkpoint.config, "cpu")
+            ignored = self.result.recipe.get("ignore") or ()
+            self.skeleton = Skeleton(self.checkpoint.config, "cpu", ignore=ignored)
             check_tensors(self.skeleton, self.checkpoint)
             check_configs(self.folder, self.checkpoint.companions())
         except InputError as error:

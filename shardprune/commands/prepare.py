@@ -36,6 +36,7 @@ from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
+from shardprune.solvers.triangles import lower_entries
 from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
@@ -205,6 +206,7 @@ class Prepared:
                 need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
                 other_bytes=needs[shard].bytes + others,
                 model=states["model"],
+                ignore=getattr(self.recipe, "ignore", ()),
                 sparse=states.get("sparse"),
             )
             for shard, layers in enumerate(layout.shards)
@@ -224,18 +226,25 @@ class Prepared:
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
-        config, family, itemsize = self.skeleton.config, self.skeleton.family, self.placement.dtype.itemsize
+        config, itemsize = self.skeleton.config, self.placement.dtype.itemsize
         wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
-        columns = [self.shapes[0][name][1] for name in family.input_names]
+        columns = [
+            [shapes[name][1] for name in kind.input_names]
+            for kind, shapes in zip(self.skeleton.family.kinds, self.shapes, strict=True)
+        ]
+        most = max(columns, key=lambda of_layer: sum(map(lower_entries, of_layer)))
         kinds = 2 if self.job.improving.measured_damping else 1  # with sums over held-out windows
-        return store_bytes(self.layout, wave, kinds * columns, sent)
+        return store_bytes(self.layout, wave, kinds * most, sent)
 
     @property
     def layer_bytes(self) -> int:
-        """The bytes of a layer's projections as they are computed with."""
-        return sum(rows * cols for rows, cols in self.shapes[0].values()) * self.placement.dtype.itemsize
+        """The bytes of the projections of the largest layer as they are computed with."""
+        return (
+            max(sum(rows * cols for rows, cols in layer.values()) for layer in self.shapes)
+            * self.placement.dtype.itemsize
+        )
 
     @property
     def _other_bytes(self) -> int:
@@ -301,7 +310,8 @@ def prepare(
     device = device_of(recipe.device, slots)
     # Where structures go, all that is cut passes through memory: biases and norms, too.
     float32 = recipe.dtype == "float32" or device == "cpu"
-    opened = open_model(recipe.model, float32=float32, whole=job.removal is not None)
+    ignore = getattr(recipe, "ignore", ())
+    opened = open_model(recipe.model, float32=float32, whole=job.removal is not None, ignore=ignore)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     check_seqlen(recipe.seqlen, skeleton)
     asked = recipe.asked
@@ -400,11 +410,15 @@ def _check_mixed(job: PruningJob, skeleton: Skeleton) -> None:
     zeroing = job.zeroing
     if not isinstance(zeroing, Zeroing) or not isinstance(zeroing.pattern, Mixed):
         return
-    for name, (_, cols) in skeleton.projection_shapes(0).items():
+    inputs = {
+        name: cols for index in range(skeleton.layers) for name, (_, cols) in skeleton.projection_shapes(index).items()
+    }
+    for name, cols in inputs.items():
         if cols % zeroing.pattern.m:
             raise InputError("pattern", f"{zeroing.pattern} does not fit {name}, which has {cols} inputs")
     try:
-        nonzeros_in_all(zeroing.target, skeleton.layers, zeroing.pattern.m)
+        layers = sum(1 for kind in skeleton.family.kinds if kind.inputs)
+        nonzeros_in_all(zeroing.target, layers, zeroing.pattern.m)
     except ValueError as error:
         reason = f"{zeroing.target} does not fit the pattern {zeroing.pattern}: {error}"
         raise InputError("sparsity", reason) from error

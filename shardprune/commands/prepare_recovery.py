@@ -92,7 +92,7 @@ class PreparedRecovery:
         """The paths of all projections."""
         family = self.skeleton.family
         layers = range(self.skeleton.layers)
-        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.projections)
+        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.kinds[index].projections)
 
     @property
     def parameters_trained(self) -> int:
@@ -268,7 +268,7 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> ZeroCount:
     names = [
         skeleton.projection_tensor(index, name)
         for index in range(skeleton.layers)
-        for name in skeleton.family.projections
+        for name in skeleton.family.kinds[index].projections
     ]
     counts = [(int((weight == 0).sum()), weight.numel()) for weight in map(checkpoint.read, names)]
     return ZeroCount(count=sum(count for count, _ in counts), weights=sum(weights for _, weights in counts))

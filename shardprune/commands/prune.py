@@ -15,6 +15,7 @@ from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.model.allocation_file import AllocationFile, written
+from shardprune.model.left_dense import left_dense
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
@@ -156,6 +157,8 @@ class PruningRun:
             threads, wanted = self.prepared.placement.workers.threads, self.prepared.recipe.threads
             if wanted and wanted != threads:
                 self.reporter.say(f"threads: the run keeps {threads} for each worker, with which it began")
+            if line := left_dense(self.prepared.skeleton.family.kinds):
+                self.reporter.say(line)
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
             if self.state.previous is None:
@@ -225,17 +228,17 @@ class PruningRun:
         if replicas == 1:
             return 0
         gradients = 0
-        if prepared.job.rebuilding:
-            sizes = {name: rows * cols for name, (rows, cols) in prepared.shapes[0].items()}
-            blocks = prepared.skeleton.family.blocks.values()
-            gradients = (replicas - 1) * 4 * max(sum(sizes[name] for name in names) for names in blocks)
         differences = 0
-        if prepared.job.improving.stream_targets:
-            inputs = ((names[0], prepared.shapes[0][names[0]]) for names in prepared.skeleton.family.inputs)
-            outputs = prepared.skeleton.family.outputs
-            differences = (
-                (replicas - 1) * 4 * max(cols * (rows if name in outputs else cols) for name, (rows, cols) in inputs)
-            )
+        for kind, shapes in zip(prepared.skeleton.family.kinds, prepared.shapes, strict=True):
+            if prepared.job.rebuilding:
+                sizes = {name: rows * cols for name, (rows, cols) in shapes.items()}
+                blocks = [sum(sizes[name] for name in names) for names in kind.blocks.values()]
+                gradients = max(gradients, *((replicas - 1) * 4 * size for size in blocks))
+            if prepared.job.improving.stream_targets:
+                for name in kind.input_names:
+                    rows, cols = shapes[name]
+                    missed = cols * (rows if name in kind.outputs else cols)
+                    differences = max(differences, (replicas - 1) * 4 * missed)
         return prepared.layer_bytes + gradients + differences
 
     def _observe(self, group: Group, layout: Layout, waves: Waves, finished: set[int]) -> None:
@@ -248,7 +251,7 @@ class PruningRun:
             return
         parts = observation.parts(layout, waves, prepared.streamed)
         with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
-            inputs = prepared.skeleton.family.input_names
+            inputs = [kind.input_names for kind in prepared.skeleton.family.kinds]
             found = observe(group, layout, waves, observation, inputs, prepared.streamed, step)
         self.state.learn(digests(group, layout))
         known.outliers = known.outliers or found

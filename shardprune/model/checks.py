@@ -36,7 +36,7 @@ def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, patt
     projections = {
         skeleton.projection_tensor(index, name)
         for index in range(skeleton.layers)
-        for name in skeleton.family.projections
+        for name in skeleton.family.kinds[index].projections
     }
     inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
     for name in sparse.entries:

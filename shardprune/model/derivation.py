@@ -1,12 +1,14 @@
 """What a model's decoder layers are made of, found out from transformers' own classes.
 
-One layer is run on the meta device with a hook on each linear map: those that are called with the same tensor share an
-input. What is not understood is refused with its name: nothing is pruned on a guess, and no matrix is left out in
-silence.
+One layer of each kind is run on the meta device with a hook on each linear map: those that are called with the same
+tensor share an input. What is not understood is refused with its name: nothing is pruned on a guess.
 """
 
 import copy
 import inspect
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,36 +19,29 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shardprune.errors import InputError
 from shardprune.model.config_file import in_one_line
-from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family
-from shardprune.model.stand_ins import Arguments, standing_in
+from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
+from shardprune.model.left_dense import pruned_of
+from shardprune.model.stand_ins import Arguments, as_returned, standing_in
 
 SEQLEN = 8  # tokens of the sequence on which a layer is run
 
 
 def family_of_model(model: PreTrainedModel) -> Family:
-    """Return the modules of an empty model's decoder layers.
+    """Return the decoder layers of an empty model, and the modules of each kind of them.
 
     Raises:
-        InputError: they are not such that every matrix of theirs can be pruned one layer at a time.
+        InputError: they are not such that they can be pruned one layer at a time.
     """
+    structures = FAMILIES.get(model.config.model_type, NO_STRUCTURES)
     try:
         path, layers = _decoder_layers(model)
-        _check_kinds(layers)
-        hidden, arguments = _first_call(model, layers)
-        calls, output = _run_on_meta(layers[0], hidden, arguments)
+        _check_experts(layers)
+        kinds = _kinds(model, layers, structures)
     except InputError:
         raise
     except Exception as error:  # the model's own code, which may not run without values
         raise _refused(f"its decoder layers do not run alone: {in_one_line(error)}") from error
-    inputs = tuple(tuple(dict.fromkeys(names)) for names in calls)
-    _check_matrices(layers[0], {name for names in inputs for name in names})
-    return Family(
-        layers=path,
-        inputs=inputs,
-        attention=_attention(layers[0], inputs),
-        structures=FAMILIES.get(model.config.model_type, NO_STRUCTURES),
-        returns_tuple=isinstance(output, tuple),
-    )
+    return Family(path, kinds, structures)
 
 
 def _refused(reason: str) -> InputError:
@@ -66,49 +61,57 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise _refused(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
-def _check_kinds(layers: nn.ModuleList) -> None:
-    """Check that all layers have the same tensors, and no experts among them."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()} for layer in layers]
-    for index, own in enumerate(shapes):
-        if experts := next((name for name in own if "experts" in name.split(".")), None):
+def _check_experts(layers: nn.ModuleList) -> None:
+    """Check that no layer has experts."""
+    for index, layer in enumerate(layers):
+        if experts := next((name for name in layer.state_dict() if "experts" in name.split(".")), None):
             raise _refused(f"it is a mixture of experts, which is not supported yet: layer {index} has {experts}")
-    for index, own in enumerate(shapes):
-        if differing := next((name for name in {**own, **shapes[0]} if own.get(name) != shapes[0].get(name)), None):
-            has = [f"{list(some[differing])}" if differing in some else "nothing" for some in (shapes[0], own)]
-            reason = f"layer 0 has {has[0]} where layer {index} has {has[1]}"
-            raise _refused(f"its layers are of several kinds, which is not supported yet: {differing}, {reason}")
 
 
-def _check_matrices(layer: nn.Module, called: set[str]) -> None:
-    """Check that every matrix of a layer is the weight of a linear map that has been called."""
-    for path, module in layer.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() < 2:
-                continue
-            name = f"{path}.{leaf}" if path else leaf
-            if not isinstance(module, nn.Linear):
-                raise _refused(f"{name} {list(parameter.shape)} of its layers is not the weight of an nn.Linear")
-            if path not in called:
-                raise _refused(f"{path} of its layers is not called as a module")
+def _kinds(model: PreTrainedModel, layers: nn.ModuleList, structures: Structures) -> tuple[LayerKind, ...]:
+    """Return the kind of each layer; layers of one class with the same tensors are of one kind.
 
-
-class _Reached(Exception):
-    """Ends a model's forward pass at its first layer."""
-
-    def __init__(self, hidden: Tensor, arguments: Arguments) -> None:
-        super().__init__("reached")
-        self.hidden, self.arguments = hidden, arguments
-
-
-def _first_call(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Tensor, Arguments]:
-    """Return the hidden states and arguments with which a model calls its first layer.
-
-    The small parts of the frame (learned positions, norms) are zeros for as long as it runs.
+    The model calls its layers one after the other. The first one of each kind is run on the meta device then, with what
+    the model passes to it.
     """
+    found: dict[Any, LayerKind] = {}
+    own = [(type(layer), *((name, *tensor.shape) for name, tensor in layer.state_dict().items())) for layer in layers]
 
-    def reached(*positional: Any, **keywords: Any) -> Any:
-        raise _Reached(*Arguments.split(positional, keywords))
+    def pass_on(index: int, *positional: Any, **keywords: Any) -> Any:
+        hidden, arguments = Arguments.split(positional, keywords)
+        if own[index] not in found:
+            found[own[index]] = _kind(originals[index], hidden, arguments, structures)
+        return as_returned(hidden, found[own[index]].returned)
 
+    originals = [copy.copy(layer) for layer in layers]  # which have their own forward pass all the while
+    stand_ins = [partial(pass_on, index) for index in range(len(layers))]
+    with _small_parts_blank(model, layers) as blank, torch.no_grad(), standing_in(layers, stand_ins):
+        model.base_model(inputs_embeds=blank, use_cache=False)
+    if missing := [index for index, key in enumerate(own) if key not in found]:
+        raise LookupError(f"the model does not call its layer {missing[0]}")
+    return tuple(found[key] for key in own)
+
+
+def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: Structures) -> LayerKind:
+    """Return the kind of a layer."""
+    calls, output = _run_on_meta(layer, hidden, arguments)
+    maps = tuple(tuple(dict.fromkeys(names)) for names in calls)
+    called = {name for names in maps for name in names}
+    inputs, kept = pruned_of(layer, maps)
+    return LayerKind(
+        maps=maps,
+        inputs=inputs,
+        attention=_attention(layer, called),
+        structures=structures,
+        returned=len(output) if isinstance(output, tuple) else 0,
+        kept=kept,
+    )
+
+
+@contextmanager
+def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[Tensor]:
+    """Make the small parts of a model's frame (learned positions, norms) zeros for as long as it runs without tokens;
+    yield hidden states of zeros [1, SEQLEN, hidden] that enter it."""
     embedding = model.get_input_embeddings()
     large = {id(embedding.weight), id(model.get_output_embeddings().weight)}
     inside = {id(parameter) for parameter in layers.parameters()}
@@ -119,19 +122,14 @@ def _first_call(model: PreTrainedModel, layers: nn.ModuleList) -> tuple[Tensor, 
         if parameter is not None and parameter.is_meta and id(parameter) not in large | inside
     ]
     device = next((buffer.device for buffer in model.buffers()), torch.device("cpu"))
-    blank = torch.zeros(1, SEQLEN, embedding.embedding_dim, dtype=embedding.weight.dtype, device=device)
     try:
         for module, leaf, parameter in held:
             zeros = torch.zeros_like(parameter, device=device)
             module._parameters[leaf] = nn.Parameter(zeros, requires_grad=False)
-        with torch.no_grad(), standing_in(layers, [reached] * len(layers)):
-            model.base_model(inputs_embeds=blank, use_cache=False)
-    except _Reached as end:
-        return end.hidden, end.arguments
+        yield torch.zeros(1, SEQLEN, embedding.embedding_dim, dtype=embedding.weight.dtype, device=device)
     finally:
         for module, leaf, parameter in held:
             module._parameters[leaf] = parameter
-    raise LookupError("the model does not call its layers")
 
 
 def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[list[list[str]], Any]:
@@ -158,9 +156,9 @@ def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tupl
     return list(seen.values()), output
 
 
-def _attention(layer: nn.Module, inputs: tuple[tuple[str, ...], ...]) -> frozenset[str]:
-    """Return the projections of the parts of a layer that take an attention mask."""
+def _attention(layer: nn.Module, maps: Collection[str]) -> frozenset[str]:
+    """Return the linear maps of the parts of a layer that take an attention mask."""
     masked = {
         name for name, part in layer.named_children() if "attention_mask" in inspect.signature(part.forward).parameters
     }
-    return frozenset(name for names in inputs for name in names if name.split(".")[0] in masked)
+    return frozenset(name for name in maps if name.split(".")[0] in masked)

@@ -5,7 +5,7 @@ no row here to be pruned by its weights. A row of `FAMILIES` says which heads an
 weights belong to, so that they can be removed as a whole.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from shardprune.errors import InputError
@@ -41,22 +41,25 @@ NO_STRUCTURES = Structures(rows={}, columns={})
 
 
 @dataclass(frozen=True)
-class Family:
-    """The modules of a model's decoder layers, as its class runs them.
+class LayerKind:
+    """The modules of the decoder layers of one kind, as their class runs them.
 
     Attributes:
-        layers: path of the list of decoder layers in the causal language model.
-        inputs: tuples of projections that read the same input, in the order of the forward pass.
-        attention: projections of the attention; all others are the MLP's.
+        maps: tuples of linear maps that read the same input, in the order of the forward pass; pruned or not.
+        inputs: those of them that are pruned, the projections.
+        attention: maps of the attention; all others are the MLP's.
         structures: of the weights, where they are known.
-        returns_tuple: a layer returns its hidden states as the first of a tuple.
+        returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
+            them alone.
+        kept: parameters with two or more dimensions that are no projections, by the reason why they stay as they are.
     """
 
-    layers: str
+    maps: tuple[tuple[str, ...], ...]
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
     structures: Structures = NO_STRUCTURES
-    returns_tuple: bool = False
+    returned: int = 0
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -76,10 +79,38 @@ class Family:
 
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
-        """The projections of attention and MLP, in the order of the forward pass."""
-        attention = tuple(name for name in self.projections if name in self.attention)
-        mlp = tuple(name for name in self.projections if name not in self.attention)
-        return {name: names for name, names in (("attention", attention), ("mlp", mlp)) if names}
+        """The projections of attention and MLP, in the order of the forward pass. Where several mixers are attention
+        side by side, each is a block under its own name."""
+        blocks: dict[str, list[str]] = {}
+        for name in self.projections:
+            blocks.setdefault(self._block_of(name), []).append(name)
+        return {block: tuple(blocks[block]) for block in sorted(blocks, key=lambda block: block == "mlp")}
+
+    def end_of(self, block: str) -> str:
+        """Return the linear map that gives the output of a block: its last one, whether it is pruned or not."""
+        return [name for names in self.maps for name in names if self._block_of(name) == block][-1]
+
+    def _block_of(self, name: str) -> str:
+        """Return the block of a linear map."""
+        if name not in self.attention:
+            return "mlp"
+        mixers = {one.split(".")[0] for one in self.attention}
+        return "attention" if len(mixers) == 1 else name.split(".")[0]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The decoder layers of a model.
+
+    Attributes:
+        layers: path of their list in the causal language model.
+        kinds: the kind of each layer.
+        structures: of the weights, where they are known.
+    """
+
+    layers: str
+    kinds: tuple[LayerKind, ...]
+    structures: Structures = NO_STRUCTURES
 
 
 LLAMA = Structures(

@@ -40,19 +40,23 @@ class OpenedModel:
         return self.checkpoint.tokenizer()
 
 
-def open_model(model: str, field: str = "model", *, float32: bool = True, whole: bool = False) -> OpenedModel:
+def open_model(
+    model: str, field: str = "model", *, float32: bool = True, whole: bool = False, ignore: Sequence[str] = ()
+) -> OpenedModel:
     """Open and check a model; its weights stay where they are.
 
     Args:
         model: a directory, URL or hub name, which `field` of a recipe gives.
         float32: compute in float32, else in the dtype of the stored weights.
         whole: of what is stored, look at biases and norms, too.
+        ignore: globs over the names of projections that are left alone.
 
     Raises:
         InputError: there is no such checkpoint, it is not whole, or its class of models cannot be pruned.
     """
     checkpoint = open_checkpoint(place_of(model), field)
-    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32 if float32 else stored_dtype(checkpoint, whole))
+    dtype = torch.float32 if float32 else stored_dtype(checkpoint, whole)
+    skeleton = Skeleton(checkpoint.config, "cpu", dtype, ignore)
     check_class(checkpoint.config)
     check_tensors(skeleton, checkpoint)
     check_configs(checkpoint.folder, checkpoint.companions())

@@ -20,6 +20,7 @@ from shardprune.errors import InputError
 from shardprune.model.derivation import family_of_model
 from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buffers
 from shardprune.model.kept_keys import KeptKeys
+from shardprune.model.left_dense import ignoring
 from shardprune.model.stand_ins import Arguments, Recorder, StandIn, returning, standing_in
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
@@ -39,13 +40,20 @@ class Skeleton:
     Args:
         device: of materialised parameters.
         dtype: of the computation; None: the config's.
+        ignore: globs over the names of projections that are left alone.
 
     Raises:
         InputError: its weights are quantised, transformers builds no model from its config, or the layers of that model
-            are not such that shardprune prunes them.
+            are not such that shardprune prunes them; a glob matches no projection.
     """
 
-    def __init__(self, config: PretrainedConfig, device: torch.device | str, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device | str,
+        dtype: torch.dtype | None = None,
+        ignore: Sequence[str] = (),
+    ) -> None:
         self.config = config
         self.device = torch.device(device)
         self.dtype = dtype or config.dtype or torch.float32
@@ -53,7 +61,7 @@ class Skeleton:
             raise InputError("model", "its weights are quantised; give the checkpoint that they were made from")
         self.model = empty_model(config, self.dtype, self.device)
         self.model.eval().requires_grad_(False)
-        self.family = family_of_model(self.model)
+        self.family = ignoring(family_of_model(self.model), ignore)
         listed = self.model.get_submodule(self.family.layers)
         assert isinstance(listed, nn.ModuleList)
         self._blanks: Sequence[nn.Module] = list(listed)
@@ -102,9 +110,12 @@ class Skeleton:
 
     def projection_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """Return [rows, cols] of one layer's projections, in the order of the forward pass."""
-        layer = self._blanks[index]
-        weights = {name: projection_weight(layer, name) for name in self.family.projections}
-        return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        return {name: self.map_shape(index, name) for name in self.family.kinds[index].projections}
+
+    def map_shape(self, index: int, name: str) -> tuple[int, int]:
+        """Return [rows, cols] of one of a layer's linear maps."""
+        rows, cols = projection_weight(self._blanks[index], name).shape
+        return rows, cols
 
     def build_layer(self, index: int, tensors: Iterable[tuple[str, Tensor]]) -> nn.Module:
         """Build a decoder layer on the device from the given checkpoint tensors.
@@ -128,7 +139,7 @@ class Skeleton:
         key = (batch, seqlen)
         arguments = self._arguments.pop(key, None)
         if arguments is None:
-            recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+            recorders = [Recorder(kind.returned) for kind in self.family.kinds]
             self._run(recorders, self.model.base_model, batch, seqlen)
             arguments = [recorder.arguments for recorder in recorders]
         self._arguments[key] = arguments  # last in order: the least recently used entry is dropped first
@@ -139,7 +150,7 @@ class Skeleton:
     def next_arguments(self, batch: int, kept: KeptKeys) -> list[Arguments]:
         """Return the arguments of all layers, beside the hidden states, for the next token of `batch` sequences, whose
         keys and values they add to those that are kept."""
-        recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        recorders = [Recorder(kind.returned) for kind in self.family.kinds]
         self._run(recorders, self.model.base_model, batch, 1, kept)
         return [recorder.arguments for recorder in recorders]
 
@@ -185,7 +196,7 @@ class Skeleton:
         Args:
             kept: of the tokens before these, where there are any.
         """
-        recorders = [Recorder(self.family.returns_tuple) for _ in range(self.layers)]
+        recorders = [Recorder(kind.returned) for kind in self.family.kinds]
         tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
             self.model.base_model(input_ids=tokens, past_key_values=kept, use_cache=kept is not None)
@@ -195,7 +206,7 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits [batch, seqlen, vocabulary] from the last layer's output [batch, seqlen, hidden]."""
-        stand_ins = [returning(hidden, self.family.returns_tuple)] * self.layers
+        stand_ins = [returning(hidden, kind.returned) for kind in self.family.kinds]
         return self._run(stand_ins, self.model, *hidden.shape[:2]).logits
 
     # -- inside -------------------------------------------------------------------------------------------

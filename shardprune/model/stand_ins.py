@@ -45,16 +45,21 @@ def standing_in(layers: Iterable[nn.Module], stand_ins: Iterable[StandIn]) -> It
 class Recorder:
     """A stand-in that records the hidden states and the arguments of its last call, and passes the hidden states on."""
 
-    def __init__(self, returns_tuple: bool) -> None:
+    def __init__(self, returned: int) -> None:
         self.hidden: Tensor | None = None
         self.arguments = Arguments()
-        self._returns_tuple = returns_tuple
+        self._returned = returned
 
     def __call__(self, *positional: Any, **keywords: Any) -> Any:
         self.hidden, self.arguments = Arguments.split(positional, keywords)
-        return (self.hidden,) if self._returns_tuple else self.hidden
+        return as_returned(self.hidden, self._returned)
 
 
-def returning(hidden: Tensor, returns_tuple: bool) -> StandIn:
+def returning(hidden: Tensor, returned: int) -> StandIn:
     """Return a stand-in that returns given hidden states instead of its input."""
-    return lambda *_positional, **_keywords: (hidden,) if returns_tuple else hidden
+    return lambda *_positional, **_keywords: as_returned(hidden, returned)
+
+
+def as_returned(hidden: Tensor, returned: int) -> Any:
+    """Return hidden states as a layer does: alone, or as the first of a tuple of a length."""
+    return (hidden, *[None] * (returned - 1)) if returned else hidden

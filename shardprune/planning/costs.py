@@ -5,7 +5,7 @@ weights, and the driver. docs/planning.md has the formulae.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
@@ -45,6 +45,11 @@ class Costs:
     setup: Setup
     row: Hardware
     places: Places
+
+    def at(self, index: int) -> "Costs":
+        """Return the costs as seen at a layer."""
+        task = self.task.at(index)
+        return self if task is self.task else replace(self, task=task)
 
     # -- rates --------------------------------------------------------------------------------------------------
 
@@ -89,14 +94,15 @@ class Costs:
         count = self.wave_bytes(sequences)
         return self._touched(2 * count) + self._leaves(count)
 
-    def forward(self, sequences: int, layers: int) -> float:
-        """Return the seconds of one wave through `layers` layers, from another worker and on its way to the next."""
+    def forward(self, sequences: int, layers: Sequence[int]) -> float:
+        """Return the seconds of one wave through some layers, from another worker and on its way to the next."""
         count = self.wave_bytes(sequences)
-        return layers * self.layer(sequences) + self._arrives(count) + self._leaves(count)
+        through = sum(number * self.at(one).layer(sequences) for one, number in self.task.model.kinds(layers))
+        return through + self._arrives(count) + self._leaves(count)
 
     def accumulate(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
-        if self.task.kind is None:
+        if self.task.kind is None or not self.task.model.inputs:
             return 0.0
         tokens = sequences * self.task.seqlen
         inputs = self.task.model.inputs

@@ -6,6 +6,7 @@ called `device`; a GPU worker also has its process on the `host`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
@@ -75,7 +76,7 @@ class Setup:
 
 
 class WorkerMemory:
-    """The memory of a shard's worker with the most sequences."""
+    """The memory of a shard's worker with the most sequences while a layer is in work at which the task is seen."""
 
     def __init__(self, task: Task, setup: Setup, shard: int) -> None:
         self.task, self.setup, self.shard = task, setup, shard
@@ -320,7 +321,10 @@ class WorkerMemory:
 
     def _held(self) -> int:
         """Return the bytes of the layers in memory: the shard's, or one and the next."""
-        return self._layer() * (min(2, len(self.layers)) if self.setup.streamed else len(self.layers))
+        sizes = [self.model.shapes[index].elements for index in self.layers]
+        if self.setup.streamed and len(sizes) > 1:
+            return max(map(sum, pairwise(sizes))) * self.task.itemsize
+        return sum(sizes) * self.task.itemsize
 
     def _written(self) -> int:
         """Return the bytes of the layer before the one in work, whose file is being written: its copy in the stored
@@ -367,8 +371,8 @@ class WorkerMemory:
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
     """Return the moment of largest memory of any worker, by phase."""
     peaks: dict[str, Moment] = {}
-    for shard in _kinds(setup):
-        for phase, moment in WorkerMemory(task, setup, shard).peaks().items():
+    for worker in _representative(task, setup):
+        for phase, moment in worker.peaks().items():
             if phase not in peaks or _total(moment) > _total(peaks[phase]):
                 peaks[phase] = moment
     return peaks
@@ -376,7 +380,7 @@ def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
 
 def largest(task: Task, setup: Setup) -> tuple[Moment, Moment]:
     """Return the moments of largest memory of any worker: on its device, and on its host."""
-    moments = [moment for shard in _kinds(setup) for moment in WorkerMemory(task, setup, shard).moments()]
+    moments = [moment for worker in _representative(task, setup) for moment in worker.moments()]
     return max(moments, key=lambda moment: moment.device.peak), max(moments, key=lambda moment: moment.host.peak)
 
 
@@ -385,16 +389,29 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
-    sent = task.model.projections * task.itemsize if setup.copies_sums else 0
     kinds = 2 if task.improving.measured_damping else 1  # with sums over held-out windows
-    columns = [one.cols for one in task.model.inputs if setup.copies_sums] * kinds
-    return workers * own + store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent)
+    store = 0
+    for index, _ in task.model.kinds(range(task.model.layers)):
+        model = task.model.at(index)
+        sent = model.projections * task.itemsize if setup.copies_sums else 0
+        columns = [one.cols for one in model.inputs if setup.copies_sums] * kinds
+        store = max(store, store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent))
+    return workers * own + store
 
 
-def _kinds(setup: Setup) -> list[int]:
-    """Return representative shards: the first, the second, a middle one and the last."""
-    shards = len(setup.layout.shards)
-    return sorted({0, 1, shards // 2, shards - 1} & set(range(shards)))
+def of_shard(task: Task, setup: Setup, shard: int) -> Iterator[WorkerMemory]:
+    """Yield the memory of a shard's worker with the most sequences, at a layer of each kind that it has."""
+    for index, _ in task.model.kinds(setup.layout.shards[shard]):
+        yield WorkerMemory(task.at(index), setup, shard)
+
+
+def _representative(task: Task, setup: Setup) -> Iterator[WorkerMemory]:
+    """Yield the memory of representative workers: of the first shard, the second, a middle one and the last, and of all
+    where layers differ."""
+    shards = range(len(setup.layout.shards))
+    alike = len(task.model.kinds(range(task.model.layers))) == 1
+    for shard in sorted({0, 1, len(shards) // 2, shards[-1]} & set(shards)) if alike else shards:
+        yield from of_shard(task, setup, shard)
 
 
 def _label(one: Input) -> str:

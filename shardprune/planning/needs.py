@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from shardprune.planning.memory import Moment, Setup, WorkerMemory
+from shardprune.planning.memory import Moment, Setup, of_shard
 from shardprune.planning.workload import Task
 from shardprune.shard.spec import Need
 from shardprune.solvers.methods import METHODS
@@ -38,4 +38,5 @@ def _need(task: Task, setup: Setup, shard: int) -> Need:
 
 
 def _worst(task: Task, setup: Setup, shard: int) -> Moment:
-    return max(WorkerMemory(task, setup, shard).moments(), key=lambda moment: moment.device.peak)
+    moments = (moment for worker in of_shard(task, setup, shard) for moment in worker.moments())
+    return max(moments, key=lambda moment: moment.device.peak)

@@ -151,7 +151,7 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
     Raises:
         InputError: the model cannot be read, or the recipe asks for an impossible layout.
     """
-    model = read_model(recipe.model)
+    model = read_model(recipe.model, recipe.ignore)
     asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
     plans = []
     for propagation in asked:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
+from shardprune.model.left_dense import left_dense
 from shardprune.planning.chart import LEGEND, idle_share, timeline
 from shardprune.planning.choosing import second_shard
 from shardprune.planning.plan import Planned, PlanResult
@@ -22,6 +23,8 @@ def show(result: PlanResult, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if line := left_dense(model.skeleton.family.kinds):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{recipe.nodes} x {recipe.gpus} {row.name} of {gigabytes(row.bytes)}; a node has"
         f" {gigabytes(row.host * recipe.gpus)} of memory, network {gigabytes(row.network)}/s, storage"

@@ -1,5 +1,6 @@
 """Expected seconds of a run's phases in closed form; the simulation runs the real driver instead."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shardprune.planning.costs import Costs
@@ -48,24 +49,40 @@ class Expected:
     def phases(self) -> Phases:
         task, layout = self.task, self.layout
         segments = len(layout.segments)
-        layers = max(len(shard) for shard in layout.shards)
         passes = 2 * task.sources
         evaluate = passes * self._pass(task.windows, task.model.layers, judged=True)
         observe = 0.0
         if task.outliers or segments > 1:
             observed = task.model.layers if task.outliers else layout.segments[-1].start
             observe = self._pass(task.samples, observed)
-            observe += layers * self.costs.outliers() if task.outliers else 0.0
-        length = task.model.layers if segments == 1 else layers
-        layer = self._layer()
-        prune = length * layer + self._relays()
+            observe += self._longest(lambda one: one.costs.outliers()) if task.outliers else 0.0
+        pruned = [range(task.model.layers)] if segments == 1 else layout.shards
+        prune = max(self._over(layers, Expected._layer) for layers in pruned) + self._relays()
         # The last layer's output is not needed.
-        prune -= sum(self.costs.propagate(size) for size in self._sizes(task.samples))
+        last = self.at(task.model.layers - 1)
+        prune -= sum(last.costs.propagate(size) for size in self._sizes(task.samples))
         reads = self._reads(passes + bool(observe))
         frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
         # The last layer's file, and as much of the others' as takes longer than a layer.
-        write = self.costs.write() + (length - 1) * max(0.0, self.costs.write() - layer)
+        write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
         return Phases(reads + frame, observe, prune, write, evaluate)
+
+    def at(self, index: int) -> "Expected":
+        """Return the phases as seen at a layer."""
+        costs = self.costs.at(index)
+        return self if costs is self.costs else Expected(costs)
+
+    def _over(self, layers: Sequence[int], seconds: Callable[["Expected"], float]) -> float:
+        """Return the sum over some layers of the seconds of each."""
+        return sum(number * seconds(self.at(one)) for one, number in self.task.model.kinds(layers))
+
+    def _longest(self, seconds: Callable[["Expected"], float]) -> float:
+        """Return the largest sum over the layers of a shard of the seconds of each."""
+        return max(self._over(shard, seconds) for shard in self.layout.shards)
+
+    def _left_to_write(self) -> float:
+        """Return by how much the file of a layer takes longer than the next layer."""
+        return max(0.0, self.costs.write() - self._layer())
 
     def _sizes(self, samples: int) -> list[int]:
         """Return the wave sizes of the replica with the most sequences."""
@@ -77,14 +94,18 @@ class Expected:
         costs, sizes = self.costs, self._sizes(samples)
         full = sizes[0]
         reached = [shard for shard in self.layout.shards if shard[0] < stop]
-        counts = [len([layer for layer in shard if layer < stop]) for shard in reached]
+        passed = [[layer for layer in shard if layer < stop] for shard in reached]
         if self.setup.streamed:
-            through = sum(costs.propagate(size) for size in sizes)
+
+            def layer(one: Expected) -> float:
+                through = sum(one.costs.propagate(size) for size in sizes)
+                return max(through, one.costs.read(one.task.model.layer))
+
             entering = sum(costs.embed(size) + costs.put(size) for size in sizes)
             relays = (len(reached) - 1) * self._relay(sizes)
             judging = sum(costs.take(size) + costs.losses(size) for size in sizes) if judged else 0.0
-            return entering + max(through, costs.read(self.task.model.layer)) * stop + relays + judging
-        stages = [costs.forward(full, count) for count in counts]
+            return entering + self._over(range(stop), layer) + relays + judging
+        stages = [costs.forward(full, layers) for layers in passed]
         stages[0] += costs.embed(full)
         if judged:
             stages[-1] += costs.losses(full)
@@ -113,11 +134,11 @@ class Expected:
         waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
-        load = [0.0] * min(replicas, len(inputs))
+        load = [0.0] * max(1, min(replicas, len(inputs)))
         for solve in solves:
             load[load.index(min(load))] += solve
         exchange = 0.0
-        if copied:
+        if copied and inputs:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
             exchange += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
             exchange += max(costs.solved(one) for one in inputs) + sum(costs.install(one) for one in inputs)
@@ -209,7 +230,10 @@ class Expected:
         """Return the seconds of reads that nothing overlaps: the first layer of each pass of streamed shards, all
         layers of a resident shard while the other shards read theirs.
         """
-        layer = self.costs.read(self.task.model.layer)
+
+        def layer(one: Expected) -> float:
+            return one.costs.read(one.task.model.layer)
+
         if self.setup.streamed:
-            return (passes + 1) * layer
-        return max(len(shard) for shard in self.layout.shards) * layer
+            return (passes + 1) * layer(self.at(0))
+        return self._longest(layer)

@@ -40,7 +40,8 @@ class Stretch:
 
 @dataclass
 class Worker:
-    """One worker's clock, its layers, and what it did; `sizes` are the sequences of the waves on their way."""
+    """One worker's clock, its layers, and what it did; `costs` are seen at the layer that a call is about, `sizes` are
+    the sequences of the waves on their way."""
 
     costs: Costs
     sizes: dict[int, int]
@@ -85,7 +86,7 @@ def _embed(worker: Worker, args: tuple[Any, ...]) -> Cost:
 def _forward(worker: Worker, args: tuple[Any, ...]) -> Cost:
     wave, _, _, record, stop, _ = args
     sequences = worker.size_of(wave)
-    layers = sum(1 for layer in worker.layers if layer < stop)
+    layers = [layer for layer in worker.layers if layer < stop]
     kept = sum(worker.costs.put(sequences) for layer in worker.layers if layer in record)
     return worker.costs.forward(sequences, layers) + kept, None, worker.costs.wave_bytes(sequences)
 
@@ -177,7 +178,7 @@ def _lend(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _reconstruct(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    names = worker.costs.task.model.skeleton.family.projections
+    names = worker.costs.task.model.skeleton.family.kinds[args[0]].projections
     return worker.costs.train(), dict.fromkeys(names, 0), 0
 
 
@@ -200,7 +201,7 @@ def _copied(worker: Worker) -> float:
 
 def _solve(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, place, _ = args
-    names = worker.costs.task.model.skeleton.family.inputs[place]
+    names = worker.costs.task.model.skeleton.family.kinds[index].inputs[place]
     reports = [ProjectionReport(index, name, target=0.0, zeros=0, zeros_before=0, weights=1) for name in names]
     return worker.costs.solve(worker.costs.task.model.inputs[place]), reports, 0
 

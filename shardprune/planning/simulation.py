@@ -24,7 +24,7 @@ from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
 from shardprune.planning.simulated_worker import ROWS, Call, Worker
 from shardprune.report.progress import Reporter
-from shardprune.shard.verbs import kind_of
+from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
 
 
@@ -63,6 +63,8 @@ class SimulatedGroup:
         worker = self.workers[shard, replica]
         sent = self._advance(shard, self._clock(shard) + SUBMIT_SECONDS)
         start = max(sent + CALL_SECONDS, worker.free)
+        if kind_of(verb) and (index := layer_of(verb, args)) is not None:
+            worker.costs = self.costs.at(index)
         for argument in args:
             if isinstance(argument, Call):
                 start = max(start, self._arrival(argument, (shard, replica)))
@@ -170,26 +172,27 @@ class SimulatedGroup:
         """As `shardprune.shard.layers`: resident layers stay, of streamed ones the next is read ahead."""
         if layer in worker.held:
             return now
-        seconds = self.costs.read(self.task.model.layer)
+        seconds = self.costs.read(self.task.model.at(layer).layer)
         if not self.setup.streamed:
-            self._count_layer()
+            self._count(layer)
             worker.held.add(layer)
             return now + seconds
         ahead, worker.ahead = worker.ahead, None
         if ahead:
             now = max(now, ahead[1])
         if not ahead or ahead[0] != layer:
-            self._count_layer()
+            self._count(layer)
             now += seconds
         worker.held = {layer}
         if layer + 1 in worker.layers:
-            self._count_layer()
-            worker.ahead = (layer + 1, now + seconds)
+            self._count(layer + 1)
+            worker.ahead = (layer + 1, now + self.costs.read(self.task.model.at(layer + 1).layer))
         return now
 
-    def _count_layer(self) -> None:
+    def _count(self, layer: int) -> None:
+        """Count a layer as read."""
         with self._lock:
-            self.read += self.task.model.layer
+            self.read += self.task.model.at(layer).layer
 
     def note_waves(self, waves: Waves) -> None:
         """Learn how many sequences the waves have that are on their way next."""
@@ -219,19 +222,21 @@ def simulate(costs: Costs) -> SimulatedGroup:
     measure()
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
+    family = model.skeleton.family
+    inputs = [kind.input_names for kind in family.kinds]
     observation = Observation(starts, 5.0 if task.outliers else None)
-    inputs = model.skeleton.family.input_names
     if observation:
         with group.phase("observe"), output.step("observe", 0) as step:
             observe(group, layout, calibration, observation, inputs, setup.streamed, step)
-    family = model.skeleton.family
-    shares = {(layer, name): Share(0.5) for layer in range(model.layers) for name in family.projections}
-    shapes = {name: (rows, one.cols) for one in model.inputs for name, rows in one.rows.items()}
+    shares = {(layer, name): Share(0.5) for layer, kind in enumerate(family.kinds) for name in kind.projections}
+    shapes = [
+        {name: (rows, one.cols) for one in shape.inputs for name, rows in one.rows.items()} for shape in model.shapes
+    ]
     work = PendingWork(
         shares,
         frozenset(),
         family,
-        [shapes] * model.layers,
+        shapes,
         [],
         None,
         task.errors,

@@ -1,7 +1,8 @@
 """The shapes of a model, from its config alone, and the task of a run."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
@@ -51,11 +52,31 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Model:
-    """Numbers of elements (not bytes) of a model.
+class LayerShape:
+    """The shape of the decoder layers of one kind.
 
     Attributes:
-        layer: parameters of a decoder layer.
+        inputs: those of projections.
+        maps: the inputs of all linear maps, pruned or not.
+        elements: parameters.
+        matrices: those of them that have two or more dimensions.
+        attends: some of the layer is attention.
+    """
+
+    inputs: tuple[Input, ...]
+    maps: tuple[Input, ...]
+    elements: int
+    matrices: int
+    attends: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """Numbers of elements (not bytes) of a model, and the shape of its layers, as seen `at` one of them.
+
+    Attributes:
+        shape: of the layer that is looked at; the largest one unless `at` is asked.
+        shapes: of each layer.
         embedding, head: of the frame's large tensors; with `tied` they are the same tensor.
         queries, keys: widths of all query heads, and of all key heads.
     """
@@ -68,8 +89,8 @@ class Model:
     keys: int
     heads: int
     eager: bool
-    inputs: tuple[Input, ...]
-    layer: int
+    shape: LayerShape
+    shapes: tuple[LayerShape, ...]
     embedding: int
     head: int
     tied: bool
@@ -77,55 +98,80 @@ class Model:
     stored: torch.dtype
     skeleton: Skeleton
 
+    def at(self, index: int) -> "Model":
+        """Return the model as seen at a layer."""
+        shape = self.shapes[index]
+        return self if shape is self.shape else replace(self, shape=shape)
+
+    def kinds(self, layers: Iterable[int]) -> list[tuple[int, int]]:
+        """Return one layer of each kind among some, and how many of them are of its kind."""
+        found: dict[int, list[int]] = {}
+        for index in layers:
+            found.setdefault(id(self.shapes[index]), []).append(index)
+        return [(same[0], len(same)) for same in found.values()]
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The inputs of the layer's projections."""
+        return self.shape.inputs
+
+    @property
+    def layer(self) -> int:
+        """Parameters of the layer."""
+        return self.shape.elements
+
     @property
     def projections(self) -> int:
-        """Weights of a layer's projections."""
-        return sum(one.cols * sum(one.rows.values()) for one in self.inputs)
+        """Weights of the layer's projections."""
+        return sum(one.weights for one in self.inputs)
 
     @property
     def largest(self) -> int:
-        """Elements of a layer's largest tensor."""
-        return max(one.largest for one in self.inputs)
+        """Elements of the layer's largest linear map."""
+        return max((one.largest for one in self.shape.maps), default=0)
 
     def forward_bytes(self, sequences: int, seqlen: int, itemsize: int) -> int:
-        """Return the peak memory of a decoder layer's forward pass over a wave, without the wave itself.
+        """Return the peak memory of the layer's forward pass over a wave, without the wave itself.
 
         In the MLP: the outputs of its first projections, one of them through the activation function, their product,
         the residual stream and its norm. In attention: the norm, queries, keys and values with their rotated copies;
         eager attention holds its scores twice, and for 16-bit dtypes a float32 copy. Counted in the layers of
-        transformers 5.
+        transformers 5. Mixers other than attention are taken for it by what their maps give.
         """
         tokens = sequences * seqlen
-        *_, entry, last = self.inputs
+        if len(self.shape.maps) < 2:
+            return tokens * itemsize * (2 * self.hidden + sum(sum(one.rows.values()) for one in self.shape.maps))
+        *_, entry, last = self.shape.maps
         up, neurons = sum(entry.rows.values()), last.cols
         gated, fused = up > neurons, len(entry.rows) == 1 and up > neurons
         mlp = up + (2 if fused else 1) * neurons + (2 if gated else 1) * self.hidden
-        attention = self.hidden + int(3.5 * (self.queries + self.keys))
-        scores = self.heads * seqlen * tokens * (8 if itemsize == 4 else 10) if self.eager else 0
+        attention = self.hidden + int(3.5 * (self.queries + self.keys)) if self.shape.attends else 0
+        scores = self.heads * seqlen * tokens * (8 if itemsize == 4 else 10) if self.eager and self.shape.attends else 0
         return max(tokens * itemsize * mlp, tokens * itemsize * attention + scores)
 
     def forward_operations(self, tokens: int, seqlen: int) -> int:
-        """Return the operations of a decoder layer over `tokens` tokens: two per weight and token, plus causal
-        attention.
-        """
-        return 2 * self.projections * tokens + 2 * tokens * seqlen * self.queries
+        """Return the operations of the layer over `tokens` tokens: two per weight and token, plus causal attention."""
+        return 2 * self.shape.matrices * tokens + 2 * tokens * seqlen * self.queries * self.shape.attends
 
     def share_before(self, place: int, seqlen: int) -> float:
-        """Return the share of a layer's operations in a pass up to an input, with the output projection that reads
+        """Return the share of the layer's operations in a pass up to an input, with the output projection that reads
         it."""
         done = self.inputs[: place + self.inputs[place].output]
         operations = 2 * sum(one.weights for one in done) + (2 * seqlen * self.queries if place else 0)
         return operations / self.forward_operations(1, seqlen)
 
 
-def read_model(name: str) -> Model:
+def read_model(name: str, ignore: Sequence[str] = ()) -> Model:
     """Read a model's shapes from a config.json, or from the config and the tensor headers of a checkpoint.
+
+    Args:
+        ignore: globs over the names of projections that are left alone.
 
     Raises:
         InputError: there is no such config, or models of its class cannot be pruned.
     """
     config, stored = _read(name)
-    skeleton = Skeleton(config, "cpu", stored)
+    skeleton = Skeleton(config, "cpu", stored, ignore)
     check_class(config)
     return model_of(skeleton, name, stored)
 
@@ -133,18 +179,10 @@ def read_model(name: str) -> Model:
 def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
     """Return the shapes of a skeleton's model whose weights are stored in a dtype."""
     config = skeleton.config
-    shapes = skeleton.projection_shapes(0)
-    inputs = tuple(
-        Input(
-            shapes[names[0]][1],
-            {projection: shapes[projection][0] for projection in names},
-            names[0] in skeleton.family.outputs,
-        )
-        for names in skeleton.family.inputs
-    )
     embedding, head = skeleton.model.get_input_embeddings().weight, skeleton.model.get_output_embeddings().weight
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = getattr(config, "num_attention_heads", None) or 0
+    width = _head_width(config)
+    shapes = _shapes(skeleton)
     return Model(
         name=name,
         layers=skeleton.layers,
@@ -154,8 +192,8 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
         keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
         heads=heads,
         eager=attention_of(config) == "eager",
-        inputs=inputs,
-        layer=sum(math.prod(shape) for shape in skeleton.layer_tensors(0).values()),
+        shape=max(shapes, key=lambda shape: shape.elements),
+        shapes=shapes,
         embedding=embedding.numel(),
         head=head.numel(),
         tied=embedding is head,
@@ -163,6 +201,40 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
         stored=stored,
         skeleton=skeleton,
     )
+
+
+def _head_width(config: PretrainedConfig) -> int:
+    """Return the width of a head; the largest one where layers differ."""
+    of_layers = getattr(config, "per_layer_config", None) or [config]
+    widths = [getattr(one, "head_dim", None) for one in of_layers]
+    return max(width or config.hidden_size // (getattr(config, "num_attention_heads", None) or 1) for width in widths)
+
+
+def _shapes(skeleton: Skeleton) -> tuple[LayerShape, ...]:
+    """Return the shape of each layer of a model: one object for each kind."""
+    known: dict[int, LayerShape] = {}
+    for index, kind in enumerate(skeleton.family.kinds):
+        if id(kind) not in known:
+            sizes = skeleton.layer_tensors(index).values()
+            known[id(kind)] = LayerShape(
+                inputs=_inputs(skeleton, index, kind.inputs),
+                maps=_inputs(skeleton, index, kind.maps),
+                elements=sum(math.prod(size) for size in sizes),
+                matrices=sum(math.prod(size) for size in sizes if len(size) > 1),
+                attends=bool(kind.attention),
+            )
+    return tuple(known[id(kind)] for kind in skeleton.family.kinds)
+
+
+def _inputs(skeleton: Skeleton, index: int, groups: Sequence[Sequence[str]]) -> tuple[Input, ...]:
+    """Return the inputs of groups of linear maps of a layer, each of which reads one."""
+    outputs = skeleton.family.kinds[index].outputs
+    found = []
+    for names in groups:
+        shapes = {name: skeleton.map_shape(index, name) for name in names}
+        rows = {name: rows for name, (rows, _) in shapes.items()}
+        found.append(Input(shapes[names[0]][1], rows, names[0] in outputs))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -190,6 +262,11 @@ class Task:
     windows: int
     itemsize: int
     improving: Improving = NOTHING
+
+    def at(self, index: int) -> "Task":
+        """Return the task as seen at a layer."""
+        model = self.model.at(index)
+        return self if model is self.model else replace(self, model=model)
 
     @property
     def stored(self) -> int:

@@ -73,6 +73,8 @@ Mixture = Annotated[
 OFFERED: list[str] = ["stdlib", *PAPERS]  # what a shell offers for a source of text, beside files
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
+# Globs over names: one, or several as a list.
+Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
 
 
 DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h|)", re.IGNORECASE)

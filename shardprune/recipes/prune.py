@@ -7,7 +7,14 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zeroing
-from shardprune.recipes.groups import CalibrationFields, EvaluationFields, OutputFields, PruneWorkerFields, WidthFields
+from shardprune.recipes.groups import (
+    CalibrationFields,
+    EvaluationFields,
+    Globs,
+    OutputFields,
+    PruneWorkerFields,
+    WidthFields,
+)
 from shardprune.recipes.identity import shaping_fields
 from shardprune.recipes.improving import ImprovingFields, TrainingFields
 from shardprune.recipes.quality import QualityFields
@@ -75,6 +82,9 @@ class PruningFields(StructuredFields):
     allocation: AllocationName = Field("uniform", description="Distribution of the sparsity; owl with mixed:M")
     allocation_file: str | None = optional(
         "none", "Sparsity of every projection: OUT/allocation.json of another run, or measured curves", min_length=1
+    )
+    ignore: Globs = Field(
+        (), description="Projections to leave dense: a glob over names such as model.layers.0.mlp.down_proj; repeatable"
     )
     outlier_m: float = Field(
         5.0,
@@ -321,7 +331,8 @@ class PruneRecipe(ZeroingFields, PruneWorkerFields, OutputFields):
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""
-        fields = self.model_dump(include=shaping_fields(self))
+        left_out = set() if self.ignore else {"ignore"}
+        fields = self.model_dump(include=shaping_fields(self) - left_out)
         return fields | self.decided | {"sparsity": self.target}  # which a pattern may fix
 
     @property

@@ -67,7 +67,7 @@ def write_trained_frame(
 
 def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Checkpoint, journal: Journal) -> None:
     prefix = f"{family.layers}.{index}."
-    modules = {f"{name}.weight": layer.get_submodule(name) for name in family.projections}
+    modules = {f"{name}.weight": layer.get_submodule(name) for name in family.kinds[index].projections}
     updated = {name: module for name, module in modules.items() if isinstance(module, LowRankLinear)}
     parameters = {name: value for name, value in layer.named_parameters() if not name.endswith(UPDATES)}
 
@@ -85,7 +85,7 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
         way = updated[name].way if name in updated else None
         return _report(index, projection, before, before if after is None else after, way)
 
-    record = LayerRecord(index, tuple(report(projection) for projection in family.projections))
+    record = LayerRecord(index, tuple(report(projection) for projection in family.kinds[index].projections))
     shapes = {name: checkpoint.entries[prefix + name].shape for name in (*parameters, *persistent_buffers(layer))}
     write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 

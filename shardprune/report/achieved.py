@@ -46,6 +46,7 @@ def sparsity_of(records: Sequence[LayerRecord], target: float | None, original: 
             layer=record.layer, target=asked(record.projections), achieved=_fraction(record), outliers=record.outliers
         )
         for record in records
+        if record.projections
     ]
     remaining = 1.0 if original is None else weights / original
     removed = 1 - remaining

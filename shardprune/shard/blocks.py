@@ -58,12 +58,15 @@ class Block:
     The layer holds the sparse weights; `dense` are those of the block's projections before they were pruned,
     in the order of the forward pass and the dtype of the computation. The output of a block is that of its last
     projection: once it is added to the residual stream, 16-bit numbers no longer resolve the difference of two.
+
+    Args:
+        last: the module that gives the output, where it is not the last projection.
     """
 
-    def __init__(self, layer: nn.Module, dense: dict[str, Tensor]) -> None:
+    def __init__(self, layer: nn.Module, dense: dict[str, Tensor], last: str | None = None) -> None:
         self.layer = layer
         self.dense = dense
-        self.last = layer.get_submodule(list(dense)[-1])
+        self.last = layer.get_submodule(last or list(dense)[-1])
 
     def compare(self, hidden: Tensor, arguments: Arguments, gradients: SquaredGradients | None) -> tuple[float, float]:
         """Run one wave [wave, seqlen, hidden] of the sparse model's activations through the block, dense and

@@ -19,7 +19,7 @@ class DenseWeights:
     def keep(self, index: int) -> None:
         """Copy the projections of a dense layer."""
         layer = self._worker.layers.get(index, "dense")
-        names = self._worker.skeleton.family.projections
+        names = self._worker.skeleton.family.kinds[index].projections
         self._index, self._weights = index, {name: projection_weight(layer, name).clone() for name in names}
 
     def of(self, index: int, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class ForwardWorker:
         self.peers: Peers | None = None  # where workers exchange tensors in a process group
         self.checkpoint = reopened(settings.model, spec.model)
         with device_errors(lambda: f"{spec.label}, start"):  # where CUDA starts in this process
-            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype)
+            self.skeleton = Skeleton(self.checkpoint.config, settings.device, settings.compute_dtype, spec.ignore)
             self.skeleton.load_frame(self.checkpoint)
         self.ledger = Ledger(clock_of(self.skeleton.device))
         self.activations = Activations(self.skeleton.device, self._place())
@@ -229,11 +229,11 @@ class ForwardWorker:
         """Return the outlier ratios of a dense layer whose inputs were observed, by the sums of all replicas."""
         layer, sums = self.layers.get(index, "dense"), self.sums.pop(index)
         squares: dict[str, Tensor] = {}
-        for names in self.skeleton.family.inputs:
+        for names in self.skeleton.family.kinds[index].inputs:
             statistics = sums[names[0]]
             assert isinstance(statistics, InputStatistics)
             squares |= dict.fromkeys(names, statistics.mean_squares)
-        weights = {name: projection_weight(layer, name) for name in self.skeleton.family.projections}
+        weights = {name: projection_weight(layer, name) for name in self.skeleton.family.kinds[index].projections}
         if not all(bool(torch.isfinite(square).all()) for square in squares.values()):
             raise SolverError(f"layer {index}: its inputs are not finite: the activations overflow")
         return outlier_ratios({name: (weights[name], squares[name]) for name in weights}, m)
@@ -363,7 +363,7 @@ class ForwardWorker:
         shapes = self.skeleton.projection_shapes(index)
         return {
             name: InputStatistics.empty(kind, shapes[name][1], self.skeleton.device)
-            for name in self.skeleton.family.input_names
+            for name in self.skeleton.family.kinds[index].input_names
         }
 
     def _place(self) -> Literal["device", "host"]:

@@ -123,7 +123,7 @@ class Layers:
             given = {}
             if state == "given":
                 assert self._given is not None
-                projections = self._skeleton.family.projections
+                projections = self._skeleton.family.kinds[index].projections
                 given = {self._skeleton.projection_tensor(index, name): self._given for name in projections}
             stored = {name: given.get(name, self._checkpoint).stored(name) for name in names}
         with self._coming.after():

@@ -7,7 +7,7 @@ The driver has the inputs of a layer accumulated and merged, lets one replica `n
 from torch import Tensor, nn
 
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.structure.shape import Widths, heads_of, reshaped
+from shardprune.model.structure.shape import Heads, Widths, heads_of, reshaped
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.verbs import verb
 from shardprune.shard.width_pruning import Choice, Narrowing, WidthStatistics, width_statistics
@@ -27,7 +27,6 @@ class NarrowedLayers:
         self.ledger, self.spec = worker.ledger, worker.spec
         self._worker, self._skeleton, self._checkpoint = worker, worker.skeleton, worker.checkpoint
         self._scoring, self._measure_error = scoring, measure_error
-        self._heads = heads_of(self._skeleton.config)
         self._layers: dict[int, nn.Module] = {}
         self._choices: dict[int, Choice] = {}
         self._blanks: tuple[Widths, Skeleton] | None = None  # of the widths in work
@@ -60,7 +59,9 @@ class NarrowedLayers:
         """Return the empty sums over a layer's inputs that `narrow` needs."""
         assert self._scoring is not None
         layer = self._worker.layers.get(index, "dense")
-        return width_statistics(layer, self._skeleton.family, self._heads, self._scoring, self._measure_error)
+        return width_statistics(
+            layer, self._skeleton.family.kinds[index], self._heads, self._scoring, self._measure_error
+        )
 
     def get(self, index: int) -> nn.Module | None:
         """Return a narrowed layer, if there is one."""
@@ -81,14 +82,18 @@ class NarrowedLayers:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
+    @property
+    def _heads(self) -> Heads:
+        return heads_of(self._skeleton.config)
+
     def _narrowing(self, index: int, widths: Widths) -> Narrowing:
         assert self._scoring is not None
-        family, layer = self._skeleton.family, self._worker.layers.get(index, "dense")
+        kind, layer = self._skeleton.family.kinds[index], self._worker.layers.get(index, "dense")
         stored = {
             name: self._checkpoint.entries[self._skeleton.projection_tensor(index, name)].dtype
-            for name in family.structures.columns
+            for name in kind.structures.columns
         }
-        return Narrowing(layer, family, self._heads, widths, self._scoring, stored, f"layer {index}")
+        return Narrowing(layer, kind, self._heads, widths, self._scoring, stored, f"layer {index}")
 
     def _cut(self, narrowing: Narrowing, index: int, choice: Choice) -> None:
         parameters = {**dict(narrowing.layer.named_parameters()), **narrowing.cut(choice)}

@@ -79,7 +79,7 @@ class PruneWorker(ForwardWorker):
     @verb("solve", layer="index")
     def solve(self, index: int, group: int, shares: dict[str, Share]) -> list[ProjectionReport]:
         """Prune the projections that read input `group`, by the sums of all replicas, and put them into the layer."""
-        layer, names = self.layers.get(index, "dense"), self.skeleton.family.inputs[group]
+        layer, names = self.layers.get(index, "dense"), self.skeleton.family.kinds[index].inputs[group]
         weights = {name: projection_weight(layer, name) for name in names}
         tensors = {name: self.skeleton.projection_tensor(index, name) for name in names}
         stored = self.stored_dtypes(index, names)
@@ -206,7 +206,7 @@ class PruneWorker(ForwardWorker):
         assert statistics is not None
         return {
             name: output_error(rebuilt.dense[name].float(), projection_weight(rebuilt.layer, name).float(), statistics)
-            for name in self.skeleton.family.inputs[group]
+            for name in self.skeleton.family.kinds[index].inputs[group]
             if name in rebuilt.dense
         }
 
@@ -219,7 +219,7 @@ class PruneWorker(ForwardWorker):
     @verb("solve", layer="index")
     def sizes(self, index: int) -> LayerSizes:
         """Count the weights and zeros of a narrowed layer's projections, and those before."""
-        narrowed, names = self.narrowed.get(index), self.skeleton.family.projections
+        narrowed, names = self.narrowed.get(index), self.skeleton.family.kinds[index].projections
         assert narrowed is not None
         before, after = (
             [projection_weight(layer, name) for name in names] for layer in (self.layers.get(index, "dense"), narrowed)
@@ -238,7 +238,7 @@ class PruneWorker(ForwardWorker):
         """Begin to write the pruned layer with its record: projections in their stored dtype, everything else as it
         was. It may not change from now on; `written` waits for its file."""
         family = self.skeleton.family
-        projections = {self.skeleton.projection_tensor(index, name) for name in family.projections}
+        projections = {self.skeleton.projection_tensor(index, name) for name in family.kinds[index].projections}
         layer = self.narrowed.get(index) or self.layers.get(index, "dense")
         shapes, tensors = shapes_of(layer), changed_tensors(self.checkpoint, family, index, layer, projections)
         self._files.begin(
@@ -289,15 +289,16 @@ class PruneWorker(ForwardWorker):
         if self._block is None or self._block[:2] != (index, name):
             self._block = None
             dtype, device = self.skeleton.dtype, self.skeleton.device
-            names = self.skeleton.family.blocks[name]
+            kind = self.skeleton.family.kinds[index]
+            names = kind.blocks[name]
             tensors = {name: self.checkpoint.read(self.skeleton.projection_tensor(index, name)) for name in names}
             dense = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-            self._block = index, name, Block(self.layers.get(index, "dense"), dense)
+            self._block = index, name, Block(self.layers.get(index, "dense"), dense, kind.end_of(name))
         return self._block[2]
 
     def _input(self, index: int, group: int) -> InputStatistics | None:
         """The sums over one input of the layer in work; None where this run needs none."""
-        statistics = self.sums.get(index, {}).get(self.skeleton.family.input_names[group])
+        statistics = self.sums.get(index, {}).get(self.skeleton.family.kinds[index].input_names[group])
         assert statistics is None or isinstance(statistics, InputStatistics)
         return statistics
 

@@ -39,7 +39,7 @@ class Reconstruction:
         Args:
             norm: ||dense output - dense input||^2 of a window: the unit of the loss.
         """
-        layer, names = self._worker.in_work(index), self._skeleton.family.projections
+        layer, names = self._worker.in_work(index), self._skeleton.family.kinds[index].projections
         weights = {name: projection_weight(layer, name) for name in names}
         masks = {name: weight != 0 for name, weight in weights.items()}
         masters = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}

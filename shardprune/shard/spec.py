@@ -39,7 +39,8 @@ class ForwardSpec:
     """The arguments of a worker that only lets waves pass through.
 
     `activation_bytes` is the size of the waves that it keeps, `other_bytes` what else its device must hold at the same
-    time: layers, sums, and the largest workspace. `model` is the checkpoint as the driver has opened it, where one has.
+    time: layers, sums, and the largest workspace. `model` is the checkpoint as the driver has opened it, where one has;
+    `ignore` are globs over the names of projections that are left alone.
     """
 
     settings: WorkerSettings
@@ -49,6 +50,7 @@ class ForwardSpec:
     activation_bytes: int
     other_bytes: int = field(default=0, kw_only=True)
     model: SourceState | None = field(default=None, kw_only=True)
+    ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def label(self) -> str:

@@ -7,6 +7,7 @@ as it is, and `correct` it.
 
 from torch import Tensor
 
+from shardprune.model.families import LayerKind
 from shardprune.model.pruning_job import PruningJob, Zeroing
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.dense_weights import DenseWeights
@@ -40,7 +41,7 @@ class StreamTargets:
 
         The dense activations stay as they are, or are `passed_on`: replaced by their image under the dense layer.
         """
-        worker, reader = self._worker, self._reader(group)
+        worker, reader = self._worker, self._reader(index, group)
         sums = worker.sums.setdefault(index, {})
         if reader not in sums:
             assert len(sums) == 0, "the input before this one is not solved"
@@ -56,7 +57,9 @@ class StreamTargets:
         assert sparse.inputs is not None
         statistics.add(sparse.inputs, len(hidden))
         differences.add(
-            self._missed(group, dense, sparse, dense_hidden, hidden).to(sparse.inputs.dtype), sparse.inputs, len(hidden)
+            self._missed(index, group, dense, sparse, dense_hidden, hidden).to(sparse.inputs.dtype),
+            sparse.inputs,
+            len(hidden),
         )
         if dense.end is not None:
             worker.activations.replace(dense_stream(stream), wave, dense.end)
@@ -65,7 +68,7 @@ class StreamTargets:
     def correct(self, index: int, group: int, shares: dict[str, Share]) -> list[ProjectionReport]:
         """Prune the projections that read input `group` anew, from the weights that come nearest to their targets, by
         the sums of all replicas, which are given back."""
-        names, reader = self._skeleton.family.inputs[group], self._reader(group)
+        names, reader = self._kind(index).inputs[group], self._reader(index, group)
         layer, sums = self._worker.layers.get(index, "dense"), self._worker.sums[index]
         statistics, differences = sums.pop(reader), sums.pop(differences_of(reader))
         assert isinstance(statistics, InputStatistics)
@@ -74,7 +77,7 @@ class StreamTargets:
         assert isinstance(job.zeroing, Zeroing)
         dense = self._dense.of(index, names)
         weights = {name: projection_weight(layer, name) for name in names}
-        of_inputs, way = reader not in self._skeleton.family.outputs, self._way(group)
+        of_inputs, way = reader not in self._kind(index).outputs, self._way(index, group)
         targets = {name: aimed(weight, statistics, differences, of_inputs, way) for name, weight in dense.items()}
         for name, weight in dense.items():
             weights[name].copy_(weight)
@@ -96,37 +99,42 @@ class StreamTargets:
 
     # -- inside -----------------------------------------------------------------------------------------------
 
-    def _reader(self, group: int) -> str:
-        return self._skeleton.family.input_names[group]
+    def _kind(self, index: int) -> LayerKind:
+        return self._skeleton.family.kinds[index]
 
-    def _way(self, group: int) -> float:
+    def _reader(self, index: int, group: int) -> str:
+        return self._kind(index).input_names[group]
+
+    def _way(self, index: int, group: int) -> float:
         """Return the fraction of the way to its target that a projection aims at."""
-        family = self._skeleton.family
-        return 1.0 if self._reader(group) in family.outputs and self._skeleton.adds_outputs else HALF_WAY
+        last = self._reader(index, group) in self._kind(index).outputs
+        return 1.0 if last and self._skeleton.adds_outputs else HALF_WAY
 
     def _empty_sums(self, index: int, group: int) -> dict[str, InputStatistics | Differences]:
-        reader = self._reader(group)
+        reader = self._reader(index, group)
         rows, cols = self._skeleton.projection_shapes(index)[reader]
-        count = rows if reader in self._skeleton.family.outputs else cols
+        count = rows if reader in self._kind(index).outputs else cols
         return {
             reader: InputStatistics.empty("gram", cols, self._skeleton.device),
             differences_of(reader): Differences.empty(count, cols, self._skeleton.device),
         }
 
     def _tap(self, index: int, group: int, hidden: Tensor, weights: dict[str, Tensor], to_the_end: bool) -> Taps:
-        family, reader = self._skeleton.family, self._reader(group)
-        place = family.projections.index(reader)
-        outputs = [name for name in family.outputs if family.projections.index(name) <= place]
+        kind, reader = self._kind(index), self._reader(index, group)
+        place = kind.projections.index(reader)
+        outputs = [name for name in kind.outputs if kind.projections.index(name) <= place]
         layer = self._worker.layers.get(index, "dense")
         arguments = self._skeleton.layer_arguments(index, *hidden.shape[:2])
         return tap(layer, weights, hidden, arguments, reader, outputs, to_the_end)
 
-    def _missed(self, group: int, dense: Taps, sparse: Taps, dense_hidden: Tensor, hidden: Tensor) -> Tensor:
+    def _missed(
+        self, index: int, group: int, dense: Taps, sparse: Taps, dense_hidden: Tensor, hidden: Tensor
+    ) -> Tensor:
         """Return by how much a wave misses its target, float32: the inputs of the projections, or the stream behind an
         output projection that still has its dense weights."""
         assert dense.inputs is not None
         assert sparse.inputs is not None
-        if self._reader(group) not in self._skeleton.family.outputs:
+        if self._reader(index, group) not in self._kind(index).outputs:
             return dense.inputs.float() - sparse.inputs.float()
         if not self._skeleton.adds_outputs:
             return dense.outputs[-1].float() - sparse.outputs[-1].float()

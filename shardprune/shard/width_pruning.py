@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.errors import SolverError
-from shardprune.model.families import Family, Unit
+from shardprune.model.families import LayerKind, Unit
 from shardprune.model.saving import overflow
 from shardprune.model.skeleton import projection_weight
 from shardprune.model.structure.shape import Heads, Widths
@@ -91,7 +91,7 @@ class Narrowing:
     """
 
     layer: nn.Module
-    family: Family
+    kind: LayerKind
     heads: Heads
     widths: Widths
     scoring: Scoring
@@ -107,10 +107,10 @@ class Narrowing:
         Raises:
             SolverError: names the projection.
         """
-        sums = {name: statistics[names[0]] for names in self.family.inputs for name in names}
+        sums = {name: statistics[names[0]] for names in self.kind.inputs for name in names}
         stay: dict[Unit, Tensor] = {}
         corrections: dict[str, Corrected] = {}
-        for name, unit in self.family.structures.columns.items():
+        for name, unit in self.kind.structures.columns.items():
             if not sums[name].finite:
                 raise SolverError(f"{self.label} {name}: its inputs are not finite: the activations overflow")
             try:
@@ -131,17 +131,17 @@ class Narrowing:
 
     def cut(self, choice: "Choice") -> dict[str, Tensor]:
         """The parameters of the layer that change, by their names within it."""
-        device = projection_weight(self.layer, self.family.projections[0]).device
+        device = projection_weight(self.layer, self.kind.projections[0]).device
         kept = {unit: indices.to(device) for unit, indices in choice.kept.items()}
         kept["key"] = kept["query"]
         changed: dict[str, Tensor] = {}
-        for name, unit in self.family.structures.columns.items():
+        for name, unit in self.kind.structures.columns.items():
             if name in choice.corrected:
                 changed[f"{name}.weight"] = choice.corrected[name]
             elif len(kept[unit]) < self._count_before(name, unit):
                 columns = columns_of(kept[unit], self.heads.rows(unit))
                 changed[f"{name}.weight"] = projection_weight(self.layer, name)[:, columns]
-        for name, units in self.family.structures.rows.items():
+        for name, units in self.kind.structures.rows.items():
             rows = self._rows(name, units, kept)
             if len(rows) < len(projection_weight(self.layer, name)):
                 for leaf, parameter in self.layer.get_submodule(name).named_parameters():
@@ -165,13 +165,13 @@ class Narrowing:
     def _outliers(self, name: str, unit: Unit, sums: dict[str, WidthStatistics]) -> tuple[Tensor, Tensor]:
         """The share of outliers among the weights that each structure owns, and the mean of their metric."""
         squares = {name: of.mean_squares for name, of in sums.items()}
-        weights = {name: projection_weight(self.layer, name) for name in self.family.projections}
+        weights = {name: projection_weight(self.layer, name) for name in self.kind.projections}
         threshold = self.scoring.outlier_m * mean_metric((weights[name], squares[name]) for name in weights)
         count = self._count_before(name, unit)
         everything: dict[Unit, Tensor] = dict.fromkeys(("query", "key", "neuron"), torch.arange(count))
         owned = [Owned(weights[name], squares[name], everything[unit].repeat_interleave(self.heads.rows(unit)), 1)]
         kinds = ("neuron",) if unit == "neuron" else ("query", "key")
-        for projection, units in self.family.structures.rows.items():
+        for projection, units in self.kind.structures.rows.items():
             if units[0] in kinds:
                 owners = torch.cat([everything[of].repeat_interleave(self.heads.rows(of)) for of in units])
                 owned.append(Owned(weights[projection], squares[projection], owners, 0))
@@ -180,7 +180,7 @@ class Narrowing:
     def _correct(self, name: str, kept: Tensor, statistics: InputStatistics) -> "Corrected":
         """Correct the columns of an output projection that stay, if they are to be, and measure the error."""
         weight = projection_weight(self.layer, name)
-        columns = columns_of(kept, self.heads.rows(self.family.structures.columns[name]))
+        columns = columns_of(kept, self.heads.rows(self.kind.structures.columns[name]))
         cut = weight[:, columns]
         corrected, retries, error = None, 0, None
         if self.scoring.correction:
@@ -214,13 +214,13 @@ class Narrowing:
 
 
 def width_statistics(
-    layer: nn.Module, family: Family, heads: Heads, scoring: Scoring, measure_error: bool
+    layer: nn.Module, of_layer: LayerKind, heads: Heads, scoring: Scoring, measure_error: bool
 ) -> dict[str, WidthStatistics]:
     """Return empty statistics of each input of a layer, by the first projection that reads it: what the score, the
     correction and the output errors need."""
     found = {}
-    for name, *_ in family.inputs:
-        weight, unit = projection_weight(layer, name), family.structures.columns.get(name)
+    for name, *_ in of_layer.inputs:
+        weight, unit = projection_weight(layer, name), of_layer.structures.columns.get(name)
         cols = weight.shape[1]
         shape = (cols, cols) if unit and scoring.needs_gram(measure_error) else (cols,)
         sums = torch.zeros(shape, dtype=torch.float32, device=weight.device)

@@ -22,7 +22,7 @@ class Outliers:
 
 
 def outlier_ratios(projections: Mapping[str, tuple[Tensor, Tensor]], m: float) -> Outliers:
-    """Return the outlier ratios of one layer's metric |w| * sqrt(s).
+    """Return the outlier ratios of one layer's metric |w| * sqrt(s); 0 for a layer without projections.
 
     Two passes over the weights: the mean of the metric is sum_j sqrt(s_j) sum_i |w_ij| over the number of entries, so
     that the first needs column sums only; the second counts, a block of rows at a time.
@@ -31,6 +31,8 @@ def outlier_ratios(projections: Mapping[str, tuple[Tensor, Tensor]], m: float) -
         projections: by name, a weight [rows, cols] and the mean squares s [cols] of its input.
         m: outlier threshold, as a multiple of the mean.
     """
+    if not projections:
+        return Outliers(0.0, {})
     sums = {
         name: float(torch.linalg.vector_norm(weight, 1, dim=0, dtype=torch.float64) @ squares.double().sqrt())
         for name, (weight, squares) in projections.items()

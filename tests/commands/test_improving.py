@@ -202,7 +202,7 @@ def test_a_family_has_its_targets(family, tmp_path, folder):
     make_model(tmp_path / "model", family)
     result = run(tmp_path, tmp_path / "o", calibration=str(folder / "tokens.npy"), **STREAM)
     reports = result.sparsity.improvements
-    inputs = Skeleton(Checkpoint(str(tmp_path / "model")).config, "cpu").family.inputs
+    inputs = Skeleton(Checkpoint(str(tmp_path / "model")).config, "cpu").family.kinds[0].inputs
     assert [tuple(report.projections) for report in reports] == [*inputs] * 4
     assert {report.kept for report in reports} == {True, False}
     assert result.sparsity.achieved == pytest.approx(0.6, abs=1e-3)

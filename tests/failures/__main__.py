@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make_material(Path(folder))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
         os.chdir(folder)
-        with slots_for_commands(2 if any(scenario.slots for scenario in scenarios) else 0) as (forks, address):
-            for trial in trials(scenarios, asked.seed, asked.kills, Path(folder), forks, address):
+        with slots_for_commands(2 if any(scenario.slots for scenario in scenarios) else 0) as address:
+            for trial in trials(scenarios, asked.seed, asked.kills, Path(folder), address):
                 done.append(trial)
                 _tell(trial)
     _print(done)

@@ -4,16 +4,16 @@ A command starts in the process of `tests.support.forking`, which has imported w
 `shardprune` carries it out, and writes a line to a file whenever a phase begins or a step gets further.
 """
 
-import json
 import os
 import signal
-import socket
 import sys
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import psutil
+
+from tests.support.forking import fork
 
 PAUSE = 0.002  # seconds between two looks at a command
 
@@ -29,23 +29,16 @@ class Driver:
     Args:
         words: of the command line.
         place: folder for what it says and prints; emptied before.
-        forks: the environment that `tests.support.forking.forks` yields.
     """
 
-    def __init__(self, words: list[str], place: Path, forks: dict[str, str]) -> None:
+    def __init__(self, words: list[str], place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         self.told_file, self._printed, self._said = place / "told", place / "stdout", place / "stderr"
         self.told_file.write_text("")
-        self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(next(iter(value for value in forks.values() if "socket" in value)).split()[-1])
-        wanted = {
-            "words": [__file__, str(self.told_file), *words],
-            "environment": {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-            "folder": os.getcwd(),
-        }
+        environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
         with open(os.devnull) as nothing, self._printed.open("w") as output, self._said.open("w") as errors:
-            socket.send_fds(self._connection, [b"*"], [nothing.fileno(), output.fileno(), errors.fileno()])
-        self._connection.sendall(json.dumps(wanted).encode() + b"\n")
+            streams = [nothing.fileno(), output.fileno(), errors.fileno()]
+            self._connection = fork([__file__, str(self.told_file), *words], streams, environment)
         self._connection.setblocking(False)
         self._process: psutil.Process | None = None
 

@@ -1,6 +1,7 @@
 """Runs that say where they are while they are there, so that something can happen to them at that moment."""
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -53,7 +54,9 @@ class Moment:
 
 
 def main() -> None:
-    """Prune as a recipe in JSON says; print every name and share, and go on when a line has come back."""
+    """Prune as a recipe in JSON says; print the process's number, then every name and share, and go on when a line has
+    come back."""
+    print(os.getpid(), flush=True)
     turn = threading.Lock()
 
     def tell(name: str, share: float) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from tests.support.clusters import NO_SPARE_WORKERS, processes_of
+from tests.support.clusters import NO_SPARE_WORKERS, kill, processes_of
 from tests.support.forking import forks
 
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -26,8 +26,17 @@ class Nodes:
         self.address: str = cluster.address
 
     def kill_node(self) -> None:
-        """Kill all processes of one node, which has a worker if all have."""
-        self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
+        """Kill all processes of one node, which has a worker if all have.
+
+        Its workers are forks, which Ray does not kill with their node: they would see that it is gone a little later.
+        """
+        from ray._private import state
+
+        node = self._nodes.pop(0)
+        for actor in state.actors().values():
+            if actor["Address"]["NodeID"] == node.node_id and actor["State"] == "ALIVE":
+                kill(psutil.Process(actor["Pid"]))
+        self._cluster.remove_node(node, allow_graceful=False)
 
     def repair(self) -> None:
         """Add nodes until there are as many as at the start."""

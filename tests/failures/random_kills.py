@@ -51,28 +51,24 @@ class Trial:
     problems: list[str] = field(default_factory=list)
 
 
-def trials(
-    scenarios: list[Scenario], seed: int, kills: int, work: Path, forks: dict[str, str], address: Callable[[], str]
-) -> Iterator[Trial]:
+def trials(scenarios: list[Scenario], seed: int, kills: int, work: Path, address: Callable[[], str]) -> Iterator[Trial]:
     """Try commands in turn until so many signals were sent."""
     draw, sent, number = random.Random(seed), 0, 0
     undisturbed: dict[str, tuple[Path, list[tuple[str, float]]]] = {}
     while sent < kills:
         scenario = scenarios[number % len(scenarios)]
         if scenario.name not in undisturbed:
-            undisturbed[scenario.name] = _undisturbed(scenario, work, forks, address)
+            undisturbed[scenario.name] = _undisturbed(scenario, work, address)
         expected, phases = undisturbed[scenario.name]
-        trial = _try(scenario, expected, phases, draw, work / f"trial-{number}", forks, address)
+        trial = _try(scenario, expected, phases, draw, work / f"trial-{number}", address)
         sent, number = sent + len(trial.kills), number + 1
         yield trial
 
 
-def _undisturbed(
-    scenario: Scenario, work: Path, forks: dict[str, str], address: Callable[[], str]
-) -> tuple[Path, list[tuple[str, float]]]:
+def _undisturbed(scenario: Scenario, work: Path, address: Callable[[], str]) -> tuple[Path, list[tuple[str, float]]]:
     """The output of a command that nothing happens to, and its phases with their seconds."""
     place = work / f"undisturbed-{scenario.name.replace(' ', '-').replace(',', '')}"
-    driver = Driver(scenario.command(place / "out", address()), place, forks)
+    driver = Driver(scenario.command(place / "out", address()), place)
     assert driver.wait(LONGEST), f"{scenario.name} hangs"
     assert driver.code == 0, (scenario.name, driver.code, driver.lines())
     return place / "out", driver.phases()
@@ -84,14 +80,13 @@ def _try(
     phases: list[tuple[str, float]],
     draw: random.Random,
     place: Path,
-    forks: dict[str, str],
     address: Callable[[], str],
 ) -> Trial:
     trial = Trial(scenario.name)
     command = scenario.command(place / "out", address())
     disturbed = True
     while not trial.problems:
-        driver = Driver(command, place / f"start-{trial.starts}", forks)
+        driver = Driver(command, place / f"start-{trial.starts}")
         trial.starts += 1
         if disturbed:
             _disturb(driver, scenario, phases, draw, trial)

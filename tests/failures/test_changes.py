@@ -40,10 +40,10 @@ def undisturbed(folder):
 
 
 @pytest.fixture(scope="module")
-def environment():
-    """That in which commands are forks."""
-    with forks() as environment:
-        yield environment
+def forked():
+    """Commands are forks."""
+    with forks():
+        yield
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def words(folder, out, model) -> list[str]:
 COMMON = ("--backend=local", "--threads=1", "--no-report")
 
 
-def test_the_same_command_twice_at_once_is_refused(folder, model, undisturbed, environment, tmp_path, capsys):
+def test_the_same_command_twice_at_once_is_refused(folder, model, undisturbed, forked, tmp_path, capsys):
     out = tmp_path / "o"
     before: dict[str, bytes] = {}
 
@@ -137,7 +137,7 @@ def test_the_same_command_twice_at_once_is_refused(folder, model, undisturbed, e
         assert ended.value.code == 2
 
     # The first one is a process of its own, stopped while the second one is tried.
-    first = Driver(words(folder, out, model), tmp_path / "first", environment)
+    first = Driver(words(folder, out, model), tmp_path / "first")
     while not any(line.startswith("prune ") for line in first.told()):
         assert not first.over(), first.lines()
     first.process.suspend()
@@ -153,10 +153,10 @@ def test_the_same_command_twice_at_once_is_refused(folder, model, undisturbed, e
     assert not (out / "owner.json").exists()
 
 
-def test_two_commands_that_start_together_are_one_run(folder, model, undisturbed, environment, tmp_path):
+def test_two_commands_that_start_together_are_one_run(folder, model, undisturbed, forked, tmp_path):
     """Both find the output free; the first to claim it makes it."""
     out = tmp_path / "o"
-    started = [Driver(words(folder, out, model), tmp_path / str(number), environment) for number in range(2)]
+    started = [Driver(words(folder, out, model), tmp_path / str(number)) for number in range(2)]
     assert all(driver.wait(240) for driver in started)
     codes = sorted(driver.code for driver in started if driver.code is not None)
     assert codes in ([0, 0], [0, 2]), [driver.lines() for driver in started]  # one may be over before the other looks

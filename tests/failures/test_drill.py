@@ -6,12 +6,14 @@ not whole was ever there to be read.
 """
 
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -22,11 +24,13 @@ from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 from shardprune.storage.folder import Folder
+from tests.failures import listening
 from tests.failures.listening import Heard, Moment
 from tests.failures.nodes import Nodes, nodes
 from tests.failures.watching import watched
+from tests.support.forking import fork
 from tests.support.s3 import S3, client_of, serve
-from tests.support.tiny import differing, load_tensors
+from tests.support.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens
 
 # When it happens: in which step and at which share of it, or as a phase begins.
 MOMENTS = {
@@ -37,14 +41,25 @@ MOMENTS = {
     "write": ("begin write", 0.0),
 }
 pytestmark = pytest.mark.timeout(600)  # on a busy machine processes take minutes to start
+CONFIG = {**CONFIGS["llama"][1], "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
 PARALLEL = {"shards": 2, "segments": 4, "propagation": "parallel", "allocation": "owl"}
 
 
 @pytest.fixture(scope="module")
-def s3():
+def folder(tmp_path_factory) -> Path:
+    """A model of eight small layers, and texts."""
+    folder = tmp_path_factory.mktemp("drill")
+    make_model(folder / "model", configs={"llama-3.1": ("LlamaConfig", CONFIG)})
+    make_tokens(folder / "tokens.npy", 24, 48)
+    make_tokens(folder / "other.npy", 12, 48, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def s3(folder):
     pytest.importorskip("moto", reason="moto, the S3 server of the tests, is not installed")
     with serve() as server, client_of(server):
-        server.put(bundled_model(), f"{server.bucket('models')}/stdlib-4m")
+        server.put(folder / "model", f"{server.bucket('models')}/model")
         server.bucket("runs")
         yield server
 
@@ -56,25 +71,31 @@ def cluster(s3):
         yield cluster
 
 
-def recipe(out: Path | str, **fields) -> Recipe:
-    values = {
-        "model": bundled_model(),
-        "out": str(out),
-        "sparsity": 0.5,
-        "calibration": "stdlib",
-        "samples": 24,
-        "seqlen": 64,
-        "wave": 4,
-        "eval": ("stdlib",),
-        "eval_windows": 12,
-        "threads": 1,
-        **fields,
-    }
-    return Recipe.checked(values)
+@pytest.fixture(scope="module")
+def recipe(folder) -> Callable[..., Recipe]:
+    """Recipes of runs over the model, by their output."""
+
+    def of(out: Path | str, **fields) -> Recipe:
+        values = {
+            "model": str(folder / "model"),
+            "out": str(out),
+            "sparsity": 0.5,
+            "calibration": str(folder / "tokens.npy"),
+            "samples": 24,
+            "seqlen": 48,
+            "wave": 4,
+            "eval": (str(folder / "other.npy"),),
+            "eval_windows": 12,
+            "threads": 1,
+            **fields,
+        }
+        return Recipe.checked(values)
+
+    return of
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Callable[..., tuple[Path, Result]]:
+def undisturbed(recipe, tmp_path_factory) -> Callable[..., tuple[Path, Result]]:
     """The output and the result of the same run in one process to which nothing happens, by its settings."""
     made: dict[str, tuple[Path, Result]] = {}
 
@@ -102,21 +123,24 @@ def check(out: Path, result: Result, undisturbed: tuple[Path, Result]) -> None:
     assert not [name for name in Folder(str(out), "out").names() if name.endswith(".tmp")]
 
 
+# Passes whose waves workers have before the first has come back: they must take longer than a death.
+LARGER = {"model": bundled_model(), "calibration": "stdlib", "eval": ("stdlib",), "eval_windows": 48, "seqlen": 64}
+LONG = {**PARALLEL, **LARGER}
 BARBER = {**PARALLEL, "rebuild": "barber", "rebuild_threshold": 0.1}
 IMPROVED = {**PARALLEL, "weights": "streamed", "targets": "stream", "reconstruct": 4}
 LOSSES = [
-    ("actor", "observe", PARALLEL),
+    ("actor", "observe", LONG),
     ("actor", "prune", BARBER),
-    ("actor", "evaluate", PARALLEL),
+    ("actor", "evaluate", LONG),
     ("node", "plan", PARALLEL),
-    ("node", "observe", PARALLEL),
+    ("node", "observe", LONG),
     ("node", "prune", IMPROVED),
-    ("node", "evaluate", PARALLEL),
+    ("node", "evaluate", LONG),
 ]
 
 
 @pytest.mark.parametrize(("victim", "when", "fields"), LOSSES, ids=[f"{victim}-{when}" for victim, when, _ in LOSSES])
-def test_workers_die(cluster: Nodes, undisturbed, victim, when, fields, tmp_path):
+def test_workers_die(recipe, cluster: Nodes, undisturbed, victim, when, fields, tmp_path):
     moment = Moment(*MOMENTS[when], cluster.kill_node if victim == "node" else cluster.kill_actor)
     # A run that starts when a node is gone has one slot less, which changes nothing where its segments are given.
     asked = {**fields, "shards": None} if when == "plan" else fields
@@ -135,7 +159,7 @@ def test_workers_die(cluster: Nodes, undisturbed, victim, when, fields, tmp_path
 
 
 @pytest.mark.parametrize("victim", ["actor", "node"])
-def test_workers_die_in_the_middle_of_an_upload(cluster: Nodes, s3: S3, undisturbed, victim, tmp_path):
+def test_workers_die_in_the_middle_of_an_upload(recipe, cluster: Nodes, s3: S3, undisturbed, victim, tmp_path):
     """The storage has the request for a layer's file, and what would have sent it is gone."""
     out = f"runs/{victim}"
     s3.clear()
@@ -151,29 +175,35 @@ def test_workers_die_in_the_middle_of_an_upload(cluster: Nodes, s3: S3, undistur
     check(s3.get(out, tmp_path / "o"), result, undisturbed(**PARALLEL))
 
 
+@contextmanager
+def run_of(asked: Recipe, errors: Path) -> Iterator[tuple[int, TextIO, TextIO]]:
+    """A run in a process of its own, which is forked: its number, what it tells, and where it is answered."""
+    (told, out), (inside, told_back) = os.pipe(), os.pipe()
+    with errors.open("w") as err, open(told) as heard, open(told_back, "w", buffering=1) as answers:
+        fork([listening.__file__, asked.model_dump_json()], [inside, out, err.fileno()], dict(os.environ))
+        os.close(inside)
+        os.close(out)
+        yield int(heard.readline()), heard, answers
+
+
 @pytest.mark.parametrize("when", ["plan", "observe", "prune", "evaluate", "write"])
-def test_the_driver_dies(cluster: Nodes, undisturbed, when, tmp_path):
+def test_the_driver_dies(recipe, cluster: Nodes, undisturbed, when, tmp_path):
     # One of them has a cluster of its own, which must end with it.
     asked = recipe(tmp_path / "o", address=None if when == "prune" else cluster.address, **PARALLEL)
     name, share = MOMENTS[when]
     workers: list[psutil.Process] = []
-    command = [sys.executable, "-m", "tests.failures.listening", asked.model_dump_json()]
     with watched(tmp_path / "o") as written:
-        errors = (tmp_path / "errors").open("w+")
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
-        with errors, subprocess.Popen(command, **pipes, text=True, bufsize=1) as driver:
-            assert driver.stdin is not None
-            assert driver.stdout is not None
+        with run_of(asked, tmp_path / "errors") as (pid, heard, answers):
 
             def kill() -> None:
                 workers.extend(cluster.workers())
-                driver.kill()
+                os.kill(pid, signal.SIGKILL)
 
             moment = Moment(name, share, kill)
-            for line in driver.stdout:
+            for line in heard:
                 moment(*json.loads(line))
                 if not moment.passed:
-                    driver.stdin.write("\n")
+                    answers.write("\n")
         assert moment.passed, (tmp_path / "errors").read_text()
         assert not (tmp_path / "o" / "result.json").exists()
         assert when in ("plan", "write") or len(workers) == 2
@@ -184,7 +214,7 @@ def test_the_driver_dies(cluster: Nodes, undisturbed, when, tmp_path):
     check(tmp_path / "o", result, undisturbed(**PARALLEL))
 
 
-def test_the_storage_goes_away_in_every_phase(cluster: Nodes, s3: S3, undisturbed, tmp_path):
+def test_the_storage_goes_away_in_every_phase(recipe, cluster: Nodes, s3: S3, undisturbed, tmp_path):
     s3.clear()
     seconds = dict.fromkeys(MOMENTS, 1.0) | {"prune": 4.0}
     moments = [Moment(*MOMENTS[when], partial(s3.faults.down, seconds[when])) for when in MOMENTS]
@@ -193,15 +223,15 @@ def test_the_storage_goes_away_in_every_phase(cluster: Nodes, s3: S3, undisturbe
         for moment in moments:
             moment(name, share)
 
-    asked = recipe("s3://runs/storage", model="s3://models/stdlib-4m", address=cluster.address, **PARALLEL)
+    asked = recipe("s3://runs/storage", model="s3://models/model", address=cluster.address, **PARALLEL)
     result = prune(asked, Heard(listen))
     assert all(moment.passed for moment in moments)
     assert s3.uploads("runs") == []
     check(s3.get("runs/storage", tmp_path / "o"), result, undisturbed(**PARALLEL))
 
 
-def test_a_lost_replica_changes_no_more_than_rounding(cluster: Nodes, undisturbed, tmp_path):
-    fields = {"replicas": 2, "shards": 1, "seqlen": 128}
+def test_a_lost_replica_changes_no_more_than_rounding(recipe, cluster: Nodes, undisturbed, tmp_path):
+    fields = {**LARGER, "replicas": 2, "shards": 1, "seqlen": 128}
     moment = Moment(*MOMENTS["prune"], cluster.kill_node)
     try:
         result = prune(recipe(tmp_path / "o", address=cluster.address, **fields), Heard(moment))
@@ -210,7 +240,8 @@ def test_a_lost_replica_changes_no_more_than_rounding(cluster: Nodes, undisturbe
     assert moment.passed
     assert (result.restarts, len(result.workers)) == (1, 1)
     out, expected = undisturbed(**fields)
-    assert result.perplexity["stdlib"].after == pytest.approx(expected.perplexity["stdlib"].after, rel=1e-3)
+    (measured,), (wanted,) = result.perplexity.values(), expected.perplexity.values()
+    assert measured.after == pytest.approx(wanted.after, rel=1e-3)
     ours, theirs = load_tensors(tmp_path / "o"), load_tensors(out)
     for name, tensor in ours.items():
         # Sums of two halves round otherwise than one sum, which may move a zero and then what makes up for it.

@@ -10,12 +10,10 @@ QUICK = ("prune, composite", "mop", "evaluate")
 def test_commands_that_are_killed_end_as_if_nothing_had_happened(tmp_path, monkeypatch):
     make_material(tmp_path)
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in QUICK]
-    with forks() as environment:
+    with forks():
         monkeypatch.chdir(tmp_path)
         done = [
-            trial
-            for scenario in scenarios
-            for trial in trials([scenario], 0, 1, tmp_path / scenario.name, environment, lambda: "")
+            trial for scenario in scenarios for trial in trials([scenario], 0, 1, tmp_path / scenario.name, lambda: "")
         ]
     assert {trial.scenario for trial in done} == set(QUICK)
     assert [(trial.scenario, trial.problems) for trial in done if trial.problems] == []

@@ -71,8 +71,9 @@ IMPORTING = {
 def test_ctrl_c_before_all_is_imported(name, tmp_path):
     words, library = IMPORTING[name]
     terminal = Terminal("-m", *words, cwd=tmp_path)
-    terminal.until(lambda: any(library in region.path for region in terminal.process.memory_maps()))
+    terminal.halt_once(lambda: terminal.maps(library))
     terminal.press_ctrl_c()
+    terminal.process.resume()
     check(terminal, 130, "Ctrl-C")
     assert len(terminal.lines()) == 1
 

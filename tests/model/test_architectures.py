@@ -13,15 +13,15 @@ from shardprune.model.empty_model import attention_of, persistent_buffers
 from shardprune.model.families import FAMILIES
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import CHECKED
-from tests.support.architectures import DENSE, REFUSED, VOCABULARY, make_architecture
+from tests.support.architectures import DENSE, MIXED, REFUSED, VOCABULARY, make_architecture
 
 Q, K, V = "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", DENSE)
+@pytest.mark.parametrize("model_type", [*DENSE, *MIXED])
 def test_layer_by_layer_equals_the_whole_model(model_type, tmp_path):
-    path = make_architecture(tmp_path, model_type, DENSE[model_type])
+    path = make_architecture(tmp_path, model_type, {**DENSE, **MIXED}[model_type])
     checkpoint = Checkpoint(path)
     skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
     check_tensors(skeleton, checkpoint)
@@ -36,8 +36,12 @@ def test_layer_by_layer_equals_the_whole_model(model_type, tmp_path):
         assert {name: tensor.dtype for name, tensor in layer.state_dict().items()} == {
             name: tensor.dtype for name, tensor in own.items()
         }
-        linears = {name for name, part in layer.named_modules() if isinstance(part, torch.nn.Linear)}
-        assert set(skeleton.family.projections) == linears
+        kind = skeleton.family.kinds[index]
+        kept = {name.removesuffix(".weight") for names in kind.kept.values() for name in names}
+        matrices = {name.removesuffix(".weight") for name, parameter in layer.named_parameters() if parameter.dim() > 1}
+        assert matrices == set(kind.projections) | kept
+        assert not set(kind.projections) & kept
+        assert (not kept) or model_type in MIXED
         hidden = skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(index, *tokens.shape))
     assert torch.equal(skeleton.logits(hidden), whole(tokens).logits)
 
@@ -45,8 +49,8 @@ def test_layer_by_layer_equals_the_whole_model(model_type, tmp_path):
 def test_what_shares_an_input_in_parallel_blocks_is_one_group():
     skeleton = Skeleton(AutoConfig.for_model("cohere2", **DENSE["cohere2"]), "cpu")
     gate, up, down, out = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"
-    assert skeleton.family.inputs == ((Q, K, V, gate, up), (out,), (down,))
-    assert skeleton.family.blocks == {"attention": (Q, K, V, out), "mlp": (gate, up, down)}
+    assert skeleton.family.kinds[0].inputs == ((Q, K, V, gate, up), (out,), (down,))
+    assert skeleton.family.kinds[0].blocks == {"attention": (Q, K, V, out), "mlp": (gate, up, down)}
 
 
 def test_persistent_buffers_have_the_values_that_are_stored(tmp_path):
@@ -86,4 +90,4 @@ def test_others_are_refused_with_the_reason(model_type):
 
 
 def test_checked_classes_are_those_that_the_tests_run():
-    assert {*DENSE, *FAMILIES} == CHECKED
+    assert {*DENSE, *MIXED, *FAMILIES} == CHECKED

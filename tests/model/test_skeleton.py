@@ -81,7 +81,7 @@ def test_a_skeleton_knows_every_linear_and_who_shares_an_input(saved):
     hidden = torch.randn(2, 24, skeleton.config.hidden_size)
     skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(0, 2, 24))
     shared = {frozenset(name for name, _ in readers) for readers in seen.values()}
-    assert shared == {frozenset(group) for group in skeleton.family.inputs}
+    assert shared == {frozenset(group) for group in skeleton.family.kinds[0].inputs}
 
 
 def test_no_memory_for_what_is_not_loaded(saved):

@@ -18,6 +18,7 @@ from tests.support.tiny import CONFIGS
 def unchecked(monkeypatch):
     """As if no test had ever run a class."""
     monkeypatch.setattr(verification, "CHECKED", frozenset())
+    monkeypatch.setattr(verification, "ATTENDING", frozenset())
     verification._check.cache_clear()
     verification._check_writes.cache_clear()
     yield

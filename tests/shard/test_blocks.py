@@ -26,7 +26,7 @@ def layer(request, tmp_path_factory):
     names = skeleton.layer_tensors(LAYER)
     dense = skeleton.build_layer(LAYER, [(name, checkpoint.read(name)) for name in names])
     sparse = copy.deepcopy(dense)
-    for name in skeleton.family.projections:
+    for name in skeleton.family.kinds[0].projections:
         weight = projection_weight(sparse, name)
         weight[weight.abs() < weight.abs().median()] = 0
     hidden = torch.randn(3, 12, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def outputs(layer, skeleton, hidden) -> dict[str, torch.Tensor]:
         layer.get_submodule(names[-1]).register_forward_hook(
             lambda _m, _i, output, label=label: seen.update({label: output})
         )
-        for label, names in skeleton.family.blocks.items()
+        for label, names in skeleton.family.kinds[0].blocks.items()
     ]
     skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(LAYER, *hidden.shape[:2]))
     for hook in hooks:
@@ -71,7 +71,7 @@ def plain(skeleton, dense, sparse, hidden, label, names):
 @pytest.mark.parametrize("label", ["attention", "mlp"])
 def test_gradients_and_errors_are_those_of_the_whole_layer(layer, label):
     skeleton, dense, sparse, hidden = layer
-    names = skeleton.family.blocks[label]
+    names = skeleton.family.kinds[0].blocks[label]
     block = Block(sparse, {name: projection_weight(dense, name) for name in names})
     arguments = skeleton.layer_arguments(LAYER, 1, hidden.shape[1])
     squares, lost, norm = plain(skeleton, dense, sparse, hidden, label, names)
@@ -101,16 +101,16 @@ def test_small_errors_beside_a_large_residual_keep_their_gradients(dtype, agreem
         skeleton.load_frame(checkpoint)
         tensors = [(name, checkpoint.read(name).to(dtype)) for name in skeleton.layer_tensors(LAYER)]
         dense = skeleton.build_layer(LAYER, tensors)
-        for name in skeleton.family.projections:
+        for name in skeleton.family.kinds[0].projections:
             if name.endswith(("o_proj", "down_proj")):
                 projection_weight(dense, name).mul_(2**-8)
         sparse = copy.deepcopy(dense)
-        for name in skeleton.family.projections:
+        for name in skeleton.family.kinds[0].projections:
             weight = projection_weight(sparse, name)
             weight[weight.abs() < 0.1 * weight.abs().median()] = 0
         hidden = 8 * torch.randn(2, 48, skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
         arguments = skeleton.layer_arguments(LAYER, 1, hidden.shape[1])
-        for names in skeleton.family.blocks.values():
+        for names in skeleton.family.kinds[0].blocks.values():
             block = Block(sparse, {name: projection_weight(dense, name) for name in names})
             with torch.no_grad():  # as a worker's verbs are
                 squares = SquaredGradients(block.dense)
@@ -125,16 +125,16 @@ def test_small_errors_beside_a_large_residual_keep_their_gradients(dtype, agreem
 
 def test_all_projections_belong_to_one_block(layer):
     skeleton = layer[0]
-    attention, mlp = skeleton.family.blocks.values()
+    attention, mlp = skeleton.family.kinds[0].blocks.values()
     assert attention
     assert mlp
-    assert set(attention) | set(mlp) == set(skeleton.family.projections)
+    assert set(attention) | set(mlp) == set(skeleton.family.kinds[0].projections)
     assert not set(attention) & set(mlp)
 
 
 def test_gradients_that_overflow_name_the_projection(layer):
     skeleton, dense, sparse, _ = layer
-    name = skeleton.family.blocks["attention"][0]
+    name = skeleton.family.kinds[0].blocks["attention"][0]
     block = Block(sparse, {name: projection_weight(dense, name)})
     squares = SquaredGradients(block.dense)
     squares.add([torch.full_like(projection_weight(dense, name), float("inf"))], 1.0)

@@ -16,16 +16,16 @@ def worker(tmp_path, request, device):
 
 @pytest.mark.parametrize("worker", CONFIGS, indirect=True)
 def test_sums_without_images_are_the_same_and_cost_no_product_after_the_last_input(worker):
-    layer, last = worker.layers.get(0, "dense"), worker.skeleton.family.projections[-1]
+    layer, last = worker.layers.get(0, "dense"), worker.skeleton.family.kinds[0].projections[-1]
     ran: list[str] = []
-    for name in worker.skeleton.family.projections:
+    for name in worker.skeleton.family.kinds[0].projections:
         layer.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     hidden = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
     for wave in range(2):
         worker.put("waves", wave, hidden * (wave + 1))
         worker.accumulate("waves", wave, 0, False)
     alone = worker.sums.pop(0)
-    assert len(ran) == 2 * (len(worker.skeleton.family.projections) - 1)
+    assert len(ran) == 2 * (len(worker.skeleton.family.kinds[0].projections) - 1)
     assert last not in ran
     kept = [worker.take("waves", wave) for wave in range(2)]
     assert torch.equal(kept[1], hidden * 2)
@@ -34,7 +34,7 @@ def test_sums_without_images_are_the_same_and_cost_no_product_after_the_last_inp
         worker.put("waves", wave, kept[wave])
         worker.accumulate("waves", wave, 0, True)
     assert ran.count(last) == 2
-    assert set(alone) == set(worker.skeleton.family.input_names)
+    assert set(alone) == set(worker.skeleton.family.kinds[0].input_names)
     for name, statistics in worker.sums[0].items():
         assert torch.equal(alone[name].sums, statistics.sums)
         assert alone[name].samples == statistics.samples == 6

@@ -34,7 +34,7 @@ def pruned(request, tmp_path):
         worker = worker_of(tmp_path, request.param)
         layer = worker.layers.get(1, "dense")
         dense = copy.deepcopy(layer)
-        for name in worker.skeleton.family.projections:
+        for name in worker.skeleton.family.kinds[0].projections:
             weight = projection_weight(layer, name)
             weight[weight.abs() < weight.abs().median()] = 0
         hidden = torch.randn(6, 24, worker.skeleton.config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -48,7 +48,7 @@ def pruned(request, tmp_path):
 
 def plain_adam(worker, layer, dense, hidden, batches, norm):
     """The kept weights in double precision after one step for each batch of windows."""
-    skeleton, names = worker.skeleton, worker.skeleton.family.projections
+    skeleton, names = worker.skeleton, worker.skeleton.family.kinds[0].projections
     own, goal = copy.deepcopy(layer).double(), copy.deepcopy(dense).double()
     given = skeleton.layer_arguments(1, len(batches[0]), 24)
     keywords = {
@@ -79,7 +79,7 @@ def plain_adam(worker, layer, dense, hidden, batches, norm):
 
 def test_training_is_adam_on_the_kept_weights(pruned):
     worker, layer, dense, hidden = pruned
-    names, norm = worker.skeleton.family.projections, 30.0
+    names, norm = worker.skeleton.family.kinds[0].projections, 30.0
     before = {name: projection_weight(layer, name).clone() for name in names}
     drawn = [[(step + place) % 6 for place in range(4)] for step in range(STEPS)]
     expected = plain_adam(worker, layer, dense, hidden, drawn, norm)

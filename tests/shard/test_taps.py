@@ -23,7 +23,7 @@ def built(request, tmp_path_factory):
 @torch.no_grad()
 def test_the_stream_gets_what_output_projections_give_where_the_family_says_so(built):
     skeleton, layer, hidden, arguments = built
-    outputs = skeleton.family.outputs
+    outputs = skeleton.family.kinds[0].outputs
     taps = tap(layer, {}, hidden, arguments, outputs[-1], outputs, to_the_end=True)
     assert torch.equal(taps.end, skeleton.forward_layer(layer, hidden, arguments))
     added = hidden + taps.outputs[0] + taps.outputs[1]
@@ -33,16 +33,16 @@ def test_the_stream_gets_what_output_projections_give_where_the_family_says_so(b
 @torch.no_grad()
 def test_a_pass_ends_where_nothing_more_is_wanted(built):
     skeleton, layer, hidden, arguments = built
-    family = skeleton.family
+    kind = skeleton.family.kinds[0]
     seen = {}
-    for name in family.projections:
+    for name in kind.projections:
         layer.get_submodule(name).register_forward_hook(
             lambda _module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
         )
     whole = skeleton.forward_layer(layer, hidden, arguments)
     expected = dict(seen)
-    for place, reader in enumerate(family.input_names):
-        outputs = [name for name in family.outputs if name in sum(family.inputs[: place + 1], ())]
+    for place, reader in enumerate(kind.input_names):
+        outputs = [name for name in kind.outputs if name in sum(kind.inputs[: place + 1], ())]
         seen.clear()
         taps = tap(layer, {}, hidden, arguments, reader, outputs, to_the_end=False)
         assert taps.end is None
@@ -51,7 +51,7 @@ def test_a_pass_ends_where_nothing_more_is_wanted(built):
             torch.equal(found.reshape(hidden.shape), expected[name][1].reshape(hidden.shape))
             for found, name in zip(taps.outputs, outputs, strict=True)
         )
-        done = {name for group in family.inputs[:place] for name in group} | ({reader} & {*outputs})
+        done = {name for group in kind.inputs[:place] for name in group} | ({reader} & {*outputs})
         assert seen.keys() == done
     assert torch.equal(skeleton.forward_layer(layer, hidden, arguments), whole)  # hooks are gone
 
@@ -60,7 +60,7 @@ def test_a_pass_ends_where_nothing_more_is_wanted(built):
 def test_given_weights_take_the_place_of_the_layers_own(built):
     skeleton, layer, hidden, arguments = built
     before = skeleton.forward_layer(layer, hidden, arguments)
-    given = {name: projection_weight(layer, name) * 2 for name in skeleton.family.projections}
+    given = {name: projection_weight(layer, name) * 2 for name in skeleton.family.kinds[0].projections}
     found = run_with(layer, given, hidden, arguments)
     assert torch.equal(skeleton.forward_layer(layer, hidden, arguments), before)
     for name, weight in given.items():

@@ -107,7 +107,7 @@ def test_too_little_memory_names_worker_layer_and_help(model, tmp_path):
         worker.accumulate("s", 0, 0, False)
         gpu.memory = gpu.allocated + 1000
         with pytest.raises(OutOfMemory) as raised:
-            worker.solve(0, 0, dict.fromkeys(worker.skeleton.family.inputs[0], Share(0.5)))
+            worker.solve(0, 0, dict.fromkeys(worker.skeleton.family.kinds[0].inputs[0], Share(0.5)))
     told = str(raised.value)
     assert told.startswith("worker 1.2, layer 0, solve: its device is too small (CUDA out of memory. Tried to allocate")
     assert "\n" not in told

@@ -1,6 +1,8 @@
 """Tiny configs of architectures that have no row in the table of families, by their `model_type`.
 
-Those of `DENSE` are pruned by their weights; those of `REFUSED` are not, for a reason that its pattern says.
+Those of `DENSE` are pruned by their weights, all of their layers' matrices; those of `MIXED`, whose layers are of
+several kinds or have mixers other than attention, keep some matrices as they are. Those of `REFUSED` are not pruned,
+for a reason that its pattern says.
 """
 
 from pathlib import Path
@@ -67,26 +69,55 @@ DENSE: dict[str, dict[str, Any]] = {
     "stablelm": _COMMON,
     "starcoder2": {**_COMMON, **_WINDOW},
 }
-_OF_EXPERTS, _KINDS, _PARTS = "is a mixture of experts", "layers are of several kinds", "has other parts"
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_expand": 2}
+_SCAN = {"vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
+MIXED: dict[str, dict[str, Any]] = {
+    "bamba": {**_COMMON, **_MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {
+        **{**_COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8},
+        **{"mamba_n_groups": 1},
+    },
+    "falcon_mamba": {**_SCAN, "time_step_rank": 8},
+    "gemma4_text": {
+        **{**_COMMON, **_WINDOW, "head_dim": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 0},
+        **{"layer_types": ["sliding_attention", "full_attention"]},
+    },
+    "granitemoehybrid": {
+        **{**_COMMON, **_MAMBA, "num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 48},
+        **{"layer_types": ["mamba", "attention"]},
+    },
+    "jamba": {
+        **{**_COMMON, "num_experts": 1, "num_experts_per_tok": 1, "attn_layer_offset": 1, "attn_layer_period": 2},
+        **{"mamba_d_state": 8, "mamba_dt_rank": 8, "use_mamba_kernels": False},
+    },
+    "lfm2": {**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm3": {**_COMMON, "layer_types": ["conv", "full_attention"]},
+    "mamba": {**_SCAN, "time_step_rank": 8},
+    "mamba2": {**_SCAN, "num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "nemotron_h": {
+        **{**_COMMON, "num_hidden_layers": 3, "head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8},
+        **{"ssm_state_size": 8, "n_groups": 2, "layers_block_type": ["mamba", "attention", "mlp"]},
+    },
+    "qwen3_5_text": {**_COMMON, **_LINEAR_ATTENTION},
+    "qwen3_next": {**_COMMON, **_LINEAR_ATTENTION, "num_experts": 0, "mlp_only_layers": [0, 1]},
+    "recurrent_gemma": {
+        **{**_COMMON, "num_hidden_layers": 3, "head_dim": 8, "lru_width": 32, "attention_window_size": 8},
+        **{"block_types": ["recurrent", "recurrent", "attention"]},
+    },
+}
+_OF_EXPERTS = "is a mixture of experts"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "deepseek_v3": (_LATENT, _OF_EXPERTS),
-    "falcon_h1": (
-        {**_COMMON, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
-        r"mamba\.conv1d\.weight \[48, 1, 4\] of its layers is not the weight of an nn\.Linear",
-    ),
-    "gemma4_text": ({**_COMMON, **_WINDOW, "head_dim": 8, "global_head_dim": 16}, _KINDS),
     "glm4_moe": ({**_LATENT, "head_dim": 8}, _OF_EXPERTS),
     "gpt2": (
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-        r"attn\.c_attn\.weight \[32, 96\] of its layers is not the weight of an nn\.Linear",
+        r"most weights of its layers are no weights of an nn\.Linear, such as attn\.c_attn\.weight \[32, 96\]",
     ),
     "gpt_oss": ({**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}, _OF_EXPERTS),
-    "lfm2": ({**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}, _KINDS),
     "minimax_m2": ({**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, _OF_EXPERTS),
     "mixtral": ({**_COMMON, "num_local_experts": 4}, _OF_EXPERTS),
     "olmoe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
     "qwen2_moe": ({**_COMMON, **_EXPERTS, "shared_expert_intermediate_size": 16}, _OF_EXPERTS),
-    "qwen3_5_text": ({**_COMMON, **_LINEAR_ATTENTION}, _KINDS),
     "qwen3_moe": ({**_COMMON, **_EXPERTS}, _OF_EXPERTS),
     "qwen3_next": ({**_COMMON, **_EXPERTS, **_LINEAR_ATTENTION}, _OF_EXPERTS),
 }

@@ -50,10 +50,10 @@ def kill(process: psutil.Process) -> None:
 
 
 @contextmanager
-def slots_for_commands(slots: int) -> Iterator[tuple[dict[str, str], Callable[[], str]]]:
-    """What commands in processes of their own need: the environment that makes them and their workers forks, and the
-    address of a cluster with so many slots, which is started when it is asked for."""
-    with forks() as environment, ExitStack() as opened:
+def slots_for_commands(slots: int) -> Iterator[Callable[[], str]]:
+    """What commands in processes of their own need: they and their workers are forks, and the address of a cluster with
+    so many slots, which is started when it is asked for."""
+    with forks(), ExitStack() as opened:
         started: list[str] = []
 
         def address() -> str:
@@ -67,4 +67,4 @@ def slots_for_commands(slots: int) -> Iterator[tuple[dict[str, str], Callable[[]
                 started.append(cluster.address)
             return started[0] if started else ""
 
-        yield environment, address
+        yield address

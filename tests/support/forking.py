@@ -39,8 +39,8 @@ with socket.socket(socket.AF_UNIX) as asking:
 
 
 @contextmanager
-def forks() -> Iterator[dict[str, str]]:
-    """In the block the workers of this process and of others with the environment that it yields are forks."""
+def forks() -> Iterator[None]:
+    """In the block the workers of this process, and of those that have its environment, are forks."""
     with tempfile.TemporaryDirectory(prefix="forks-") as folder, socket.socket(socket.AF_UNIX) as listener:
         Path(folder, "asking.py").write_text(ASKING)
         listener.bind(f"{folder}/socket")
@@ -57,13 +57,29 @@ def forks() -> Iterator[dict[str, str]]:
         }
         os.environ |= environment
         try:
-            yield environment
+            yield
         finally:
             for name in environment:
                 del os.environ[name]
             for process in (*server.children(recursive=True), server):
                 process.kill()
             server.wait()
+
+
+def fork(words: list[str], streams: list[int], environment: dict[str, str]) -> socket.socket:
+    """Let a fork carry out a Python file within `forks`; the connection that is returned closes when it has ended.
+
+    Args:
+        words: the file and its arguments.
+        streams: descriptors of its standard input, output and error.
+        environment: the variables that it has.
+    """
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(os.environ[COMMAND].split()[-1])
+    wanted = {"words": words, "environment": environment, "folder": os.getcwd()}
+    socket.send_fds(connection, [b"*"], streams)
+    connection.sendall(json.dumps(wanted).encode() + b"\n")
+    return connection
 
 
 def hook(runtime_env: dict[str, Any] | None) -> dict[str, Any]:

@@ -80,6 +80,20 @@ class Terminal:
                 raise AssertionError(self.lines())
             time.sleep(0.005)
 
+    def halt_once(self, happened: Callable[[], bool]) -> None:
+        """Let the command run a step at a time until something has happened, and leave it suspended there: it would be
+        elsewhere by the time that a busy machine lets this process look."""
+        while not happened():
+            self.process.resume()
+            time.sleep(0.02)
+            self.process.suspend()
+            if self.process.status() == psutil.STATUS_ZOMBIE:
+                raise AssertionError(self.lines())
+
+    def maps(self, library: str) -> bool:
+        """Whether the command's process has loaded a library."""
+        return library in Path(f"/proc/{self.process.pid}/maps").read_text()
+
     def ended(self, seconds: float = 240) -> int:
         """Wait for the end, and return the exit code as shells report it."""
         try:

@@ -37,9 +37,13 @@ def allocate_as_released(
     is 1 - (layer's value - mean over layers of the projection's values + 1 - target), at least 0.01. It is clipped at
     `HIGHEST`; the released code would empty such a projection.
     """
-    of_layers = spread_over([layer.layer for layer in outliers], spread)
-    names = {projection.name for projection in projections}
-    means = {name: np.mean(spread_over([layer.projections[name] for layer in outliers], spread)) for name in names}
+    layers = sorted({projection.layer for projection in projections})
+    spreads = spread_over([outliers[layer].layer for layer in layers], spread)
+    of_layers = dict(zip(layers, spreads, strict=True))
+    ratios: dict[str, list[float]] = {}  # over the layers that have the projection
+    for projection in projections:
+        ratios.setdefault(projection.name, []).append(outliers[projection.layer].projections[projection.name])
+    means = {name: np.mean(spread_over(own, spread)) for name, own in ratios.items()}
     sparsities = {}
     for projection in projections:
         density = of_layers[projection.layer] - means[projection.name] + 1 - target

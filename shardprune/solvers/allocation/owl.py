@@ -14,8 +14,9 @@ def allocate(projections: list[Projection], outliers: "list[Outliers]", target: 
 
     1 - S are the layers' outlier ratios, mapped to [0, 2 lambda] and centred.
     """
-    weights = [0] * len(outliers)
+    weights: dict[int, int] = {}  # of the layers that have projections
     for projection in projections:
-        weights[projection.layer] += projection.weights
-    sparsities = meet(-spread_over([layer.layer for layer in outliers], spread), weights, target)
-    return {(projection.layer, projection.name): float(sparsities[projection.layer]) for projection in projections}
+        weights[projection.layer] = weights.get(projection.layer, 0) + projection.weights
+    ratios = [outliers[layer].layer for layer in weights]
+    found = dict(zip(weights, meet(-spread_over(ratios, spread), list(weights.values()), target), strict=True))
+    return {(projection.layer, projection.name): float(found[projection.layer]) for projection in projections}
