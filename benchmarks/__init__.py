@@ -1,6 +1,5 @@
 """Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
 
-curves           error curves of a model, for allocation files
 digests          what the digests of tensors and the stamps of files take of a run
 gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step

@@ -21,7 +21,6 @@ SMALL = {
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
     ),
-    "curves": ("--samples", "2", "--seqlen", "32", *TEXT),
     "launches": ("--hidden", "64"),
     "peers": (
         *("--samples", "2", "--seqlen", "64", "--random-samples", "2", "--random-seqlen", "32"),
@@ -60,7 +59,6 @@ KEPT = {"quality"}  # which keep what they have measured
 PRINTED = {
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
-    "curves": '"curve": [',
     "launches": "planned for an H200",
     "peers": "before the first layer",
     "propagation": "prune step",
@@ -76,7 +74,7 @@ PRINTED = {
 }
 
 
-TAKE_ANY_MODEL = ("curves", "masks", "propagation", "rebuilding", "recovery", "searching", "structured")
+TAKE_ANY_MODEL = ("masks", "propagation", "rebuilding", "recovery", "searching", "structured")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shardprune.report.events import Events, read_events
+from shardprune.shard.error_curves import ErrorCurves
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import OF_ONE_WAVE
 from shardprune.solvers.training import STEP_TOKENS
@@ -13,6 +14,8 @@ from shardprune.storage.folder import Folder
 
 # Phases that do not belong to what a method takes: they are the same in every row.
 APART = {"plan", "load", "write", "evaluate", "generate", "total"}
+# Passes of a call that brings gradients back: the forward pass again, and the backward pass, which counts as two.
+BACK = {ErrorCurves.backward.__name__: 3, ErrorCurves.differentiate.__name__: 3}
 
 
 def training_passes(steps: int, samples: int, seqlen: int) -> float:
@@ -34,8 +37,9 @@ def passes_of(out: Path, layers: int, samples: int, wave: int) -> float:
             shards = max(shards, event["shard"] + 1)
             if APART.isdisjoint(phases):
                 for verb, layer, _, _, _, calls, _, kind in event["spans"]:
-                    by_layer += calls * (layer is not None and kind in OF_ONE_WAVE)
-                    by_shard += calls * (verb == ForwardWorker.forward.__name__)
+                    by_layer += calls * BACK.get(verb, 1) * (layer is not None and kind in OF_ONE_WAVE)
+                    of_shard = verb in (ForwardWorker.forward.__name__, ErrorCurves.backward.__name__)
+                    by_shard += calls * BACK.get(verb, 1) * of_shard
     return (by_layer / layers + by_shard / shards) / -(-samples // wave)
 
 

@@ -81,19 +81,25 @@ def perplexity(group: Group, layout: Layout, waves: Waves, version: Version, str
 
 
 def through_all_layers(
-    group: Group, layout: Layout, waves: Waves, version: Version, streamed: bool, step: Step
+    group: Group,
+    layout: Layout,
+    waves: Waves,
+    version: Version,
+    streamed: bool,
+    step: Step,
+    record: tuple[int, ...] = (),
 ) -> Iterator[tuple[Wave, Ref[Tensor]]]:
-    """Send every wave through the model; yield each with the last layer's output."""
+    """Send every wave through the model; yield each with the last layer's output. `record` as in `pipeline`."""
     last, stop = len(layout.shards) - 1, layout.stop
     order = waves.in_turn()
     arrived: Iterator[Ref[Tensor]]
     if streamed:
         stream = "evaluation"
-        for _ in layer_by_layer(group, layout, waves, stream, version, (), stop, step):
+        for _ in layer_by_layer(group, layout, waves, stream, version, record, stop, step):
             pass
         arrived = (group.submit(last, wave.replica, ForwardWorker.take, stream, wave.index) for wave in order)
     else:
-        arrived = pipeline(group, layout, waves, version, (), stop)
+        arrived = pipeline(group, layout, waves, version, record, stop)
     return zip(order, arrived, strict=True)
 
 
@@ -150,6 +156,11 @@ def enter(group: Group, layout: Layout, waves: Waves, stream: str) -> None:
 def hand_on(group: Group, layout: Layout, waves: Waves, stream: str, shard: int) -> None:
     """Move all kept waves of a stream from a shard to the next."""
     _relay(group, layout, waves, stream, shard, shard + 1)
+
+
+def hand_back(group: Group, layout: Layout, waves: Waves, stream: str, shard: int) -> None:
+    """Move all kept waves of a stream from a shard to the one before it."""
+    _relay(group, layout, waves, stream, shard, shard - 1)
 
 
 def release(group: Group, layout: Layout) -> None:

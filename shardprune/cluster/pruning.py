@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from shardprune.cluster.group import Group
 from shardprune.cluster.held_out import HeldOut
+from shardprune.cluster.lanes import side_by_side
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mask_rebuilding import rebuild_layer
@@ -19,7 +20,6 @@ from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, dense_stream, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
-from shardprune.signals import as_completed
 from shardprune.storage.records import LayerRecord
 
 
@@ -31,20 +31,7 @@ def prune_segments(group: Group, layout: Layout, waves: Waves, work: PendingWork
     Raises:
         WorkerLost: a worker died. All workers are closed then, so that no lane goes on alone.
     """
-    lanes = layout.lanes()
-    if not group.concurrent:
-        for lane in lanes:
-            _prune_layers(group, layout, waves, work, lane, step)
-        return
-    with ThreadPoolExecutor(max_workers=len(lanes)) as pool:
-        try:
-            for future in as_completed(
-                [pool.submit(_prune_layers, group, layout, waves, work, lane, step) for lane in lanes]
-            ):
-                future.result()
-        except BaseException:
-            group.close()
-            raise
+    side_by_side(group, [partial(_prune_layers, group, layout, waves, work, lane, step) for lane in layout.lanes()])
 
 
 def _prune_layers(

@@ -21,7 +21,7 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.families import FAMILIES, structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
-from shardprune.model.pruning_job import Adopted, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
+from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.budget import narrowed_by
 from shardprune.model.structure.shape import Widths, changes, reshaped, widths_of
@@ -33,6 +33,7 @@ from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
+from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
@@ -107,6 +108,12 @@ class Prepared:
         windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
         return Waves(windows, replicas, self.wave, held_out)
 
+    def curve_waves(self, replicas: int) -> Waves:
+        """Return the windows on which error curves are measured as waves; none of them is held out."""
+        windows = self.calibration_waves(replicas).tokens
+        count = windows_of(self.recipe.samples - self.held_out, self.recipe.seqlen)
+        return Waves(windows[:count], replicas, self.wave)
+
     @property
     def shapes(self) -> Shapes:
         """[rows, cols] of every projection, by layer and name."""
@@ -171,14 +178,15 @@ class Prepared:
             tokens_sha256=tokens_hash(self.calibration),
         )
 
-    def shares(self, outliers: list[Outliers]) -> Shares:
+    def shares(self, outliers: list[Outliers], curves: Curves) -> Shares:
         """Return what every projection gives up; empty where a sparse checkpoint says it.
 
         Args:
             outliers: by layer, where the allocation looks at them.
+            curves: of all projections, where the allocation measures them.
         """
         zeroing = self.job.zeroing
-        return zeroing.shares(self.shapes, outliers, self.removed) if isinstance(zeroing, Zeroing) else {}
+        return zeroing.shares(self.shapes, outliers, self.removed, curves) if isinstance(zeroing, Zeroing) else {}
 
     # -- workers ------------------------------------------------------------------------------------------------
 
@@ -223,11 +231,21 @@ class Prepared:
         sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
         return streams * sequences * seqlen * hidden
 
+    def curve_bytes(self, layout: Layout) -> int:
+        """Return the bytes that a worker keeps for error curves: what enters each of its layers, and gradients in
+        float32."""
+        if not self.job.measures:
+            return 0
+        sequences = -(-len(self.curve_waves(1).tokens) // layout.replicas)
+        wide = len(max(layout.shards, key=len)) * self.placement.dtype.itemsize + 4
+        return sequences * self.recipe.seqlen * self.skeleton.config.hidden_size * wide
+
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
         config, itemsize = self.skeleton.config, self.placement.dtype.itemsize
-        wave = self.wave * self.recipe.seqlen * config.hidden_size * itemsize
+        width = 4 if self.job.measures else itemsize  # of gradients
+        wave = self.wave * self.recipe.seqlen * config.hidden_size * width
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
         columns = [

@@ -4,6 +4,7 @@ from contextlib import closing
 from typing import Any
 
 from shardprune.cluster.backends import backend_of
+from shardprune.cluster.error_curves import differentiate, measure, parts_of_curves
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.observing import Observation, observe
@@ -14,8 +15,9 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
-from shardprune.model.allocation_file import AllocationFile, written
+from shardprune.model.allocation_file import AllocatedShare, AllocationFile, written
 from shardprune.model.left_dense import left_dense
+from shardprune.model.pruning_job import Zeroing
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
 from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
@@ -24,6 +26,7 @@ from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
+from shardprune.solvers.error_curves import levels_around
 from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
 from shardprune.storage.output_names import ALLOCATION
@@ -195,6 +198,7 @@ class PruningRun:
                 self._measure(group, layout, "before", "given" if prepared.job.sparse else "dense")
                 self.state.learn(digests(group, layout))
             if "prune" in self.steps and len(finished) < layers:
+                self._measure_curves(group, layout)
                 waves = prepared.calibration_waves(layout.replicas)
                 self._observe(group, layout, waves, finished)
                 work = self._work(finished)
@@ -210,7 +214,7 @@ class PruningRun:
         """Start workers, which hold their layers where these are not streamed."""
         prepared = self.prepared
         kept = prepared.kept_bytes(layout.replicas, streams=max(len(lane) for lane in layout.lanes()))
-        specs = prepared.worker_specs(layout, finished, kept)
+        specs = prepared.worker_specs(layout, finished, max(kept, prepared.curve_bytes(layout)))
         group = self.backend.start(specs, prepared.store_bytes(self._sent_bytes()))
         try:
             if not prepared.streamed:
@@ -259,12 +263,35 @@ class PruningRun:
         if observation.outlier_m is not None and len({layer.layer for layer in found}) == 1:
             self.reporter.say("the layers' outlier ratios do not differ")
 
+    def _measure_curves(self, group: Group, layout: Layout) -> None:
+        """Measure the error curves of all projections, where an allocation shares them out and they are not known."""
+        prepared, known, zeroing = self.prepared, self.state.known, self.prepared.job.zeroing
+        if not isinstance(zeroing, Zeroing) or not zeroing.measures:
+            return
+        target = zeroing.of_rest(prepared.removed)
+        levels = levels_around(target)
+        places = {(layer, name) for layer, own in enumerate(prepared.shapes) for name in own}
+        whole = {
+            (share.layer, share.name) for share in known.curves if [level for level, _ in share.curve or ()] == levels
+        }
+        if whole == places or target == 0:  # where structures have met the target alone
+            return
+        waves, family = prepared.curve_waves(layout.replicas), prepared.skeleton.family
+        parts = parts_of_curves(waves, family, prepared.streamed)
+        with self.clock.phase("curves"), self.reporter.step("curves", parts) as step:
+            differentiate(group, layout, waves, prepared.streamed, step)
+            found = measure(group, layout, waves, family, prepared.shapes, levels, zeroing.damping_of_curves, step)
+        self.state.learn(digests(group, layout))
+        known.curves = [AllocatedShare(*place, curve=tuple(curve)) for place, curve in sorted(found.items())]
+        self.state.save()
+
     def _work(self, finished: set[int]) -> PendingWork:
         """Return what is left to be done to the layers."""
         prepared, outliers = self.prepared, self.state.known.outliers
+        curves = {(share.layer, share.name): share.curve for share in self.state.known.curves if share.curve}
         scoring = prepared.job.scoring
         return PendingWork(
-            shares=prepared.shares(outliers),
+            shares=prepared.shares(outliers, curves),
             finished=frozenset(finished),
             family=prepared.skeleton.family,
             shapes=prepared.shapes,
@@ -296,8 +323,8 @@ class PruningRun:
                 write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
                 write_index(prepared.checkpoint, self.journal, prepared.config_changes)
         records = [record for _, record in sorted(self.journal.finished().items())]
-        if any(record.projections for record in records):
-            self.journal.folder.write_text(ALLOCATION, written(AllocationFile.of(records)))
+        if state.previous is None and any(record.projections for record in records):
+            self.journal.folder.write_text(ALLOCATION, written(AllocationFile.of(records, self.state.known.curves)))
         size = ModelSize(
             parameters_before=prepared.parameters_before,
             parameters_after=prepared.parameters_after,

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from shardprune.errors import InputError, StorageError
+from shardprune.model.allocation_file import AllocatedShare
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.sources import SourceState
 from shardprune.report.clock import Clock
@@ -46,11 +47,11 @@ class ZeroCount(BaseModel):
 class RunFile(BaseModel):
     """The content of `run.json`: the recipe with every choice made, and all that a later attempt must not do anew.
 
-    Fields of one command: `outliers` of prune, by layer; `path` and `saved` (the folder with the layers of the last
-    iteration that changed them) of mop; `zeros` and `workers` (what each process took) of recover. `inputs` are the
-    checkpoints that are read, by the recipe's fields that name them, as they were when the run began. `evaluation` is
-    what `shardprune evaluate` has measured of a run that was finished, and goes on. `self_sha256` is the hash of the
-    text that the model has written for its calibration.
+    Fields of one command: `outliers` of prune, by layer, and the `curves` of all projections; `path` and `saved` (the
+    folder with the layers of the last iteration that changed them) of mop; `zeros` and `workers` (what each process
+    took) of recover. `inputs` are the checkpoints that are read, by the recipe's fields that name them, as they were
+    when the run began. `evaluation` is what `shardprune evaluate` has measured of a run that was finished, and goes on.
+    `self_sha256` is the hash of the text that the model has written for its calibration.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -60,6 +61,7 @@ class RunFile(BaseModel):
     perplexity: dict[str, Measured] = {}
     restarts: Annotated[int, Field(ge=0)] = 0
     outliers: list[Outliers] = []
+    curves: list[AllocatedShare] = []
     path: list[Iteration] = []
     saved: Annotated[str, Field(pattern=r"^(iteration|layers)-\d+$")] | None = None
     zeros: ZeroCount | None = None

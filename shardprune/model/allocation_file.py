@@ -1,7 +1,8 @@
-"""Allocation files: what every projection of a model gives up, as a run leaves it and another takes it; or the curves
-of the errors that it would add, which are shared out for the sparsity that is asked for.
+"""Allocation files: what every projection of a model gives up, as a run leaves it and another takes it; and the curves
+of the errors that it would add, which are shared out for any other sparsity that is asked for.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -25,8 +26,8 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 @dataclass(frozen=True)
 class AllocatedShare:
-    """One projection, by its layer and its name: the fraction of its weights that become zero, or a `curve` of levels
-    of sparsity, ascending, each with the error that is added there."""
+    """One projection, by its layer and its name: the fraction of its weights that become zero, a `curve` of levels of
+    sparsity, ascending, each with the error that is added there, or both."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -46,14 +47,24 @@ class AllocationFile:
     projections: tuple[AllocatedShare, ...]
 
     @classmethod
-    def of(cls, records: Sequence[LayerRecord]) -> "AllocationFile":
-        """Return what the projections of finished layers were asked to give up."""
+    def of(cls, records: Sequence[LayerRecord], curves: Sequence[AllocatedShare] = ()) -> "AllocationFile":
+        """Return what the projections of finished layers were asked to give up, with the curves that said so, where any
+        did."""
         reports = [report for record in records for report in record.projections]
-        return cls(1, tuple(AllocatedShare(report.layer, report.name, report.target) for report in reports))
+        known = {(share.layer, share.name): share.curve for share in curves}
+        return cls(
+            1,
+            tuple(
+                AllocatedShare(report.layer, report.name, report.target, known.get((report.layer, report.name)))
+                for report in reports
+            ),
+        )
 
 
 def read_allocation(url: str, shapes: Shapes, target: float) -> Sparsities:
     """Read what every projection of a model gives up.
+
+    Where the file has curves, they are shared out, unless it says what came of that for the same target.
 
     Args:
         shapes: [rows, cols] of the model's projections, by layer and name.
@@ -76,31 +87,34 @@ def read_allocation(url: str, shapes: Shapes, target: float) -> Sparsities:
     if missing := [place for place in sizes if place not in shares]:
         raise InputError(FIELD, f"{url!r} lacks {_named(missing[0])}; give that of a run on the same model")
     curves = {place: share.curve for place, share in shares.items() if share.curve is not None}
+    found: Sparsities = {place: share.sparsity for place, share in shares.items() if share.sparsity is not None}
     if curves:
         _check_curves(url, shares)
-        try:
-            return share_out(curves, sizes, target)
-        except ValueError as error:
-            raise InputError(FIELD, f"{url!r} has {error}") from error
-    found: Sparsities = {place: share.sparsity for place, share in shares.items() if share.sparsity is not None}
-    if missing := [place for place in shares if place not in found]:
+    elif missing := [place for place in shares if place not in found]:
         raise InputError(FIELD, f"{url!r} has neither a sparsity nor a curve of {_named(missing[0])}")
-    mean = sum(found[place] * size for place, size in sizes.items()) / sum(sizes.values())
+    mean = sum(found.get(place, math.inf) * size for place, size in sizes.items()) / sum(sizes.values())
     if abs(mean - target) > TOLERANCE:
+        if curves:
+            try:
+                return share_out(curves, sizes, target)
+            except ValueError as error:
+                raise InputError(FIELD, f"{url!r} has {error}") from error
         raise InputError(FIELD, f"{url!r} has a mean sparsity of {mean:.4f}, not of {target:g} as asked for")
     return found
 
 
 def _check_curves(url: str, shares: Mapping[tuple[int, str], AllocatedShare]) -> None:
-    """Check that projections have curves at the same levels, in ascending order, and no sparsities beside them."""
+    """Check that projections have curves at the same levels, in ascending order, and sparsities beside all or none."""
     expected = next([level for level, _ in share.curve] for share in shares.values() if share.curve is not None)
+    alone = next(share.sparsity is None for share in shares.values() if share.curve is not None)
     for place, share in shares.items():
         levels = [level for level, _ in share.curve or ()]
-        if share.sparsity is not None or levels != expected or len(levels) < 2 or sorted(set(levels)) != levels:
+        beside = (share.sparsity is None) != alone
+        if beside or levels != expected or len(levels) < 2 or sorted(set(levels)) != levels:
             raise InputError(
                 FIELD,
                 f"{url!r} has no fitting curve of {_named(place)}; use one of at least two levels in ascending order, "
-                "the same for every projection, and no sparsity beside it",
+                "the same for every projection, with a sparsity beside all or none",
             )
 
 

@@ -1,12 +1,13 @@
 """Pruning jobs: what is to be done to the layers of a model, whichever recipe asks for it. Read without torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shardprune.solvers.allocation.allocation import Projection, Share, Sparsities
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
+from shardprune.solvers.allocation.knapsack import Curve, share_out
 from shardprune.solvers.allocation.mixed import in_groups
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import DAMPING, DAMPINGS, METHODS, Damping, Effort
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from shardprune.solvers.statistics import Kind
 
 Shares = dict[tuple[int, str], Share]  # of each projection by layer and name
+Curves = Mapping[tuple[int, str], Curve]  # error curves, likewise
 Shapes = Sequence[dict[str, tuple[int, int]]]  # [rows, cols] of every projection, by layer and name
 
 
@@ -59,17 +61,28 @@ class Zeroing:
         """Whether the allocation looks at outlier ratios."""
         return ALLOCATIONS[self.allocation].observes
 
+    @property
+    def measures(self) -> bool:
+        """Whether the allocation shares out error curves, which are measured."""
+        return ALLOCATIONS[self.allocation].allocate is None
+
+    @property
+    def damping_of_curves(self) -> float:
+        """The damping with which error curves are measured."""
+        return DAMPING if self.damping == "auto" else self.damping
+
     def of_rest(self, removed: float) -> float:
         """Return the fraction to zero of the weights that are left, after a fraction `removed` of all is gone."""
         fixed = self.pattern.sparsity  # structures are whole: they may have met the target alone
         return fixed if fixed is not None else max(0.0, (self.target - removed) / (1 - removed))
 
-    def shares(self, shapes: Shapes, outliers: "list[Outliers]", removed: float) -> Shares:
+    def shares(self, shapes: Shapes, outliers: "list[Outliers]", removed: float, curves: Curves) -> Shares:
         """Return what every projection gives up.
 
         Args:
             outliers: by layer, where the allocation observes; else empty.
             removed: the fraction of the weights that is gone already.
+            curves: of all projections, where the allocation measures them; else empty.
         """
         projections = [
             Projection(index, name, rows * cols)
@@ -77,7 +90,14 @@ class Zeroing:
             for name, (rows, cols) in layer.items()
         ]
         allocation, target = ALLOCATIONS[self.allocation], self.of_rest(removed)
-        sparsities = self.given or allocation.allocate(projections, outliers, target, self.spread)
+        if self.given:
+            sparsities = self.given
+        elif allocation.allocate:
+            sparsities = allocation.allocate(projections, outliers, target, self.spread)
+        else:
+            weights = {(projection.layer, projection.name): projection.weights for projection in projections}
+            # Structures may have met the target alone.
+            sparsities = share_out(curves, weights, target) if target else dict.fromkeys(weights, 0.0)
         if isinstance(self.pattern, Mixed):
             sparsities = in_groups(sparsities, target, self.pattern.m)
         spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
@@ -147,6 +167,11 @@ class PruningJob:
         """The M of the outlier ratios that the allocation looks at; None where it looks at none."""
         zeroing = self.zeroing
         return zeroing.outlier_m if isinstance(zeroing, Zeroing) and zeroing.observes else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether error curves are measured for the allocation."""
+        return isinstance(self.zeroing, Zeroing) and self.zeroing.measures
 
     @property
     def scoring(self) -> Scoring | None:

@@ -12,11 +12,16 @@ from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
 from shardprune.planning.workload import Input, Task
 from shardprune.shard.peers import PIECE_BYTES
+from shardprune.solvers.error_curves import LEVELS, ROWS
+from shardprune.solvers.improving import NOTHING
+from shardprune.solvers.methods import METHODS
+from shardprune.solvers.statistics import Kind
 from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
 SORTED_BYTES = 60  # read and written for a weight of a group that is sorted, beside sorting
+SWEEP_BYTES = METHODS["sparsegpt"].effort.touched  # read and written for a weight, beside products
 KERNEL_ROWS = 2**15  # which a GPU sweeps over at the same time
 
 
@@ -78,6 +83,11 @@ class Costs:
         """Return the seconds of bytes from the object store to the device."""
         return 0.0 if self.setup.joined else self._moved(count)
 
+    @property
+    def of_curves(self) -> "Costs":
+        """The costs of the sums behind error curves, which are Gram matrices whatever the run itself takes."""
+        return replace(self, task=replace(self.task, kind="gram", improving=NOTHING))
+
     # -- waves --------------------------------------------------------------------------------------------------
 
     def wave_bytes(self, sequences: int) -> int:
@@ -102,11 +112,18 @@ class Costs:
 
     def accumulate(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
-        if self.task.kind is None or not self.task.model.inputs:
+        return self._summing(sequences, self.task.kind) if self.task.kind else 0.0
+
+    def gather(self, sequences: int) -> float:
+        """Return the seconds of one kept wave through a dense layer, with its inputs added to sums for error curves."""
+        return self._summing(sequences, "gram")
+
+    def _summing(self, sequences: int, kind: Kind) -> float:
+        if not self.task.model.inputs:
             return 0.0
         tokens = sequences * self.task.seqlen
         inputs = self.task.model.inputs
-        if self.task.kind == "gram":
+        if kind == "gram":
             operations = sum(2 * tokens * lower_entries(one.cols) for one in inputs)
             sums = operations / (self._products if self.task.itemsize == 2 else self.row.float32)
         else:
@@ -136,6 +153,35 @@ class Costs:
         operations = 2 * tokens * (lower_entries(one.cols) + one.differences)
         sums = operations / (self._products if task.itemsize == 2 else self.row.float32)
         return passes + sums + (3 if passed_on else 2) * self._kept(count)
+
+    def gradient_bytes(self, sequences: int) -> int:
+        """Return the bytes of the gradients of a wave, which are float32."""
+        return self.wave_bytes(sequences) * 4 // self.task.itemsize
+
+    def draw_labels(self, sequences: int) -> float:
+        """Return the seconds to draw labels for a wave behind the last layer, and of the gradients by its output: the
+        logits and their gradients are two products, beside probabilities in whole numbers of 64 bits.
+        """
+        task, count = self.task, self.wave_bytes(sequences)
+        entries = sequences * task.seqlen * task.model.vocabulary
+        products = 4 * entries * task.model.hidden / self._products
+        return (
+            self._arrives(count) + products + self._touched(80 * entries) + self._kept(self.gradient_bytes(sequences))
+        )
+
+    def backward(self, sequences: int, layers: Sequence[int]) -> float:
+        """Return the seconds of the gradients of one wave back through some layers, each of which takes its forward
+        pass again and a backward one of two."""
+        count, kept = self.gradient_bytes(sequences), self._kept(self.wave_bytes(sequences))
+        through = sum(
+            number * (3 * self.at(one).layer(sequences) + kept) for one, number in self.task.model.kinds(layers)
+        )
+        return through + self._arrives(count) + self._leaves(count)
+
+    def differentiate(self, sequences: int) -> float:
+        """Return the seconds of the kept gradients of one wave back through one layer."""
+        kept = self._kept(self.wave_bytes(sequences)) + 2 * self._kept(self.gradient_bytes(sequences))
+        return 3 * self.layer(sequences) + kept
 
     def put(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
@@ -198,6 +244,15 @@ class Costs:
         seconds += self._touched(20 * effort.products * weights)
         known = 1 if effort.sweeps else 2  # products that the outputs' losses take: a sweep knows them
         return seconds + (known * norm + self._touched(40 * weights) if task.errors else 0.0)
+
+    def measure_curves(self, one: Input) -> float:
+        """Return the seconds to measure the error curves of the projections that read an input: one factor, and at each
+        level a sweep over some of the rows and what their outputs lose."""
+        row, rows, cols = self.row, sum(one.rows.values()) / ROWS, one.cols
+        weights = rows * cols
+        updates = max(weights * cols / row.large, self._touched(weights * cols / 32))
+        sweep = updates + cols * row.step * max(1.0, rows / KERNEL_ROWS) + self._touched(SWEEP_BYTES * weights)
+        return cols**3 / row.large + LEVELS * (sweep + 2 * rows * lower_entries(cols) / row.large)
 
     def correct(self, one: Input) -> float:
         """Return the seconds to prune the projections that read an input towards the dense stream: the factor is known,

@@ -11,7 +11,9 @@ from itertools import pairwise
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.workload import Input, Task
+from shardprune.shard.error_curves import LOGITS
 from shardprune.shard.ledger import CALLS_AHEAD
+from shardprune.solvers.error_curves import ROWS
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.products import PIECE
 from shardprune.solvers.selection import SORTED
@@ -92,6 +94,8 @@ class WorkerMemory:
         """Yield all steps that can be a peak."""
         if self.task.sources:
             yield from self._evaluate()
+        if self.task.curves:
+            yield from self._curves()
         if self._observes():
             yield from self._observe()
         yield from self._prune()
@@ -134,6 +138,45 @@ class WorkerMemory:
             # Column norms in float64; then a block of the metric and two comparisons with thresholds.
             counting = max(8 * self.model.largest, 9 * min(OUTLIER_BLOCK, self.model.largest))
             yield self._moment("observe", "ratios", self._held() + frame, workspace=counting, kept=kept)
+
+    def curve_bytes(self) -> int:
+        """Return the bytes of what is kept for error curves: what enters every layer, and the gradients in float32."""
+        task = self.task
+        sequences = self._curve_sequences()
+        return len(self.layers) * task.kept_bytes(sequences) + task.kept_bytes(sequences) * 4 // task.itemsize
+
+    def _curve_sequences(self) -> int:
+        return -(-self.task.curve_windows // self.setup.layout.replicas)
+
+    def _curves(self) -> Iterator[Moment]:
+        """Yield the moments of measuring error curves: layers keep what enters them; gradients, one wave's at a time,
+        go back through them; then each layer has its sums, with which SparseGPT solves some of the rows.
+        """
+        task, model = self.task, self.model
+        kept = self.curve_bytes()
+        frame = 0 if self.setup.streamed else self._frame(embedding=self.first, head=self.last)
+        weights = self._held() + frame
+        if self.first:
+            yield from self._embed("curves", kept, again=bool(task.sources))
+        yield self._moment("curves", "forward", weights, self._forward(), kept=kept)
+        if self.last:
+            held = (self._layer() + self._frame(head=True)) if self.setup.streamed else weights
+            yield self._reading("curves", "head", held, model.head, self._wave(), kept)
+            # Logits and their gradients in both precisions, probabilities in two, whole numbers and their sums.
+            drawing = (2 * task.itemsize + 40) * min(LOGITS, task.seqlen * model.vocabulary)
+            yield self._moment("curves", "labels", held, drawing + 2 * self._wave(), kept=kept)
+        size = min(task.wave, self._curve_sequences())
+        yield self._moment("curves", "backward", weights, self._training(size), kept=kept)
+        sums = sum(4 * one.cols**2 for one in model.inputs)
+        yield self._moment("curves", "gather", weights, self._forward(), sums, kept=kept)
+        for one in model.inputs:
+            square, rows = one.cols**2, sum(one.rows.values()) // ROWS
+            exchanged = 4 * lower_entries(one.cols) if self.setup.copies_sums else 0
+            split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+            # Beside the factor the rows themselves, columns and masks of the sweep, the change and its image.
+            sweep = 4 * square + (4 + 5 + 4 + 4) * one.cols * rows + 20 * BLOCK * rows
+            workspace = max(6 * square + split, sweep)
+            yield self._moment("curves", f"measure {_label(one)}", weights, 0, sums + exchanged, workspace, kept=kept)
 
     def _prune(self) -> Iterator[Moment]:
         task = self.task
@@ -342,7 +385,8 @@ class WorkerMemory:
 
     def _resident_frame(self) -> int:
         """Return the bytes of the frame that stay on a resident shard after the first pass."""
-        return self._frame(embedding=self.first, head=self.last and bool(self.task.sources))
+        judged = bool(self.task.sources) or self.task.curves
+        return self._frame(embedding=self.first, head=self.last and judged)
 
     def _wave(self) -> int:
         return self.task.kept_bytes(min(self.task.wave, self.sequences))

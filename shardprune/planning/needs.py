@@ -32,6 +32,8 @@ def _need(task: Task, setup: Setup, shard: int) -> Need:
     if task.improving.reconstruction:
         without = replace(task, improving=replace(task.improving, reconstruction=0))
         others["no reconstruct"] = _worst(without, setup, shard).device.peak
+    if task.curves:
+        others["allocation uniform"] = _worst(replace(task, curves=False), setup, shard).device.peak
     least = min(others, key=lambda label: others[label])
     helps = f"{least} takes {gigabytes(others[least])}" if others[least] < taken else "more shards take less"
     return Need(taken, f"{worst.phase}, {worst.step}", f"{helps}; `shardprune plan` finds a layout that fits")

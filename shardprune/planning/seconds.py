@@ -15,6 +15,7 @@ class Phases:
     """Seconds of the phases of a run, with reads of weights that do not overlap with computation."""
 
     load: float
+    curves: float
     observe: float
     prune: float
     write: float
@@ -61,11 +62,59 @@ class Expected:
         # The last layer's output is not needed.
         last = self.at(task.model.layers - 1)
         prune -= sum(last.costs.propagate(size) for size in self._sizes(task.samples))
-        reads = self._reads(passes + bool(observe))
-        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if passes else 0.0)
+        reads = self._reads(passes + bool(observe) + 2 * task.curves)
+        frame = self.costs.read(task.model.embedding) + (
+            self.costs.read(task.model.head) if passes or task.curves else 0.0
+        )
         # The last layer's file, and as much of the others' as takes longer than a layer.
         write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
-        return Phases(reads + frame, observe, prune, write, evaluate)
+        return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
+
+    def _curves(self) -> float:
+        """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
+        with most layers takes to gather its inputs and to measure what its projections lose.
+        """
+        costs, task, layout = self.costs, self.task, self.layout
+        sizes = self._sizes(task.curve_windows)
+        forward = self._pass(task.curve_windows, task.model.layers)
+        labels = sum(costs.draw_labels(size) for size in sizes)
+        if self.setup.streamed:
+            forward += labels + sum(costs.take(size) for size in sizes)
+            width = costs.gradient_bytes(1) / costs.wave_bytes(1)
+            back = self._over(range(task.model.layers), lambda one: one._differentiating(sizes))
+            back += width * (len(layout.shards) - 1) * self._relay(sizes)
+        else:
+            # The last shard, which draws the labels, may be the slowest stage of the pipeline.
+            stages = [costs.forward(sizes[0], shard) for shard in layout.shards]
+            slowest = max(*stages, stages[-1] + costs.draw_labels(sizes[0]))
+            forward += costs.draw_labels(sizes[0]) + (len(sizes) - 1) * (slowest - max(stages))
+            stages = [costs.backward(sizes[0], shard) for shard in layout.shards]
+            network = CALL_SECONDS + self._network(costs.gradient_bytes(sizes[0]))
+            back = sum(stages) + (len(sizes) - 1) * max(stages) + (len(stages) - 1) * network
+        return forward + back + self._longest(lambda one: one._measuring_curves(sizes))
+
+    def _differentiating(self, sizes: Sequence[int]) -> float:
+        """Return the seconds of all gradients of a replica back through the layer, or to read it."""
+        return max(sum(self.costs.differentiate(size) for size in sizes), self._reading())
+
+    def _measuring_curves(self, sizes: Sequence[int]) -> float:
+        """Return the seconds of the curves of the layer's projections: its inputs, their sums, the sweeps."""
+        exchange, solves = self._exchanged_for_curves()
+        return max(sum(self.costs.gather(size) for size in sizes) + exchange + solves, self._reading())
+
+    def _exchanged_for_curves(self) -> tuple[float, float]:
+        """Return the seconds of a layer's sums from replica to replica, and of the one that measures longest."""
+        costs, replicas = self.costs.of_curves, self.layout.replicas
+        inputs, copied = self.task.model.inputs, self.setup.copies_sums
+        merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
+        exchange = 0.0
+        if copied and inputs:
+            arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
+            exchange = sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+        elif replicas > 1:
+            exchange = sum(costs.sum_up(one, range(replicas)) for one in inputs)
+        times = [merge + costs.measure_curves(one) for merge, one in zip(merges, inputs, strict=True)]
+        return exchange, _longest_of(times, replicas)
 
     def at(self, index: int) -> "Expected":
         """Return the phases as seen at a layer."""
@@ -133,10 +182,7 @@ class Expected:
             waves += sum(costs.aim(size) for size in self._sizes(task.samples))
         waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
-        solves = sorted((merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)), reverse=True)
-        load = [0.0] * max(1, min(replicas, len(inputs)))
-        for solve in solves:
-            load[load.index(min(load))] += solve
+        longest = _longest_of([merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)], replicas)
         exchange = 0.0
         if copied and inputs:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
@@ -145,7 +191,7 @@ class Expected:
         elif replicas > 1:
             ranks = range(replicas)
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
-        parts = {"waves": waves, "solving": max(load), "exchange": exchange, "unloading": costs.unload()}
+        parts = {"waves": waves, "solving": longest, "exchange": exchange, "unloading": costs.unload()}
         return {**parts, "reading": self._reading()}
 
     def _training(self) -> float:
@@ -237,3 +283,11 @@ class Expected:
         if self.setup.streamed:
             return (passes + 1) * layer(self.at(0))
         return self._longest(layer)
+
+
+def _longest_of(seconds: Sequence[float], workers: int) -> float:
+    """Return the seconds of the worker that has most to do where several share pieces of work, the longest first."""
+    load = [0.0] * workers
+    for piece in sorted(seconds, reverse=True):
+        load[load.index(min(load))] += piece
+    return max(load, default=0.0)

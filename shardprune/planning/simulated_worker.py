@@ -7,6 +7,7 @@ from typing import Any, Literal
 from shardprune.cluster.group import Ref
 from shardprune.planning.costs import Costs
 from shardprune.planning.workload import Input
+from shardprune.shard.error_curves import GRADIENTS, gradients_of
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Kind
 from shardprune.shard.narrowed_layers import NarrowedLayers
@@ -51,6 +52,7 @@ class Worker:
     file: float = 0.0  # when the file that it writes is there
     held: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
+    gathered: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for error curves
     ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
     frame: set[str] = field(default_factory=set)
     remembered: set[str] = field(default_factory=set)  # projections that may be put back
@@ -91,15 +93,50 @@ def _forward(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return worker.costs.forward(sequences, layers) + kept, None, worker.costs.wave_bytes(sequences)
 
 
-def _of_wave(
-    seconds: Callable[[Costs, int], float], travels: bool = False
-) -> Callable[[Worker, tuple[Any, ...]], Cost]:
+def _of_wave(seconds: Callable[[Costs, int], float]) -> Callable[[Worker, tuple[Any, ...]], Cost]:
     def cost(worker: Worker, args: tuple[Any, ...]) -> Cost:
         sequences = worker.size_of(args[1])
         name = seconds.__name__  # of a method that a kind of costs may override
-        return getattr(worker.costs, name)(sequences), None, worker.costs.wave_bytes(sequences) * travels
+        return getattr(worker.costs, name)(sequences), None, 0
 
     return cost
+
+
+def _put(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    stream, wave, _ = args
+    return worker.costs.put(worker.size_of(wave)) * _width(worker, stream), None, 0
+
+
+def _take(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    stream, wave = args
+    sequences, width = worker.size_of(wave), _width(worker, stream)
+    return worker.costs.take(sequences) * width, None, worker.costs.wave_bytes(sequences) * width
+
+
+def _width(worker: Worker, stream: str) -> int:
+    """The bytes of the waves of a stream, by those of activations."""
+    return 4 // worker.costs.task.itemsize if stream == GRADIENTS else 1
+
+
+def _draw_labels(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.draw_labels(worker.size_of(args[1][0])), None, 0
+
+
+def _backward(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    sequences = worker.size_of(args[0])
+    return worker.costs.backward(sequences, worker.layers), None, worker.costs.gradient_bytes(sequences)
+
+
+def _begin_curves(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    worker.gathered.add(args[0])
+    return 0.0, None, 0
+
+
+def _measure_curves(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    index, place = args[:2]
+    worker.gathered.discard(index)
+    names = worker.costs.task.model.skeleton.family.kinds[index].inputs[place]
+    return worker.costs.measure_curves(worker.costs.task.model.inputs[place]), dict.fromkeys(names, ()), 0
 
 
 def _losses(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -117,26 +154,26 @@ def _accumulate(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 def _hand_out(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, name = args
-    if index not in worker.summed:  # observed only: such sums are vectors, which take no time
+    if (sums := _sums_of(worker, index, name)) is None:
         return 0.0, None, 0
-    one, differences = _sums_of(worker, name)
-    return worker.costs.statistics(one, differences), None, worker.costs.sums_bytes(one, differences)
+    costs, one, differences = sums
+    return costs.statistics(one, differences), None, costs.sums_bytes(one, differences)
 
 
 def _merge(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, name, *parts = args
-    if index not in worker.summed:
+    if (sums := _sums_of(worker, index, name)) is None:
         return 0.0, None, 0
-    one, differences = _sums_of(worker, name)
-    return worker.costs.merge(one, len(parts), differences), None, 0
+    costs, one, differences = sums
+    return costs.merge(one, len(parts), differences), None, 0
 
 
 def _sum_up(worker: Worker, args: tuple[Any, ...]) -> Cost:
     index, name, ranks, _ = args
-    if index not in worker.summed:
+    if (sums := _sums_of(worker, index, name)) is None:
         return 0.0, None, 0
-    one, differences = _sums_of(worker, name)
-    return worker.costs.sum_up(one, ranks, differences), None, worker.costs.sums_bytes(one, differences)
+    costs, one, differences = sums
+    return costs.sum_up(one, ranks, differences), None, costs.sums_bytes(one, differences)
 
 
 def _broadcast(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -272,8 +309,8 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.load: Row(reads="shard"),
     ForwardWorker.embed: Row(_embed, frame="embedding"),
     ForwardWorker.forward: Row(_forward, reads="passed"),
-    ForwardWorker.put: Row(_of_wave(Costs.put)),
-    ForwardWorker.take: Row(_of_wave(Costs.take, travels=True)),
+    ForwardWorker.put: Row(_put),
+    ForwardWorker.take: Row(_take),
     ForwardWorker.propagate: Row(_of_wave(Costs.propagate), reads="layer"),
     ForwardWorker.losses: Row(_losses, frame="head"),
     ForwardWorker.fork: Row(_fork),
@@ -285,6 +322,12 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.merge: Row(_merge),
     ForwardWorker.sum_up: Row(_sum_up, chain="summing"),
     ForwardWorker.outliers: Row(_outliers, reads="layer"),
+    PruneWorker.draw_labels: Row(_draw_labels, frame="head"),
+    PruneWorker.backward: Row(_backward, reads="shard"),
+    PruneWorker.differentiate: Row(_of_wave(Costs.differentiate), reads="layer"),
+    PruneWorker.begin_curves: Row(_begin_curves),
+    PruneWorker.gather: Row(_of_wave(Costs.gather), reads="layer"),
+    PruneWorker.measure_curves: Row(_measure_curves, reads="layer"),
     PruneWorker.hold_out: Row(_accumulate, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
@@ -324,12 +367,20 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
-def _sums_of(worker: Worker, name: str) -> tuple[Input, bool]:
-    """The input of sums with a name, and whether they are those of differences."""
+def _sums_of(worker: Worker, index: int, name: str) -> tuple[Costs, Input, bool] | None:
+    """The costs of sums of a layer with a name, their input, and whether they are those of differences; None of
+    vectors, such as of a layer that is only observed, which take no time."""
+    gathered = index in worker.gathered
+    if index not in worker.summed and not gathered:
+        return None
+    costs = worker.costs.of_curves if gathered else worker.costs
     for one in worker.costs.task.model.inputs:
-        if name == differences_of(next(iter(one.rows))):
-            return one, True
-    return _input_of(worker, name), False
+        first = next(iter(one.rows))
+        if name == gradients_of(first):
+            return None
+        if name == differences_of(first):
+            return costs, one, True
+    return costs, _input_of(worker, name), False
 
 
 def _inputs_of(worker: Worker, names: Collection[str]) -> list[Input]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from shardprune.cluster.error_curves import differentiate, measure
 from shardprune.cluster.group import Ref
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
@@ -23,9 +24,11 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
 from shardprune.planning.simulated_worker import ROWS, Call, Worker
+from shardprune.planning.workload import Model
 from shardprune.report.progress import Reporter
 from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
+from shardprune.solvers.error_curves import LEVELS
 
 
 class SimulatedGroup:
@@ -173,6 +176,7 @@ class SimulatedGroup:
         if layer in worker.held:
             return now
         seconds = self.costs.read(self.task.model.at(layer).layer)
+        step = -1 if layer + 1 in worker.held else 1
         if not self.setup.streamed:
             self._count(layer)
             worker.held.add(layer)
@@ -184,9 +188,9 @@ class SimulatedGroup:
             self._count(layer)
             now += seconds
         worker.held = {layer}
-        if layer + 1 in worker.layers:
-            self._count(layer + 1)
-            worker.ahead = (layer + 1, now + self.costs.read(self.task.model.at(layer + 1).layer))
+        if layer + step in worker.layers:
+            self._count(layer + step)
+            worker.ahead = (layer + step, now + self.costs.read(self.task.model.at(layer + step).layer))
         return now
 
     def _count(self, layer: int) -> None:
@@ -200,8 +204,28 @@ class SimulatedGroup:
         self._sizes.update({wave.index: wave.stop - wave.start for wave in waves.all})
 
 
+def _shapes_of(model: Model) -> list[dict[str, tuple[int, int]]]:
+    """The [rows, cols] of every projection, by layer."""
+    return [
+        {name: (rows, one.cols) for one in shape.inputs for name, rows in one.rows.items()} for shape in model.shapes
+    ]
+
+
+def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
+    """Measure error curves, which are of no use to anyone."""
+    task, setup = group.task, group.setup
+    layout, model = setup.layout, task.model
+    waves = Waves(torch.empty(task.curve_windows, task.seqlen, device="meta"), layout.replicas, task.wave)
+    group.note_waves(waves)
+    family = model.skeleton.family
+    with group.phase("curves"), output.step("curves", 0) as step:
+        differentiate(group, layout, waves, setup.streamed, step)
+    with group.phase("curves", lanes=len(layout.shards) > 1), output.step("curves", 0) as step:
+        measure(group, layout, waves, family, _shapes_of(model), [0.5] * LEVELS, 0.01, step)
+
+
 def simulate(costs: Costs) -> SimulatedGroup:
-    """Carry out a run on workers that only take time: measure, observe, prune, measure again."""
+    """Carry out a run on workers that only take time: measure, find an allocation, prune, measure again."""
     task, setup = costs.task, costs.setup
     layout, model = setup.layout, task.model
     group = SimulatedGroup(costs)
@@ -220,6 +244,8 @@ def simulate(costs: Costs) -> SimulatedGroup:
         with group.phase("load"):
             load(group, layout, "latest")
     measure()
+    if task.curves:
+        _measure_curves(group, output)
     group.note_waves(calibration)
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     family = model.skeleton.family
@@ -229,9 +255,7 @@ def simulate(costs: Costs) -> SimulatedGroup:
         with group.phase("observe"), output.step("observe", 0) as step:
             observe(group, layout, calibration, observation, inputs, setup.streamed, step)
     shares = {(layer, name): Share(0.5) for layer, kind in enumerate(family.kinds) for name in kind.projections}
-    shapes = [
-        {name: (rows, one.cols) for one in shape.inputs for name, rows in one.rows.items()} for shape in model.shapes
-    ]
+    shapes = _shapes_of(model)
     work = PendingWork(
         shares,
         frozenset(),

@@ -16,6 +16,7 @@ from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import check_class
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import Effort
 from shardprune.solvers.pattern import Unstructured
@@ -247,6 +248,7 @@ class Task:
         itemsize: of the compute dtype.
         sources: texts on which perplexity is measured before and after, over `windows` each.
         improving: further steps on every layer.
+        curves: error curves are measured before.
     """
 
     model: Model
@@ -262,6 +264,7 @@ class Task:
     windows: int
     itemsize: int
     improving: Improving = NOTHING
+    curves: bool = False
 
     def at(self, index: int) -> "Task":
         """Return the task as seen at a layer."""
@@ -277,6 +280,11 @@ class Task:
     def held_out(self) -> int:
         """Calibration windows that are held out."""
         return self.improving.held_out(self.samples)
+
+    @property
+    def curve_windows(self) -> int:
+        """Calibration windows on which error curves are measured."""
+        return windows_of(self.samples - self.held_out, self.seqlen) if self.curves else 0
 
     def kept_bytes(self, sequences: int) -> int:
         """Return the bytes of `sequences` kept sequences."""
@@ -333,6 +341,7 @@ def task_of(
         windows=windows,
         itemsize=itemsize,
         improving=improving,
+        curves=zeroing.measures,
     )
 
 

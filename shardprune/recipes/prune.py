@@ -92,7 +92,10 @@ class PruningFields(StructuredFields):
         description="Outlier threshold M: a weight counts if its metric exceeds M x the mean",
     )
     outlier_lambda: float = Field(
-        0.08, ge=0, le=0.5, description="lambda: sparsities lie within target +- 2 lambda, from 0 to 0.5"
+        0.08,
+        ge=0,
+        le=0.5,
+        description="lambda of an allocation by outliers: sparsities lie within target +- 2 lambda, from 0 to 0.5",
     )
     wanda_variant: bool = Field(False, description="Wanda's use_variant: per-row sparsity may differ")
     damping: DampingValue = Field(
@@ -188,16 +191,19 @@ class PruningFields(StructuredFields):
 
     @model_validator(mode="after")
     def _allocation_fits(self) -> "PruningFields":
-        observes = self.zeroing.observes
+        observes, measures = self.zeroing.observes, self.zeroing.measures
         if isinstance(self.zeros, Mixed) and self.allocation != "owl":
             raise InputError("allocation", f"{self.allocation!r} does not fit the pattern {self.pattern}; use owl")
-        if observes and self.zeros.sparsity is not None:
+        if (observes or measures) and self.zeros.sparsity is not None:
             raise InputError(
                 "allocation",
                 f"{self.allocation!r} needs a sparsity to share out; {self.pattern} gives every projection "
                 f"{self.zeros.sparsity:g}: use uniform, or the pattern mixed:M",
             )
-        if observes and self.zeroing.of_rest(self.structured or 0.0) >= HIGHEST:
+        share = self.zeroing.of_rest(self.structured or 0.0)
+        if measures and self.zeroes and share == 0:
+            raise InputError("sparsity", f"{self.target} leaves {self.allocation} nothing to share out; use more")
+        if (observes or measures) and share >= HIGHEST:
             raise InputError(
                 "sparsity",
                 f"{self.target} leaves {self.allocation} no room, which takes at most {HIGHEST} of any projection; "
@@ -216,7 +222,7 @@ class PruningFields(StructuredFields):
                     "allocation_file",
                     f"{self.allocation_file!r} does not go with structured, after which projections are smaller",
                 )
-        self.needs("an allocation other than uniform", self.allocation != "uniform", "outlier_lambda")
+        self.needs("an allocation by outliers (owl, mosaic)", observes, "outlier_lambda")
         looks = observes or (self.structured is not None and self.score == "outlier")
         self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")
         varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)

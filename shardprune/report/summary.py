@@ -73,7 +73,7 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
             if before != after:
                 yield LABELS[name], f"{before:,}", f"{after:,}"
     yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
-    for phase in ("generate", "structure", "search", "observe", "prune", "recover", "evaluate", "total"):
+    for phase in ("generate", "structure", "search", "curves", "observe", "prune", "recover", "evaluate", "total"):
         if phase in result.seconds:
             yield (
                 f"seconds, {phase}{' of the last attempt' if attempts > 1 else ''}",

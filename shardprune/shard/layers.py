@@ -35,8 +35,9 @@ class LayerStore(Protocol):
 class Layers:
     """Decoder layers by index, read at first use.
 
-    Resident layers stay in memory. Streamed ones are replaced by the next one used, which a thread reads ahead: two
-    layers at most are in memory. A GPU's come on a side stream. Without a `journal` no layer is finished.
+    Resident layers stay in memory. Streamed ones are replaced by the next one used, which a thread reads ahead, in
+    either direction: two layers at most are in memory. A GPU's come on a side stream. Without a `journal` no layer is
+    finished.
     """
 
     def __init__(
@@ -72,14 +73,15 @@ class Layers:
         if index in self._held and self._held[index][0] == state:
             return self._held[index][1]
         started = time.monotonic()
+        step = -1 if self._stream and index + 1 in self._held else 1
         if self._stream:
             self._held.clear()
         self._held.pop(index, None)
         freed = Moment.now(self._device)  # the memory of the layer before
         self._held[index] = (state, self._fetch(index, state, freed))
-        if self._stream and index + 1 in self._indices:
-            ahead = self._wanted(index + 1, version)
-            self._next = (index + 1, ahead, self._reader.submit(self._read, index + 1, ahead, freed))
+        if self._stream and index + step in self._indices:
+            ahead = self._wanted(index + step, version)
+            self._next = (index + step, ahead, self._reader.submit(self._read, index + step, ahead, freed))
         self.load_seconds += time.monotonic() - started
         return self._held[index][1]
 

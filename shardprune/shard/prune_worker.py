@@ -5,7 +5,8 @@ Pruning a layer takes the verbs in this order: `accumulate` for every wave, `sol
 meanwhile; `written` waits for it before the next layer's `write`. Where projections aim at the dense stream, `confront`
 for every wave, `solve` and `correct` come one input after the other instead; where masks are rebuilt, `compare` for
 every wave and `rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the
-place of `solve`. `reconstruct` trains a layer at the end. Steps that improve it are judged by `aim`, `miss`, `remember`
+place of `solve`. `reconstruct` trains a layer at the end. Before all, `shardprune.shard.error_curves` may measure
+what layers lose. Steps that improve it are judged by `aim`, `miss`, `remember`
 and `put_back`.
 """
 
@@ -20,6 +21,7 @@ from shardprune.model.saving import changed_tensors, shapes_of, write_tensors_of
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, SquaredGradients
 from shardprune.shard.dense_weights import DenseWeights
+from shardprune.shard.error_curves import ErrorCurves
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.held_out import HeldOut
 from shardprune.shard.layers import Layers
@@ -55,6 +57,7 @@ class PruneWorker(ForwardWorker):
         self.held_out = HeldOut(self)
         self.stream_targets = StreamTargets(self, self.dense, spec.job)
         self.reconstruction = Reconstruction(self)
+        self.error_curves = ErrorCurves(self)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
         self._files = WriteBehind(self.skeleton.device)
 
@@ -73,6 +76,15 @@ class PruneWorker(ForwardWorker):
             given=self.sparse,
             pruned=skeleton_of_widths(self.skeleton, spec.widths) if spec.widths else None,
         )
+
+    # -- before layers are pruned -------------------------------------------------------------------------------
+
+    draw_labels = of_part("error_curves", ErrorCurves.draw_labels)
+    backward = of_part("error_curves", ErrorCurves.backward)
+    differentiate = of_part("error_curves", ErrorCurves.differentiate)
+    begin_curves = of_part("error_curves", ErrorCurves.begin_curves)
+    gather = of_part("error_curves", ErrorCurves.gather)
+    measure_curves = of_part("error_curves", ErrorCurves.measure_curves)
 
     # -- zeroing weights --------------------------------------------------------------------------------------
 

@@ -30,13 +30,11 @@ class Nodes:
 
         Its workers are forks, which Ray does not kill with their node: they would see that it is gone a little later.
         """
-        from ray._private import state
-
         node = self._nodes.pop(0)
-        for actor in state.actors().values():
-            if actor["Address"]["NodeID"] == node.node_id and actor["State"] == "ALIVE":
-                kill(psutil.Process(actor["Pid"]))
+        workers = _workers_on(node.node_id)
         self._cluster.remove_node(node, allow_graceful=False)
+        for process in workers:
+            kill(process)
 
     def repair(self) -> None:
         """Add nodes until there are as many as at the start."""
@@ -52,6 +50,19 @@ class Nodes:
     def workers(self) -> list[psutil.Process]:
         """The processes of the workers on all nodes."""
         return processes_of("PruneActor")
+
+
+def _workers_on(node_id: str) -> list[psutil.Process]:
+    """The processes of a node's workers, none where this process is not connected yet."""
+    import ray
+    from ray._private import state
+
+    actors = state.actors().values() if ray.is_initialized() else ()
+    return [
+        psutil.Process(actor["Pid"])
+        for actor in actors
+        if actor["Address"]["NodeID"] == node_id and actor["State"] == "ALIVE"
+    ]
 
 
 @contextmanager

@@ -139,7 +139,7 @@ def test_a_page_and_its_json_say_the_same(capsys, tmp_path):
     for plan_ in content["plans"]:
         layout = plan_["layout"]
         assert f"--shards {layout['shards']} --replicas {layout['replicas']}" in page
-        assert set(plan_["seconds"]) == {"load", "observe", "prune", "write", "evaluate", "total"}
+        assert set(plan_["seconds"]) == {"load", "curves", "observe", "prune", "write", "evaluate", "total"}
         assert len(plan_["simulation"]["workers"]) == layout["shards"] * layout["replicas"]
         assert plan_["simulation"]["seconds"]["total"] == pytest.approx(plan_["seconds"]["total"], rel=0.1)
         assert 0 <= plan_["simulation"]["idle"] < 1

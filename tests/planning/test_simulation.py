@@ -187,6 +187,11 @@ LAYOUTS = [
     {"damping": "auto", "replicas": 2, "samples": 32},
     {"method": "alps", "replicas": 2, "samples": 32},
     {"method": "wanda", "refit": True, "measure_error": False},
+    {"allocation": "fisher", "shards": 4},
+    {"allocation": "fisher", "streamed": True, "eval": "wikitext2", "eval_windows": 32},
+    {"allocation": "fisher", "shards": 4, "streamed": True, "samples": 64},
+    {"allocation": "fisher", "shards": 2, "replicas": 4, "samples": 64},
+    {"allocation": "fisher", "replicas": 4, "joined": True, "streamed": True, "samples": 64},
 ]
 
 

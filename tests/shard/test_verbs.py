@@ -65,6 +65,7 @@ WAVES = {
     PruneWorker: {
         *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"),
         *("confront", "hold_out", "aim", "miss"),
+        *("draw_labels", "backward", "differentiate", "gather"),
     },
     MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }

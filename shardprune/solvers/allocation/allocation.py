@@ -36,9 +36,10 @@ class Allocation:
 
     `allocate(projections, outliers, target, spread)` returns a sparsity for each projection; `outliers` has one entry
     per layer if the allocation `observes`, else it is empty. `spread` is lambda: sparsities lie within target +- 2
-    lambda at most. The mean over all weights of an `exact` allocation is the target.
+    lambda at most. The mean over all weights of an `exact` allocation is the target. None in the place of a function
+    stands for error curves, which are measured and shared out.
     """
 
-    allocate: Callable[[list[Projection], "list[Outliers]", float, float], Sparsities]
+    allocate: Callable[[list[Projection], "list[Outliers]", float, float], Sparsities] | None
     observes: bool
     exact: bool = True

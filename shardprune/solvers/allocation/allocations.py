@@ -8,4 +8,5 @@ ALLOCATIONS: dict[str, Allocation] = {
     "owl": Allocation(owl.allocate, observes=True),
     "mosaic": Allocation(mosaic.allocate, observes=True),
     "mosaic-released": Allocation(mosaic.allocate_as_released, observes=True, exact=False),
+    "fisher": Allocation(None, observes=False),
 }

@@ -31,7 +31,7 @@ def share_out(
     Raises:
         ValueError: the target is not between the lowest and the highest level.
     """
-    places = list(curves)
+    places = sorted(curves)  # in whose order projections take what is left of the budget
     levels = np.array([level for level, _ in curves[places[0]]])
     if not levels[0] <= target <= levels[-1]:
         raise ValueError(f"curves from {levels[0]:g} to {levels[-1]:g} say nothing of a sparsity of {target:g}")

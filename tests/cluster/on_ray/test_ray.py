@@ -72,7 +72,12 @@ SCENARIOS = {
         "propagation": "parallel",
         "weights": "streamed",
     },
-    "parallel replicas": {"shards": 2, "replicas": 2, "propagation": "parallel"},
+    "parallel replicas, error curves": {
+        "shards": 2,
+        "replicas": 2,
+        "propagation": "parallel",
+        "allocation": "fisher",
+    },
     "outliers and masks rebuilt, replicas": {"shards": 2, "replicas": 2, "allocation": "owl", **BARBER},
     "outliers and masks rebuilt, parallel, streamed": {
         "shards": 2,
@@ -109,7 +114,7 @@ def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, t
 # The scenarios above go through the object store.
 JOINED = {
     "shards and replicas": {"shards": 2, "replicas": 2, "allocation": "owl", **BARBER},
-    "replicas, more than inputs": {"replicas": 4, "samples": 11},
+    "error curves, replicas, more than inputs": {"replicas": 4, "samples": 11, "allocation": "fisher"},
     "parallel, streamed": {
         "shards": 2,
         "replicas": 2,
