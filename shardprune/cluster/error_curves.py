@@ -41,7 +41,7 @@ def parts_of_curves(waves: Waves, family: Family, streamed: bool) -> int:
     """Return the number of parts that `differentiate` and `measure` report to their progress step."""
     count, layers = len(waves.all), len(family.kinds)
     forward, backward = parts_of_pass(waves, layers, streamed), count * (layers if streamed else 1)
-    return forward + backward + layers * count + sum(len(kind.inputs) for kind in family.kinds)
+    return forward + backward + sum(count + len(kind.inputs) for kind in family.kinds if kind.inputs)
 
 
 def differentiate(group: Group, layout: Layout, waves: Waves, streamed: bool, step: Step) -> None:
@@ -104,8 +104,9 @@ def measure(
 
     def of_layer(index: int) -> Curves:
         layer, kind = LayerInWork(group, layout, waves, segment_stream(index), index, step), family.kinds[index]
-        layer.ask_all(PruneWorker.begin_curves)
-        layer.over_waves(PruneWorker.gather)
+        if kind.inputs:
+            layer.ask_all(PruneWorker.begin_curves)
+            layer.over_waves(PruneWorker.gather)
         costs = [cost_of_solution(Effort(sweeps=True), shapes[index], names) for names in kind.inputs]
         solvers = layer.share_out(costs)
         takers = dict(zip(kind.input_names, solvers, strict=True))

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from shardprune.errors import InputError
 from shardprune.model.pruning_job import Shapes
 from shardprune.solvers.allocation.allocation import Sparsities
-from shardprune.solvers.allocation.budget import TOLERANCE
+from shardprune.solvers.allocation.budget import HIGHEST, TOLERANCE
 from shardprune.solvers.allocation.knapsack import share_out
 from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.malformed import located
@@ -38,13 +38,26 @@ class AllocatedShare:
 
 
 @dataclass(frozen=True)
+class LayerShare:
+    """One layer: the fraction of the weights that become zero of each of its projections that has no share by name."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    layer: Annotated[int, Field(ge=0)]
+    sparsity: Fraction
+
+
+@dataclass(frozen=True)
 class AllocationFile:
-    """The content of an allocation file."""
+    """The content of an allocation file. Where it does not have all projections, the `others` share what is left of the
+    target equally."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     version: Literal[1]
-    projections: tuple[AllocatedShare, ...]
+    projections: tuple[AllocatedShare, ...] = ()
+    layers: tuple[LayerShare, ...] = ()
+    others: Literal["equal"] | None = None
 
     @classmethod
     def of(cls, records: Sequence[LayerRecord], curves: Sequence[AllocatedShare] = ()) -> "AllocationFile":
@@ -78,7 +91,7 @@ def read_allocation(url: str, shapes: Shapes, target: float) -> Sparsities:
         known = parse_model(content, AllocationFile)
     sizes = {(layer, name): rows * cols for layer, of in enumerate(shapes) for name, (rows, cols) in of.items()}
     shares: dict[tuple[int, str], AllocatedShare] = {}
-    for share in known.projections:
+    for share in (*known.projections, *_completing(url, known, sizes, target)):
         place = share.layer, share.name
         if place not in sizes or place in shares:
             problem = "names twice" if place in shares else "names a projection that the model has not:"
@@ -101,6 +114,42 @@ def read_allocation(url: str, shapes: Shapes, target: float) -> Sparsities:
                 raise InputError(FIELD, f"{url!r} has {error}") from error
         raise InputError(FIELD, f"{url!r} has a mean sparsity of {mean:.4f}, not of {target:g} as asked for")
     return found
+
+
+def _completing(
+    url: str, known: AllocationFile, sizes: Mapping[tuple[int, str], int], target: float
+) -> list[AllocatedShare]:
+    """Return the shares of the projections that a file does not have by name: their layer's, or what is left of the
+    target for all others together.
+
+    Raises:
+        InputError: a layer has no projections or is there twice, or the others cannot have what is left.
+    """
+    found = {(share.layer, share.name): share.sparsity for share in known.projections}
+    if (known.layers or known.others) and any(share.curve for share in known.projections):
+        raise InputError(FIELD, f"{url!r} has curves, which do not go with layers or others")
+    of_layers: dict[int, float] = {}
+    for one in known.layers:
+        if one.layer in of_layers or one.layer not in {layer for layer, _ in sizes}:
+            problem = "twice" if one.layer in of_layers else "of which no projection is pruned"
+            raise InputError(FIELD, f"{url!r} has a layer {problem}: {one.layer}")
+        of_layers[one.layer] = one.sparsity
+    made = [
+        AllocatedShare(*place, of_layers[place[0]]) for place in sizes if place[0] in of_layers and place not in found
+    ]
+    if not known.others:
+        return made
+    found |= {(share.layer, share.name): share.sparsity for share in made}
+    rest = [place for place in sizes if place not in found]
+    given = sum((share or 0.0) * sizes.get(place, 0) for place, share in found.items())
+    if not rest:
+        return made
+    left = (target * sum(sizes.values()) - given) / sum(sizes[place] for place in rest)
+    if not 0 <= left <= HIGHEST:
+        raise InputError(
+            FIELD, f"{url!r} leaves the others a sparsity of {left:.4f} for {target:g} in all; use 0 to {HIGHEST}"
+        )
+    return [*made, *(AllocatedShare(*place, left) for place in rest)]
 
 
 def _check_curves(url: str, shares: Mapping[tuple[int, str], AllocatedShare]) -> None:

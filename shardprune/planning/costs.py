@@ -112,15 +112,13 @@ class Costs:
 
     def accumulate(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
-        return self._summing(sequences, self.task.kind) if self.task.kind else 0.0
+        return self._summing(sequences, self.task.kind) if self.task.kind and self.task.model.inputs else 0.0
 
     def gather(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a dense layer, with its inputs added to sums for error curves."""
-        return self._summing(sequences, "gram")
+        return self._summing(sequences, "gram") if self.task.model.inputs else 0.0
 
     def _summing(self, sequences: int, kind: Kind) -> float:
-        if not self.task.model.inputs:
-            return 0.0
         tokens = sequences * self.task.seqlen
         inputs = self.task.model.inputs
         if kind == "gram":
@@ -173,9 +171,8 @@ class Costs:
         """Return the seconds of the gradients of one wave back through some layers, each of which takes its forward
         pass again and a backward one of two."""
         count, kept = self.gradient_bytes(sequences), self._kept(self.wave_bytes(sequences))
-        through = sum(
-            number * (3 * self.at(one).layer(sequences) + kept) for one, number in self.task.model.kinds(layers)
-        )
+        kinds = self.task.model.kinds(layers)
+        through = sum(number * (3 * self.at(one).layer(sequences) + kept) for one, number in kinds)
         return through + self._arrives(count) + self._leaves(count)
 
     def differentiate(self, sequences: int) -> float:

@@ -63,16 +63,15 @@ class Expected:
         last = self.at(task.model.layers - 1)
         prune -= sum(last.costs.propagate(size) for size in self._sizes(task.samples))
         reads = self._reads(passes + bool(observe) + 2 * task.curves)
-        frame = self.costs.read(task.model.embedding) + (
-            self.costs.read(task.model.head) if passes or task.curves else 0.0
-        )
+        judged = passes or task.curves
+        frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if judged else 0.0)
         # The last layer's file, and as much of the others' as takes longer than a layer.
         write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
         return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
 
     def _curves(self) -> float:
         """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
-        with most layers takes to gather its inputs and to measure what its projections lose.
+        with most to do takes to gather its inputs and to measure what its projections lose.
         """
         costs, task, layout = self.costs, self.task, self.layout
         sizes = self._sizes(task.curve_windows)
@@ -81,8 +80,8 @@ class Expected:
         if self.setup.streamed:
             forward += labels + sum(costs.take(size) for size in sizes)
             width = costs.gradient_bytes(1) / costs.wave_bytes(1)
-            back = self._over(range(task.model.layers), lambda one: one._differentiating(sizes))
-            back += width * (len(layout.shards) - 1) * self._relay(sizes)
+            relays = width * (len(layout.shards) - 1) * self._relay(sizes)
+            back = self._over(range(task.model.layers), Expected._back) + relays
         else:
             # The last shard, which draws the labels, may be the slowest stage of the pipeline.
             stages = [costs.forward(sizes[0], shard) for shard in layout.shards]
@@ -91,21 +90,19 @@ class Expected:
             stages = [costs.backward(sizes[0], shard) for shard in layout.shards]
             network = CALL_SECONDS + self._network(costs.gradient_bytes(sizes[0]))
             back = sum(stages) + (len(sizes) - 1) * max(stages) + (len(stages) - 1) * network
-        return forward + back + self._longest(lambda one: one._measuring_curves(sizes))
+        return forward + back + self._longest(Expected._measuring)
 
-    def _differentiating(self, sizes: Sequence[int]) -> float:
-        """Return the seconds of all gradients of a replica back through the layer, or to read it."""
-        return max(sum(self.costs.differentiate(size) for size in sizes), self._reading())
+    def _back(self) -> float:
+        """Return the seconds of gradients back through one streamed layer."""
+        layer = sum(self.costs.differentiate(size) for size in self._sizes(self.task.curve_windows))
+        return max(layer, self._reading())
 
-    def _measuring_curves(self, sizes: Sequence[int]) -> float:
-        """Return the seconds of the curves of the layer's projections: its inputs, their sums, the sweeps."""
-        exchange, solves = self._exchanged_for_curves()
-        return max(sum(self.costs.gather(size) for size in sizes) + exchange + solves, self._reading())
-
-    def _exchanged_for_curves(self) -> tuple[float, float]:
-        """Return the seconds of a layer's sums from replica to replica, and of the one that measures longest."""
+    def _measuring(self) -> float:
+        """Return the seconds to gather the inputs of a layer, to bring its sums from replica to replica, and of the one
+        that measures error curves longest."""
         costs, replicas = self.costs.of_curves, self.layout.replicas
         inputs, copied = self.task.model.inputs, self.setup.copies_sums
+        gathering = sum(self.costs.gather(size) for size in self._sizes(self.task.curve_windows))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         exchange = 0.0
         if copied and inputs:
@@ -114,7 +111,7 @@ class Expected:
         elif replicas > 1:
             exchange = sum(costs.sum_up(one, range(replicas)) for one in inputs)
         times = [merge + costs.measure_curves(one) for merge, one in zip(merges, inputs, strict=True)]
-        return exchange, _longest_of(times, replicas)
+        return max(gathering + exchange + _shared(times, replicas), self._reading())
 
     def at(self, index: int) -> "Expected":
         """Return the phases as seen at a layer."""
@@ -175,6 +172,9 @@ class Expected:
         inputs, copied = task.model.inputs, self.setup.copies_sums
         held_out = self._sizes(task.held_out)
         waves = sum(costs.propagate(size) for size in (*self._sizes(task.samples - task.held_out), *held_out))
+        if not inputs:  # nothing is pruned in the layer: waves pass through it, those of the dense model as well
+            waves *= 2 if task.improving else 1
+            return {"waves": waves, "unloading": costs.unload(), "reading": self._reading()}
         waves += self._training()
         if task.improving.stream_targets:
             return {**self._aiming(waves), "unloading": costs.unload(), "reading": self._reading()}
@@ -182,7 +182,7 @@ class Expected:
             waves += sum(costs.aim(size) for size in self._sizes(task.samples))
         waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
-        longest = _longest_of([merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)], replicas)
+        solves = [merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)]
         exchange = 0.0
         if copied and inputs:
             arriving = (replicas - self.places.per_node) * max(costs.sums_bytes(one) for one in inputs)
@@ -191,7 +191,12 @@ class Expected:
         elif replicas > 1:
             ranks = range(replicas)
             exchange += sum(costs.sum_up(one, ranks) + costs.broadcast(one, ranks) for one in inputs)
-        parts = {"waves": waves, "solving": longest, "exchange": exchange, "unloading": costs.unload()}
+        parts = {
+            "waves": waves,
+            "solving": _shared(solves, replicas),
+            "exchange": exchange,
+            "unloading": costs.unload(),
+        }
         return {**parts, "reading": self._reading()}
 
     def _training(self) -> float:
@@ -285,9 +290,9 @@ class Expected:
         return self._longest(layer)
 
 
-def _longest_of(seconds: Sequence[float], workers: int) -> float:
+def _shared(seconds: Sequence[float], workers: int) -> float:
     """Return the seconds of the worker that has most to do where several share pieces of work, the longest first."""
     load = [0.0] * workers
     for piece in sorted(seconds, reverse=True):
         load[load.index(min(load))] += piece
-    return max(load, default=0.0)
+    return max(load)

@@ -21,6 +21,7 @@ from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
+from shardprune.model.pruning_job import Shapes
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
 from shardprune.planning.simulated_worker import ROWS, Call, Worker
@@ -29,6 +30,7 @@ from shardprune.report.progress import Reporter
 from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.error_curves import LEVELS
+from shardprune.solvers.methods import DAMPING
 
 
 class SimulatedGroup:
@@ -188,9 +190,9 @@ class SimulatedGroup:
             self._count(layer)
             now += seconds
         worker.held = {layer}
-        if layer + step in worker.layers:
-            self._count(layer + step)
-            worker.ahead = (layer + step, now + self.costs.read(self.task.model.at(layer + step).layer))
+        if (following := layer + step) in worker.layers:
+            self._count(following)
+            worker.ahead = (following, now + self.costs.read(self.task.model.at(following).layer))
         return now
 
     def _count(self, layer: int) -> None:
@@ -204,8 +206,8 @@ class SimulatedGroup:
         self._sizes.update({wave.index: wave.stop - wave.start for wave in waves.all})
 
 
-def _shapes_of(model: Model) -> list[dict[str, tuple[int, int]]]:
-    """The [rows, cols] of every projection, by layer."""
+def _shapes(model: Model) -> Shapes:
+    """Return [rows, cols] of every projection, by layer."""
     return [
         {name: (rows, one.cols) for one in shape.inputs for name, rows in one.rows.items()} for shape in model.shapes
     ]
@@ -215,13 +217,13 @@ def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
     """Measure error curves, which are of no use to anyone."""
     task, setup = group.task, group.setup
     layout, model = setup.layout, task.model
+    family = model.skeleton.family
     waves = Waves(torch.empty(task.curve_windows, task.seqlen, device="meta"), layout.replicas, task.wave)
     group.note_waves(waves)
-    family = model.skeleton.family
     with group.phase("curves"), output.step("curves", 0) as step:
         differentiate(group, layout, waves, setup.streamed, step)
     with group.phase("curves", lanes=len(layout.shards) > 1), output.step("curves", 0) as step:
-        measure(group, layout, waves, family, _shapes_of(model), [0.5] * LEVELS, 0.01, step)
+        measure(group, layout, waves, family, _shapes(model), [0.5] * LEVELS, DAMPING, step)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:
@@ -255,12 +257,11 @@ def simulate(costs: Costs) -> SimulatedGroup:
         with group.phase("observe"), output.step("observe", 0) as step:
             observe(group, layout, calibration, observation, inputs, setup.streamed, step)
     shares = {(layer, name): Share(0.5) for layer, kind in enumerate(family.kinds) for name in kind.projections}
-    shapes = _shapes_of(model)
     work = PendingWork(
         shares,
         frozenset(),
         family,
-        shapes,
+        _shapes(model),
         [],
         None,
         task.errors,

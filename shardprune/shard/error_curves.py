@@ -172,9 +172,11 @@ class ErrorCurves:
 
     def _row_gradients(self, index: int) -> list[RowGradients]:
         """Return the sums of a layer, one for each of its inputs, which begin here."""
-        sums, shapes = self._worker.sums.setdefault(index, {}), self._skeleton.projection_shapes(index)
-        found = []
-        for names in self._skeleton.family.kinds[index].inputs:
+        inputs, shapes = self._skeleton.family.kinds[index].inputs, self._skeleton.projection_shapes(index)
+        if not inputs:
+            return []
+        sums, found = self._worker.sums.setdefault(index, {}), []
+        for names in inputs:
             rows = {name: shapes[name][0] for name in names}
             own = sums.get(gradients_of(names[0])) or RowGradients.empty(rows, self._skeleton.device)
             assert isinstance(own, RowGradients)

@@ -34,6 +34,7 @@ def left_alone(name: str) -> bool:
         {"sparsity": 0.6, "method": "wanda", "allocation": "owl"},
         {"sparsity": 0.6, "method": "wanda", "allocation": "mosaic"},
         {"sparsity": 0.6, "method": "wanda", "allocation": "mosaic-released"},
+        {"sparsity": 0.6, "method": "wanda", "allocation": "fisher"},
         {"sparsity": 0.5, "method": "wanda", "pattern": "mixed:8"},
         {"sparsity": 0.5, "rebuild": "barber", "rebuild_threshold": 0.5},
         {"sparsity": 0.5, "targets": "stream"},
@@ -95,3 +96,5 @@ def test_a_plan_does_not_pay_for_what_is_ignored(folder):
         return plan(PlanRecipe.checked(values)).plans[0].candidate.seconds.prune
 
     assert seconds(ignore=["*.mlp.*"]) < seconds()
+    for fields in ({}, {"targets": "stream"}, {"reconstruct": 2, "replicas": 2, "gpus": 2}):
+        assert seconds(ignore=["model.layers.0.*"], **fields) < seconds(**fields)

@@ -20,6 +20,7 @@ from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.sampling import drawn_tokens, draws
 from shardprune.solvers.sparsegpt import prune
 from shardprune.solvers.statistics import InputStatistics
+from tests.support.architectures import MIXED, make_architecture
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors, make_model, make_tokens
 
@@ -249,3 +250,13 @@ def test_what_does_not_go_with_it_is_said(folder, tmp_path, fields, message):
         run(folder, tmp_path / "o", allocation="fisher", **fields)
     assert "\n" not in str(wrong.value)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_5_text"])
+def test_layers_of_several_kinds(model_type, tmp_path):
+    make_architecture(tmp_path / "model", model_type, MIXED[model_type])
+    make_tokens(tmp_path / "tokens.npy")
+    run(tmp_path, tmp_path / "o", **FISHER)
+    run(tmp_path, tmp_path / "sharded", shards=2, weights="streamed", **FISHER)
+    assert differing(tmp_path / "o", tmp_path / "sharded") == []
+    assert content(tmp_path / "o") == content(tmp_path / "sharded")

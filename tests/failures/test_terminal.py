@@ -127,7 +127,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-LONG = {"steps": 80, "checkpoint_every": 4}
+LONG = {"steps": 48, "checkpoint_every": 4}
 
 
 @pytest.mark.parametrize(("backend", "file"), [("local", "rows.safetensors"), ("ray", "latest")])
