@@ -84,6 +84,8 @@ def test_what_makes_two_runs_the_same_is_what_the_fingerprint_covers(recipe):
             other = not value
         elif choices:
             other = choices[0]
+        elif isinstance(value, tuple):
+            other = ("1:4",)
         else:
             other = value + 0.125 if isinstance(value, float) else value + 1 if isinstance(value, int) else "1:4"
         if name in {"sparsity", "structured", "remove", "segments", "wave"}:
