@@ -84,7 +84,7 @@ class PruningFields(StructuredFields):
         "none", "Sparsity of every projection: OUT/allocation.json of another run, or measured curves", min_length=1
     )
     ignore: Globs = Field(
-        (), description="Projections to leave dense: a glob over names such as model.layers.0.mlp.down_proj; repeatable"
+        (), description="Projections to leave dense: a glob over names, such as *.mlp.down_proj; repeatable"
     )
     outlier_m: float = Field(
         5.0,
