@@ -71,6 +71,7 @@ class Measurer:
         return {
             **self._shared,
             **amount(setting),
+            "targets": "own",  # also on text of the model's own, where `auto` would take the stream
             **fields,
             "model": self.case.model,
             "calibration": f"self:{self._text}" if source == "self" else source,

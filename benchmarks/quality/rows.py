@@ -43,8 +43,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "ALPS + OWL + stream targets + reconstruction": ALPS | OWL | STREAM | TRAINED,
     "ALPS + Fisher + stream targets + reconstruction": ALPS | FISHER | STREAM | TRAINED,
     # the dial
-    "quality balanced": {"quality": "balanced"},
-    "quality best": {"quality": "best"},
+    "quality fast": {"quality": "fast", "targets": "auto"},
+    "quality balanced": {"quality": "balanced", "targets": "auto"},
+    "quality best": {"quality": "best", "targets": "auto"},
 }
 
 

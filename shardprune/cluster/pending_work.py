@@ -108,7 +108,7 @@ class PendingWork:
 
     def _parts_of_solutions(self, layer: int, tokens: int) -> int:
         if self.widths:
-            return self.narrow_parts(layer, tokens)
+            return self.narrow_parts(layer, tokens) + (self.improving.reconstruction > 0)
         kind = self.family.kinds[layer]
         rebuilt = len(kind.blocks) if self.rebuilding else 0
         solutions = sum(self.solve_parts(layer, names, tokens) for names in kind.inputs)

@@ -79,12 +79,22 @@ def _prune_layers(
 
 
 def _narrow_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
-    """Make a layer narrower on every replica, but for its file; return its record."""
+    """Make a layer narrower on every replica, and train it where that is asked for: all but its file.
+
+    Returns its record.
+    """
     assert work.widths is not None
-    kept = narrow_layer(layer, work.family.kinds[layer.layer].input_names, work.widths, work.passes_on_dense)
+    held_out = HeldOut(layer) if work.improving else None
+    if held_out:  # before the layer changes
+        layer.calibrating.over_waves(PruneWorker.aim)
+    inputs = work.family.kinds[layer.layer].input_names
+    kept = narrow_layer(layer.calibrating, inputs, work.widths, work.passes_on_dense)
     layer.step.advance(work.narrow_parts(layer.layer, layer.waves.tokens_of_one))
-    sizes = layer.group.get(layer.ask(0, PruneWorker.sizes))
-    return LayerRecord(layer.layer, kept=kept, sizes=sizes)
+    record = LayerRecord(layer.layer, kept=kept)
+    if held_out:
+        record = reconstruct_layer(work, layer, record, held_out)
+        record = replace(record, improvements=tuple(held_out.reports))
+    return replace(record, sizes=layer.group.get(layer.ask(0, PruneWorker.sizes)))
 
 
 def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:

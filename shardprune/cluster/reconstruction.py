@@ -23,7 +23,7 @@ def reconstruct_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord
     The output errors of its projections are no longer known then: they are those of the layer that matter.
 
     Args:
-        record: of the solved layer.
+        record: of the solved or narrowed layer.
     """
     names, steps = work.family.kinds[layer.layer].projections, work.improving.reconstruction
     held_out.measure()
@@ -32,7 +32,8 @@ def reconstruct_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord
     if zeros is None:
         return record
     reports = [replace(report, zeros=zeros[report.name], error=None) for report in record.projections]
-    return replace(record, projections=tuple(reports))
+    kept = record.kept and replace(record.kept, errors={})
+    return replace(record, projections=tuple(reports), kept=kept)
 
 
 def _train(layer: LayerInWork, names: tuple[str, ...], steps: int, norm: float) -> dict[str, int]:

@@ -9,7 +9,7 @@ from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.storage.json_file import dump_json
 
-FORMAT = 3  # of what a fingerprint covers; changes when the same recipe gives other tensors
+FORMAT = 4  # of what a fingerprint covers; changes when the same recipe gives other tensors
 
 
 def fingerprint_of(

@@ -19,7 +19,7 @@ from shardprune.model.allocation_file import FIELD as ALLOCATED
 from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
-from shardprune.model.families import structures_of
+from shardprune.model.families import FAMILIES, structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -343,7 +343,11 @@ def prepare(
     if mixture and isinstance(job.zeroing, Zeroing) and job.zeroing.allocation == "fisher":
         raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
     if job.improving.stream_targets:
-        structures_of(skeleton.config.model_type, "targets")
+        if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
+            recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known
+            job = recipe.job()
+        else:
+            structures_of(skeleton.config.model_type, "targets")
     widths = _widths(job, skeleton)
     job, given = _with_given(recipe, job, skeleton)
     sparse = None

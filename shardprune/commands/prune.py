@@ -299,7 +299,7 @@ class PruningRun:
             rebuilding=prepared.job.rebuilding,
             measure_error=prepared.job.measure_error,
             widths=prepared.widths,
-            passes_on_dense=scoring is not None and not scoring.correction,
+            passes_on_dense=scoring is not None and not scoring.correction and not prepared.job.improving,
             effort=Effort(sweeps=scoring.needs_gram(False)) if scoring else prepared.job.effort,
             improving=prepared.job.improving,
         )

@@ -32,6 +32,13 @@ def show(result: PlanResult, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if recipe.quality != "fast" or (recipe.targets == "auto" and recipe.towards_stream):
+        fields = recipe.chosen | recipe.decided
+        console.print(
+            f"quality {recipe.quality}: {', '.join(f'{name} {value}' for name, value in fields.items())}",
+            highlight=False,
+            soft_wrap=True,
+        )
     for plan in result.plans:
         console.print()
         _show_plan(plan, console, unit)

@@ -16,9 +16,8 @@ from pydantic import (
 
 from shardprune.errors import InputError
 from shardprune.planning.hardware import HARDWARE, Hardware
-from shardprune.recipes.groups import WORKERS, CalibrationFields, EvaluationFields
-from shardprune.recipes.improving import ImprovingFields
-from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, PruningFields, StructuredFields
+from shardprune.recipes.groups import WORKERS
+from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, StructuredFields, ZeroingFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.shard.device_room import CONTEXT_BYTES
 from shardprune.storage.quantities import gigabytes
@@ -122,16 +121,7 @@ class Choices(Settings):
     dtype: Literal["auto", "float32"] = Field("auto", description="Compute dtype")
 
 
-class PlanRecipe(
-    Machine,
-    Choices,
-    PruningFields,
-    CalibrationFields,
-    EvaluationFields,
-    StructuredFields,
-    OptionalBarberFields,
-    ImprovingFields,
-):
+class PlanRecipe(Machine, Choices, ZeroingFields):
     """The recipe of `shardprune plan`.
 
     Recipes of `shardprune prune` are accepted; fields that a plan does not depend on are ignored. Structured pruning
@@ -158,6 +148,4 @@ class PlanRecipe(
         for field in ("structured", "rebuild"):
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise InputError(field, f"{getattr(self, field)!r} is not planned; plan the run without it")
-        self.check_improving(self.samples, self.rebuilding)
-        self.check_damping(self.samples, self.towards_stream)
         return self

@@ -315,7 +315,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         sources=len(recipe.eval),
         windows=recipe.eval_windows or max(1, EVALUATED_TOKENS // recipe.seqlen),
         itemsize=model.stored.itemsize if narrow else 4,
-        improving=replace(recipe.improving, measured_damping=recipe.damping == "auto"),
+        improving=recipe.measured,
     )
 
 

@@ -10,24 +10,36 @@ from shardprune.solvers.improving import LEAST_SAMPLES, Improving
 from shardprune.solvers.rebuilding import Rebuilding
 
 
-class ImprovingFields(Settings):
+class TrainingFields(Settings):
+    """Training of every layer."""
+
+    title: ClassVar[str] = "Improvement"
+
+    reconstruct: int = Field(
+        0, ge=0, description="Steps of training each layer's kept weights towards the dense output; 0: none"
+    )
+
+
+class ImprovingFields(TrainingFields):
     """Steps that improve a layer; each is kept only where held-out windows say that it does."""
 
     title: ClassVar[str] = "Improvement"
 
     targets: Literal["auto", "stream", "own"] = Field(
         "auto",
-        description="Targets of the projections: the dense residual stream, or own outputs; auto: own",
-    )
-
-    reconstruct: int = Field(
-        0, ge=0, description="Steps of training each layer's kept weights towards the dense output; 0: none"
+        description="Targets of the projections: the dense residual stream, or own outputs; auto: stream where "
+        "calibration is self and nothing is trained",
     )
 
     @property
     def towards_stream(self) -> bool:
-        """Whether projections aim at the dense residual stream: the one place that says what `auto` is."""
-        return self.targets == "stream"
+        """Whether projections aim at the dense residual stream."""
+        return self.targets == "stream" or (self.targets == "auto" and self.stream_is_safe)
+
+    @property
+    def stream_is_safe(self) -> bool:
+        """Whether `auto` aims at the dense stream: not by itself, but a recipe with calibration text may say so."""
+        return False
 
     @property
     def decided(self) -> dict[str, str]:

@@ -16,7 +16,8 @@ from shardprune.recipes.groups import (
     WidthFields,
 )
 from shardprune.recipes.identity import shaping_fields
-from shardprune.recipes.improving import ImprovingFields
+from shardprune.recipes.improving import ImprovingFields, TrainingFields
+from shardprune.recipes.quality import QualityFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST
@@ -83,7 +84,7 @@ class PruningFields(StructuredFields):
         "none", "Sparsity of every projection: OUT/allocation.json of another run, or measured curves", min_length=1
     )
     ignore: Globs = Field(
-        (), description="Projections to leave dense: a glob over names such as model.layers.0.mlp.down_proj; repeatable"
+        (), description="Projections to leave dense: a glob over names, such as *.mlp.down_proj; repeatable"
     )
     outlier_m: float = Field(
         5.0,
@@ -279,16 +280,39 @@ class OptionalBarberFields(BarberFields):
         return self.swapping if self.rebuild == "barber" else None
 
 
-class PruneRecipe(
+class ZeroingFields(
+    QualityFields,
     PruningFields,
     CalibrationFields,
     EvaluationFields,
     StructuredFields,
     OptionalBarberFields,
     ImprovingFields,
-    PruneWorkerFields,
-    OutputFields,
 ):
+    """What a run and a plan of one say alike, and what follows from it."""
+
+    @property
+    def stream_is_safe(self) -> bool:
+        """Whether `auto` aims at the dense stream: the one place that says so. On text of another kind than that which
+        counts it harms, which no window of that text can tell; what the model writes is like what it reads. A training
+        comes to the same place without it."""
+        hindered = self.rebuilding is not None or self.damping == "auto" or self.samples < LEAST_SAMPLES
+        written = any(part.is_written or part.folder for part in self.parts)
+        return self.zeroes and written and not hindered and not self.reconstruct
+
+    @model_validator(mode="after")
+    def _windows_can_be_held_out(self) -> "ZeroingFields":
+        self.check_improving(self.samples, self.rebuilding)
+        self.check_damping(self.samples, self.towards_stream)
+        return self
+
+    @property
+    def measured(self) -> Improving:
+        """The steps that improve a layer, and whether windows are held out for the damping."""
+        return replace(self.improving, measured_damping=self.damping == "auto")
+
+
+class PruneRecipe(ZeroingFields, PruneWorkerFields, OutputFields):
     """The recipe of `shardprune prune`."""
 
     command: ClassVar[str] = "prune"
@@ -302,21 +326,10 @@ class PruneRecipe(
 
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", *ImprovingFields.model_fields)
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", "targets")
         replaced = self.rebuilding is not None and not self.keep_corrected
         self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
-
-    @model_validator(mode="after")
-    def _windows_can_be_held_out(self) -> "PruneRecipe":
-        self.check_improving(self.samples, self.rebuilding)
-        self.check_damping(self.samples, self.towards_stream)
-        return self
-
-    @property
-    def measured(self) -> Improving:
-        """The steps that improve a layer, and whether windows are held out for the damping."""
-        return replace(self.improving, measured_damping=self.damping == "auto")
 
     def job(self) -> PruningJob:
         """Return the job of the run that zeroes weights."""
@@ -330,9 +343,10 @@ class PruneRecipe(
 
     @property
     def structures(self) -> "WidthRecipe":
-        """The recipe of the run that removes structures, before weights become zero."""
+        """The recipe of the run that removes structures, before weights become zero; layers are trained in the last
+        run alone."""
         shared = set(WidthRecipe.model_fields) & set(PruneRecipe.model_fields)
-        return WidthRecipe(**self.model_dump(include=shared))
+        return WidthRecipe(**self.model_dump(include=shared) | ({"reconstruct": 0} if self.zeroes else {}))
 
 
 class RemovalFields(StructuredFields):
@@ -342,18 +356,19 @@ class RemovalFields(StructuredFields):
     outlier_m: float = 5.0
 
 
-class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
+class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, TrainingFields, PruneWorkerFields, OutputFields):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (RemovalFields,)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (RemovalFields, TrainingFields)
 
     model: str
 
     def job(self) -> PruningJob:
         """Return the job of the run that removes structures."""
         scoring = Scoring(self.score, self.correction, self.outlier_m)
-        return PruningJob(None, WidthRemoval(self.structured, self.neuron_multiple, scoring), None, self.measure_error)
+        removal = WidthRemoval(self.structured, self.neuron_multiple, scoring)
+        return PruningJob(None, removal, None, self.measure_error, Improving(reconstruction=self.reconstruct))
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""

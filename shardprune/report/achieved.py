@@ -60,8 +60,13 @@ def sparsity_of(records: Sequence[LayerRecord], target: float | None, original: 
         layers=layers,
         projections=[ProjectionResult.of(report) for report in reports],
         blocks=[BlockResult(**asdict(block)) for record in records for block in record.blocks] or None,
-        improvements=[ImprovementResult(**asdict(step)) for record in records for step in record.improvements] or None,
+        improvements=improvements_of(records),
     )
+
+
+def improvements_of(records: Sequence[LayerRecord]) -> list[ImprovementResult] | None:
+    """Return the steps that were meant to improve layers; None where there were none."""
+    return [ImprovementResult(**asdict(step)) for record in records for step in record.improvements] or None
 
 
 def _fraction(record: LayerRecord) -> float:
@@ -90,6 +95,7 @@ def removal_of(records: Sequence[LayerRecord], target: float | None) -> Sparsity
         zeroed=zeros,
         layers=[],
         projections=[],
+        improvements=improvements_of(records),
     )
 
 

@@ -369,6 +369,10 @@ class ForwardWorker:
     def _layer(self, index: int, version: Version) -> nn.Module:
         return self.layers.get(index, version)
 
+    def in_work(self, index: int) -> nn.Module:
+        """Return the layer that is being changed, as it is now."""
+        return self.layers.get(index, "dense")
+
     def _observing(self, index: int) -> dict[str, Summed]:
         """The sums over a layer's inputs that `outliers` needs."""
         if index not in self.sums:

@@ -42,13 +42,13 @@ class HeldOut:
     @verb("exchange", layer="index")
     def remember(self, index: int, names: tuple[str, ...]) -> None:
         """Keep a copy of some of the layer's projections, in the place of those kept before."""
-        layer = self._worker.layers.get(index, "dense")
+        layer = self._worker.in_work(index)
         self._remembered = {name: projection_weight(layer, name).clone() for name in names}
 
     @verb("exchange", layer="index")
     def put_back(self, index: int) -> None:
         """Undo what has happened to the projections since they were remembered."""
-        layer = self._worker.layers.get(index, "dense")
+        layer = self._worker.in_work(index)
         for name, weight in self._remembered.items():
             projection_weight(layer, name).copy_(weight)
         self.forget()
@@ -59,7 +59,7 @@ class HeldOut:
 
     def _image(self, index: int, hidden: Tensor) -> Tensor:
         """Return the image of a wave under the layer as it is now."""
-        layer = self._worker.layers.get(index, "dense")
+        layer = self._worker.in_work(index)
         return self._skeleton.forward_layer(layer, hidden, self._skeleton.layer_arguments(index, *hidden.shape[:2]))
 
 

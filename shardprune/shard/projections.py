@@ -87,7 +87,7 @@ def prune_projections(
     if damping == "auto":
         assert statistics is not None
         try:
-            targets = choose(solve, targets, statistics)
+            targets = choose(solve, targets, statistics, 0.0 if refitted else method.slack)
             statistics.take_in_held_out()
         except SolverError as error:
             raise SolverError(f"{labels[names[0]]}: {error}") from error

@@ -13,7 +13,7 @@ and `put_back`.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardprune.model.checkpoint import reopened
 from shardprune.model.experts import DOWN
@@ -152,13 +152,13 @@ class PruneWorker(ForwardWorker):
     @verb("exchange", layer="index")
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
         """Hand out solved projections, for the other replicas."""
-        layer = self.layers.get(index, "dense")
+        layer = self.in_work(index)
         return {name: to_host(projection_weight(layer, name)) for name in names}
 
     @verb("exchange", layer="index")
     def install(self, index: int, weights: dict[str, Tensor]) -> None:
         """Put projections that another replica solved into the layer."""
-        layer = self.layers.get(index, "dense")
+        layer = self.in_work(index)
         for name, weight in weights.items():
             projection_weight(layer, name).copy_(weight)
 
@@ -167,7 +167,7 @@ class PruneWorker(ForwardWorker):
         """Put projections that the replica of rank `source` solved into the layer of those of all `ranks`, all of which
         are in this call."""
         assert self.peers is not None
-        layer = self.layers.get(index, "dense")
+        layer = self.in_work(index)
         for name in names:
             self.peers.broadcast(projection_weight(layer, name), ranks, source)
 
@@ -289,6 +289,10 @@ class PruneWorker(ForwardWorker):
         self._files.close()
 
     # -- inside -----------------------------------------------------------------------------------------------
+
+    def in_work(self, index: int) -> nn.Module:
+        """Return the layer that is being changed, as it is now: the narrowed one, where there is one."""
+        return self.narrowed.get(index) or super().in_work(index)
 
     def _pattern(self, weight: Tensor, share: Share | None) -> Pattern:
         """The pattern of a projection: the recipe's, or what the zeros of a pruned weight show."""

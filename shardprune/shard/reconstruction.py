@@ -39,7 +39,7 @@ class Reconstruction:
         Args:
             norm: ||dense output - dense input||^2 of a window: the unit of the loss.
         """
-        layer, names = self._worker.layers.get(index, "dense"), self._skeleton.family.kinds[index].projections
+        layer, names = self._worker.in_work(index), self._skeleton.family.kinds[index].projections
         weights = {name: projection_weight(layer, name) for name in names}
         masks = {name: weight != 0 for name, weight in weights.items()}
         masters = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}
@@ -73,7 +73,7 @@ class Reconstruction:
         norm: float,
     ) -> None:
         """Give the masters [rows, cols] the gradients of the layer's mean squared error over a batch of windows."""
-        layer = self._worker.layers.get(index, "dense")
+        layer = self._worker.in_work(index)
         hidden, target = self._windows(batch, ""), self._windows(batch, "dense")
         arguments = self._skeleton.layer_arguments(index, *hidden.shape[:2])
         leaves = {name: master.detach().to(hidden.dtype).requires_grad_() for name, master in masters.items()}

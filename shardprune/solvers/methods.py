@@ -119,12 +119,14 @@ class Method:
         solve: `solve(targets, statistics)` yields the solutions of the projections that read one input, in order.
         needs: kind of statistics that it requires; None: weights alone.
         effort: of a solution; what `shardprune plan` computes memory and seconds from.
+        slack: fraction by which what it loses on held-out windows may be above the least where damping is measured.
         named: whether it is a value of a recipe's `method`; `wanda-variant` is chosen by an option.
     """
 
     solve: Solve
     needs: "Kind | None"
     effort: Effort
+    slack: float = 0.0
     named: bool = True
 
 
@@ -171,6 +173,6 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(one_by_one("magnitude.prune"), None, Effort()),
     "wanda": Method(one_by_one("wanda.prune"), "squares", SORTING),
     "wanda-variant": Method(one_by_one("wanda.prune_variant"), "squares", replace(SORTING, running=28), named=False),
-    "sparsegpt": Method(at_once("sparsegpt.prune_together"), "gram", Effort(sweeps=True)),
+    "sparsegpt": Method(at_once("sparsegpt.prune_together"), "gram", Effort(sweeps=True), slack=0.05),
     "alps": Method(at_once("alps.prune_together"), "gram", SPLITTING),
 }

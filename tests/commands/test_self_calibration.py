@@ -19,7 +19,7 @@ from tests.support.architectures import DENSE, make_architecture
 from tests.support.running import rebuild_run, run, search_run
 from tests.support.tiny import CONFIGS, differing, make_model, snapshot
 
-CHEAP = {"method": "magnitude", "sparsity": 0.5, "measure_error": False, "calibration": "self"}
+CHEAP = {"method": "magnitude", "sparsity": 0.5, "measure_error": False, "calibration": "self", "targets": "own"}
 BATCH = 5  # of 12 sequences: two whole batches and a rest
 
 

@@ -23,7 +23,7 @@ def judged(tokens: int, cols: int, device: str = "cpu") -> tuple[InputStatistics
 
 @pytest.mark.parametrize("refitted", [False, True])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps"])
-def test_each_projection_gets_the_value_that_loses_least_on_the_held_out_inputs(method, refitted, device):
+def test_each_projection_gets_the_largest_value_that_is_as_good_on_the_held_out_inputs(method, refitted, device):
     statistics, held = judged(40, 96, device)
     generator = torch.Generator().manual_seed(0)
     targets = [
@@ -31,7 +31,9 @@ def test_each_projection_gets_the_value_that_loses_least_on_the_held_out_inputs(
         for rows, pattern in [(24, "unstructured"), (8, "2:4"), (300, "unstructured")]
     ]
     solve = fitting(METHODS[method].solve) if refitted else METHODS[method].solve
-    chosen = choose(solve, targets, statistics)
+    slack = {"sparsegpt": 0.05, "alps": 0.0}[method]
+    assert METHODS[method].slack == slack
+    chosen = choose(solve, targets, statistics, slack)
     assert not statistics._factors
     for target, found in zip(targets, chosen, strict=True):
         lost = {}
@@ -39,14 +41,16 @@ def test_each_projection_gets_the_value_that_loses_least_on_the_held_out_inputs(
             (solution,) = solve([Target(target.weight, target.pattern, target.sparsity, damping)], statistics)
             change = (target.weight - solution.weight).cpu().double()
             lost[damping] = float((held.double() @ change.T).square().sum())
-        assert found.damping == min(lost, key=lambda damping: lost[damping])
+        assert found.damping == max(
+            damping for damping in DAMPINGS if lost[damping] <= (1 + slack) * min(lost.values())
+        )
         assert (found.weight is target.weight, found.pattern, found.sparsity) == (True, target.pattern, 0.6)
 
 
 def test_few_tokens_want_more_damping_than_many():
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     target = Target(weight, parse_pattern("unstructured"), 0.7)
-    few, many = (choose(METHODS["alps"].solve, [target], judged(tokens, 96)[0]) for tokens in (12, 2000))
+    few, many = (choose(METHODS["alps"].solve, [target], judged(tokens, 96)[0], 0.0) for tokens in (12, 2000))
     assert few[0].damping > many[0].damping
 
 
@@ -54,7 +58,7 @@ def test_a_projection_that_no_value_solves_is_an_error():
     statistics, _ = judged(40, 16)
     target = Target(torch.full((4, 16), 3e38), parse_pattern("unstructured"), 0.5)
     with pytest.raises(SolverError, match="the pruned weight is not finite"):
-        choose(METHODS["sparsegpt"].solve, [target], statistics)
+        choose(METHODS["sparsegpt"].solve, [target], statistics, 0.05)
 
 
 @pytest.mark.parametrize("kind", ["gram", "squares"])

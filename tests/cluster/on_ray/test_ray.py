@@ -90,7 +90,7 @@ SCENARIOS = {
     "dense stream, trained": {"shards": 2, "targets": "stream", "reconstruct": 3},
     "narrower, streamed": {"shards": 2, "weights": "streamed", "structured": 0.3, "sparsity": None},
     "narrower, then sparse, on replicas": {"shards": 2, "replicas": 2, "structured": 0.2, "method": "wanda"},
-    "on text of its own": {"shards": 2, "replicas": 2, "calibration": "self", "self_batch": 2},
+    "on text of its own": {"shards": 2, "replicas": 2, "calibration": "self", "self_batch": 2, "targets": "own"},
     "replicas of a pattern without a Hessian": {
         "replicas": 3,
         "method": "magnitude",
@@ -133,7 +133,7 @@ JOINED = {
         "reconstruct": 3,
     },
     "narrower": {"shards": 2, "replicas": 2, "structured": 0.2, "sparsity": None},
-    "on text of its own": {"shards": 3, "calibration": "self", "self_batch": 3},
+    "on text of its own": {"shards": 3, "calibration": "self", "self_batch": 3, "targets": "own"},
 }
 
 
@@ -243,7 +243,7 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
 
 
 def test_a_worker_dies_while_the_model_writes_its_text(ray, folder, tmp_path):
-    fields = {"calibration": "self", "self_batch": 3, "shards": 2}
+    fields = {"calibration": "self", "self_batch": 3, "shards": 2, "targets": "own"}
     prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
     moment = Moment("generate", 0.7, lambda: kill(processes_of("GenerationActor")[0]))  # of two rounds of two waves
     result = prune(recipe(folder, tmp_path / "o", **fields), Heard(moment))

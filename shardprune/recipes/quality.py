@@ -1,0 +1,61 @@
+"""The dial between time and quality: a few settings, each of which stands for fields of a recipe."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from shardprune.recipes.improving import TrainingFields
+from shardprune.recipes.settings import Settings
+from shardprune.solvers.allocation.budget import HIGHEST
+
+# docs/quality.md has what each of them gives, docs/planning.md what it costs.
+EVERYWHERE: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "balanced": {"reconstruct": 50},
+    "best": {"method": "alps", "reconstruct": 100},
+}
+# Beside that, where zeros may stand anywhere and are so many that it matters which projection gives up how much.
+UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "owl"}}
+SHARED_OUT_FROM = 0.6  # of the weights
+
+
+def stands_for(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that the quality of a recipe stands for, where they have an effect; those among `values` that
+    are given win over them."""
+    quality, sparsity = values.get("quality", "fast"), values.get("sparsity")
+    unstructured = values.get("pattern", "unstructured") == "unstructured"
+    fields = dict(EVERYWHERE.get(quality, {}))
+    if unstructured and sparsity is None:  # nothing becomes zero, but structures may go
+        return {name: value for name, value in fields.items() if name in TrainingFields.model_fields}
+    if unstructured and "allocation_file" not in values and _many(sparsity):
+        fields |= UNSTRUCTURED.get(quality, {})
+    return fields
+
+
+def _many(sparsity: Any) -> bool:
+    try:
+        return SHARED_OUT_FROM <= float(sparsity) < HIGHEST
+    except (TypeError, ValueError):  # which the field's own check names
+        return False
+
+
+class QualityFields(Settings):
+    """The dial, which fills in fields that are not given."""
+
+    title: ClassVar[str] = "Pruning"
+
+    quality: Literal["fast", "balanced", "best"] = Field(
+        "fast", description="Time for quality: stands for fields that are not given themselves, which result.json has"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stands_for_fields(cls, values: Any) -> Any:
+        return {**stands_for(values), **values} if isinstance(values, dict) else values
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The fields that the quality may stand for, with the values that they have."""
+        names = {name for table in (EVERYWHERE, UNSTRUCTURED) for fields in table.values() for name in fields}
+        return {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
