@@ -46,8 +46,9 @@ LONG = (
     "storage",
     "commands",
 )
-# Folders whose tests share a Ray cluster, two processes that train, a server: what takes long to start.
-TOGETHER = ("tests/cluster/on_ray/", "tests/recovery/", "tests/storage/")
+# Folders whose tests share a Ray cluster, two processes that train, a server: what takes long to start. The first of
+# these has work for two clusters.
+TOGETHER = ("tests/cluster/on_ray/test_ray", "tests/cluster/on_ray/", "tests/recovery/", "tests/storage/")
 
 
 def pytest_collection_modifyitems(items):

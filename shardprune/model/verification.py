@@ -170,7 +170,8 @@ def difference_layer_by_layer(config: PretrainedConfig) -> float:
     if difference := float((logits - expected).abs().max()):
         return difference
     later = torch.cat([tokens[:, :-1], (tokens[:, -1:] + 1) % config.vocab_size], 1)
-    if not torch.equal(whole(input_ids=later, use_cache=False).logits[:, :-1], expected[:, :-1]):
+    moved = (whole(input_ids=later, use_cache=False).logits - expected)[:, :-1].abs().max()
+    if not moved < ROUNDING * expected.abs().max():  # experts add up the tokens that they are sent together
         raise _refused("predicts tokens from those behind them: it is no causal language model")
     return 0.0
 
