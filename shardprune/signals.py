@@ -5,6 +5,7 @@ The first one raises `Stopped` in the main thread; what is open closes. A second
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 SAME_SECONDS = 1.0  # in which a second SIGINT is the first one, which a wrapper such as make passes on as well
 TURN_SECONDS = 0.5
+AGAIN_SECONDS = 0.1
 
 T = TypeVar("T")
 
@@ -32,6 +34,7 @@ class _Signals:
         self.first_at = 0.0
         self.handled = False
         self.groups: set[int] = set()
+        self.others_lost = sys.unraisablehook
 
     def receive(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal."""
@@ -41,6 +44,17 @@ class _Signals:
             raise Stopped(number)
         if number == signal.SIGINT and now - self.first_at > SAME_SECONDS:
             end_at_once(self.first)
+
+    def receive_again(self, lost: "sys.UnraisableHookArgs") -> None:
+        """Handle an exception where none can be raised, as in a finalizer or while a library in C is imported: the
+        signal behind it comes again a little later."""
+        if self.first is None or not isinstance(lost.exc_value, Stopped):
+            self.others_lost(lost)
+            return
+        number, self.first = self.first, None
+        timer = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number))
+        timer.daemon = True
+        timer.start()
 
 
 _signals = _Signals()
@@ -57,6 +71,7 @@ def stoppable() -> Iterator[None]:
         return
     _signals.first, _signals.handled = None, True
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in NAMES}
+    _signals.others_lost, sys.unraisablehook = sys.unraisablehook, _signals.receive_again
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, _signals.receive)
@@ -68,6 +83,7 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = _signals.others_lost
         first, _signals.first, _signals.handled = _signals.first, None, False
     if first is not None:  # whatever exception Ray or another library turned it into
         raise Stopped(first)

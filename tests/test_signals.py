@@ -16,6 +16,9 @@ from shardprune.errors import Stopped
 from shardprune.signals import NAMES, SAME_SECONDS, as_completed, handlers_kept, stoppable, stopping
 
 
+WENT_ON: list[object] = []  # what a signal did not stop
+
+
 def swallowed() -> None:
     """What the parser of the command line does: an interrupt becomes an exit code."""
     try:
@@ -41,18 +44,32 @@ def failing() -> None:
         raise RuntimeError("closed already") from interrupt
 
 
+def finalizing() -> None:
+    """Where no exception can be raised."""
+
+    class Closing:
+        def __del__(self) -> None:
+            told()
+
+    closing = Closing()
+    del closing
+    time.sleep(10)  # the signal comes again
+    WENT_ON.append(finalizing)
+
+
 def told(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
     time.sleep(5)  # which the signal ends
 
 
-@pytest.mark.parametrize("work", [told, swallowed, turned, failing])
+@pytest.mark.parametrize("work", [told, swallowed, turned, failing, finalizing])
 def test_a_run_that_is_told_to_stop_has_stopped(work):
     before = [signal.getsignal(number) for number in NAMES]
     with pytest.raises(Stopped), stoppable():
         work()
     assert [signal.getsignal(number) for number in NAMES] == before
     assert not stopping()
+    assert not WENT_ON
 
 
 @pytest.mark.parametrize("number", NAMES)

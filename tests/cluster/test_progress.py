@@ -27,7 +27,7 @@ INPUTS = (
     ("mlp.down_proj",),
 )
 ATTENTION = frozenset(name for name in SHAPES if name.startswith("self_attn."))
-KIND = LayerKind(INPUTS, INPUTS, ATTENTION, FAMILIES["llama"])
+KIND = LayerKind(INPUTS, INPUTS, ATTENTION, structures=FAMILIES["llama"])
 FAMILY = Family("model.layers", (KIND, KIND))
 
 

@@ -11,9 +11,9 @@ TOLERANCE = 1e-5  # of float32 weights that a solution of SparseGPT's or least s
 STEPS = {
     "accumulate": (47, 0, 0),
     "solve q, k, v": (1055, 4, 1),
-    "solve o": (893, 4, 1),
+    "solve o": (897, 4, 1),
     "solve gate, up": (976, 4, 1),
-    "solve down": (2893, 4, 1),
+    "solve down": (2897, 4, 1),
     "write": (7, 1, 1632),
     "finish": (0, 0, 0),
     "propagate": (46, 0, 0),

@@ -26,14 +26,18 @@ class Terminal:
 
     Args:
         words: of the command line, after the interpreter.
+        suspended_at: the import of a module at which the process suspends itself.
     """
 
-    def __init__(self, *words: str, cwd: Path) -> None:
+    def __init__(self, *words: str, cwd: Path, suspended_at: str | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self._master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 400, 0, 0))  # rows, columns
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm", MARK: self.mark}
+        if suspended_at:
+            environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).with_name('suspended')}"
+            environment["SHARDPRUNE_TEST_SUSPENDED_AT"] = suspended_at
         self.process = psutil.Popen(
             [sys.executable, *words],
             cwd=cwd,
@@ -80,19 +84,9 @@ class Terminal:
                 raise AssertionError(self.lines())
             time.sleep(0.005)
 
-    def halt_once(self, happened: Callable[[], bool]) -> None:
-        """Let the command run a step at a time until something has happened, and leave it suspended there: it would be
-        elsewhere by the time that a busy machine lets this process look."""
-        while not happened():
-            self.process.resume()
-            time.sleep(0.005)
-            self.process.suspend()
-            if self.process.status() == psutil.STATUS_ZOMBIE:
-                raise AssertionError(self.lines())
-
-    def maps(self, library: str) -> bool:
-        """Whether the command's process has loaded a library."""
-        return library in Path(f"/proc/{self.process.pid}/maps").read_text()
+    def until_suspended(self) -> None:
+        """Wait until the command has suspended itself."""
+        self.until(lambda: self.process.status() == psutil.STATUS_STOPPED)
 
     def ended(self, seconds: float = 240) -> int:
         """Wait for the end, and return the exit code as shells report it."""
