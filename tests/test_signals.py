@@ -15,7 +15,6 @@ import pytest
 from shardprune.errors import Stopped
 from shardprune.signals import NAMES, SAME_SECONDS, as_completed, handlers_kept, stoppable, stopping
 
-
 WENT_ON: list[object] = []  # what a signal did not stop
 
 
