@@ -1,5 +1,5 @@
 PYTHON ?= python3
-WORKERS ?= 6
+WORKERS ?= 4
 OUT ?= runs/gpu
 N ?= 100
 
@@ -9,7 +9,7 @@ N ?= 100
 demo: .venv/ready
 	.venv/bin/shardprune demo
 
-# Tests that start and kill processes wait for half of their time: six files at a time keep two cores busy.
+# Tests that start and kill processes wait for half of their time: four files at a time keep two cores busy.
 test: .venv-test/ready
 	.venv-test/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
