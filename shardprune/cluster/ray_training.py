@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
@@ -98,6 +99,8 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int, patience: float) -
             wanted = f"{workers} x {cpus} CPUs" + (" and a GPU" if gpu else "")
             raise InputError("address", f"the cluster did not free {wanted} in time") from error
         raise WorkerLost("one of the training's processes died") from error
+    except RayActorError as error:  # of Ray Train's own, which tells the others what to do
+        raise watch.lost or WorkerLost("the process that directs the training died") from error
     return reports.read()
 
 

@@ -24,7 +24,8 @@ from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import EvaluationResult, Result
-from shardprune.storage.folder import PARTIAL, output_folder
+from shardprune.storage.folder import output_folder
+from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located
@@ -111,7 +112,7 @@ class _Progress:
         self.folder = output_folder(recipe.out)
         self.recipe = recipe
         self.evaluated: dict[str, Any] | None = None
-        names = [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]
+        names = lasting_names(self.folder)
         if not names:
             return
         if STATE not in names:

@@ -5,7 +5,8 @@ from typing import Any
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.report.result import Evaluation, EvaluationResult
-from shardprune.storage.folder import PARTIAL, Folder, output_folder
+from shardprune.storage.folder import Folder, output_folder
+from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located
@@ -55,7 +56,7 @@ class Record:
 
     def _claim(self, content: dict[str, Any]) -> None:
         url = self.folder.url
-        if [name for name in self.folder.names() if not PARTIAL.fullmatch(name)]:
+        if lasting_names(self.folder):
             if content.get("command") != "evaluate":
                 raise InputError("out", f"{url} is not empty and holds no evaluation; choose an empty directory")
             if content.get("fingerprint") != self.fingerprint:

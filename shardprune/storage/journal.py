@@ -89,7 +89,7 @@ class Journal:
         return earlier
 
     def _found(self, resume: bool) -> Earlier:
-        names = self._lasting_names()
+        names = lasting_names(self.folder)
         if not names:
             return Earlier()
         record = next((name for name in (RESULT, STATE) if name in names), None)
@@ -102,10 +102,6 @@ class Journal:
             raise InputError("out", f"{self.folder.url} holds this run already; resume it or choose an empty directory")
         # A state beside a result is of a run that was cut off between writing one and removing the other.
         return Earlier(state=_record(self.folder, STATE)) if STATE in names else Earlier(result=found)
-
-    def _lasting_names(self) -> set[str]:
-        """Return the names of all that lies in the directory and does not pass with a process."""
-        return {name for name in self.folder.names() if name != OWNER and not PARTIAL.fullmatch(name)}
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the state of the run; the first call claims the directory."""
@@ -123,7 +119,7 @@ class Journal:
         try:
             yield
         except InputError:
-            held = self._lasting_names()
+            held = lasting_names(self.folder)
             if (
                 not resumed
                 and held <= {STATE, EVENTS, SELF_TOKENS, SELF_RECORD}
@@ -277,6 +273,11 @@ class Journal:
         self.folder.remove(STATE)
 
 
+def lasting_names(folder: Folder) -> set[str]:
+    """Return the names of all that lies in an output directory and does not pass with a process."""
+    return {name for name in folder.names() if name != OWNER and not PARTIAL.fullmatch(name)}
+
+
 def check_output(out: str, resume: bool) -> None:
     """Check what can be said of an output directory before anything that shapes its run has been read.
 
@@ -284,7 +285,7 @@ def check_output(out: str, resume: bool) -> None:
         InputError: it holds something else than a run, or one that may not be resumed, or cannot be written.
     """
     folder = output_folder(out)
-    names = {name for name in folder.names() if not PARTIAL.fullmatch(name)}
+    names = lasting_names(folder)
     if names and not names & {STATE, RESULT}:
         raise InputError("out", f"{folder.url} is not empty and holds no run; choose an empty directory")
     if names and not resume:

@@ -1,8 +1,11 @@
 """A place that cannot be written to is said before any text is read, which may be a download of hours."""
 
+import socket
+
 import pytest
 
 from shardprune.cli import main
+from shardprune.storage.owner import OwnerRecord
 from tests.support.tiny import make_model, snapshot
 
 TEXTS = ["--calibration", "{}/nowhere.txt", "--eval", "{}/nowhere.txt", "--seqlen", "24"]
@@ -31,6 +34,9 @@ def place(tmp_path_factory):
     (folder / "occupied").mkdir()
     (folder / "occupied" / "notes.txt").write_text("mine")
     (folder / "file").write_text("mine")
+    (folder / "claimed").mkdir()
+    record = OwnerRecord(host=socket.gethostname(), boot="an earlier one", process=1, started=0.0, time=0.0)
+    (folder / "claimed" / "owner.json").write_text(record.model_dump_json())
     (folder / "started").mkdir()
     (folder / "started" / "run.json").write_text('{"fingerprint": "of another"}')
     return folder
@@ -62,3 +68,8 @@ def test_a_run_that_may_not_be_resumed_is_said_first(place, capsys, name):
 def test_then_the_text(place, capsys, name):
     error = said(place, capsys, name, "--out", str(place / "free"))
     assert "nowhere.txt' does not exist" in error
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_record_of_a_process_that_was_killed_before_it_did_anything_is_nobodys(place, capsys, name):
+    assert not said(place, capsys, name, "--out", f"{place}/claimed").startswith("error: out: ")

@@ -87,6 +87,29 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, al
     assert not (tmp_path / "o" / "training").exists()
 
 
+def test_a_training_whose_director_dies_is_started_again(ray, folder, tmp_path):
+    """Ray Train has an actor of its own that starts the workers and hears of their ends."""
+    out, killed = tmp_path / "o", []
+
+    def kill() -> None:
+        while not (out / "training" / "latest").exists() and not ended.is_set():
+            time.sleep(0.02)
+        killed.extend(processes_of("TrainController"))
+        for process in killed:
+            process.kill()
+
+    ended = threading.Event()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        result = recover(checked(folder, out, workers=2, steps=24), QUIET)
+    finally:
+        ended.set()
+        killer.join()
+    assert len(killed) == 1
+    assert (result.restarts, len(result.recovery.losses)) == (1, 24)
+
+
 def test_a_training_that_stands_still_is_started_again(ray, folder, tmp_path, monkeypatch):
     """One process waits for what never happens, the other one for it in a collective."""
     work, marker = ray_training._work, tmp_path / "stood still"
