@@ -44,7 +44,7 @@ def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-FULL = {"full": True, "keep_sparsity": True, "held_out": 0.2, "steps": 24, "checkpoint_every": 6}
+FULL = {"full": True, "keep_sparsity": True, "held_out": 0.2, "steps": 32, "checkpoint_every": 8}
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +102,12 @@ def test_a_training_whose_director_dies_is_started_again(ray, folder, tmp_path):
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        result = recover(checked(folder, out, workers=2, steps=24), QUIET)
+        result = recover(checked(folder, out, workers=2, steps=40), QUIET)
     finally:
         ended.set()
         killer.join()
     assert len(killed) == 1
-    assert (result.restarts, len(result.recovery.losses)) == (1, 24)
+    assert (result.restarts, len(result.recovery.losses)) == (1, 40)
 
 
 def test_a_training_that_stands_still_is_started_again(ray, folder, tmp_path, monkeypatch):
