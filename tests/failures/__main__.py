@@ -6,6 +6,7 @@
 import argparse
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +25,9 @@ from tests.support.clusters import slots_for_commands
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out the drill; return 1 if any tensor differs or any line is wrong."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell ignores in what it starts in the background
     parser = argparse.ArgumentParser(prog="python -m tests.failures", description=__doc__)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--kills", type=int, default=100)
