@@ -1,5 +1,5 @@
-"""Whole runs with what goes beyond SparseGPT: ALPS, targets in the dense stream and training, and a text that the model
-writes; on the device, where training and writing are done twice, and on the CPU."""
+"""Whole runs with what goes beyond SparseGPT: ALPS, shares by error curves, targets in the dense stream and training,
+and a text that the model writes; on the device, where what takes gradients or draws is done twice, and on the CPU."""
 
 import tempfile
 from typing import Any
@@ -11,11 +11,12 @@ from benchmarks.gpu.whole_run import digest_of, prune_bundled
 NEAR = 1e-2  # of the perplexity after pruning: training goes on from sums in another order
 RUNS: dict[str, dict[str, Any]] = {
     "alps": {"method": "alps"},
+    "fisher": {"allocation": "fisher"},
     "trained": {"targets": "stream", "reconstruct": 5},
     "self": {"calibration": "self"},
 }
-TWICE = ("trained", "self")
-ELSEWHERE = ("alps", "trained")  # on the CPU the model writes another text
+TWICE = ("fisher", "trained", "self")
+ELSEWHERE = ("alps", "fisher", "trained")  # on the CPU the model writes another text
 
 
 def run(setting: Setting, rows: Rows) -> None:
