@@ -93,7 +93,7 @@ class Texts:
 
     def _tokens(self, source: str, role: str) -> Path:
         drawn = {name: self._shared[name] for name in ("samples", "seqlen", "seed")} | {"windows": self._windows}
-        return self._folder / f"{role}-{digest({'source': source} | drawn)}.npy"
+        return self._folder / f"{role}-{digest({'source': Path(source).name} | drawn)}.npy"
 
     def _let_model_write(self) -> None:
         if (self._written / RESULT).exists():
