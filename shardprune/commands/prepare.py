@@ -365,7 +365,7 @@ def prepare(
     base = first.as_base() if first else None
     identity = base.fingerprint if base else checkpoint.identity()
     fingerprint = fingerprint_of(recipe, placement, identity, sparse, text, given)
-    journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.stored_name)
+    journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.place)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if earlier else asked.workers, device)
