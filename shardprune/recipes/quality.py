@@ -53,14 +53,14 @@ class QualityFields(Settings):
         "fast", description="Time for quality: stands for fields that are not given themselves, which result.json has"
     )
 
-    _given: frozenset[str] = PrivateAttr(frozenset())  # fields that the quality does not stand for
     _instead: str | None = PrivateAttr(None)
 
     @model_validator(mode="wrap")
     @classmethod
-    def _knows_what_was_given(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+    def _sets_what_is_given_alone(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         made = handler(values)
-        made._given = frozenset(values) if isinstance(values, dict) else made._given
+        if isinstance(values, dict):
+            made.model_fields_set.intersection_update(values)
         return made
 
     @model_validator(mode="before")
@@ -85,7 +85,7 @@ class QualityFields(Settings):
         Raises:
             InputError: an allocation that needs them is given, and not what the quality stands for.
         """
-        if "allocation" in self._given:
+        if "allocation" in self.model_fields_set:
             raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
         recipe = self.model_copy(update={"allocation": WITHOUT_CURVES})
         recipe._instead = f"quality {self.quality}: allocation {WITHOUT_CURVES}, as experts have no error curves yet"
