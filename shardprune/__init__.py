@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; `__getattr__` finds the same names in the table of commands
     from shardprune.commands.evaluate import evaluate as evaluate
+    from shardprune.commands.experts import experts as experts
     from shardprune.commands.mop import mop as mop
     from shardprune.commands.pipeline import pipeline as pipeline
     from shardprune.commands.prune import prune as prune
     from shardprune.commands.prune import rebuild as rebuild
     from shardprune.commands.recover import recover as recover
     from shardprune.recipes.evaluate import EvaluateRecipe as EvaluateRecipe
+    from shardprune.recipes.experts import ExpertsRecipe as ExpertsRecipe
     from shardprune.recipes.mop import MopRecipe as MopRecipe
     from shardprune.recipes.pipeline import PipelineRecipe as PipelineRecipe
     from shardprune.recipes.prune import PruneRecipe as PruneRecipe
