@@ -375,7 +375,8 @@ def prepare(
     fingerprint = fingerprint_of(
         recipe, placement, identity, sparse, text, given, statistics.digest() if statistics else None
     )
-    journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.stored_name)
+    place = fewer.place if fewer else checkpoint.place
+    journal = Journal(placement.out, fingerprint, skeleton.layers, place)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if earlier else asked.workers, device)

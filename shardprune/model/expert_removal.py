@@ -6,7 +6,7 @@ makes: no name of a router, a bias or a buffer is written down here.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm, prod
 from typing import Any
@@ -21,10 +21,11 @@ from shardprune.model.pruning_job import ExpertRemoval, PruningJob
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.expert_scores import kept_of
 from shardprune.storage.json_file import dump_json
+from shardprune.storage.stacks import Place
 
 # The names that configs have for the number of experts; some have two, and every reader looks at its own.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k")
+PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 LEAST_OF_GROUP = 2  # a router scores a group by its best two experts
 
 
@@ -185,6 +186,13 @@ class FewerExperts:
         if isinstance(value, list):  # one for each layer
             return [self._changed(item) for item in value]
         return self.kept if value == self.mixture.experts else value
+
+    def place(self, name: str) -> Place:
+        """Return the place in the files of a tensor of the new model."""
+        place = self.checkpoint.place(name)
+        if place.slice is None:
+            return place
+        return replace(place, slice=replace(place.slice, shape=(self.kept, *place.slice.shape[1:])))
 
     def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of a layer's tensors as they become, by their names within it."""

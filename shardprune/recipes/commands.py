@@ -121,7 +121,17 @@ COMMANDS = {
 RECIPES = {name: command.recipe for name, command in COMMANDS.items()}
 
 
+# Names beside these commands, by their modules.
+BESIDE = {
+    "ExportRecipe": "shardprune.recipes.export",
+    "export": "shardprune.commands.export",
+    "load_exported": "shardprune.model.exported_model",
+    "to_semi_structured": "shardprune.model.semi_structured",
+}
+
+
 def public_places() -> dict[str, str]:
-    """Return the modules of the names that `shardprune` offers in Python: every command's recipe and story."""
+    """Return the modules of the names that `shardprune` offers in Python: every command's recipe and story, and what
+    serves their outputs."""
     recipes = {command.recipe.__name__: command.recipe.__module__ for command in COMMANDS.values()}
-    return recipes | {command.name: command.module for command in COMMANDS.values()}
+    return recipes | {command.name: command.module for command in COMMANDS.values()} | BESIDE

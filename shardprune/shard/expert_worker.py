@@ -29,10 +29,10 @@ class ExpertWorker(ForwardWorker):
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
         spec = self.spec
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
         fewer = fewer_experts_of(spec.job, self.checkpoint, self.skeleton)
         assert fewer is not None
         self.fewer: FewerExperts = fewer
+        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, fewer.place)
         return Layers(
             self.skeleton,
             self.checkpoint,

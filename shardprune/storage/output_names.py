@@ -4,6 +4,8 @@ STATE = "run.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 OWNER = "owner.json"
+EXPORT = "export.json"  # of an export: what it is made of
+RESTORED = "restore.json"  # while a checkpoint is made of an export
 ALLOCATION = "allocation.json"
 WRITTEN = SELF_TOKENS, SELF_RECORD = "self.npy", "self.json"  # of a text that the run's own model has written
 EXPERTS = "experts.json"  # statistics of the experts of a dense model

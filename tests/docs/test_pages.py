@@ -39,7 +39,7 @@ SMALL = {"backend": "local", "device": "cpu", "threads": 1, "report": False, "sa
 SMALL |= {"eval_windows": 2, "windows": 2, "steps": 1, "batch": 4, "workers": 1}
 LEFT_TO_THE_COMMAND = {"address", "wave", "micro_batch", "epochs"}
 NAME = r"(?<![\w./-])(?P<name>runs/[\w-]+|remote/[\w/-]+|OUT\b)"  # of an output
-OUTPUT = re.compile(rf"(?P<made>--out |--file |\bout=\"|\"out\": \")?{NAME}")
+OUTPUT = re.compile(rf"(?P<made>--out |--to |--file |\bout=\"|\"out\": \")?{NAME}")
 
 
 @pytest.fixture(scope="session")
