@@ -84,7 +84,7 @@ class ExpertsRecipe(
     @model_validator(mode="after")
     def _text_is_read(self) -> "ExpertsRecipe":
         reason = "a pass: statistics are given" if self.statistics else "a pass: aimer looks at the weights alone"
-        self.needs(reason, self.passes, "calibration", "samples", "self_temperature", "self_bos", "self_batch", "seed")
+        self.needs(reason, self.passes, "calibration", "self_temperature", "self_bos", "self_batch")
         return self
 
     @property

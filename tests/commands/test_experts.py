@@ -185,7 +185,7 @@ def test_another_share_and_another_score_need_no_second_pass(score, mixture, tmp
     if not (mixture / "first").exists():
         remove(mixture, "first", keep=5)
     direct = remove(mixture, tmp_path / "direct", keep=3, score=score) if score != "aimer" else None
-    text = {"calibration": ("c4",), "samples": 128}  # as they are where nobody gives them
+    text = {"calibration": ("c4",)}  # as they are where nobody gives them
 
     def no_pass(*_):
         raise AssertionError("a wave passes through")
@@ -203,7 +203,7 @@ def test_another_share_and_another_score_need_no_second_pass(score, mixture, tmp
 
 
 def test_aimer_looks_at_the_weights_alone(mixture, tmp_path):
-    result = remove(mixture, tmp_path / "out", keep=4, score="aimer", calibration=("c4",), samples=128)
+    result = remove(mixture, tmp_path / "out", keep=4, score="aimer", calibration=("c4",))
     tensors = load_tensors(mixture / "model")
     for layer in result.experts.layers:
         ratios = []
@@ -214,7 +214,7 @@ def test_aimer_looks_at_the_weights_alone(mixture, tmp_path):
         assert layer.scores == pytest.approx([-ratio for ratio in ratios], rel=1e-6)
         assert layer.kept == sorted(sorted(range(6), key=lambda expert: ratios[expert])[:4])
         assert layer.tokens is None
-    given = {"statistics": str(tmp_path / "out"), "calibration": ("c4",), "samples": 128}
+    given = {"statistics": str(tmp_path / "out"), "calibration": ("c4",)}
     with pytest.raises(InputError, match="^statistics: .* made no pass, and score reap needs one"):
         remove(mixture, tmp_path / "second", keep=4, **given)
     assert not (tmp_path / "second").exists()
@@ -369,7 +369,7 @@ def test_models_and_statistics_that_do_not_fit_are_refused(mixture, tmp_path):
         experts(ExpertsRecipe.checked(given), Reporter(quiet=True))
     other = material(tmp_path / "other", "olmoe")
     remove(other, "out", keep=2)
-    text = {"calibration": ("c4",), "samples": 128}
+    text = {"calibration": ("c4",)}
     for folder, problem in (
         (other / "out", "^statistics: .*experts.json is of another model"),
         (other / "model", "^statistics: .* holds no experts.json; give the output of `shardprune experts`"),
