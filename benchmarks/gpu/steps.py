@@ -23,17 +23,17 @@ STEPS = {
     for step in (
         Step("facts", 20),
         Step("numerics", 30),
-        Step("suite", 110),
+        Step("suite", 100),
         Step("rates", 20),
-        Step("layer", 70),
-        Step("variants", 35),
+        Step("layer", 60),
+        Step("variants", 30),
         Step("profile", 30),
-        Step("whole_run", 45),
-        Step("improving", 70),
-        Step("memory", 50),
-        Step("masked_update", 30),
+        Step("whole_run", 40),
+        Step("improving", 60),
+        Step("memory", 45),
+        Step("masked_update", 25),
         Step("recovery", 25),
-        Step("semi_structured", 50),
+        Step("semi_structured", 40),
     )
 }
 SECONDS = 595  # all limits together

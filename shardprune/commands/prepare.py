@@ -32,6 +32,7 @@ from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.layer_recipe import LayerRecipe
+from shardprune.recipes.quality import QualityFields
 from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
@@ -348,9 +349,9 @@ def prepare(
     _check_mixed(job, skeleton)
     fewer = fewer_experts_of(job, checkpoint, skeleton)
     statistics = _given_statistics(recipe, checkpoint, fewer)
-    mixture = any(kind.mixtures for kind in skeleton.family.kinds)
-    if mixture and isinstance(job.zeroing, Zeroing) and job.zeroing.allocation == "fisher":
-        raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
+    if job.measures and isinstance(recipe, QualityFields) and any(kind.mixtures for kind in skeleton.family.kinds):
+        recipe = recipe.without_curves()
+        job = recipe.job()
     if job.improving.stream_targets:
         if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
             recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known

@@ -93,5 +93,7 @@ def test_what_makes_two_runs_the_same_is_what_the_fingerprint_covers(recipe):
             other = value + 0.125 if isinstance(value, float) else value + 1 if isinstance(value, int) else "1:4"
         if name in {"sparsity", "structured", "remove", "segments", "wave"}:
             other = 0.75 if name in {"sparsity", "structured", "remove"} else 1
+        if (recipe, name) == (ExpertsRecipe, "keep"):  # a number, without a default
+            other = 3
         changed = settings.model_copy(update={name: other})
         assert (fingerprint(changed) != fingerprint(settings)) == (name in named), name
