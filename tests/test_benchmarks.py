@@ -109,11 +109,12 @@ def test_every_benchmark_is_run_and_listed():
 def test_rows_that_are_measured_are_not_measured_again(tiny, monkeypatch, capsys, tmp_path):
     """What a benchmark that is cut off has left, and what another version takes of it."""
     from benchmarks.quality import __main__ as quality
-    from benchmarks.quality import measuring
+    from benchmarks.quality import cases, measuring
 
     runs = []
     prune = measuring.prune
-    monkeypatch.setattr(measuring, "prune", lambda recipe, reporter: (runs.append(recipe), prune(recipe, reporter))[1])
+    for module in (cases, measuring):
+        monkeypatch.setattr(module, "prune", lambda recipe, reporter: (runs.append(recipe), prune(recipe, reporter))[1])
 
     def table(*words):
         runs.clear()

@@ -372,7 +372,7 @@ class MopRun:
     def _write(self, model: ModelOnWorkers, folder: str) -> None:
         """Write the current model as an ordinary checkpoint."""
         checkpoint, layers = self.prepared.checkpoint, model.layers
-        journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.stored_name)
+        journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.place)
         model.write(folder, layers)
         self._account(model)
         with self.clock.phase("write"):

@@ -29,6 +29,7 @@ from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
+from shardprune.recipes.quality import QualityFields
 from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
@@ -339,9 +340,9 @@ def prepare(
         skeleton.layers, recipe.samples, asked.propagation, asked.shards or 1, asked.replicas or 1, asked.segments
     )
     _check_mixed(job, skeleton)
-    mixture = any(kind.mixtures for kind in skeleton.family.kinds)
-    if mixture and isinstance(job.zeroing, Zeroing) and job.zeroing.allocation == "fisher":
-        raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
+    if job.measures and isinstance(recipe, QualityFields) and any(kind.mixtures for kind in skeleton.family.kinds):
+        recipe = recipe.without_curves()
+        job = recipe.job()
     if job.improving.stream_targets:
         if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
             recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known
@@ -364,7 +365,7 @@ def prepare(
     base = first.as_base() if first else None
     identity = base.fingerprint if base else checkpoint.identity()
     fingerprint = fingerprint_of(recipe, placement, identity, sparse, text, given)
-    journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.stored_name)
+    journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.place)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if earlier else asked.workers, device)

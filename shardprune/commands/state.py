@@ -120,7 +120,7 @@ class RunState:
         done: set[str] = set()
         for layer in self.journal.finished():
             done |= self.journal.layer_tensors(layer)
-        return {checkpoint.stored_name(name) for name in checkpoint.entries} - done
+        return {str(checkpoint.place(name)) for name in checkpoint.entries if checkpoint.stored_name(name) not in done}
 
     def learn(self, found: Iterable[Mapping[str, Mapping[str, str]]]) -> None:
         """Record the digests of tensors that workers have read, by the inputs' fields and the tensors' names.
