@@ -4,11 +4,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-<<<<<<< HEAD
-from shardprune.report.experts_result import Experts
-=======
 from shardprune.model.structure.alignment import degrees
->>>>>>> export
+from shardprune.report.experts_result import Experts
 from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity, not_finite
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
@@ -79,14 +76,11 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
             before, after = (getattr(shape, name) for shape in shapes)
             if before != after:
                 yield LABELS[name], f"{before:,}", f"{after:,}"
-<<<<<<< HEAD
-    if result.experts:
-        yield from _expert_rows(result.experts)
-=======
         if shapes[0] != shapes[1]:
             before, after = (", ".join(map(str, degrees(shape.groups, shape.heads, shape.neurons))) for shape in shapes)
             yield "tensor parallelism that it suits", before, after
->>>>>>> export
+    if result.experts:
+        yield from _expert_rows(result.experts)
     yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
     for phase in (
         "generate",
