@@ -10,13 +10,13 @@ from shardprune.storage.byte_planes import codec
 from shardprune.storage.digests import digest_of
 from shardprune.storage.folder import Folder
 from shardprune.storage.journal import lasting_names
-from shardprune.storage.json_file import dump_json, fitting
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import BESIDE, CARD, EXPORT, RESTORED, RESULT, STATE
 from shardprune.storage.owner import check_unowned, owned
 from shardprune.storage.retrying import preflight
-from shardprune.storage.sparse_file import belongs, write_sparse
+from shardprune.storage.sparse_file import SparseFile, belongs, write_sparse
 
 # Files that go along where they are there, beside config and tokenizer.
 GOES_ALONG = (RESULT, *BESIDE, CARD, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
@@ -50,14 +50,14 @@ def _export(recipe: ExportRecipe, reporter: Reporter) -> Export:
         _check_target(target)
     with owned(target):
         target.remove_partial()
-        target.write_json(EXPORT, planned.model_dump(mode="json"))
+        planned.write(target)
         with reporter.step("export", len(planned.files)) as step:
             for name in planned.files:
                 _write(source, name, target, planned)
                 step.advance(1)
         source.check_unchanged()
         planned.stored_bytes = sum(target.size(stored_as(name)) or 0 for name in planned.files)
-        target.write_json(EXPORT, planned.model_dump(mode="json"))
+        planned.write(target)
     return planned
 
 
@@ -98,7 +98,7 @@ def _finished(target: Folder, planned: Export) -> bool:
     if not names:
         return False
     try:
-        found = fitting(target.read_json(EXPORT), Export) if EXPORT in names else None
+        found = Export.read(target) if EXPORT in names else None
     except Malformed:
         found = None
     if found is None:
@@ -135,13 +135,25 @@ def _restore(recipe: ExportRecipe, reporter: Reporter) -> Export:
         with reporter.step("restore", len(left)) as step:
             for name in left:
                 if name in weights:
-                    weights[name].restore(target, name)
+                    _restore_weights(weights[name], target, name)
                 else:
                     target.write_bytes(name, source.read_bytes(stored_as(name)))
                 step.advance(1)
         _check_restored(target, export.files)
         target.remove(RESTORED)
     return export
+
+
+def _restore_weights(file: SparseFile, target: Folder, name: str) -> None:
+    """Write a file of weights.
+
+    Raises:
+        StorageError: the sparse one is damaged where only reading all of it finds out.
+    """
+    try:
+        file.restore(target, name)
+    except InputError as error:
+        raise StorageError(error.field, error.problem) from error
 
 
 def _restored(target: Folder, export: Export) -> bool:
