@@ -132,6 +132,7 @@ def main() -> None:
 def become_worker(asking: socket.socket) -> None:
     """Be the process that is asked for."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # with a worker Ray ends all processes of its group
     _, streams, _, _ = socket.recv_fds(asking, 1, 3)
     wanted = json.loads(asking.makefile().readline())
     for target, stream in enumerate(streams):
