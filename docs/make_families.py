@@ -45,8 +45,9 @@ line. Where most of a layer is no `nn.Linear`, the command ends with a line that
   [extending.md](extending.md).
 - **packing**: `recover --packing`.
 
-Of mixtures of experts, files are read that have a tensor for each part of each expert. Those that have all experts of
-a layer in one tensor (`gpt_oss`) get a line that says so.
+The experts of a mixture may be tensors of their own in the files, one for each part, or all of a layer in one tensor
+(`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert
+is a projection, read alone, and what is written has the layout of what was read.
 
 Of multimodal models, the language tower of LLaVA (`llava`) is pruned, if it is one of these.
 

@@ -127,8 +127,8 @@ class _Model:
     def _check_files(self) -> None:
         """Read the header of every file of weights, and compare it with its seal and with the index."""
         placed: dict[str, set[str]] = {}
-        for entry_name, entry in self.checkpoint.entries.items():
-            placed.setdefault(entry.file, set()).add(self.checkpoint.stored_name(entry_name))
+        for name, entry in self.checkpoint.files.items():
+            placed.setdefault(entry.file, set()).add(name)
         for file in sorted(name for name in self.folder.names() if name.endswith(".safetensors")):
             if file not in placed:
                 self._say(f"{file} belongs to no part of the model: {INDEX} does not name it")
@@ -158,13 +158,13 @@ class _Model:
                 return
             for report in layer.projections:
                 name = self.skeleton.projection_tensor(layer.layer, report.name)
-                self.reports[self.checkpoint.stored_name(name)] = report
+                self.reports[str(self.checkpoint.place(name))] = report
 
     def _check_index(self) -> None:
         if not self.folder.is_file(INDEX):
             return
         stated = self.folder.read_json(INDEX).get("metadata", {}).get("total_size")
-        size = sum(entry.end - entry.start for entry in self.checkpoint.entries.values())
+        size = sum(entry.size for entry in self.checkpoint.files.values())
         if stated is not None and stated != size:
             self._say(f"{INDEX} says {stated} bytes in all, and the tensors have {size}")
 
@@ -178,15 +178,17 @@ class _Model:
     # -- tensors ------------------------------------------------------------------------------------------------
 
     def _check_tensors(self) -> dict[str, TensorFacts]:
-        """Read every tensor, and compare it with its digest and its report; return the facts, by the name in the
-        files."""
-        entries = {self.checkpoint.stored_name(name): entry for name, entry in self.checkpoint.entries.items()}
+        """Read every tensor, and compare it with its digest and its report; return the facts, by the place in the
+        files. Parts of a tensor are read besides."""
+        parts = {str(self.checkpoint.place(name)): entry for name, entry in self.checkpoint.entries.items()}
+        entries = {**parts, **self.checkpoint.files}
         with ThreadPoolExecutor(READERS) as readers:
             facts = dict(zip(entries, readers.map(self._facts, entries, entries.values()), strict=True))
         for name, found in facts.items():
             entry = entries[name]
-            self.verdict.tensors += 1
-            self.verdict.bytes += entry.end - entry.start
+            if name in self.checkpoint.files:
+                self.verdict.tensors += 1
+                self.verdict.bytes += entry.size
             for fault in self._faults(name, found):
                 self._say(f"{entry.file}: {name} {fault}")
         return facts
@@ -200,7 +202,7 @@ class _Model:
     def _faults(self, name: str, found: TensorFacts) -> Iterator[str]:
         if name in self.digests and found.digest != self.digests[name]:
             yield "is not what was written"
-        if found.strange:
+        if found.strange and name in self.checkpoint.files:
             yield f"has {found.strange} elements that are infinite or no number"
         if report := self.reports.get(name):
             if found.zeros != report.zeros:
@@ -225,7 +227,7 @@ class _Model:
         counts: dict[tuple[int, str], tuple[int, int]] = {}  # zeros and weights
         for index in range(skeleton.layers):
             for name, (rows, cols) in skeleton.projection_shapes(index).items():
-                facts = found[checkpoint.stored_name(skeleton.projection_tensor(index, name))]
+                facts = found[str(checkpoint.place(skeleton.projection_tensor(index, name)))]
                 counts[index, name] = facts.zeros, rows * cols
         zeros, weights = (sum(column) for column in zip(*counts.values(), strict=True))
         self.verdict.zeros, self.verdict.weights = zeros, weights

@@ -182,7 +182,7 @@ def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecover
     inputs = open_inputs(recipe, backend)
     steps = recipe.steps or max(1, round(recipe.epochs * len(inputs.rows) / recipe.batch))
     fingerprint = _fingerprint(inputs, steps)
-    journal = Journal(inputs.recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.stored_name)
+    journal = Journal(inputs.recipe.out, fingerprint, inputs.skeleton.layers, inputs.checkpoint.place)
     earlier = journal.check(recipe.resume)
     if earlier.result is not None:  # nothing is left to train
         return PreparedRecovery(inputs, steps, None, journal, earlier)

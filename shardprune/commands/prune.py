@@ -14,12 +14,14 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.model.allocation_file import AllocatedShare, AllocationFile, written
 from shardprune.model.left_dense import left_dense
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
+from shardprune.recipes.quality import QualityFields
 from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
@@ -38,6 +40,7 @@ NARROWED = "structured"  # folder of an output that holds the model before its w
 STEPS = ("before", "prune", "after")  # of a run; perplexity is measured before and after
 
 
+@pushed
 def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
     """Prune a model as a recipe says, and return what `result.json` in the output holds.
 
@@ -77,6 +80,7 @@ def prepare_first(recipe: PruneRecipe, backend: Backend) -> Prepared:
     return prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
 
 
+@pushed
 def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
     """Rebuild the masks of a pruned model with the help of its dense original; results and errors are those of
     `prune`."""
@@ -162,6 +166,8 @@ class PruningRun:
                 self.reporter.say(f"threads: the run keeps {threads} for each worker, with which it began")
             if line := left_dense(self.prepared.skeleton.family.kinds):
                 self.reporter.say(line)
+            if isinstance(self.prepared.recipe, QualityFields) and self.prepared.recipe.instead:
+                self.reporter.say(self.prepared.recipe.instead)
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
             if self.state.previous is None:

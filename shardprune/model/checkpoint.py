@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from pydantic import BaseModel, JsonValue
@@ -15,14 +15,16 @@ from shardprune.model.companions import check_companion, companions
 from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.families import TOWERS
 from shardprune.model.sources import Source, SourceState, SourceTensor
-from shardprune.model.stored_names import names_in_model
+from shardprune.model.stored_names import places_in_model
 from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located, shown
+from shardprune.storage.output_names import EXPORT
 from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
+from shardprune.storage.stacks import Place
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,6 +42,8 @@ class Checkpoint:
     two, or both with the same values. `config` says what is true of the files.
 
     Attributes:
+        entries: where its tensors are, by their names in the causal language model.
+        files: where the tensors of its files are, by their names there.
         own_head: the files hold a head of its own although the config ties it.
 
     Args:
@@ -60,12 +64,12 @@ class Checkpoint:
         self.source = Source(self.folder, [CONFIG, INDEX, *beside, *weights])  # before any of them is read
         stored = self._entries()
         self.source.keep([CONFIG, INDEX, *beside, *{entry.file for entry in stored.values()}])
-        named = self._names_in_model(stored)
-        self._stored = {named[name]: name for name in stored}
-        if len(self._stored) < len(stored):
-            twice = next(name for name in stored if self._stored[named[name]] != name)
-            raise InputError(field, f"{self.folder.url} holds {twice} under two names")
-        self.entries = {name: stored[self._stored[name]] for name in self._stored}
+        self.files = stored
+        self._places: dict[str, Place] = {}
+        for place, name in self._places_in_model(stored):
+            if self._places.setdefault(name, place) is not place:
+                raise InputError(field, f"{self.folder.url} holds {place} under two names")
+        self.entries = {name: place.entry(stored) for name, place in self._places.items()}
         self.own_head = self._settle_ties()
 
     @property
@@ -88,7 +92,7 @@ class Checkpoint:
         embedding, head = names
         if head in self.entries and embedding not in self.entries:
             self.entries[embedding] = self.entries.pop(head)
-            self._stored[embedding] = self._stored.pop(head)
+            self._places[embedding] = self._places.pop(head)
         if head not in self.entries or equal(self.folder, self.entries[embedding], self.entries[head]):
             return False
         self.config.tie_word_embeddings = False
@@ -109,16 +113,23 @@ class Checkpoint:
         return self._whole_config.model_type in TOWERS
 
     def stored_name(self, name: str) -> str:
-        """Return the name in the files of tensor `name` of the causal language model."""
-        return self._stored[name]
+        """Return the name in the files of tensor `name` of the causal language model, or of the one that it is a part
+        of."""
+        return self._places[name].name
 
-    def _names_in_model(self, stored: dict[str, Entry]) -> dict[str, str]:
-        """Return the names in the causal language model by stored names."""
+    def place(self, name: str) -> Place:
+        """Return the place in the files of tensor `name` of the causal language model."""
+        return self._places[name]
+
+    def _places_in_model(self, stored: dict[str, Entry]) -> Iterator[tuple[Place, str]]:
+        """Yield the places of tensors in the files, with their names in the causal language model."""
         if not self.has_tower:
-            return names_in_model(self.config, stored)
+            yield from places_in_model(self.config, stored)
+            return
         layouts = TOWERS[self._whole_config.model_type]
         prefixes = next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
-        return {name: _replace_prefix(name, prefixes) for name in stored}
+        for name in stored:
+            yield Place(name), _replace_prefix(name, prefixes)
 
     @cached_property
     def _whole_config(self) -> PretrainedConfig:
@@ -147,7 +158,7 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """Return a tensor in its file."""
-        return SourceTensor(self.folder, self.entries[name], self._stored[name], self.source)
+        return SourceTensor(self.folder, self.entries[name], str(self._places[name]), self.source)
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """Read elements `start` to `stop` of one tensor, counted in C order, [stop - start] in its stored dtype."""
@@ -191,6 +202,8 @@ class Checkpoint:
             return self._indexed_entries()
         if self.folder.is_file(ADAPTER):
             reason = "an adapter without the weights that it belongs to; merge it into its base model first"
+        elif self.folder.is_file(EXPORT):
+            reason = "an export; `shardprune export --restore` makes a checkpoint of it"
         else:
             reason = f"neither {SINGLE} nor {INDEX}; other weight formats are not read"
         raise InputError(self.folder.field, f"{self.folder.url} holds {reason}")

@@ -6,7 +6,6 @@ import torch
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.model.experts import stack_names
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
 
@@ -64,10 +63,6 @@ def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reaso
     field, url = checkpoint.folder.field, checkpoint.folder.url
     for name, shape in tensors.items():
         if name not in checkpoint.entries:
-            if stack := next((one for one in stack_names(name) if one in checkpoint.entries), None):
-                raise InputError(
-                    field, f"{url} has all experts of a layer in one tensor, {stack}, which is not read yet"
-                )
             raise InputError(field, f"{url} has no tensor {name}, which {reason}")
         found = checkpoint.entries[name]
         if found.shape != shape:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardprune.storage.stacks import Layout
+
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 STACKS: dict[str, tuple[str, ...]] = {"gate_up_proj": (GATE, UP), "up_proj": (UP,), "down_proj": (DOWN,)}  # their parts
 PRODUCTS = (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul)
@@ -52,14 +54,13 @@ class Stack:
 
     Args:
         values: the parameter, on the meta device.
-        transposed: matrices are [cols, rows].
-        interleaved: the rows of gate and up alternate.
+        layout: of the parts in a matrix.
     """
 
-    def __init__(self, values: Tensor, names: tuple[str, ...], transposed: bool, interleaved: bool) -> None:
+    def __init__(self, values: Tensor, names: tuple[str, ...], layout: Layout) -> None:
         self.values = values.detach()
         self.names = names
-        self._transposed, self._interleaved = transposed, interleaved
+        self._layout = layout
         self.parts = [[Part(weight) for weight in self._views(matrix)] for matrix in self.values]  # by expert
 
     def allocate(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -70,15 +71,14 @@ class Stack:
                 part.weight = nn.Parameter(weight, requires_grad=False)
 
     def _views(self, matrix: Tensor) -> list[Tensor]:
-        return views_of(matrix, len(self.names), self._transposed, self._interleaved)
+        return self._layout.parts(matrix, len(self.names))
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
         """Return the matrix of one expert, which tells the expert's parts when it is multiplied with tokens."""
         parts, matrix = self.parts[int(expert)], self.values[int(expert)]
         weights = [part.weight for part in parts]
         if not all(map(_is_view, weights, self._views(matrix))):
-            joined = torch.stack(weights, 1).flatten(0, 1) if self._interleaved else torch.cat(weights)
-            matrix = joined.t() if self._transposed else joined
+            matrix = self._layout.joined(weights)
         seen = matrix.as_subclass(_Matrix)
         seen.stack, seen.parts = self, parts
         return seen
@@ -86,18 +86,12 @@ class Stack:
     def tell(self, parts: list[Part], tokens: Tensor, outputs: Tensor) -> None:
         """Call the parts of an expert with the tokens [count, cols] that it got, and with their outputs."""
         count = len(parts)
-        if self._interleaved:
+        if self._layout.interleaved:
             own = [outputs[..., place::count] for place in range(count)]
         else:
             own = list(outputs.chunk(count, dim=-1))
         for part, output in zip(parts, own, strict=True):
             part(tokens, output)
-
-
-def views_of(matrix: Tensor, count: int, transposed: bool, interleaved: bool) -> list[Tensor]:
-    """Return the weights [rows, cols] of the `count` parts of one expert's matrix."""
-    weight = matrix.t() if transposed else matrix
-    return [weight[place::count] for place in range(count)] if interleaved else list(weight.chunk(count))
 
 
 class _Matrix(Tensor):
@@ -131,7 +125,7 @@ def take_apart(model: nn.Module) -> None:
         for name, names in STACKS.items():
             if name in module._parameters:
                 values = module.get_parameter(name)
-                stacks[name] = Stack(values, names, *_layout(module))
+                stacks[name] = Stack(values, names, layout_of(module))
                 del module._parameters[name]
                 setattr(module, name, stacks[name])
         for place, parts in enumerate(zip(*(stack.parts for stack in stacks.values()), strict=True)):
@@ -147,9 +141,9 @@ def is_mixture(module: nn.Module) -> bool:
     return known and module._parameters.get("down_proj") is not None
 
 
-def _layout(mixture: nn.Module) -> tuple[bool, bool]:
-    """Return whether a mixture's matrices are transposed, and whether the rows of gate and up alternate."""
-    return bool(mixture.is_transposed), not mixture.is_concatenated
+def layout_of(mixture: nn.Module) -> Layout:
+    """Return the layout of a mixture's matrices."""
+    return Layout(transposed=bool(mixture.is_transposed), interleaved=not mixture.is_concatenated)
 
 
 def stacks_of(layer: nn.Module) -> Iterator[tuple[nn.Module, Stack]]:
@@ -185,14 +179,6 @@ def allocate(layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None
         stack.allocate(device, dtype)
 
 
-def stack_names(part: str) -> list[str]:
-    """Return the names that the parameter of all experts may have whose part has the weight of a name; none where it is
-    no part of an expert's."""
-    path, _, own = part.removesuffix(".weight").rpartition(".")
-    mixture, _, expert = path.rpartition(".")
-    return [f"{mixture}.{name}" for name, parts in STACKS.items() if own in parts] if expert.isdigit() else []
-
-
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a model whose experts are as transformers has them, by the names that they have once the
     experts are taken apart: those of parts are views."""
@@ -203,7 +189,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
                 if (values := tensors.pop(f"{path}.{name}", None)) is None:
                     continue
                 for expert, matrix in enumerate(values):
-                    weights = views_of(matrix, len(names), *_layout(module))
+                    weights = layout_of(module).parts(matrix, len(names))
                     for part, weight in zip(names, weights, strict=True):
                         tensors[f"{path}.{expert}.{part}.weight"] = weight
     return tensors

@@ -51,7 +51,7 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
             raise StorageError(error.field, error.problem) from error
         for name, entry in entries.items():
             placed[name] = file
-            size += entry.end - entry.start
+            size += entry.size
             parameters += math.prod(entry.shape)
     journal.folder.write_json(
         INDEX, {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": placed}

@@ -165,7 +165,7 @@ class SourceTensor(StoredTensor):
         if start == 0:
             self._digest.reset()
         self._digest.update(bytes_of(part))
-        if start + part.numel() == self.entry.end - self.entry.start:
+        if start + part.numel() == self.entry.size:
             self.source.note(self.name, self.entry.file, self._digest.hexdigest())
 
     @contextmanager

@@ -1,44 +1,86 @@
 """The names of a checkpoint's tensors, in its files and in the model that transformers builds of them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, rename_source_key
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from shardprune.model.empty_model import empty_model
-from shardprune.model.experts import STACKS
+from shardprune.model.experts import STACKS, is_mixture, layout_of
+from shardprune.storage.safetensors_file import Entry
+from shardprune.storage.stacks import Layout, Place, Slice
 
 
-def names_in_model(config: PretrainedConfig, stored: Iterable[str]) -> dict[str, str]:
-    """Return the names of stored tensors in the causal language model by their stored names, as transformers has them.
+def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> Iterator[tuple[Place, str]]:
+    """Yield the places of tensors in the files, each with its name in the causal language model, as transformers has
+    them.
 
-    The tensors of experts, of which transformers makes one parameter, are the weights of their parts. Any other tensor
-    that it converts, and does not only rename, has no name in the model, and keeps its own.
+    The tensors of experts, of which transformers makes one parameter, are the weights of their parts; where a file
+    holds that parameter as a whole, the parts are slices of it. Any other tensor that transformers converts, and does
+    not only rename, has no name in the model, and keeps its own.
 
     Raises:
         InputError: transformers builds no model from the config.
     """
     classes = [mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)]
     known = [config.model_type, *(one.__name__ for one in classes if one)]
-    if not any(get_checkpoint_conversion_mapping(one) for one in known):  # most classes: no model need be built
-        return {name: name for name in stored}
+    converted = any(get_checkpoint_conversion_mapping(one) for one in known)
+    if not converted and not any(_may_be_stack(name, entry) for name, entry in stored.items()):
+        yield from ((Place(name), name) for name in stored)  # most classes: no model need be built
+        return
     model = empty_model(config, torch.float32, torch.device("cpu"))
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     inside = model.state_dict()
-
-    def named(name: str) -> str:
+    layouts = {path: layout_of(module) for path, module in model.named_modules() if is_mixture(module)}
+    for name, entry in stored.items():
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, inside)
-        if renamed not in inside:
-            return name
-        return renamed if pattern is None else _part(name, renamed, pattern, converters) or name
+        path, _, leaf = renamed.rpartition(".")
+        if renamed in inside and path in layouts and leaf in STACKS and len(entry.shape) == 3:
+            turned = pattern is not None and _transposes(pattern, converters)
+            yield from _slices(name, entry.shape, renamed, tuple(inside[renamed].shape), layouts[path], turned)
+        elif renamed not in inside:
+            yield Place(name), name
+        else:
+            yield Place(name), renamed if pattern is None else _part(name, renamed, pattern, converters) or name
 
-    return {name: named(name) for name in stored}
+
+def _may_be_stack(name: str, entry: Entry) -> bool:
+    """Return whether a stored tensor may hold all experts of a layer."""
+    return len(entry.shape) == 3 and name.rpartition(".")[2] in STACKS
+
+
+def _slices(
+    name: str, shape: tuple[int, ...], stack: str, own_shape: tuple[int, ...], layout: Layout, turned: bool
+) -> Iterator[tuple[Place, str]]:
+    """Yield the places of the parts of all experts in the stored tensor `name` of a shape, with their names.
+
+    Args:
+        stack: the parameter that transformers makes of it, of shape `own_shape`, in which the matrices have a layout.
+        turned: it transposes stored matrices that are the other way round.
+    """
+    path, _, leaf = stack.rpartition(".")
+    if turned and shape != own_shape and shape == (own_shape[0], own_shape[2], own_shape[1]):
+        layout = replace(layout, transposed=not layout.transposed)
+    elif shape != own_shape:
+        yield Place(name), name  # which is not a tensor of the model
+        return
+    for expert in range(shape[0]):
+        for place, part in enumerate(STACKS[leaf]):
+            own = Slice(shape, expert, place, len(STACKS[leaf]), layout)
+            yield Place(name, own), f"{path}.{expert}.{part}.weight"
+
+
+def _transposes(pattern: str, converters: list[WeightConverter]) -> bool:
+    """Return whether a converter does nothing but transpose tensors that are the other way round."""
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    return [type(operation) for operation in converter.operations] == [Transpose]
 
 
 def _part(name: str, stack: str, pattern: str, converters: list[WeightConverter]) -> str | None:

@@ -39,7 +39,17 @@ MIXING = frozenset(
 ROUTING = frozenset(
     (
         *("cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe"),
-        *("glm4_moe_lite", "hunyuan_v1_moe", "lfm2_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe"),
+        *(
+            "glm4_moe_lite",
+            "gpt_oss",
+            "granitemoe",
+            "hunyuan_v1_moe",
+            "lfm2_moe",
+            "minimax_m2",
+            "mixtral",
+            "olmoe",
+            "qwen2_moe",
+        ),
         *("qwen3_5_moe_text", "qwen3_moe"),
     )
 )

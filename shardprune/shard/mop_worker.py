@@ -45,7 +45,7 @@ class MopWorker(ForwardWorker):
         if saved is None:
             self.layers.read(indices)
         else:
-            journal = Journal(saved.folder, self.spec.fingerprint, len(saved.layers), self.checkpoint.stored_name)
+            journal = Journal(saved.folder, self.spec.fingerprint, len(saved.layers), self.checkpoint.place)
             blanks = skeleton_of_widths(self.skeleton, saved.widths)
             self.layers.read_saved(indices, journal, saved.layers, blanks)
         self.narrowed.give_up()
@@ -78,7 +78,7 @@ class MopWorker(ForwardWorker):
     @verb("write", layer="index")
     def write(self, folder: str, layers: int, index: int, position: int) -> None:
         """Write a current layer as the one at `position` of a model of `layers` layers."""
-        journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.stored_name)
+        journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.place)
         layer = self.layers.get(index, "dense")
         # Tensors that memory holds exactly are written from there; norms may be stored wider than they compute.
         entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}

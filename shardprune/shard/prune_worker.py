@@ -65,7 +65,7 @@ class PruneWorker(ForwardWorker):
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
         spec = self.spec
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.stored_name)
+        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, self.checkpoint.place)
         self.sparse = reopened(spec.job.sparse, spec.sparse, "sparse") if spec.job.sparse else None
         return Layers(
             self.skeleton,

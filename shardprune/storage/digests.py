@@ -4,7 +4,7 @@ It reads faster than memory delivers, and tells apart whatever differs by accide
 file cut short. It is no proof against forgery; nor would any other be that lies beside the data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import xxhash
@@ -26,6 +26,14 @@ def tensor_digest(tensor: Tensor) -> str:
     return digest_of(bytes_of(tensor.detach().cpu().contiguous()))
 
 
+def pieces_digest(pieces: Iterable[Tensor]) -> str:
+    """Return the digest of a tensor that is computed piece by piece, in C order."""
+    digest = StreamedDigest()
+    for piece in pieces:
+        digest.update(bytes_of(piece.detach().cpu().contiguous()))
+    return digest.hexdigest()
+
+
 def stored_digest(stored: StoredTensor) -> str:
     """Return the digest of a tensor in a file, read in parts of at most CHUNK bytes."""
     digest = StreamedDigest()
@@ -36,7 +44,7 @@ def stored_digest(stored: StoredTensor) -> str:
 
 def parts_of(stored: StoredTensor) -> Iterator[Tensor]:
     """Yield a tensor in a file in parts of at most CHUNK bytes, each a view of the same buffer (uint8)."""
-    size = stored.entry.end - stored.entry.start
+    size = stored.entry.size
     buffer = torch.empty(min(CHUNK, size), dtype=torch.uint8)
     for start in range(0, max(1, size), CHUNK):
         part = buffer[: size - start]

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.storage.digests import stored_digest, tensor_digest
+from shardprune.storage.digests import pieces_digest, stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, OWNER, RESULT, SELF_RECORD, SELF_TOKENS, STATE
 from shardprune.storage.owner import check_unowned
@@ -25,10 +26,11 @@ from shardprune.storage.safetensors_file import (
     StoredTensor,
     copy_tensors,
     read_header,
-    write_each,
+    write_pieces,
     write_tensors,
 )
 from shardprune.storage.seals import BrokenSeal, NoSeal, read_sealed, sealed
+from shardprune.storage.stacks import Place, Slice, stack_matrices
 from shardprune.storage.tensor_facts import TensorFacts
 
 READERS = 4  # layers that are read at the same time, to be compared
@@ -52,14 +54,14 @@ class Journal:
         out: path or URL of the directory.
         fingerprint: of the run; a directory with another one is refused.
         layers: decoder layers of the model that is written.
-        stored_name: maps a tensor's name to its name in the files.
+        place: maps a tensor's name to its place in the files.
     """
 
-    def __init__(self, out: str, fingerprint: str, layers: int, stored_name: Callable[[str], str] = str) -> None:
+    def __init__(self, out: str, fingerprint: str, layers: int, place: Callable[[str], Place] = Place) -> None:
         self.folder = output_folder(out)
         self.fingerprint = fingerprint
         self.layers = layers
-        self._stored_name = stored_name
+        self._place = place
 
     # -- names --------------------------------------------------------------------------------------------
 
@@ -228,11 +230,23 @@ class Journal:
         Args:
             tensor: returns the tensor of a name; called twice, for its digest and for its data.
         """
-        names = {self._stored_name(name): name for name in shapes}
-        stored = {key: shapes[name] for key, name in names.items()}
-        digests = {key: tensor_digest(tensor(name)) for key, name in names.items()}
+        stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        whole: dict[str, str] = {}  # names of tensors by their names in the file
+        stacks: dict[str, dict[str, Slice]] = {}
+        for name, (dtype, shape) in shapes.items():
+            place = self._place(name)
+            if place.slice is None:
+                whole[place.name], stored[place.name] = name, (dtype, shape)
+            else:
+                stacks.setdefault(place.name, {})[name] = place.slice
+                stored[place.name] = dtype, place.slice.shape
+
+        def pieces(key: str) -> Iterable[Tensor]:
+            return [tensor(whole[key])] if key in whole else stack_matrices(stacks[key], stored[key][0], tensor)
+
+        digests = {key: pieces_digest(pieces(key)) for key in stored}
         metadata = sealed({"fingerprint": self.fingerprint, **record.plain()}, digests, stored)
-        write_each(self.folder, self.layer_file(record.layer), stored, lambda key: tensor(names[key]), metadata)
+        write_pieces(self.folder, self.layer_file(record.layer), stored, pieces, metadata)
 
     def read_layer(self, layer: int, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors of a finished layer by name, one at a time."""
@@ -242,7 +256,7 @@ class Journal:
     def stored_layer(self, layer: int, names: Iterable[str]) -> dict[str, StoredTensor]:
         """Return tensors of a finished layer in its file, by name."""
         entries, _ = read_header(self.folder, self.layer_file(layer))
-        return {name: StoredTensor(self.folder, entries[self._stored_name(name)]) for name in names}
+        return {name: StoredTensor(self.folder, self._place(name).entry(entries)) for name in names}
 
     # -- the rest -------------------------------------------------------------------------------------------
 

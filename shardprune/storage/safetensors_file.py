@@ -54,13 +54,20 @@ class _Described(BaseModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """The location of one tensor: bytes [start, end) of `file`."""
+    """The location of one tensor: bytes [start, end) of `file`. With `strides`, its elements lie between those of other
+    tensors, the first one at `start`."""
 
     file: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    strides: tuple[int, ...] | None = None  # in elements
+
+    @property
+    def size(self) -> int:
+        """The bytes of the tensor itself."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -153,6 +160,10 @@ class StoredTensor:
 
     def read_part(self, start: int, buffer: Tensor) -> None:
         """Fill a buffer of bytes (uint8, contiguous, on the CPU) with the tensor's from `start` on."""
+        if self.entry.strides is not None:
+            own = read_tensor(self.folder, self.entry).view(-1).view(torch.uint8)
+            buffer.copy_(own[start : start + buffer.numel()])
+            return
         self.folder.read_into(self.entry.file, self.entry.start + start, bytes_of(buffer))
 
     def passed(self, start: int, part: Tensor) -> None:
@@ -166,6 +177,10 @@ def read_tensor(folder: Folder, entry: Entry) -> Tensor:
 
 def read_elements(folder: Folder, entry: Entry, start: int, stop: int) -> Tensor:
     """Read elements `start` to `stop` of a tensor, counted in C order, into memory of their own [stop - start]."""
+    if entry.strides is not None:
+        held = torch.empty((entry.end - entry.start) // entry.dtype.itemsize, dtype=entry.dtype)
+        folder.read_into(entry.file, entry.start, bytes_of(held))
+        return held.as_strided(entry.shape, entry.strides).reshape(-1)[start:stop].clone()
     elements = torch.empty(stop - start, dtype=entry.dtype)
     if start < stop:
         folder.read_into(entry.file, entry.start + start * entry.dtype.itemsize, bytes_of(elements))
@@ -178,16 +193,21 @@ Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a file of tensors that are in memory."""
     shapes = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    write_each(folder, name, shapes, lambda key: tensors[key], metadata)
+    write_pieces(folder, name, shapes, lambda key: [tensors[key]], metadata)
 
 
-def write_each(
-    folder: Folder, name: str, shapes: Shapes, tensor: Callable[[str], Tensor], metadata: Mapping[str, str]
+def write_pieces(
+    folder: Folder,
+    name: str,
+    shapes: Shapes,
+    pieces: Callable[[str], Iterable[Tensor]],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write a file of tensors that are computed one at a time, each when it is written."""
+    """Write a file of tensors that are computed piece by piece, in C order, each when it is written."""
 
     def content(key: str) -> Iterator[memoryview]:
-        yield bytes_of(tensor(key).detach().cpu().contiguous())
+        for piece in pieces(key):
+            yield bytes_of(piece.detach().cpu().contiguous())
 
     _write(folder, name, shapes, metadata, content)
 
@@ -199,6 +219,7 @@ def copy_tensors(
     whole.
     """
     shapes = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
+    assert all(entry.strides is None for entry in entries.values())
 
     def content(key: str) -> Iterator[memoryview]:
         entry = entries[key]

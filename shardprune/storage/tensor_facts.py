@@ -32,7 +32,7 @@ class TensorFacts:
         """
         entry, digest = stored.entry, StreamedDigest()
         cols = math.prod(entry.shape[1:]) if entry.shape else 1
-        row, size = max(1, cols * entry.dtype.itemsize), entry.end - entry.start
+        row, size = max(1, cols * entry.dtype.itemsize), entry.size
         step = max(1, PART // row) * row
         buffer = torch.empty(min(step, size), dtype=torch.uint8)
         zeros = strange = counted = 0

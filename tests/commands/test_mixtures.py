@@ -11,7 +11,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from tests.commands.test_architectures import perplexity
-from tests.support.architectures import MIXTURES, STACKED, make_architecture
+from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors, make_tokens
 
@@ -118,11 +118,3 @@ def test_what_is_not_known_of_experts_is_refused_in_one_line(mixture):
     with pytest.raises(InputError, match="^allocation: fisher measures no experts yet"):
         run(mixture, "refused", sparsity=0.5, allocation="fisher")
     assert not (mixture / "refused").exists()
-
-
-def test_one_tensor_for_all_experts_is_refused_before_any_work(tmp_path):
-    make_architecture(tmp_path / "model", "gpt_oss", STACKED)
-    make_tokens(tmp_path / "tokens.npy")
-    with pytest.raises(InputError, match=r"^model: .* has all experts of a layer in one tensor"):
-        run(tmp_path, "out", sparsity=0.5)
-    assert not (tmp_path / "out").exists()

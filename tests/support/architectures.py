@@ -120,8 +120,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
         **{**_COMMON, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
         **{"moe_layer_start_index": 1},
     },
+    "gemma4_text": {
+        **{**MIXED["gemma4_text"], "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
+        **{"moe_intermediate_size": 16},
+    },
     "glm4_moe": {**_LATENT, "head_dim": 8},
     "glm4_moe_lite": {**_LATENT, **_ONE_GROUP},
+    "gpt_oss": {**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {**_COMMON, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoehybrid": {**MIXED["granitemoehybrid"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "moe_topk": [2] * 2},
     "jamba": {**MIXED["jamba"], "num_experts": 4, "num_experts_per_tok": 2},
     "lfm2_moe": {**_COMMON, **_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -138,7 +145,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_HEAD, **_EXPERTS, "num_experts": 6},
     "qwen3_next": {**_COMMON, **_EXPERTS, **_SHARED, **_LINEAR_ATTENTION},
 }
-STACKED = {**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4}  # of gpt_oss: one tensor for all experts
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": (
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
