@@ -11,6 +11,7 @@ not to end the job when it loses a node.
 import argparse
 import ctypes
 import os
+import random
 import shutil
 import signal
 import socket
@@ -47,6 +48,9 @@ PORTS = (
     "runtime-env-agent-port",
     "metrics-export-port",
 )
+# Ray's client server is not used, but starts anyway and needs a port: below the kernel's ephemeral range, and above
+# the ports of Ray's own choice.
+CLIENT_PORTS = range(20000, 32768)
 # The longest path of a socket that Ray appends to its directory; Linux limits the whole to 107 characters.
 LONGEST_SOCKET = len("/session_2026-11-22_12-00-00_000000_1234567/sockets/plasma_store")
 LONGEST_NAME = len("/sp-123456789-01234567")
@@ -106,13 +110,23 @@ def start_command(folder: Path, address: str | None, object_store: int | None) -
 
 def _head_options() -> dict[str, Any]:
     """Return the head's own options, above all the address at which its host name resolves for other nodes."""
-    # Without a port Ray's client server, which nobody uses, does not start.
-    options = {"port": 0, "ray-client-server-port": 0, "include-dashboard": "false"}
+    options = {"port": 0, "ray-client-server-port": _free_port(), "include-dashboard": "false"}
     try:
         address = socket.gethostbyname(os.environ["SLURMD_NODENAME"])
     except OSError:
         return options  # Ray then chooses an address
     return options if address.startswith("127.") else options | {"node-ip-address": address}
+
+
+def _free_port() -> int:
+    while True:
+        port = random.choice(CLIENT_PORTS)
+        with socket.socket() as trial:
+            try:
+                trial.bind(("", port))
+            except OSError:
+                continue
+            return port
 
 
 def _serve(folder: Path, command: list[str], happened: "SimpleQueue[str]") -> tuple[int, bool]:
