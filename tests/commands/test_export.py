@@ -12,7 +12,7 @@ import shardprune
 from shardprune.cli import main
 from shardprune.commands import export as story
 from shardprune.commands.check import check
-from shardprune.errors import InputError
+from shardprune.errors import InputError, StorageError
 from shardprune.recipes.export import ExportRecipe
 from shardprune.report.progress import Reporter
 from shardprune.storage.sparse_file import write_sparse
@@ -158,7 +158,7 @@ def test_a_restoring_that_was_cut_off_goes_on(outputs, tmp_path, monkeypatch):
     whole = shown.read_bytes()
     middle = len(whole) // 2  # among the values, which stand before the masks
     shown.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    with pytest.raises(InputError, match=r"00003-of-00003\.safetensors is damaged: .* is not what was written"):
+    with pytest.raises(StorageError, match=r"00003-of-00003\.safetensors is damaged: .* is not what was written"):
         exported(tmp_path / "small", tmp_path / "back", restore=True)
     assert not (tmp_path / "back" / "model-00003-of-00003.safetensors").exists()
     shown.write_bytes(whole)
