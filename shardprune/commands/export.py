@@ -1,5 +1,8 @@
 """The story of `shardprune export`: a pruned checkpoint in a form that is smaller, or the checkpoint back from it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from shardprune.errors import InputError, StorageError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.exports import Export, open_export, open_weights, stored_as
@@ -29,7 +32,7 @@ def export(recipe: ExportRecipe, reporter: Reporter | None = None) -> Export:
 
     Raises:
         InputError: something in the recipe cannot work; nothing has been written then.
-        StorageError: storage stays away, or the checkpoint changed meanwhile.
+        StorageError: storage stays away, a file is damaged, or the checkpoint changed meanwhile.
     """
     reporter = reporter or Reporter()
     return _restore(recipe, reporter) if recipe.restore else _export(recipe, reporter)
@@ -48,7 +51,7 @@ def _export(recipe: ExportRecipe, reporter: Reporter) -> Export:
             reporter.say(f"{target.url} is finished already")
             return open_export(recipe.to, "to")[1]
         _check_target(target)
-    with owned(target):
+    with owned(target), _at_work():
         target.remove_partial()
         planned.write(target)
         with reporter.step("export", len(planned.files)) as step:
@@ -59,6 +62,15 @@ def _export(recipe: ExportRecipe, reporter: Reporter) -> Export:
         planned.stored_bytes = sum(target.size(stored_as(name)) or 0 for name in planned.files)
         planned.write(target)
     return planned
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """Report a damaged file that is met in the middle of the work as the end of a run, not as bad input."""
+    try:
+        yield
+    except InputError as error:
+        raise StorageError(error.field, error.problem) from error
 
 
 def _planned(source: Checkpoint, recipe: ExportRecipe) -> Export:
@@ -128,7 +140,7 @@ def _restore(recipe: ExportRecipe, reporter: Reporter) -> Export:
             reporter.say(f"{target.url} is finished already")
             return export
         _check_target(target)
-    with owned(target):
+    with owned(target), _at_work():
         target.remove_partial()
         target.write_json(RESTORED, {"fingerprint": export.fingerprint})
         left = manifest_faults(target, export.files)
