@@ -19,7 +19,7 @@ from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import BESIDE, CARD, EXPORT, RESTORED, RESULT, STATE
 from shardprune.storage.owner import check_unowned, owned
 from shardprune.storage.retrying import preflight
-from shardprune.storage.sparse_file import SparseFile, belongs, write_sparse
+from shardprune.storage.sparse_file import belongs, write_sparse
 
 # Files that go along where they are there, beside config and tokenizer.
 GOES_ALONG = (RESULT, *BESIDE, CARD, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
@@ -147,25 +147,13 @@ def _restore(recipe: ExportRecipe, reporter: Reporter) -> Export:
         with reporter.step("restore", len(left)) as step:
             for name in left:
                 if name in weights:
-                    _restore_weights(weights[name], target, name)
+                    weights[name].restore(target, name)
                 else:
                     target.write_bytes(name, source.read_bytes(stored_as(name)))
                 step.advance(1)
         _check_restored(target, export.files)
         target.remove(RESTORED)
     return export
-
-
-def _restore_weights(file: SparseFile, target: Folder, name: str) -> None:
-    """Write a file of weights.
-
-    Raises:
-        StorageError: the sparse one is damaged where only reading all of it finds out.
-    """
-    try:
-        file.restore(target, name)
-    except InputError as error:
-        raise StorageError(error.field, error.problem) from error
 
 
 def _restored(target: Folder, export: Export) -> bool:
