@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from shardprune.cluster.backends import backend_of
+from shardprune.cluster.expert_propagation import parts_of_removal, remove_in_turn
 from shardprune.cluster.expert_statistics import parts_of_statistics, routed_statistics, weight_ratios
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Backend, Group
@@ -16,7 +17,8 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
-from shardprune.model.saving import write_frame, write_index
+from shardprune.model.further_layers import FurtherLayers
+from shardprune.model.saving import write_index
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.experts_result import Experts, ExpertsOfLayer
@@ -26,7 +28,7 @@ from shardprune.report.result import ModelSize, Result
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.layers import Version
 from shardprune.shard.spec import WorkerSpec
-from shardprune.solvers.expert_scores import chosen, needs_pass
+from shardprune.solvers.expert_scores import ExpertStatistics, chosen, needs_pass
 from shardprune.storage.output_names import EXPERTS
 from shardprune.storage.records import KeptExperts, LayerRecord
 from shardprune.storage.windows import tokens_hash
@@ -102,7 +104,9 @@ class ExpertsRun:
         with closing(group):
             self.state.learn(digests(group, layout))
             self._measure(group, layout, "before", "dense")
-            if len(finished) < layers:
+            if len(finished) < layers and self.recipe.propagate == "pruned":
+                self._remove_in_turn(group, layout, finished)
+            elif len(finished) < layers:
                 if not self._scored:
                     self._observe(group, layout)
                 self._write(group, layout, finished)
@@ -141,14 +145,28 @@ class ExpertsRun:
 
     def _write(self, group: Group, layout: Layout, finished: set[int]) -> None:
         """Write the layers that are not there yet."""
-        kept, experts = self._kept(), self.fewer.mixture.experts
-        records = {
-            index: LayerRecord(index, experts=KeptExperts(kept[index], experts) if index in kept else None)
-            for index in range(self.prepared.skeleton.layers)
-            if index not in finished
-        }
+        layers = range(self.prepared.skeleton.layers)
+        records = {index: self._record(index) for index in layers if index not in finished}
         with self.clock.phase("remove"), self.reporter.step("remove experts", len(records)) as step:
             write_layers(group, layout, records, step)
+        self.state.learn(digests(group, layout))
+
+    def _remove_in_turn(self, group: Group, layout: Layout, finished: set[int]) -> None:
+        """Look at the experts of each layer behind those that are cut, and write it then."""
+        prepared = self.prepared
+        waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
+        tokens = tokens_hash(prepared.calibration)
+        self.statistics = replace(self.statistics, propagated="pruned", tokens_sha256=tokens)
+        unknown = self.fewer.mixture.layers.keys() - self.statistics.routed.keys()
+
+        def learn(index: int, own: ExpertStatistics) -> None:
+            self.statistics = replace(self.statistics, routed={**self.statistics.routed, index: own})
+            self.state.learn(digests(group, layout))
+            self.journal.folder.write_text(EXPERTS, self.statistics.written())
+
+        parts = parts_of_removal(waves, layout, finished, unknown)
+        with self.clock.phase("remove"), self.reporter.step("remove experts", parts) as step:
+            remove_in_turn(group, layout, waves, finished, unknown, learn, self._record, step)
         self.state.learn(digests(group, layout))
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
@@ -167,7 +185,7 @@ class ExpertsRun:
         self.journal.folder.remove_partial()  # of workers that died while they wrote
         if state.previous is None:
             with self.clock.phase("write"):
-                write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
+                FurtherLayers(fewer).write(self.journal, self._kept()[max(fewer.mixture.layers)])
                 write_index(prepared.checkpoint, self.journal, fewer.changes)
         size = ModelSize(parameters_before=prepared.skeleton.parameters(), parameters_after=fewer.reduced.parameters())
         seconds, workers = costs(self.clock, self.workers, state.previous)
@@ -192,7 +210,7 @@ class ExpertsRun:
     @property
     def _scored(self) -> bool:
         """Whether what the score looks at is known."""
-        return self.statistics.has(self.recipe.score)
+        return self.statistics.has(self.recipe.score, self.fewer.mixture.layers)
 
     def _known_statistics(self) -> StatisticsFile:
         """Return what an earlier attempt has left, or the statistics that are given."""
@@ -205,7 +223,8 @@ class ExpertsRun:
         return self.statistics
 
     def _protected(self) -> dict[int, frozenset[int]]:
-        return self.statistics.super_experts() if self.recipe.protect else {}
+        known = self.recipe.protect and self.recipe.propagate == "dense"  # else not before the last layer
+        return self.statistics.super_experts() if known else {}
 
     def _kept(self) -> dict[int, tuple[int, ...]]:
         """Return the experts that each layer keeps."""
@@ -214,6 +233,11 @@ class ExpertsRun:
             layer: chosen(scores, self.fewer.kept, mixture.groups, protected.get(layer, ()))
             for layer, scores in self.statistics.scores(self.recipe.score).items()
         }
+
+    def _record(self, index: int) -> LayerRecord:
+        """Return the record of a layer that is to be written, whose statistics are known."""
+        kept = self._kept().get(index)
+        return LayerRecord(index, experts=KeptExperts(kept, self.fewer.mixture.experts) if kept else None)
 
     def _result(self) -> Experts:
         """Return what the result says of the experts."""

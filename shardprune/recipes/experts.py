@@ -28,7 +28,13 @@ class ExpertFields(Settings):
     keep: int | None = Field(None, ge=1, description="Number of experts that each layer keeps")
     score: ExpertScore = Field("reap", description="Importance of an expert; the least important go")
     multiple: int = Field(8, ge=1, description="With remove: round the experts that stay to a multiple")
-    protect: bool = Field(True, description="Keep super experts, those with extreme outputs; aimer sees no outputs")
+    protect: bool = Field(
+        True, description="Keep super experts, those with extreme outputs (not with aimer, nor with propagate pruned)"
+    )
+    propagate: Literal["dense", "pruned"] = Field(
+        "dense",
+        description="Activations that a layer sees in the pass: the dense model's, or behind layers as they are cut",
+    )
 
     @field_validator("remove")
     @classmethod
@@ -84,7 +90,7 @@ class ExpertsRecipe(
     @model_validator(mode="after")
     def _text_is_read(self) -> "ExpertsRecipe":
         reason = "a pass: statistics are given" if self.statistics else "a pass: aimer looks at the weights alone"
-        self.needs(reason, self.passes, "calibration", "self_temperature", "self_bos", "self_batch")
+        self.needs(reason, self.passes, "propagate", "calibration", "self_temperature", "self_bos", "self_batch")
         return self
 
     @property

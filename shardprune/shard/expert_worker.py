@@ -67,6 +67,11 @@ class ExpertWorker(ForwardWorker):
         self._tallies.setdefault(index, []).append(tally.sums)
         return image
 
+    @verb("statistics", layer="index")
+    def tally(self, stream: str, wave: int, index: int) -> None:
+        """Add up what a dense layer's experts do with one kept wave, which stays as it is."""
+        self._run(index, "dense", self.activations.get(stream, wave), {})
+
     @verb("exchange", layer="index")
     def tallies(self, index: int) -> list[Tensor]:
         """Give up the tallies [6, experts] of the waves that have passed through a layer, in their order."""
