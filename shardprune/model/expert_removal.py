@@ -234,6 +234,16 @@ class FewerExperts:
         names = (_inside(self.skeleton, index, name) for name in self.skeleton.layer_tensors(index))
         return tuple(name.removeprefix(first) for name in names if name.startswith(first))
 
+    def routers(self, index: int) -> tuple[str, ...]:
+        """Return the names within a layer of the linear maps that score its experts."""
+        parameters = dict(self.skeleton.blank(index).named_parameters())
+        path = self.mixture.layers[index]
+        return tuple(
+            name.removesuffix(".weight")
+            for name in self._sliced[index]
+            if name.endswith(".weight") and name in parameters and not name.startswith(f"{path}.")
+        )
+
     def sliced(self, index: int) -> dict[str, int]:
         """Return the dimension of experts of each tensor of a layer that has one and is no expert's own, by its name
         within the layer."""

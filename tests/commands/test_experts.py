@@ -272,6 +272,42 @@ def test_layers_may_see_the_activations_behind_those_that_were_cut(mixture, tmp_
         remove(mixture, tmp_path / "again", keep=3, **text)
 
 
+TRAINED = {
+    "routers": {"router_kd": 12},
+    "all that is left": {"reconstruct": 12},
+    "both, behind cut layers": {"router_kd": 6, "reconstruct": 6, "propagate": "pruned"},
+}
+
+
+@pytest.mark.parametrize("fields", TRAINED.values(), ids=TRAINED)
+def test_what_a_layer_keeps_is_trained_towards_the_dense_layer(fields, mixture, tmp_path):
+    text = str(mixture / "tokens.npy")
+    result = remove(mixture, tmp_path / "out", keep=3, eval=(text,), **fields)
+    steps = [name for name, asked in (("router", "router_kd"), ("reconstruction", "reconstruct")) if asked in fields]
+    for layer in result.experts.layers:
+        assert [one.step for one in layer.trained] == steps
+        assert all(one.kept == (one.error_after < one.error_before) for one in layer.trained)
+        assert layer.trained[0].kept
+    plain = remove(mixture, tmp_path / "plain", keep=3, eval=(text,))
+    if "propagate" not in fields:
+        assert [layer.kept for layer in result.experts.layers] == [layer.kept for layer in plain.experts.layers]
+        changed = set(differing(tmp_path / "plain", tmp_path / "out"))
+        routers = {f"model.layers.{index}.mlp.gate.weight" for index in range(2)}
+        assert changed == routers if "router_kd" in fields else not changed & routers
+        assert {name for name in changed if "norm" in name or "embed" in name} == set()
+    (after,), (before,) = result.perplexity.values(), plain.perplexity.values()
+    measured = perplexity(tmp_path / "out", torch.from_numpy(np.load(text)))
+    assert measured == pytest.approx(after.after, rel=1e-4)
+    assert abs(after.after - after.before) < abs(before.after - before.before)
+    for out, layout in (("sharded", {"shards": 2, "weights": "streamed"}), ("replicas", {"replicas": 2})):
+        remove(mixture, tmp_path / out, keep=3, eval=(text,), **fields, **layout)
+    assert differing(tmp_path / "out", tmp_path / "sharded") == []
+    given = {"statistics": str(tmp_path / "plain")} if "propagate" not in fields else {}
+    again = remove(mixture, tmp_path / "given", keep=3, eval=(text,), **fields, **given)
+    assert differing(tmp_path / "out", tmp_path / "given") == []
+    assert again.experts == result.experts
+
+
 def test_a_pipeline_removes_experts_and_the_report_draws_them(mixture, tmp_path):
     text = str(mixture / "tokens.npy")
     section = {"keep": 4, "calibration": text, "samples": SAMPLES, "seqlen": SEQLEN, "wave": WAVE}
@@ -307,6 +343,7 @@ PHASES = {
     "in the frame": (Folder, "write", None),
     "behind a cut layer, propagated": (ExpertWorker, "tally", 4),
     "between the statistics and the file of a layer, propagated": (ExpertWorker, "write", 1),
+    "in the training of a layer, trained": (ExpertWorker, "cut", 1),
 }
 
 
@@ -316,7 +353,9 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_pat
     changed = {"keep": 4, "eval": (str(mixture / "tokens.npy"),)}
     changed |= {"weights": "streamed"} if "streamed" in phase else {}
     changed |= {"propagate": "pruned"} if "propagated" in phase else {}
-    plain = mixture / ("plain, propagated" if "propagated" in phase else "plain")
+    changed |= {"router_kd": 4, "reconstruct": 4} if "trained" in phase else {}
+    kind = phase.partition(", ")[2]
+    plain = mixture / f"plain {kind}"
     if not plain.exists():
         remove(mixture, plain, **{name: changed[name] for name in changed if name != "weights"})
     original, left = getattr(owner, name), calls
@@ -378,6 +417,11 @@ REFUSED = {
     "keep: 6 keeps 6 of 6 experts, so that nothing would go": {"keep": 6},
     "keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2": {"keep": 1},
     "has no effect without a pass: aimer looks at the weights alone": {"keep": 4, "score": "aimer"},
+    "samples: 4 is too few for router_kd, which holds out some; use at least 8": {
+        "keep": 4,
+        "samples": 4,
+        "router_kd": 2,
+    },
     "score: 'best' is not allowed; use one of reap, frequency": {"keep": 4, "score": "best"},
 }
 
