@@ -10,7 +10,7 @@ from shardprune.recipes.groups import (
     WORKERS,
     AskedLayout,
     CalibrationFields,
-    OutputFields,
+    ModelOutputFields,
     PerplexityFields,
     WorkerFields,
 )
@@ -101,7 +101,7 @@ class ExpertsRecipe(
     CalibrationFields,
     PerplexityFields,
     ExpertWorkerFields,
-    OutputFields,
+    ModelOutputFields,
 ):
     """The recipe of `shardprune experts`."""
 
