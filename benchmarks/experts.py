@@ -5,8 +5,8 @@
 One pass over the dense model serves all scores but AIMER, which looks at the weights; every cell of the table is a run
 of its own that cuts from these statistics. The last column is the share of the routing weight that is lost at the
 largest share, as the mean over the layers. Scores of `--propagated` have further rows, in which each layer sees the
-activations behind those that are cut. `random` keeps experts by chance, as the mean of `--draws` draws: the row that a
-score must beat.
+activations behind those that are cut, and scores of `--trained` rows in which routers are trained after the cut.
+`random` keeps experts by chance, as the mean of `--draws` draws: the row that a score must beat.
 """
 
 import argparse
@@ -45,6 +45,8 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.375, 0.5])
     parser.add_argument("--scores", nargs="*", default=ExpertsRecipe.choices("score"))
     parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
+    parser.add_argument("--trained", nargs="*", default=["reap", "ean"], help="scores behind which routers are trained")
+    parser.add_argument("--steps", type=int, default=50, help="of training each router")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--multiple", type=int, default=1)
     parser.add_argument("--samples", type=int, default=64)
@@ -80,6 +82,8 @@ def main() -> None:
         dense = perplexity(args.model)
         ways = {score: {"score": score, "statistics": str(folder / "first")} for score in args.scores}
         ways |= {f"{score}, propagated": {"score": score, "propagate": "pruned", **text} for score in args.propagated}
+        trained = {"statistics": str(folder / "first"), "router_kd": args.steps, **text}
+        ways |= {f"{score}, routers trained": {"score": score, **trained} for score in args.trained}
         ways |= {RANDOM: {"score": "frequency", "protect": False}} if args.draws else {}
         for way, fields in ways.items():
             cells = []

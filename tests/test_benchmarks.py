@@ -24,7 +24,7 @@ SMALL = {
     ),
     "experts": (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
-        *("--propagated", "ean"),
+        *("--propagated", "ean", "--trained"),
         *("--draws", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "launches": ("--hidden", "64"),

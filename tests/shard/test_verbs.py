@@ -68,7 +68,10 @@ WAVES = {
         *("confront", "hold_out", "aim", "miss"),
         *("draw_labels", "backward", "differentiate", "gather"),
     },
-    ExpertWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "tally"},
+    ExpertWorker: {
+        *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "tally"),
+        *("aim", "miss"),
+    },
     MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }
 
