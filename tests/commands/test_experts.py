@@ -19,6 +19,7 @@ from shardprune.errors import InputError
 from shardprune.model.experts import is_mixture
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.progress import Reporter
+from shardprune.report.summary import summary_rows
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.storage.folder import Folder
@@ -288,6 +289,8 @@ def test_what_a_layer_keeps_is_trained_towards_the_dense_layer(fields, mixture, 
         assert [one.step for one in layer.trained] == steps
         assert all(one.kept == (one.error_after < one.error_before) for one in layer.trained)
         assert layer.trained[0].kept
+    kept = sum(one.kept for layer in result.experts.layers for one in layer.trained)
+    assert ("trainings of a layer kept, of those tried", "", f"{kept} of {2 * len(steps)}") in summary_rows(result)
     plain = remove(mixture, tmp_path / "plain", keep=3, eval=(text,))
     if "propagate" not in fields:
         assert [layer.kept for layer in result.experts.layers] == [layer.kept for layer in plain.experts.layers]
