@@ -19,7 +19,9 @@ from pathlib import Path
 from shardprune import EvaluateRecipe, ExpertsRecipe, evaluate, experts
 from shardprune.report.progress import Reporter
 from shardprune.report.result import MeasuredPerplexity, Result
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.output_names import EXPERTS
+from shardprune.storage.sealed_json import sealed_fields, unsealed
 
 QUIET = Reporter(quiet=True)
 RANDOM = "random"
@@ -27,12 +29,12 @@ RANDOM = "random"
 
 def drawn(known: Path, folder: Path, seed: int) -> str:
     """Write statistics whose numbers of tokens are drawn, so that the score `frequency` keeps experts by chance."""
-    content = json.loads((known / EXPERTS).read_text())
+    content = unsealed(json.loads((known / EXPERTS).read_text()))
     draw = random.Random(seed)
     for layer in content["routed"].values():
         layer["tokens"] = draw.sample(range(1, 1 + len(layer["tokens"])), len(layer["tokens"]))
     folder.mkdir(exist_ok=True)
-    (folder / EXPERTS).write_text(json.dumps(content))
+    (folder / EXPERTS).write_text(dump_json(sealed_fields(content)))
     return str(folder)
 
 
