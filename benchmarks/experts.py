@@ -4,8 +4,9 @@
 
 One pass over the dense model serves all scores but AIMER, which looks at the weights; every cell of the table is a run
 of its own that cuts from these statistics. The last column is the share of the routing weight that is lost at the
-largest share, as the mean over the layers. `random` keeps experts by chance, as the mean of `--draws` draws: the row
-that a score must beat.
+largest share, as the mean over the layers. Scores of `--propagated` have further rows, in which each layer sees the
+activations behind those that are cut, and scores of `--trained` rows in which routers are trained after the cut.
+`random` keeps experts by chance, as the mean of `--draws` draws: the row that a score must beat.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from pathlib import Path
 from shardprune import EvaluateRecipe, ExpertsRecipe, evaluate, experts
 from shardprune.report.progress import Reporter
 from shardprune.report.result import MeasuredPerplexity, Result
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.output_names import EXPERTS
+from shardprune.storage.sealed_json import sealed_fields, unsealed
 
 QUIET = Reporter(quiet=True)
 RANDOM = "random"
@@ -26,12 +29,12 @@ RANDOM = "random"
 
 def drawn(known: Path, folder: Path, seed: int) -> str:
     """Write statistics whose numbers of tokens are drawn, so that the score `frequency` keeps experts by chance."""
-    content = json.loads((known / EXPERTS).read_text())
+    content = unsealed(json.loads((known / EXPERTS).read_text()))
     draw = random.Random(seed)
     for layer in content["routed"].values():
         layer["tokens"] = draw.sample(range(1, 1 + len(layer["tokens"])), len(layer["tokens"]))
-    folder.mkdir()
-    (folder / EXPERTS).write_text(json.dumps(content))
+    folder.mkdir(exist_ok=True)
+    (folder / EXPERTS).write_text(dump_json(sealed_fields(content)))
     return str(folder)
 
 
@@ -43,6 +46,9 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.375, 0.5])
     parser.add_argument("--scores", nargs="*", default=ExpertsRecipe.choices("score"))
+    parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
+    parser.add_argument("--trained", nargs="*", default=["reap", "ean"], help="scores behind which routers are trained")
+    parser.add_argument("--steps", type=int, default=50, help="of training each router")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--multiple", type=int, default=1)
     parser.add_argument("--samples", type=int, default=64)
@@ -76,25 +82,26 @@ def main() -> None:
         print(f"| score | {' | '.join(f'{share:.1%} removed' for share in args.shares)} | routing weight lost |")
         print(f"|---|{'---|' * (len(args.shares) + 1)}", flush=True)
         dense = perplexity(args.model)
-        for score in (*args.scores, *([RANDOM] if args.draws else ())):
+        ways = {score: {"score": score, "statistics": str(folder / "first")} for score in args.scores}
+        ways |= {f"{score}, propagated": {"score": score, "propagate": "pruned", **text} for score in args.propagated}
+        trained = {"statistics": str(folder / "first"), "router_kd": args.steps, **text}
+        ways |= {f"{score}, routers trained": {"score": score, **trained} for score in args.trained}
+        ways |= {RANDOM: {"score": "frequency", "protect": False}} if args.draws else {}
+        for way, fields in ways.items():
             cells = []
             for share in args.shares:
                 found = []
-                for seed in range(args.draws if score == RANDOM else 1):
-                    name = f"{score}-{share}-{seed}"
-                    given: dict[str, object] = {"statistics": str(folder / "first"), "score": score}
-                    if score == RANDOM:
-                        source = drawn(folder / "first", folder / f"{name}-drawn", seed)
-                        given = {"statistics": source, "score": "frequency", "protect": False}
-                    result = run(name, remove=share, **given)
+                for seed in range(args.draws if way == RANDOM else 1):
+                    name = f"run-{seed}"
+                    source = {"statistics": drawn(folder / "first", folder / "drawn", seed)} if way == RANDOM else {}
+                    result = run(name, remove=share, **fields, **source)
                     found.append(perplexity(str(folder / name)).value)
                     shutil.rmtree(folder / name)
                 cells.append(sum(found) / len(found))
             assert result.experts is not None
             lost = [layer.lost for layer in result.experts.layers if layer.lost is not None]
-            print(
-                f"| {score} | {' | '.join(f'{cell:.3f}' for cell in cells)} | {sum(lost) / len(lost):.1%} |", flush=True
-            )
+            gone = f"{sum(lost) / len(lost):.1%}" if way != RANDOM else ""
+            print(f"| {way} | {' | '.join(f'{cell:.3f}' for cell in cells)} | {gone} |", flush=True)
     assert first.experts is not None
     counts = f"{first.experts.before}, of which a token gets {first.experts.per_token}"
     print(f"dense: {dense.value:.3f}, {dense.windows} windows of {dense.seqlen}; experts of a layer: {counts}")

@@ -24,6 +24,7 @@ SMALL = {
     ),
     "experts": (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
+        *("--propagated", "ean", "--trained"),
         *("--draws", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "launches": ("--hidden", "64"),
@@ -64,7 +65,7 @@ KEPT = {"quality"}  # which keep what they have measured
 PRINTED = {
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
-    "experts": "| aimer |",
+    "experts": "| ean, propagated |",
     "launches": "planned for an H200",
     "peers": "before the first layer",
     "propagation": "prune step",

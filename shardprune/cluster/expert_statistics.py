@@ -31,7 +31,7 @@ def routed_statistics(
     found: dict[int, ExpertStatistics] = {}
 
     def collect(index: int) -> None:
-        found[index] = _of_layer(group, layout, waves, index)
+        found[index] = statistics_of_layer(group, layout, waves, index)
 
     stop = wanted[-1] + 1
     last = layout.shard_of(min(stop, layout.stop - 1))
@@ -61,7 +61,7 @@ def parts_of_statistics(waves: Waves, layers: Iterable[int], streamed: bool) -> 
     return len(waves.all) * (max(layers) + 1 if streamed else 1)
 
 
-def _of_layer(group: Group, layout: Layout, waves: Waves, index: int) -> ExpertStatistics:
+def statistics_of_layer(group: Group, layout: Layout, waves: Waves, index: int) -> ExpertStatistics:
     """Return the statistics of a layer's experts from the tallies of all replicas."""
     shard = layout.shard_of(index)
     by_replica = [iter(tallies) for tallies in to_all(group, layout, shard, ExpertWorker.tallies, index)]

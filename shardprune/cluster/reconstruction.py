@@ -27,7 +27,7 @@ def reconstruct_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord
     """
     names, steps = work.family.kinds[layer.layer].projections, work.improving.reconstruction
     held_out.measure()
-    zeros = held_out.improve(STEP, names, partial(_train, layer, names, steps, held_out.norm))
+    zeros = held_out.improve(STEP, names, partial(train, layer, names, steps, held_out.norm))
     layer.step.advance()
     if zeros is None:
         return record
@@ -36,14 +36,14 @@ def reconstruct_layer(work: PendingWork, layer: LayerInWork, record: LayerRecord
     return replace(record, projections=tuple(reports), kept=kept)
 
 
-def _train(layer: LayerInWork, names: tuple[str, ...], steps: int, norm: float) -> dict[str, int]:
-    """Train a layer whose turn it is on the replica that has it, and give the result to every replica; return the
-    zeros of its projections.
+def train(layer: LayerInWork, names: tuple[str, ...], steps: int, norm: float) -> dict[str, int]:
+    """Train linear maps of a layer on the replica whose turn it is, and give the result to every replica; return the
+    zeros of each.
 
     Which windows a step sees, and in which order, depends on the layer alone.
 
     Args:
-        names: the layer's projections.
+        names: of the maps.
         norm: ||dense output - dense input||^2 of a window.
     """
     waves = layer.waves.calibrating.all
@@ -62,7 +62,7 @@ def _train(layer: LayerInWork, names: tuple[str, ...], steps: int, norm: float) 
             rows.append(row)
     _lend(layer, lent)
     batches = [[places[window] for window in batch] for batch in drawn]
-    zeros = layer.ask(layer.turn, PruneWorker.reconstruct, batches, norm)
+    zeros = layer.ask(layer.turn, PruneWorker.reconstruct, batches, norm, names)
     layer.wait(layer.share(names, layer.turn))
     lending = lent_stream(layer.stream)
     for stream in (lending, dense_stream(lending)) if lent else ():

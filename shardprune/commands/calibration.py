@@ -142,7 +142,7 @@ def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
     Raises:
         InputError: a source cannot give its windows, or has tokens that the model has not.
     """
-    if not getattr(recipe, "passes", True):
+    if not getattr(recipe, "reads_text", True):
         return CalibrationText([], {}, None)
     seqlen, skeleton = recipe.seqlen, opened.skeleton
     vocabulary = skeleton.config.vocab_size

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from shardprune.cluster.backends import backend_of
+from shardprune.cluster.expert_propagation import Training, parts_of_removal, remove_in_turn
 from shardprune.cluster.expert_statistics import parts_of_statistics, routed_statistics, weight_ratios
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Backend, Group
@@ -17,17 +18,18 @@ from shardprune.commands.prepare import Prepared, prepare
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
-from shardprune.model.saving import write_frame, write_index
+from shardprune.model.further_layers import FurtherLayers
+from shardprune.model.saving import write_index
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.report.clock import Clock
-from shardprune.report.experts_result import Experts, ExpertsOfLayer
+from shardprune.report.experts_result import Experts, ExpertsOfLayer, ExpertTraining
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Result
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.layers import Version
 from shardprune.shard.spec import WorkerSpec
-from shardprune.solvers.expert_scores import chosen, needs_pass
+from shardprune.solvers.expert_scores import ExpertStatistics, chosen, needs_pass
 from shardprune.storage.output_names import EXPERTS
 from shardprune.storage.records import KeptExperts, LayerRecord
 from shardprune.storage.windows import tokens_hash
@@ -81,7 +83,7 @@ class ExpertsRun:
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
             self.statistics = self._known_statistics()
-            if self.state.previous is None and not self._scored:
+            if self.state.previous is None and (recipe.improving or not self._scored):
                 prepared.text.complete(self.state, recipe.max_restarts, self.backend, self.reporter, self.clock)
             device = prepared.placement.workers.device
             for attempt in Attempts(
@@ -105,16 +107,19 @@ class ExpertsRun:
             self.state.learn(digests(group, layout))
             self._measure(group, layout, "before", "dense")
             if len(finished) < layers:
-                if not self._scored:
+                if not self._scored and self.recipe.propagate == "dense":
                     self._observe(group, layout)
-                self._write(group, layout, finished)
+                if self.recipe.propagate == "pruned" or self.recipe.improving:
+                    self._remove_in_turn(group, layout, finished)
+                else:
+                    self._write(group, layout, finished)
             self._measure(group, layout, "after", "latest")
             self.workers = usage(group, layout)
 
     def _start(self, layout: Layout, finished: set[int]) -> Group:
         """Start workers; they read layers when they first need them."""
         prepared = self.prepared
-        kept = prepared.kept_bytes(layout.replicas, streams=1) if self.recipe.passes else 0
+        kept = prepared.kept_bytes(layout.replicas, streams=1) if self.recipe.reads_text else 0
         specs = [self._with_memory(spec) for spec in prepared.worker_specs(layout, finished, kept)]
         return self.backend.start(specs, prepared.store_bytes(0), ExpertWorker)
 
@@ -143,14 +148,38 @@ class ExpertsRun:
 
     def _write(self, group: Group, layout: Layout, finished: set[int]) -> None:
         """Write the layers that are not there yet."""
-        kept, experts = self._kept(), self.fewer.mixture.experts
-        records = {
-            index: LayerRecord(index, experts=KeptExperts(kept[index], experts) if index in kept else None)
-            for index in range(self.prepared.skeleton.layers)
-            if index not in finished
-        }
+        layers = range(self.prepared.skeleton.layers)
+        records = {index: self._record(index) for index in layers if index not in finished}
         with self.clock.phase("remove"), self.reporter.step("remove experts", len(records)) as step:
             write_layers(group, layout, records, step)
+        self.state.learn(digests(group, layout))
+
+    def _remove_in_turn(self, group: Group, layout: Layout, finished: set[int]) -> None:
+        """Look at the experts of each layer behind those that are cut, where they are not known, train what it keeps
+        where that is asked for, and write it then."""
+        prepared, mixture, recipe = self.prepared, self.fewer.mixture, self.recipe
+        waves = prepared.calibration_waves(layout.replicas)
+        unknown: set[int] = set()
+        if recipe.propagate == "pruned":
+            tokens = tokens_hash(prepared.calibration)
+            self.statistics = replace(self.statistics, propagated="pruned", tokens_sha256=tokens)
+            unknown = mixture.layers.keys() - self.statistics.routed.keys()
+        steps = {"router": recipe.router_kd, "reconstruction": recipe.reconstruct}
+        steps = {name: count for name, count in steps.items() if count}
+
+        def names(step: str, index: int) -> tuple[str, ...]:
+            return self.fewer.routers(index) if step == "router" else self.fewer.reduced.family.kinds[index].projections
+
+        def learn(index: int, own: ExpertStatistics) -> None:
+            self.statistics = replace(self.statistics, routed={**self.statistics.routed, index: own})
+            self.state.learn(digests(group, layout))
+            self.journal.folder.write_text(EXPERTS, self.statistics.written())
+
+        trained = mixture.layers.keys() - finished
+        parts = parts_of_removal(waves, layout, finished, unknown, trained, len(steps))
+        training = Training(steps, names) if steps else None
+        with self.clock.phase("remove"), self.reporter.step("remove experts", parts) as step:
+            remove_in_turn(group, layout, waves, finished, unknown, learn, self._record, training, step)
         self.state.learn(digests(group, layout))
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
@@ -169,11 +198,11 @@ class ExpertsRun:
         self.journal.folder.remove_partial()  # of workers that died while they wrote
         if state.previous is None:
             with self.clock.phase("write"):
-                write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
+                FurtherLayers(fewer).write(self.journal, self._kept()[max(fewer.mixture.layers)])
                 write_index(prepared.checkpoint, self.journal, fewer.changes)
         size = ModelSize(parameters_before=prepared.skeleton.parameters(), parameters_after=fewer.reduced.parameters())
         seconds, workers = costs(self.clock, self.workers, state.previous)
-        calibration = prepared.calibration_result() if self.recipe.passes and not state.previous else None
+        calibration = prepared.calibration_result() if self.recipe.reads_text and not state.previous else None
         return state.finish(
             Result(
                 command=self.recipe.command,
@@ -194,7 +223,7 @@ class ExpertsRun:
     @property
     def _scored(self) -> bool:
         """Whether what the score looks at is known."""
-        return self.statistics.has(self.recipe.score)
+        return self.statistics.has(self.recipe.score, self.fewer.mixture.layers)
 
     def _known_statistics(self) -> StatisticsFile:
         """Return what an earlier attempt has left, or the statistics that are given."""
@@ -207,7 +236,8 @@ class ExpertsRun:
         return self.statistics
 
     def _protected(self) -> dict[int, frozenset[int]]:
-        return self.statistics.super_experts() if self.recipe.protect else {}
+        known = self.recipe.protect and self.recipe.propagate == "dense"  # else not before the last layer
+        return self.statistics.super_experts() if known else {}
 
     def _kept(self) -> dict[int, tuple[int, ...]]:
         """Return the experts that each layer keeps."""
@@ -217,9 +247,15 @@ class ExpertsRun:
             for layer, scores in self.statistics.scores(self.recipe.score).items()
         }
 
+    def _record(self, index: int) -> LayerRecord:
+        """Return the record of a layer that is to be written, whose statistics are known."""
+        kept = self._kept().get(index)
+        return LayerRecord(index, experts=KeptExperts(kept, self.fewer.mixture.experts) if kept else None)
+
     def _result(self) -> Experts:
         """Return what the result says of the experts."""
         fewer, kept, protected = self.fewer, self._kept(), self._protected()
+        records = self.journal.finished()
         scores, routed = self.statistics.scores(self.recipe.score), self.statistics.routed
         layers = [
             ExpertsOfLayer(
@@ -229,6 +265,10 @@ class ExpertsRun:
                 scores=scores[layer],
                 tokens=list(routed[layer].tokens) if layer in routed else None,
                 lost=routed[layer].lost(own) if layer in routed else None,
+                trained=[
+                    ExpertTraining(**{name: getattr(step, name) for name in ExpertTraining.model_fields})
+                    for step in records[layer].improvements
+                ],
             )
             for layer, own in kept.items()
         ]

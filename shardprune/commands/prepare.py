@@ -22,6 +22,7 @@ from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
 from shardprune.model.families import FAMILIES, structures_of
+from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -38,6 +39,7 @@ from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
 from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.error_curves import windows_of
+from shardprune.solvers.expert_scores import needs_pass
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
@@ -349,6 +351,8 @@ def prepare(
     )
     _check_mixed(job, skeleton)
     fewer = fewer_experts_of(job, checkpoint, skeleton)
+    if fewer:
+        FurtherLayers(fewer)  # which it checks
     statistics = _given_statistics(recipe, checkpoint, fewer)
     if job.measures and isinstance(recipe, QualityFields) and any(kind.mixtures for kind in skeleton.family.kinds):
         recipe = recipe.without_curves()
@@ -415,8 +419,10 @@ def _given_statistics(recipe: LayerRecipe, checkpoint: Checkpoint, fewer: FewerE
     assert fewer is not None
     folder = Folder(absolute(recipe.statistics), "statistics")
     found = read_statistics(folder, checkpoint.identity(), fewer.mixture)
-    if not found.has(recipe.score) and recipe.score != "aimer":
-        raise InputError("statistics", f"{folder.url} made no pass, and score {recipe.score} needs one")
+    if needs_pass(recipe.score) and not found.has(recipe.score, fewer.mixture.layers):
+        raise InputError("statistics", f"{folder.url} has made no whole pass, and score {recipe.score} needs one")
+    if found.propagated != "dense":
+        raise InputError("statistics", f"{folder.url} has those of layers behind cut ones, which fit no other cut")
     return found
 
 

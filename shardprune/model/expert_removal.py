@@ -150,16 +150,6 @@ class FewerExperts:
         if found.experts != kept or found.layers != mixture.layers:
             raise InputError("model", f"{place} makes a model with {found.experts}: its count has a name not known")
         self._check_dtypes()
-        self._check_further_layers()
-
-    def _check_further_layers(self) -> None:
-        """Check that the checkpoint has no experts beside those of the model's layers, whose number would not fit."""
-        read = self.skeleton.tensors()
-        for name in self.checkpoint.entries:
-            if name not in read and ".experts." in name:
-                url, stored = self.checkpoint.folder.url, self.checkpoint.stored_name(name)
-                reason = "of a layer that transformers does not run: its experts cannot be cut yet"
-                raise InputError("model", f"{url} holds {stored}, {reason}")
 
     def _check_dtypes(self) -> None:
         """Check that an expert can take the place of another one: both are stored in the same dtypes."""
@@ -243,6 +233,21 @@ class FewerExperts:
         first = f"{self.mixture.layers[index]}.0."
         names = (_inside(self.skeleton, index, name) for name in self.skeleton.layer_tensors(index))
         return tuple(name.removeprefix(first) for name in names if name.startswith(first))
+
+    def routers(self, index: int) -> tuple[str, ...]:
+        """Return the names within a layer of the linear maps that score its experts."""
+        parameters = dict(self.skeleton.blank(index).named_parameters())
+        path = self.mixture.layers[index]
+        return tuple(
+            name.removesuffix(".weight")
+            for name in self._sliced[index]
+            if name.endswith(".weight") and name in parameters and not name.startswith(f"{path}.")
+        )
+
+    def sliced(self, index: int) -> dict[str, int]:
+        """Return the dimension of experts of each tensor of a layer that has one and is no expert's own, by its name
+        within the layer."""
+        return self._sliced[index]
 
     def active(self, skeleton: Skeleton) -> int:
         """Return the number of parameters of one of the two models that a token passes through."""

@@ -4,6 +4,7 @@ What another share of experts, or another score, leaves of the model follows fro
 """
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -29,6 +30,7 @@ class StatisticsFile:
     Attributes:
         model: identity of the dense model, by its config and a sample of every tensor.
         tokens_sha256: of the calibration windows, where there was a pass.
+        propagated: what the layers saw in the pass: dense activations, or those behind layers that were cut.
         routed: sums over routed tokens, by layer, where there was a pass.
         ratios: mean |w| / rms(w) of each expert's weights, by layer, where they were looked at.
     """
@@ -38,6 +40,7 @@ class StatisticsFile:
     version: Literal[1]
     model: str
     tokens_sha256: str | None = None
+    propagated: Literal["dense", "pruned"] = "dense"
     routed: dict[Layer, ExpertStatistics] = field(default_factory=dict)
     ratios: dict[Layer, tuple[float, ...]] = field(default_factory=dict)
 
@@ -47,9 +50,9 @@ class StatisticsFile:
             return {layer: list(ROUTED[score](own)) for layer, own in self.routed.items()}
         return {layer: [-ratio for ratio in own] for layer, own in self.ratios.items()}
 
-    def has(self, score: ExpertScore) -> bool:
-        """Return whether there is what a score looks at."""
-        return bool(self.routed if score in ROUTED else self.ratios)
+    def has(self, score: ExpertScore, layers: Collection[int]) -> bool:
+        """Return whether there is what a score looks at, of all these layers."""
+        return {*layers} <= (self.routed if score in ROUTED else self.ratios).keys()
 
     def super_experts(self) -> dict[int, frozenset[int]]:
         """Return the experts with extreme outputs by layer; none are known without a pass."""
@@ -65,7 +68,8 @@ class StatisticsFile:
 
 
 def _plain(statistics: StatisticsFile) -> dict[str, object]:
-    fields = {"version": statistics.version, "model": statistics.model, "tokens_sha256": statistics.tokens_sha256}
+    names = ("version", "model", "tokens_sha256", "propagated")
+    fields = {name: getattr(statistics, name) for name in names}
     routed = {str(layer): vars(own) for layer, own in sorted(statistics.routed.items())}
     ratios = {str(layer): own for layer, own in sorted(statistics.ratios.items())}
     return {**fields, "routed": routed, "ratios": ratios}
@@ -88,8 +92,8 @@ def read_statistics(folder: Folder, model: str, mixture: Mixture) -> StatisticsF
     if found.model != model:
         raise InputError(folder.field, f"{place} is of another model")
     for own in (found.routed, found.ratios):
-        if own and own.keys() != mixture.layers.keys():
-            raise InputError(folder.field, f"{place} does not have the layers of the model")
+        if not own.keys() <= mixture.layers.keys():
+            raise InputError(folder.field, f"{place} has other layers than the model")
     lists = [column for own in found.routed.values() for column in vars(own).values()]
     if any(len(column) != mixture.experts for column in (*lists, *found.ratios.values())):
         raise InputError(folder.field, f"{place} does not have the {mixture.experts} experts of every layer")

@@ -28,7 +28,7 @@ def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) ->
     inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
     outside = [name for name in checkpoint.entries if name not in inside]
     tensors = {checkpoint.stored_name(name): checkpoint.stored(name) for name in outside}
-    journal.copy_frame(checkpoint.folder, tensors)
+    journal.copy_frame(tensors)
     checkpoint.check_unchanged(outside)
 
 

@@ -106,6 +106,10 @@ class Skeleton:
         prefix = f"{self.family.layers}.{index}."
         return {prefix + name: tuple(tensor.shape) for name, tensor in self._blanks[index].state_dict().items()}
 
+    def blank(self, index: int) -> nn.Module:
+        """Return one decoder layer without values."""
+        return self._blanks[index]
+
     def projection_tensor(self, index: int, projection: str) -> str:
         """Return the checkpoint name of a projection's weight."""
         return f"{self.family.layers}.{index}.{projection}.weight"

@@ -15,8 +15,10 @@ from shardprune.recipes.groups import (
     WorkerFields,
 )
 from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.improving import TrainingFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.expert_scores import ExpertScore, needs_pass
+from shardprune.solvers.improving import LEAST_SAMPLES, Improving
 
 
 class ExpertFields(Settings):
@@ -28,7 +30,13 @@ class ExpertFields(Settings):
     keep: int | None = Field(None, ge=1, description="Number of experts that each layer keeps")
     score: ExpertScore = Field("reap", description="Importance of an expert; the least important go")
     multiple: int = Field(8, ge=1, description="With remove: round the experts that stay to a multiple")
-    protect: bool = Field(True, description="Keep super experts, those with extreme outputs; aimer sees no outputs")
+    protect: bool = Field(
+        True, description="Keep super experts, those with extreme outputs (not with aimer, nor with propagate pruned)"
+    )
+    propagate: Literal["dense", "pruned"] = Field(
+        "dense",
+        description="Activations that a layer sees in the pass: the dense model's, or behind layers as they are cut",
+    )
 
     @field_validator("remove")
     @classmethod
@@ -45,6 +53,21 @@ class ExpertFields(Settings):
             raise InputError("keep", f"{self.keep} does not go with remove {self.remove:g}; give one of them")
         self.needs("remove", self.remove is not None, "multiple")
         return self
+
+
+class ExpertTrainingFields(TrainingFields):
+    """Training of what a layer keeps."""
+
+    title: ClassVar[str] = "Improvement"
+
+    router_kd: int = Field(
+        0, ge=0, description="Steps of training each layer's router towards the dense layer's output; 0: none"
+    )
+
+    @property
+    def improving(self) -> Improving:
+        """The steps, as far as windows are held out for them."""
+        return Improving(reconstruction=self.reconstruct + self.router_kd)
 
 
 class GivenStatisticsFields(Settings):
@@ -72,30 +95,47 @@ class ExpertWorkerFields(WorkerFields):
 
 
 class ExpertsRecipe(
-    ExpertFields, GivenStatisticsFields, CalibrationFields, PerplexityFields, ExpertWorkerFields, ModelOutputFields
+    ExpertFields,
+    GivenStatisticsFields,
+    ExpertTrainingFields,
+    CalibrationFields,
+    PerplexityFields,
+    ExpertWorkerFields,
+    ModelOutputFields,
 ):
     """The recipe of `shardprune experts`."""
 
     command: ClassVar[str] = "experts"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (ExpertFields, GivenStatisticsFields)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (ExpertFields, GivenStatisticsFields, ExpertTrainingFields)
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _text_is_read(self) -> "ExpertsRecipe":
         reason = "a pass: statistics are given" if self.statistics else "a pass: aimer looks at the weights alone"
-        self.needs(reason, self.passes, "calibration", "self_temperature", "self_bos", "self_batch")
+        self.needs(reason, self.observes, "propagate")
+        self.needs(reason, self.reads_text, "calibration", "self_temperature", "self_bos", "self_batch")
+        if self.improving and self.samples < LEAST_SAMPLES:
+            asked = "router_kd" if self.router_kd else "reconstruct"
+            raise InputError(
+                "samples", f"{self.samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
+            )
         return self
 
     @property
-    def passes(self) -> bool:
-        """Whether calibration text passes through the dense model."""
+    def observes(self) -> bool:
+        """Whether experts are looked at while calibration text passes through them."""
         return needs_pass(self.score) and self.statistics is None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is read: for a pass, or to train on."""
+        return self.observes or bool(self.improving)
 
     def job(self) -> PruningJob:
         """Return the job of the run that removes experts."""
         removal = ExpertRemoval(self.score, self.remove, self.keep, self.multiple, self.protect)
-        return PruningJob(None, removal, None, measure_error=False)
+        return PruningJob(None, removal, None, measure_error=False, improving=self.improving)
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and given statistics."""

@@ -10,10 +10,20 @@ Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 
 
+class ExpertTraining(BaseModel):
+    """A training of what a layer keeps (`router`, `reconstruction`), and ||output - dense output||^2 / ||dense output -
+    dense input||^2 of the layer on held-out windows before and after it; it was kept where that fell."""
+
+    step: str
+    error_before: Measurement
+    error_after: Measurement
+    kept: bool
+
+
 class ExpertsOfLayer(BaseModel):
     """The experts of a layer: which stayed, by their numbers in the dense model; which of these are super experts and
     were `protected`; the scores of all, and the calibration tokens that were routed to each, where there was a pass;
-    the share of the routing weight that was `lost` with those that went."""
+    the share of the routing weight that was `lost` with those that went; and what it was `trained` by."""
 
     layer: Count
     kept: list[Count]
@@ -21,6 +31,7 @@ class ExpertsOfLayer(BaseModel):
     scores: list[Measurement]
     tokens: list[Count] | None = None
     lost: float | None = None
+    trained: list[ExpertTraining] = []
 
 
 class Experts(BaseModel):

@@ -159,6 +159,9 @@ def _expert_rows(experts: Experts) -> Iterator[Row]:
     lost = [layer.lost for layer in experts.layers if layer.lost is not None]
     if lost:
         yield "routing weight lost, mean and largest", "", f"{sum(lost) / len(lost):.2%}, {max(lost):.2%}"
+    trained = [training.kept for layer in experts.layers for training in layer.trained]
+    if trained:
+        yield "trainings of a layer kept, of those tried", "", f"{sum(trained)} of {len(trained)}"
 
 
 def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:

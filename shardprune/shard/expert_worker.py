@@ -1,16 +1,21 @@
 """The worker of `experts`: it sums up what the experts of its layers do, and writes layers that keep some of them. No
 Ray here."""
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
 from shardprune.model.saving import write_tensors_of_layer
 from shardprune.shard.expert_tally import ExpertTally
 from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.held_out import HeldOut
 from shardprune.shard.layers import Layers, Version
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.reconstruction import Reconstruction
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.verbs import verb
+from shardprune.shard.verbs import of_part, verb
 from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord
@@ -25,6 +30,9 @@ class ExpertWorker(ForwardWorker):
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self._tallies: dict[int, list[Tensor]] = {}  # by layer, of one wave after the other
+        self._cut: dict[int, nn.Module] = {}  # the layer in work with the experts that it keeps, where it is trained
+        self.held_out = HeldOut(self)
+        self.reconstruction = Reconstruction(self)
 
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
@@ -67,6 +75,11 @@ class ExpertWorker(ForwardWorker):
         self._tallies.setdefault(index, []).append(tally.sums)
         return image
 
+    @verb("statistics", layer="index")
+    def tally(self, stream: str, wave: int, index: int) -> None:
+        """Add up what a dense layer's experts do with one kept wave, which stays as it is."""
+        self._run(index, "dense", self.activations.get(stream, wave), {})
+
     @verb("exchange", layer="index")
     def tallies(self, index: int) -> list[Tensor]:
         """Give up the tallies [6, experts] of the waves that have passed through a layer, in their order."""
@@ -94,20 +107,53 @@ class ExpertWorker(ForwardWorker):
             for count, total, squares in sums.values()
         ]
 
+    # -- training what a layer keeps -----------------------------------------------------------------------------
+
+    aim = of_part("held_out", HeldOut.aim)
+    miss = of_part("held_out", HeldOut.miss)
+    remember = of_part("held_out", HeldOut.remember)
+    put_back = of_part("held_out", HeldOut.put_back)
+    lend = of_part("reconstruction", Reconstruction.lend)
+    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
+    solved = PruneWorker.solved
+    install = PruneWorker.install
+    broadcast = PruneWorker.broadcast
+
+    @verb("read", layer="index")
+    def cut(self, index: int, kept: tuple[int, ...]) -> None:
+        """Build a layer with the experts that it keeps, to be trained before it is written."""
+        prefix = f"{self.skeleton.family.layers}.{index}."
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            for name in self.fewer.shapes(index):
+                changed = self.fewer.tensor(index, name, kept)
+                yield prefix + name, self.checkpoint.read(prefix + name) if changed is None else changed
+
+        self._cut = {index: self.fewer.reduced.build_layer(index, tensors())}
+
+    def in_work(self, index: int) -> nn.Module:
+        """Return the layer that is being changed, as it is now: the cut one, where there is one."""
+        return self._cut.get(index) or super().in_work(index)
+
     # -- writing ------------------------------------------------------------------------------------------------
 
     @verb("write", layer="index")
     def write(self, index: int, record: LayerRecord) -> int:
-        """Write a layer with the experts that its record keeps, tensor by tensor from the checkpoint, byte by byte;
-        return its bytes."""
+        """Write a layer with the experts that its record keeps, tensor by tensor: what was trained as it is now, all
+        else from the checkpoint, byte by byte; return its bytes."""
         kept = record.experts.kept if record.experts else ()
+        trained = {f"{name}.weight" for step in record.improvements if step.kept for name in step.projections}
+
+        def tensor(name: str) -> Tensor | None:
+            return self._cut[index].get_parameter(name) if name in trained else self.fewer.tensor(index, name, kept)
+
         return write_tensors_of_layer(
             self.journal,
             self.checkpoint,
             self.skeleton.family,
             index,
             self.fewer.shapes(index),
-            lambda name: self.fewer.tensor(index, name, kept),
+            tensor,
             record,
         )
 
@@ -115,3 +161,5 @@ class ExpertWorker(ForwardWorker):
     def finish(self, index: int) -> None:
         """Take a layer for finished, whose file is there."""
         self.layers.mark_written(index)
+        self._cut.pop(index, None)
+        self.held_out.forget()

@@ -32,14 +32,17 @@ class Reconstruction:
         return self._worker.leaving(self._worker.activations.get(stream, wave)[list(rows)])
 
     @verb("solve", layer="index")
-    def reconstruct(self, index: int, batches: list[list[Place]], norm: float) -> dict[str, int]:
-        """Train the weights of a layer that are not zero, one step for each of the batches; return the zeros of every
-        projection.
+    def reconstruct(
+        self, index: int, batches: list[list[Place]], norm: float, names: tuple[str, ...]
+    ) -> dict[str, int]:
+        """Train the weights of linear maps of a layer that are not zero, one step for each of the batches; return the
+        zeros of each.
 
         Args:
             norm: ||dense output - dense input||^2 of a window: the unit of the loss.
+            names: of the maps.
         """
-        layer, names = self._worker.in_work(index), self._skeleton.family.kinds[index].projections
+        layer = self._worker.in_work(index)
         weights = {name: projection_weight(layer, name) for name in names}
         masks = {name: weight != 0 for name, weight in weights.items()}
         masters = {name: torch.nn.Parameter(weight.float()) for name, weight in weights.items()}

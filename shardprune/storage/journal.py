@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.storage.digests import pieces_digest, stored_digest, tensor_digest
+from shardprune.storage.digests import parts_of, pieces_digest, stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
 from shardprune.storage.output_names import EVENTS, OWNER, RESULT, SELF_RECORD, SELF_TOKENS, STATE
 from shardprune.storage.owner import check_unowned
@@ -24,7 +24,6 @@ from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.safetensors_file import (
     Shapes,
     StoredTensor,
-    copy_tensors,
     read_header,
     write_pieces,
     write_tensors,
@@ -45,6 +44,15 @@ class Earlier:
 
     def __bool__(self) -> bool:
         return self.state is not None or self.result is not None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a stored tensor, of a dtype and a shape, which is read when it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 class Journal:
@@ -264,12 +272,24 @@ class Journal:
         """Return the names in its file of the tensors of a finished layer."""
         return set(read_header(self.folder, self.layer_file(layer))[0])
 
-    def copy_frame(self, source: Folder, tensors: Mapping[str, StoredTensor]) -> None:
-        """Write the frame of tensors in a folder, by their names in the files, byte by byte."""
+    def copy_frame(self, tensors: Mapping[str, StoredTensor], cut: Mapping[str, Cut] | None = None) -> None:
+        """Write the frame of stored tensors, by their names in the files, byte by byte.
+
+        Args:
+            cut: tensors of which there are parts alone, by their names in the files.
+        """
+        parts = cut or {}
         entries = {name: stored.entry for name, stored in tensors.items()}
+        assert all(entry.strides is None for entry in entries.values())
         shapes = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        shapes |= {name: (own.dtype, own.shape) for name, own in parts.items()}
+
+        def pieces(name: str) -> Iterable[Tensor]:
+            return [parts[name].read()] if name in parts else parts_of(tensors[name])
+
         digests = {name: stored_digest(stored) for name, stored in tensors.items()}
-        copy_tensors(source, entries, self.folder, self.frame_file, self._frame_metadata(digests, shapes))
+        digests |= {name: pieces_digest(pieces(name)) for name in parts}
+        write_pieces(self.folder, self.frame_file, shapes, pieces, self._frame_metadata(digests, shapes))
 
     def write_frame(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the frame of tensors in memory, by their names in the files."""

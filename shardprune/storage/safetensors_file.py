@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from shardprune.errors import InputError
-from shardprune.storage.folder import CHUNK, Folder
+from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import dump_json, fitting, parse_json
 from shardprune.storage.malformed import Malformed, located, shown
 
@@ -210,25 +210,6 @@ def write_pieces(
             yield bytes_of(piece.detach().cpu().contiguous())
 
     _write(folder, name, shapes, metadata, content)
-
-
-def copy_tensors(
-    source: Folder, entries: Mapping[str, Entry], target: Folder, name: str, metadata: Mapping[str, str]
-) -> None:
-    """Write a file of tensors copied byte by byte from other files, in chunks, so that no tensor is in memory as a
-    whole.
-    """
-    shapes = {key: (entry.dtype, entry.shape) for key, entry in entries.items()}
-    assert all(entry.strides is None for entry in entries.values())
-
-    def content(key: str) -> Iterator[memoryview]:
-        entry = entries[key]
-        for start in range(entry.start, entry.end, CHUNK):
-            buffer = bytearray(min(CHUNK, entry.end - start))
-            source.read_into(entry.file, start, memoryview(buffer))
-            yield memoryview(buffer)
-
-    _write(target, name, shapes, metadata, content)
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 from collections import defaultdict
 
@@ -18,6 +19,7 @@ from shardprune.errors import InputError
 from shardprune.model.experts import is_mixture
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.progress import Reporter
+from shardprune.report.summary import summary_rows
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.storage.folder import Folder
@@ -215,7 +217,7 @@ def test_aimer_looks_at_the_weights_alone(mixture, tmp_path):
         assert layer.kept == sorted(sorted(range(6), key=lambda expert: ratios[expert])[:4])
         assert layer.tokens is None
     given = {"statistics": str(tmp_path / "out"), "calibration": ("c4",)}
-    with pytest.raises(InputError, match="^statistics: .* made no pass, and score reap needs one"):
+    with pytest.raises(InputError, match="^statistics: .* has made no whole pass, and score reap needs one"):
         remove(mixture, tmp_path / "second", keep=4, **given)
     assert not (tmp_path / "second").exists()
 
@@ -246,6 +248,67 @@ def test_an_expert_with_extreme_outputs_stays_whatever_its_score(tmp_path):
     assert kept[False].protected == []
     assert (least in kept[False].kept) == (least in sorted(range(6), key=lambda e: -kept[False].tokens[e])[:2])
     assert rarest not in kept[False].kept
+
+
+@torch.no_grad()
+def test_layers_may_see_the_activations_behind_those_that_were_cut(mixture, tmp_path):
+    """The first layer is cut as ever; the second one's statistics are those of a model whose first layer is cut."""
+    result = remove(mixture, tmp_path / "out", keep=4, propagate="pruned")
+    for out, layout in (("sharded", {"shards": 2}), ("streamed", {"shards": 2, "weights": "streamed"})):
+        other = remove(mixture, tmp_path / out, keep=4, propagate="pruned", **layout)
+        assert differing(tmp_path / "out", tmp_path / out) == []
+        assert other.experts == result.experts
+    dense = remove(mixture, tmp_path / "dense", keep=4, protect=False)
+    first, second = result.experts.layers
+    assert (first, first.protected) == (dense.experts.layers[0], [])
+    assert second.scores != dense.experts.layers[1].scores
+    model, cut = load(mixture / "model"), load(tmp_path / "out")
+    model.model.layers[0] = cut.model.layers[0]
+    windows = torch.from_numpy(np.load(mixture / "tokens.npy"))
+    sums = plain_statistics(model, windows)[1]
+    means = [sums[expert][3] / max(1, sums[expert][0]) for expert in range(6)]
+    assert second.scores == pytest.approx(means, rel=1e-6)
+    text = {"calibration": ("c4",), "statistics": str(tmp_path / "out")}
+    with pytest.raises(InputError, match="^statistics: .* has those of layers behind cut ones, which fit no other cut"):
+        remove(mixture, tmp_path / "again", keep=3, **text)
+
+
+TRAINED = {
+    "routers": {"router_kd": 12},
+    "all that is left": {"reconstruct": 12},
+    "both, behind cut layers": {"router_kd": 6, "reconstruct": 6, "propagate": "pruned"},
+}
+
+
+@pytest.mark.parametrize("fields", TRAINED.values(), ids=TRAINED)
+def test_what_a_layer_keeps_is_trained_towards_the_dense_layer(fields, mixture, tmp_path):
+    text = str(mixture / "tokens.npy")
+    result = remove(mixture, tmp_path / "out", keep=3, eval=(text,), **fields)
+    steps = [name for name, asked in (("router", "router_kd"), ("reconstruction", "reconstruct")) if asked in fields]
+    for layer in result.experts.layers:
+        assert [one.step for one in layer.trained] == steps
+        assert all(one.kept == (one.error_after < one.error_before) for one in layer.trained)
+        assert layer.trained[0].kept
+    kept = sum(one.kept for layer in result.experts.layers for one in layer.trained)
+    assert ("trainings of a layer kept, of those tried", "", f"{kept} of {2 * len(steps)}") in summary_rows(result)
+    plain = remove(mixture, tmp_path / "plain", keep=3, eval=(text,))
+    if "propagate" not in fields:
+        assert [layer.kept for layer in result.experts.layers] == [layer.kept for layer in plain.experts.layers]
+        changed = set(differing(tmp_path / "plain", tmp_path / "out"))
+        routers = {f"model.layers.{index}.mlp.gate.weight" for index in range(2)}
+        assert changed == routers if "router_kd" in fields else not changed & routers
+        assert {name for name in changed if "norm" in name or "embed" in name} == set()
+    (after,), (before,) = result.perplexity.values(), plain.perplexity.values()
+    measured = perplexity(tmp_path / "out", torch.from_numpy(np.load(text)))
+    assert measured == pytest.approx(after.after, rel=1e-4)
+    assert abs(after.after - after.before) < abs(before.after - before.before)
+    for out, layout in (("sharded", {"shards": 2, "weights": "streamed"}), ("replicas", {"replicas": 2})):
+        remove(mixture, tmp_path / out, keep=3, eval=(text,), **fields, **layout)
+    assert differing(tmp_path / "out", tmp_path / "sharded") == []
+    given = {"statistics": str(tmp_path / "plain")} if "propagate" not in fields else {}
+    again = remove(mixture, tmp_path / "given", keep=3, eval=(text,), **fields, **given)
+    assert differing(tmp_path / "out", tmp_path / "given") == []
+    assert again.experts == result.experts
 
 
 def test_a_pipeline_removes_experts_and_the_report_draws_them(mixture, tmp_path):
@@ -281,6 +344,9 @@ PHASES = {
     "among the layers": (ExpertWorker, "write", 1),
     "when a layer is finished": (ExpertWorker, "finish", 1),
     "in the frame": (Folder, "write", None),
+    "behind a cut layer, propagated": (ExpertWorker, "tally", 4),
+    "between the statistics and the file of a layer, propagated": (ExpertWorker, "write", 1),
+    "in the training of a layer, trained": (ExpertWorker, "cut", 1),
 }
 
 
@@ -289,8 +355,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_pat
     owner, name, calls = PHASES[phase]
     changed = {"keep": 4, "eval": (str(mixture / "tokens.npy"),)}
     changed |= {"weights": "streamed"} if "streamed" in phase else {}
-    if not (mixture / "plain").exists():
-        remove(mixture, "plain", keep=4, eval=(str(mixture / "tokens.npy"),))
+    changed |= {"propagate": "pruned"} if "propagated" in phase else {}
+    changed |= {"router_kd": 4, "reconstruct": 4} if "trained" in phase else {}
+    kind = phase.partition(", ")[2]
+    plain = mixture / f"plain {kind}"
+    if not plain.exists():
+        remove(mixture, plain, **{name: changed[name] for name in changed if name != "weights"})
     original, left = getattr(owner, name), calls
 
     @functools.wraps(original)
@@ -313,14 +383,14 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_pat
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-*")}
     observed = (tmp_path / "out" / "experts.json").exists()
     with monkeypatch.context() as patch:
-        if observed:
+        if observed and "propagated" not in phase:
             patch.setattr(ExpertWorker, "tallies", None)  # no second pass
         result = remove(mixture, tmp_path / "out", **changed)
-    assert differing(mixture / "plain", tmp_path / "out") == []
+    assert differing(plain, tmp_path / "out") == []
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == finished
-    before = json.loads((mixture / "plain" / "result.json").read_text())
+    before = json.loads((plain / "result.json").read_text())
     assert result.as_json()["experts"] == before["experts"]
-    assert (tmp_path / "out" / "experts.json").read_bytes() == (mixture / "plain" / "experts.json").read_bytes()
+    assert (tmp_path / "out" / "experts.json").read_bytes() == (plain / "experts.json").read_bytes()
     assert not [path for path in (tmp_path / "out").iterdir() if path.name == "run.json"]
 
 
@@ -350,6 +420,11 @@ REFUSED = {
     "keep: 6 keeps 6 of 6 experts, so that nothing would go": {"keep": 6},
     "keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2": {"keep": 1},
     "has no effect without a pass: aimer looks at the weights alone": {"keep": 4, "score": "aimer"},
+    "samples: 4 is too few for router_kd, which holds out some; use at least 8": {
+        "keep": 4,
+        "samples": 4,
+        "router_kd": 2,
+    },
     "score: 'best' is not allowed; use one of reap, frequency": {"keep": 4, "score": "best"},
 }
 
@@ -379,15 +454,50 @@ def test_models_and_statistics_that_do_not_fit_are_refused(mixture, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_experts_of_layers_that_transformers_does_not_run_are_refused(mixture, tmp_path):
-    shutil.copytree(mixture / "model", tmp_path / "model")
-    tensors = load_file(tmp_path / "model" / "model.safetensors")
-    tensors["model.layers.2.mlp.experts.0.up_proj.weight"] = torch.zeros(16, 32)
-    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        InputError, match=r"^model: .* holds model\.layers\.2\.mlp\.experts\.0\.up_proj\.weight, of a layer"
+@pytest.mark.parametrize("stacked", [False, True])
+def test_layers_that_predict_further_tokens_keep_the_experts_of_the_last_layer(stacked, tmp_path):
+    folder = material(tmp_path, "qwen3_next")
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    draw = torch.Generator().manual_seed(1)
+    further = {
+        name.replace("model.layers.1.", "mtp.layers.0."): torch.randn(tensor.shape, generator=draw)
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.1.")
+    }
+    if stacked:
+        parts = [name for name in further if re.search(r"experts\.\d", name)]
+        down = [further[f"mtp.layers.0.mlp.experts.{expert}.down_proj.weight"] for expert in range(4)]
+        further = {name: tensor for name, tensor in further.items() if name not in parts}
+        further["mtp.layers.0.mlp.experts.down_proj"] = torch.stack(down)
+    further["mtp.fc.weight"] = torch.randn(4, 64, generator=draw)
+    save_file({**tensors, **further}, file, {"format": "pt"})
+    result = remove(folder, "out", keep=3)
+    kept, after = result.experts.layers[-1].kept, load_tensors(folder / "out")
+    load(folder / "out")
+    written = {name: tensor for name, tensor in after.items() if name.startswith("mtp.")}
+    for name, tensor in written.items():
+        if own := re.fullmatch(r"(mtp\.layers\.0\.mlp\.experts\.)(\d)(\..*)", name):
+            assert torch.equal(tensor, further[f"{own[1]}{kept[int(own[2])]}{own[3]}"])
+        elif name in ("mtp.layers.0.mlp.gate.weight", "mtp.layers.0.mlp.experts.down_proj"):
+            assert torch.equal(tensor, further[name][kept])
+        else:
+            assert torch.equal(tensor, further[name])
+    assert len(written) == len(further) - (0 if stacked else 3)  # the parts of one expert
+    assert [verdict.faults for verdict in check(str(folder / "out"))] == [[]]
+
+
+def test_further_layers_with_other_experts_are_refused(mixture, tmp_path):
+    for name, shape in (
+        ("model.layers.2.mlp.experts.6.up_proj.weight", (16, 32)),  # the layers have six
+        ("model.layers.2.mlp.gate.weight", (8, 32)),
+        ("model.layers.2.moe.experts.0.w1.weight", (16, 32)),
     ):
-        remove(mixture, tmp_path / "out", model=str(tmp_path / "model"), keep=4)
+        shutil.copytree(mixture / "model", tmp_path / "model", dirs_exist_ok=True)
+        tensors = load_file(mixture / "model" / "model.safetensors")
+        save_file({**tensors, name: torch.zeros(shape)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=f"^model: .* holds {re.escape(name)}, of a layer that transformers does"):
+            remove(mixture, tmp_path / "out", model=str(tmp_path / "model"), keep=4)
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.recovery.trainings import is_projection, make_documents
+from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.tiny import GROUPED, make_model, make_tokens
 from tests.support.words import words_tokenizer
 
@@ -39,6 +40,10 @@ def _prune(*words: str) -> tuple[str, ...]:
     return ("prune", "model", *TEXT, "--wave", "4", *words)
 
 
+def _experts(*words: str) -> tuple[str, ...]:
+    return ("experts", "mixture", *TEXT, "--wave", "4", "--keep", "4", *words)
+
+
 SCENARIOS = (
     Scenario("prune", _prune(*HALF, *MEASURED)),
     Scenario("prune, streamed, Barber", _prune(*HALF, "--rebuild", "barber", "--weights", "streamed")),
@@ -48,6 +53,8 @@ SCENARIOS = (
     Scenario("prune, composite", _prune("--structured", "0.3", *HALF, *MEASURED)),
     Scenario("rebuild", ("rebuild", "model", "sparse", *TEXT, "--wave", "4", *MEASURED)),
     Scenario("mop", ("mop", "model", *TEXT, "--path", "LG", *MEASURED)),
+    Scenario("experts", _experts(*MEASURED)),
+    Scenario("experts, propagated, trained", _experts("--propagate", "pruned", "--router-kd", "4")),
     Scenario("recover", ("recover", "sparse", *TRAINING)),
     Scenario("recover, full", ("recover", "sparse", "--full", *TRAINING)),
     Scenario("evaluate", ("evaluate", "sparse", *EVALUATION)),
@@ -59,6 +66,7 @@ SCENARIOS = (
     Scenario("prune, composite, 2 shards", _prune("--structured", "0.3", *HALF, "--shards", "2", *MEASURED), 2),
     Scenario("rebuild, 2 shards", ("rebuild", "model", "sparse", *TEXT, "--wave", "4", "--shards", "2", *MEASURED), 2),
     Scenario("mop, 2 shards", ("mop", "model", *TEXT, "--path", "LG", "--shards", "2", *MEASURED), 2),
+    Scenario("experts, 2 shards", _experts("--shards", "2", *MEASURED), 2),
     Scenario("recover, full, 2 workers", ("recover", "sparse", "--full", "--workers", "2", *TRAINING), 2),
     Scenario("evaluate, 2 shards", ("evaluate", "sparse", *EVALUATION, "--shards", "2"), 2),
     Scenario("pipeline, 2 shards", ("pipeline", "pipeline.yaml"), 2),
@@ -77,6 +85,7 @@ def make_material(folder: Path) -> None:
     for name in ("model", "sparse"):
         make_model(folder / name, "llama", configs=configs)
         words_tokenizer().save_pretrained(folder / name)
+    make_architecture(folder / "mixture", "qwen3_moe", MIXTURES["qwen3_moe"])
     file = folder / "sparse" / "model.safetensors"
     tensors = load_file(file)
     for name, tensor in tensors.items():

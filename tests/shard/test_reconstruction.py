@@ -86,7 +86,7 @@ def test_training_is_adam_on_the_kept_weights(pruned):
     with torch.no_grad():
         lost = worker.miss("s", 0, 1)
     batches = [[("s", window // 2, window % 2) for window in batch] for batch in drawn]
-    zeros = worker.reconstruct(1, batches, norm)
+    zeros = worker.reconstruct(1, batches, norm, worker.skeleton.family.kinds[1].projections)
     for name in names:
         weight = projection_weight(layer, name)
         assert torch.equal(weight == 0, before[name] == 0)
@@ -106,6 +106,6 @@ def test_weights_are_rounded_as_they_are_stored(tmp_path):
         weight[:, ::2] = 0
         worker.put("s", 0, torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0)))
         worker.put(dense_stream("s"), 0, torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(1)))
-    worker.reconstruct(0, [[("s", 0, 0), ("s", 0, 1)]] * 3, 1.0)
+    worker.reconstruct(0, [[("s", 0, 0), ("s", 0, 1)]] * 3, 1.0, worker.skeleton.family.kinds[0].projections)
     assert torch.equal(weight, weight.bfloat16().float())
     assert torch.equal(weight[:, ::2], torch.zeros(32, 24))

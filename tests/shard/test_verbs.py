@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.generation_worker import GenerationWorker
 from shardprune.shard.ledger import OF_ONE_WAVE, Ledger
@@ -66,6 +67,10 @@ WAVES = {
         *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "compare"),
         *("confront", "hold_out", "aim", "miss"),
         *("draw_labels", "backward", "differentiate", "gather"),
+    },
+    ExpertWorker: {
+        *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "tally"),
+        *("aim", "miss"),
     },
     MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
 }

@@ -29,9 +29,12 @@ def recipe(folder, out, **fields) -> ExpertsRecipe:
     return ExpertsRecipe.checked({**values, "report": False, **fields})
 
 
-@pytest.mark.parametrize("exchange", ["store", "group"])
-def test_shards_and_replicas_equal_one_process_with_the_same_layout(ray, folder, exchange, tmp_path):
-    layout = {"shards": 2, "replicas": 2}
+TRAINED = {"propagate": "pruned", "router_kd": 3, "reconstruct": 3}
+
+
+@pytest.mark.parametrize(("exchange", "fields"), [("store", {}), ("store", TRAINED), ("group", TRAINED)])
+def test_shards_and_replicas_equal_one_process_with_the_same_layout(ray, folder, exchange, fields, tmp_path):
+    layout = {"shards": 2, "replicas": 2, **fields}
     local = experts(recipe(folder, tmp_path / "local", backend="local", **layout), QUIET)
     joined = experts(recipe(folder, tmp_path / "ray", exchange=exchange, **layout), QUIET)
     assert differing(tmp_path / "local", tmp_path / "ray") == []
