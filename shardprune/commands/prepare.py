@@ -297,7 +297,7 @@ class Prepared:
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
         joined = workers.exchange == "group" and layout.workers > 1
-        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined))
+        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined, self.recipe.asked.chunks))
 
 
 @preflight()
@@ -342,6 +342,8 @@ def prepare(
     mixture = any(kind.mixtures for kind in skeleton.family.kinds)
     if mixture and isinstance(job.zeroing, Zeroing) and job.zeroing.allocation == "fisher":
         raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
+    if asked.chunks > 1 and not mixture:
+        raise InputError("expert_chunks", f"{asked.chunks} has no effect: the model has no experts; leave it out")
     if job.improving.stream_targets:
         if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
             recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known
