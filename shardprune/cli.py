@@ -22,13 +22,19 @@ from shardprune.printable import message, printable
 from shardprune.process import failed, run
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
 from shardprune.recipes.demo import demo_recipe
+from shardprune.recipes.export import ExportRecipe
 from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
 from shardprune.standard_streams import lost_text, without_libraries
 from shardprune.storage.json_file import dump_json
 
-START, PLAN, LOOK = "Start here", "Plan and run on clusters", "Look"  # panels, beside those of the table of commands
+START, PLAN, LOOK, SERVE = (
+    "Start here",
+    "Plan and run on clusters",
+    "Look",
+    "Serve",
+)  # panels, beside those of the table of commands
 FIRST_STEPS = (
     "First steps:",
     "shardprune demo                       # a small model, no GPU, no network",
@@ -123,6 +129,24 @@ def _add(command: Command) -> None:
 
 for row in COMMANDS.values():
     _add(row)
+
+
+@_command(SERVE, "shardprune export runs/half --format sparse --to runs/half-sparse")
+@with_options(ExportRecipe)
+def export(**options: Any) -> None:
+    """Write a pruned checkpoint in a smaller form, or the checkpoint back from it.
+
+    Weights are the same to the bit."""
+    recipe = recipe_of(ExportRecipe, options)
+    _say_what_begins("export", recipe.model)
+    with uncollected():
+        from shardprune.commands.export import export as run
+
+    found = run(recipe)
+    sizes = f"{found.stored_bytes:,} bytes, {(found.stored_bytes or 0) / found.bytes:.1%} of the checkpoint's"
+    if recipe.restore:
+        sizes = f"{found.bytes:,} bytes, as they were"
+    print(printable(f"{recipe.to}: {len(found.files)} files, {sizes}"))
 
 
 @_command(PLAN, "shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8 --sparsity 0.5")
@@ -240,6 +264,7 @@ def report(
 # The fields of every command that has a panel for them.
 SETTINGS: dict[str, type[Settings]] = {
     **RECIPES,
+    "export": ExportRecipe,
     "plan": PlanRecipe,
     "slurm": BatchJob,
 }

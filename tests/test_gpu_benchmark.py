@@ -27,13 +27,14 @@ FOUND = {
     "memory": "planned / measured",
     "masked_update": "products, bfloat16: distance from float64",
     "recovery": "loss of the last step",
+    "semi_structured": "without a GPU",
 }
 
 
 def test_every_step_is_tried_and_explained():
     table = PAGE.read_text().partition("## Everything on one GPU")[2].partition("\n## ")[0]
     assert list(FOUND) == list(STEPS) == re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
-    assert sum(step.limit for step in STEPS.values()) < SECONDS == 540
+    assert sum(step.limit for step in STEPS.values()) < SECONDS == 595
 
 
 @pytest.mark.parametrize("name", FOUND)

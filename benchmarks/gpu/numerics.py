@@ -11,6 +11,7 @@ from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
 AGREE = 0.999  # of the mask: rounding in float32 flips near-ties
+CUT = 2**-28  # for each of 2,048 tokens in one product: tensor cores cut their running sums (measured: half as much)
 NEAR = 1e-2  # relative distance of the weights: one flipped weight changes all that make up for it
 
 
@@ -22,15 +23,16 @@ def run(setting: Setting, rows: Rows) -> None:
 
 def _gram(setting: Setting, rows: Rows) -> None:
     """Compare sums of bfloat16 products with float64; of a width that no panel divides, too."""
+    count = setting.size(2048, 256)
     for cols in (setting.size(4096, 256), setting.size(3000, 200)):
         statistics = InputStatistics.empty("gram", cols, setting.device)
         expected = torch.zeros(cols, cols, dtype=torch.float64, device=setting.device)
         for _ in range(2):  # sequences, so that the Hessian 2/N X^T X is X^T X
-            tokens = torch.randn(2048, cols, device=setting.device, dtype=torch.bfloat16)
+            tokens = torch.randn(count, cols, device=setting.device, dtype=torch.bfloat16)
             statistics.add(tokens, 1)
             expected += tokens.double().t() @ tokens.double()
         distance = float((statistics.hessian - expected).norm() / expected.norm())
-        rows.add(f"Gram matrix of {cols} inputs, distance from float64", distance, ok=distance < 1e-6)
+        rows.add(f"Gram matrix of {cols} inputs, distance from float64", distance, ok=distance < CUT * count)
 
 
 def _solve(setting: Setting, rows: Rows) -> None:

@@ -4,8 +4,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Setting:
         return self.device == "cuda"
 
     def size(self, large: int, small: int) -> int:
+        return small if self.small else large
+
+    def sizes(self, large: tuple[T, ...], small: tuple[T, ...]) -> tuple[T, ...]:
         return small if self.small else large
 
     def synchronize(self) -> None:

@@ -8,16 +8,18 @@ import torch
 from benchmarks.gpu.numerics import AGREE
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
-from shardprune.solvers import factor, sparsegpt
+from shardprune.solvers import factor, products, sparsegpt
 from shardprune.solvers.methods import DAMPING, Solution
 from shardprune.solvers.pattern import Pattern, parse_pattern
 from shardprune.solvers.statistics import InputStatistics
 
 LEAVES = (256, 512, 1024, 2048)
+RUNS = (128, 256, 512, 1024)  # terms that the tensor cores add up on their own
 PROGRAMS = ((32, 1), (64, 2), (64, 4), (128, 4))  # rows and warps of the kernel's programs
 
 
 def run(setting: Setting, rows: Rows) -> None:
+    _runs(setting.size(8192, 512), setting, rows)
     narrow = _statistics(setting.size(8192, 512), setting)
     _leaves(narrow, setting, rows)
     _sweeps(narrow, setting, rows)
@@ -35,6 +37,18 @@ def _statistics(cols: int, setting: Setting) -> InputStatistics:
         common = torch.randn(cols, 64, device=setting.device) @ mixing
         statistics.add(common.mul_(0.05).add_(torch.randn(cols, cols, device=setting.device)).bfloat16(), 1)
     return statistics
+
+
+def _runs(size: int, setting: Setting, rows: Rows) -> None:
+    """Measure a product in float32's accuracy whose sums are cut after other numbers of terms."""
+    left, right, target = (torch.randn(size, size, device=setting.device) for _ in range(3))
+    exact = left[:256].double() @ right.double()
+    for run in RUNS:
+        with patch.object(products, "RUN", run):
+            taken = setting.seconds(lambda: products.add_split_product(target, left, right, 1.0, 0.0), repeats=3)
+        distance = float((target[:256].double() - exact).norm() / exact.norm())
+        rows.add(f"product of {size}^3, runs of {run}", 2 * size**3 / taken / 1e12, "TFLOP/s")
+        rows.add(f"runs of {run}, distance from float64", distance)
 
 
 def _leaves(statistics: InputStatistics, setting: Setting, rows: Rows) -> None:

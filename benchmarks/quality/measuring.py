@@ -1,133 +1,149 @@
 """The runs behind the rows: one pruning and one measurement of perplexity each, in this process."""
 
+import os
 import shutil
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks.quality.cases import Case, Texts
 from benchmarks.quality.costs import CpuSeconds, method_seconds, passes_of, training_passes
 from benchmarks.quality.rows import amount
-from benchmarks.quality.store import Measured, Store
+from benchmarks.quality.store import Measured, Place, Store
 from shardprune import EvaluateRecipe, Recipe, evaluate, prune
 from shardprune.errors import InputError
-from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
-from shardprune.storage.output_names import RESULT
+from shardprune.solvers.improving import LEAST_SAMPLES
 
 EXACT = 5e-5  # of a sparsity that is shown with four digits; a small model may miss it by a weight a projection
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, the text that it is measured on, and sources of calibration text by their names in the table."""
-
-    model: str
-    eval: str
-    texts: Mapping[str, str]
-
-    @classmethod
-    def parse(cls, words: list[str]) -> "Case":
-        """Read a case from the words MODEL EVAL NAME=SOURCE ..., where the model may be `bundled`."""
-        model, text, *named = words
-        if not named or not all(word.find("=") > 0 for word in named):
-            raise ValueError(f"{' '.join(words)!r} is no case; use MODEL EVAL NAME=SOURCE ...")
-        return cls(bundled_model() if model == "bundled" else model, text, dict(word.split("=", 1) for word in named))
-
-    @property
-    def name(self) -> str:
-        return Path(self.model).name
 
 
 class Measurer:
     """Rows of one case, taken from the store where they are there.
 
     Args:
-        shared: fields of every recipe.
-        evaluation: fields of every measurement of perplexity.
+        workers: fields of every recipe that say on what it is carried out.
+        text: `samples`, `seqlen` and `seed` of every recipe.
+        windows: of the text that perplexity is measured on.
     """
 
-    def __init__(self, case: Case, store: Store, shared: dict[str, Any], evaluation: dict[str, Any]) -> None:
+    def __init__(self, case: Case, store: Store, workers: dict[str, Any], text: dict[str, Any], windows: int) -> None:
         self.case, self.store = case, store
-        self._shared, self._evaluation = shared, evaluation
-        self._work = store.folder / case.name
-        self._text = self._work / "self-{seed}-{samples}x{seqlen}".format(**shared)  # the run whose model writes it
+        self._workers, self._shared = workers, {**workers, **text}
+        self._folder = store.folder / case.name
+        self.texts = Texts(case, self._folder, self._shared, windows)
 
-    def dense(self) -> float:
-        """Return the perplexity of the model as it is."""
-        place, recipe = (self.case.name, "dense"), self._evaluating(self.case.model)
-        found = self.store.find(place, recipe)
-        if found is None:
-            out = self._work / "measuring"
-            found = Measured(self._perplexity(self.case.model, out=str(out)), 0.0, 0.0, 0.0)
-            shutil.rmtree(out)
-            self.store.keep(place, recipe, found)
-        return found.perplexity
+    # -- what decides a row -------------------------------------------------------------------------------------
 
     def recipe(self, text: str, setting: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of a row's recipe; `self` is written once for all rows."""
-        source = self.case.texts[text]
-        return {
-            **self._shared,
-            **amount(setting),
-            "targets": "own",  # also on text of the model's own, where `auto` would take the stream
-            **fields,
-            "model": self.case.model,
-            "calibration": f"self:{self._text}" if source == "self" else source,
-        }
+        """Return the fields of a row's recipe, but for the output."""
+        own = {"targets": "own"}  # also on text of the model's own, where `auto` would take the stream
+        places = {"model": self.case.model, "calibration": self.texts.source(text)}
+        return {**self._shared, **amount(setting), **own, **fields, **places}
 
     def refusal(self, recipe: dict[str, Any]) -> str | None:
         """Return why this version carries out no such recipe; None where it does."""
         try:
-            Recipe.checked({**recipe, "out": "nowhere"})
+            _checked(recipe)
         except InputError as error:
             return str(error).split(";")[0]
         return None
 
-    def row(self, place: tuple[str, str, str], recipe: dict[str, Any]) -> Measured:
-        """Return a row, measured now if it was not before.
+    def decided(self, text: str, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Return all that decides a row, without places on this machine: rows that are measured elsewhere count."""
+        return {
+            "recipe": _checked(recipe).shape(),
+            "text": self.texts.decided(text),
+            "measured on": self.texts.measured_decided(),
+            **self._on,
+        }
 
-        Args:
-            place: text, setting, and the row's name.
-        """
-        place_of_row = (self.case.name, *place)
-        measuring = {"recipe": recipe, "evaluation": self._evaluating(self.case.model)}
-        if found := self.store.find(place_of_row, measuring):
-            return found
-        if recipe["calibration"].startswith("self:") and not (self._text / RESULT).exists():
-            self._write_text()
-        out = self._work / "pruning"
-        shutil.rmtree(out, ignore_errors=True)  # of a row that was cut off
+    @property
+    def _on(self) -> dict[str, Any]:
+        return {name: self._workers[name] for name in ("device", "dtype")}
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def found_dense(self) -> float | None:
+        """Return the perplexity of the model as it is, if it was measured."""
+        found = self.store.find((self.case.name,), self._dense_decided())
+        return found.perplexity if found else None
+
+    def measure_dense(self) -> None:
+        """Measure the perplexity of the model as it is, unless it was measured."""
+        if self.found_dense() is None:
+            with _Folder(self._folder) as out:
+                value = self._perplexity(self.case.model, out=str(out))
+            self.store.keep((self.case.name,), self._dense_decided(), Measured(value, 0.0, 0.0, 0.0))
+
+    def found(self, text: str, setting: str, recipe: dict[str, Any]) -> Measured | None:
+        """Return the row of a recipe, if it was measured."""
+        return self.store.find(self._place(text, setting), self.decided(text, recipe))
+
+    def measure(self, text: str, setting: str, recipe: dict[str, Any]) -> Measured:
+        """Measure the row of a recipe."""
         reporter = Reporter(quiet=True)
         reporter.events = clock = CpuSeconds()
-        result = prune(Recipe.checked({**recipe, "out": str(out), "report": False}), reporter)
-        assert result.sparsity is not None
-        achieved, target = result.sparsity.achieved, result.sparsity.target
-        allowed = max(EXACT, len(result.sparsity.projections) / result.model.parameters_before)
-        assert ":" in place[1] or abs(achieved - target) < allowed, f"{place}: {achieved}, not {target}"
-        settings = result.recipe
-        passes = passes_of(out, len(result.sparsity.layers), settings["samples"], settings["wave"])  # of pruning alone
-        passes += training_passes(settings.get("reconstruct") or 0, settings["samples"], settings["seqlen"])
-        here = settings["backend"] == "local" and settings["device"] == "cpu"
-        seconds = method_seconds(clock.seconds if here else result.seconds)
-        measured = Measured(self._perplexity(str(out)), seconds, passes, achieved)
-        shutil.rmtree(out)
-        self.store.keep(place_of_row, measuring, measured)
-        print(f"{' / '.join(place_of_row)}: {measured.perplexity:.3f}", file=sys.stderr, flush=True)
+        with _Folder(self._folder) as out:
+            result = prune(Recipe.checked({**recipe, "out": str(out), "report": False}), reporter)
+            assert result.sparsity is not None
+            achieved, target = result.sparsity.achieved, result.sparsity.target
+            allowed = max(EXACT, len(result.sparsity.projections) / result.model.parameters_before)
+            assert ":" in setting or abs(achieved - target) < allowed, f"{setting}: {achieved}, not {target}"
+            settings = result.recipe
+            passes = passes_of(out, len(result.sparsity.layers), settings["samples"], settings["wave"])
+            passes += training_passes(settings.get("reconstruct") or 0, settings["samples"], settings["seqlen"])
+            here = settings["backend"] == "local" and settings["device"] == "cpu"
+            seconds = method_seconds(clock.seconds if here else result.seconds)
+            measured = Measured(self._perplexity(str(out)), seconds, passes, achieved)
+        self.store.keep(self._place(text, setting), self.decided(text, recipe), measured)
         return measured
 
-    def _write_text(self) -> None:
-        """Let the model write its calibration text, unless it has; the cheapest run there is comes with it."""
-        cheap = {"method": "magnitude", "sparsity": 0.0, "measure_error": False, "report": False}
-        fields = {**self._shared, **cheap, "model": self.case.model, "calibration": "self"}
-        prune(Recipe.checked({**fields, "out": str(self._text)}), Reporter(quiet=True))
+    def warm_up(self) -> None:
+        """Load what a GPU loads with the first call of everything, which is not to count as seconds of a row."""
+        samples = min(self._shared["samples"], LEAST_SAMPLES)
+        trained = {"reconstruct": 1} if samples == LEAST_SAMPLES else {}
+        every = {"method": "alps", "sparsity": 0.5, "allocation": "fisher", "samples": samples, **trained}
+        fields = {**self._shared, **every, "model": self.case.model, "report": False}
+        with _Folder(self._folder) as out:
+            recipe = {**fields, "calibration": self.texts.source(next(iter(self.case.texts))), "out": str(out)}
+            prune(Recipe.checked(recipe), Reporter(quiet=True))
+            self._perplexity(str(out))
 
-    def _evaluating(self, model: str) -> dict[str, Any]:
-        return {**self._evaluation, "model": model, "perplexity": [self.case.eval]}
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _place(self, text: str, setting: str) -> Place:
+        return self.case.name, text, setting
+
+    def _dense_decided(self) -> dict[str, Any]:
+        return {"measured on": self.texts.measured_decided(), **self._on}
 
     def _perplexity(self, model: str, **fields: Any) -> float:
-        recipe = EvaluateRecipe.checked({**self._evaluating(model), **fields, "report": False})
-        (measured,) = evaluate(recipe, Reporter(quiet=True)).evaluation.perplexity.values()
+        seqlen = self._shared["seqlen"]
+        recipe = {**self._workers, "model": model, "perplexity": [self.texts.measured], "seqlen": seqlen, **fields}
+        done = evaluate(EvaluateRecipe.checked({**recipe, "report": False}), Reporter(quiet=True))
+        (measured,) = done.evaluation.perplexity.values()
         assert measured.value is not None, f"{model}: perplexity is not finite"
         return measured.value
+
+
+def _checked(recipe: dict[str, Any]) -> Recipe:
+    return Recipe.checked({**recipe, "out": "nowhere"})
+
+
+class _Folder:
+    """A folder of this process for one output at a time. What processes that have ended left there is removed."""
+
+    def __init__(self, parent: Path) -> None:
+        self._parent, self._own = parent, parent / f"run-{os.getpid()}"
+
+    def __enter__(self) -> Path:
+        for folder in self._parent.glob("run-*"):
+            if folder == self._own or not psutil.pid_exists(int(folder.name.removeprefix("run-"))):
+                shutil.rmtree(folder, ignore_errors=True)
+        return self._own
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._own, ignore_errors=True)

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+Place = tuple[str, ...]  # of a row: its model, text and setting
 
 
 @dataclass(frozen=True)
@@ -18,31 +22,33 @@ class Measured:
 
 
 class Store:
-    """The rows below a folder. A row whose recipe is another now counts as not measured."""
+    """The rows below a folder, each under the hash of all that decides it: rows of several names that are the same
+    recipe are one, and a row whose recipe is another now counts as not measured."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, place: tuple[str, ...], recipe: dict[str, Any]) -> Measured | None:
-        """Return the row at a place, if it was measured by this recipe."""
-        file = self._file(place)
-        if not file.exists():
-            return None
-        found = json.loads(file.read_text())
-        return Measured(**found["measured"]) if found["recipe"] == _digest(recipe) else None
+    def find(self, place: Place, decided: Mapping[str, Any]) -> Measured | None:
+        """Return the row at a place that so much decides, if it was measured."""
+        file = self._file(place, decided)
+        return Measured(**json.loads(file.read_text())["measured"]) if file.exists() else None
 
-    def keep(self, place: tuple[str, ...], recipe: dict[str, Any], measured: Measured) -> None:
+    def keep(self, place: Place, decided: Mapping[str, Any], measured: Measured) -> None:
         """Write a row; no reader sees it before it is complete."""
-        file = self._file(place)
+        file = self._file(place, decided)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".tmp")
-        partial.write_text(json.dumps({"recipe": _digest(recipe), "measured": asdict(measured)}, indent=1) + "\n")
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"measured": asdict(measured), "decided by": decided}, indent=1) + "\n")
         partial.rename(file)
 
-    def _file(self, place: tuple[str, ...]) -> Path:
-        names = ["".join(letter if letter.isalnum() or letter in ".-+" else "_" for letter in part) for part in place]
-        return self.folder.joinpath(*names[:-1], f"{names[-1]}.json")
+    def _file(self, place: Place, decided: Mapping[str, Any]) -> Path:
+        return self.folder.joinpath(*map(_plain, place), f"{digest(decided)}.json")
 
 
-def _digest(recipe: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+def digest(decided: Mapping[str, Any]) -> str:
+    """Return a short hash of plain data."""
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".-+" else "_" for letter in name)

@@ -22,6 +22,7 @@ from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located, shown
+from shardprune.storage.output_names import EXPORT
 from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
 from shardprune.storage.stacks import Place
 
@@ -201,6 +202,8 @@ class Checkpoint:
             return self._indexed_entries()
         if self.folder.is_file(ADAPTER):
             reason = "an adapter without the weights that it belongs to; merge it into its base model first"
+        elif self.folder.is_file(EXPORT):
+            reason = "an export; `shardprune export --restore` makes a checkpoint of it"
         else:
             reason = f"neither {SINGLE} nor {INDEX}; other weight formats are not read"
         raise InputError(self.folder.field, f"{self.folder.url} holds {reason}")

@@ -16,7 +16,7 @@ from shardprune.shard.error_curves import LOGITS
 from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.error_curves import ROWS
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
-from shardprune.solvers.products import PIECE
+from shardprune.solvers.products import split_bytes
 from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import SUMMED
 from shardprune.solvers.stack import BLOCK
@@ -174,7 +174,7 @@ class WorkerMemory:
         for one in model.inputs:
             square, rows = one.cols**2, sum(one.rows.values()) // ROWS
             exchanged = 4 * lower_entries(one.cols) if self.setup.copies_sums else 0
-            split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+            split = split_bytes(square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
             # Beside the factor the rows themselves, columns and masks of the sweep, the change and its image.
             sweep = 4 * square + (4 + 5 + 4 + 4) * one.cols * rows + 20 * BLOCK * rows
             workspace = max(6 * square + split, sweep)
@@ -311,7 +311,7 @@ class WorkerMemory:
         choosing = (20 if self.setup.gpu else 4) * weights
         effort = task.effort
         # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
-        split = 12 * min(PIECE, square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
+        split = split_bytes(square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
         held = 0
         if effort.sweeps:
             yield "factor", 6 * square + split
@@ -337,12 +337,12 @@ class WorkerMemory:
             yield "check", held + dense + 5 * weights + narrow + checking
         if effort.products:
             # Conjugate gradients: the weight, its image, two directions, a product, on CUDA with split operands.
-            split = 12 * min(PIECE, weights + square) if self.setup.gpu else 0
+            split = split_bytes(weights + square) if self.setup.gpu else 0
             yield "fit", max(held, swept + 4 * square) + 4 * weights + 21 * weights + split
         if task.errors:
             # A panel of the dense weight's product with the Gram matrix, which a CPU also widens to float64, on CUDA
             # with split operands. The change is another weight, unless the sweep knows what outputs lose.
-            split = 12 * min(PIECE, weights + square // PANELS) if self.setup.gpu else 0
+            split = split_bytes(weights + square // PANELS) if self.setup.gpu else 0
             pruned = swept if effort.sweeps else 8 * weights
             yield "error", pruned + dense + narrow + 12 * weights // PANELS + split
 

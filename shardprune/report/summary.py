@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from shardprune.report.experts_result import Experts
 from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity, not_finite
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
@@ -46,6 +47,8 @@ def what_was_done(result: Result) -> list[str]:
         done.append(f"{recipe['structured']:g} removed by {recipe['score']}")
     if result.command == "mop" and result.structure:
         done.append(f"path {''.join(entry.step for entry in result.structure.path or ())}")
+    if result.experts:
+        done.append(f"{result.experts.after} of {result.experts.before} experts by {result.experts.score}")
     if "method" in recipe and (result.sparsity is None or result.sparsity.projections):
         done.append(f"{recipe['method']} {recipe['pattern']}")
     if "rebuild_granularity" in recipe and "method" not in recipe:
@@ -72,8 +75,21 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
             before, after = (getattr(shape, name) for shape in shapes)
             if before != after:
                 yield LABELS[name], f"{before:,}", f"{after:,}"
+    if result.experts:
+        yield from _expert_rows(result.experts)
     yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
-    for phase in ("generate", "structure", "search", "curves", "observe", "prune", "recover", "evaluate", "total"):
+    for phase in (
+        "generate",
+        "structure",
+        "search",
+        "curves",
+        "observe",
+        "remove",
+        "prune",
+        "recover",
+        "evaluate",
+        "total",
+    ):
         if phase in result.seconds:
             yield (
                 f"seconds, {phase}{' of the last attempt' if attempts > 1 else ''}",
@@ -117,6 +133,14 @@ def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
         yield "zeros that stayed", "", f"{recovery.zeros_kept:,}"
     yield "steps", "", f"{recovery.steps:,}"
     yield "parameters trained", "", f"{recovery.parameters_trained:,}"
+
+
+def _expert_rows(experts: Experts) -> Iterator[Row]:
+    yield "experts of a layer", f"{experts.before:,}", f"{experts.after:,}"
+    yield "parameters that a token uses", f"{experts.active_before:,}", f"{experts.active_after:,}"
+    lost = [layer.lost for layer in experts.layers if layer.lost is not None]
+    if lost:
+        yield "routing weight lost, mean and largest", "", f"{sum(lost) / len(lost):.2%}, {max(lost):.2%}"
 
 
 def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:

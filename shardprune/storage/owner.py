@@ -140,7 +140,7 @@ class Ownership(threading.Thread):
         if not _is_ours(_read(self._folder)):
             url = self._folder.url
             raise StorageError(
-                "out", f"{url} is not this run's any more: it was moved, or another process has taken it"
+                self._folder.field, f"{url} is not this run's any more: it was moved, or another process has taken it"
             )
 
     def end(self) -> None:
@@ -192,7 +192,7 @@ def _one_at_a_time(folder: Folder) -> Iterator[None]:
 
 def _in_use(folder: Folder, owner: OwnerRecord) -> InputError:
     place = f"process {owner.process} on {owner.host}"
-    return InputError("out", f"{folder.url} is in use by another run ({place}); wait for its end, or stop it")
+    return InputError(folder.field, f"{folder.url} is in use by another run ({place}); wait for its end, or stop it")
 
 
 def _boot() -> str:

@@ -13,7 +13,7 @@ from shardprune.recipes.panels import PANELS, arguments_of, panels_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = typer.main.get_command(app)
-PANELS_OF_COMMANDS = ["Start here", "Prune", "Heal and measure", "Plan and run on clusters", "Look"]
+PANELS_OF_COMMANDS = ["Start here", "Prune", "Heal and measure", "Serve", "Plan and run on clusters", "Look"]
 WORDS = 24  # of a description at most, allowed values included
 
 

@@ -21,21 +21,23 @@ def recipe(**fields) -> PruneRecipe:
         (AT_70, ("sparsegpt", "uniform", 0)),
         (AT_70 | {"quality": "fast"}, ("sparsegpt", "uniform", 0)),
         (AT_70 | {"quality": "balanced"}, ("sparsegpt", "uniform", 50)),
-        (AT_70 | {"quality": "best"}, ("alps", "owl", 100)),
+        (AT_70 | {"quality": "best"}, ("alps", "fisher", 100)),
         ({"sparsity": 0.5, "quality": "best"}, ("alps", "uniform", 100)),
-        ({"sparsity": "0.6", "quality": "best"}, ("alps", "owl", 100)),
+        ({"sparsity": "0.6", "quality": "best"}, ("alps", "fisher", 100)),
         ({"sparsity": 0.995, "quality": "best"}, ("alps", "uniform", 100)),
         ({"pattern": "2:4", "quality": "best"}, ("alps", "uniform", 100)),
         ({"pattern": "2:4", "sparsity": 0.5, "quality": "balanced"}, ("sparsegpt", "uniform", 50)),
         ({"pattern": "mixed:8", "sparsity": 0.75, "quality": "best"}, ("alps", "owl", 100)),
         (AT_70 | {"allocation_file": "a.json", "quality": "best"}, ("alps", "uniform", 100)),
         # what is given wins
-        (AT_70 | {"quality": "best", "method": "wanda"}, ("wanda", "owl", 100)),
+        (AT_70 | {"quality": "best", "method": "wanda"}, ("wanda", "fisher", 100)),
         (AT_70 | {"quality": "best", "reconstruct": 0, "allocation": "mosaic"}, ("alps", "mosaic", 0)),
-        (AT_70 | {"quality": "best", "rebuild": "barber"}, ("alps", "owl", 100)),
+        (AT_70 | {"quality": "best", "rebuild": "barber"}, ("alps", "fisher", 100)),
         # nothing becomes zero
         ({"structured": 0.2, "quality": "best"}, ("sparsegpt", "uniform", 100)),
-        ({"structured": 0.2, "sparsity": 0.7, "quality": "best"}, ("alps", "owl", 100)),
+        ({"structured": 0.2, "sparsity": 0.7, "quality": "best"}, ("alps", "fisher", 100)),
+        ({"structured": 0.4, "sparsity": 0.7, "quality": "best"}, ("alps", "uniform", 100)),  # half of what is left
+        ({"structured": 0.7, "sparsity": 0.7, "quality": "best"}, ("alps", "uniform", 100)),
     ],
 )
 def test_a_quality_stands_for_fields(fields, stood_for):
@@ -53,17 +55,27 @@ def test_a_plan_without_a_sparsity_has_the_one_that_it_takes():
 def test_the_same_fields_are_the_same_run_whatever_stood_for_them():
     dialled = recipe(**AT_70, quality="best").shape()
     assert "quality" not in dialled
-    assert dialled == recipe(**AT_70, method="alps", allocation="owl", reconstruct=100).shape()
+    assert dialled == recipe(**AT_70, method="alps", allocation="fisher", reconstruct=100).shape()
 
 
 @pytest.mark.parametrize(
     ("name", "target", "allocation"),
-    [("50", 0.5, "uniform"), ("60", 0.6, "owl"), ("70", 0.7, "owl"), ("2of4", 0.5, "uniform")],
+    [("50", 0.5, "uniform"), ("60", 0.6, "fisher"), ("70", 0.7, "fisher"), ("2of4", 0.5, "uniform")],
 )
 def test_the_recipes_of_the_repository_are_the_best(name, target, allocation):
     loaded = PruneRecipe.load(RECIPES / f"best-{name}.yaml", {"out": "o"})
     assert (loaded.quality, loaded.method, loaded.allocation, loaded.reconstruct) == ("best", "alps", allocation, 100)
     assert (loaded.zeroing.target, loaded.pattern) == (target, "2:4" if name == "2of4" else "unstructured")
+
+
+def test_shares_by_curves_are_by_outliers_where_a_model_has_no_curves_unless_they_are_asked_for():
+    dialled = recipe(**AT_70, quality="best").without_curves()
+    assert (dialled.allocation, dialled.chosen["allocation"], dialled.record()["allocation"]) == ("owl",) * 3
+    assert dialled.shape() == recipe(**AT_70, quality="best", allocation="owl").shape()
+    assert dialled.instead == "quality best: allocation owl, as experts have no error curves yet"
+    assert recipe(**AT_70, quality="best").instead is None
+    with pytest.raises(InputError, match=r"^allocation: fisher measures no experts yet, which this model has; choose"):
+        recipe(**AT_70, quality="best", allocation="fisher").without_curves()
 
 
 def test_another_quality_is_refused_in_a_line():

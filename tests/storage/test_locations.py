@@ -25,6 +25,8 @@ COMMANDS = {
     "status": ["status", "{}"],
     "report": ["report", "{}"],
     "check": ["check", "{}"],
+    "export": ["export", "{}", "--to", "o"],
+    "export, restored": ["export", "{}", "--restore", "--to", "o"],
     "plan": ["plan", "{}", "--hardware", "cpu"],
     "prune, the model": ["prune", "{}", "--out", "o", "--sparsity", "0.5"],
     "prune, a recipe": ["prune", "--recipe", "{}"],
