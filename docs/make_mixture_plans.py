@@ -1,4 +1,4 @@
-"""The table of docs/planning.md on public mixtures of experts.
+"""The table on public mixtures of experts that docs/planning.md has.
 
 python -m docs.make_mixture_plans     print the table; some minutes
 """

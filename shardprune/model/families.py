@@ -200,14 +200,13 @@ FAMILIES: dict[str, Structures] = {
     "opt": OPT,
 }
 
-# Multimodal models with a language tower. Each layout that their checkpoints have maps the prefixes of the tower's
-# stored tensors to those of a causal language model.
-TOWERS: dict[str, tuple[dict[str, str], ...]] = {
-    "llava": (
-        {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
-        {"model.language_model.": "model."},
-    ),
-}
+# Multimodal models whose language tower is a causal language model of its own, with the same logits for text alone.
+TOWERS = frozenset(("gemma3", "internvl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
+# Each layout that their checkpoints have maps the prefixes of the tower's stored tensors to those of that model.
+TOWER_LAYOUTS: tuple[dict[str, str], ...] = (
+    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
+    {"model.language_model.": "model.", "lm_head.": "lm_head."},
+)
 
 
 def structures_of(model_type: str, field: str) -> Structures:
