@@ -275,6 +275,7 @@ REFUSED = {
     "status": ("o", "--jsn"),
     "check": ("o", "--jsn"),
     "report": ("o", "--file", "page.html"),
+    "export": ("m", "--to", "o", "--format", "zip"),
 }
 
 

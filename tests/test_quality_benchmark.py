@@ -1,15 +1,19 @@
 """The benchmark of quality: rows that are shared by processes, that come from another machine, and that fail."""
 
+import json
+import random
 import re
 import shutil
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.quality import __main__ as quality
 from benchmarks.quality import jobs, measuring
 from tests.support.tiny import GROUPED, make_model
-from tests.support.words import words_tokenizer
+from tests.support.words import WORDS, words_tokenizer
 
 SMALL = ("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--settings", "0.5")
 TEXT = ("constraints.txt", "own=self")
@@ -87,6 +91,38 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(run, tiny, tmp_path, mon
     assert "model/own/0.5/Wanda: failed, RuntimeError: no memory\n" in printed
     assert "| refit |" in printed
     assert "| Wanda |" not in printed
+
+
+def test_pairs_of_sentences_have_lm_evals_accuracies(run, tiny, tmp_path):
+    """In the same order of likelihoods as its own model's, computed sentence by sentence here."""
+    tokenizer, drawing = words_tokenizer(), random.Random(0)
+    sentences = [" ".join(drawing.choices(WORDS[3:], k=4)) for _ in range(20)]
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    for task, own in (("one", sentences[:12]), ("two", sentences[12:])):
+        lines = [
+            json.dumps({"sentence_good": good, "sentence_bad": bad})
+            for good, bad in zip(own[::2], own[1::2], strict=True)
+        ]
+        (pairs / f"{task}.jsonl").write_text("\n".join(lines))
+    printed = run(tmp_path / "out", tiny, "--only", "*/SparseGPT", "--pairs", str(pairs))
+    assert run(tmp_path / "out", tiny, "--only", "*/SparseGPT", "--pairs", str(pairs), "--there") == printed
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def likelihood(sentence: str) -> float:
+        tokens = torch.tensor([[first, *tokenizer(f" {sentence}", add_special_tokens=False).input_ids]])
+        with torch.no_grad():
+            logs = model(tokens).logits.log_softmax(-1)
+        return float(logs[0, :-1].gather(1, tokens[0, 1:, None]).sum())
+
+    better = [likelihood(good) > likelihood(bad) for good, bad in zip(sentences[::2], sentences[1::2], strict=True)]
+    one, two = (100 * sum(own) / len(own) for own in (better[:6], better[6:]))
+    assert 0 < one + two < 200
+    assert "| accuracy, % | mean | one | two |" in printed
+    assert f"| dense | {(one + two) / 2:.1f} | {one:.1f} | {two:.1f} |" in printed
+    assert re.search(r"^\| SparseGPT \| \d+\.\d \| \d+\.\d \| \d+\.\d \|$", printed, re.MULTILINE)
 
 
 def test_what_a_process_that_was_killed_has_left_is_removed(run, tiny, tmp_path):

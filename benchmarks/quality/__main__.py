@@ -13,6 +13,8 @@ patterns (`*/self/0.7/*`), and what they are compared with; `--jobs` measures so
 `--settings`, each process with `--threads` threads, all of them on the same GPU; `--there` prints what is there and
 measures nothing. Texts are tokenised, and those that the model writes written, once for all rows.
 
+`--pairs` measures every model's accuracy on pairs of sentences, too: the share of those whose good one is the likelier.
+
 A row that fails is named under its table, and the exit code is 1 then.
 """
 
@@ -65,14 +67,11 @@ class Table:
         dense, baseline = self.measurer.found_dense(), self._found(BASELINE)
         if dense is None or baseline is None:
             return []
-        rows = [
-            _line(name, row, baseline, dense)
-            for name in self.wanted
-            if name not in self.refused and (row := self._found(name))
-        ]
+        rows = {name: row for name in self.wanted if name not in self.refused and (row := self._found(name))}
+        lines = [_line(name, row, baseline, dense.perplexity) for name, row in rows.items()]
         left_out = [f"{name}: left out, {reason}" for name, reason in self.refused.items()]
-        title = f"{self.measurer.case.name}, {self.setting}, calibrated on {self.text}; dense {dense:.3f}"
-        return [title, "", HEADER, *rows, "", *left_out]
+        title = f"{self.measurer.case.name}, {self.setting}, calibrated on {self.text}; dense {dense.perplexity:.3f}"
+        return [title, "", HEADER, *lines, "", *_accuracies({"dense": dense, **rows}), *left_out]
 
     def _found(self, name: str) -> Measured | None:
         return self.measurer.found(self.text, self.setting, self.rows[name])
@@ -83,6 +82,19 @@ def _line(name: str, row: Measured, baseline: Measured, dense: float) -> str:
     closed = f"{(baseline.perplexity - row.perplexity) / gap:.0%}" if gap > 0 else ""
     seconds = f"{row.seconds / baseline.seconds:.2f}" if baseline.seconds else ""
     return f"| {name} | {row.perplexity:.3f} | {closed} | {seconds} | {row.passes:.1f} | {row.sparsity:.4f} |"
+
+
+def _accuracies(rows: dict[str, Measured]) -> list[str]:
+    """Return a table of the accuracies on pairs of sentences, in percent; nothing where they were not measured."""
+    tasks = list(next(iter(rows.values())).accuracies)
+    if not tasks:
+        return []
+    lines = [f"| accuracy, % | mean | {' | '.join(task.replace('_', ' ') for task in tasks)} |"]
+    lines.append("|---" * (len(tasks) + 2) + "|")
+    for name, row in rows.items():
+        values = [100 * row.accuracies[task] for task in tasks]
+        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in [sum(values) / len(values), *values])} |")
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -98,6 +110,9 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-windows", type=int, default=300)
+    parser.add_argument(
+        "--pairs", metavar="DIR", help="files of pairs of sentences, such as BLiMP's, one for each task"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("auto", "float32"), default="auto", help="compute dtype")
     parser.add_argument("--backend", default="local", help="ray: all GPUs of the cluster for each row, with --jobs 1")
@@ -114,7 +129,7 @@ def main() -> None:
     workers["weights"] = args.weights
     text = {name: getattr(args, name) for name in ("samples", "seqlen", "seed")}
     store = Store(Path(args.out).absolute())
-    measurers = [Measurer(case, store, workers, text, args.eval_windows) for case in cases]
+    measurers = [Measurer(case, store, workers, text, args.eval_windows, args.pairs) for case in cases]
     tables = [
         Table(measurer, name, setting, args.only)
         for setting in args.settings

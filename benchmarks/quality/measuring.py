@@ -10,6 +10,7 @@ import psutil
 
 from benchmarks.quality.cases import Case, Texts
 from benchmarks.quality.costs import CpuSeconds, method_seconds, passes_of, training_passes
+from benchmarks.quality.pairs import accuracies
 from benchmarks.quality.rows import amount
 from benchmarks.quality.store import Measured, Place, Store
 from shardprune import EvaluateRecipe, Recipe, evaluate, prune
@@ -27,10 +28,19 @@ class Measurer:
         workers: fields of every recipe that say on what it is carried out.
         text: `samples`, `seqlen` and `seed` of every recipe.
         windows: of the text that perplexity is measured on.
+        pairs: a folder of pairs of sentences, on which every model's accuracy is measured, too.
     """
 
-    def __init__(self, case: Case, store: Store, workers: dict[str, Any], text: dict[str, Any], windows: int) -> None:
-        self.case, self.store = case, store
+    def __init__(
+        self,
+        case: Case,
+        store: Store,
+        workers: dict[str, Any],
+        text: dict[str, Any],
+        windows: int,
+        pairs: str | None = None,
+    ) -> None:
+        self.case, self.store, self._pairs = case, store, pairs
         self._workers, self._shared = workers, {**workers, **text}
         self._folder = store.folder / case.name
         self.texts = Texts(case, self._folder, self._shared, windows)
@@ -56,27 +66,28 @@ class Measurer:
         return {
             "recipe": _checked(recipe).shape(),
             "text": self.texts.decided(text),
-            "measured on": self.texts.measured_decided(),
-            **self._on,
+            **self._measured_decided,
         }
 
     @property
-    def _on(self) -> dict[str, Any]:
-        return {name: self._workers[name] for name in ("device", "dtype")}
+    def _measured_decided(self) -> dict[str, Any]:
+        pairs = {"pairs": Path(self._pairs).name} if self._pairs else {}
+        on = {name: self._workers[name] for name in ("device", "dtype")}
+        return {"measured on": self.texts.measured_decided(), **pairs, **on}
 
     # -- rows ---------------------------------------------------------------------------------------------------
 
-    def found_dense(self) -> float | None:
-        """Return the perplexity of the model as it is, if it was measured."""
-        found = self.store.find((self.case.name,), self._dense_decided())
-        return found.perplexity if found else None
+    def found_dense(self) -> Measured | None:
+        """Return what was measured of the model as it is, if anything was."""
+        return self.store.find((self.case.name,), self._measured_decided)
 
     def measure_dense(self) -> None:
-        """Measure the perplexity of the model as it is, unless it was measured."""
+        """Measure the model as it is, unless it was measured."""
         if self.found_dense() is None:
             with _Folder(self._folder) as out:
                 value = self._perplexity(self.case.model, out=str(out))
-            self.store.keep((self.case.name,), self._dense_decided(), Measured(value, 0.0, 0.0, 0.0))
+            measured = Measured(value, 0.0, 0.0, 0.0, self._accuracies(self.case.model))
+            self.store.keep((self.case.name,), self._measured_decided, measured)
 
     def found(self, text: str, setting: str, recipe: dict[str, Any]) -> Measured | None:
         """Return the row of a recipe, if it was measured."""
@@ -97,7 +108,7 @@ class Measurer:
             passes += training_passes(settings.get("reconstruct") or 0, settings["samples"], settings["seqlen"])
             here = settings["backend"] == "local" and settings["device"] == "cpu"
             seconds = method_seconds(clock.seconds if here else result.seconds)
-            measured = Measured(self._perplexity(str(out)), seconds, passes, achieved)
+            measured = Measured(self._perplexity(str(out)), seconds, passes, achieved, self._accuracies(str(out)))
         self.store.keep(self._place(text, setting), self.decided(text, recipe), measured)
         return measured
 
@@ -117,8 +128,8 @@ class Measurer:
     def _place(self, text: str, setting: str) -> Place:
         return self.case.name, text, setting
 
-    def _dense_decided(self) -> dict[str, Any]:
-        return {"measured on": self.texts.measured_decided(), **self._on}
+    def _accuracies(self, model: str) -> dict[str, float]:
+        return accuracies(model, self._pairs, self._workers) if self._pairs else {}
 
     def _perplexity(self, model: str, **fields: Any) -> float:
         seqlen = self._shared["seqlen"]

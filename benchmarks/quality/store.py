@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ Place = tuple[str, ...]  # of a row: its model, text and setting
 
 @dataclass(frozen=True)
 class Measured:
-    """One row: `perplexity` after pruning, seconds and passes of the method alone, and the `sparsity` achieved."""
+    """One row: `perplexity` after pruning, seconds and passes of the method alone, the `sparsity` achieved, and the
+    accuracies on pairs of sentences by task, if any were asked for."""
 
     perplexity: float
     seconds: float
     passes: float
     sparsity: float
+    accuracies: dict[str, float] = field(default_factory=dict)
 
 
 class Store:

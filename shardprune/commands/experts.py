@@ -14,6 +14,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, digests, parts_of_pass, perplexity, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
 from shardprune.model.saving import write_frame, write_index
@@ -32,6 +33,7 @@ from shardprune.storage.records import KeptExperts, LayerRecord
 from shardprune.storage.windows import tokens_hash
 
 
+@pushed
 def experts(recipe: ExpertsRecipe, reporter: Reporter | None = None) -> Result:
     """Remove experts of a model as a recipe says, and return what `result.json` in the output holds.
 

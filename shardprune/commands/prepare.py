@@ -25,7 +25,7 @@ from shardprune.model.families import FAMILIES, structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.structure.budget import narrowed_by
+from shardprune.model.structure.alignment import narrowed_by
 from shardprune.model.structure.shape import Widths, changes, reshaped, widths_of
 from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
@@ -449,11 +449,16 @@ def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:
     structures_of(skeleton.config.model_type, "structured")
     try:
         shapes = skeleton.projection_shapes(0)
-        widths = narrowed_by(skeleton.config, shapes, removal.share, removal.neuron_multiple)
+        multiple, parallel = removal.neuron_multiple, removal.tensor_parallel
+        widths = narrowed_by(skeleton.config, shapes, removal.share, multiple, parallel)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError("structured", f"{removal.share} is more than the model can give: {error}") from error
     if widths == widths_of(skeleton.config):
-        raise InputError("structured", f"{removal.share} is less than half a neuron of a layer; nothing would go")
+        raise InputError(
+            "structured", f"{removal.share} is less than half of what goes together in a layer; nothing would go"
+        )
     return widths
 
 

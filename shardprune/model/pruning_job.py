@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shardprune.solvers.allocation.allocation import Projection, Share, Sparsities
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
@@ -120,10 +120,11 @@ class Adopted:
 @dataclass(frozen=True)
 class WidthRemoval:
     """Key/value groups and neurons that go from every layer, until a `share` of the layers' weights is gone; the number
-    of neurons stays a multiple of `neuron_multiple`."""
+    of neurons stays a multiple of `neuron_multiple`, and both divide over `tensor_parallel` devices."""
 
     share: float
-    neuron_multiple: int
+    neuron_multiple: Literal["auto"] | int
+    tensor_parallel: int
     scoring: Scoring
 
 

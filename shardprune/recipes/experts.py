@@ -10,7 +10,7 @@ from shardprune.recipes.groups import (
     WORKERS,
     AskedLayout,
     CalibrationFields,
-    OutputFields,
+    ModelOutputFields,
     PerplexityFields,
     WorkerFields,
 )
@@ -72,7 +72,7 @@ class ExpertWorkerFields(WorkerFields):
 
 
 class ExpertsRecipe(
-    ExpertFields, GivenStatisticsFields, CalibrationFields, PerplexityFields, ExpertWorkerFields, OutputFields
+    ExpertFields, GivenStatisticsFields, CalibrationFields, PerplexityFields, ExpertWorkerFields, ModelOutputFields
 ):
     """The recipe of `shardprune experts`."""
 

@@ -12,7 +12,7 @@ from shardprune.recipes.groups import (
     EvaluationFields,
     ExpertFields,
     Globs,
-    OutputFields,
+    ModelOutputFields,
     PruneWorkerFields,
     WidthFields,
 )
@@ -313,7 +313,7 @@ class ZeroingFields(
         return replace(self.improving, measured_damping=self.damping == "auto")
 
 
-class PruneRecipe(ZeroingFields, ExpertFields, OutputFields):
+class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):
     """The recipe of `shardprune prune`."""
 
     command: ClassVar[str] = "prune"
@@ -361,7 +361,9 @@ class RemovalFields(StructuredFields):
     outlier_m: float = 5.0
 
 
-class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, TrainingFields, PruneWorkerFields, OutputFields):
+class WidthRecipe(
+    RemovalFields, CalibrationFields, EvaluationFields, TrainingFields, PruneWorkerFields, ModelOutputFields
+):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
@@ -372,7 +374,7 @@ class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, TrainingFi
     def job(self) -> PruningJob:
         """Return the job of the run that removes structures."""
         scoring = Scoring(self.score, self.correction, self.outlier_m)
-        removal = WidthRemoval(self.structured, self.neuron_multiple, scoring)
+        removal = WidthRemoval(self.structured, self.neuron_multiple, self.tensor_parallel, scoring)
         return PruningJob(None, removal, None, self.measure_error, Improving(reconstruction=self.reconstruct))
 
     def shape(self) -> dict[str, Any]:
@@ -397,7 +399,9 @@ class PrunedFields(Settings):
         return value
 
 
-class RebuildRecipe(PrunedFields, BarberFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
+class RebuildRecipe(
+    PrunedFields, BarberFields, CalibrationFields, EvaluationFields, PruneWorkerFields, ModelOutputFields
+):
     """The recipe of `shardprune rebuild`."""
 
     command: ClassVar[str] = "rebuild"

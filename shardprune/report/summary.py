@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from shardprune.model.structure.alignment import degrees
 from shardprune.report.experts_result import Experts
 from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity, not_finite
 
@@ -75,6 +76,9 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
             before, after = (getattr(shape, name) for shape in shapes)
             if before != after:
                 yield LABELS[name], f"{before:,}", f"{after:,}"
+        if shapes[0] != shapes[1]:
+            before, after = (", ".join(map(str, degrees(shape.groups, shape.heads, shape.neurons))) for shape in shapes)
+            yield "tensor parallelism that it suits", before, after
     if result.experts:
         yield from _expert_rows(result.experts)
     yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
@@ -123,8 +127,8 @@ def remark_on_numbers(result: Result | EvaluationResult) -> str | None:
 
 
 def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
-    first, last = recovery.losses[0], recovery.losses[-1]
-    yield "training loss", f"{first.loss:.4f}", f"{last.loss:.4f}"
+    if recovery.losses:  # gone with the training where an output was made whole again later
+        yield "training loss", f"{recovery.losses[0].loss:.4f}", f"{recovery.losses[-1].loss:.4f}"
     held_out = [loss.held_out for loss in recovery.losses if loss.held_out is not None]
     if held_out:
         yield "held-out loss, first and last", f"{held_out[0]:.4f}", f"{held_out[-1]:.4f}"

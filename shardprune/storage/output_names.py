@@ -4,6 +4,7 @@ STATE = "run.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 OWNER = "owner.json"
+CARD = "README.md"  # of a model, as the hub reads it
 EXPORT = "export.json"  # of an export: what it is made of
 RESTORED = "restore.json"  # while a checkpoint is made of an export
 ALLOCATION = "allocation.json"
