@@ -22,7 +22,8 @@ class PendingWork:
     layers' outlier ratios where the allocation looked at them, `rebuilding` how masks are rebuilt, if they are.
     Where there are `widths`, layers become that narrow instead of sparse; where they are not corrected, the next
     layer sees the image under the layer as it was (`passes_on_dense`), and one pass over it does. `effort` is that of
-    a solution, `improving` are further steps, which are kept where they improve the layer.
+    a solution, `improving` are further steps, which are kept where they improve the layer. Experts are solved in
+    `chunks`, one after the other.
     """
 
     shares: Shares
@@ -36,6 +37,11 @@ class PendingWork:
     passes_on_dense: bool = False
     effort: Effort = field(default_factory=Effort)
     improving: Improving = NOTHING
+    chunks: int = 1
+
+    def chunks_of(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """The places of a layer's inputs that are solved together: one chunk after the other."""
+        return self.family.kinds[layer].chunks(self.chunks)
 
     def shares_of(self, layer: int, names: tuple[str, ...]) -> dict[str, Share]:
         """The shares of some of a layer's projections."""
@@ -87,12 +93,12 @@ class PendingWork:
         ):  # towards the dense output and on, where only damping is measured into sums and on; around each step
             return (
                 2
-                + (bool(improving) and improving.measured_damping)
+                + (bool(improving) and improving.measured_damping) * len(self.chunks_of(layer))
                 + 2 * ((len(kind.inputs) if improving.stream_targets else 0) + (improving.reconstruction > 0))
             )
         if improving.stream_targets:
             return 1 + len(kind.inputs)
-        return 2 + bool(improving) + self.comparing_passes * len(kind.blocks)
+        return 1 + len(self.chunks_of(layer)) + bool(improving) + self.comparing_passes * len(kind.blocks)
 
     def solve_parts(self, layer: int, names: tuple[str, ...], tokens: int) -> int:
         """The number of parts that solving the projections `names`, which read one input, counts as."""

@@ -20,7 +20,7 @@ from shardprune.errors import WorkerLost
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, dense_stream, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
-from shardprune.storage.records import LayerRecord
+from shardprune.storage.records import LayerRecord, ProjectionReport
 
 
 def prune_segments(group: Group, layout: Layout, waves: Waves, work: PendingWork, step: Step) -> None:
@@ -120,37 +120,46 @@ def _prune_layer(work: PendingWork, layer: LayerInWork) -> LayerRecord:
 
 
 def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -> LayerRecord:
-    """Accumulate the statistics of a layer, solve each of its inputs, and give every replica the result.
+    """Accumulate the statistics of a layer, solve each of its inputs, and give every replica the result: chunk by chunk
+    of its experts, all else with the last one.
 
     Args:
         solvers: the replica that solves each input.
     """
-    layer.calibrating.over_waves(PruneWorker.accumulate, False)
+    solved, reports = _Solved(work, layer), {}
+    for places in work.chunks_of(layer.layer):
+        reports.update(_solve_inputs(work, layer, places, solvers, solved))
+    return LayerRecord(
+        layer.layer,
+        projections=tuple(reports[name] for name in work.family.kinds[layer.layer].projections),
+        outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
+    )
+
+
+def _solve_inputs(
+    work: PendingWork, layer: LayerInWork, places: tuple[int, ...], solvers: Sequence[int], solved: "_Solved"
+) -> dict[str, ProjectionReport]:
+    """Solve the inputs of a layer at some places; return the reports of what reads them, by name."""
+    layer.calibrating.over_waves(PruneWorker.accumulate, False, places)
     if work.improving.measured_damping:
-        layer.held_out.over_waves(PruneWorker.hold_out)
+        layer.held_out.over_waves(PruneWorker.hold_out, places)
     kind = work.family.kinds[layer.layer]
-    inputs = kind.inputs
-    waiting = layer.reduce(dict(zip(kind.input_names, solvers, strict=True)))
-    solved = _Solved(work, layer)
-    solving = []
-    for group, solver in enumerate(solvers):
-        shares = work.shares_of(layer.layer, inputs[group])
-        solving.append(layer.ask(solver, PruneWorker.solve, group, shares))
+    waiting = layer.reduce({kind.input_names[place]: solvers[place] for place in places})
+    solving = {}
+    for place in places:
+        names = kind.inputs[place]
+        solving[names] = layer.ask(solvers[place], PruneWorker.solve, place, work.shares_of(layer.layer, names))
         if not layer.group.concurrent:  # it is done by now
-            solved.add(inputs[group])
-    for names, solver in zip(inputs, solvers, strict=True):
-        waiting += layer.share(names, solver)
+            solved.add(names)
+    for place in places:
+        waiting += layer.share(kind.inputs[place], solvers[place])
     reports = {}
-    for names, ref in zip(inputs, solving, strict=True):
+    for names, ref in solving.items():
         reports.update({report.name: report for report in layer.group.get(ref)})
         if layer.group.concurrent:
             solved.add(names)
     layer.wait(waiting)
-    return LayerRecord(
-        layer.layer,
-        projections=tuple(reports[name] for name in kind.projections),
-        outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
-    )
+    return reports
 
 
 class _Solved:

@@ -306,7 +306,7 @@ class Prepared:
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
         joined = workers.exchange == "group" and layout.workers > 1
-        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined))
+        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined, self.recipe.asked.chunks))
 
 
 @preflight()
@@ -354,9 +354,12 @@ def prepare(
     if fewer:
         FurtherLayers(fewer)  # which it checks
     statistics = _given_statistics(recipe, checkpoint, fewer)
-    if job.measures and isinstance(recipe, QualityFields) and any(kind.mixtures for kind in skeleton.family.kinds):
+    mixture = any(kind.mixtures for kind in skeleton.family.kinds)
+    if job.measures and isinstance(recipe, QualityFields) and mixture:
         recipe = recipe.without_curves()
         job = recipe.job()
+    if asked.chunks > 1 and not mixture:
+        raise InputError("expert_chunks", f"{asked.chunks} has no effect: the model has no experts; leave it out")
     if job.improving.stream_targets:
         if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
             recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known

@@ -308,6 +308,7 @@ class PruningRun:
             passes_on_dense=scoring is not None and not scoring.correction and not prepared.job.improving,
             effort=Effort(sweeps=scoring.needs_gram(False)) if scoring else prepared.job.effort,
             improving=prepared.job.improving,
+            chunks=prepared.recipe.asked.chunks,
         )
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:

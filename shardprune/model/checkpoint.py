@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import cached_property
 
 from pydantic import BaseModel, JsonValue
@@ -13,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from shardprune.errors import InputChanged, InputError
 from shardprune.model.companions import check_companion, companions
 from shardprune.model.config_file import CONFIG, language_config, parse_config
-from shardprune.model.families import TOWERS
+from shardprune.model.families import TOWER_LAYOUTS, TOWERS
 from shardprune.model.sources import Source, SourceState, SourceTensor
 from shardprune.model.stored_names import places_in_model
 from shardprune.model.ties import equal, tied_names
@@ -126,10 +127,12 @@ class Checkpoint:
         if not self.has_tower:
             yield from places_in_model(self.config, stored)
             return
-        layouts = TOWERS[self._whole_config.model_type]
-        prefixes = next((layout for layout in layouts if any(name.startswith(tuple(layout)) for name in stored)), {})
-        for name in stored:
-            yield Place(name), _replace_prefix(name, prefixes)
+        counts = [sum(name.startswith(tuple(layout)) for name in stored) for layout in TOWER_LAYOUTS]
+        prefixes = TOWER_LAYOUTS[counts.index(max(counts))]
+        of_tower = {_replace_prefix(name, prefixes): name for name in stored if name.startswith(tuple(prefixes))}
+        for place, name in places_in_model(self.config, {name: stored[old] for name, old in of_tower.items()}):
+            yield replace(place, name=of_tower[place.name]), name
+        yield from ((Place(name), name) for name in stored if not name.startswith(tuple(prefixes)))
 
     @cached_property
     def _whole_config(self) -> PretrainedConfig:

@@ -104,9 +104,9 @@ def _has_other_parts(config: PretrainedConfig) -> bool:
 
 
 def _other_parts(model_type: str, field: str) -> InputError:
-    known = ", ".join(TOWERS)
+    known = ", ".join(sorted(TOWERS))
     reason = "has other parts beside its language model (vision, audio)"
-    return InputError(field, f"model_type {model_type!r} {reason}; of such models only {known} is supported")
+    return InputError(field, f"model_type {model_type!r} {reason}; of such models only {known} are supported")
 
 
 def _check_rope(config: PretrainedConfig) -> None:

@@ -87,7 +87,7 @@ def _kinds(model: PreTrainedModel, layers: nn.ModuleList, structures: Structures
 
 def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: Structures) -> LayerKind:
     """Return the kind of a layer."""
-    calls, output = _run_on_meta(layer, hidden, arguments)
+    calls, output, chosen = _run_on_meta(layer, hidden, arguments)
     maps = tuple(tuple(dict.fromkeys(names)) for names in calls)
     called = {name for names in maps for name in names}
     inputs, kept = pruned_of(layer, maps, structures.rows.keys() | structures.columns.keys())
@@ -95,7 +95,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
         maps=maps,
         inputs=inputs,
         attention=_attention(layer, called),
-        mixtures=tuple(mixtures(layer)),
+        mixtures=chosen,
         structures=structures,
         returned=len(output) if isinstance(output, tuple) else 0,
         kept=kept,
@@ -126,15 +126,21 @@ def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterato
             module._parameters[leaf] = parameter
 
 
-def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[list[list[str]], Any]:
+def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[list[list[str]], Any, dict[str, int]]:
     """Run a layer on the meta device; return its linear maps in the order of their calls, those with the same input
-    together, and its output."""
+    together, its output, and how many experts each of its mixtures lets a token pass through."""
     positional, keywords = tree_map_only(
         Tensor, lambda tensor: tensor.to("meta"), (arguments.positional, arguments.keywords)
     )
     alone = copy.deepcopy(layer).to("meta")
-    for mixture in mixtures(alone).values():
-        mixture.__dict__["forward"] = lambda hidden, *_routing, mixture=mixture: run_on_meta(mixture, hidden)
+    chosen: dict[str, int] = {}
+
+    def route(path: str, mixture: nn.Module, hidden: Tensor, experts: Tensor, *_weights: Tensor) -> Tensor:
+        chosen[path] = experts.shape[-1]
+        return run_on_meta(mixture, hidden)
+
+    for path, mixture in mixtures(alone).items():
+        mixture.__dict__["forward"] = partial(route, path, mixture)
     seen: dict[tuple[Any, ...], list[str]] = {}
     alive = []  # a freed tensor's place is another's soon
 
@@ -149,7 +155,7 @@ def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tupl
             module.register_forward_pre_hook(lambda _module, inputs, path=path: note(path, inputs))
     with torch.no_grad():
         output = alone(hidden.to("meta"), *positional, **keywords)
-    return list(seen.values()), output
+    return list(seen.values()), output, chosen
 
 
 def _attention(layer: nn.Module, maps: Collection[str]) -> frozenset[str]:

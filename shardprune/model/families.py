@@ -6,6 +6,7 @@ weights belong to, so that they can be removed as a whole.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import takewhile
 from typing import Literal
 
@@ -49,7 +50,8 @@ class LayerKind:
         maps: tuples of linear maps that read the same input, in the order of the forward pass; pruned or not.
         inputs: those of them that are pruned, the projections.
         attention: maps of the attention; all others are the MLP's.
-        mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`).
+        mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`), with the number
+            of experts that each token passes through.
         structures: of the weights, where they are known.
         returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
             them alone.
@@ -59,7 +61,7 @@ class LayerKind:
     maps: tuple[tuple[str, ...], ...]
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
-    mixtures: tuple[str, ...] = ()
+    mixtures: dict[str, int] = field(default_factory=dict)
     structures: Structures = NO_STRUCTURES
     returned: int = 0
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -77,6 +79,33 @@ class LayerKind:
     def mixture_of(self, projection: str) -> str | None:
         """Return the path of the mixture whose expert a projection belongs to; None where it sees all tokens."""
         return next((path for path in self.mixtures if projection.startswith(f"{path}.")), None)
+
+    @cached_property
+    def experts(self) -> dict[str, int]:
+        """The number of experts of each mixture."""
+        found: dict[str, set[int]] = {path: set() for path in self.mixtures}
+        for name in (name for names in self.maps for name in names):
+            if path := self.mixture_of(name):
+                found[path].add(_expert(name, path))
+        return {path: len(numbers) for path, numbers in found.items()}
+
+    def share_of_tokens(self, name: str) -> float:
+        """Return the share of all tokens that a linear map sees, where routers treat experts alike."""
+        path = self.mixture_of(name)
+        return 1.0 if path is None else self.mixtures[path] / self.experts[path]
+
+    def chunks(self, count: int) -> tuple[tuple[int, ...], ...]:
+        """Return the places of the inputs of a layer in at most `count` chunks, which may be solved one after the
+        other: each has a part of the experts, and the last one all else.
+
+        What an expert sees does not depend on the weights of another, but on those of the attention before it.
+        """
+        chunks: list[list[int]] = [[] for _ in range(count)]
+        for place, names in enumerate(self.inputs):
+            path = self.mixture_of(names[0])
+            own = count - 1 if path is None else _expert(names[0], path) * count // self.experts[path]
+            chunks[own].append(place)
+        return tuple(tuple(places) for places in chunks if places) or ((),)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -109,6 +138,11 @@ class LayerKind:
             return "mlp"
         mixers = {one.split(".")[0] for one in self.attention}
         return "attention" if len(mixers) == 1 else name.split(".")[0]
+
+
+def _expert(name: str, mixture: str) -> int:
+    """Return the number of the expert of a mixture that a linear map belongs to."""
+    return int(name.removeprefix(f"{mixture}.").partition(".")[0])
 
 
 @dataclass(frozen=True)
@@ -166,14 +200,13 @@ FAMILIES: dict[str, Structures] = {
     "opt": OPT,
 }
 
-# Multimodal models with a language tower. Each layout that their checkpoints have maps the prefixes of the tower's
-# stored tensors to those of a causal language model.
-TOWERS: dict[str, tuple[dict[str, str], ...]] = {
-    "llava": (
-        {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
-        {"model.language_model.": "model."},
-    ),
-}
+# Multimodal models whose language tower is a causal language model of its own, with the same logits for text alone.
+TOWERS = frozenset(("gemma3", "internvl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
+# Each layout that their checkpoints have maps the prefixes of the tower's stored tensors to those of that model.
+TOWER_LAYOUTS: tuple[dict[str, str], ...] = (
+    {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
+    {"model.language_model.": "model.", "lm_head.": "lm_head."},
+)
 
 
 def structures_of(model_type: str, field: str) -> Structures:

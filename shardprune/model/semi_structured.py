@@ -39,7 +39,7 @@ def compressible(checkpoint: Checkpoint) -> list[str]:
     found = [
         checkpoint.stored_name(name)
         for name in dict.fromkeys(named)
-        if len(checkpoint.entries[name].shape) == 2 and fits(checkpoint.read(name))
+        if checkpoint.place(name).slice is None and fits(checkpoint.read(name))
     ]
     if not found:
         reason = f"has no 2:4 projection whose sizes are multiples of {ROWS} and {COLS}; use sparse"

@@ -1,7 +1,7 @@
 """The choice of a layout: the fastest that fits, or the missing memory and possible remedies."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from shardprune.cluster.defaults import exchange_of
@@ -16,6 +16,8 @@ from shardprune.planning.workload import Model, Task, planned_task
 from shardprune.shard.device_room import device_room, memory_for
 from shardprune.solvers.methods import METHODS
 from shardprune.storage.quantities import duration, gigabytes
+
+MOST_CHUNKS = 16  # of a layer's experts that are tried: each is another pass over the layer
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,17 @@ def _held(
         for place in places:
             on_host = place == "host" or not row.gpu
             setup = Setup(layout, weights == "streamed", on_host, row.gpu, joined and layout.workers > 1)
-            yield Candidate(task, setup, row, recipe.gpus)
+            for chunks in [recipe.expert_chunks] if recipe.expert_chunks else _chunks(task):
+                candidate = Candidate(task, replace(setup, chunks=chunks), row, recipe.gpus)
+                yield candidate
+                if candidate.fits:  # more of them take longer
+                    break
+
+
+def _chunks(task: Task) -> list[int]:
+    """Return the numbers of chunks in which a layer's experts may be pruned."""
+    experts = max(shape.experts for shape in task.model.shapes) if task.kind == "gram" else 0
+    return _counts(1, min(experts, MOST_CHUNKS)) if experts > 1 else [1]
 
 
 def choose(recipe: PlanRecipe, model: Model, propagation: Propagation) -> Candidate | None:

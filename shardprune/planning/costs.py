@@ -10,7 +10,8 @@ from itertools import pairwise
 
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup
-from shardprune.planning.workload import Input, Task
+from shardprune.planning.shapes import Input
+from shardprune.planning.workload import Task
 from shardprune.shard.peers import PIECE_BYTES
 from shardprune.solvers.error_curves import LEVELS, ROWS
 from shardprune.solvers.improving import NOTHING
@@ -20,6 +21,7 @@ from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import lower_entries
 
 KERNELS = 40  # kernel launches of a decoder layer's forward pass
+EXPERT_KERNELS = 12  # of one expert, beside them
 SORTED_BYTES = 60  # read and written for a weight of a group that is sorted, beside sorting
 SWEEP_BYTES = METHODS["sparsegpt"].effort.touched  # read and written for a weight, beside products
 KERNEL_ROWS = 2**15  # which a GPU sweeps over at the same time
@@ -98,7 +100,11 @@ class Costs:
         task, tokens = self.task, sequences * self.task.seqlen
         products = task.model.forward_operations(tokens, task.seqlen) / self._products
         temporaries = 2 * task.model.forward_bytes(sequences, task.seqlen, task.itemsize)
-        return products + self._touched(temporaries) + KERNELS * (KERNEL_SECONDS if self.row.gpu else 0.0)
+        shape = task.model.shape
+        # Experts get few tokens each: reading their weights and launching their kernels is no small part.
+        weights = self._touched(shape.expert_weights * task.itemsize)
+        kernels = (KERNELS + EXPERT_KERNELS * shape.experts) * (KERNEL_SECONDS if self.row.gpu else 0.0)
+        return max(products, weights) + self._touched(temporaries) + kernels
 
     def embed(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
@@ -110,24 +116,26 @@ class Costs:
         through = sum(number * self.at(one).layer(sequences) for one, number in self.task.model.kinds(layers))
         return through + self._arrives(count) + self._leaves(count)
 
-    def accumulate(self, sequences: int) -> float:
-        """Return the seconds of one kept wave through a layer, with its inputs added to the sums."""
-        return self._summing(sequences, self.task.kind) if self.task.kind and self.task.model.inputs else 0.0
+    def accumulate(self, sequences: int, places: Sequence[int]) -> float:
+        """Return the seconds of one kept wave through a layer, with some of its inputs added to the sums."""
+        inputs = [self.task.model.inputs[place] for place in places]
+        return self._summing(sequences, self.task.kind, inputs) if self.task.kind and inputs else 0.0
 
     def gather(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a dense layer, with its inputs added to sums for error curves."""
-        return self._summing(sequences, "gram") if self.task.model.inputs else 0.0
+        return self._summing(sequences, "gram", self.task.model.inputs) if self.task.model.inputs else 0.0
 
-    def _summing(self, sequences: int, kind: Kind) -> float:
+    def _summing(self, sequences: int, kind: Kind, inputs: Sequence[Input]) -> float:
         tokens = sequences * self.task.seqlen
-        inputs = self.task.model.inputs
         if kind == "gram":
-            operations = sum(2 * tokens * lower_entries(one.cols) for one in inputs)
+            operations = sum(2 * tokens * one.share * lower_entries(one.cols) for one in inputs)
             sums = operations / (self._products if self.task.itemsize == 2 else self.row.float32)
         else:
-            sums = self._touched(sum(12 * tokens * one.cols for one in inputs))
-        # The pass ends at the last input: the projections that read it are not multiplied with it.
-        spared = 2 * tokens * sum(inputs[-1].rows.values()) * inputs[-1].cols / self._products
+            sums = self._touched(sum(12 * tokens * one.share * one.cols for one in inputs))
+        # The pass ends at the last input: the projections that read it are not multiplied with it. It may come to no
+        # end before the layer's where there are experts, some of which may get no token.
+        last = inputs[-1]
+        spared = 2 * tokens * last.weights / self._products if not self.task.model.shape.experts else 0.0
         return self._kept(self.wave_bytes(sequences)) + self.layer(sequences) - spared + sums
 
     def propagate(self, sequences: int) -> float:

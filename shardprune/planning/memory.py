@@ -4,13 +4,14 @@ All sizes are bytes. The steps are those of `shardprune.shard`; docs/planning.md
 called `device`; a GPU worker also has its process on the `host`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
-from shardprune.planning.workload import Input, Task
+from shardprune.planning.shapes import Input
+from shardprune.planning.workload import Task
 from shardprune.shard.error_curves import LOGITS
 from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.error_curves import ROWS
@@ -70,6 +71,7 @@ class Setup:
     waves_on_host: bool
     gpu: bool
     joined: bool = False
+    chunks: int = 1  # of a layer's experts, whose sums are there one after the other
 
     @property
     def copies_sums(self) -> bool:
@@ -191,16 +193,27 @@ class WorkerMemory:
         if improving.stream_targets:
             yield from self._aim(weights, kept)
             return
-        sums = sum(self._sums(one) for one in self.model.inputs)
+        for places in self.model.shape.kind.chunks(self.setup.chunks):
+            yield from self._solve_chunk(places, weights, kept)
+
+    def _solve_chunk(self, places: Sequence[int], weights: int, kept: int) -> Iterator[Moment]:
+        """Yield the moments of pruning what reads some of a layer's inputs."""
+        inputs = [self.model.inputs[place] for place in places]
+        common = sum(self._sums_of(cols) for cols in self.model.shape.commons(places))
+        sums = sum(self._sums(one) for one in inputs) + common
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
-        for place, one in enumerate(self.model.inputs):
-            left = self.model.inputs if self.setup.copies_sums else self.model.inputs[place:]
+        known = set()
+        for place, one in enumerate(inputs):
+            if one.size in known:  # one of many experts: more has been freed than before its like was solved
+                continue
+            known.add(one.size)
+            left = inputs if self.setup.copies_sums else inputs[place:]
             held = sum(self._sums(other) for other in left)
             exchanged = self._sent(one) if self.setup.copies_sums else 0
             for step, workspace in self._solve(one):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
-                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one))
+                statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one, inputs))
                 yield self._moment(
                     "prune", f"{step} {_label(one)}", weights, 0, statistics, workspace + copied, kept=kept
                 )
@@ -394,11 +407,11 @@ class WorkerMemory:
     def _forward(self) -> int:
         return self.model.forward_bytes(min(self.task.wave, self.sequences), self.task.seqlen, self.task.itemsize)
 
-    def _mapped(self, one: Input) -> int:
-        """Return the bytes of the object store mapped by a CPU worker that solves an input: the other replicas' sums of
-        that input, and its own of all others.
+    def _mapped(self, one: Input, inputs: Sequence[Input]) -> int:
+        """Return the bytes of the object store mapped by a CPU worker that solves one of some inputs: the other
+        replicas' sums of that input, and its own of all others.
         """
-        own = sum(self._sent(other) for other in self.model.inputs if other is not one)
+        own = sum(self._sent(other) for other in inputs if other is not one)
         return (self.setup.layout.replicas - 1) * self._sent(one) + own
 
     def _sent(self, one: Input) -> int:
@@ -408,8 +421,11 @@ class WorkerMemory:
 
     def _sums(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums, with those over held-out windows where damping is measured."""
+        return self._sums_of(one.cols)
+
+    def _sums_of(self, cols: int) -> int:
         kinds = 2 if self.task.improving.measured_damping else 1
-        return 0 if self.task.kind is None else 4 * kinds * one.cols ** (2 if self.task.kind == "gram" else 1)
+        return 0 if self.task.kind is None else 4 * kinds * cols ** (2 if self.task.kind == "gram" else 1)
 
 
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:

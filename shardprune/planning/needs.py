@@ -25,6 +25,9 @@ def _need(task: Task, setup: Setup, shard: int) -> Need:
         "wave 1": _worst(replace(task, wave=1), setup, shard).device.peak,
         "half the samples": _worst(replace(task, samples=max(1, task.samples // 2)), setup, shard).device.peak,
     }
+    if task.kind == "gram" and task.model.shape.experts:
+        chunks = 4 * setup.chunks
+        others[f"expert_chunks {chunks}"] = _worst(task, replace(setup, chunks=chunks), shard).device.peak
     if task.improving.stream_targets:
         others["targets own"] = _worst(
             replace(task, improving=replace(task.improving, stream_targets=False)), setup, shard

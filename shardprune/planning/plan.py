@@ -52,6 +52,8 @@ class Planned:
         options["weights"] = "streamed" if setup.streamed else "resident"
         if setup.gpu:
             options["activations"] = "host" if setup.waves_on_host else "device"
+        if setup.chunks > 1:
+            options["expert-chunks"] = setup.chunks
         return options
 
     def as_json(self, simulated: bool) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class Planned:
                 "layers": shards,
                 "weights": "streamed" if setup.streamed else "resident",
                 "activations": "host" if setup.waves_on_host else "device",
+                "expert_chunks": setup.chunks,
             },
             "memory": {
                 "device_room": one.device_room if setup.gpu else None,

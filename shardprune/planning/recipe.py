@@ -115,6 +115,7 @@ class Choices(Settings):
         "auto", description="resident keeps all layers in memory; streamed loads one at a time"
     )
     activations: Literal["auto", "device", "host"] = Field("auto", description="Memory for activations")
+    expert_chunks: int | None = optional("chosen", "Parts in which a layer's experts are pruned", ge=1, le=1024)
     exchange: Literal["auto", "group", "store"] = Field(
         "auto", description="Tensors between workers: process group (NCCL, gloo) or object store; auto: group on GPUs"
     )

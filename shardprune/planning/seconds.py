@@ -180,7 +180,8 @@ class Expected:
             return {**self._aiming(waves), "unloading": costs.unload(), "reading": self._reading()}
         if task.improving:
             waves += sum(costs.aim(size) for size in self._sizes(task.samples))
-        waves += sum(costs.accumulate(size) for size in self._sizes(task.samples - task.held_out))
+        for places in task.model.shape.kind.chunks(self.setup.chunks):
+            waves += sum(costs.accumulate(size, places) for size in self._sizes(task.samples - task.held_out))
         merges = [costs.merge(one, replicas) if copied else 0.0 for one in inputs]
         solves = [merge + costs.solve(one) for merge, one in zip(merges, inputs, strict=True)]
         exchange = 0.0

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from shardprune.cluster.group import Ref
 from shardprune.planning.costs import Costs
-from shardprune.planning.workload import Input
+from shardprune.planning.shapes import Input
 from shardprune.shard.error_curves import GRADIENTS, gradients_of
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Kind
@@ -148,8 +148,9 @@ def _fork(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _accumulate(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    worker.summed.add(args[2])
-    return worker.costs.accumulate(worker.size_of(args[1])), None, 0
+    wave, index, places = args[1], args[2], args[-1]
+    worker.summed.add(index)
+    return worker.costs.accumulate(worker.size_of(wave), places), None, 0
 
 
 def _hand_out(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -374,20 +375,17 @@ def _sums_of(worker: Worker, index: int, name: str) -> tuple[Costs, Input, bool]
     if index not in worker.summed and not gathered:
         return None
     costs = worker.costs.of_curves if gathered else worker.costs
+    if known := worker.costs.task.model.shape.by_first.get(name):
+        return costs, known, False
     for one in worker.costs.task.model.inputs:
         first = next(iter(one.rows))
         if name == gradients_of(first):
             return None
         if name == differences_of(first):
             return costs, one, True
-    return costs, _input_of(worker, name), False
+    raise KeyError(name)
 
 
 def _inputs_of(worker: Worker, names: Collection[str]) -> list[Input]:
     """The inputs whose projections are among some names."""
     return [one for one in worker.costs.task.model.inputs if not one.rows.keys().isdisjoint(names)]
-
-
-def _input_of(worker: Worker, name: str) -> Input:
-    """The input whose first projection has a name."""
-    return next(one for one in worker.costs.task.model.inputs if next(iter(one.rows)) == name)

@@ -267,6 +267,7 @@ def simulate(costs: Costs) -> SimulatedGroup:
         task.errors,
         effort=task.effort,
         improving=task.improving,
+        chunks=setup.chunks,
     )
     with group.phase("prune", lanes=len(layout.lanes()) > 1), output.step("prune", 0) as step:
         prune_segments(group, layout, calibration, work, step)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from transformers import PretrainedConfig
@@ -17,6 +16,7 @@ from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import check_class
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.shapes import Input, LayerShape
 from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import Effort
@@ -26,55 +26,6 @@ from shardprune.storage.folder import Folder
 from shardprune.storage.whole_files import read_file
 
 EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about WikiText-2's test text
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of a decoder layer: its `cols`, and the rows of the projections that read it; `output` says whether the
-    residual stream gets what these give."""
-
-    cols: int
-    rows: dict[str, int]
-    output: bool = False
-
-    @property
-    def largest(self) -> int:
-        """Weights of the largest projection."""
-        return self.cols * max(self.rows.values())
-
-    @property
-    def weights(self) -> int:
-        """Weights of all projections that read it."""
-        return self.cols * sum(self.rows.values())
-
-    @property
-    def differences(self) -> int:
-        """Entries of the sums of differences times the input, for targets in the dense stream."""
-        return self.cols * (sum(self.rows.values()) if self.output else self.cols)
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """The shape of the decoder layers of one kind.
-
-    Attributes:
-        inputs: those of projections.
-        maps: the inputs of all linear maps, pruned or not.
-        elements: parameters.
-        matrices: those of them that have two or more dimensions.
-        attends: some of the layer is attention.
-    """
-
-    inputs: tuple[Input, ...]
-    maps: tuple[Input, ...]
-    elements: int
-    matrices: int
-    attends: bool
-
-    @cached_property
-    def largest(self) -> int:
-        """Elements of the largest linear map."""
-        return max((one.largest for one in self.maps), default=0)
 
 
 @dataclass(frozen=True)
@@ -158,13 +109,13 @@ class Model:
 
     def forward_operations(self, tokens: int, seqlen: int) -> int:
         """Return the operations of the layer over `tokens` tokens: two per weight and token, plus causal attention."""
-        return 2 * self.shape.matrices * tokens + 2 * tokens * seqlen * self.queries * self.shape.attends
+        return 2 * self.shape.multiplied * tokens + 2 * tokens * seqlen * self.queries * self.shape.attends
 
     def share_before(self, place: int, seqlen: int) -> float:
         """Return the share of the layer's operations in a pass up to an input, with the output projection that reads
         it."""
         done = self.inputs[: place + self.inputs[place].output]
-        operations = 2 * sum(one.weights for one in done) + (2 * seqlen * self.queries if place else 0)
+        operations = 2 * sum(one.share * one.weights for one in done) + (2 * seqlen * self.queries if place else 0)
         return operations / self.forward_operations(1, seqlen)
 
 
@@ -229,6 +180,7 @@ def _shapes(skeleton: Skeleton) -> tuple[LayerShape, ...]:
                 elements=sum(math.prod(size) for size in sizes),
                 matrices=sum(math.prod(size) for size in sizes if len(size) > 1),
                 attends=bool(kind.attention),
+                kind=kind,
             )
     return tuple(known[id(kind)] for kind in skeleton.family.kinds)
 
@@ -240,7 +192,8 @@ def _inputs(skeleton: Skeleton, index: int, groups: Sequence[Sequence[str]]) -> 
     for names in groups:
         shapes = {name: skeleton.map_shape(index, name) for name in names}
         rows = {name: rows for name, (rows, _) in shapes.items()}
-        found.append(Input(shapes[names[0]][1], rows, names[0] in outputs))
+        share = skeleton.family.kinds[index].share_of_tokens(names[0])
+        found.append(Input(shapes[names[0]][1], rows, names[0] in outputs, share))
     return tuple(found)
 
 

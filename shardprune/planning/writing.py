@@ -91,7 +91,7 @@ def _seconds(
     model = task.model
     touched = longest * model.layer * task.itemsize + room.batch_bytes / 2
     batch = touched / row.memory + longest * KERNELS * (KERNEL_SECONDS if row.gpu else 0.0)
-    operations = 2 * len(batches[0]) * longest * model.shape.matrices
+    operations = 2 * len(batches[0]) * longest * model.shape.multiplied
     batch = max(batch, operations / (row.products if task.itemsize == 2 or not row.gpu else row.float32))
     head = (model.head * task.itemsize + SAMPLING_BYTES * len(batches[0]) * model.vocabulary) / row.memory
     reading = 0.0 if room.resident else longest * costs.read(model.layer)

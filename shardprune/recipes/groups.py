@@ -1,7 +1,7 @@
 """Groups of settings that several commands share."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -208,13 +208,15 @@ class BackendFields(Settings):
 
 @dataclass(frozen=True)
 class AskedLayout:
-    """The layout that a recipe asks for; None where it leaves the choice to the machine."""
+    """The layout that a recipe asks for; None where it leaves the choice to the machine. The experts of a layer are
+    pruned in `chunks`."""
 
     shards: int | None
     replicas: int | None
     segments: int | None = None
     propagation: Literal["exact", "parallel"] = "exact"
     streamed: bool = False
+    chunks: int = 1
 
     @property
     def workers(self) -> int:
@@ -256,6 +258,18 @@ class PruneWorkerFields(WorkerFields):
     @property
     def asked(self) -> AskedLayout:
         return AskedLayout(self.shards, self.replicas, self.segments, self.propagation, self.weights == "streamed")
+
+
+class ExpertFields(PruneWorkerFields):
+    """Chunks of the experts of a layer."""
+
+    expert_chunks: int = Field(
+        1, ge=1, le=1024, description="Parts in which a layer's experts are pruned, so that their sums take less memory"
+    )
+
+    @property
+    def asked(self) -> AskedLayout:
+        return replace(super().asked, chunks=self.expert_chunks)
 
 
 class OutputFields(Settings):

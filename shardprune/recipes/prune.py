@@ -10,6 +10,7 @@ from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zero
 from shardprune.recipes.groups import (
     CalibrationFields,
     EvaluationFields,
+    ExpertFields,
     Globs,
     ModelOutputFields,
     PruneWorkerFields,
@@ -312,7 +313,7 @@ class ZeroingFields(
         return replace(self.improving, measured_damping=self.damping == "auto")
 
 
-class PruneRecipe(ZeroingFields, PruneWorkerFields, ModelOutputFields):
+class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):
     """The recipe of `shardprune prune`."""
 
     command: ClassVar[str] = "prune"
@@ -328,6 +329,10 @@ class PruneRecipe(ZeroingFields, PruneWorkerFields, ModelOutputFields):
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
         self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", "targets")
         replaced = self.rebuilding is not None and not self.keep_corrected
+        if self.rebuilding is not None and self.expert_chunks > 1:
+            raise InputError(
+                "expert_chunks", f"{self.expert_chunks} does not go with rebuild, which keeps the sums of a whole layer"
+            )
         self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
 

@@ -166,13 +166,15 @@ class ForwardWorker:
         self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
 
     @verb("statistics", layer="index")
-    def accumulate(self, stream: str, wave: int, index: int, passed_on: bool) -> None:
-        """Add one kept wave to the sums over a dense layer's inputs.
+    def accumulate(
+        self, stream: str, wave: int, index: int, passed_on: bool, places: tuple[int, ...] | None = None
+    ) -> None:
+        """Add one kept wave to the sums over a dense layer's inputs, all or those at some `places`.
 
         The wave stays as it is, or is `passed_on`: replaced by its image under the layer.
         """
         if index not in self.sums:
-            self.sums[index] = self.empty_sums(index)
+            self.sums[index] = self.empty_sums(index, places)
         if passed_on:
             image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
             self.activations.replace(stream, wave, image)
@@ -379,20 +381,23 @@ class ForwardWorker:
             self.sums[index] = {**self.empty_statistics(index, "squares")}
         return self.sums[index]
 
-    def empty_sums(self, index: int) -> dict[str, Summed]:
-        """Return what `accumulate` sums up over a layer's inputs, from nothing; workers that change layers have their
-        own."""
-        return {**self.empty_statistics(index, "squares")}
+    def empty_sums(self, index: int, places: Sequence[int] | None = None) -> dict[str, Summed]:
+        """Return what `accumulate` sums up over a layer's inputs, all or those at some `places`, from nothing; workers
+        that change layers have their own."""
+        return {**self.empty_statistics(index, "squares", places)}
 
     def stored_dtypes(self, index: int, names: Sequence[str]) -> dict[str, torch.dtype]:
         """Return the dtypes in which the checkpoint stores some of a layer's projections."""
         return {name: self.checkpoint.entries[self.skeleton.projection_tensor(index, name)].dtype for name in names}
 
-    def empty_statistics(self, index: int, kind: Kind) -> dict[str, InputStatistics]:
-        """Return empty statistics of each input of a layer, by the first projection that reads it."""
+    def empty_statistics(
+        self, index: int, kind: Kind, places: Sequence[int] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Return empty statistics of each input of a layer, all or those at some `places`, by the first projection that
+        reads it."""
         shapes, own, device = self.skeleton.projection_shapes(index), self._kind(index), self.skeleton.device
         found = {}
-        for name in own.input_names:
+        for name in own.input_names if places is None else [own.input_names[place] for place in places]:
             path = own.mixture_of(name)
             found[name] = InputStatistics.empty(kind, shapes[name][1], device, counting=path is not None)
             # What the first parts of all experts have a part of.

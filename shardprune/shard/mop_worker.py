@@ -1,5 +1,6 @@
 """The worker of `mop`: it keeps the current layers of its shard, and builds candidates beside them. No Ray here."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -140,7 +141,7 @@ class MopWorker(ForwardWorker):
     choice = of_part("narrowed", NarrowedLayers.choice)
     install_narrowed = of_part("narrowed", NarrowedLayers.install_narrowed)
 
-    def empty_sums(self, index: int) -> dict[str, Summed]:
+    def empty_sums(self, index: int, places: Sequence[int] | None = None) -> dict[str, Summed]:
         """Return what `narrow` needs of a layer's inputs, from nothing."""
         return {**self.narrowed.empty_sums(index)}
 

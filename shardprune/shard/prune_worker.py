@@ -1,13 +1,13 @@
 """The worker that prunes the layers of its shard: the verbs that a driver calls. No Ray here.
 
-Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, `write` and
-`finish`, then `propagate` for every wave, which turns the layer's inputs into the next layer's. The file is written
-meanwhile; `written` waits for it before the next layer's `write`. Where projections aim at the dense stream, `confront`
-for every wave, `solve` and `correct` come one input after the other instead; where masks are rebuilt, `compare` for
-every wave and `rebuild` come before `write`, once for each block; where structures are removed, `narrow` stands in the
-place of `solve`. `reconstruct` trains a layer at the end. Before all, `shardprune.shard.error_curves` may measure
-what layers lose. Steps that improve it are judged by `aim`, `miss`, `remember`
-and `put_back`.
+Pruning a layer takes the verbs in this order: `accumulate` for every wave, `solve` for every input, both again for each
+chunk of its experts where their sums are too many to be there together, `write` and `finish`, then `propagate` for
+every wave, which turns the layer's inputs into the next layer's. The file is written meanwhile; `written` waits for it
+before the next layer's `write`. Where projections aim at the dense stream, `confront` for every wave, `solve` and
+`correct` come one input after the other instead; where masks are rebuilt, `compare` for every wave and `rebuild` come
+before `write`, once for each block; where structures are removed, `narrow` stands in the place of `solve`.
+`reconstruct` trains a layer at the end. Before all, `shardprune.shard.error_curves` may measure what layers lose. Steps
+that improve it are judged by `aim`, `miss`, `remember` and `put_back`.
 """
 
 from collections.abc import Sequence
@@ -135,13 +135,15 @@ class PruneWorker(ForwardWorker):
             del self.sums[index][names[0]]
             if self.spec.job.measure_error and rebuilding:
                 self.sums[index][names[0]] = replace(statistics, _factors={})
+            if not self.sums[index]:  # the next chunk of inputs begins with nothing
+                del self.sums[index]
         return reports
 
     @verb("statistics", layer="index")
-    def hold_out(self, stream: str, wave: int, index: int) -> None:
+    def hold_out(self, stream: str, wave: int, index: int, places: tuple[int, ...] | None = None) -> None:
         """Add one kept wave, which is held out, to the sums over a dense layer's inputs that judge solutions."""
         if index not in self.sums:
-            self.sums[index] = self.empty_sums(index)
+            self.sums[index] = self.empty_sums(index, places)
         held_out = {}
         for name, statistics in self.sums[index].items():
             assert isinstance(statistics, InputStatistics)
@@ -320,8 +322,8 @@ class PruneWorker(ForwardWorker):
         assert statistics is None or isinstance(statistics, InputStatistics)
         return statistics
 
-    def empty_sums(self, index: int) -> dict[str, Summed]:
-        """Return what this run sums up over a layer's inputs, from nothing."""
+    def empty_sums(self, index: int, places: Sequence[int] | None = None) -> dict[str, Summed]:
+        """Return what this run sums up over a layer's inputs, all or those at some `places`, from nothing."""
         assert not self.sums, "the layer before this one is not finished"
         job = self.spec.job
         if job.scoring:
@@ -329,8 +331,8 @@ class PruneWorker(ForwardWorker):
         kind: Kind | None = job.zeroing.needs if isinstance(job.zeroing, Zeroing) else None
         if job.measure_error:  # which takes the whole Gram matrix
             kind = "gram"
-        found = self.empty_statistics(index, kind) if kind else {}
+        found = self.empty_statistics(index, kind, places) if kind else {}
         if isinstance(job.zeroing, Zeroing) and job.zeroing.damping == "auto":
-            for name, others in self.empty_statistics(index, "gram").items():
+            for name, others in self.empty_statistics(index, "gram", places).items():
                 found[name].held_out = others
         return {**found}

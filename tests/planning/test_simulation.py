@@ -56,7 +56,7 @@ class Even(Costs):
     def forward(self, sequences, layers):
         return WAVE
 
-    def accumulate(self, sequences):
+    def accumulate(self, sequences, places):
         return WAVE
 
     def propagate(self, sequences):

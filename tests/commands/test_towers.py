@@ -1,0 +1,68 @@
+"""Runs over multimodal models: the language tower is pruned, and all else is what it was."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForImageTextToText
+
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.empty_model import attention_of
+from shardprune.model.skeleton import Skeleton
+from tests.support.running import run
+from tests.support.tiny import differing, load_tensors, make_tokens
+from tests.support.towers import TOWERS, make_tower
+
+
+@torch.no_grad()
+def perplexity(path, tokens):
+    """The perplexity of the whole model on text, in which transformers finds every tensor and no other."""
+    attention = attention_of(Checkpoint(str(path)).config)
+    model, loading = AutoModelForImageTextToText.from_pretrained(
+        path, output_loading_info=True, attn_implementation=attention
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    logits = model.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1]
+    return float(cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()).exp())
+
+
+@pytest.mark.parametrize("model_type", TOWERS)
+def test_the_language_tower_alone_is_pruned(model_type, tmp_path):
+    dense = make_tower(tmp_path / "model", model_type)
+    words = np.random.default_rng(0).integers(0, 60, (12, 24))  # none that stands for an image
+    np.save(tmp_path / "tokens.npy", words)
+    tokens, text = torch.from_numpy(words), str(tmp_path / "tokens.npy")
+    result = run(tmp_path, "out", eval=(text,), sparsity=0.5, shards=2)
+    (measured,) = result.perplexity.values()
+    assert measured.before == pytest.approx(perplexity(dense, tokens), rel=1e-4)
+    assert measured.after == pytest.approx(perplexity(tmp_path / "out", tokens), rel=1e-4)
+    assert measured.after != pytest.approx(measured.before, rel=1e-3)
+
+    checkpoint = Checkpoint(dense)
+    skeleton = Skeleton(checkpoint.config, "cpu")
+    pruned = {
+        checkpoint.stored_name(skeleton.projection_tensor(one.layer, one.name)) for one in result.sparsity.projections
+    }
+    before, after = load_tensors(dense), load_tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == pruned
+    zeros, weights = (
+        sum(count(after[name]) for name in pruned) for count in (lambda t: int((t == 0).sum()), torch.numel)
+    )
+    assert zeros / weights == result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3", "qwen3_5_moe"])
+def test_layouts_and_shards_make_no_difference(model_type, tmp_path):
+    make_tokens(tmp_path / "tokens.npy")
+    make_tower(tmp_path / "first", model_type)
+    make_tower(tmp_path / "second", model_type, save_original_format=False)
+    run(tmp_path, "single", "first", pattern="2:4")
+    run(tmp_path, "sharded", "first", pattern="2:4", shards=2, weights="streamed")
+    assert differing(tmp_path / "single", tmp_path / "sharded") == []
+    run(tmp_path, "other", "second", pattern="2:4")
+    found = [Checkpoint(str(tmp_path / name)) for name in ("single", "other")]
+    config = found[0].config
+    for name in Skeleton(config, "cpu").tensors():
+        assert torch.equal(found[0].read(name), found[1].read(name)), name

@@ -1,0 +1,65 @@
+"""Tiny configs of multimodal models whose language tower is a causal language model of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from shardprune.model.empty_model import persistent_buffers
+from tests.support.architectures import DENSE, MIXED, MIXTURES, VOCABULARY
+
+_VISION = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
+    **{"image_size": 8, "patch_size": 4},
+}
+_QWEN_VISION = {
+    **{"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32},
+    **{"num_position_embeddings": 16},
+}
+_QWEN_TOKENS = {
+    name: VOCABULARY - place
+    for place, name in enumerate(
+        ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), start=1
+    )
+}
+_TAKEN = VOCABULARY - 1  # the token of an image
+TOWERS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        **{"text_config": {**DENSE["gemma3_text"], "model_type": "gemma3_text"}, "vision_config": _VISION},
+        **{"mm_tokens_per_image": 4, "image_token_index": _TAKEN, "boi_token_index": 62, "eoi_token_index": 61},
+    },
+    "internvl": {
+        "text_config": {**DENSE["ernie4_5"], "model_type": "qwen2"},
+        "vision_config": {**_VISION, "image_size": [16, 16], "patch_size": [4, 4]},
+        "image_token_id": _TAKEN,
+    },
+    "mistral3": {
+        "text_config": {**DENSE["ministral3"], "model_type": "ministral3"},
+        "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 16},
+        "image_token_index": _TAKEN,
+    },
+    "qwen3_5": {
+        "text_config": {**MIXED["qwen3_5_text"], "model_type": "qwen3_5_text"},
+        "vision_config": _QWEN_VISION,
+        **_QWEN_TOKENS,
+    },
+    "qwen3_5_moe": {
+        "text_config": {**MIXTURES["qwen3_5_moe_text"], "model_type": "qwen3_5_moe_text"},
+        "vision_config": _QWEN_VISION,
+        **_QWEN_TOKENS,
+    },
+}
+
+
+def make_tower(folder: Path, model_type: str, **saving: Any) -> str:
+    """Save a tiny random multimodal model whose layers and persistent buffers all matter."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **TOWERS[model_type]))
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape)
+        parameter.data.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.1)
+    for buffer in persistent_buffers(model).values():
+        buffer.add_(torch.randn(buffer.shape).to(buffer.dtype))
+    model.save_pretrained(folder, **saving)
+    return str(folder)
