@@ -126,7 +126,7 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
         solvers: the replica that solves each input.
     """
     layer.calibrating.over_waves(PruneWorker.accumulate, False)
-    if work.improving.measured_damping:
+    if work.improving.measured:
         layer.held_out.over_waves(PruneWorker.hold_out)
     kind = work.family.kinds[layer.layer]
     inputs = kind.inputs
