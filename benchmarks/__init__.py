@@ -1,6 +1,7 @@
 """Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
 
 digests          what the digests of tensors and the stamps of files take of a run
+experts          perplexity of mixtures that keep some experts, for every score
 gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
 launches         what one layer asks of a GPU, counted on a simulated one, and the seconds that this makes

@@ -42,6 +42,7 @@ MOP = {
 
 def run(values: dict) -> Result:
     quiet = Reporter(quiet=True)
+    values = {"neuron_multiple": 1, **values}  # shares to the neuron
     return prune(Recipe.checked(values), quiet) if "structured" in values else mop(MopRecipe.checked(values), quiet)
 
 

@@ -13,6 +13,7 @@ import typer
 
 from shardprune.cli import SETTINGS, app
 from shardprune.recipes.commands import RECIPES
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.panels import DescribedField, FieldPanel, panels_of
@@ -60,7 +61,7 @@ def _panels(command: str) -> list[FieldPanel]:
 def _identity(command: str) -> set[str]:
     """The fields that make two runs of a command the same; none where it has no runs that go on."""
     settings = SETTINGS.get(command)
-    if settings in (PruneRecipe, RebuildRecipe, MopRecipe):
+    if settings in (PruneRecipe, RebuildRecipe, MopRecipe, ExpertsRecipe):
         return identifying_fields(settings) | {"segments", "dtype"}
     return RecoverRecipe.identifying_fields() if settings is RecoverRecipe else set()
 

@@ -1,4 +1,4 @@
-"""Prune (or mop), recover and evaluate a checkpoint, as a recipe says.
+"""Prune (or mop, or experts), recover and evaluate a checkpoint, as a recipe says.
 
 python -m jobs.pipeline RECIPE [OPTIONS of `shardprune pipeline`]
 """

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers; `__getattr__` finds the same names in the table of commands
     from shardprune.commands.evaluate import evaluate as evaluate
+    from shardprune.commands.experts import experts as experts
     from shardprune.commands.export import export as export
     from shardprune.commands.mop import mop as mop
     from shardprune.commands.pipeline import pipeline as pipeline
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `__getattr__` finds the same
     from shardprune.model.exported_model import load_exported as load_exported
     from shardprune.model.semi_structured import to_semi_structured as to_semi_structured
     from shardprune.recipes.evaluate import EvaluateRecipe as EvaluateRecipe
+    from shardprune.recipes.experts import ExpertsRecipe as ExpertsRecipe
     from shardprune.recipes.export import ExportRecipe as ExportRecipe
     from shardprune.recipes.mop import MopRecipe as MopRecipe
     from shardprune.recipes.pipeline import PipelineRecipe as PipelineRecipe

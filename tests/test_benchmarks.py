@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import benchmarks
+from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.tiny import GROUPED, make_model
 from tests.support.words import words_tokenizer
 
@@ -20,6 +21,10 @@ SMALL = {
     "layer_70b": (
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
+    ),
+    "experts": (
+        *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
+        *("--draws", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "launches": ("--hidden", "64"),
     "peers": (
@@ -59,6 +64,7 @@ KEPT = {"quality"}  # which keep what they have measured
 PRINTED = {
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
+    "experts": "| aimer |",
     "launches": "planned for an H200",
     "peers": "before the first layer",
     "propagation": "prune step",
@@ -87,9 +93,18 @@ def tiny(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> str:
+    """A model with experts."""
+    folder = tmp_path_factory.mktemp("benchmarks") / "mixture"
+    make_architecture(folder, "qwen3_moe", MIXTURES["qwen3_moe"])
+    words_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs_and_prints_its_table(name, tiny, monkeypatch, capsys, tmp_path):
-    model = ("--model", tiny) if name in TAKE_ANY_MODEL else ()
+def test_a_benchmark_runs_and_prints_its_table(name, tiny, mixture, monkeypatch, capsys, tmp_path):
+    model = ("--model", tiny) if name in TAKE_ANY_MODEL else ("--model", mixture) if name == "experts" else ()
     out = ["--out", str(tmp_path)] if name in KEPT else []
     words = [tiny if word == "bundled" else word for word in SMALL[name]]
     monkeypatch.setattr(sys, "argv", [name, *out, *words, *model])

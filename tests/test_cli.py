@@ -266,6 +266,7 @@ REFUSED = {
     "prune": ("m", "--out", "o", "--sparsity", "2"),
     "rebuild": ("m", "s", "--out", "o", "--samples", "0"),
     "mop": ("m", "--out", "o", "--remove", "2"),
+    "experts": ("m", "--out", "o", "--remove", "2"),
     "recover": ("m", "--out", "o", "--data", "alpaca", "--length", "1"),
     "evaluate": ("m", "--perplexity", "nowhere"),
     "pipeline": ("nowhere.yaml", "--out", "o"),
@@ -274,6 +275,7 @@ REFUSED = {
     "status": ("o", "--jsn"),
     "check": ("o", "--jsn"),
     "report": ("o", "--file", "page.html"),
+    "export": ("m", "--to", "o", "--format", "zip"),
 }
 
 

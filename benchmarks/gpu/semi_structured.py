@@ -65,7 +65,7 @@ def _bundled(setting: Setting, folder: str, rows: Rows) -> None:
     recipe = ExportRecipe(model=f"{folder}/out", to=f"{folder}/export", format="semi-structured")
     found = export(recipe, Reporter(quiet=True))
     rows.add("weights in the export", len(found.semi_structured), ok=len(found.semi_structured) > 0)
-    text = "".join(documents("test"))[:20_000]
+    text = "".join(documents("heldout"))[:20_000]
     tokens = AutoTokenizer.from_pretrained(bundled_model())(text, return_tensors="pt").input_ids[:, : 8 * 256]
     windows = tokens[:, : tokens.shape[1] // 8 * 8].reshape(8, -1).to(setting.device)
     if not setting.cuda:

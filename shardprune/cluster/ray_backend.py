@@ -45,6 +45,7 @@ with uncollected():
     from shardprune.errors import InputError, WorkerLost, first_line
     from shardprune.recovery.spec import TrainingSpec
     from shardprune.shard.device_errors import context_is_dead
+    from shardprune.shard.expert_worker import ExpertWorker
     from shardprune.shard.forward_worker import ForwardWorker
     from shardprune.shard.generation_worker import GenerationWorker
     from shardprune.shard.ledger import Ledger
@@ -102,6 +103,10 @@ class MopActor(_StartedLater, JoiningActor, MopWorker):
     """A worker of `mop`."""
 
 
+class ExpertActor(_StartedLater, JoiningActor, ExpertWorker):
+    """A worker of `experts`."""
+
+
 class ForwardActor(_StartedLater, JoiningActor, ForwardWorker):
     """A worker of `evaluate`."""
 
@@ -114,6 +119,7 @@ ACTORS: dict[type[ForwardWorker], type] = {
     GenerationWorker: GenerationActor,
     PruneWorker: PruneActor,
     MopWorker: MopActor,
+    ExpertWorker: ExpertActor,
     ForwardWorker: ForwardActor,
 }
 

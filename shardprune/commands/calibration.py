@@ -96,6 +96,8 @@ class CalibrationText:
         if self._draft:
             assert self._written is not None, "the model has not written its part"
             parts[self._draft[0]] = self._written
+        if not self._counts:
+            return torch.empty(0, 0, dtype=torch.int64)
         return torch.stack([parts[part][window] for part, window in order_of(self._counts)])
 
     def identity(self) -> dict[str, Any]:
@@ -134,11 +136,14 @@ class CalibrationText:
 
 
 def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
-    """Read the windows of all sources that are read, and decide by what the rest is written.
+    """Read the windows of all sources that are read, and decide by what the rest is written; none of a run that makes
+    no pass.
 
     Raises:
         InputError: a source cannot give its windows, or has tokens that the model has not.
     """
+    if not getattr(recipe, "passes", True):
+        return CalibrationText([], {}, None)
     seqlen, skeleton = recipe.seqlen, opened.skeleton
     vocabulary = skeleton.config.vocab_size
     counts = windows_of(recipe.parts, recipe.samples)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
+from shardprune.commands.model_card import leave_card
 from shardprune.errors import InputError
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
@@ -40,6 +41,7 @@ def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Evalua
         with clock.phase("plan"), preflight():
             model = ShardedModel(recipe.model, recipe, backend, reporter)
             record = Record(model.checkpoint, recipe.out)
+            earlier = record.made()
             windows = _windows(recipe, model)
             opened = _open_tasks(recipe, model)
         with closing(model):
@@ -52,6 +54,8 @@ def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Evalua
                     f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)"
                 )
             result = evaluation.result()
+    if earlier and (now := record.made()):
+        leave_card(record.folder, now, earlier)
     if record.kept and recipe.report:
         leave_report(record.folder.url, reporter, new=True)
     return result

@@ -13,13 +13,13 @@ from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import dump_json, fitting
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
-from shardprune.storage.output_names import BESIDE, EXPORT, RESTORED, RESULT, STATE
+from shardprune.storage.output_names import BESIDE, CARD, EXPORT, RESTORED, RESULT, STATE
 from shardprune.storage.owner import check_unowned, owned
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sparse_file import belongs, write_sparse
 
 # Files that go along where they are there, beside config and tokenizer.
-GOES_ALONG = (RESULT, *BESIDE, "README.md", "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
+GOES_ALONG = (RESULT, *BESIDE, CARD, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 
 
 def export(recipe: ExportRecipe, reporter: Reporter | None = None) -> Export:

@@ -19,12 +19,14 @@ def fingerprint_of(
     sparse: Checkpoint | None,
     text: CalibrationText,
     given: Sparsities | None = None,
+    statistics: str | None = None,
 ) -> str:
     """Return a hash of everything that shapes the tensors, and nothing else: on other workers a run is the same run.
 
     Args:
         identity: of the model, or of the run that makes it.
         given: the sparsities of an allocation file.
+        statistics: hash of statistics of experts that are given.
     """
     content = {
         "format": FORMAT,
@@ -38,6 +40,8 @@ def fingerprint_of(
     }
     if given:
         content["allocation_file"] = [[*place, given[place]] for place in sorted(given)]
+    if statistics:
+        content["statistics"] = statistics
     if sparse:
         content["sparse"] = sparse.identity()
     return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()

@@ -12,11 +12,13 @@ from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
 from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.errors import InputError, SolverError
 from shardprune.model.families import structures_of
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
+from shardprune.model.structure.alignment import aligned
 from shardprune.model.structure.budget import Budget
 from shardprune.model.structure.kept_iterations import KeptIterations, parse_keep
 from shardprune.model.structure.path import Letter, State
@@ -36,6 +38,7 @@ from shardprune.storage.journal import Journal
 SAVED = "layers-"  # how folders begin that hold the layers of the last iteration which changed them
 
 
+@pushed
 def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     """Make a model shallower and narrower as a recipe says, and return what `result.json` in the output holds.
 
@@ -81,8 +84,11 @@ def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
     structures_of(config.model_type, "model")
     widths = widths_of(config)
     groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
+    costs = costs_of(config, tensors)
+    iteration = costs.layer(widths) / skeleton.layers  # of parameters that go from each layer
+    budget = aligned(Budget(costs, groups), widths, iteration, recipe.neuron_multiple, recipe.tensor_parallel)
     return PathPlan(
-        start=State(skeleton.layers, widths, Budget(costs_of(config, tensors), groups, recipe.neuron_multiple)),
+        start=State(skeleton.layers, widths, budget),
         parameters=parameters,
         request=None if recipe.remove is None else round(recipe.remove * parameters),
         letters=recipe.path,

@@ -11,12 +11,14 @@ from pydantic import BaseModel
 from shardprune.cluster.backends import backend_of
 from shardprune.commands.evaluate import check_evaluation
 from shardprune.commands.mop import prepare_mop
+from shardprune.commands.prepare import prepare
 from shardprune.commands.prepare_recovery import open_inputs
 from shardprune.commands.prune import prepare_first
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.prune import PruneRecipe
@@ -83,6 +85,8 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
                     prepare_first(unpruned, backend)
                 if isinstance(unpruned, MopRecipe):
                     prepare_mop(unpruned, backend)
+                if isinstance(unpruned, ExpertsRecipe):
+                    prepare(unpruned, backend)
                 if isinstance(unpruned, RecoverRecipe):
                     open_inputs(unpruned, backend)
                 if isinstance(unpruned, EvaluateRecipe):

@@ -19,15 +19,18 @@ from shardprune.model.allocation_file import FIELD as ALLOCATED
 from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
+from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
+from shardprune.model.expert_statistics import StatisticsFile, read_statistics
 from shardprune.model.families import FAMILIES, structures_of
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.structure.budget import narrowed_by
+from shardprune.model.structure.alignment import narrowed_by
 from shardprune.model.structure.shape import Widths, changes, reshaped, widths_of
 from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.recipes.quality import QualityFields
 from shardprune.report.result import CalibrationResult
@@ -39,6 +42,7 @@ from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.pattern import Mixed, Unstructured
 from shardprune.solvers.triangles import lower_entries
+from shardprune.storage.folder import Folder
 from shardprune.storage.journal import Earlier, Journal, check_output
 from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
@@ -67,7 +71,7 @@ class Prepared:
 
     `text` has the calibration windows, which the model may have to write first; `evaluations` has windows
     [windows, seqlen] by source. `earlier` is the run's state in the output, `widths` are those that all layers get,
-    `base` is where the model comes from.
+    `base` is where the model comes from, `fewer` is the model where experts go, by the `statistics` if these are given.
     """
 
     recipe: LayerRecipe
@@ -83,6 +87,8 @@ class Prepared:
     earlier: Earlier
     widths: Widths | None
     base: Base | None
+    fewer: FewerExperts | None = None
+    statistics: StatisticsFile | None = None
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:
@@ -319,6 +325,7 @@ def prepare(
         ("model", recipe.model),
         ("sparse", job.sparse),
         (ALLOCATED, getattr(recipe, ALLOCATED, None)),
+        ("statistics", getattr(recipe, "statistics", None)),
         ("out", recipe.out),
     ):
         if url:
@@ -331,7 +338,7 @@ def prepare(
     # Where structures go, all that is cut passes through memory: biases and norms, too.
     float32 = recipe.dtype == "float32" or device == "cpu"
     ignore = getattr(recipe, "ignore", ())
-    opened = open_model(recipe.model, float32=float32, whole=job.removal is not None, ignore=ignore)
+    opened = open_model(recipe.model, float32=float32, whole=job.scoring is not None, ignore=ignore)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     check_seqlen(recipe.seqlen, skeleton)
     asked = recipe.asked
@@ -340,6 +347,8 @@ def prepare(
         skeleton.layers, recipe.samples, asked.propagation, asked.shards or 1, asked.replicas or 1, asked.segments
     )
     _check_mixed(job, skeleton)
+    fewer = fewer_experts_of(job, checkpoint, skeleton)
+    statistics = _given_statistics(recipe, checkpoint, fewer)
     if job.measures and isinstance(recipe, QualityFields) and any(kind.mixtures for kind in skeleton.family.kinds):
         recipe = recipe.without_curves()
         job = recipe.job()
@@ -364,8 +373,11 @@ def prepare(
     placement = place_run(recipe, slots, device, skeleton, claimed)
     base = first.as_base() if first else None
     identity = base.fingerprint if base else checkpoint.identity()
-    fingerprint = fingerprint_of(recipe, placement, identity, sparse, text, given)
-    journal = Journal(placement.out, fingerprint, skeleton.layers, checkpoint.place)
+    fingerprint = fingerprint_of(
+        recipe, placement, identity, sparse, text, given, statistics.digest() if statistics else None
+    )
+    place = fewer.place if fewer else checkpoint.place
+    journal = Journal(placement.out, fingerprint, skeleton.layers, place)
     earlier = journal.check(recipe.resume)
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if earlier else asked.workers, device)
@@ -386,7 +398,25 @@ def prepare(
         earlier=earlier,
         widths=widths,
         base=base,
+        fewer=fewer,
+        statistics=statistics,
     )
+
+
+def _given_statistics(recipe: LayerRecipe, checkpoint: Checkpoint, fewer: FewerExperts | None) -> StatisticsFile | None:
+    """Return the statistics of experts that a recipe names, where it does.
+
+    Raises:
+        InputError: there are none of this model there, or not those that the score looks at.
+    """
+    if not isinstance(recipe, ExpertsRecipe) or recipe.statistics is None:
+        return None
+    assert fewer is not None
+    folder = Folder(absolute(recipe.statistics), "statistics")
+    found = read_statistics(folder, checkpoint.identity(), fewer.mixture)
+    if not found.has(recipe.score) and recipe.score != "aimer":
+        raise InputError("statistics", f"{folder.url} made no pass, and score {recipe.score} needs one")
+    return found
 
 
 def _with_given(recipe: LayerRecipe, job: PruningJob, skeleton: Skeleton) -> tuple[PruningJob, Sparsities | None]:
@@ -416,11 +446,16 @@ def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:
     structures_of(skeleton.config.model_type, "structured")
     try:
         shapes = skeleton.projection_shapes(0)
-        widths = narrowed_by(skeleton.config, shapes, removal.share, removal.neuron_multiple)
+        multiple, parallel = removal.neuron_multiple, removal.tensor_parallel
+        widths = narrowed_by(skeleton.config, shapes, removal.share, multiple, parallel)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError("structured", f"{removal.share} is more than the model can give: {error}") from error
     if widths == widths_of(skeleton.config):
-        raise InputError("structured", f"{removal.share} is less than half a neuron of a layer; nothing would go")
+        raise InputError(
+            "structured", f"{removal.share} is less than half of what goes together in a layer; nothing would go"
+        )
     return widths
 
 

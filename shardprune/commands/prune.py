@@ -14,6 +14,7 @@ from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
 from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.model.allocation_file import AllocatedShare, AllocationFile, written
 from shardprune.model.left_dense import left_dense
@@ -39,6 +40,7 @@ NARROWED = "structured"  # folder of an output that holds the model before its w
 STEPS = ("before", "prune", "after")  # of a run; perplexity is measured before and after
 
 
+@pushed
 def prune(recipe: PruneRecipe, reporter: Reporter | None = None) -> Result:
     """Prune a model as a recipe says, and return what `result.json` in the output holds.
 
@@ -78,6 +80,7 @@ def prepare_first(recipe: PruneRecipe, backend: Backend) -> Prepared:
     return prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
 
 
+@pushed
 def rebuild(recipe: RebuildRecipe, reporter: Reporter | None = None) -> Result:
     """Rebuild the masks of a pruned model with the help of its dense original; results and errors are those of
     `prune`."""

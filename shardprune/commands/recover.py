@@ -10,6 +10,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.prepare_recovery import CLAIM, PreparedRecovery, is_sparse, prepare_recovery
+from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs_of_measuring
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
@@ -31,6 +32,7 @@ from shardprune.storage.records import LayerRecord
 POLL_SECONDS = 1.0  # between two looks at the loss log of a training run
 
 
+@pushed
 def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:
     """Fine-tune a pruned model as a recipe says, and return what `result.json` in the output holds.
 

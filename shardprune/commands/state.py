@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from shardprune.commands.model_card import leave_card
 from shardprune.errors import InputError, StorageError
 from shardprune.model.allocation_file import AllocatedShare
 from shardprune.model.checkpoint import Checkpoint
@@ -251,6 +252,7 @@ class RunState:
         self.check_inputs()
         files = self.previous.files if self.previous else self._written(kept)
         result = result.model_copy(update={"evaluation": self.known.evaluation, "files": files})
+        leave_card(self.journal.folder, result, self.previous)
         self.journal.finish(result.as_json())
         return result
 

@@ -4,12 +4,12 @@ from typing import Any
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.report.result import Evaluation, EvaluationResult
+from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.storage.folder import Folder, output_folder
 from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
-from shardprune.storage.malformed import located
+from shardprune.storage.malformed import Malformed, located
 from shardprune.storage.output_names import RESULT
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 
@@ -36,6 +36,15 @@ class Record:
             self._check_writable()
         with located(self.folder.field, f"the evaluation in {self.folder.url}/{RESULT}"):
             self.known = fitting(content.get("evaluation", {}), Evaluation) if self.kept else Evaluation()
+
+    def made(self) -> Result | None:
+        """Return the result of the run that made the model as its file has it now; None if it is not written to."""
+        if not self.kept or self._alone:
+            return None
+        try:
+            return fitting(_content(self.folder), Result)
+        except Malformed:
+            return None  # by an earlier version
 
     def save(self, result: EvaluationResult) -> None:
         """Write a result, on its own or as the evaluation in the result of the run that made the model."""

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from shardprune.solvers.allocation.allocation import Projection, Share, Sparsities
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.knapsack import Curve, share_out
 from shardprune.solvers.allocation.mixed import in_groups
+from shardprune.solvers.expert_scores import ExpertScore
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import DAMPING, DAMPINGS, METHODS, Damping, Effort
 from shardprune.solvers.pattern import Mixed, Pattern
@@ -123,10 +124,11 @@ class Adopted:
 @dataclass(frozen=True)
 class WidthRemoval:
     """Key/value groups and neurons that go from every layer, until a `share` of the layers' weights is gone; the number
-    of neurons stays a multiple of `neuron_multiple`."""
+    of neurons stays a multiple of `neuron_multiple`, and both divide over `tensor_parallel` devices."""
 
     share: float
-    neuron_multiple: int
+    neuron_multiple: Literal["auto"] | int
+    tensor_parallel: int
     scoring: Scoring
 
 
@@ -138,12 +140,24 @@ class PathRemoval:
 
 
 @dataclass(frozen=True)
+class ExpertRemoval:
+    """Experts that go from every layer that has some, those with the lowest `score`: a share of them, as far as the
+    rest is a multiple of `multiple`, or all but `keep`. With `protect`, experts with extreme outputs stay."""
+
+    score: ExpertScore
+    remove: float | None
+    keep: int | None
+    multiple: int
+    protect: bool
+
+
+@dataclass(frozen=True)
 class PruningJob:
     """What a run does to the layers. Masks of zeroed weights may be rebuilt; output errors may be measured; further
     steps may improve the layers."""
 
     zeroing: Zeroing | Adopted | None
-    removal: WidthRemoval | PathRemoval | None
+    removal: WidthRemoval | PathRemoval | ExpertRemoval | None
     rebuilding: Rebuilding | None
     measure_error: bool
     improving: Improving = NOTHING
@@ -180,4 +194,4 @@ class PruningJob:
     @property
     def scoring(self) -> Scoring | None:
         """How structures are chosen, where some go."""
-        return self.removal.scoring if self.removal else None
+        return self.removal.scoring if isinstance(self.removal, WidthRemoval | PathRemoval) else None

@@ -230,32 +230,43 @@ class Costs:
         effort, sorted_by_group = task.effort, task.grouped and not (task.effort.sweeps or task.effort.sorts)
         seconds = self._touched((SORTED_BYTES if sorted_by_group else effort.touched) * weights)
         if effort.sweeps:
-            # Updates of all columns behind a block are products of 128, whose target is read and written.
-            updates = max(weights * cols / row.large, self._touched(weights * cols / 32))
-            seconds += cols**3 / row.large + updates + cols * row.step * max(1.0, rows / KERNEL_ROWS)
+            seconds += self._factor(cols) + self._sweep(rows, cols)
         elif effort.sorts or sorted_by_group:
             seconds += weights / row.sorted
         seconds *= effort.passes
         # An ADMM iteration or a step of conjugate gradients: its product, and five weights read or written.
-        seconds += effort.factors * cols**3 / row.large + effort.products * (2 * weights * cols / row.large)
+        seconds += effort.factors * self._factor(cols) + effort.products * (2 * weights * cols / row.large)
         seconds += self._touched(20 * effort.products * weights)
         known = 1 if effort.sweeps else 2  # products that the outputs' losses take: a sweep knows them
         return seconds + (known * norm + self._touched(40 * weights) if task.errors else 0.0)
+
+    def _factor(self, cols: int) -> float:
+        """Return the seconds of a factor: products, and what its leaves take one column after the other."""
+        return cols**3 / self.row.large + cols * self.row.leaf
+
+    def _sweep(self, rows: float, cols: int) -> float:
+        """Return the seconds of SparseGPT's sweep: the columns' own steps, the choice of zeros where they may stand
+        anywhere, and the updates of all columns behind a block, products of 128 whose target is read and written."""
+        row, weights = self.row, rows * cols
+        steps = cols * row.step * max(1.0, rows / KERNEL_ROWS)
+        updates = weights * cols / row.large, self._touched(weights * cols / 32)
+        if not row.gpu:
+            return steps + max(updates)
+        return steps + sum(updates) + (0.0 if self.task.grouped else weights / row.sorted)
 
     def measure_curves(self, one: Input) -> float:
         """Return the seconds to measure the error curves of the projections that read an input: one factor, and at each
         level a sweep over some of the rows and what their outputs lose."""
         row, rows, cols = self.row, sum(one.rows.values()) / ROWS, one.cols
         weights = rows * cols
-        updates = max(weights * cols / row.large, self._touched(weights * cols / 32))
-        sweep = updates + cols * row.step * max(1.0, rows / KERNEL_ROWS) + self._touched(SWEEP_BYTES * weights)
-        return cols**3 / row.large + LEVELS * (sweep + 2 * rows * lower_entries(cols) / row.large)
+        sweep = self._sweep(rows, cols) + self._touched(SWEEP_BYTES * weights)
+        return self._factor(cols) + LEVELS * (sweep + 2 * rows * lower_entries(cols) / row.large)
 
     def correct(self, one: Input) -> float:
         """Return the seconds to prune the projections that read an input towards the dense stream: the factor is known,
         and two products with it, for other than output projections one more with the weights."""
         products = (2 if one.output else 4) * one.weights * one.cols / self.row.large
-        again = self.solve(one) - (one.cols**3 / self.row.large if self.task.effort.sweeps else 0.0)
+        again = self.solve(one) - (self._factor(one.cols) if self.task.effort.sweeps else 0.0)
         return products + again + self._touched(16 * one.weights)
 
     def train(self) -> float:

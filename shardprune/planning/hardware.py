@@ -1,7 +1,8 @@
 """Hardware presets: peak rates, and the fractions of them that this program's steps are expected to attain.
 
-The rates of GPUs are the vendors' (dense, without sparsity); the attained fractions have not been measured. The row
-`cpu` is one thread of the machine of docs/benchmarks.md, measured.
+The rates of GPUs are the vendors' (dense, without sparsity). The attained fractions are those of one layer of
+Llama-70B shape on an H200 (docs/benchmarks.md), but for those between devices and nodes, which have not been measured.
+The row `cpu` is one thread of the machine of docs/benchmarks.md, measured.
 """
 
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ SPARE_HOST = 0.05  # of a node's memory, for other processes
 CALL_SECONDS = 1e-3  # from a call to an idle actor until it starts
 SUBMIT_SECONDS = 1e-4  # in the driver, per call
 KERNEL_SECONDS = 1e-5  # to launch a small kernel from Python
+IN_THREE = 0.83  # of a third of TF32's rate, which a product by 3xTF32 attains beside splitting and adding
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Hardware:
     and `link` bytes (of the accelerator's memory, and between it and the host), `peer` bytes that it sends to another
     one of its node, `sorted` weights sorted, `store` bytes that one process puts into or takes from Ray's store.
     `network` and `storage` are a node's, in bytes. `bytes` is the accelerator's memory, `host` the node's for each of
-    them. `step` is the seconds of one column's own operations in SparseGPT: of the recursion, or of the kernel (0.11 to
-    0.21 ms for a block of 128 columns on an H200).
+    them. `step` is the seconds of one column's own operations in SparseGPT: of the recursion, or of the kernel (0.17 ms
+    for a block of 128 columns on an H200); `leaf` those of a column of its factor that are no products.
     """
 
     name: str
@@ -41,12 +43,13 @@ class Hardware:
     sorted: float
     store: float
     step: float = 3 * KERNEL_SECONDS
+    leaf: float = 0.0
     gpu: bool = True
 
     @property
     def large(self) -> float:
         """Operations per second of large float32 products: by three TF32 products where that is faster."""
-        return max(self.float32, self.products / 6)  # TF32 has half the rate of 16-bit products
+        return max(self.float32, IN_THREE * self.products / 6)  # TF32 has half the rate of 16-bit products
 
     def attained(self) -> "Hardware":
         """Return the rates that long steps are expected to attain."""
@@ -57,7 +60,7 @@ class Hardware:
             products=0.7 * self.products,
             float32=0.7 * self.float32,
             memory=0.6 * self.memory,
-            link=0.5 * self.link,
+            link=0.8 * self.link,
             peer=0.6 * self.peer,
             network=0.5 * self.network,
         )
@@ -92,6 +95,7 @@ def _gpu(
         sorted=memory * GIGA / 400,  # eight passes over keys, values and indices
         store=10 * GIGA,
         step=1.3e-6,
+        leaf=2.3e-6,
     )
 
 

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, cast
 
 from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.imports import uncollected
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
@@ -80,6 +81,15 @@ COMMANDS = {
             "meta-llama/Llama-3.1-8B --remove 0.3 --out runs/mop",
         ),
         Command(
+            "experts",
+            ExpertsRecipe,
+            "shardprune.commands.experts",
+            PRUNE,
+            "Remove experts of a mixture-of-experts model (REAP and others).\n\n"
+            "The output is an ordinary checkpoint with fewer experts in every layer.",
+            "Qwen/Qwen3-30B-A3B --remove 0.25 --out runs/experts",
+        ),
+        Command(
             "recover",
             RecoverRecipe,
             "shardprune.commands.recover",
@@ -101,7 +111,8 @@ COMMANDS = {
             PipelineRecipe,
             "shardprune.commands.pipeline",
             HEAL,
-            "Prune (or mop), recover and evaluate as one job.\n\nThe job resumes at the step that was interrupted.",
+            "Prune (or mop, or experts), recover and evaluate as one job.\n\n"
+            "The job resumes at the step that was interrupted.",
             "jobs/recipes/pipeline-mop-llama-3-8b-30.yaml --out healed",
             file_first=True,
         ),

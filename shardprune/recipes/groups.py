@@ -104,8 +104,11 @@ class WidthFields(Settings):
 
     score: Score = Field("obs", description="Importance of a key/value group or neuron")
     correction: bool = Field(True, description="Least-squares correction of the remaining columns")
-    neuron_multiple: int = Field(
-        1, ge=1, description="Round neurons to a multiple (kernel or tensor-parallel alignment)"
+    neuron_multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Round neurons to a multiple, auto: of 256, 128, 64 or 32 on each device, or a number"
+    )
+    tensor_parallel: int = Field(
+        1, ge=1, le=1024, description="Devices of tensor parallelism that serve the model: groups and neurons divide"
     )
 
 
@@ -273,6 +276,24 @@ class OutputFields(Settings):
     @classmethod
     def _out_lasts(cls, value: str) -> str:
         check_survives_ray_job("out", value)
+        return value
+
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}")
+
+
+class ModelOutputFields(OutputFields):
+    """Output of a run that makes a model."""
+
+    title: ClassVar[str] = "Output"
+
+    push: str | None = optional("none", "Hub repository that receives the output (organisation/name)")
+
+    @field_validator("push")
+    @classmethod
+    def _names_a_repository(cls, value: str | None) -> str | None:
+        if value is not None and not HUB_NAME.fullmatch(value):
+            raise InputError("push", f"{value!r} is no name of a hub repository; use organisation/name")
         return value
 
 

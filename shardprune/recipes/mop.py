@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from shardprune.errors import InputError
 from shardprune.model.pruning_job import PathRemoval, PruningJob
 from shardprune.model.structure.kept_iterations import parse_keep
-from shardprune.recipes.groups import CalibrationFields, OutputFields, PerplexityFields, WidthFields, WorkerFields
+from shardprune.recipes.groups import CalibrationFields, ModelOutputFields, PerplexityFields, WidthFields, WorkerFields
 from shardprune.recipes.identity import shaping_fields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.scoring import Criterion, Score, Scoring
@@ -92,7 +92,7 @@ class KeepFields(Settings):
 
 
 class MopRecipe(
-    PathFields, MopWidthFields, KeepFields, CalibrationFields, PerplexityFields, WorkerFields, OutputFields
+    PathFields, MopWidthFields, KeepFields, CalibrationFields, PerplexityFields, WorkerFields, ModelOutputFields
 ):
     """The recipe of `shardprune mop`."""
 

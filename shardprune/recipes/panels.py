@@ -18,6 +18,7 @@ PANELS = (
     "Pruned model",
     "Pruning",
     "Path",
+    "Experts",
     "Structured pruning",
     "Mask rebuilding",
     "Improvement",

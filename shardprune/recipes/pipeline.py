@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from shardprune.errors import InputError
 from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.groups import BackendFields, OutputFields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.prune import PruneRecipe
@@ -13,9 +14,11 @@ from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recipes.settings import Settings, checked_section
 from shardprune.storage.output_names import PRUNED, RECOVERED
 
-STEPS: dict[str, type[PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe]] = {
-    recipe.command: recipe for recipe in (PruneRecipe, MopRecipe, RecoverRecipe, EvaluateRecipe)
+Step = PruneRecipe | MopRecipe | ExpertsRecipe | RecoverRecipe | EvaluateRecipe
+STEPS: dict[str, type[Step]] = {
+    recipe.command: recipe for recipe in (PruneRecipe, MopRecipe, ExpertsRecipe, RecoverRecipe, EvaluateRecipe)
 }
+FIRST = ("prune", "mop", "experts")  # of these a pipeline has one
 
 
 class StepFields(Settings):
@@ -25,6 +28,7 @@ class StepFields(Settings):
 
     prune: dict[str, Any] | None = Field(None, description="Options of `shardprune prune`")
     mop: dict[str, Any] | None = Field(None, description="Options of `shardprune mop`, instead of prune")
+    experts: dict[str, Any] | None = Field(None, description="Options of `shardprune experts`, instead of prune")
     recover: dict[str, Any] | None = Field(None, description="Options of `shardprune recover`")
     evaluate: dict[str, Any] | None = Field(None, description="Options of `shardprune evaluate`")
 
@@ -41,8 +45,8 @@ class PipelineRecipe(StepFields, BackendFields, OutputFields):
 
     @model_validator(mode="after")
     def _steps_fit(self) -> "PipelineRecipe":
-        if (self.prune is None) == (self.mop is None):
-            raise InputError("prune", "give one of the sections prune and mop")
+        if sum(getattr(self, step) is not None for step in FIRST) != 1:
+            raise InputError("prune", f"give one of the sections {', '.join(FIRST[:-1])} and {FIRST[-1]}")
         if self.recover is None and self.evaluate is None:
             raise InputError("recover", "missing; give a section recover, evaluate, or both")
         for step in self.steps:
@@ -59,7 +63,7 @@ class PipelineRecipe(StepFields, BackendFields, OutputFields):
         """The names of the steps that the recipe has, in order."""
         return tuple(name for name in STEPS if getattr(self, name) is not None)
 
-    def section(self, step: str) -> PruneRecipe | MopRecipe | RecoverRecipe | EvaluateRecipe:
+    def section(self, step: str) -> Step:
         """Return the recipe of one step; the pipeline says its model and output.
 
         Raises:
@@ -73,8 +77,7 @@ class PipelineRecipe(StepFields, BackendFields, OutputFields):
                 raise InputError(f"{step}.{name}", "stands beside the steps, not within one")
         last = RECOVERED if self.recover is not None else PRUNED
         places = {
-            "prune": {"model": self.model, "out": f"{self.out}/{PRUNED}"},
-            "mop": {"model": self.model, "out": f"{self.out}/{PRUNED}"},
+            **{first: {"model": self.model, "out": f"{self.out}/{PRUNED}"} for first in FIRST},
             "recover": {"model": f"{self.out}/{PRUNED}", "out": f"{self.out}/{RECOVERED}"},
             "evaluate": {"model": f"{self.out}/{last}"},
         }

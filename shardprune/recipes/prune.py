@@ -11,7 +11,7 @@ from shardprune.recipes.groups import (
     CalibrationFields,
     EvaluationFields,
     Globs,
-    OutputFields,
+    ModelOutputFields,
     PruneWorkerFields,
     WidthFields,
 )
@@ -316,7 +316,7 @@ class ZeroingFields(
         return replace(self.improving, measured=self.measures_solutions(self.towards_stream))
 
 
-class PruneRecipe(ZeroingFields, PruneWorkerFields, OutputFields):
+class PruneRecipe(ZeroingFields, PruneWorkerFields, ModelOutputFields):
     """The recipe of `shardprune prune`."""
 
     command: ClassVar[str] = "prune"
@@ -360,7 +360,9 @@ class RemovalFields(StructuredFields):
     outlier_m: float = 5.0
 
 
-class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, TrainingFields, PruneWorkerFields, OutputFields):
+class WidthRecipe(
+    RemovalFields, CalibrationFields, EvaluationFields, TrainingFields, PruneWorkerFields, ModelOutputFields
+):
     """The removal of structures: the first run of `shardprune prune --structured`, or all of it."""
 
     command: ClassVar[str] = "prune"
@@ -371,7 +373,7 @@ class WidthRecipe(RemovalFields, CalibrationFields, EvaluationFields, TrainingFi
     def job(self) -> PruningJob:
         """Return the job of the run that removes structures."""
         scoring = Scoring(self.score, self.correction, self.outlier_m)
-        removal = WidthRemoval(self.structured, self.neuron_multiple, scoring)
+        removal = WidthRemoval(self.structured, self.neuron_multiple, self.tensor_parallel, scoring)
         return PruningJob(None, removal, None, self.measure_error, Improving(reconstruction=self.reconstruct))
 
     def shape(self) -> dict[str, Any]:
@@ -396,7 +398,9 @@ class PrunedFields(Settings):
         return value
 
 
-class RebuildRecipe(PrunedFields, BarberFields, CalibrationFields, EvaluationFields, PruneWorkerFields, OutputFields):
+class RebuildRecipe(
+    PrunedFields, BarberFields, CalibrationFields, EvaluationFields, PruneWorkerFields, ModelOutputFields
+):
     """The recipe of `shardprune rebuild`."""
 
     command: ClassVar[str] = "rebuild"

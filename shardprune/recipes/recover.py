@@ -10,7 +10,7 @@ from shardprune.recipes.groups import (
     WAVE_TOKENS,
     WORKERS,
     BackendFields,
-    OutputFields,
+    ModelOutputFields,
     PerplexityFields,
     check_survives_ray_job,
 )
@@ -143,7 +143,7 @@ class MeasuringFields(PerplexityFields, WindowFields):
 
 
 class RecoverRecipe(
-    LearningFields, DataFields, TeachingFields, ZeroFields, MeasuringFields, TrainerFields, OutputFields
+    LearningFields, DataFields, TeachingFields, ZeroFields, MeasuringFields, TrainerFields, ModelOutputFields
 ):
     """The recipe of `shardprune recover`."""
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field
 
+from shardprune.report.experts_result import Experts
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import MaybeMeasurement, Measurement, fitting
 from shardprune.storage.malformed import Malformed
@@ -295,6 +296,7 @@ class Result(BaseModel):
     calibration: CalibrationResult | None = None
     sparsity: Sparsity | None = None
     structure: Structure | None = None
+    experts: Experts | None = None
     recovery: Recovery | None = None
     perplexity: dict[str, Perplexity]
     evaluation: Evaluation | None = None

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
+from shardprune.model.structure.alignment import degrees
+from shardprune.report.experts_result import Experts
 from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity, not_finite
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
@@ -46,6 +48,8 @@ def what_was_done(result: Result) -> list[str]:
         done.append(f"{recipe['structured']:g} removed by {recipe['score']}")
     if result.command == "mop" and result.structure:
         done.append(f"path {''.join(entry.step for entry in result.structure.path or ())}")
+    if result.experts:
+        done.append(f"{result.experts.after} of {result.experts.before} experts by {result.experts.score}")
     if "method" in recipe and (result.sparsity is None or result.sparsity.projections):
         done.append(f"{recipe['method']} {recipe['pattern']}")
     if "rebuild_granularity" in recipe and "method" not in recipe:
@@ -72,8 +76,24 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
             before, after = (getattr(shape, name) for shape in shapes)
             if before != after:
                 yield LABELS[name], f"{before:,}", f"{after:,}"
+        if shapes[0] != shapes[1]:
+            before, after = (", ".join(map(str, degrees(shape.groups, shape.heads, shape.neurons))) for shape in shapes)
+            yield "tensor parallelism that it suits", before, after
+    if result.experts:
+        yield from _expert_rows(result.experts)
     yield "parameters", f"{result.model.parameters_before:,}", f"{result.model.parameters_after:,}"
-    for phase in ("generate", "structure", "search", "curves", "observe", "prune", "recover", "evaluate", "total"):
+    for phase in (
+        "generate",
+        "structure",
+        "search",
+        "curves",
+        "observe",
+        "remove",
+        "prune",
+        "recover",
+        "evaluate",
+        "total",
+    ):
         if phase in result.seconds:
             yield (
                 f"seconds, {phase}{' of the last attempt' if attempts > 1 else ''}",
@@ -107,8 +127,8 @@ def remark_on_numbers(result: Result | EvaluationResult) -> str | None:
 
 
 def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
-    first, last = recovery.losses[0], recovery.losses[-1]
-    yield "training loss", f"{first.loss:.4f}", f"{last.loss:.4f}"
+    if recovery.losses:  # gone with the training where an output was made whole again later
+        yield "training loss", f"{recovery.losses[0].loss:.4f}", f"{recovery.losses[-1].loss:.4f}"
     held_out = [loss.held_out for loss in recovery.losses if loss.held_out is not None]
     if held_out:
         yield "held-out loss, first and last", f"{held_out[0]:.4f}", f"{held_out[-1]:.4f}"
@@ -117,6 +137,14 @@ def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
         yield "zeros that stayed", "", f"{recovery.zeros_kept:,}"
     yield "steps", "", f"{recovery.steps:,}"
     yield "parameters trained", "", f"{recovery.parameters_trained:,}"
+
+
+def _expert_rows(experts: Experts) -> Iterator[Row]:
+    yield "experts of a layer", f"{experts.before:,}", f"{experts.after:,}"
+    yield "parameters that a token uses", f"{experts.active_before:,}", f"{experts.active_after:,}"
+    lost = [layer.lost for layer in experts.layers if layer.lost is not None]
+    if lost:
+        yield "routing weight lost, mean and largest", "", f"{sum(lost) / len(lost):.2%}, {max(lost):.2%}"
 
 
 def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:

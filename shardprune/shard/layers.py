@@ -90,6 +90,11 @@ class Layers:
         self._finished.add(index)
         self._held[index] = ("pruned", layer or self._held[index][1])
 
+    def mark_written(self, index: int) -> None:
+        """Take the layer `index` for finished, whose file another worker may have written; it is read at its next
+        use."""
+        self._finished.add(index)
+
     def release(self) -> None:
         """Drop every layer."""
         self._held.clear()
@@ -116,11 +121,11 @@ class Layers:
         """Read a layer; streamed, once the device has done its work with the layer whose memory it takes."""
         if self._stream:
             freed.wait()
-        names = self._skeleton.layer_tensors(index)
-        skeleton = self._skeleton
+        skeleton = self._pruned if state == "pruned" else self._skeleton
+        names = skeleton.layer_tensors(index)
         if state == "pruned":
             assert self._journal is not None
-            skeleton, stored = self._pruned, self._journal.stored_layer(index, names)
+            stored = self._journal.stored_layer(index, names)
         else:
             given = {}
             if state == "given":

@@ -6,13 +6,12 @@ hi being x rounded to TF32,
 
     x y = lo hi + hi lo + hi hi,   small terms first,
 
-and what is missing, lo lo, is 2^-22 of the product. The small terms are one call, whose inner dimension is twice as
-long.
+and what is missing, lo lo, is 2^-22 of the product.
 
 The tensor cores cut their running sums instead of rounding them (Ootomo and Yokota, arXiv 2203.03341, section 3), so
-that their error grows with the number of terms: on an H200, 2.3e-9 of the product a term. hi hi is therefore summed up
-RUN terms at a time, each added to the target by the ordinary cores, which round; of the small terms a cut is 2^-11 of
-that.
+that their error grows with the number of terms: on an H200, 2.4e-9 of the product a term. hi hi is therefore summed up
+RUN terms at a time, each added to the target by the ordinary cores, which round. The small terms, where a cut is 2^-11
+of that, are one call, whose inner dimension is twice as long; a short product is one call of all three terms.
 """
 
 import functools
@@ -22,17 +21,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Splitting an operand touches 28 bytes an entry. With the rates of an H200 (float32 51 TFLOP/s, TF32 383 TFLOP/s, 4.2
+# Splitting an operand touches 28 bytes an entry. With the rates of an H200 (float32 51 TFLOP/s, TF32 405 TFLOP/s, 4.2
 # TB/s) it pays where
-#     2 rows cols inner (1 / 51e12 - 3 / 383e12) > 28 inner (rows + cols) / 4.2e12,
-# that is rows cols / (rows + cols) > 282, whatever the inner dimension. The bound leaves room for cards with less
-# memory bandwidth and for the target, which is read and written once for each RUN; below the number of multiplications
+#     2 rows cols inner (1 / 51e12 - 3 / 405e12) > 28 inner (rows + cols) / 4.2e12,
+# that is rows cols / (rows + cols) > 272, whatever the inner dimension. The bound leaves room for cards with less
+# memory bandwidth and for the target, which is read and written once for each run; below the number of multiplications
 # the launches would take longer than the product.
 NARROW = 512
 SMALL = 2**30  # multiplications
 
 PIECE = 2**26  # entries of both operands that are split at once, 8 bytes for each
-RUN = 256  # terms of a sum that the tensor cores add up on their own: an error of 6e-7, less than float32's on a GPU
+# Terms of a sum that the tensor cores add up on their own. An H200, product of 8,192^3: 95 TFLOP/s with an error of
+# 1.2e-6 (256: 81, 6e-7; 1,024: 99, 2.4e-6; float32's own: 51, 1.6e-6).
+RUN = 512
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
@@ -69,38 +70,44 @@ def add_split_product(target: Tensor, left: Tensor, right: Tensor, alpha: float,
 
     The inner dimension is taken piece by piece: memory beyond the arguments is `split_bytes` of their entries.
     """
-    step = max(1, PIECE // (len(left) + right.shape[1]))
+    short = 3 * left.shape[1] <= RUN
+    # Whole runs: rows of an odd length would not be aligned, and such operands take slower kernels.
+    step = max(RUN, PIECE // (len(left) + right.shape[1]) // RUN * RUN)
     for place, (first, second) in enumerate(zip(left.split(step, 1), right.split(step), strict=True)):
-        lows_highs, highs_lows = halves(first, low=0), halves(second.t(), low=1).t()
-        inner = first.shape[1]
-        highs = lows_highs[:, inner:].split(RUN, 1), highs_lows[:inner].split(RUN)
+        lefts = terms(first, "lhh" if short else "lh")
+        rights = terms(second.t(), "hlh" if short else "hl").t()
         with _tf32():
-            target.addmm_(lows_highs, highs_lows, alpha=alpha, beta=1.0 if place else beta)
-            for run in zip(*highs, strict=True):
-                target.addmm_(*run, alpha=alpha)
+            target.addmm_(lefts, rights, alpha=alpha, beta=1.0 if place else beta)
+            if not short:
+                inner = first.shape[1]
+                for run in zip(lefts[:, inner:].split(RUN, 1), rights[:inner].split(RUN), strict=True):
+                    target.addmm_(*run, alpha=alpha)
     return target
 
 
 def split_bytes(entries: int) -> int:
-    """Return the bytes that the halves of operands of so many entries in all take: of a piece at most."""
+    """Return the bytes that the halves of operands of so many entries in all take: of a piece at most, or of a run."""
     return 8 * min(PIECE, entries)
 
 
-def halves(matrix: Tensor, low: int) -> Tensor:
-    """Return the two halves of a matrix [count, inner] beside one another, [count, 2 inner]: `low` is 0 where the rest
-    comes first, or 1.
+def terms(matrix: Tensor, order: str) -> Tensor:
+    """Return the high and low halves of a matrix [count, inner] beside one another, [count, len(order) * inner]: at
+    each place that of its letter, h or l.
 
     Rows are contiguous, or columns where the matrix has contiguous columns.
     """
     count, inner = matrix.shape
     if matrix.stride(0) == 1:
-        stacked = torch.empty(2, inner, count, dtype=matrix.dtype, device=matrix.device)
-        places, terms = [part.t() for part in stacked], stacked.flatten(0, 1).t()
+        stacked = torch.empty(len(order), inner, count, dtype=matrix.dtype, device=matrix.device)
+        places, beside = [part.t() for part in stacked], stacked.flatten(0, 1).t()
     else:
-        stacked = torch.empty(count, 2, inner, dtype=matrix.dtype, device=matrix.device)
-        places, terms = list(stacked.unbind(1)), stacked.flatten(1)
-    split(matrix, places[1 - low], places[low])
-    return terms
+        stacked = torch.empty(count, len(order), inner, dtype=matrix.dtype, device=matrix.device)
+        places, beside = list(stacked.unbind(1)), stacked.flatten(1)
+    high, low = order.index("h"), order.index("l")
+    split(matrix, places[high], places[low])
+    for place in range(max(high, low) + 1, len(order)):
+        places[place].copy_(places[high if order[place] == "h" else low])
+    return beside
 
 
 def split(values: Tensor, high: Tensor, low: Tensor) -> None:

@@ -326,7 +326,7 @@ class Folder:
         try:
             return retry(operation, place)
         except Exception as error:
-            if not _of_storage(error):
+            if not of_storage(error):
                 raise
             raise StorageError(self.field, f"{place} cannot be {done}: {first_line(error)}") from error
 
@@ -362,8 +362,9 @@ def _too_short(end: int, missing: int) -> OSError:
     return OSError(f"it ends at byte {end}, {missing} bytes early")
 
 
-def _of_storage(error: Exception) -> bool:
-    """Return whether an error comes from a file system; NotImplementedError is one that lacks the operation."""
+def of_storage(error: Exception) -> bool:
+    """Return whether an error comes from a file system or its client; NotImplementedError is that of one
+    without the operation."""
     return isinstance(error, OSError | NotImplementedError) or any(
         base.__module__.partition(".")[0] in CLIENTS for base in type(error).__mro__
     )

@@ -4,11 +4,13 @@ STATE = "run.json"
 RESULT = "result.json"
 EVENTS = "events.jsonl"
 OWNER = "owner.json"
+CARD = "README.md"  # of a model, as the hub reads it
 EXPORT = "export.json"  # of an export: what it is made of
 RESTORED = "restore.json"  # while a checkpoint is made of an export
 ALLOCATION = "allocation.json"
 WRITTEN = SELF_TOKENS, SELF_RECORD = "self.npy", "self.json"  # of a text that the run's own model has written
-BESIDE = (ALLOCATION, *WRITTEN)  # files beside a model that other runs may read
+EXPERTS = "experts.json"  # statistics of the experts of a dense model
+BESIDE = (ALLOCATION, EXPERTS, *WRITTEN)  # files beside a model that other runs may read
 PRUNED, RECOVERED = "pruned", "recovered"  # folders of a pipeline's output, one for each step that makes a model
 
 

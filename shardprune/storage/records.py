@@ -100,6 +100,16 @@ class KeptStructures:
 
 
 @dataclass(frozen=True)
+class KeptExperts:
+    """The experts of a layer that it has kept, by their numbers in the dense model, which has `of` of them."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = Known
+
+    kept: tuple[Count, ...]
+    of: Weights
+
+
+@dataclass(frozen=True)
 class LayerSizes:
     """Numbers of weights and zeros of a layer's projections before structures were removed, and of what is left."""
 
@@ -115,7 +125,7 @@ class LayerSizes:
 class LayerRecord:
     """A finished layer: `projections` where weights became zero, `blocks` where masks were rebuilt, `improvements`
     where further steps were tried, its percentage of `outliers` where the allocation looked at it; what it `kept` and
-    its `sizes` where structures were removed."""
+    its `sizes` where structures were removed, its `experts` where some of them were."""
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
 
@@ -126,6 +136,7 @@ class LayerRecord:
     kept: KeptStructures | None = None
     sizes: LayerSizes | None = None
     improvements: tuple[ImprovementReport, ...] = ()
+    experts: KeptExperts | None = None
 
     @property
     def zeros(self) -> int:

@@ -295,7 +295,7 @@ def test_a_finished_search_is_only_measured_on_more(folder, tmp_path):
     assert again.perplexity == fresh.perplexity
     assert again.structure == first.structure
     after = snapshot(tmp_path / "o")
-    assert {name for name in after if after[name] != before.get(name)} == {"result.json", "events.jsonl"}
+    assert {name for name in after if after[name] != before.get(name)} == {"README.md", "result.json", "events.jsonl"}
 
 
 def test_another_search_is_refused(folder, tmp_path):

@@ -99,8 +99,8 @@ def test_mop_instead_of_prune_and_no_recovery(folder, tmp_path):
 
 
 BAD = {
-    "neither": ({"prune": None}, "prune: give one of the sections prune and mop"),
-    "both": ({"mop": {"path": "L"}}, "prune: give one of the sections prune and mop"),
+    "neither": ({"prune": None}, "prune: give one of the sections prune, mop and experts"),
+    "both": ({"mop": {"path": "L"}}, "prune: give one of the sections prune, mop and experts"),
     "nothing after": ({"recover": None, "evaluate": None}, "recover: missing; give a section recover, evaluate, or"),
     "an option of a step": ({"prune": {"sparsity": 2}}, "prune.sparsity: 2 is not allowed"),
     "a name": ({"recover": {"lora_rnk": 2}}, "recover.lora_rnk: no field of a recipe has this name; did you mean"),

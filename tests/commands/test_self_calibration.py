@@ -284,7 +284,7 @@ def test_structures_go_and_weights_become_zero_by_one_and_the_same_text(folder, 
     before = snapshot(tmp_path / "again")
     assert run(folder, tmp_path / "again", **fields, eval=(str(folder / "other.npy"),)).perplexity
     after = snapshot(tmp_path / "again")
-    assert {name for name in after if after[name] != before.get(name)} <= {"result.json", "events.jsonl"}
+    assert {name for name in after if after[name] != before.get(name)} <= {"README.md", "result.json", "events.jsonl"}
 
 
 def test_the_other_commands_calibrate_on_it(folder, written, tmp_path):

@@ -2,9 +2,9 @@
 
 A block that is indented, or fenced as `console` or `python`, runs; one behind `<!-- not run: why -->` does not, and
 test_commands.py reads its commands. A model, or an output of a run, that a page names without having made it is a tiny
-model that was pruned to half its weights. Recipes have the sizes of SMALL, and data sets twelve rows, whatever a page
-says: what is wrong in an option, field, value, file, order, output or Python is found, and numbers of real models and
-names of the hub are not.
+model that was pruned to half its weights, or a mixture of experts. Recipes have the sizes of SMALL, and data sets
+twelve rows, whatever a page says: what is wrong in an option, field, value, file, order, output or Python is found, and
+numbers of real models and names of the hub are not.
 """
 
 import io
@@ -26,6 +26,7 @@ from shardprune.recipes.settings import Settings
 from shardprune.storage import stdlib
 from tests.docs.pages import ROOT, Page
 from tests.evaluation.material import write_task
+from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.running import run as prune
 from tests.support.tiny import GROUPED, make_model, make_tokens
 from tests.support.words import WORDS, words_tokenizer
@@ -49,6 +50,8 @@ def tiny(tmp_path_factory) -> Path:
     name, values = GROUPED["llama-3.1"]
     make_model(folder / "model", "llama", configs={"llama": (name, {**values, "max_position_embeddings": 4096})})
     words_tokenizer().save_pretrained(folder / "model")
+    make_architecture(folder / "mixture", "qwen3_moe", {**MIXTURES["qwen3_moe"], "num_experts": 32})
+    words_tokenizer().save_pretrained(folder / "mixture")
     make_tokens(folder / "tokens.npy")
     prune(folder, "pruned", sparsity=0.5)
     for task in SETS["zeroshot"]:
@@ -91,8 +94,9 @@ def place(tiny, tmp_path, monkeypatch) -> None:
 
 
 def provide(name: str, tiny: Path) -> None:
+    """Put a tiny model where a page names one; where the name says so (Qwen3-30B-A3B), it has experts."""
     if not Path(name).exists():
-        shutil.copytree(tiny / "pruned", name)
+        shutil.copytree(tiny / ("mixture" if re.search(r"-A\d+B", name) else "pruned"), name)
 
 
 def follow(page: Page, tiny: Path) -> None:

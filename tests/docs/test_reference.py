@@ -13,6 +13,7 @@ from shardprune.cluster.layout import plan_layout
 from shardprune.cluster.placement import Placement
 from shardprune.commands.calibration import CalibrationText
 from shardprune.commands.fingerprint import fingerprint_of
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.identity import identifying_fields
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
@@ -21,6 +22,7 @@ from shardprune.shard.spec import WorkerSettings
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BESIDE = {
     "allocation_file",
+    "statistics",
     "model",
     "sparse",
     "calibration",
@@ -35,6 +37,7 @@ NEEDED = {
     PruneRecipe: {"sparsity": 0.5},
     RebuildRecipe: {"sparse": "s"},
     MopRecipe: {"remove": 0.3},
+    ExpertsRecipe: {"remove": 0.3},
 }
 
 
@@ -90,5 +93,7 @@ def test_what_makes_two_runs_the_same_is_what_the_fingerprint_covers(recipe):
             other = value + 0.125 if isinstance(value, float) else value + 1 if isinstance(value, int) else "1:4"
         if name in {"sparsity", "structured", "remove", "segments", "wave"}:
             other = 0.75 if name in {"sparsity", "structured", "remove"} else 1
+        if (recipe, name) == (ExpertsRecipe, "keep"):  # a number, without a default
+            other = 3
         changed = settings.model_copy(update={name: other})
         assert (fingerprint(changed) != fingerprint(settings)) == (name in named), name

@@ -36,7 +36,7 @@ def test_outputs_have_the_files_of_the_list_and_no_others(copy, tmp_path):
     run(tmp_path, "out", sparsity=0.5, method="magnitude")
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("model")}
-    assert written == expected | {"chat_template.jinja", "result.json", "events.jsonl", "allocation.json"}
+    assert written == expected | {"chat_template.jinja", "README.md", "result.json", "events.jsonl", "allocation.json"}
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])

@@ -86,7 +86,7 @@ def test_perplexity_is_measured_before_and_after(folder, done):
     assert (record.windows, record.seqlen) == (5, 24)
 
 
-RECORDS = {"result.json", "events.jsonl", "report.html"}
+RECORDS = {"README.md", "result.json", "events.jsonl", "report.html"}
 
 
 def test_the_output_is_a_checkpoint_and_nothing_else(folder, done):

@@ -72,16 +72,19 @@ def test_halves_are_as_exact_as_tf32_allows(transposed):
     matrix = matrix.mul(10.0 ** torch.arange(-20, 15).repeat(2))
     if transposed:
         matrix = matrix.t().contiguous().t()
-    first, rest = products.halves(matrix, low=1).split(70, dim=1)
-    assert all(map(torch.equal, (rest, first), products.halves(matrix, low=0).split(70, dim=1)))
+    first, rest, second = products.terms(matrix, "hlh").split(70, dim=1)
+    assert torch.equal(first, second)
+    assert all(map(torch.equal, (rest, first), products.terms(matrix, "lh").split(70, dim=1)))
     assert torch.equal(first, cut(first))
     assert torch.equal(first.double() + rest.double(), matrix.double())
     assert bool((rest.abs() <= 2**-11 * matrix.abs()).all())  # half of the last place of ten bits
 
 
-def test_split_product_is_the_product(monkeypatch):
-    """In pieces too; the flag of TF32 does not matter to a CPU, and is left as it was."""
-    monkeypatch.setattr(products, "PIECE", 1000)
+@pytest.mark.parametrize("run", [7, 512])
+def test_split_product_is_the_product(run, monkeypatch):
+    """In pieces and runs too; the flag of TF32 does not matter to a CPU, and is left as it was."""
+    monkeypatch.setattr(products, "PIECE", 2000)
+    monkeypatch.setattr(products, "RUN", run)
     target, left, right = tensors((70, 50), (70, 60), (60, 50))
     expected = target.double() - left.double() @ right.double()
     before = torch.backends.cuda.matmul.allow_tf32

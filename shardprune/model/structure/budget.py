@@ -1,12 +1,9 @@
 """The conversion of a number of parameters into groups and neurons to remove."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from transformers import PretrainedConfig
-
-from shardprune.model.structure.shape import Costs, Widths, costs_of, possible_groups, widths_of
+from shardprune.model.structure.shape import Costs, Widths
 
 ROUNDING = 1e-9  # tolerance for `owed` just below a whole number in floating point
 
@@ -57,23 +54,6 @@ class Budget:
                 f"and {gone} of its {widths.groups} key/value groups"
             )
         return Narrowed(Widths(groups, neurons), replace(self, owed=owed - gone))
-
-
-def narrowed_by(
-    config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]], share: float, multiple: int = 1
-) -> Widths:
-    """Return the widths of a model after removing a share of every layer's projection weights.
-
-    Args:
-        shapes: [rows, cols] of a layer's projections by name.
-        multiple: the number of neurons stays a multiple of it.
-
-    Raises:
-        ValueError: the layers have too few neurons.
-    """
-    costs = costs_of(config, {f"{name}.weight": shape for name, shape in shapes.items()})
-    widths = widths_of(config)
-    return Budget(costs, possible_groups(config), multiple).narrowed(widths, share * costs.layer(widths)).widths
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from typing import Any
 
 from shardprune.errors import InputError
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
+from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.page.finished_run import FinishedRun, all_unfinished, finished_runs, unfinished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
 from shardprune.report.page.history import History
@@ -154,6 +155,8 @@ def _plots(result: Result) -> list[Plot | None]:
         plots.append(narrowing_errors(result.structure.layers or ()))
         if result.structure.path:
             plots.append(path_of_search(result.structure.path, result.recipe))
+    if result.experts:
+        plots += [experts_map(result.experts), lost_weight(result.experts)]
     if result.recovery:
         plots.append(loss_curve(result.recovery))
     return plots

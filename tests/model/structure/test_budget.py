@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 from transformers import LlamaConfig
 
-from shardprune.model.structure.budget import Budget, narrowed_by
+from shardprune.model.structure.alignment import narrowed_by
+from shardprune.model.structure.budget import Budget
 from shardprune.model.structure.shape import Costs, Widths
 
 MODELS = {  # costs of a layer, its widths, the numbers of groups that can be

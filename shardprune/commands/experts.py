@@ -1,0 +1,243 @@
+"""The story of `shardprune experts`: one pass over the dense model says what its experts do, then every layer is copied
+without those that matter least."""
+
+from contextlib import closing
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from shardprune.cluster.backends import backend_of
+from shardprune.cluster.expert_statistics import parts_of_statistics, routed_statistics, weight_ratios
+from shardprune.cluster.expert_writing import write_layers
+from shardprune.cluster.group import Backend, Group
+from shardprune.cluster.layout import Layout
+from shardprune.cluster.passes import Waves, digests, parts_of_pass, perplexity, usage
+from shardprune.cluster.restarts import Attempts
+from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.pushing import pushed
+from shardprune.commands.state import RunState, When, costs
+from shardprune.model.expert_statistics import StatisticsFile, read_statistics
+from shardprune.model.saving import write_frame, write_index
+from shardprune.recipes.experts import ExpertsRecipe
+from shardprune.report.clock import Clock
+from shardprune.report.experts_result import Experts, ExpertsOfLayer
+from shardprune.report.page.place import leave_report
+from shardprune.report.progress import Reporter
+from shardprune.report.result import ModelSize, Result
+from shardprune.shard.expert_worker import ExpertWorker
+from shardprune.shard.layers import Version
+from shardprune.shard.spec import WorkerSpec
+from shardprune.solvers.expert_scores import chosen, needs_pass
+from shardprune.storage.output_names import EXPERTS
+from shardprune.storage.records import KeptExperts, LayerRecord
+from shardprune.storage.windows import tokens_hash
+
+
+@pushed
+def experts(recipe: ExpertsRecipe, reporter: Reporter | None = None) -> Result:
+    """Remove experts of a model as a recipe says, and return what `result.json` in the output holds.
+
+    Where the output holds the same run unfinished, only what is missing is done.
+
+    Raises:
+        InputError: something in the recipe cannot work; nothing has been written then.
+        SolverError: the experts' outputs are not finite.
+        WorkerLost: workers died more than `max_restarts` times.
+    """
+    reporter = reporter or Reporter()
+    clock = Clock(reporter.events)
+    with closing(backend_of(recipe)) as backend:
+        with clock.phase("plan"):
+            prepared = prepare(recipe, backend)
+        run = ExpertsRun(recipe, prepared, backend, reporter, clock)
+        result = run.state.done(reporter) or run.go()
+    if recipe.report:
+        leave_report(recipe.out, reporter)
+    return result
+
+
+class ExpertsRun:
+    """One run over as many attempts as it takes; each goes on from the statistics and the layers that are there."""
+
+    def __init__(
+        self, recipe: ExpertsRecipe, prepared: Prepared, backend: Backend, reporter: Reporter, clock: Clock
+    ) -> None:
+        assert prepared.fewer is not None
+        self.recipe, self.prepared, self.fewer = recipe, prepared, prepared.fewer
+        self.backend, self.reporter, self.clock = backend, reporter, clock
+        self.journal = prepared.journal
+        self.state = RunState(
+            prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations, prepared.inputs
+        )
+        self.statistics = StatisticsFile(1, prepared.checkpoint.identity())
+        self.workers: list[dict[str, Any]] = []  # what each says of itself
+
+    # -- the story --------------------------------------------------------------------------------------------
+
+    def go(self) -> Result:
+        """Carry out the run in its output, and return its result."""
+        prepared, recipe = self.prepared, self.recipe
+        with self.state.running(self.reporter, **prepared.facts()):
+            if self.state.resumed:
+                self.journal.remove_damaged(self.reporter.say)
+            self.statistics = self._known_statistics()
+            if self.state.previous is None and not self._scored:
+                prepared.text.complete(self.state, recipe.max_restarts, self.backend, self.reporter, self.clock)
+            device = prepared.placement.workers.device
+            for attempt in Attempts(
+                prepared.layout, device, recipe.max_restarts, self.backend, self.reporter, self.state.lost
+            ):
+                with attempt as layout:
+                    self._attempt(layout)
+            return self._finish()
+
+    def _attempt(self, layout: Layout) -> None:
+        """Measure, look at the experts, write, measure again: whatever of it is not yet done."""
+        layers = self.prepared.skeleton.layers
+        finished = set(self.journal.finished())
+        placed = {"shards": len(layout.shards), "replicas": layout.replicas}
+        self.reporter.events.emit("attempt", finished=sorted(finished), **placed)
+        if finished:
+            self.reporter.say(f"{len(finished)} of {layers} layers are finished already")
+        with self.clock.phase("load"):
+            group = self._start(layout, finished)
+        with closing(group):
+            self.state.learn(digests(group, layout))
+            self._measure(group, layout, "before", "dense")
+            if len(finished) < layers:
+                if not self._scored:
+                    self._observe(group, layout)
+                self._write(group, layout, finished)
+            self._measure(group, layout, "after", "latest")
+            self.workers = usage(group, layout)
+
+    def _start(self, layout: Layout, finished: set[int]) -> Group:
+        """Start workers; they read layers when they first need them."""
+        prepared = self.prepared
+        kept = prepared.kept_bytes(layout.replicas, streams=1) if self.recipe.passes else 0
+        specs = [self._with_memory(spec) for spec in prepared.worker_specs(layout, finished, kept)]
+        return self.backend.start(specs, prepared.store_bytes(0), ExpertWorker)
+
+    def _with_memory(self, spec: WorkerSpec) -> WorkerSpec:
+        """Return what a worker must know, with the bytes of the layers that it holds: all, or one and the next."""
+        stored, itemsize = self.prepared.skeleton, self.prepared.placement.dtype.itemsize
+        sizes = [itemsize * sum(map(prod, stored.layer_tensors(index).values())) for index in spec.layers]
+        held = sorted(sizes)[-2:] if self.prepared.streamed else sizes
+        return replace(spec, other_bytes=sum(held))
+
+    def _observe(self, group: Group, layout: Layout) -> None:
+        """Find out what the score looks at: tokens that pass through the dense model, or weights."""
+        prepared, layers = self.prepared, self.fewer.mixture.layers
+        if needs_pass(self.recipe.score):
+            waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
+            parts = parts_of_statistics(waves, layers, prepared.streamed)
+            with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
+                routed = routed_statistics(group, layout, waves, layers, prepared.streamed, step)
+            tokens = tokens_hash(prepared.calibration)
+            self.statistics = replace(self.statistics, routed=routed, tokens_sha256=tokens)
+        else:
+            with self.clock.phase("observe"), self.reporter.step("observe", len(layers)) as step:
+                self.statistics = replace(self.statistics, ratios=weight_ratios(group, layout, layers, step))
+        self.state.learn(digests(group, layout))
+        self.journal.folder.write_text(EXPERTS, self.statistics.written())
+
+    def _write(self, group: Group, layout: Layout, finished: set[int]) -> None:
+        """Write the layers that are not there yet."""
+        kept, experts = self._kept(), self.fewer.mixture.experts
+        records = {
+            index: LayerRecord(index, experts=KeptExperts(kept[index], experts) if index in kept else None)
+            for index in range(self.prepared.skeleton.layers)
+            if index not in finished
+        }
+        with self.clock.phase("remove"), self.reporter.step("remove experts", len(records)) as step:
+            write_layers(group, layout, records, step)
+        self.state.learn(digests(group, layout))
+
+    def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
+        """Measure perplexity on every source on which it is not known."""
+        prepared = self.prepared
+        for source, windows in self.state.missing(when):
+            waves = Waves(windows, layout.replicas, prepared.wave)
+            parts = parts_of_pass(waves, prepared.skeleton.layers, prepared.streamed)
+            with self.clock.phase("evaluate"), self.reporter.step(f"perplexity {when}", parts) as step:
+                value = perplexity(group, layout, waves, version, prepared.streamed, step)
+            self.state.keep(source, when, value)
+
+    def _finish(self) -> Result:
+        """Write what makes the layer files a checkpoint, and the result last."""
+        prepared, state, fewer = self.prepared, self.state, self.fewer
+        self.journal.folder.remove_partial()  # of workers that died while they wrote
+        if state.previous is None:
+            with self.clock.phase("write"):
+                write_frame(prepared.checkpoint, prepared.skeleton, self.journal)
+                write_index(prepared.checkpoint, self.journal, fewer.changes)
+        size = ModelSize(parameters_before=prepared.skeleton.parameters(), parameters_after=fewer.reduced.parameters())
+        seconds, workers = costs(self.clock, self.workers, state.previous)
+        calibration = prepared.calibration_result() if self.recipe.passes and not state.previous else None
+        return state.finish(
+            Result(
+                command=self.recipe.command,
+                fingerprint=self.journal.fingerprint,
+                recipe=prepared.record(),
+                model=size,
+                calibration=state.previous.calibration if state.previous else calibration,
+                experts=self._result(),
+                perplexity=state.perplexities(),
+                seconds=seconds,
+                workers=workers,
+                restarts=state.known.restarts,
+            )
+        )
+
+    # -- what is known ----------------------------------------------------------------------------------------
+
+    @property
+    def _scored(self) -> bool:
+        """Whether what the score looks at is known."""
+        return self.statistics.has(self.recipe.score)
+
+    def _known_statistics(self) -> StatisticsFile:
+        """Return what an earlier attempt has left, or the statistics that are given."""
+        folder = self.journal.folder
+        if folder.is_file(EXPERTS):
+            return read_statistics(folder, self.statistics.model, self.fewer.mixture)
+        if self.prepared.statistics:
+            folder.write_text(EXPERTS, self.prepared.statistics.written())
+            return self.prepared.statistics
+        return self.statistics
+
+    def _protected(self) -> dict[int, frozenset[int]]:
+        return self.statistics.super_experts() if self.recipe.protect else {}
+
+    def _kept(self) -> dict[int, tuple[int, ...]]:
+        """Return the experts that each layer keeps."""
+        mixture, protected = self.fewer.mixture, self._protected()
+        return {
+            layer: chosen(scores, self.fewer.kept, mixture.groups, protected.get(layer, ()))
+            for layer, scores in self.statistics.scores(self.recipe.score).items()
+        }
+
+    def _result(self) -> Experts:
+        """Return what the result says of the experts."""
+        fewer, kept, protected = self.fewer, self._kept(), self._protected()
+        scores, routed = self.statistics.scores(self.recipe.score), self.statistics.routed
+        layers = [
+            ExpertsOfLayer(
+                layer=layer,
+                kept=list(own),
+                protected=sorted(protected.get(layer, ())),
+                scores=scores[layer],
+                tokens=list(routed[layer].tokens) if layer in routed else None,
+                lost=routed[layer].lost(own) if layer in routed else None,
+            )
+            for layer, own in kept.items()
+        ]
+        return Experts(
+            before=fewer.mixture.experts,
+            after=fewer.kept,
+            per_token=fewer.mixture.per_token,
+            score=self.recipe.score,
+            active_before=fewer.active(fewer.skeleton),
+            active_after=fewer.active(fewer.reduced),
+            layers=layers,
+        )

@@ -1,0 +1,272 @@
+"""Models that keep some of the experts of each layer: their config, their tensors, and where these come from.
+
+A tensor that changes with the number of experts is found by comparing the model with the one that its changed config
+makes: no name of a router, a bias or a buffer is written down here.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import lcm, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.config_file import CONFIG, language_config, parse_config, with_changes
+from shardprune.model.pruning_job import ExpertRemoval, PruningJob
+from shardprune.model.skeleton import Skeleton
+from shardprune.solvers.expert_scores import kept_of
+from shardprune.storage.json_file import dump_json
+from shardprune.storage.stacks import Place
+
+# The names that configs have for the number of experts; some have two, and every reader looks at its own.
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+LEAST_OF_GROUP = 2  # a router scores a group by its best two experts
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a model: how many a layer has, how many a token gets, and in which groups these lie.
+
+    Attributes:
+        layers: paths of the experts' module within each layer that has one, by layer.
+        groups: runs of experts of the same length, of which a token gets `chosen_groups`.
+    """
+
+    layers: dict[int, str]
+    experts: int
+    per_token: int
+    groups: int
+    chosen_groups: int
+
+    def check(self, kept: int, field: str, asked: str) -> None:
+        """Check that so many experts of each layer, and no more, are a model.
+
+        Args:
+            asked: the value of the recipe's `field` that asks for them, for the error.
+
+        Raises:
+            InputError: they are not.
+        """
+        found = f"{asked} keeps {kept} of {self.experts} experts"
+        if kept >= self.experts:
+            helps = "; give a smaller --multiple" if field == "remove" else ""
+            raise InputError(field, f"{found}, so that nothing would go{helps}")
+        if kept < self.fewest:
+            reason = f"a token gets {self.per_token}"
+            if self.groups > 1:
+                reason += f" from {self.chosen_groups} of {self.groups} groups"
+            raise InputError(field, f"{found}; at least {self.fewest} must stay, because {reason}")
+        if kept % self.groups:
+            raise InputError(field, f"{found}, of which {self.groups} groups cannot have equally many")
+
+    @property
+    def fewest(self) -> int:
+        """The least number of experts that every layer must keep."""
+        if self.groups == 1:
+            return self.per_token
+        of_group = max(LEAST_OF_GROUP, -(-self.per_token // self.chosen_groups))
+        return of_group * self.groups
+
+    def multiple(self, asked: int) -> int:
+        """Return the least multiple of a number that groups can have equally."""
+        return lcm(asked, self.groups)
+
+
+def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
+    """Return the experts of a model.
+
+    Raises:
+        InputError: it has none, or its layers differ in their number.
+    """
+    found: dict[int, str] = {}
+    counts: dict[int, int] = {}
+    for index, kind in enumerate(skeleton.family.kinds):
+        if len(kind.mixtures) > 1:
+            raise InputError(field, f"layer {index} has several mixtures of experts: {', '.join(kind.mixtures)}")
+        for path in kind.mixtures:
+            found[index] = path
+            names = skeleton.layer_tensors(index)
+            counts[index] = len({place for name in names if (place := _expert(_inside(skeleton, index, name), path))})
+    if not found:
+        raise InputError(field, f"model_type {skeleton.config.model_type!r} has no experts in its layers")
+    if len(set(counts.values())) > 1:
+        stated = ", ".join(f"{count} in layer {layer}" for layer, count in sorted(counts.items())[:4])
+        raise InputError(field, f"layers have different numbers of experts ({stated}), which are not cut yet")
+    config = skeleton.config
+    per_token = next((value for name in PER_TOKEN if (value := _largest(getattr(config, name, None)))), None)
+    if per_token is None:
+        raise InputError(field, f"its config does not say how many experts a token gets ({', '.join(PER_TOKEN)})")
+    groups = getattr(config, "n_group", None) or 1
+    return Mixture(found, next(iter(counts.values())), per_token, groups, getattr(config, "topk_group", None) or groups)
+
+
+def fewer_experts_of(job: PruningJob, checkpoint: Checkpoint, skeleton: Skeleton) -> "FewerExperts | None":
+    """Return the model that a job which removes experts makes; None where it removes none.
+
+    Raises:
+        InputError: the model has no experts, or cannot give so many.
+    """
+    removal = job.removal
+    if not isinstance(removal, ExpertRemoval):
+        return None
+    mixture = mixture_of(skeleton)
+    if removal.keep is not None:
+        kept, field, asked = removal.keep, "keep", f"{removal.keep}"
+    else:
+        assert removal.remove is not None
+        multiple = mixture.multiple(removal.multiple)
+        kept, field = kept_of(mixture.experts, removal.remove, multiple), "remove"
+        asked = f"{removal.remove:g} (a multiple of {multiple})"
+    mixture.check(kept, field, asked)
+    return FewerExperts(checkpoint, skeleton, mixture, kept)
+
+
+class FewerExperts:
+    """A model beside the one that has `kept` experts in each of its layers.
+
+    Raises:
+        InputError: transformers makes no such model from the config.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, mixture: Mixture, kept: int) -> None:
+        self.checkpoint, self.skeleton, self.mixture, self.kept = checkpoint, skeleton, mixture, kept
+        self.changes = self._changes()
+        content = with_changes(
+            checkpoint.folder.read_json(CONFIG),
+            self.changes,
+            tower=checkpoint.has_tower,
+            untied=checkpoint.own_head,
+        )
+        place = f"{checkpoint.folder.url}/{CONFIG} with {kept} experts"
+        config = language_config(parse_config(dump_json(content).encode(), place))
+        self.reduced = Skeleton(config, skeleton.device, skeleton.dtype)
+        found = mixture_of(self.reduced)
+        if found.experts != kept or found.layers != mixture.layers:
+            raise InputError("model", f"{place} makes a model with {found.experts}: its count has a name not known")
+        self._check_dtypes()
+        self._check_further_layers()
+
+    def _check_further_layers(self) -> None:
+        """Check that the checkpoint has no experts beside those of the model's layers, whose number would not fit."""
+        read = self.skeleton.tensors()
+        for name in self.checkpoint.entries:
+            if name not in read and ".experts." in name:
+                url, stored = self.checkpoint.folder.url, self.checkpoint.stored_name(name)
+                reason = "of a layer that transformers does not run: its experts cannot be cut yet"
+                raise InputError("model", f"{url} holds {stored}, {reason}")
+
+    def _check_dtypes(self) -> None:
+        """Check that an expert can take the place of another one: both are stored in the same dtypes."""
+        for index, path in self.mixture.layers.items():
+            dtypes: dict[str, torch.dtype] = {}
+            for name in self.skeleton.layer_tensors(index):
+                if (place := _expert(_inside(self.skeleton, index, name), path)) is None:
+                    continue
+                part, dtype = name.replace(f"{path}.{place}.", ""), self.checkpoint.entries[name].dtype
+                if dtypes.setdefault(part, dtype) != dtype:
+                    raise InputError("model", f"tensor {name} is {dtype}, and that of another expert {dtypes[part]}")
+
+    def _changes(self) -> dict[str, Any]:
+        """Return the new values of all fields of the file that say how many experts there are."""
+        raw = self.checkpoint.folder.read_json(CONFIG)
+        language = raw["text_config"] if self.checkpoint.has_tower else raw
+        named = {name: self._changed(language[name]) for name in COUNTS if name in language}
+        if not named:  # where the file leaves the number to the class
+            own = self.skeleton.config.to_dict()
+            named = {name: self._changed(own[name]) for name in COUNTS if name in own}
+        return named
+
+    def _changed(self, value: Any) -> Any:
+        if isinstance(value, list):  # one for each layer
+            return [self._changed(item) for item in value]
+        return self.kept if value == self.mixture.experts else value
+
+    def place(self, name: str) -> Place:
+        """Return the place in the files of a tensor of the new model."""
+        place = self.checkpoint.place(name)
+        if place.slice is None:
+            return place
+        return replace(place, slice=replace(place.slice, shape=(self.kept, *place.slice.shape[1:])))
+
+    def shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a layer's tensors as they become, by their names within it."""
+        return {_inside(self.reduced, index, name): s for name, s in self.reduced.layer_tensors(index).items()}
+
+    def tensor(self, index: int, name: str, kept: Sequence[int]) -> Tensor | None:
+        """Return a tensor of a layer that keeps some experts, in its stored dtype; None where it stays what it is.
+
+        Args:
+            name: within the layer, of the new model.
+            kept: the experts that stay, ascending; the first of them becomes expert 0.
+        """
+        prefix = f"{self.skeleton.family.layers}.{index}."
+        path = self.mixture.layers.get(index)
+        if path is None:
+            return None
+        if (place := _expert(name, path)) is not None:
+            source = f"{path}.{kept[int(place)]}.{name.removeprefix(f'{path}.{place}.')}"
+            return self.checkpoint.read(prefix + source)
+        dimension = self._sliced[index].get(name)
+        if dimension is None:
+            return None
+        stored = self.checkpoint.read(prefix + name)
+        return stored.index_select(dimension, torch.tensor(kept)).contiguous()
+
+    @cached_property
+    def _sliced(self) -> dict[int, dict[str, int]]:
+        """The dimension of experts of every tensor that has one and is no expert's own, by layer and name."""
+        found: dict[int, dict[str, int]] = {}
+        for index, path in self.mixture.layers.items():
+            after = self.shapes(index)
+            found[index] = {}
+            for name, before in self.skeleton.layer_tensors(index).items():
+                own = _inside(self.skeleton, index, name)
+                if _expert(own, path) is not None or after[own] == before:
+                    continue
+                differing = [
+                    place for place, sizes in enumerate(zip(before, after[own], strict=True)) if len({*sizes}) > 1
+                ]
+                assert [(before[place], after[own][place]) for place in differing] == [
+                    (self.mixture.experts, self.kept)
+                ], f"{name} changes otherwise than by experts"
+                found[index][own] = differing[0]
+        return found
+
+    def parts(self, index: int) -> tuple[str, ...]:
+        """Return the names of an expert's own tensors, within the expert."""
+        first = f"{self.mixture.layers[index]}.0."
+        names = (_inside(self.skeleton, index, name) for name in self.skeleton.layer_tensors(index))
+        return tuple(name.removeprefix(first) for name in names if name.startswith(first))
+
+    def active(self, skeleton: Skeleton) -> int:
+        """Return the number of parameters of one of the two models that a token passes through."""
+        experts = self.mixture.experts if skeleton is self.skeleton else self.kept
+        inside = sum(
+            prod(shape)
+            for index, path in self.mixture.layers.items()
+            for name, shape in skeleton.layer_tensors(index).items()
+            if _inside(skeleton, index, name).startswith(f"{path}.")
+        )
+        return skeleton.parameters() - inside + inside // experts * self.mixture.per_token
+
+
+def _inside(skeleton: Skeleton, index: int, name: str) -> str:
+    """Return the name within its layer of a tensor."""
+    return name.removeprefix(f"{skeleton.family.layers}.{index}.")
+
+
+def _expert(name: str, mixture: str) -> str | None:
+    """Return the number of the expert whose own a tensor is, by its name within the layer; None for others."""
+    match = re.match(rf"{re.escape(mixture)}\.(\d+)\.", name)
+    return match[1] if match else None
+
+
+def _largest(value: Any) -> int | None:
+    """Return a number, or the largest of a list of them."""
+    return max(value, default=None) if isinstance(value, list | tuple) else value

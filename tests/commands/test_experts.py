@@ -1,0 +1,400 @@
+"""Runs that remove experts, against transformers' own models."""
+
+import functools
+import json
+import shutil
+from collections import defaultdict
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from shardprune import ExpertsRecipe, PipelineRecipe, experts, pipeline
+from shardprune.cli import main
+from shardprune.commands.check import check
+from shardprune.errors import InputError
+from shardprune.model.experts import is_mixture
+from shardprune.report.page.experts_map import experts_map, lost_weight
+from shardprune.report.progress import Reporter
+from shardprune.shard.expert_worker import ExpertWorker
+from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.storage.folder import Folder
+from tests.commands.test_architectures import perplexity
+from tests.support.architectures import MIXTURES, make_architecture
+from tests.support.tiny import differing, load_tensors, make_model, make_tokens, snapshot
+
+SAMPLES, SEQLEN, WAVE = 12, 24, 4
+GROUPED = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe"}  # of which each group keeps two, and has four
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def fields(folder, out, model="model", **changed):
+    return {
+        **{"model": str(folder / model), "out": str(folder / out), "calibration": str(folder / "tokens.npy")},
+        **{"samples": SAMPLES, "seqlen": SEQLEN, "wave": WAVE, "backend": "local", "threads": 1, "report": False},
+        **changed,
+    }
+
+
+def remove(folder, out, model="model", **changed):
+    return experts(ExpertsRecipe.checked(fields(folder, out, model, **changed)), Reporter(quiet=True))
+
+
+def material(folder, model_type):
+    """A model of an architecture and a text; routers choose differently for different tokens."""
+    values = MIXTURES[model_type]
+    make_architecture(folder / "model", model_type, values | ({"n_routed_experts": 8} if model_type in GROUPED else {}))
+    make_tokens(folder / "tokens.npy")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A folder with a Qwen3-MoE of six experts in both of its layers."""
+    return material(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
+
+
+def load(path):
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
+    )
+    assert not any(found.values()), found
+    return model.eval()
+
+
+def mixtures_of(model):
+    """The experts' modules of a model, in the order of its layers."""
+    return [module for module in model.modules() if is_mixture(module)]
+
+
+def plain_statistics(model, windows):
+    """Sums over the tokens of each expert by layer, each expert called alone with the tokens that are routed to it."""
+    found = []
+    for module in mixtures_of(model):
+        sums = defaultdict(lambda: np.zeros(5))
+        sums["largest"] = np.zeros(module.down_proj.shape[0])
+        found.append(sums)
+
+        def add(module, given, sums=sums, forward=module.forward):
+            hidden, index, weights = given
+            for expert in range(module.down_proj.shape[0]):
+                tokens, places = torch.where(index == expert)
+                if len(tokens):
+                    alone = torch.full((len(tokens), 1), expert), torch.ones(len(tokens), 1, dtype=weights.dtype)
+                    output = forward(hidden[tokens], *alone).double()
+                    norm, weight = output.norm(dim=-1), weights[tokens, places].double()
+                    parts = (torch.ones_like(norm), weight, norm, weight * norm, norm**2)
+                    sums[expert] += np.array([float(part.sum()) for part in parts])
+                    sums["largest"][expert] = max(sums["largest"][expert], float(output.abs().max()))
+
+        module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for wave in windows.split(WAVE):
+            model(wave, use_cache=False)
+    return found
+
+
+def choose_among(dense, small, kept):
+    """Let the routers of a dense model have the rows of the kept experts alone, and its experts the tokens that these
+    get."""
+    inside = [f"{name}." for name, module in dense.named_modules() if is_mixture(module)]
+    after = small.state_dict()
+    for name, tensor in dense.state_dict().items():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if name.startswith(tuple(inside)) or after[name].shape == tensor.shape:
+            continue
+        (dim,) = (d for d, sizes in enumerate(zip(tensor.shape, after[name].shape, strict=True)) if len({*sizes}) > 1)
+        path, _, leaf = name.rpartition(".")
+        module = dense.get_submodule(path)
+        rows = tensor.index_select(dim, torch.tensor(kept[layer]))
+        if leaf in module._buffers:
+            module._buffers[leaf] = rows
+        else:
+            module._parameters[leaf] = torch.nn.Parameter(rows, requires_grad=False)
+        for count in COUNTS:
+            if isinstance(getattr(module, count, None), int):
+                setattr(module, count, len(kept[layer]))
+    for module, own in zip(mixtures_of(dense), kept.values(), strict=True):
+        places = torch.tensor(own)
+        module.register_forward_pre_hook(lambda _module, given, places=places: (given[0], places[given[1]], *given[2:]))
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@torch.no_grad()
+def test_the_output_is_the_dense_model_whose_router_chooses_among_the_kept_experts(model_type, tmp_path):
+    folder = material(tmp_path, model_type)
+    windows = torch.from_numpy(np.load(folder / "tokens.npy"))
+    text = str(folder / "tokens.npy")
+    count = 8 if model_type in GROUPED else MIXTURES["qwen3_moe"]["num_experts"] if model_type == "qwen3_moe" else 4
+    result = remove(folder, "out", keep=count // 2 + (model_type == "qwen3_moe"), eval=(text,))
+    kept = {layer.layer: layer.kept for layer in result.experts.layers}
+
+    known = json.loads((folder / "out" / "experts.json").read_text())["routed"]
+    plain = plain_statistics(load(folder / "model"), windows)
+    for (layer, own), sums in zip(known.items(), plain, strict=True):
+        for row, name in enumerate(("tokens", "weights", "norms", "products", "squares")):
+            assert own[name] == pytest.approx([sums[expert][row] for expert in range(count)], rel=1e-6), (layer, name)
+        assert own["maxima"] == pytest.approx(sums["largest"].tolist(), rel=1e-6)
+        means = [sums[expert][3] / max(1, sums[expert][0]) for expert in range(count)]
+        scored = next(one for one in result.experts.layers if one.layer == int(layer))
+        assert scored.scores == pytest.approx(means, rel=1e-6)
+        gone = 1 - sum(sums[expert][1] for expert in scored.kept) / sum(sums[expert][1] for expert in range(count))
+        assert scored.lost == pytest.approx(gone, abs=1e-6)
+
+    dense, small = load(folder / "model"), load(folder / "out")
+    choose_among(dense, small, kept)
+    assert torch.equal(small(windows[:4], use_cache=False).logits, dense(windows[:4], use_cache=False).logits)
+    (measured,) = result.perplexity.values()
+    assert measured.before == pytest.approx(perplexity(folder / "model", windows), rel=1e-4)
+    assert measured.after == pytest.approx(perplexity(folder / "out", windows), rel=1e-4)
+    assert (result.experts.before, result.experts.after) == (count, len(next(iter(kept.values()))))
+    raw, before = (json.loads((folder / name / "config.json").read_text()) for name in ("out", "model"))
+    named = [name for name in COUNTS if name in before]
+    assert named
+    assert {name: raw[name] for name in named} == dict.fromkeys(named, result.experts.after)
+    assert {name for name in raw if raw[name] != before.get(name)} == set(named)
+    assert result.model.parameters_after == sum(parameter.numel() for parameter in small.parameters())
+    assert [verdict.faults for verdict in check(str(folder / "out"))] == [[]]
+
+
+def test_on_any_workers_it_is_the_same(mixture):
+    single = remove(mixture, "single", keep=4)
+    for out, changed in (
+        ("sharded", {"shards": 2}),
+        ("streamed", {"weights": "streamed"}),
+        ("streamed shards", {"shards": 2, "weights": "streamed"}),
+        ("replicated", {"replicas": 2}),
+        ("all", {"shards": 2, "replicas": 3, "weights": "streamed"}),
+    ):
+        result = remove(mixture, out, keep=4, **changed)
+        assert differing(mixture / "single", mixture / out) == []
+        files = [(mixture / name / "experts.json").read_bytes() for name in (out, "single")]
+        if "replicas" not in changed:
+            assert result.experts == single.experts
+            assert files[0] == files[1]
+        sums = [json.loads(file)["routed"] for file in files]
+        for layer, columns in sums[0].items():
+            for name, column in columns.items():
+                assert column == pytest.approx(sums[1][layer][name], rel=1e-6)
+
+
+@pytest.mark.parametrize("score", ExpertsRecipe.choices("score"))
+def test_another_share_and_another_score_need_no_second_pass(score, mixture, tmp_path, monkeypatch):
+    if not (mixture / "first").exists():
+        remove(mixture, "first", keep=5)
+    direct = remove(mixture, tmp_path / "direct", keep=3, score=score) if score != "aimer" else None
+    text = {"calibration": ("c4",)}  # as they are where nobody gives them
+
+    def no_pass(*_):
+        raise AssertionError("a wave passes through")
+
+    monkeypatch.setattr(ForwardWorker, "embed", no_pass)
+    again = remove(mixture, tmp_path / "again", keep=3, score=score, statistics=str(mixture / "first"), **text)
+    for layer in again.experts.layers:
+        free = [place for place in range(6) if place not in layer.protected]
+        ranked = sorted(free, key=lambda place: -layer.scores[place])[: 3 - len(layer.protected)]
+        assert layer.kept == sorted({*layer.protected, *ranked})
+    if direct:
+        assert differing(tmp_path / "direct", tmp_path / "again") == []
+        assert again.experts == direct.experts
+        assert again.calibration is None
+
+
+def test_aimer_looks_at_the_weights_alone(mixture, tmp_path):
+    result = remove(mixture, tmp_path / "out", keep=4, score="aimer", calibration=("c4",))
+    tensors = load_tensors(mixture / "model")
+    for layer in result.experts.layers:
+        ratios = []
+        for expert in range(6):
+            prefix = f"model.layers.{layer.layer}.mlp.experts.{expert}."
+            weights = torch.cat([tensor.flatten() for name, tensor in tensors.items() if name.startswith(prefix)])
+            ratios.append(float(weights.double().abs().mean() / weights.double().square().mean().sqrt()))
+        assert layer.scores == pytest.approx([-ratio for ratio in ratios], rel=1e-6)
+        assert layer.kept == sorted(sorted(range(6), key=lambda expert: ratios[expert])[:4])
+        assert layer.tokens is None
+    given = {"statistics": str(tmp_path / "out"), "calibration": ("c4",)}
+    with pytest.raises(InputError, match="^statistics: .* made no pass, and score reap needs one"):
+        remove(mixture, tmp_path / "second", keep=4, **given)
+    assert not (tmp_path / "second").exists()
+
+
+def test_every_group_keeps_as_many_experts(tmp_path):
+    folder = material(tmp_path, "deepseek_v3")
+    for layer in remove(folder, "out", keep=4).experts.layers:
+        assert [sum(expert // 4 == group for expert in layer.kept) for group in range(2)] == [2, 2]
+
+
+def test_an_expert_with_extreme_outputs_stays_whatever_its_score(tmp_path):
+    folder = material(tmp_path, "qwen3_moe")
+    file = folder / "model" / "model.safetensors"
+    tensors = load_file(file)
+    lowest = remove(folder, "first", keep=4, protect=False).experts.layers[0]
+    least = min(range(6), key=lambda expert: lowest.scores[expert])
+    # One neuron that is seldom active: of one token the output is extreme, and its mean is not.
+    down = tensors[f"model.layers.0.mlp.experts.{least}.down_proj.weight"]
+    down[3] *= 40
+    save_file(tensors, file, {"format": "pt"})
+    kept = {}
+    for protect in (True, False):
+        result = remove(folder, f"protect-{protect}", keep=2, protect=protect, score="frequency")
+        kept[protect] = result.experts.layers[0]
+    rarest = min(range(6), key=lambda expert: kept[True].tokens[expert])
+    assert kept[True].protected == [least]
+    assert least in kept[True].kept
+    assert kept[False].protected == []
+    assert (least in kept[False].kept) == (least in sorted(range(6), key=lambda e: -kept[False].tokens[e])[:2])
+    assert rarest not in kept[False].kept
+
+
+def test_a_pipeline_removes_experts_and_the_report_draws_them(mixture, tmp_path):
+    text = str(mixture / "tokens.npy")
+    section = {"keep": 4, "calibration": text, "samples": SAMPLES, "seqlen": SEQLEN, "wave": WAVE}
+    recipe = {
+        **{"model": str(mixture / "model"), "out": str(tmp_path / "o"), "backend": "local", "threads": 1},
+        **{"experts": section, "evaluate": {"perplexity": text, "seqlen": SEQLEN}},
+    }
+    results = pipeline(PipelineRecipe.checked(recipe), Reporter(quiet=True))
+    direct = remove(mixture, "for the report", keep=4)
+    assert differing(tmp_path / "o" / "pruned", mixture / "for the report") == []
+    assert results["experts"].experts == direct.experts
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "4 of 6 experts by reap" in page
+    assert "Experts that stayed, by layer" in page
+    assert "Routing weight lost by layer" in page
+    drawn = experts_map(direct.experts).figure.data[0]
+    for row, words, layer in zip(drawn.z, drawn.customdata, direct.experts.layers, strict=True):
+        assert [place for place, score in enumerate(row) if score is not None] == layer.kept
+        assert [f"{count:,} tokens" in said for count, said in zip(layer.tokens, words, strict=True)] == [True] * 6
+    assert list(lost_weight(direct.experts).figure.data[0].y) == [100 * layer.lost for layer in direct.experts.layers]
+
+
+# -- runs that are cut off ---------------------------------------------------------------------------------------------
+
+PHASES = {
+    "in the pass": (ForwardWorker, "discard", 2),
+    "between the layers of a streamed pass": (ForwardWorker, "propagate", 4),
+    "when the statistics are collected": (ExpertWorker, "tallies", 1),
+    "when the statistics are written": (Folder, "write_text", 0),
+    "before the first layer is written": (ExpertWorker, "write", 0),
+    "among the layers": (ExpertWorker, "write", 1),
+    "when a layer is finished": (ExpertWorker, "finish", 1),
+    "in the frame": (Folder, "write", None),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_path, monkeypatch):
+    owner, name, calls = PHASES[phase]
+    changed = {"keep": 4, "eval": (str(mixture / "tokens.npy"),)}
+    changed |= {"weights": "streamed"} if "streamed" in phase else {}
+    if not (mixture / "plain").exists():
+        remove(mixture, "plain", keep=4, eval=(str(mixture / "tokens.npy"),))
+    original, left = getattr(owner, name), calls
+
+    @functools.wraps(original)
+    def failing(self, *args, **keywords):
+        nonlocal left
+        if calls is None:
+            if str(args[0]).startswith("model-00001"):
+                raise KeyboardInterrupt
+        elif name != "write_text" or args[0] == "experts.json":
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+        return original(self, *args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(KeyboardInterrupt):
+            remove(mixture, tmp_path / "out", **changed)
+    assert not (tmp_path / "out" / "result.json").exists()
+    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-*")}
+    observed = (tmp_path / "out" / "experts.json").exists()
+    with monkeypatch.context() as patch:
+        if observed:
+            patch.setattr(ExpertWorker, "tallies", None)  # no second pass
+        result = remove(mixture, tmp_path / "out", **changed)
+    assert differing(mixture / "plain", tmp_path / "out") == []
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == finished
+    before = json.loads((mixture / "plain" / "result.json").read_text())
+    assert result.as_json()["experts"] == before["experts"]
+    assert (tmp_path / "out" / "experts.json").read_bytes() == (mixture / "plain" / "experts.json").read_bytes()
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name == "run.json"]
+
+
+def test_a_finished_run_is_not_done_again_and_a_damaged_layer_is(mixture, tmp_path):
+    first = remove(mixture, tmp_path / "out", keep=4)
+    before = snapshot(tmp_path / "out")
+    assert remove(mixture, tmp_path / "out", keep=4, shards=2).experts == first.experts
+    assert snapshot(tmp_path / "out") == before
+    damaged = tmp_path / "out" / "model-00002-of-00003.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    remove(mixture, tmp_path / "out", keep=4)
+    assert damaged.read_bytes() == before[damaged.name]
+    with pytest.raises(InputError, match="^out: .* holds another run"):
+        remove(mixture, tmp_path / "out", keep=3)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "remove: missing; give the share of experts to remove, or the number to keep": {},
+    "remove: 1.5 is not allowed; use a number above 0 and below 1": {"remove": 1.5},
+    "keep: 4 does not go with remove 0.5; give one of them": {"remove": 0.5, "keep": 4},
+    "multiple: 2 has no effect without remove": {"keep": 4, "multiple": 2},
+    "remove: 0.25 (a multiple of 8) keeps 8 of 6 experts, so that nothing would go; give a smaller --multiple": {
+        "remove": 0.25
+    },
+    "keep: 6 keeps 6 of 6 experts, so that nothing would go": {"keep": 6},
+    "keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2": {"keep": 1},
+    "has no effect without a pass: aimer looks at the weights alone": {"keep": 4, "score": "aimer"},
+    "score: 'best' is not allowed; use one of reap, frequency": {"keep": 4, "score": "best"},
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED)
+def test_bad_input_is_refused_before_any_work(problem, mixture):
+    with pytest.raises(InputError) as found:
+        remove(mixture, "refused", **REFUSED[problem])
+    assert problem in str(found.value)
+    assert not (mixture / "refused").exists()
+
+
+def test_models_and_statistics_that_do_not_fit_are_refused(mixture, tmp_path):
+    make_model(tmp_path / "dense")
+    given = fields(mixture, tmp_path / "out", keep=2, model=str(tmp_path / "dense"))
+    with pytest.raises(InputError, match="^model: model_type 'llama' has no experts in its layers"):
+        experts(ExpertsRecipe.checked(given), Reporter(quiet=True))
+    other = material(tmp_path / "other", "olmoe")
+    remove(other, "out", keep=2)
+    text = {"calibration": ("c4",)}
+    for folder, problem in (
+        (other / "out", "^statistics: .*experts.json is of another model"),
+        (other / "model", "^statistics: .* holds no experts.json; give the output of `shardprune experts`"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            remove(mixture, tmp_path / "out", keep=4, statistics=str(folder), **text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_experts_of_layers_that_transformers_does_not_run_are_refused(mixture, tmp_path):
+    shutil.copytree(mixture / "model", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["model.layers.2.mlp.experts.0.up_proj.weight"] = torch.zeros(16, 32)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"^model: .* holds model\.layers\.2\.mlp\.experts\.0\.up_proj\.weight, of a layer"
+    ):
+        remove(mixture, tmp_path / "out", model=str(tmp_path / "model"), keep=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_what_is_wrong_in_one_line_with_exit_code_2(mixture, capsys):
+    text = ("--calibration", str(mixture / "tokens.npy"), "--samples", "12", "--seqlen", "24", "--backend", "local")
+    with pytest.raises(SystemExit) as end:
+        main(["experts", str(mixture / "model"), "--out", str(mixture / "refused"), "--keep", "1", *text])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2")
