@@ -18,7 +18,6 @@ from shardprune import ExportRecipe, export, load_exported, to_semi_structured
 from shardprune.errors import InputError
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
-from shardprune.solvers.pattern import NM
 from shardprune.storage.stdlib import documents
 
 NEAR = 3e-2  # of logits in bfloat16: sums in another order
@@ -35,7 +34,7 @@ def run(setting: Setting, rows: Rows) -> None:
         vocab_size=1024,
         hidden_size=setting.size(8192, 64),
         intermediate_size=setting.size(28672, 128),
-        num_hidden_layers=setting.size(3, 1),
+        num_hidden_layers=setting.size(2, 1),
         num_attention_heads=setting.size(64, 4),
         num_key_value_heads=setting.size(8, 2),
     )
@@ -45,7 +44,7 @@ def run(setting: Setting, rows: Rows) -> None:
         dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for module in dense.model.layers.modules():
         if isinstance(module, nn.Linear):
-            module.weight[NM(2, 4).mask(module.weight.abs(), 0.5, per_row=True)] = 0
+            module.weight.view(-1, 4)[:, 2:] = 0  # which of four are zero changes no speed
     models = {"dense": dense}
     if setting.cuda:
         models["2:4"] = _compressed(dense, rows)
@@ -60,7 +59,7 @@ def run(setting: Setting, rows: Rows) -> None:
 
 def _bundled(setting: Setting, folder: str, rows: Rows) -> None:
     """Prune the bundled model to 2:4, and compare its export's perplexity with that of the checkpoint."""
-    fields = {"sparsity": None, "pattern": "2:4", "method": "magnitude", "measure_error": False}
+    fields = {"sparsity": None, "pattern": "2:4", "method": "magnitude", "measure_error": False, "eval_windows": 2}
     prune_bundled(setting, setting.device, f"{folder}/out", rows, **fields)
     recipe = ExportRecipe(model=f"{folder}/out", to=f"{folder}/export", format="semi-structured")
     found = export(recipe, Reporter(quiet=True))

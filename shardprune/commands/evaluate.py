@@ -27,6 +27,8 @@ from shardprune.storage.windows import tokens_hash
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
 
+    from shardprune.evaluation.latency import Candidates
+
 
 def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> EvaluationResult:
     """Measure a model as a recipe says; what is measured joins what its result.json has already.
@@ -44,11 +46,14 @@ def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Evalua
             earlier = record.made()
             windows = _windows(recipe, model)
             opened = _open_tasks(recipe, model)
+            candidates = _open_candidates(recipe, model)
         with closing(model):
             evaluation = _Evaluation(recipe, model, record, clock)
             evaluation.measure_perplexities(windows)
             if opened:
                 evaluation.evaluate_tasks(opened)
+            if candidates:
+                evaluation.measure_latency(candidates)
             if not record.kept:
                 reporter.say(
                     f"{record.folder.url} holds no result of shardprune: nothing is written (--out says where)"
@@ -71,6 +76,7 @@ def check_evaluation(recipe: EvaluateRecipe, backend: Backend, reporter: Reporte
     model = ShardedModel(recipe.model, recipe, backend, reporter)
     _windows(recipe, model)
     _open_tasks(recipe, model)
+    _open_candidates(recipe, model)
 
 
 class _Evaluation:
@@ -97,6 +103,14 @@ class _Evaluation:
             results = evaluate_tasks(self._answering(), opened, self.recipe)
         tasks = {**self.found.tasks, **results}
         self._keep(tasks=tasks, harness=version("lm-eval"), engine=self.recipe.engine)
+
+    def measure_latency(self, candidates: "Candidates") -> None:
+        from shardprune.evaluation.latency import measure
+
+        self.model.close()  # which leaves its memory to the models in this process
+        with self.clock.phase("latency"):
+            latency = measure(self.recipe, candidates, self.model, self.model.reporter)
+        self._keep(latency=latency)
 
     def result(self) -> EvaluationResult:
         """Return the measurements of this evaluation and of earlier ones."""
@@ -133,6 +147,14 @@ def _windows(recipe: EvaluateRecipe, model: ShardedModel) -> dict[str, Tensor]:
     if recipe.perplexity:
         check_seqlen(recipe.seqlen, model.skeleton)
     return open_texts(recipe.perplexity, model.opened, recipe.seqlen, recipe.windows, "perplexity")
+
+
+def _open_candidates(recipe: EvaluateRecipe, model: ShardedModel) -> "Candidates | None":
+    if not recipe.latency:
+        return None
+    from shardprune.evaluation.latency import open_candidates
+
+    return open_candidates(recipe, model)
 
 
 def _open_tasks(recipe: EvaluateRecipe, model: ShardedModel) -> list[Any]:

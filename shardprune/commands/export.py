@@ -1,5 +1,8 @@
 """The story of `shardprune export`: a pruned checkpoint in a form that is smaller, or the checkpoint back from it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from shardprune.errors import InputError, StorageError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.exports import Export, open_export, open_weights, stored_as
@@ -10,13 +13,13 @@ from shardprune.storage.byte_planes import codec
 from shardprune.storage.digests import digest_of
 from shardprune.storage.folder import Folder
 from shardprune.storage.journal import lasting_names
-from shardprune.storage.json_file import dump_json, fitting
+from shardprune.storage.json_file import dump_json
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import BESIDE, CARD, EXPORT, RESTORED, RESULT, STATE
 from shardprune.storage.owner import check_unowned, owned
 from shardprune.storage.retrying import preflight
-from shardprune.storage.sparse_file import belongs, write_sparse
+from shardprune.storage.sparse_file import SparseFile, belongs, write_sparse
 
 # Files that go along where they are there, beside config and tokenizer.
 GOES_ALONG = (RESULT, *BESIDE, CARD, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
@@ -29,7 +32,7 @@ def export(recipe: ExportRecipe, reporter: Reporter | None = None) -> Export:
 
     Raises:
         InputError: something in the recipe cannot work; nothing has been written then.
-        StorageError: storage stays away, or the checkpoint changed meanwhile.
+        StorageError: storage stays away, a file is damaged, or the checkpoint changed meanwhile.
     """
     reporter = reporter or Reporter()
     return _restore(recipe, reporter) if recipe.restore else _export(recipe, reporter)
@@ -48,17 +51,26 @@ def _export(recipe: ExportRecipe, reporter: Reporter) -> Export:
             reporter.say(f"{target.url} is finished already")
             return open_export(recipe.to, "to")[1]
         _check_target(target)
-    with owned(target):
+    with owned(target), _at_work():
         target.remove_partial()
-        target.write_json(EXPORT, planned.model_dump(mode="json"))
+        planned.write(target)
         with reporter.step("export", len(planned.files)) as step:
             for name in planned.files:
                 _write(source, name, target, planned)
                 step.advance(1)
         source.check_unchanged()
         planned.stored_bytes = sum(target.size(stored_as(name)) or 0 for name in planned.files)
-        target.write_json(EXPORT, planned.model_dump(mode="json"))
+        planned.write(target)
     return planned
+
+
+@contextmanager
+def _at_work() -> Iterator[None]:
+    """Report a damaged file that is met in the middle of the work as the end of a run, not as bad input."""
+    try:
+        yield
+    except InputError as error:
+        raise StorageError(error.field, error.problem) from error
 
 
 def _planned(source: Checkpoint, recipe: ExportRecipe) -> Export:
@@ -98,7 +110,7 @@ def _finished(target: Folder, planned: Export) -> bool:
     if not names:
         return False
     try:
-        found = fitting(target.read_json(EXPORT), Export) if EXPORT in names else None
+        found = Export.read(target) if EXPORT in names else None
     except Malformed:
         found = None
     if found is None:
@@ -128,20 +140,32 @@ def _restore(recipe: ExportRecipe, reporter: Reporter) -> Export:
             reporter.say(f"{target.url} is finished already")
             return export
         _check_target(target)
-    with owned(target):
+    with owned(target), _at_work():
         target.remove_partial()
         target.write_json(RESTORED, {"fingerprint": export.fingerprint})
         left = manifest_faults(target, export.files)
         with reporter.step("restore", len(left)) as step:
             for name in left:
                 if name in weights:
-                    weights[name].restore(target, name)
+                    _restore_weights(weights[name], target, name)
                 else:
                     target.write_bytes(name, source.read_bytes(stored_as(name)))
                 step.advance(1)
         _check_restored(target, export.files)
         target.remove(RESTORED)
     return export
+
+
+def _restore_weights(file: SparseFile, target: Folder, name: str) -> None:
+    """Write a file of weights.
+
+    Raises:
+        StorageError: the sparse one is damaged where only reading all of it finds out.
+    """
+    try:
+        file.restore(target, name)
+    except InputError as error:
+        raise StorageError(error.field, error.problem) from error
 
 
 def _restored(target: Folder, export: Export) -> bool:

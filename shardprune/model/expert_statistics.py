@@ -13,9 +13,10 @@ from shardprune.errors import InputError
 from shardprune.model.expert_removal import Mixture
 from shardprune.solvers.expert_scores import ROUTED, ExpertScore, ExpertStatistics, super_experts
 from shardprune.storage.folder import Folder
-from shardprune.storage.json_file import dump_json, parse_model
+from shardprune.storage.json_file import dump_json, fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.output_names import EXPERTS
+from shardprune.storage.sealed_json import sealed_fields, unsealed
 
 Known = ConfigDict(extra="forbid")
 Layer = Annotated[int, Field(ge=0)]
@@ -56,7 +57,7 @@ class StatisticsFile:
 
     def written(self) -> str:
         """Return the content as text."""
-        return dump_json(_plain(self)) + "\n"
+        return dump_json(sealed_fields(_plain(self))) + "\n"
 
     def digest(self) -> str:
         """Return a hash of the content."""
@@ -77,13 +78,13 @@ def read_statistics(folder: Folder, model: str, mixture: Mixture) -> StatisticsF
         model: identity of the dense model whose they must be.
 
     Raises:
-        InputError: there are none, or they are another model's; names the folder's field.
+        InputError: there are none, they are damaged, or another model's; names the folder's field.
     """
     place = f"{folder.url}/{EXPERTS}"
     if not folder.is_file(EXPERTS):
         raise InputError(folder.field, f"{folder.url} holds no {EXPERTS}; give the output of `shardprune experts`")
     with located(folder.field, place):
-        found = parse_model(folder.read_bytes(EXPERTS), StatisticsFile)
+        found = fitting(unsealed(folder.read_json(EXPERTS)), StatisticsFile)
     if found.model != model:
         raise InputError(folder.field, f"{place} is of another model")
     for own in (found.routed, found.ratios):

@@ -15,6 +15,7 @@ from shardprune.storage.json_file import fitting
 from shardprune.storage.malformed import located, shown
 from shardprune.storage.manifest import FileRecord
 from shardprune.storage.output_names import EXPORT, RESULT
+from shardprune.storage.sealed_json import sealed_fields, unsealed
 from shardprune.storage.sparse_file import Compression, SparseFile
 
 PREFIX = "sparse-"
@@ -49,6 +50,23 @@ class Export(BaseModel):
         """The bytes of the checkpoint's files."""
         return sum(record.bytes for record in self.files.values())
 
+    def write(self, folder: Folder) -> None:
+        """Write `export.json`.
+
+        Raises:
+            StorageError: storage cannot be written.
+        """
+        folder.write_json(EXPORT, sealed_fields(self.model_dump(mode="json")))
+
+    @classmethod
+    def read(cls, folder: Folder) -> "Export":
+        """Read `export.json`.
+
+        Raises:
+            Malformed: it is not what was written.
+        """
+        return fitting(unsealed(folder.read_json(EXPORT)), cls)
+
 
 def stored_as(name: str) -> str:
     """Return the name in an export of a file of the checkpoint."""
@@ -65,7 +83,7 @@ def open_export(place: str, field: str = "model") -> tuple[Folder, Export]:
     if not folder.is_file(EXPORT):
         raise InputError(field, f"{place!r} holds no {EXPORT}: give the directory of an export")
     with located(field, f"{folder.url}/{EXPORT}"):
-        export = fitting(folder.read_json(EXPORT), Export)
+        export = Export.read(folder)
     if wrong := next((name for name in export.files if not is_plain_name(name)), None):
         raise InputError(field, f"{folder.url}/{EXPORT} names {shown(wrong)}, which is no file of a folder")
     if export.stored_bytes is None:

@@ -1,6 +1,6 @@
 """The recipe of `shardprune evaluate`."""
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -56,6 +56,23 @@ class TaskFields(Settings):
         return tuple(dict.fromkeys(name for name in names if name))
 
 
+class LatencyFields(Settings):
+    """Tokens per second, and what the model writes."""
+
+    title: ClassVar[str] = "Latency"
+
+    latency: bool = Field(
+        False, description="Measure prefill and decode tokens/s, whole in this process, in turn with the original"
+    )
+    latency_beside: str | None = optional("the original, by result.json", "Model that takes turns: as MODEL")
+    latency_batches: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
+        (1, 8), description="Prompts that are read and answered together; repeatable"
+    )
+    latency_prompt: int = Field(512, ge=1, description="Tokens of a prompt")
+    latency_tokens: int = Field(64, ge=1, description="Tokens that are written after it")
+    latency_rounds: int = Field(5, ge=1, le=1000, description="Measurements of each model and batch")
+
+
 class ShardFields(WorkerFields):
     """Shards and replicas of an evaluation."""
 
@@ -87,19 +104,20 @@ class DestinationFields(Settings):
         return value
 
 
-class EvaluateRecipe(PerplexityFields, TaskFields, ShardFields, DestinationFields):
+class EvaluateRecipe(PerplexityFields, TaskFields, LatencyFields, ShardFields, DestinationFields):
     """The recipe of `shardprune evaluate`."""
 
     command: ClassVar[str] = "evaluate"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (PerplexityFields, TaskFields)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PerplexityFields, TaskFields, LatencyFields)
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateRecipe":
-        if not self.perplexity and not self.tasks:
-            raise InputError("perplexity", "missing; give a source, or tasks")
+        if not self.perplexity and not self.tasks and not self.latency:
+            raise InputError("perplexity", "missing; give a source, tasks, or latency")
         self.needs("perplexity", bool(self.perplexity), "seqlen", "windows")
         self.needs("tasks", bool(self.tasks), "tasks_dir", "limit", "num_fewshot", "engine")
+        self.needs("latency", self.latency, *(name for name in LatencyFields.model_fields if name != "latency"))
         self.needs("tasks_dir", self.tasks_dir is not None, "allow_task_code")
         return self

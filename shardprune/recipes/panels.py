@@ -30,6 +30,7 @@ PANELS = (
     "Calibration",
     "Perplexity",
     "Tasks",
+    "Latency",
     "Evaluation",
     "Workers",
 )
@@ -119,7 +120,7 @@ def _described(settings: type[Settings], name: str) -> DescribedField:
     offered: Any = known.get("offered")
     default = str(known["default"]) if "default" in known else None
     if not field.is_required() and field.default not in (None, ()):
-        shown = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+        shown = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else str(field.default)
         default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else shown
     return DescribedField(
         name=name,

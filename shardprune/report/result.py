@@ -225,6 +225,54 @@ class TaskResult(BaseModel):
     num_fewshot: int
 
 
+class Rate(BaseModel):
+    """Tokens per second over all rounds."""
+
+    median: Measurement
+    least: Measurement
+    most: Measurement
+
+
+class Speed(BaseModel):
+    """A model (`pruned` or `dense`) that reads (`prefill`) and answers (`decode`) so many prompts at a time."""
+
+    model: str
+    batch: Positive
+    prefill: Rate
+    decode: Rate
+
+
+class ModelWeights(BaseModel):
+    """The bytes of a model's tensors as they are stored, and its parameters."""
+
+    bytes: Count
+    parameters: Positive
+
+
+class Continuation(BaseModel):
+    """What the pruned model writes after a prompt, greedily, and what the dense one does."""
+
+    prompt: str
+    before: str | None = None
+    after: str
+
+
+class Latency(BaseModel):
+    """Tokens per second of the model in transformers, in turn with the one `beside` it, if there is one; `prompt` and
+    `tokens` are those read and written in a round."""
+
+    device: str
+    dtype: str
+    threads: Positive
+    prompt: Positive
+    tokens: Positive
+    rounds: Positive
+    beside: str | None = None
+    weights: dict[str, ModelWeights]
+    speeds: list[Speed]
+    continuations: list[Continuation] = []
+
+
 class Evaluation(BaseModel):
     """What `shardprune evaluate` measured: perplexities by source, and tasks by name. `harness` is the version of
     lm-eval, `engine` what answered it, both when tasks were evaluated last."""
@@ -233,6 +281,7 @@ class Evaluation(BaseModel):
     tasks: dict[str, TaskResult] = {}
     harness: str | None = None
     engine: str | None = None
+    latency: Latency | None = None
 
 
 class CalibrationResult(BaseModel):

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from shardprune.model.structure.alignment import degrees
 from shardprune.report.experts_result import Experts
-from shardprune.report.result import Evaluation, EvaluationResult, Recovery, Result, Sparsity, not_finite
+from shardprune.report.result import Evaluation, EvaluationResult, Latency, Recovery, Result, Sparsity, not_finite
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 NAMED = 4  # numbers in a remark
@@ -116,6 +116,20 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
         for metric, found in task.metrics.items():
             stderr = "" if found.stderr is None else f"{found.stderr:.4f}"
             yield name, metric, f"{found.value:.4f}", stderr, f"{task.samples:,}", str(task.num_fewshot)
+            name = ""
+    if evaluation.latency:
+        yield from latency_rows(evaluation.latency)
+
+
+def latency_rows(latency: Latency) -> Iterator[tuple[str, ...]]:
+    """Yield rows under EVALUATION_HEADINGS: sizes, and tokens per second with half of their spread."""
+    for name, weights in latency.weights.items():
+        yield name, "bytes of the weights", f"{weights.bytes:,}", "", "", ""
+    for speed in latency.speeds:
+        name = f"{speed.model}, batch {speed.batch} on {latency.device}"
+        for kind, rate in (("prefill", speed.prefill), ("decode", speed.decode)):
+            half = (rate.most - rate.least) / 2
+            yield name, f"{kind}, tokens/s", f"{rate.median:,.1f}", f"{half:,.1f}", str(latency.rounds), ""
             name = ""
 
 

@@ -62,6 +62,12 @@ class SparseRecord(BaseModel):
     compression: Compression
     tensors: dict[str, SparseTensor]
 
+    def parts(self, name: str) -> list[str]:
+        """Return the names in the file of the parts of a tensor: mask and values, or the whole."""
+        if self.tensors[name].values is not None:
+            return [f"{name}:mask", f"{name}:values"]
+        return [name if self.compression == "none" else f"{name}:dense"]
+
 
 def write_sparse(
     source: Folder, file: str, target: Folder, name: str, fingerprint: str, compression: Compression
@@ -127,6 +133,9 @@ class SparseFile:
                 record = parse_model(metadata[KEY], SparseRecord)
             except Malformed as error:
                 raise Malformed(f"is damaged: its record {error}") from error
+            for part in (HEADER, *(part for key in record.tensors for part in record.parts(key))):
+                if part not in entries:
+                    raise Malformed(f"is damaged: it lacks {shown(part)}")
         return cls(folder, name, record, entries)
 
     def tensor(self, name: str) -> Tensor:
@@ -146,15 +155,13 @@ class SparseFile:
         if described.dtype not in DTYPES or described.elements > LARGEST // 8:
             raise Malformed(f"is said to be {described.dtype} {shown(described.shape)}")
         dtype, elements = DTYPES[described.dtype], described.elements
+        first, *others = self.record.parts(name)
         if described.values is None:
-            part = name if self.record.compression == "none" else f"{name}:dense"
-            return self._part(part, elements, dtype).reshape(described.shape)
-        mask = self._part(f"{name}:mask", -(-elements // 8), torch.uint8)
-        return joined(mask, self._part(f"{name}:values", described.values, dtype), described.shape)
+            return self._part(first, elements, dtype).reshape(described.shape)
+        mask = self._part(first, -(-elements // 8), torch.uint8)
+        return joined(mask, self._part(others[0], described.values, dtype), described.shape)
 
     def _part(self, name: str, elements: int, dtype: torch.dtype) -> Tensor:
-        if name not in self.entries:
-            raise Malformed(f"lacks {shown(name)}")
         part = read_tensor(self.folder, self.entries[name])
         if self.record.compression == "zstd":
             return decompress(part, elements, dtype)
@@ -168,8 +175,6 @@ class SparseFile:
         Raises:
             InputError: this one is damaged; nothing is written then.
         """
-        if HEADER not in self.entries:
-            raise InputError(self.folder.field, f"{self.folder.url}/{self.name} is damaged: it lacks the header")
 
         def parts() -> Iterator[memoryview]:
             yield bytes_of(read_tensor(self.folder, self.entries[HEADER]))

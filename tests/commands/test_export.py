@@ -12,9 +12,10 @@ import shardprune
 from shardprune.cli import main
 from shardprune.commands import export as story
 from shardprune.commands.check import check
-from shardprune.errors import InputError
+from shardprune.errors import InputError, StorageError
 from shardprune.recipes.export import ExportRecipe
 from shardprune.report.progress import Reporter
+from shardprune.storage.sealed_json import sealed_fields
 from shardprune.storage.sparse_file import write_sparse
 from tests.support.running import run
 from tests.support.tiny import CONFIGS, make_llava, make_model, make_tokens, snapshot
@@ -158,7 +159,7 @@ def test_a_restoring_that_was_cut_off_goes_on(outputs, tmp_path, monkeypatch):
     whole = shown.read_bytes()
     middle = len(whole) // 2  # among the values, which stand before the masks
     shown.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    with pytest.raises(InputError, match=r"00003-of-00003\.safetensors is damaged: .* is not what was written"):
+    with pytest.raises(StorageError, match=r"00003-of-00003\.safetensors is damaged: .* is not what was written"):
         exported(tmp_path / "small", tmp_path / "back", restore=True)
     assert not (tmp_path / "back" / "model-00003-of-00003.safetensors").exists()
     shown.write_bytes(whole)
@@ -221,11 +222,18 @@ def test_an_export_is_no_checkpoint(outputs, tmp_path, capsys):
         main(["prune", f"{tmp_path}/small", "--out", f"{tmp_path}/x", "--sparsity", "0.5", "--backend", "local"])
     assert "holds an export; `shardprune export --restore` makes a checkpoint of it" in capsys.readouterr().err
     held = (tmp_path / "small" / "export.json").read_text()
+
+    def changed(old, new):
+        fields = json.loads(held.replace(old, new))
+        del fields["seal"]
+        return json.dumps(sealed_fields(fields))
+
     for content, reason in (
-        (held.replace('"version": 1', '"version": 2'), "holds 2 as version"),
-        (held.replace('"model-0', '"../model-0'), "which is no file of a folder"),
+        (changed('"version": 1', '"version": 2'), "holds 2 as version"),
+        (changed('"model-0', '"../model-0'), "which is no file of a folder"),
         ("{", "is not JSON"),
-        (held.replace(json.loads(held)["fingerprint"], "0" * 32), "belongs to another export"),
+        (held.replace('"version": 1', '"version": 2'), "is damaged: its seal is not that of its content"),
+        (changed(json.loads(held)["fingerprint"], "0" * 32), "belongs to another export"),
     ):
         (tmp_path / "small" / "export.json").write_text(content)
         assert reason in said(capsys, "--restore", tmp_path / "small", "--to", tmp_path / "back")

@@ -7,13 +7,16 @@ from typing import Any
 
 import psutil
 
-from tests.support.clusters import NO_SPARE_WORKERS, kill, processes_of
-from tests.support.forking import forks
+from tests.support.clusters import NO_LOG_MONITOR, QUIET_RAY, head, kill, processes_of
 
-NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-# Ray's own are 30 s and more until a node that is gone counts as dead, and ten seconds between two reports.
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
-QUICK |= {"metrics_report_interval_ms": 500, **NO_SPARE_WORKERS}
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, **NO_LOG_MONITOR}
+# Ray's own are 30 s and more until a node that is gone counts as dead.
+QUICK = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+    **QUIET_RAY,
+}
 
 
 class Nodes:
@@ -68,15 +71,5 @@ def _workers_on(node_id: str) -> list[psutil.Process]:
 @contextmanager
 def nodes(count: int) -> Iterator[Nodes]:
     """A cluster of so many one-slot nodes, to which this process connects run by run."""
-    from shardprune.cluster.ray_backend import ray
-
-    from ray.cluster_utils import Cluster  # isort: skip
-
-    head = {**NODE, "num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
-    with forks():
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            yield Nodes(cluster, count)
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    with head(**{**NODE, "num_cpus": 0}, _system_config=QUICK) as cluster:
+        yield Nodes(cluster, count)

@@ -2,6 +2,7 @@
 left behind, and an output with which the same command goes on."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from shardprune.report.events import read_events
 from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from tests.recovery.trainings import SHALLOW, checked, make_documents, make_sparse, recover
+from tests.support.forking import forks
 from tests.support.terminal import Terminal
 from tests.support.tiny import differing
 
@@ -133,14 +135,15 @@ LONG = {"steps": 48, "checkpoint_every": 4}
 @pytest.mark.parametrize(("backend", "file"), [("local", "rows.safetensors"), ("ray", "latest")])
 def test_ctrl_c_during_recovery(backend, file, folder, tmp_path):
     """While DeepSpeed starts in this process, and once a checkpoint stands on Ray, whose training has a handler of its
-    own for Ctrl-C."""
+    own for Ctrl-C; its eight workers are forks, those of the pruning above are Ray's own."""
     out = tmp_path / "o"
     values = checked(folder, out, **LONG, backend=backend).model_dump(exclude_unset=True)
-    terminal = Terminal(*words("recover", {**values, "report": False}, "model"), cwd=tmp_path)
-    terminal.until((out / "training" / file).exists)
-    time.sleep(0.5)  # rows are read after DeepSpeed's imports have begun
-    terminal.press_ctrl_c()
-    check(terminal, 130, "Ctrl-C")
+    with forks() if backend == "ray" else nullcontext():
+        terminal = Terminal(*words("recover", {**values, "report": False}, "model"), cwd=tmp_path)
+        terminal.until((out / "training" / file).exists)
+        time.sleep(0.5)  # rows are read after DeepSpeed's imports have begun
+        terminal.press_ctrl_c()
+        check(terminal, 130, "Ctrl-C")
     assert read_events(Folder(str(out), "out"))[-1]["event"] == "stopped"
     if backend == "ray":
         assert (out / "training" / "latest").read_text().startswith("step")

@@ -87,6 +87,27 @@ COMMANDS = {
     "rebuild": Command(
         ("rebuild", "model", "pruned", "--out", "out", *RUN), ("model", "pruned", "tokens.npy"), "out", source="model"
     ),
+    "prune a mixture": Command(
+        ("prune", "mixture", "--out", "out", *WANDA, *RUN, *MEASURED),
+        ("mixture", "tokens.npy"),
+        "out",
+        source="mixture",
+    ),
+    "plan a mixture": Command(("plan", "mixture", "--gpus", "1", "--seqlen", "16"), ("mixture",)),
+    "experts": Command(
+        ("experts", "mixture", "--out", "out", "--keep", "2", *RUN, *MEASURED),
+        ("mixture", "tokens.npy"),
+        "out",
+        source="mixture",
+    ),
+    "experts by statistics": Command(
+        ("experts", "mixture", "--out", "out", "--keep", "2", "--statistics", "fewer", *LOCAL, "--no-report"),
+        ("mixture", "fewer"),
+        "out",
+        "fewer",
+    ),
+    "export": Command(("export", "pruned", "--to", "out"), ("pruned",)),
+    "restore": Command(("export", "exported", "--restore", "--to", "out"), ("exported",), "out", "pruned"),
     "evaluate": Command(
         ("evaluate", "model", "--perplexity", "tokens.npy", "--seqlen", str(SEQLEN), *LOCAL), ("model", "tokens.npy")
     ),

@@ -94,7 +94,8 @@ def _damaged_output(material: Path, folder: Path, draw: random.Random) -> Input:
     name = draw.choice(("prune finished", "check"))
     command = COMMANDS[name]
     _copied(material, folder, command.needs)
-    files = sorted(path for path in (folder / "pruned").iterdir() if path.name not in ("report.html", "events.jsonl"))
+    free = ("README.md", "report.html", "events.jsonl")  # of which nothing is made, and which anybody may change
+    files = sorted(path for path in (folder / "pruned").iterdir() if path.name not in free)
     place = draw.choice(files)
     kind = draw.random()
     if kind < 0.4:
@@ -276,8 +277,15 @@ def _beside(material: Path, folder: Path, draw: random.Random) -> Input:
     return Input(list(command.words), command)
 
 
+EXPORTED = "exported/sparse-model-00002-of-00003.safetensors"
 KINDS: dict[str, Build] = {
     "config": _changed("model/config.json", mutations.json_file, *CONFIG_READERS),
+    "config of a mixture": _changed(
+        "mixture/config.json", mutations.json_file, "experts", "prune a mixture", "plan a mixture"
+    ),
+    "data of a mixture": _changed(
+        "mixture/model.safetensors", tensor_mutations.safetensors_data, "experts", "prune a mixture"
+    ),
     "index": _changed(
         "sharded/model.safetensors.index.json", mutations.json_file, "prune sharded", "plan sharded", "evaluate sharded"
     ),
@@ -289,6 +297,11 @@ KINDS: dict[str, Build] = {
     "files beside": _beside,
     "safetensors header": _changed("model/model.safetensors", tensor_mutations.safetensors_header, *HEADER_READERS),
     "safetensors data": _changed("model/model.safetensors", tensor_mutations.safetensors_data, *HEADER_READERS),
+    "statistics of experts": _changed("fewer/experts.json", mutations.json_file, "experts by statistics"),
+    "export.json": _changed("exported/export.json", mutations.json_file, "restore"),
+    "index of an export": _changed("exported/sparse-model.safetensors.index.json", mutations.json_file, "restore"),
+    "export header": _changed(EXPORTED, tensor_mutations.safetensors_header, "restore"),
+    "export data": _changed(EXPORTED, tensor_mutations.safetensors_data, "restore"),
     "npy": _changed("tokens.npy", tensor_mutations.npy_file, "prune", "evaluate", "recover on ids", "mop"),
     "text": _changed("text.txt", mutations.text_file, "prune on text", "evaluate on text", "recover on text"),
     "json lines": _changed("documents.jsonl", mutations.json_lines, "prune on lines", "evaluate on lines", "recover"),

@@ -14,7 +14,18 @@ import torch
 import transformers
 import yaml
 
-from shardprune import EvaluateRecipe, MopRecipe, Recipe, evaluate, mop, prune
+from shardprune import (
+    EvaluateRecipe,
+    ExpertsRecipe,
+    ExportRecipe,
+    MopRecipe,
+    Recipe,
+    evaluate,
+    experts,
+    export,
+    mop,
+    prune,
+)
 from shardprune.report.progress import Reporter
 from tests.support.dying import dying_at
 from tests.support.words import WORDS, words_tokenizer
@@ -31,6 +42,7 @@ CONFIG = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 4}
 COMMON = {"backend": "local", "threads": 1, "samples": SAMPLES, "seqlen": SEQLEN, "calibration": "tokens.npy"}
 PRUNING = {"model": "model", "method": "wanda", "sparsity": 0.5, "report": False, **COMMON}
 QUIET = Reporter(quiet=True)
@@ -40,11 +52,13 @@ def make_material() -> None:
     """Make all of it in the working directory."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
-    for parameter in model.parameters():
+    mixture = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**CONFIG, **EXPERTS))
+    for parameter in (*model.parameters(), *mixture.parameters()):
         parameter.data.normal_(0, 0.2)
     model.save_pretrained("model")
     model.save_pretrained("sharded", max_shard_size=6000)
-    for folder in ("model", "sharded"):
+    mixture.save_pretrained("mixture")
+    for folder in ("model", "sharded", "mixture"):
         words_tokenizer().save_pretrained(folder)
     _make_texts()
     _make_recipes()
@@ -122,6 +136,9 @@ def _make_runs() -> None:
     with suppress(KeyboardInterrupt), dying_at(LAYERS - 1):
         prune(Recipe.checked({**evaluated, "out": "half"}), QUIET)
     mop(MopRecipe.checked({"model": "model", "out": "mopped", "path": "G", "report": False, **COMMON}), QUIET)
+    fewer = {"model": "mixture", "out": "fewer", "keep": 2, "report": False, **COMMON}
+    experts(ExpertsRecipe.checked(fewer), QUIET)
+    export(ExportRecipe.checked({"model": "pruned", "to": "exported"}), QUIET)
     measured = {"model": "pruned", "perplexity": ("tokens.npy",), "seqlen": SEQLEN, "backend": "local", "threads": 1}
     shutil.copytree("pruned", "measured")
     evaluate(EvaluateRecipe.checked({**measured, "model": "measured", "report": False}), QUIET)

@@ -16,7 +16,8 @@ from tests.support.tiny import CONFIGS
 
 VOCABULARY = 1024
 MODELS = {
-    "wide": (512, 4096, 1, VOCABULARY, torch.float32),
+    "wide": (512, 3456, 1, VOCABULARY, torch.float32),
+    "less wide": (512, 2816, 1, VOCABULARY, torch.float32),
     "stored in 16 bits": (1024, 3072, 1, VOCABULARY, torch.bfloat16),
     "narrow": (128, 384, 1, VOCABULARY, torch.float32),
     "large vocabulary": (512, 1024, 4, 80_000, torch.float32),
@@ -25,9 +26,9 @@ MODELS = {
 FEW = {"samples": 4, "seqlen": 128, "sparsity": 0.5}
 WEIGHTS_ALONE = {**FEW, "seqlen": 320, "method": "magnitude", "measure_error": False}
 
-# What dominates beside the process: the factor; choosing zeros; kept waves and the temporaries of one; all weights and
-# logits; of streamed weights, embedding and head, one after the other; of 16-bit weights, both forms of the one being
-# read.
+# What dominates beside the process: the factor; what ALPS iterates over; choosing zeros; kept waves and the temporaries
+# of one; all weights and logits; of streamed weights, embedding and head, one after the other; of 16-bit weights, both
+# forms of the one being read.
 RUNS = {
     "sparsegpt": ("wide", FEW, "factor down"),
     "measured damping": ("wide", {**FEW, "samples": 8, "damping": "auto"}, "factor down"),
@@ -37,7 +38,7 @@ RUNS = {
         {**FEW, "samples": 8, "wave": 1, "method": "magnitude", "measure_error": False, "reconstruct": 3},
         "train",
     ),
-    "alps": ("wide", {**FEW, "method": "alps"}, "factor down"),
+    "alps": ("less wide", {**FEW, "method": "alps"}, "iterate down"),
     "refit": ("wide", {**FEW, "samples": 8, "method": "wanda", "refit": True}, "fit down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
@@ -67,7 +68,7 @@ def runs(tmp_path_factory):
             windows = make_windows(folder / f"{name}.npy", fields["samples"], fields["seqlen"], VOCABULARY)
             options = {"model": str(folder / model), "calibration": windows, **fields}
             if model.startswith("large vocabulary"):
-                options |= {"eval": (windows,), "eval_windows": 2}
+                options |= {"eval": (windows,), "eval_windows": 1}
             found[name] = peak_of(folder / f"out {name}", options), options
     return found
 

@@ -19,9 +19,9 @@ from shardprune.solvers.statistics import InputStatistics
 # Pattern, rows and sparsity of each projection that reads the input, number of inputs, those that are always zero.
 CASES: dict[str, tuple[str, list[tuple[int, float]], int, list[int]]] = {
     "50 %": ("unstructured", [(40, 0.5)], 128, []),
-    "70 %, width no multiple": ("unstructured", [(33, 0.7)], 150, []),
+    "70 %, width no multiple": ("unstructured", [(17, 0.7)], 150, []),
     "three projections": ("unstructured", [(33, 0.5), (5, 0.7), (20, 0.0)], 140, [0, 3, 127, 128]),
-    "2:4, width no multiple": ("2:4", [(33, 0.5), (7, 0.5)], 131, [0, 2, 3, 129]),
+    "2:4, width no multiple": ("2:4", [(17, 0.5), (7, 0.5)], 131, [0, 2, 3, 129]),
     "4:8": ("4:8", [(9, 0.5)], 136, []),
     "1:4": ("1:4", [(9, 0.75)], 66, []),
     "3:5": ("3:5", [(9, 0.4)], 132, [4, 131]),

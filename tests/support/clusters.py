@@ -1,35 +1,51 @@
 """Ray clusters for tests."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import psutil
+import pytest
 
 from tests.support.forking import forks
 
-# Those that Ray starts with a node have no job's runtime environment, so that no job of ours would take them.
-NO_SPARE_WORKERS = {"prestart_worker_first_driver": False}
+# Workers that Ray starts with a node have no job's runtime environment, so that no job of ours would take them.
+QUIET_RAY = {"prestart_worker_first_driver": False, "metrics_report_interval_ms": 1000}
+# Nobody reads what this would send to drivers, nor statistics of nodes, which are taken every five seconds.
+NO_LOG_MONITOR = {"include_log_monitor": False, "include_dashboard": False}
+NO_STATISTICS = {"REPORTER_UPDATE_INTERVAL_MS": str(24 * 3600 * 1000)}
+STORE_BYTES = 200 * 2**20
 
 
 @contextmanager
-def cluster(cpus: int, store: int = 200 * 2**20) -> Iterator[Any]:
-    """The module `ray`, connected to a cluster of this machine with so many CPU slots and bytes of object store."""
-    from shardprune.cluster.ray_backend import ray
+def head(**options: Any) -> Iterator[Any]:
+    """A cluster of Ray's `cluster_utils` on this machine, with a head of these options; its workers are forks."""
+    with forks(), pytest.MonkeyPatch.context() as patch:
+        for name, value in NO_STATISTICS.items():
+            patch.setenv(name, value)
+        from shardprune.cluster.ray_backend import ray  # with its settings
 
-    with forks():
-        ray.init(
-            "local",
-            num_cpus=cpus,
-            object_store_memory=store,
-            include_dashboard=False,
-            _system_config={"metrics_report_interval_ms": 500, **NO_SPARE_WORKERS},
-            log_to_driver=False,
-            runtime_env={"env_vars": {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}},
-        )
+        from ray.cluster_utils import Cluster  # isort: skip
+
+        started = Cluster(initialize_head=True, head_node_args={**NO_LOG_MONITOR, **options})
+        try:
+            yield started
+        finally:
+            ray.shutdown()
+            started.shutdown()
+
+
+@contextmanager
+def cluster(cpus: int) -> Iterator[Any]:
+    """The module `ray`, connected to a cluster of this machine with so many CPU slots."""
+    with head(num_cpus=cpus, object_store_memory=STORE_BYTES, _system_config=QUIET_RAY) as started:
+        from shardprune.cluster.ray_backend import WORKER_ENV, ray
+
+        environment = {"env_vars": {name: os.environ[name] for name in WORKER_ENV}}
+        ray.init(started.address, log_to_driver=False, runtime_env=environment)
         yield ray
-        ray.shutdown()
 
 
 def processes_of(*actors: str) -> list[psutil.Process]:
@@ -58,13 +74,8 @@ def slots_for_commands(slots: int) -> Iterator[Callable[[], str]]:
 
         def address() -> str:
             if slots and not started:
-                from ray.cluster_utils import Cluster
-
-                head = {"num_cpus": slots, "object_store_memory": 200 * 2**20, "include_dashboard": False}
-                system = {"metrics_report_interval_ms": 500, **NO_SPARE_WORKERS}
-                cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": system})
-                opened.callback(cluster.shutdown)
-                started.append(cluster.address)
+                options = {"num_cpus": slots, "object_store_memory": STORE_BYTES, "_system_config": QUIET_RAY}
+                started.append(opened.enter_context(head(**options)).address)
             return started[0] if started else ""
 
         yield address

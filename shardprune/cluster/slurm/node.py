@@ -100,6 +100,7 @@ def start_command(folder: Path, address: str | None, object_store: int | None) -
         "num-cpus": os.environ["SLURM_CPUS_ON_NODE"],
         "num-gpus": os.environ.get("SLURM_GPUS_ON_NODE") or 0,
         "temp-dir": folder,
+        "include-log-monitor": "false",  # commands have no lines of workers sent to them
         **({"object-store-memory": object_store} if object_store else {}),
     }
     flags = [f"--{name}={value}" for name, value in options.items()]

@@ -1,5 +1,6 @@
 """Writing the report of a run, and the comparison of several."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from shardprune.errors import InputError
@@ -93,12 +94,12 @@ def _title(runs: list[FinishedRun]) -> str:
 def _section(run: FinishedRun) -> Section:
     recipe = dump_yaml(run.result.recipe)
     if isinstance(run.result, EvaluationResult):
-        grids = [_evaluation_grid(run.result.evaluation)]
+        grids = [*_evaluation_grids(run.result.evaluation)]
         return Section("evaluate", _costs(run), grids, _work(run), _remark_on_numbers(run.result), recipe)
     result = run.result
     grids = [Grid(("", "before", "after"), list(summary_rows(result, run.attempts)))]
     if result.evaluation:
-        grids.append(_evaluation_grid(result.evaluation))
+        grids += _evaluation_grids(result.evaluation)
     plots = [plot for plot in _plots(result) if plot]
     return Section(
         ", ".join((result.command, *what_was_done(result))),
@@ -140,8 +141,13 @@ def _costs(run: FinishedRun) -> list[tuple[str, str]]:
     ]
 
 
-def _evaluation_grid(evaluation: Evaluation) -> Grid:
-    return Grid(EVALUATION_HEADINGS, list(evaluation_rows(evaluation)), numbers=2)
+def _evaluation_grids(evaluation: Evaluation) -> Iterator[Grid]:
+    """Yield the tables of what was measured, and of what the models write."""
+    yield Grid(EVALUATION_HEADINGS, list(evaluation_rows(evaluation)), numbers=2)
+    if evaluation.latency and evaluation.latency.continuations:
+        texts = evaluation.latency.continuations
+        rows: list[tuple[str, ...]] = [(text.prompt, text.before or "-", text.after) for text in texts]
+        yield Grid(("prompt", "dense, greedily", "pruned, greedily"), rows, numbers=3)
 
 
 def _plots(result: Result) -> list[Plot | None]:

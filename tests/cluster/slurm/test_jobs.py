@@ -37,8 +37,11 @@ RECIPE = {
     "shards": 2,
     "threads": 1,
 }
-# Ray's own patience with a silent node is half a minute.
+# Ray's own patience with a silent node is half a minute. Workers that start with a node, before there is work, take
+# none: each would import all that a worker does for nothing.
 QUICK_RAY = {
+    "RAY_prestart_worker_first_driver": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "86400000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
