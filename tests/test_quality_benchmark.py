@@ -85,11 +85,11 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(run, tiny, tmp_path, mon
 
     monkeypatch.setattr(jobs.Measurer, "measure", failing)
     with pytest.raises(SystemExit) as end:
-        run(tmp_path, tiny, "--only", "*/Wanda", "*/refit")
+        run(tmp_path, tiny, "--only", "*/Wanda", "*/OWL")
     printed = capsys.readouterr().out
     assert end.value.code == 1
     assert "model/own/0.5/Wanda: failed, RuntimeError: no memory\n" in printed
-    assert "| refit |" in printed
+    assert "| OWL |" in printed
     assert "| Wanda |" not in printed
 
 

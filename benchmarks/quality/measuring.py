@@ -62,9 +62,12 @@ class Measurer:
         return None
 
     def decided(self, text: str, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Return all that decides a row, without places on this machine: rows that are measured elsewhere count."""
+        """Return all that decides a row, without places on this machine and fields with their defaults: rows that are
+        measured elsewhere count, and those from before a field was new."""
+        shape = _checked(recipe).shape()
+        fields = {name: value for name, value in shape.items() if value != _default(name)}
         return {
-            "recipe": _checked(recipe).shape(),
+            "recipe": fields,
             "text": self.texts.decided(text),
             **self._measured_decided,
         }
@@ -138,6 +141,10 @@ class Measurer:
         (measured,) = done.evaluation.perplexity.values()
         assert measured.value is not None, f"{model}: perplexity is not finite"
         return measured.value
+
+
+def _default(name: str) -> Any:
+    return Recipe.model_fields[name].default
 
 
 def _checked(recipe: dict[str, Any]) -> Recipe:

@@ -93,7 +93,7 @@ class PendingWork:
         ):  # towards the dense output and on, where only damping is measured into sums and on; around each step
             return (
                 2
-                + (bool(improving) and improving.measured_damping) * len(self.chunks_of(layer))
+                + (bool(improving) and improving.measured) * len(self.chunks_of(layer))
                 + 2 * ((len(kind.inputs) if improving.stream_targets else 0) + (improving.reconstruction > 0))
             )
         if improving.stream_targets:

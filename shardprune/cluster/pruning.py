@@ -141,7 +141,7 @@ def _solve_inputs(
 ) -> dict[str, ProjectionReport]:
     """Solve the inputs of a layer at some places; return the reports of what reads them, by name."""
     layer.calibrating.over_waves(PruneWorker.accumulate, False, places)
-    if work.improving.measured_damping:
+    if work.improving.measured:
         layer.held_out.over_waves(PruneWorker.hold_out, places)
     kind = work.family.kinds[layer.layer]
     waiting = layer.reduce({kind.input_names[place]: solvers[place] for place in places})

@@ -263,7 +263,7 @@ class Prepared:
             for kind, shapes in zip(self.skeleton.family.kinds, self.shapes, strict=True)
         ]
         most = max(columns, key=lambda of_layer: sum(map(lower_entries, of_layer)))
-        kinds = 2 if self.job.improving.measured_damping else 1  # with sums over held-out windows
+        kinds = 2 if self.job.improving.measured else 1  # with sums over held-out windows
         return store_bytes(self.layout, wave, kinds * most, sent)
 
     @property

@@ -31,7 +31,7 @@ class Zeroing:
 
     `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
     of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side. With
-    `refit`, the kept weights are fitted to the dense outputs in the end. `damping` is what Gram matrices get, where the
+    `refit`, kept weights are fitted to the dense outputs in the end. `damping` is what Gram matrices get, where the
     method takes it. Sparsities that are `given` take the place of the allocation's.
     """
 
@@ -45,12 +45,16 @@ class Zeroing:
     damping: Damping = DAMPING
     given: Sparsities | None = None
 
-    @property
-    def effort(self) -> Effort:
-        """The work for the projections that read one input."""
+    def effort(self, measured: bool) -> Effort:
+        """Return the work for the projections that read one input.
+
+        Args:
+            measured: solutions are tried before, on sums over held-out windows.
+        """
         effort = METHODS[self.method].effort
         effort = effort.refitted if self.refit else effort
-        return effort.times(len(DAMPINGS) + 1) if self.damping == "auto" else effort
+        tried = (len(DAMPINGS) if self.damping == "auto" else 1) if measured else 0
+        return effort.times(tried + 1)
 
     @property
     def needs(self) -> "Kind | None":
@@ -174,7 +178,7 @@ class PruningJob:
     @property
     def effort(self) -> Effort:
         """The work of zeroing weights."""
-        return self.zeroing.effort if isinstance(self.zeroing, Zeroing) else Effort()
+        return self.zeroing.effort(self.improving.measured) if isinstance(self.zeroing, Zeroing) else Effort()
 
     @property
     def observed_m(self) -> float | None:

@@ -216,7 +216,7 @@ class Costs:
             return 0
         if differences:
             return 4 * one.differences
-        kinds = 2 if self.task.improving.measured_damping else 1  # with those over held-out windows
+        kinds = 2 if self.task.improving.measured else 1  # with those over held-out windows
         return 4 * kinds * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
 
     def statistics(self, one: Input, differences: bool = False) -> float:

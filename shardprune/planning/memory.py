@@ -416,15 +416,15 @@ class WorkerMemory:
 
     def _sent(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums as replicas exchange them."""
-        kinds = 2 if self.task.improving.measured_damping else 1
+        kinds = 2 if self.task.improving.measured else 1
         return 4 * kinds * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
 
     def _sums(self, one: Input) -> int:
-        """Return the bytes of one input's float32 sums, with those over held-out windows where damping is measured."""
+        """Return the bytes of one input's float32 sums, with those over held-out windows where these choose."""
         return self._sums_of(one.cols)
 
     def _sums_of(self, cols: int) -> int:
-        kinds = 2 if self.task.improving.measured_damping else 1
+        kinds = 2 if self.task.improving.measured else 1
         return 0 if self.task.kind is None else 4 * kinds * cols ** (2 if self.task.kind == "gram" else 1)
 
 
@@ -449,7 +449,7 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     _, host = largest(task, setup)
     device, _ = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
-    kinds = 2 if task.improving.measured_damping else 1  # with sums over held-out windows
+    kinds = 2 if task.improving.measured else 1  # with sums over held-out windows
     store = 0
     for index, _ in task.model.kinds(range(task.model.layers)):
         model = task.model.at(index)

@@ -288,7 +288,7 @@ def task_of(
     """Return what zeroing does to a model; the sizes are those of `Task`."""
     return Task(
         model=model,
-        effort=zeroing.effort,
+        effort=zeroing.effort(improving.measured),
         kind="gram" if errors or improving.stream_targets else zeroing.needs,
         grouped=not isinstance(zeroing.pattern, Unstructured),
         outliers=zeroing.observes,

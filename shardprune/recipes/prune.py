@@ -103,7 +103,7 @@ class PruningFields(StructuredFields):
         DAMPING,
         description="Fraction of the mean diagonal added to Gram matrices, from 0 to 1; auto: measured by projection",
     )
-    refit: bool = Field(False, description="Fit the kept weights to the dense outputs by least squares")
+    refit: bool = Field(False, description="Fit the kept weights to the dense outputs where that is better held out")
 
     @field_validator("sparsity")
     @classmethod
@@ -125,20 +125,24 @@ class PruningFields(StructuredFields):
             return {"allocation": "owl", **values}
         return values
 
-    def check_damping(self, samples: int, towards_stream: bool) -> None:
-        """Check that windows can be held out of so many samples where damping is measured, for sums over all inputs of
-        a layer at a time.
+    def measures_solutions(self, towards_stream: bool) -> bool:
+        """Return whether held-out windows choose between solutions of a projection. Where projections aim at the
+        stream, they judge the layer instead."""
+        return self.damping == "auto" or (self.refit and not towards_stream)
+
+    def check_measured(self, samples: int, towards_stream: bool) -> None:
+        """Check that windows can be held out of so many samples where solutions are measured, for sums over all inputs
+        of a layer at a time.
 
         Raises:
             InputError: there are too few, or inputs are solved one after the other.
         """
-        if self.damping != "auto":
-            return
-        if towards_stream:
+        if self.damping == "auto" and towards_stream:
             raise InputError("damping", "'auto' does not go with targets stream; use a number from 0 to 1")
-        if samples < LEAST_SAMPLES:
+        if self.measures_solutions(towards_stream) and samples < LEAST_SAMPLES:
+            asked = "damping auto" if self.damping == "auto" else "refit"
             raise InputError(
-                "samples", f"{samples} is too few for damping auto, which holds out some; use at least {LEAST_SAMPLES}"
+                "samples", f"{samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
             )
 
     @property
@@ -304,13 +308,13 @@ class ZeroingFields(
     @model_validator(mode="after")
     def _windows_can_be_held_out(self) -> "ZeroingFields":
         self.check_improving(self.samples, self.rebuilding)
-        self.check_damping(self.samples, self.towards_stream)
+        self.check_measured(self.samples, self.towards_stream)
         return self
 
     @property
     def measured(self) -> Improving:
-        """The steps that improve a layer, and whether windows are held out for the damping."""
-        return replace(self.improving, measured_damping=self.damping == "auto")
+        """The steps that improve a layer, and whether windows are held out for the solutions."""
+        return replace(self.improving, measured=self.measures_solutions(self.towards_stream))
 
 
 class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):

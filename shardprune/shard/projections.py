@@ -9,9 +9,9 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.model.saving import overflow
 from shardprune.solvers.allocation.allocation import Share
-from shardprune.solvers.damping import choose
 from shardprune.solvers.least_squares import fitting
-from shardprune.solvers.methods import DAMPING, Damping, Method, Solution, Target
+from shardprune.solvers.measured import choose
+from shardprune.solvers.methods import DAMPING, DAMPINGS, Damping, Method, Solution, Target
 from shardprune.solvers.pattern import NM, Mixed, Pattern
 from shardprune.solvers.statistics import InputStatistics, gram_norm
 from shardprune.storage.records import ProjectionReport
@@ -61,7 +61,8 @@ def prune_projections(
         stored: the dtypes of the checkpoint, to which pruned weights are rounded.
         restore: put the dense values back where the method left weights.
         measure_error: report the output errors, which takes statistics of kind `gram`.
-        refitted: fit the kept weights to the dense outputs, which takes the same statistics.
+        refitted: fit the kept weights to the dense outputs, which takes the same statistics; those of projections for
+            which it is better by the statistics of held-out windows, where there are any.
         damping: of Gram matrices; `auto` takes statistics with those of held-out windows, and finds it for each.
         aims: weights that the method prunes in the place of the dense ones, float32 [rows, cols]; errors are those
             against the dense ones nevertheless.
@@ -73,8 +74,8 @@ def prune_projections(
     """
     patterns = {name: pattern.at(shares[name].sparsity) for name in weights}
     pruned_from = aims or weights
-    known_damping = DAMPING if damping == "auto" else damping
-    targets = [Target(pruned_from[name], patterns[name], shares[name].sparsity, known_damping) for name in weights]
+    tried = DAMPINGS if damping == "auto" else (damping,)
+    targets = [Target(pruned_from[name], patterns[name], shares[name].sparsity, tried[0], refitted) for name in weights]
     labels = {name: f"layer {layer} {name}" for name in weights}
     names = list(weights)
     if statistics is not None and not statistics.finite:
@@ -83,15 +84,13 @@ def prune_projections(
         statistics.settle()
     gram = statistics.sums if statistics is not None and measure_error else None
     solutions, found = [], []
-    solve = fitting(method.solve) if refitted else method.solve
-    if damping == "auto":
-        assert statistics is not None
+    if statistics is not None and statistics.held_out is not None:
         try:
-            targets = choose(solve, targets, statistics, 0.0 if refitted else method.slack)
+            targets = choose(method, targets, statistics, tried)
             statistics.take_in_held_out()
         except SolverError as error:
             raise SolverError(f"{labels[names[0]]}: {error}") from error
-    solving = solve(targets, statistics)
+    solving = (fitting(method.solve) if refitted else method.solve)(targets, statistics)
     for name, weight in weights.items():
         try:
             solution = next(solving)

@@ -332,7 +332,7 @@ class PruneWorker(ForwardWorker):
         if job.measure_error:  # which takes the whole Gram matrix
             kind = "gram"
         found = self.empty_statistics(index, kind, places) if kind else {}
-        if isinstance(job.zeroing, Zeroing) and job.zeroing.damping == "auto":
+        if job.improving.measured:
             for name, others in self.empty_statistics(index, "gram", places).items():
                 found[name].held_out = others
         return {**found}

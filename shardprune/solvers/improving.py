@@ -15,12 +15,13 @@ LEAST_HELD_OUT, SHARE = 4, 10  # windows, and a tenth of all
 @dataclass(frozen=True)
 class Improving:
     """The steps that improve a layer: whether its projections aim at the dense residual stream (`stream_targets`), and
-    by how many steps its kept weights are trained in the end (`reconstruction`). With `measured_damping`, which is no
-    step of its own, held-out windows choose the damping of each projection."""
+    by how many steps its kept weights are trained in the end (`reconstruction`). Where solutions are `measured`, which
+    is no step of its own, held-out windows choose between those of each projection: its damping, and whether its kept
+    weights are fitted."""
 
     stream_targets: bool = False
     reconstruction: int = 0
-    measured_damping: bool = False
+    measured: bool = False
 
     def __bool__(self) -> bool:
         return self.stream_targets or self.reconstruction > 0
@@ -28,7 +29,7 @@ class Improving:
     def held_out(self, samples: int) -> int:
         """Return how many of the calibration windows are held out: a tenth, at least four; none where nothing is to be
         judged."""
-        return max(LEAST_HELD_OUT, -(-samples // SHARE)) if self or self.measured_damping else 0
+        return max(LEAST_HELD_OUT, -(-samples // SHARE)) if self or self.measured else 0
 
 
 NOTHING = Improving()

@@ -80,7 +80,8 @@ def descend(start: Tensor, image: Tensor, fixed: Tensor, unit: UnitGram, steps: 
 def refit(
     solutions: Iterator[Solution], targets: Sequence[Target], statistics: InputStatistics, steps: int = REFIT_STEPS
 ) -> Iterator[Solution]:
-    """Yield the solutions of the projections that read one input with their kept weights fitted to the dense outputs.
+    """Yield the solutions of the projections that read one input, the kept weights of those that are to be refitted
+    fitted to the dense outputs.
 
     Args:
         solutions: those of the targets, in order.
@@ -89,6 +90,9 @@ def refit(
     unit: UnitGram | None = None
     damping: float | None = None
     for target, solution in zip(targets, solutions, strict=True):
+        if not target.refit:
+            yield solution
+            continue
         if unit is None or target.damping != damping:
             damping = target.damping
             unit = UnitGram.of(statistics, damping)
@@ -99,7 +103,7 @@ def refit(
 
 
 def fitting(solve: Solve) -> Solve:
-    """Return how a method solves whose kept weights are fitted in the end."""
+    """Return how a method solves where kept weights are fitted in the end."""
 
     def fitted(targets: Sequence[Target], statistics: InputStatistics | None) -> Iterator[Solution]:
         assert statistics is not None

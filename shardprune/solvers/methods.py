@@ -32,12 +32,14 @@ class Target:
         pattern: where zeros may stand.
         sparsity: fraction of its weights that become zero.
         damping: fraction of the mean diagonal that is added to the Gram matrix, where the method takes it.
+        refit: fit the kept weights in the end.
     """
 
     weight: "Tensor"
     pattern: "Pattern"
     sparsity: float
     damping: float = DAMPING
+    refit: bool = False
 
 
 @dataclass(frozen=True)

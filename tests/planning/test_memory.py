@@ -39,7 +39,7 @@ RUNS = {
         "train",
     ),
     "alps": ("less wide", {**FEW, "method": "alps"}, "iterate down"),
-    "refit": ("wide", {**FEW, "method": "wanda", "refit": True}, "fit down"),
+    "refit": ("wide", {**FEW, "samples": 8, "method": "wanda", "refit": True}, "fit down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
     "resident": ("large vocabulary", WEIGHTS_ALONE, "logits"),

@@ -96,6 +96,7 @@ def test_waves_do_not_depend_on_the_machine():
             "damping: 0.1 has no effect without a method that takes",
         ),
         ({"sparsity": 0.5, "damping": "auto", "samples": 7}, "samples: 7 is too few for damping auto, which holds out"),
+        ({"sparsity": 0.5, "refit": True, "samples": 7}, "samples: 7 is too few for refit, which holds out some"),
         ({"sparsity": 0.5, "damping": "auto", "targets": "stream"}, "damping: 'auto' does not go with targets stream"),
         ({"structured": 0.2, "refit": True}, "refit: True has no effect without a sparsity or a pattern N:M"),
         ({"pattern": "mixed:8"}, "sparsity: missing"),
