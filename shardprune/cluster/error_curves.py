@@ -27,13 +27,14 @@ from shardprune.cluster.passes import (
     to_waves,
 )
 from shardprune.cluster.solution_parts import cost_of_solution
-from shardprune.model.families import Family
+from shardprune.model.families import Family, LayerKind
 from shardprune.model.pruning_job import Curves, Shapes
 from shardprune.report.progress import Step
 from shardprune.shard.error_curves import GRADIENTS, gradients_of
 from shardprune.shard.forward_worker import ForwardWorker, segment_stream
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.solvers.allocation.knapsack import Curve
+from shardprune.solvers.error_curves import with_prior
 from shardprune.solvers.methods import Effort
 
 
@@ -107,6 +108,8 @@ def measure(
         if kind.inputs:
             layer.ask_all(PruneWorker.begin_curves)
             layer.over_waves(PruneWorker.gather)
+        if kind.mixtures:
+            layer.ask_all(PruneWorker.gathered, len(waves.tokens))
         costs = [cost_of_solution(Effort(sweeps=True), shapes[index], names) for names in kind.inputs]
         solvers = layer.share_out(costs)
         takers = dict(zip(kind.input_names, solvers, strict=True))
@@ -121,6 +124,10 @@ def measure(
             found.update({(index, name): curve for name, curve in group.get(ref).items()})
             step.advance()
         to_all(group, layout, layer.shard, ForwardWorker.drop, layer.stream)
+        for names in _experts_alike(kind):
+            seen = tokens * kind.share_of_tokens(names[0])
+            curves = with_prior({name: found[index, name] for name in names}, seen)
+            found.update({(index, name): curve for name, curve in curves.items()})
         return found
 
     def of_shard(shard: int) -> Curves:
@@ -131,3 +138,12 @@ def measure(
     lanes = side_by_side(group, [partial(of_shard, shard) for shard in range(len(layout.shards))])
     release(group, layout)
     return {place: curve for own in lanes for place, curve in own.items()}
+
+
+def _experts_alike(kind: LayerKind) -> list[tuple[str, ...]]:
+    """Return the projections that are the same part of the experts of one mixture, for every part of every mixture."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in kind.projections:
+        if path := kind.mixture_of(name):
+            found.setdefault((path, name.rpartition(".")[2]), []).append(name)
+    return [tuple(names) for names in found.values()]

@@ -33,7 +33,6 @@ from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.layer_recipe import LayerRecipe
-from shardprune.recipes.quality import QualityFields
 from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import Need, WorkerSpec
 from shardprune.solvers.allocation.allocation import Sparsities
@@ -355,9 +354,6 @@ def prepare(
         FurtherLayers(fewer)  # which it checks
     statistics = _given_statistics(recipe, checkpoint, fewer)
     mixture = any(kind.mixtures for kind in skeleton.family.kinds)
-    if job.measures and isinstance(recipe, QualityFields) and mixture:
-        recipe = recipe.without_curves()
-        job = recipe.job()
     if asked.chunks > 1 and not mixture:
         raise InputError("expert_chunks", f"{asked.chunks} has no effect: the model has no experts; leave it out")
     if job.improving.stream_targets:

@@ -21,7 +21,6 @@ from shardprune.model.left_dense import left_dense
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
-from shardprune.recipes.quality import QualityFields
 from shardprune.report.achieved import removal_of, sparsity_of, structure_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
@@ -166,8 +165,6 @@ class PruningRun:
                 self.reporter.say(f"threads: the run keeps {threads} for each worker, with which it began")
             if line := left_dense(self.prepared.skeleton.family.kinds):
                 self.reporter.say(line)
-            if isinstance(self.prepared.recipe, QualityFields) and self.prepared.recipe.instead:
-                self.reporter.say(self.prepared.recipe.instead)
             if self.state.resumed:
                 self.journal.remove_damaged(self.reporter.say)
             if self.state.previous is None:

@@ -83,15 +83,19 @@ class Stack:
         seen.stack, seen.parts = self, parts
         return seen
 
-    def tell(self, parts: list[Part], tokens: Tensor, outputs: Tensor) -> None:
-        """Call the parts of an expert with the tokens [count, cols] that it got, and with their outputs."""
+    def tell(self, parts: list[Part], tokens: Tensor, outputs: Tensor) -> Tensor:
+        """Call the parts of an expert with the tokens [count, cols] that it got, and with their outputs; return the
+        outputs of all. They are made of those of the parts where gradients flow, which reach the parts' own then.
+        """
         count = len(parts)
         if self._layout.interleaved:
             own = [outputs[..., place::count] for place in range(count)]
         else:
             own = list(outputs.chunk(count, dim=-1))
-        for part, output in zip(parts, own, strict=True):
-            part(tokens, output)
+        told = [part(tokens, output) for part, output in zip(parts, own, strict=True)]
+        if not outputs.requires_grad:
+            return outputs
+        return torch.stack(told, dim=-1).flatten(-2) if self._layout.interleaved else torch.cat(told, dim=-1)
 
 
 class _Matrix(Tensor):
@@ -105,8 +109,8 @@ class _Matrix(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
         if function in PRODUCTS and len(args) == 2 and isinstance(matrix := args[1], cls) and not kwargs:
-            matrix.stack.tell(matrix.parts, args[0], result)
-        elif isinstance(result, Tensor):
+            return matrix.stack.tell(matrix.parts, args[0], result)
+        if isinstance(result, Tensor):
             raise NotImplementedError(f"an expert's matrix is used in {getattr(function, '__name__', function)}")
         return result
 

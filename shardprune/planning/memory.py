@@ -169,7 +169,9 @@ class WorkerMemory:
             yield self._moment("curves", "labels", held, drawing + 2 * self._wave(), kept=kept)
         size = min(task.wave, self._curve_sequences())
         yield self._moment("curves", "backward", weights, self._training(size), kept=kept)
+        # Those of all experts at once, and of all tokens that enter their mixtures.
         sums = sum(4 * one.cols**2 for one in model.inputs)
+        sums += sum(4 * cols**2 for cols in model.shape.commons(range(len(model.inputs))))
         yield self._moment("curves", "gather", weights, self._forward(), sums, kept=kept)
         for one in model.inputs:
             square, rows = one.cols**2, sum(one.rows.values()) // ROWS

@@ -152,12 +152,9 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         simulated: include the growth of the simulated time.
 
     Raises:
-        InputError: the model cannot be read, or the recipe asks for an impossible layout, or for error curves that the
-            model cannot have.
+        InputError: the model cannot be read, or the recipe asks for an impossible layout.
     """
     model = read_model(recipe.model, recipe.ignore)
-    if recipe.zeroing.measures and any(kind.mixtures for kind in model.skeleton.family.kinds):
-        recipe = recipe.without_curves()
     asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
     plans = []
     for propagation in asked:

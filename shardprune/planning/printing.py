@@ -39,8 +39,6 @@ def show(result: PlanResult, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    if recipe.instead:
-        console.print(recipe.instead, highlight=False, soft_wrap=True)
     for plan in result.plans:
         console.print()
         _show_plan(plan, console, unit)

@@ -328,6 +328,7 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.differentiate: Row(_of_wave(Costs.differentiate), reads="layer"),
     PruneWorker.begin_curves: Row(_begin_curves),
     PruneWorker.gather: Row(_of_wave(Costs.gather), reads="layer"),
+    PruneWorker.gathered: Row(),
     PruneWorker.measure_curves: Row(_measure_curves, reads="layer"),
     PruneWorker.hold_out: Row(_accumulate, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),

@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 from typing_extensions import Self
 
-from shardprune.errors import InputError
 from shardprune.recipes.improving import TrainingFields
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.allocation.budget import HIGHEST
@@ -19,7 +18,6 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
 }
 # Beside that, where zeros may stand anywhere and are so many that it matters which projection gives up how much.
 UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "fisher"}}
-WITHOUT_CURVES = "owl"  # the allocation in its place where a model's error curves cannot be measured
 SHARED_OUT_FROM = 0.6  # of the weights that structures leave
 
 
@@ -53,8 +51,6 @@ class QualityFields(Settings):
         "fast", description="Time for quality: stands for fields that are not given themselves, which result.json has"
     )
 
-    _instead: str | None = PrivateAttr(None)
-
     @model_validator(mode="wrap")
     @classmethod
     def _sets_what_is_given_alone(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -73,20 +69,3 @@ class QualityFields(Settings):
         """The fields that the quality may stand for, with the values that they have."""
         names = {name for table in (EVERYWHERE, UNSTRUCTURED) for fields in table.values() for name in fields}
         return {name: getattr(self, name) for name in sorted(names) if hasattr(self, name)}
-
-    @property
-    def instead(self) -> str | None:
-        """What the quality stands for otherwise because of the model, in a line."""
-        return self._instead
-
-    def without_curves(self) -> Self:
-        """Return the recipe for a model whose error curves cannot be measured.
-
-        Raises:
-            InputError: an allocation that needs them is given, and not what the quality stands for.
-        """
-        if "allocation" in self.model_fields_set:
-            raise InputError("allocation", "fisher measures no experts yet, which this model has; choose another")
-        recipe = self.model_copy(update={"allocation": WITHOUT_CURVES})
-        recipe._instead = f"quality {self.quality}: allocation {WITHOUT_CURVES}, as experts have no error curves yet"
-        return recipe

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.errors import SolverError
+from shardprune.model.experts import DOWN
 from shardprune.model.skeleton import projection_weight
 from shardprune.shard.forward_worker import ForwardWorker, segment_stream
 from shardprune.shard.gradients import power_near_one, repeatable
@@ -19,7 +20,7 @@ from shardprune.shard.verbs import verb
 from shardprune.solvers.allocation.knapsack import Curve
 from shardprune.solvers.error_curves import LABEL_SEED, RowGradients, error_curves
 from shardprune.solvers.sampling import drawn_tokens, draws
-from shardprune.solvers.statistics import InputStatistics
+from shardprune.solvers.statistics import PRIOR_TOKENS, InputStatistics
 
 GRADIENTS = "gradients"  # the stream of the loss's gradients by hidden states, float32
 LOGITS = 2**24  # at once: labels are drawn in whole numbers of 64 bits
@@ -84,8 +85,17 @@ class ErrorCurves:
     def gather(self, stream: str, wave: int, index: int) -> None:
         """Add one kept wave to the sums over a dense layer's inputs."""
         sums = self._worker.sums[index]
-        inputs = {name: sums[name] for name in self._skeleton.family.kinds[index].input_names}
+        inputs = {name: own for name, own in sums.items() if isinstance(own, InputStatistics)}
         self._worker.add_inputs(index, self._worker.activations.get(stream, wave), inputs)
+
+    @verb("exchange", layer="index")
+    def gathered(self, index: int, windows: int) -> None:
+        """Have the experts' sums take a part of what all tokens of their mixture have added, when all waves have.
+
+        Args:
+            windows: of all replicas.
+        """
+        self._worker.add_priors(index, windows)
 
     @verb("solve", layer="index")
     def measure_curves(
@@ -95,12 +105,13 @@ class ErrorCurves:
         given up.
 
         Args:
-            tokens: behind the sums.
+            tokens: of the text, all of which are behind the sums but those of experts.
 
         Raises:
             SolverError: names the projection.
         """
-        layer, names = self._worker.layers.get(index, "dense"), self._skeleton.family.kinds[index].inputs[group]
+        layer, kind = self._worker.layers.get(index, "dense"), self._skeleton.family.kinds[index]
+        names = kind.inputs[group]
         sums = self._worker.sums[index]
         inputs, gradients = sums.pop(names[0]), sums.pop(gradients_of(names[0]))
         if not sums:
@@ -113,8 +124,13 @@ class ErrorCurves:
         if not gradients.finite:
             raise SolverError(f"{label}: the gradients at its outputs are not finite")
         weights = {name: projection_weight(layer, name) for name in names}
+        seen = tokens
+        if inputs.tokens is not None and names[0].endswith(f".{DOWN}"):
+            seen, damping = inputs.tokens, inputs.least_damping(damping)
+        elif inputs.tokens is not None:
+            seen = inputs.tokens + PRIOR_TOKENS
         try:
-            return error_curves(weights, inputs, gradients, levels, damping, tokens)
+            return error_curves(weights, inputs, gradients, levels, damping, tokens, seen)
         except SolverError as error:
             raise SolverError(f"{label}: {error}") from error
 

@@ -309,22 +309,28 @@ class ForwardWorker:
         return self.skeleton.family.kinds[index]
 
     def _known(self, index: int) -> dict[str, Summed]:
-        """Return the sums over a layer's inputs when all waves have added to them.
+        """Return the sums over a layer's inputs when all waves have added to them."""
+        self.add_priors(index, self.spec.samples)
+        return self.sums.get(index, {})
 
-        What all tokens of a mixture have added becomes a part of its experts' sums, once.
+    def add_priors(self, index: int, samples: int) -> None:
+        """Have what all tokens of a mixture have added become a part of its experts' sums, once.
+
+        Args:
+            samples: of all replicas.
         """
         sums = self.sums.get(index, {})
         for path in self._kind(index).mixtures:
-            if (common := sums.pop(path, None)) is None:
+            if (common := sums.pop(path, None)) is None or not common.samples:
                 continue
             assert isinstance(common, InputStatistics)
             assert common.tokens is not None
-            tokens = common.tokens // common.samples * self.spec.samples
+            tokens = common.tokens // common.samples * samples
             for name, statistics in sums.items():
-                if self._kind(index).mixture_of(name) == path and not name.endswith(f".{DOWN}"):
-                    assert isinstance(statistics, InputStatistics)
+                if not isinstance(statistics, InputStatistics) or name.endswith(f".{DOWN}"):
+                    continue
+                if self._kind(index).mixture_of(name) == path:
                     statistics.add_prior(common, tokens)
-        return sums
 
     def _run(
         self,

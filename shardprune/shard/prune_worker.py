@@ -85,6 +85,7 @@ class PruneWorker(ForwardWorker):
     differentiate = of_part("error_curves", ErrorCurves.differentiate)
     begin_curves = of_part("error_curves", ErrorCurves.begin_curves)
     gather = of_part("error_curves", ErrorCurves.gather)
+    gathered = of_part("error_curves", ErrorCurves.gathered)
     measure_curves = of_part("error_curves", ErrorCurves.measure_curves)
 
     # -- zeroing weights --------------------------------------------------------------------------------------

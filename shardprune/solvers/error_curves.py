@@ -3,6 +3,9 @@
 Where a projection of outputs Z = X W^T changes by E, the loss rises by about 1/2 tr(G E H E^T) a token (K-FAC, Martens
 and Grosse, arXiv 1503.05671): H is the second moment of its inputs, G that of the gradients dL/dZ for labels that the
 model draws itself, of which the diagonal is taken. E is the change that SparseGPT makes to some of the rows.
+
+Of the expert of a mixture, both are those of the tokens that are routed to it, and so is the rise. What a few tokens
+say of it is little: `with_prior` adds what some more would.
 """
 
 import math
@@ -17,7 +20,7 @@ from shardprune.solvers.allocation.knapsack import Curve
 from shardprune.solvers.methods import Target
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.sparsegpt import prune_together
-from shardprune.solvers.statistics import InputStatistics, Summed, gram_norm
+from shardprune.solvers.statistics import PRIOR_TOKENS, InputStatistics, Summed, gram_norm
 
 TOKENS = 2**14  # of calibration text that curves are measured on, at the least, where there are so many
 ROWS = 4  # of which one is solved
@@ -74,6 +77,7 @@ def error_curves(
     levels: Sequence[float],
     damping: float,
     tokens: int,
+    seen: int,
 ) -> dict[str, Curve]:
     """Return the estimated rise of the loss, in nats a token, at each level of sparsity of each projection that reads
     one input.
@@ -82,7 +86,8 @@ def error_curves(
         weights: dense, [rows, cols] by name; every fourth row is solved and stands for four.
         inputs: of kind `gram`.
         damping: of the Gram matrix, fraction of its mean diagonal.
-        tokens: behind the sums.
+        tokens: of the text.
+        seen: those of them that are behind the sums over the inputs.
 
     Raises:
         SolverError: the Hessian cannot be factorised.
@@ -96,8 +101,26 @@ def error_curves(
             errors[name].append(gram_norm((own - solution.weight).mul_(roots[name]), inputs.sums))
     found: dict[str, Curve] = {}
     for name, weight in weights.items():
-        scale = len(weight) / len(some[name]) / (2 * tokens**2)
+        scale = len(weight) / len(some[name]) / (2 * tokens * max(1, seen))
         found[name] = tuple(
             (level, error * scale) for level, error in zip(levels, torch.stack(errors[name]).tolist(), strict=True)
         )
     return found
+
+
+def with_prior(curves: Mapping[str, Curve], tokens: float) -> dict[str, Curve]:
+    """Return the curves of one part of all experts of a mixture, to each of which as many tokens are added as have a
+    part in the sums over its inputs (`PRIOR_TOKENS`), with the mean error of a token at all of them.
+
+    An expert that saw no token would cost nothing else, and give up all that it can.
+
+    Args:
+        curves: by the name of the projection, all at the same levels.
+        tokens: that an expert saw on average.
+    """
+    share = PRIOR_TOKENS / (tokens * len(curves))
+    added = [share * math.fsum(error for _, error in points) for points in zip(*curves.values(), strict=True)]
+    return {
+        name: tuple((level, error + more) for (level, error), more in zip(curve, added, strict=True))
+        for name, curve in curves.items()
+    }

@@ -1,5 +1,7 @@
 """Runs over mixtures of experts: what they measure, report and write."""
 
+import functools
+import json
 import re
 
 import numpy as np
@@ -10,6 +12,12 @@ from transformers import AutoModelForCausalLM
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
+from shardprune.solvers.error_curves import LABEL_SEED, ROWS
+from shardprune.solvers.methods import Target
+from shardprune.solvers.pattern import Unstructured
+from shardprune.solvers.sampling import drawn_tokens, draws
+from shardprune.solvers.sparsegpt import prune_together
+from shardprune.solvers.statistics import PRIOR_TOKENS, InputStatistics
 from tests.commands.test_architectures import perplexity
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.running import run
@@ -111,10 +119,90 @@ def test_damping_is_measured_for_experts_that_see_no_token_and_parts_may_be_igno
     assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
 
 
+def noted(module, seen, name, hidden, chosen, weights):
+    """The output of a Qwen3-MoE's experts, with the inputs and outputs of each part as `seen`, plainly."""
+    total = torch.zeros_like(hidden)
+    for expert, (both, down) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+        rows, choices = torch.where(chosen == expert)
+        inputs, outputs = hidden[rows], {}
+        for part, weight in zip(("gate_proj", "up_proj"), both.detach().chunk(2), strict=True):
+            outputs[part] = inputs @ weight.t()
+            seen[(*name, f"mlp.experts.{expert}.{part}")] = (inputs, outputs[part], weight, hidden)
+        neurons = torch.nn.functional.silu(outputs["gate_proj"]) * outputs["up_proj"]
+        output = neurons @ down.detach().t()
+        seen[(*name, f"mlp.experts.{expert}.down_proj")] = (neurons, output, down.detach(), None)
+        total = total.index_add(0, rows, output * weights[rows, choices].unsqueeze(1))
+    return total
+
+
+def curves_by_definition(folder, count):
+    """The error curves of all experts, without and with what is added for few tokens: by the first `count` windows and
+    the whole dense model, forward and backward by autograd in one piece."""
+    whole = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    windows = torch.from_numpy(np.load(folder / "tokens.npy"))[:count]
+    seen, count = {}, windows.numel()
+    for index, layer in enumerate(whole.model.layers):
+        layer.mlp.experts.forward = functools.partial(noted, layer.mlp.experts, seen, (index,))
+    logits = whole(windows).logits.flatten(0, 1)
+    uniform = draws(LABEL_SEED, range(len(windows)), windows.shape[1])
+    labels = drawn_tokens(logits.detach(), 1.0, uniform.flatten())
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    gradients = torch.autograd.grad(loss, [output for _, output, _, _ in seen.values()])
+    found = {}
+    for (place, (inputs, _, weight, common)), gradient in zip(seen.items(), gradients, strict=True):
+        tokens, squares = len(inputs), gradient.double().square().sum(0)
+        gram = inputs.detach().t() @ inputs.detach()
+        if common is not None:
+            gram += common.detach().t() @ common.detach() * (PRIOR_TOKENS / count)
+            tokens += PRIOR_TOKENS
+        damping = 0.1 if common is None and tokens < 2 * len(gram) else 0.01
+        statistics = InputStatistics("gram", gram, len(windows))
+        some = weight[::ROWS]
+        found[place] = []
+        for level in (0.5, 0.6, 0.7, 0.8, 0.9):
+            (solution,) = prune_together([Target(some, Unstructured(), level, damping)], statistics)
+            change = (some - solution.weight).double()
+            lost = ((change @ gram.double() / max(1, tokens)) * change).sum(1) @ squares[::ROWS] / count
+            found[place].append(float(lost) * len(weight) / len(some) / 2)
+    own = {place: list(errors) for place, errors in found.items()}
+    for (layer, name), errors in found.items():
+        alike = [own[layer, f"mlp.experts.{expert}.{name.rsplit('.')[-1]}"] for expert in range(6)]
+        # 128 tokens at the mean error of a token at any of the experts, two of which got each token.
+        added = [sum(level) / (count * 2) * PRIOR_TOKENS for level in zip(*alike, strict=True)]
+        found[layer, name] = [error + more for error, more in zip(errors, added, strict=True)]
+    return own, found
+
+
+def test_error_curves_of_experts_are_those_of_the_definition(mixture, monkeypatch):
+    monkeypatch.setattr("shardprune.solvers.error_curves.TOKENS", 5 * 24)  # of 12 windows
+    fields = {"sparsity": 0.7, "allocation": "fisher"}
+    result = run(mixture, "curves", **fields)
+    own, expected = curves_by_definition(mixture, 5)
+    shares = {(share["layer"], share["name"]): share for share in allocation_of(mixture / "curves")}
+    assert sum(".experts." in name for _, name in shares) == len(expected) == 2 * 6 * 3
+    for place, errors in expected.items():
+        assert [error for _, error in shares[place]["curve"]] == pytest.approx(errors, rel=1e-3), place
+    for layer, name in expected:
+        if name.split(".")[2] in "45":  # which see no token, and cost something nevertheless
+            assert max(own[layer, name]) == 0 < min(expected[layer, name])
+    assert len({report.target for report in result.sparsity.projections}) > 5
+    assert result.sparsity.allocated == pytest.approx(0.7, abs=1e-9)
+
+    run(mixture, "curves-sharded", shards=2, weights="streamed", wave=4, **fields)
+    assert differing(mixture / "curves", mixture / "curves-sharded") == []
+    assert allocation_of(mixture / "curves-sharded") == allocation_of(mixture / "curves")
+    run(mixture, "curves-replicas", replicas=6, **fields)  # of which one has no window
+    for share in allocation_of(mixture / "curves-replicas"):
+        expected_curve = shares[share["layer"], share["name"]]["curve"]
+        assert share["curve"] == [pytest.approx(point, rel=1e-3) for point in expected_curve]
+
+
+def allocation_of(out):
+    return json.loads((out / "allocation.json").read_text())["projections"]
+
+
 def test_what_is_not_known_of_experts_is_refused_in_one_line(mixture):
     for fields in ({"structured": 0.3}, {"sparsity": 0.5, "targets": "stream"}):
         with pytest.raises(InputError, match="are not known, only those of"):
             run(mixture, "refused", **fields)
-    with pytest.raises(InputError, match="^allocation: fisher measures no experts yet"):
-        run(mixture, "refused", sparsity=0.5, allocation="fisher")
     assert not (mixture / "refused").exists()

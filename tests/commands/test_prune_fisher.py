@@ -198,9 +198,10 @@ def test_curves_have_the_damping_of_the_run_and_no_window_that_is_held_out(folde
     seen = []
     measured = error_curves.error_curves
 
-    def noted(weights, inputs, gradients, levels, damping, tokens):
+    def noted(weights, inputs, gradients, levels, damping, tokens, behind):
+        assert behind == tokens
         seen.append((damping, tokens))
-        return measured(weights, inputs, gradients, levels, damping, tokens)
+        return measured(weights, inputs, gradients, levels, damping, tokens, behind)
 
     monkeypatch.setattr("shardprune.shard.error_curves.error_curves", noted)
     run(folder, tmp_path / "o", damping=damping, **FISHER)

@@ -126,6 +126,35 @@ def test_weights_that_stand_in_for_those_of_parts_are_used_and_have_gradients(la
         assert torch.equal(skeleton.forward_layer(built, hidden, arguments), output)
 
 
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoe", "nemotron_h"])
+def test_gradients_reach_the_outputs_of_parts(model_type, tmp_path):
+    """With Z = X W^T, the gradient by W is that by Z, transposed, times X."""
+    checkpoint = Checkpoint(make_architecture(tmp_path, model_type, MIXTURES[model_type]))
+    skeleton = Skeleton(checkpoint.config, "cpu", torch.float32)
+    skeleton.load_frame(checkpoint)
+    index = next(place for place, kind in enumerate(skeleton.family.kinds) if kind.mixtures)
+    built = skeleton.build_layer(index, ((name, checkpoint.read(name)) for name in skeleton.layer_tensors(index)))
+    hidden = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    arguments = skeleton.layer_arguments(index, *hidden.shape[:2])
+    seen = {}
+    for name, part in built.named_modules():
+        if isinstance(part, Part):
+            part.register_forward_hook(
+                lambda _part, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+            )
+    plain = skeleton.forward_layer(built, hidden, arguments)
+    gradients = torch.autograd.grad(plain.square().sum(), [output for _, output in seen.values()])
+    known = {name: gradient.t() @ inputs for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True)}
+    leaves = {f"{name}.weight": projection_weight(built, name).detach().clone().requires_grad_() for name in seen}
+    output = torch.func.functional_call(built, leaves, (hidden,), arguments.keywords)
+    assert torch.equal(output, plain)
+    output.square().sum().backward()
+    assert len(known) > 2
+    for name, gradient in known.items():
+        assert gradient.any()
+        assert torch.allclose(leaves[f"{name}.weight"].grad, gradient, rtol=1e-4, atol=1e-5), name
+
+
 @torch.no_grad()
 def test_a_copy_of_a_layer_has_weights_of_its_own(layer):
     skeleton, built, hidden = layer

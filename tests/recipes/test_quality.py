@@ -68,16 +68,6 @@ def test_the_recipes_of_the_repository_are_the_best(name, target, allocation):
     assert (loaded.zeroing.target, loaded.pattern) == (target, "2:4" if name == "2of4" else "unstructured")
 
 
-def test_shares_by_curves_are_by_outliers_where_a_model_has_no_curves_unless_they_are_asked_for():
-    dialled = recipe(**AT_70, quality="best").without_curves()
-    assert (dialled.allocation, dialled.chosen["allocation"], dialled.record()["allocation"]) == ("owl",) * 3
-    assert dialled.shape() == recipe(**AT_70, quality="best", allocation="owl").shape()
-    assert dialled.instead == "quality best: allocation owl, as experts have no error curves yet"
-    assert recipe(**AT_70, quality="best").instead is None
-    with pytest.raises(InputError, match=r"^allocation: fisher measures no experts yet, which this model has; choose"):
-        recipe(**AT_70, quality="best", allocation="fisher").without_curves()
-
-
 def test_another_quality_is_refused_in_a_line():
     with pytest.raises(InputError, match=r"^quality: 'good' is not allowed; use one of fast, balanced, best$"):
         recipe(**AT_70, quality="good")
