@@ -173,7 +173,7 @@ class WorkerMemory:
         sums = sum(4 * one.cols**2 for one in model.inputs)
         sums += sum(4 * cols**2 for cols in model.shape.commons(range(len(model.inputs))))
         yield self._moment("curves", "gather", weights, self._forward(), sums, kept=kept)
-        for one in model.inputs:
+        for one in {one.size: one for one in reversed(model.inputs)}.values():  # the first of many experts' alike
             square, rows = one.cols**2, sum(one.rows.values()) // ROWS
             exchanged = 4 * lower_entries(one.cols) if self.setup.copies_sums else 0
             split = split_bytes(square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0

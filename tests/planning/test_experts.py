@@ -46,6 +46,18 @@ def test_sums_of_a_chunk_are_held_at_a_time(chunks, experts, deepseek):
     assert [one.device.statistics for one in moments] == sums
 
 
+def test_error_curves_take_the_sums_of_all_experts_of_a_layer_at_once(deepseek):
+    recipe = PlanRecipe.checked({"model": "DeepSeek-V3", "sparsity": 0.7, "allocation": "fisher"})
+    task = planned_task(recipe, deepseek).at(60)
+    layout = plan_layout(61, recipe.samples, "exact", 1, 1, None)
+    setup = Setup(layout, streamed=True, waves_on_host=True, gpu=True, chunks=4)
+    moments = [one for one in WorkerMemory(task, setup, 0).moments() if one.phase == "curves"]
+    h, neurons = 7168, 2048
+    others = h**2 + 1536**2 + 512**2 + (128 * 128) ** 2 + h**2 + neurons**2
+    expected = 4 * (256 * (h**2 + neurons**2) + h**2 + others)
+    assert [one.device.statistics for one in moments if one.step == "gather"] == [expected]
+
+
 def test_a_gpu_that_is_too_small_gets_chunks(deepseek):
     fields = {"nodes": 1, "gpus": 1, "host_memory": "2TB", "shards": 1, "replicas": 1, "weights": "streamed"}
     recipe = PlanRecipe.checked({"model": "DeepSeek-V3", "sparsity": 0.5, **fields})
