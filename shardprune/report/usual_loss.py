@@ -38,7 +38,7 @@ class Usual:
     @property
     def name(self) -> str:
         of = f" {self.pattern}" if ":" in self.pattern else ""
-        return f"{self.way}{of} at {100 * self.share:g} %"
+        return f"{self.way}{of} at {100 * self.share:g}%"
 
     def is_near(self, share: float) -> bool:
         """Return whether a run with this share is to be compared with the row."""

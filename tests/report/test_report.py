@@ -113,7 +113,7 @@ def test_a_report_says_when_and_by_what_a_run_was_made(runs):
     date = datetime.fromtimestamp(last["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     by = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
     machine = f"{platform.system()} {platform.machine()} with {os.cpu_count()} CPUs"
-    said = f"Started {date}, {by}; its driver ran on {machine}."
+    said = f"Started {date} with {by}; its driver ran on {machine}."
     assert f'<p class="remark">{said}</p>' in page_of(runs.folder / "interrupted")
 
 

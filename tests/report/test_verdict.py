@@ -51,12 +51,12 @@ ZEROS = "Gained: 70.0% of the projections' weights zero. Lost: perplexity on wik
 @pytest.mark.parametrize(
     ("after", "line"),
     [
-        (40.0, "40.000 (1.51 times). That is usual for sparsegpt at 70 % on small models (1.18 to 2.00 times)."),
-        (28.0, "28.000 (1.06 times). That is less than usual for sparsegpt at 70 % on small models (1.18 to 2.00"),
+        (40.0, "40.000 (1.51 times). That is usual for sparsegpt at 70% on small models (1.18 to 2.00 times)."),
+        (28.0, "28.000 (1.06 times). That is less than usual for sparsegpt at 70% on small models (1.18 to 2.00"),
         (54.0, "54.000 (2.04 times). That is usual for"),  # another draw of windows does as much
         (
             90.0,
-            "90.000 (3.39 times). That is more than is usual for sparsegpt at 70 % on small models (1.18 to 2.00 "
+            "90.000 (3.39 times). That is more than is usual for sparsegpt at 70% on small models (1.18 to 2.00 "
             f"times): {TRY_ALL}",
         ),
         (math.nan, f"nan. A model with such a perplexity is of no use: {TRY_ALL}"),
@@ -69,19 +69,19 @@ def test_zeros_are_gained_and_perplexity_is_lost(after, line):
 
 def test_a_share_between_those_measured_is_held_against_the_next_larger_one():
     assert verdict(sparse(0.5, after=30.0)).endswith(
-        "Nothing was measured at this share; usual for sparsegpt at 70 % on small models: 1.18 to 2.00 times."
+        "Nothing was measured at this share; usual for sparsegpt at 70% on small models: 1.18 to 2.00 times."
     )
-    assert "more than is usual even for sparsegpt at 70 % on small models" in verdict(sparse(0.5, after=60.0))
+    assert "more than is usual even for sparsegpt at 70% on small models" in verdict(sparse(0.5, after=60.0))
     assert verdict(sparse(0.9, after=60.0)).endswith("(2.26 times).")  # beyond what was measured
 
 
 @pytest.mark.parametrize(
     ("recipe", "named"),
     [
-        ({"rebuild": "barber"}, "sparsegpt, rebuilt at 70 %"),
-        ({"reconstruct": 50}, "sparsegpt, trained at 70 %"),
-        ({"method": "alps", "reconstruct": 100, "quality": "best"}, "alps, trained at 70 %"),
-        ({"method": "wanda", "allocation": "owl"}, "wanda at 70 %"),
+        ({"rebuild": "barber"}, "sparsegpt, rebuilt at 70%"),
+        ({"reconstruct": 50}, "sparsegpt, trained at 70%"),
+        ({"method": "alps", "reconstruct": 100, "quality": "best"}, "alps, trained at 70%"),
+        ({"method": "wanda", "allocation": "owl"}, "wanda at 70%"),
     ],
 )
 def test_what_was_done_beside_the_method_counts(recipe, named):
@@ -94,11 +94,11 @@ def test_structures_are_parameters():
     said = verdict(removed(sparsity={**zeros(0.3, removed=0.3, zeroed=0.0), "projections": []}, after=200.0))
     assert said.startswith("Gained: 30.0% fewer parameters (1,000 → 700). Lost: perplexity")
     assert said.endswith(
-        "That is more than is usual for width at 30 % on small models (1.97 to 3.90 times): try --quality best, "
+        "That is more than is usual for width at 30% on small models (1.97 to 3.90 times): try --quality best, "
         "removing less, or calibration text like the text that counts."
     )
-    assert "usual for depth at 30 % on small models" in verdict(removed("mop", path="LL"))
-    assert "usual for mop at 30 % on small models" in verdict(removed("mop", path="LG"))
+    assert "usual for depth at 30% on small models" in verdict(removed("mop", path="LL"))
+    assert "usual for mop at 30% on small models" in verdict(removed("mop", path="LG"))
     assert "--quality" not in verdict(removed("mop", path="LG", after=900.0)), "mop has no dial"
 
 

@@ -55,7 +55,8 @@ class FinishedRun:
         if begun is None:
             return []
         date = datetime.fromtimestamp(begun["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-        by = "".join(f", {name} {version}" for name, version in begun.get("versions", {}).items())
+        versions = ", ".join(f"{name} {version}" for name, version in begun.get("versions", {}).items())
+        by = f" with {versions}" if versions else ""
         on = f"; its driver ran on {begun['machine']}" if "machine" in begun else ""
         return [f"Started {date}{by}{on}."]
 
