@@ -245,7 +245,7 @@ def report(
         typer.Option(help="File of the comparison, which ends in .html (default: comparison.html)", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Write OUT/report.html, a page that needs no network, or a comparison."""
+    """Write OUT/report.html, a page that needs no network, or a comparison with JSON and CSV beside it."""
     if file and not compare:
         raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
     from shardprune.report.page.write import write_comparison, write_report
@@ -308,9 +308,12 @@ def show(results: Any, settings: Any) -> None:
     from shardprune.report.page.place import report_of
     from shardprune.report.result import EvaluationResult
     from shardprune.report.summary import evaluation_summary, remark_on_numbers, summary
+    from shardprune.report.verdict import verdict
 
     steps = list(results.values()) if isinstance(results, dict) else [results]
     for result in steps:
+        if not isinstance(result, EvaluationResult):
+            PlainConsole().print(verdict(result))
         PlainConsole().print(evaluation_summary(result) if isinstance(result, EvaluationResult) else summary(result))
         if remark := remark_on_numbers(result):
             PlainConsole().print(remark)

@@ -46,12 +46,14 @@ class _InStep(_Event):
 
 
 class Run(_Event):
-    """The command starts."""
+    """The command starts: `versions` are those of packages, `machine` is the kind of the driver's."""
 
     event: Literal["run"]
     command: str = ""
     fingerprint: str | None = None
     layers: Count | None = None
+    versions: dict[str, str] = {}
+    machine: str | None = None
 
 
 class Attempt(_Event):

@@ -7,10 +7,13 @@ run.json are the record.
 """
 
 import logging
+import os
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from shardprune.errors import StorageError, first_line
@@ -23,6 +26,7 @@ from shardprune.storage.output_names import EVENTS as FILE
 
 HEARTBEAT_SECONDS = 15.0  # between two heartbeats of a running command
 REWRITE_SECONDS = 10.0  # between two rewrites of the file on storage without append
+PACKAGES = ("shardprune", "torch", "transformers", "ray")  # whose versions a run records
 CLOSE_SECONDS = 10.0  # to wait for the last events to be written; storage may be unreachable
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +71,7 @@ class Events:
         self._writer = _Writer(self, folder)
         self._writer.start()
         try:
-            self.emit("run", **facts)
+            self.emit("run", **facts, versions=_versions(), machine=_machine())
             yield
             self.emit("done")
         except BaseException as error:
@@ -125,6 +129,20 @@ class _Writer(threading.Thread):
         except StorageError as error:  # not fatal here: the run fails if its layers cannot be written either
             self._left = "\n" + self._left.lstrip()  # ends a partial line that may be in the file
             _logger.warning("events wait: %s", error)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape a result, as far as they are installed."""
+    found = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _machine() -> str:
+    """Return the kind of this machine, not its name."""
+    return f"{platform.system()} {platform.machine()} with {os.cpu_count()} CPUs"
 
 
 def read_events(folder: Folder) -> list[dict[str, Any]]:

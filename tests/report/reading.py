@@ -7,8 +7,8 @@ import re
 from safetensors.torch import load_file
 
 
-def page_of(out):
-    return (out / "report.html").read_text()
+def page_of(out, name="report.html"):
+    return (out / name).read_text()
 
 
 def figures(page):

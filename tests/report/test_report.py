@@ -2,8 +2,12 @@
 
 import html
 import json
+import os
+import platform
 import re
 import shutil
+from datetime import datetime, timezone
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -12,6 +16,7 @@ from shardprune.cli import main
 from shardprune.report.events import read_events
 from shardprune.report.page.finished_run import finished_runs
 from shardprune.report.page.write import write_report
+from shardprune.report.verdict import verdict
 from shardprune.storage.folder import Folder
 from tests.report.reading import cells, figures, page_of, projections
 from tests.support.running import run
@@ -88,6 +93,53 @@ def test_the_summary_says_what_was_achieved(runs):
     written = json.loads((runs.folder / "composite" / "result.json").read_text())["recipe"]
     assert (written["model"], written["out"], written["eval"]) == ("../model", ".", ["../tokens.npy"])
     assert yaml.safe_dump(written, sort_keys=False) in html.unescape(page_of(runs.folder / "composite"))
+
+
+def test_a_report_begins_with_what_was_gained_and_lost(runs):
+    for out, steps in {"owl": ["owl"], "mop": ["mop"], "pipeline": ["prune", "recover"]}.items():
+        body = page_of(runs.folder / out).partition("<body>")[2]
+        found = re.findall(r'<h2>[^<]*</h2>\n<p class="verdict">(.*?)</p>', body)
+        assert [html.unescape(line) for line in found] == [verdict(runs.results[step]) for step in steps]
+        assert found[0].startswith("Gained: ")
+
+
+def test_a_report_says_when_and_by_what_a_run_was_made(runs):
+    events = read_events(Folder(str(runs.folder / "interrupted"), "out"))
+    _, last = [event for event in events if event["event"] == "run"]
+    assert last["versions"] == {
+        "Python": platform.python_version(),
+        **{name: version(name) for name in ("shardprune", "torch", "transformers", "ray")},
+    }
+    date = datetime.fromtimestamp(last["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    by = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
+    machine = f"{platform.system()} {platform.machine()} with {os.cpu_count()} CPUs"
+    said = f"Started {date} with {by}; its driver ran on {machine}."
+    assert f'<p class="remark">{said}</p>' in page_of(runs.folder / "interrupted")
+
+
+def test_the_events_of_an_older_version_have_a_date_alone(runs, tmp_path):
+    shutil.copytree(runs.folder / "owl", tmp_path / "owl")
+    (tmp_path / "owl" / "events.jsonl").write_text('{"time": 86400, "event": "run", "command": "prune"}\n')
+    write_report(str(tmp_path / "owl"))
+    assert '<p class="remark">Started 1970-01-02 00:00 UTC.</p>' in page_of(tmp_path / "owl")
+
+
+@pytest.mark.parametrize("name", ["owl", "mop", "rebuilt"])
+def test_the_command_on_the_page_repeats_the_run(runs, name, monkeypatch):
+    page = page_of(runs.folder / name)
+    (command,) = re.findall(r"<code>(shardprune .*?)</code>", page)
+    copied = runs.folder / f"copy-of-{name}"
+    copied.mkdir()
+    (copied / "recipe.yaml").write_text(html.unescape(re.search(r"<pre>(.*?)</pre>", page, re.DOTALL)[1]))
+    monkeypatch.chdir(copied)
+    words = command.replace("../again", f"../again-{name}").split()
+    with pytest.raises(SystemExit) as end:
+        main(words[1:])
+    assert end.value.code == 0
+    made, again = (list(projections(runs.folder / out)) for out in (name, f"again-{name}"))
+    assert made
+    assert [place for *place, _ in made] == [place for *place, _ in again]
+    assert all(one.equal(other) for (*_, one), (*_, other) in zip(made, again, strict=True))
 
 
 def test_no_file_of_an_output_names_a_folder_of_the_machine(runs):

@@ -1,5 +1,6 @@
 """When a report is written, where it lies, and what is said where there can be none."""
 
+import csv
 import json
 import re
 
@@ -8,6 +9,8 @@ import pytest
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.cli import main
 from shardprune.errors import InputError, StorageError
+from shardprune.report.page.comparison import Point, Text
+from shardprune.report.page.comparison_data import as_csv, as_json, is_generated
 from shardprune.report.page.place import place_of_report
 from shardprune.report.page.write import write_comparison, write_report
 from shardprune.report.progress import Reporter
@@ -159,6 +162,54 @@ def test_a_comparison_names_what_is_not_finished(runs, tmp_path, dies_at_layer, 
     assert (tmp_path / "mine.html").read_text() == "mine"
     with pytest.raises(InputError, match="none of the runs measured a perplexity.*; not finished: cut"):
         write_comparison([str(tmp_path / "cut"), str(tmp_path / "cut") + "/"], str(tmp_path / "y.html"))
+
+
+def test_a_comparison_has_its_numbers_beside_it(runs, tmp_path):
+    outs = [str(runs.folder / name) for name in ("owl", "mop")]
+    for _ in range(2):  # the second time over the first one's files
+        write_comparison(outs, f"{tmp_path}/x.html")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.csv", "x.html", "x.json"]
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found["generator"] == "shardprune report --compare"
+    dense, owl, mop = found["models"]
+    (measured,) = runs.results["owl"].perplexity.values()
+    facts = {"text": "tokens.npy", "windows": measured.windows, "seqlen": 24, "tokens_sha256": measured.tokens_sha256}
+    base = {"run": "model", **facts, "perplexity": measured.before, "compression": 0.0, "seconds": 0.0}
+    assert dense == base
+    size = runs.results["owl"].model
+    assert {name: value for name, value in owl.items() if name != "seconds"} == {
+        **{"run": "owl", **facts, "perplexity": measured.after},
+        "compression": pytest.approx(size.zeros_after / size.parameters_before),
+    }
+    assert owl["seconds"] > 0
+    assert (mop["run"], mop["compression"]) == ("mop", pytest.approx(runs.results["mop"].model.removed))
+    with (tmp_path / "x.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert lines == [{name: str(value) for name, value in model.items()} for model in found["models"]]
+    assert "unrounded, lie beside this page: x.json, x.csv." in page_of(tmp_path, "x.html")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.csv"])
+def test_what_lies_beside_a_comparison_and_is_not_its_own_stays(runs, tmp_path, name):
+    (tmp_path / name).write_text('{"generator": "mine"}')
+    outs = [str(runs.folder / out) for out in ("owl", "mop")]
+    with pytest.raises(
+        InputError, match=f"file: .*x.html': '{name}', for its numbers, exists and is not of a comparison"
+    ):
+        write_comparison(outs, f"{tmp_path}/x.html")
+    assert snapshot(tmp_path).keys() == {name}
+    assert (tmp_path / name).read_text() == '{"generator": "mine"}'
+
+
+def test_a_perplexity_that_is_not_finite_has_no_number_in_json(tmp_path):
+    text = Text("/far/=1+1", 24, 2, "a")
+    points = [Point("x,\n\u202e", text, float("nan"), 0.5, 1.0), Point("y", text, 2.0, 0.5, 1.0)]
+    first, second = json.loads(as_json(points))["models"]
+    assert (first["perplexity"], second["perplexity"]) == (None, 2.0)
+    assert first["run"] == "x, \\u202e"
+    for name, made in (("a.json", as_json(points)), ("a.csv", as_csv(points))):
+        assert is_generated(name, made.encode())
+    assert [row[0] for row in csv.reader(as_csv(points).splitlines())] == ["run", first["run"], "y"]
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"command": "prune"}', '{"command": "evaluate", "seconds": 1}'])

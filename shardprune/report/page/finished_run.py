@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +46,19 @@ class FinishedRun:
     def attempts(self) -> int:
         """How often the command was started; 1 where events are missing."""
         return max(1, sum(event["event"] == "run" for event in self.events))
+
+    @property
+    def circumstances(self) -> list[str]:
+        """A sentence on when, by which versions and on which kind of machine the last attempt ran; none where events
+        are missing or those of a version that did not record them."""
+        begun = next((event for event in reversed(self.events) if event["event"] == "run"), None)
+        if begun is None:
+            return []
+        date = datetime.fromtimestamp(begun["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        versions = ", ".join(f"{name} {version}" for name, version in begun.get("versions", {}).items())
+        by = f" with {versions}" if versions else ""
+        on = f"; its driver ran on {begun['machine']}" if "machine" in begun else ""
+        return [f"Started {date}{by}{on}."]
 
     @property
     def seconds(self) -> float:

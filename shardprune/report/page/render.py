@@ -24,7 +24,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, facts in pairs, tables, plots, remarks about missing parts, and the recipe as YAML."""
+    """A heading, the verdict, facts in pairs, tables, plots, remarks about missing parts and about the run, the recipe
+    as YAML, and the command that it repeats."""
 
     title: str
     facts: list[tuple[str, str]] = field(default_factory=list)
@@ -32,6 +33,8 @@ class Section:
     plots: list[Plot] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     recipe: str | None = None
+    verdict: str | None = None
+    repeat: str | None = None
 
 
 def render(title: str, sections: Iterable[Section]) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from shardprune.errors import InputError
 from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
+from shardprune.report.page.comparison_data import as_csv, as_json, is_generated
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.page.finished_run import FinishedRun, all_unfinished, finished_runs, unfinished_runs
 from shardprune.report.page.heat_maps import outlier_map, sparsity_map
@@ -27,6 +28,7 @@ from shardprune.report.summary import (
     summary_rows,
     what_was_done,
 )
+from shardprune.report.verdict import verdict
 from shardprune.storage.folder import Folder, output_folder
 from shardprune.storage.locations import absolute
 from shardprune.storage.retrying import preflight
@@ -55,12 +57,12 @@ def write_page(out: str) -> None:
 
 @preflight()
 def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
-    """Write a page that compares the perplexities of several outputs; return its location, and what it lacks: the runs
-    that are not finished.
+    """Write a page that compares the perplexities of several outputs, and its numbers beside it as JSON and CSV; return
+    its location, and what it lacks: the runs that are not finished.
 
     Raises:
-        InputError: there are fewer than two, one holds no run that made a model, none is finished, the file holds
-            something else, or something cannot be read or written.
+        InputError: there are fewer than two, one holds no run that made a model, none is finished, the file or
+            one beside it holds something else, or something cannot be read or written.
     """
     outs = list(dict.fromkeys(outs))
     if len(outs) < 2:
@@ -81,9 +83,19 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
     folder = Folder(where or "/", "file")
     if folder.size(name) and GENERATED not in folder.read_bytes(name):
         raise InputError("file", f"{file!r} exists and is no report; remove it or choose another name")
-    remarks = [f"Not finished, and therefore not on this page: {', '.join(unfinished)}."] if unfinished else []
+    stem = name.removesuffix(".html")
+    data = {f"{stem}.json": as_json(points), f"{stem}.csv": as_csv(points)}
+    for beside in data:
+        if folder.size(beside) and not is_generated(beside, folder.read_bytes(beside)):
+            reason = f"{beside!r}, for its numbers, exists and is not of a comparison; remove it or choose another name"
+            raise InputError("file", f"{file!r}: {reason}")
+    remarks = [f"The same numbers, unrounded, lie beside this page: {', '.join(data)}."]
+    remarks += [f"Not finished, and therefore not on this page: {', '.join(unfinished)}."] if unfinished else []
     section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points), remarks=remarks)
-    folder.write_text(name, render(f"{len(outs)} runs compared", [section]))
+    page = render(f"{len(outs)} runs compared", [section])
+    for beside, text in data.items():
+        folder.write_text(beside, text)
+    folder.write_text(name, page)
     return place, unfinished
 
 
@@ -93,9 +105,11 @@ def _title(runs: list[FinishedRun]) -> str:
 
 def _section(run: FinishedRun) -> Section:
     recipe = dump_yaml(run.result.recipe)
+    repeated = f"shardprune {run.command} --recipe recipe.yaml --out ../again"
     if isinstance(run.result, EvaluationResult):
         grids = [*_evaluation_grids(run.result.evaluation)]
-        return Section("evaluate", _costs(run), grids, _work(run), _remark_on_numbers(run.result), recipe)
+        remarks = [*_remark_on_numbers(run.result), *run.circumstances]
+        return Section("evaluate", _costs(run), grids, _work(run), remarks, recipe, repeat=repeated)
     result = run.result
     grids = [Grid(("", "before", "after"), list(summary_rows(result, run.attempts)))]
     if result.evaluation:
@@ -106,8 +120,10 @@ def _section(run: FinishedRun) -> Section:
         [*_facts(run, result), *_costs(run)],
         grids,
         [*plots, *_work(run)],
-        _remarks(result),
+        [*_remarks(result), *run.circumstances],
         recipe,
+        verdict(result),
+        repeated,
     )
 
 
