@@ -279,13 +279,17 @@ def _count_zeros(checkpoint: Checkpoint, skeleton: Skeleton) -> ZeroCount:
 def _fingerprint(inputs: Inputs, steps: int) -> str:
     """Return a hash of everything that shapes the weights, but for rounding: other workers resume it."""
     recipe, teacher = inputs.recipe, inputs.teacher
+    # Only the steps that are measured can be chosen. Where none is, the hash is that of times without a choice.
+    choosing = {"best", "early_stopping"}
+    chosen = choosing | {"checkpoint_every"} if recipe.best or recipe.early_stopping else set()
     content = {
         "format": FORMAT,
         "command": recipe.command,
         "model": inputs.checkpoint.identity(),
         "rows": inputs.rows.digest(),
         "held_out_rows": inputs.held_out.digest(),
-        **recipe.model_dump(include=recipe.identifying_fields() - {"model", "data", "epochs"}),
+        **recipe.model_dump(include=recipe.identifying_fields() - {"model", "data", "epochs"} - choosing),
+        **recipe.model_dump(include=chosen),
         "teacher": teacher.identity() if teacher else None,
         "steps": steps,
         "deepspeed": inputs.overrides,

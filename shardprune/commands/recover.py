@@ -18,6 +18,7 @@ from shardprune.recipes.evaluate import ShardFields
 from shardprune.recipes.groups import BackendFields
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes
+from shardprune.recovery.best import best_of
 from shardprune.recovery.loss_log import Losses
 from shardprune.recovery.operations import build_what_is_used
 from shardprune.recovery.spec import HELD_OUT, ROWS
@@ -86,6 +87,7 @@ class RecoveryRun:
                     for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
                         with attempt as processes, self.clock.phase("recover"), self._progress():
                             self.state.known.workers = self.backend.train(prepared.spec(processes), processes.count)
+                    self._say_how_it_ended()
                     self.state.save()
                 self._write_rest()
             self._measure("after", self.recipe.out)
@@ -153,6 +155,15 @@ class RecoveryRun:
                 "--keep-sparsity keeps them"
             )
 
+    def _say_how_it_ended(self) -> None:
+        """Say that the training stopped early, and which weights are written if not the last ones."""
+        losses, planned = self.losses.read(), self.prepared.steps
+        best, last = best_of(losses), losses[-1].step
+        if last < planned:
+            self.reporter.say(f"stopped after step {last} of {planned}: no new lowest held-out loss in {best.since}")
+        if self.recipe.best and best.step < last:
+            self.reporter.say(f"written: step {best.step}, with the lowest held-out loss ({best.loss:.4f})")
+
     @contextmanager
     def _progress(self) -> Iterator[None]:
         """Show the steps of the training while the block lasts."""
@@ -206,7 +217,8 @@ class RecoveryRun:
         reports = [report for record in records for report in record.projections]
         losses = self.losses.read()
         return Recovery(
-            steps=prepared.steps,
+            steps=losses[-1].step if losses else prepared.steps,
+            best_step=best_of(losses).step if losses and self.recipe.best else None,
             rows=len(prepared.inputs.rows),
             held_out_rows=len(prepared.inputs.held_out),
             targets=sum(loss.targets for loss in losses),

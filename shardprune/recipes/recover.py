@@ -75,6 +75,10 @@ class DataFields(Settings):
     packing: bool = Field(False, description="Pack several examples per row, with attention kept separate")
     prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")
     held_out: float = Field(0.0, ge=0, lt=1, description="Fraction of rows held out for validation")
+    best: bool = Field(False, description="Write the weights with the lowest validation loss, not the last ones")
+    early_stopping: int | None = Field(
+        None, ge=1, description="Stop after N validation losses in a row without a new lowest one"
+    )
     seed: int = Field(0, description="Random seed for row order, LoRA weights and dropout")
 
     @field_validator("data")
@@ -82,6 +86,11 @@ class DataFields(Settings):
     def _known_source(cls, value: str) -> str:
         check_data(value)
         return value
+
+    @model_validator(mode="after")
+    def _validation_needs_rows(self) -> "DataFields":
+        self.needs("held_out", self.held_out > 0, "best", "early_stopping")
+        return self
 
 
 class TeachingFields(Settings):

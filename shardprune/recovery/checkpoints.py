@@ -1,7 +1,8 @@
 """Checkpoints of a training run, in DeepSpeed's own format, in a directory that all nodes see.
 
-`latest` names the last complete one; it is written last, under a temporary name, and renamed. With another number of
-processes a run resumes from a universal checkpoint, which DeepSpeed converts from an ordinary one.
+`latest` names the last complete one; it is written last, under a temporary name, and renamed. The one with the lowest
+held-out loss stays beside it where its weights may be written. With another number of processes a run resumes from a
+universal checkpoint, which DeepSpeed converts from an ordinary one.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ import deepspeed
 import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 
+from shardprune.errors import TrainingError
+from shardprune.recovery.best import Best
 from shardprune.storage.folder import Folder
 
 LATEST = "latest"
@@ -30,27 +34,33 @@ class Checkpoints:
 
     Args:
         trained_only: leave out frozen parameters.
+        keep_best: keep the checkpoint with the lowest held-out loss beside the last one.
     """
 
-    def __init__(self, directory: str, trained_only: bool) -> None:
+    def __init__(self, directory: str, trained_only: bool, keep_best: bool) -> None:
         self._path = Path(directory)
         self._folder = Folder(directory, "state")
-        self._trained_only = trained_only
+        self._trained_only, self._keep_best = trained_only, keep_best
 
     def latest(self) -> str | None:
         """Return the name of the last complete checkpoint."""
         return self._folder.read_text(LATEST).strip() if self._folder.is_file(LATEST) else None
 
-    def save(self, engine: deepspeed.DeepSpeedEngine, step: int) -> None:
-        """Save the state after a step and remove older checkpoints."""
-        tag = f"step{step}"
+    def save(self, engine: deepspeed.DeepSpeedEngine, step: int, best: Best) -> None:
+        """Save the state after a step, and remove the checkpoints that are not needed any more.
+
+        Args:
+            best: the lowest held-out loss up to this step.
+        """
+        tag = _tag(step)
+        kept = {tag, _tag(best.step)} if self._keep_best else {tag}
         if dist.get_rank() == 0:
             shutil.rmtree(self._path / tag, ignore_errors=True)  # left by an attempt that was killed while writing
         dist.barrier()
         engine.save_checkpoint(
             str(self._path),
             tag=tag,
-            client_state={"step": step},
+            client_state={"step": step, "best": asdict(best)},
             save_latest=False,
             exclude_frozen_parameters=self._trained_only,
         )
@@ -58,28 +68,42 @@ class Checkpoints:
         if dist.get_rank() == 0:
             self._folder.write_text(LATEST, tag)
             for path in self._path.glob("*step*"):
-                if path.name != tag:
+                if path.name not in kept:
                     shutil.rmtree(path)
 
-    def load(self, engine: deepspeed.DeepSpeedEngine) -> int:
-        """Load the last complete checkpoint; return the steps done before it, 0 if there is none."""
+    def load(self, engine: deepspeed.DeepSpeedEngine) -> tuple[int, Best]:
+        """Load the last complete checkpoint; return the steps done before it and the lowest held-out loss of those.
+
+        Where there is none, nothing is loaded, and no step is done.
+        """
         # Rank 0 alone looks: on shared storage other nodes may see new files later.
-        tag, convert = broadcast_from_rank_zero(self._found if dist.get_rank() == 0 else None)
+        tag = broadcast_from_rank_zero(self.latest if dist.get_rank() == 0 else None)
         if tag is None:
-            return 0
+            return 0, Best()
+        state = self._load(engine, tag)
+        return state["step"], Best(**state.get("best", {}))  # absent in those written before there was a choice
+
+    def load_best(self, engine: deepspeed.DeepSpeedEngine, best: Best) -> None:
+        """Load the checkpoint with the lowest held-out loss.
+
+        Raises:
+            TrainingError: no held-out loss was finite.
+        """
+        if best.step == 0:
+            raise TrainingError("none of the held-out losses is finite; use a lower learning rate")
+        self._load(engine, _tag(best.step))
+
+    def _load(self, engine: deepspeed.DeepSpeedEngine, tag: str) -> dict[str, Any]:
+        """Load a checkpoint, whatever number of processes it was written by; return the state saved beside it."""
+        written_by = broadcast_from_rank_zero((lambda: self._processes(tag)) if dist.get_rank() == 0 else None)
+        convert = written_by not in (0, dist.get_world_size())
         if convert:
             tag = self._universal(tag)
             engine._config.load_universal_checkpoint = True
         path, state = engine.load_checkpoint(str(self._path), tag=tag, load_module_strict=not self._trained_only)
         engine._config.load_universal_checkpoint = False
         assert path is not None, f"{tag} cannot be loaded"
-        return state["step"]
-
-    def _found(self) -> tuple[str | None, bool]:
-        """Return the last complete checkpoint, and whether it was written by another number of processes."""
-        tag = self.latest()
-        written_by = self._processes(tag) if tag else 0
-        return tag, bool(written_by) and written_by != dist.get_world_size()
+        return state
 
     def _processes(self, tag: str) -> int:
         """Return the number of processes that a checkpoint is partitioned over; 0 if it is not partitioned."""
@@ -106,6 +130,11 @@ class Checkpoints:
         dist.barrier(waiting)
         dist.destroy_process_group(waiting)
         return universal
+
+
+def _tag(step: int) -> str:
+    """Return the name of the checkpoint after a step."""
+    return f"step{step}"
 
 
 def broadcast_from_rank_zero(find: Callable[[], Any] | None) -> Any:

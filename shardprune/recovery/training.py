@@ -55,7 +55,7 @@ class Training:
         self.batches = Batches(Rows.load(state, ROWS), recipe.batch, recipe.micro_batch, recipe.seed)
         self.held_out = Rows.load(state, HELD_OUT) if recipe.held_out else None
         self.losses = Losses(recipe.state)
-        self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full)
+        self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full, keep_best=recipe.best)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         partitioning = Partitioning(spec.config) if recipe.zero == 3 else None
         self.model = load_model(reopened(recipe.model, spec.inputs["model"]), device, dtype, partitioning)
@@ -65,22 +65,32 @@ class Training:
         self.engine = self._start_engine()
 
     def run(self) -> PreTrainedModel:
-        """Train from the last checkpoint, or from the start; return the model after the last step."""
+        """Train from the last checkpoint, or from the start.
+
+        Returns:
+            The model after the last step, or with the lowest held-out loss where the recipe asks for that.
+        """
         recipe, spec = self.recipe, self.spec
-        start = self.checkpoints.load(self.engine)
+        start, best = self.checkpoints.load(self.engine)
         if self.rank == 0:
             self.losses.mend()
         rows = (micro.rows for step in range(start, spec.steps) for micro in self._micro_batches(step))
         with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as upcoming:
             for step in range(start, spec.steps):
+                if recipe.early_stopping is not None and best.since >= recipe.early_stopping:
+                    break  # also of a run that resumes when it had stopped
                 loss = self._step(step, upcoming)
                 last = step + 1 == spec.steps
                 due = last or (step + 1) % recipe.checkpoint_every == 0
                 held_out = self._mean_held_out() if due and self.held_out else None
+                if held_out is not None:
+                    best = best.after(step + 1, held_out)
                 if self.rank == 0:
                     self.losses.append(Loss(step=step + 1, **loss, held_out=held_out))
                 if due:
-                    self.checkpoints.save(self.engine, step + 1)
+                    self.checkpoints.save(self.engine, step + 1, best)
+        if recipe.best and best.since:  # the last step is measured too
+            self.checkpoints.load_best(self.engine, best)
         return self.model
 
     # -- the parts --------------------------------------------------------------------------------------------

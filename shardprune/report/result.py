@@ -319,9 +319,11 @@ class TrainingLoss(BaseModel):
 
 class Recovery(BaseModel):
     """What a fine-tuning did. `rows` were learned from, `targets` counts the tokens whose predictions were, `zeros` are
-    those of the projections: `kept` stand where there was one before."""
+    those of the projections: `kept` stand where there was one before. `best_step` is the step whose weights were
+    written where those with the lowest held-out loss were asked for."""
 
     steps: int
+    best_step: int | None = None
     rows: int
     held_out_rows: int
     targets: int

@@ -150,6 +150,8 @@ def _recovery_rows(recovery: Recovery) -> Iterator[Row]:
         yield "zeros of the projections", f"{recovery.zeros_before:,}", f"{recovery.zeros_after:,}"
         yield "zeros that stayed", "", f"{recovery.zeros_kept:,}"
     yield "steps", "", f"{recovery.steps:,}"
+    if recovery.best_step is not None:
+        yield "step that was written", "", f"{recovery.best_step:,}"
     yield "parameters trained", "", f"{recovery.parameters_trained:,}"
 
 

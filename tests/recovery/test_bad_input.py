@@ -102,6 +102,9 @@ WRONG = {
     "no rate at all": ("learning_rate", "greater than 0", {"learning_rate": 0}),
     "a rate without an end": ("learning_rate", "finite", {"learning_rate": float("inf")}),
     "everything held out": ("held_out", "less than 1", {"held_out": 1.0}),
+    "the best of nothing": ("best", "no effect without held_out", {"best": True}),
+    "an early stop by nothing": ("early_stopping", "no effect without held_out", {"early_stopping": 3}),
+    "a stop before the start": ("early_stopping", "greater than or equal to 1", {"early_stopping": 0, "held_out": 0.2}),
     "an unknown field": ("lorarank", "did you mean lora_rank", {"lorarank": 3}),
 }
 

@@ -161,8 +161,8 @@ def _cut(step):
 
     save = Checkpoints.save
 
-    def saving(self, engine, saved):
-        save(self, engine, saved)
+    def saving(self, engine, saved, best):
+        save(self, engine, saved, best)
         if saved == step:
             raise KeyboardInterrupt
 
