@@ -72,7 +72,7 @@ def forks() -> Iterator[None]:
         finally:
             ray_constants.SETUP_WORKER_FILENAME = before
             for name in environment:
-                del os.environ[name]
+                os.environ.pop(name, None)
             for process in (*server.children(recursive=True), server):
                 process.kill()
             server.wait()
