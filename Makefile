@@ -31,7 +31,7 @@ docs: .venv-test/ready
 	.venv-test/bin/python -m docs.make_reference docs/reference.md
 	.venv-test/bin/python -m docs.make_families docs/families.md
 
-# Checks and measurements on one NVIDIA GPU, under ten minutes; the machine's own Python, with its PyTorch.
+# Checks and measurements on one NVIDIA GPU, under nine minutes; the machine's own Python, with its PyTorch.
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out $(OUT) $(ARGS)
 

@@ -342,7 +342,7 @@ def prepare(
     ignore = getattr(recipe, "ignore", ())
     opened = open_model(recipe.model, float32=float32, whole=job.scoring is not None, ignore=ignore)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
-    if getattr(recipe, "passes", True) or recipe.eval:
+    if getattr(recipe, "reads_text", True) or recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
     asked = recipe.asked
     # Before anything is read that takes time: shards and replicas that the machine is to choose are one here.

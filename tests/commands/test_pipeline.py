@@ -110,7 +110,10 @@ BAD = {
         "recover.keep_sparsity: the step before leaves no zeros to keep",
     ),
     "positions": ({"prune": {"seqlen": 100}}, "prune.seqlen: 100 is more than the model's 64 positions"),
-    "structures": ({"prune": {"structured": 0.001}}, "prune.structured: 0.001 is less than half a neuron of a layer"),
+    "structures": (
+        {"prune": {"structured": 0.001}},
+        "prune.structured: 0.001 is less than half of what goes together in a layer",
+    ),
     "positions of mop": (
         {"prune": None, "mop": {"path": "L", "seqlen": 100}, "recover": {"keep_sparsity": False}},
         "mop.seqlen: 100 is more than the model's 64 positions",

@@ -141,7 +141,7 @@ def test_a_refit_mask_has_the_least_squares_of_each_row(method, pattern, dead, d
     weight = torch.randn(20, 160, generator=torch.Generator().manual_seed(1))
     x = inputs(6, 80, 160, seed=1, dead=dead)
     statistics = gathered(x, device)
-    targets = [Target(weight.to(device), parse_pattern(pattern), 0.5)]
+    targets = [Target(weight.to(device), parse_pattern(pattern), 0.5, refit=True)]
     (before,) = METHODS[method].solve(targets, statistics)
     (after,) = refit(iter([before]), targets, statistics, steps=100)
     assert torch.equal(after.mask, before.mask)
@@ -157,7 +157,7 @@ def test_a_refit_mask_has_the_least_squares_of_each_row(method, pattern, dead, d
 def test_the_steps_of_a_refit_go_nearly_all_the_way(device):
     weight = torch.randn(20, 160, generator=torch.Generator().manual_seed(1)).to(device)
     statistics = gathered(inputs(6, 80, 160, seed=1), device)
-    targets = [Target(weight, parse_pattern("unstructured"), 0.7)]
+    targets = [Target(weight, parse_pattern("unstructured"), 0.7, refit=True)]
 
     def lost(steps: int) -> float:
         (found,) = refit(METHODS["wanda"].solve(targets, statistics), targets, statistics, steps)
