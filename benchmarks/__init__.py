@@ -1,6 +1,7 @@
 """Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
 
 digests          what the digests of tensors and the stamps of files take of a run
+expert_memory    peak memory of a worker that removes experts, beside the plan
 experts          perplexity of mixtures that keep some experts, for every score
 gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from shardprune import Recipe, prune
 from shardprune.model.checkpoint import INDEX
@@ -25,7 +25,7 @@ REBUILT = {"rebuild": "barber", "rebuild_threshold": 0.1, "allocation": "owl"}
 
 
 def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
-    """Write a random model; returns the bytes of its weights."""
+    """Write a random Llama of that many gigabytes; return the bytes of its weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -39,6 +39,11 @@ def make_model(folder: Path, gigabytes: float, dtype: torch.dtype) -> int:
     layer_bytes = dtype.itemsize * sum(sizes)
     config.num_hidden_layers = int(gigabytes * 1e9 / layer_bytes) + 1
     config.dtype = dtype
+    return write_random(config, folder, dtype)
+
+
+def write_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype) -> int:
+    """Write a random model, one layer after the other; return the bytes of its weights."""
     config.save_pretrained(folder)
     skeleton = Skeleton(config, "cpu")
     frame = {name: shape for name, shape in skeleton.tensors().items() if ".layers." not in name}

@@ -22,6 +22,7 @@ SMALL = {
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
     ),
+    "expert_memory": ("--gigabytes", "0.01", "--samples", "2", "--seqlen", "16"),
     "experts": (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
         *("--propagated", "ean", "--trained"),
@@ -65,6 +66,7 @@ KEPT = {"quality"}  # which keep what they have measured
 PRINTED = {
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
+    "expert_memory": "a worker's peak: planned",
     "experts": "| ean, propagated |",
     "launches": "planned for an H200",
     "peers": "before the first layer",

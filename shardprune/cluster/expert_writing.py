@@ -14,33 +14,31 @@ from shardprune.storage.records import LayerRecord
 
 def write_layers(group: Group, layout: Layout, records: Mapping[int, LayerRecord], step: Step) -> None:
     """Write layers by their records; each is finished when its file is there."""
-    under_way: dict[tuple[int, int], tuple[int, float, Ref[int]]] = {}
-
-    def settle(worker: tuple[int, int]) -> None:
-        if worker not in under_way:
-            return
-        index, started, ref = under_way.pop(worker)
-        written = group.get(ref)
-        shard = worker[0]
-        to_all(group, layout, shard, ExpertWorker.finish, index)
-        account(group, layout, [shard], step.record)
-        step.advance()
-        facts = {"seconds": round(time.monotonic() - started, 3), "bytes": written}
-        step.record("layer", layer=index, shard=shard, **facts, **step.position())
-
-    for place, shard, index in sorted(_places(layout, records)):  # shards write at the same time
-        worker = shard, place % layout.replicas
-        settle(worker)
-        step.describe(f"layer {index + 1}/{layout.stop}")
+    for together in _rounds(layout, records):
+        step.describe(f"layer {max(together.values()) + 1}/{layout.stop}")
         started = time.monotonic()
-        under_way[worker] = index, started, group.submit(*worker, ExpertWorker.write, index, records[index])
-    for worker in list(under_way):
-        settle(worker)
+        under_way: dict[tuple[int, int], Ref[int]] = {
+            worker: group.submit(*worker, ExpertWorker.write, index, records[index])
+            for worker, index in together.items()
+        }
+        # No call to all replicas while one of them writes: the others would wait for its file.
+        written = {index: (group.get(under_way[worker]), time.monotonic()) for worker, index in together.items()}
+        for (shard, _), index in together.items():
+            to_all(group, layout, shard, ExpertWorker.finish, index)
+            account(group, layout, [shard], step.record)
+            step.advance()
+            count, ended = written[index]
+            facts = {"seconds": round(ended - started, 3), "bytes": count}
+            step.record("layer", layer=index, shard=shard, **facts, **step.position())
 
 
-def _places(layout: Layout, layers: Iterable[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield each layer's place among those of its shard, its shard and its index."""
+def _rounds(layout: Layout, layers: Iterable[int]) -> Iterator[dict[tuple[int, int], int]]:
+    """Yield the layers that are written at the same time by worker, one for each, until all are."""
     wanted = set(layers)
-    for shard, own in enumerate(layout.shards):
-        for place, index in enumerate(index for index in own if index in wanted):
-            yield place, shard, index
+    own = [[index for index in shard if index in wanted] for shard in layout.shards]
+    for start in range(0, max(map(len, own)), layout.replicas):
+        yield {
+            (shard, replica): index
+            for shard, left in enumerate(own)
+            for replica, index in enumerate(left[start : start + layout.replicas])
+        }

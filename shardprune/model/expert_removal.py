@@ -4,6 +4,7 @@ A tensor that changes with the number of experts is found by comparing the model
 makes: no name of a router, a bias or a buffer is written down here.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -116,6 +117,18 @@ def fewer_experts_of(job: PruningJob, checkpoint: Checkpoint, skeleton: Skeleton
     if not isinstance(removal, ExpertRemoval):
         return None
     mixture = mixture_of(skeleton)
+    return FewerExperts(checkpoint, skeleton, mixture, kept_experts(mixture, removal))
+
+
+def kept_experts(mixture: Mixture, removal: ExpertRemoval, suffix: str = "") -> int:
+    """Return how many experts of each layer a removal keeps.
+
+    Args:
+        suffix: of the recipe's fields `remove` and `keep`, for the error.
+
+    Raises:
+        InputError: the model cannot give so many.
+    """
     if removal.keep is not None:
         kept, field, asked = removal.keep, "keep", f"{removal.keep}"
     else:
@@ -123,8 +136,18 @@ def fewer_experts_of(job: PruningJob, checkpoint: Checkpoint, skeleton: Skeleton
         multiple = mixture.multiple(removal.multiple)
         kept, field = kept_of(mixture.experts, removal.remove, multiple), "remove"
         asked = f"{removal.remove:g} (a multiple of {multiple})"
-    mixture.check(kept, field, asked)
-    return FewerExperts(checkpoint, skeleton, mixture, kept)
+    mixture.check(kept, f"{field}{suffix}", asked)
+    return kept
+
+
+def with_experts(skeleton: Skeleton, mixture: Mixture, kept: int) -> Skeleton:
+    """Return the skeleton of the model with `kept` experts in each of its layers, from the config in memory: no
+    checkpoint is needed."""
+    config = copy.deepcopy(skeleton.config)
+    for name in COUNTS:
+        if (value := getattr(config, name, None)) is not None:
+            setattr(config, name, _replaced(value, mixture.experts, kept))
+    return Skeleton(config, skeleton.device, skeleton.dtype)
 
 
 class FewerExperts:
@@ -166,16 +189,9 @@ class FewerExperts:
         """Return the new values of all fields of the file that say how many experts there are."""
         raw = self.checkpoint.folder.read_json(CONFIG)
         language = raw["text_config"] if self.checkpoint.has_tower else raw
-        named = {name: self._changed(language[name]) for name in COUNTS if name in language}
-        if not named:  # where the file leaves the number to the class
-            own = self.skeleton.config.to_dict()
-            named = {name: self._changed(own[name]) for name in COUNTS if name in own}
-        return named
-
-    def _changed(self, value: Any) -> Any:
-        if isinstance(value, list):  # one for each layer
-            return [self._changed(item) for item in value]
-        return self.kept if value == self.mixture.experts else value
+        own = self.skeleton.config.to_dict()  # where the file leaves the number to the class
+        named = language if any(name in language for name in COUNTS) else own
+        return {name: _replaced(named[name], self.mixture.experts, self.kept) for name in COUNTS if name in named}
 
     def place(self, name: str) -> Place:
         """Return the place in the files of a tensor of the new model."""
@@ -270,6 +286,13 @@ def _expert(name: str, mixture: str) -> str | None:
     """Return the number of the expert whose own a tensor is, by its name within the layer; None for others."""
     match = re.match(rf"{re.escape(mixture)}\.(\d+)\.", name)
     return match[1] if match else None
+
+
+def _replaced(value: Any, experts: int, kept: int) -> Any:
+    """Return a number of experts as it becomes, or a list of them, one for each layer."""
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(item, experts, kept) for item in value)
+    return kept if value == experts else value
 
 
 def _largest(value: Any) -> int | None:

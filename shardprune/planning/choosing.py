@@ -214,8 +214,9 @@ def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest
             changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
     if nearest.task.wave > 1:
         changes["--wave 1"] = {"wave": 1}
-    factorises = METHODS[recipe.method].needs == "gram"
-    if recipe.measure_error and not factorises:
+    zeroes = recipe.removal is None
+    factorises = zeroes and METHODS[recipe.method].needs == "gram"
+    if zeroes and recipe.measure_error and not factorises:
         changes["--no-measure-error"] = {"measure_error": False}
     if factorises:
         changes["--method wanda --no-measure-error"] = {"method": "wanda", "measure_error": False}

@@ -352,6 +352,13 @@ class Costs:
         shards = -(-self.places.per_node // layout.replicas) if len(layout.segments) > 1 else 1
         return min(shards, len(layout.shards)) * self.layer_bytes / self.row.storage
 
+    def copy_layer(self) -> float:
+        """Return the seconds to read the layer's tensors that stay where experts go, and to write them, while all
+        workers of the node do so with theirs."""
+        assert self.task.model.fewer is not None
+        together = min(self.places.per_node, self.setup.layout.workers)
+        return together * 2 * self.task.model.fewer.layer * self.task.stored / self.row.storage
+
     # -- reading ------------------------------------------------------------------------------------------------
 
     @property
@@ -365,7 +372,9 @@ class Costs:
         shard's replicas when streamed shards are pruned in turn. Replicas read the same layer, which comes from files
         once (the rest from the page cache), and from object storage to each.
         """
-        together = not self.setup.streamed or len(self.setup.layout.segments) > 1
+        # Resident layers are read at the start, but where experts go, as the first wave comes to them.
+        at_once = not self.setup.streamed and not self.task.model.fewer
+        together = at_once or len(self.setup.layout.segments) > 1
         layout = self.setup.layout
         replicas = min(self.places.per_node, layout.replicas)
         shards = min(-(-self.places.per_node // replicas), len(layout.shards)) if together else 1

@@ -11,7 +11,7 @@ from itertools import pairwise
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.shapes import Input
-from shardprune.planning.workload import Task
+from shardprune.planning.workload import Model, Task
 from shardprune.shard.error_curves import LOGITS
 from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.error_curves import ROWS
@@ -96,6 +96,9 @@ class WorkerMemory:
         """Yield all steps that can be a peak."""
         if self.task.sources:
             yield from self._evaluate()
+        if self.model.fewer:
+            yield from self._remove_experts(self.model.fewer)
+            return
         if self.task.curves:
             yield from self._curves()
         if self._observes():
@@ -140,6 +143,17 @@ class WorkerMemory:
             # Column norms in float64; then a block of the metric and two comparisons with thresholds.
             counting = max(8 * self.model.largest, 9 * min(OUTLIER_BLOCK, self.model.largest))
             yield self._moment("observe", "ratios", self._held() + frame, workspace=counting, kept=kept)
+
+    def _remove_experts(self, fewer: Model) -> Iterator[Moment]:
+        """Yield the moments of a pass that looks at the experts, whose sums are few, and of copying a layer without
+        some of them, one tensor after the other, beside resident layers."""
+        kept = self.task.kept_bytes(self.sequences) if self.setup.streamed else 0
+        frame = 0 if self.setup.streamed else self._resident_frame()
+        if self.first:
+            yield from self._embed("observe", kept, again=bool(self.task.sources))
+        yield self._moment("observe", "forward", self._held() + frame, self._forward(), kept=kept)
+        resident = 0 if self.setup.streamed else self._held() + frame
+        yield self._moment("write", "copy", resident + fewer.largest * self.task.stored)
 
     def curve_bytes(self) -> int:
         """Return the bytes of what is kept for error curves: what enters every layer, and the gradients in float32."""
@@ -453,10 +467,11 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     own = host.host.peak if setup.gpu else device.device.peak
     kinds = 2 if task.improving.measured else 1  # with sums over held-out windows
     store = 0
+    copied = setup.copies_sums and not task.model.fewer
     for index, _ in task.model.kinds(range(task.model.layers)):
         model = task.model.at(index)
-        sent = model.projections * task.itemsize if setup.copies_sums else 0
-        columns = [one.cols for one in model.inputs if setup.copies_sums] * kinds
+        sent = model.projections * task.itemsize if copied else 0
+        columns = [one.cols for one in model.inputs if copied] * kinds
         store = max(store, store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent))
     return workers * own + store
 

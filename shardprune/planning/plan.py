@@ -10,7 +10,7 @@ from shardprune.planning.growth import Growth, growth
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.traffic import Traffic, traffic_of
-from shardprune.planning.workload import Model, read_model
+from shardprune.planning.workload import Model, read_model, with_fewer_experts
 from shardprune.planning.writing import Writing, writing_of
 from shardprune.storage.retrying import preflight
 
@@ -39,14 +39,11 @@ class Planned:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options of `shardprune prune` that select the planned run."""
+        """The options of `shardprune prune`, or of `experts`, that select the planned run."""
         setup = self.candidate.setup
         layout = setup.layout
-        options: dict[str, Any] = {
-            "propagation": self.propagation,
-            "shards": len(layout.shards),
-            "replicas": layout.replicas,
-        }
+        options: dict[str, Any] = {} if self.candidate.task.model.fewer else {"propagation": self.propagation}
+        options |= {"shards": len(layout.shards), "replicas": layout.replicas}
         if len(layout.segments) not in (1, len(layout.shards)):
             options["segments"] = len(layout.segments)
         options["weights"] = "streamed" if setup.streamed else "resident"
@@ -131,6 +128,7 @@ class PlanResult:
 
     def as_json(self) -> dict[str, Any]:
         model, row = self.model, self.recipe.row
+        fewer = {"parameters_after": model.fewer.parameters} if model.fewer else {}
         return {
             "version": 1,
             "recipe": self.recipe.record(),
@@ -138,6 +136,7 @@ class PlanResult:
                 "parameters": model.parameters,
                 "layers": model.layers,
                 "stored": str(model.stored).removeprefix("torch."),
+                **fewer,
             },
             "machines": {"nodes": self.recipe.nodes, "gpus": self.recipe.gpus, "attained": vars(row)},
             "plans": [plan.as_json(self.simulated) for plan in self.plans],
@@ -152,10 +151,13 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         simulated: include the growth of the simulated time.
 
     Raises:
-        InputError: the model cannot be read, or the recipe asks for an impossible layout.
+        InputError: the model cannot be read, or the recipe asks for an impossible layout, or for experts that the model
+            cannot give.
     """
-    model = read_model(recipe.model, recipe.ignore)
+    model = with_fewer_experts(read_model(recipe.model, recipe.ignore), recipe)
     asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
+    if model.fewer:  # layers are copied behind one pass over the dense model
+        asked = ("exact",)
     plans = []
     for propagation in asked:
         candidate = choose(recipe, model, propagation)

@@ -23,7 +23,14 @@ def show(result: PlanResult, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if line := left_dense(model.skeleton.family.kinds):
+    if model.fewer:
+        before, after = (max(shape.experts for shape in one.shapes) for one in (model, model.fewer))
+        console.print(
+            f"experts: {after} of {before} stay in a layer, {model.fewer.parameters:,} parameters",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif line := left_dense(model.skeleton.family.kinds):
         console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{recipe.nodes} x {recipe.gpus} {row.name} of {gigabytes(row.bytes)}; a node has"
@@ -32,7 +39,8 @@ def show(result: PlanResult, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if recipe.quality != "fast" or (recipe.targets == "auto" and recipe.towards_stream):
+    aimed = recipe.targets == "auto" and recipe.towards_stream and not model.fewer
+    if recipe.quality != "fast" or aimed:
         fields = recipe.chosen | recipe.decided
         console.print(
             f"quality {recipe.quality}: {', '.join(f'{name} {value}' for name, value in fields.items())}",
@@ -44,7 +52,7 @@ def show(result: PlanResult, console: Console) -> None:
         _show_plan(plan, console, unit)
         if result.simulated:
             _show_simulation(plan, console)
-    asked = recipe.propagation in ("parallel", "both")
+    asked = recipe.propagation in ("parallel", "both") and not model.fewer
     if asked and not any(plan.propagation == "parallel" for plan in result.plans):
         console.print()
         console.print(f"parallel: {second_shard(recipe, model)}", highlight=False, soft_wrap=True)
@@ -53,8 +61,9 @@ def show(result: PlanResult, console: Console) -> None:
 def _show_plan(plan: Planned, console: Console, unit: str) -> None:
     one, setup = plan.candidate, plan.candidate.setup
     longest = max(len(shard) for shard in setup.layout.shards)
+    name = "experts" if one.task.model.fewer else plan.propagation
     console.print(
-        f"{plan.propagation}: {'fits' if plan.fits else 'does not fit'}; up to {longest} layers a shard",
+        f"{name}: {'fits' if plan.fits else 'does not fit'}; up to {longest} layers a shard",
         style="bold",
         highlight=False,
         soft_wrap=True,

@@ -15,9 +15,19 @@ from pydantic import (
 )
 
 from shardprune.errors import InputError
+from shardprune.model.pruning_job import ExpertRemoval
 from shardprune.planning.hardware import HARDWARE, Hardware
+from shardprune.recipes.experts import ExpertFields
 from shardprune.recipes.groups import WORKERS
-from shardprune.recipes.prune import OptionalBarberFields, PruneRecipe, StructuredFields, ZeroingFields
+from shardprune.recipes.improving import ImprovingFields
+from shardprune.recipes.prune import (
+    OptionalBarberFields,
+    PruneRecipe,
+    PruningFields,
+    StructuredFields,
+    ZeroingFields,
+)
+from shardprune.recipes.quality import QualityFields
 from shardprune.recipes.settings import Settings, optional
 from shardprune.shard.device_room import CONTEXT_BYTES
 from shardprune.storage.quantities import gigabytes
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 else:
     HardwareName = Literal[tuple(HARDWARE)]
 
+NOTHING_IS_ZEROED = "does not go with experts that are removed, where no weight becomes zero; leave it out"
 ANY_SPARSITY = 0.5  # if none is given: no size depends on it
 SIZE, RATE = "a size such as 80GB or 640GiB", "a rate such as 25GB/s or 100Gbit/s"
 
@@ -122,11 +133,43 @@ class Choices(Settings):
     dtype: Literal["auto", "float32"] = Field("auto", description="Compute dtype")
 
 
-class PlanRecipe(Machine, Choices, ZeroingFields):
+class RemovedExperts(Settings):
+    """A run of `shardprune experts` in the place of one of `prune`."""
+
+    title: ClassVar[str] = "Experts"
+
+    remove_experts: float | None = Field(
+        None, description="Plan `experts` instead of `prune`: fraction of each layer's experts to remove"
+    )
+    keep_experts: int | None = Field(
+        None, ge=1, description="Plan `experts` instead of `prune`: number of experts that each layer keeps"
+    )
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> "RemovedExperts":
+        share, number = self.remove_experts, self.keep_experts
+        if share is not None and not 0 < share < 1:
+            raise InputError("remove_experts", f"{share:g} is not allowed; use a number above 0 and below 1")
+        if share is not None and number is not None:
+            raise InputError("keep_experts", f"{number} does not go with remove_experts {share:g}; give one of them")
+        return self
+
+    @property
+    def removal(self) -> ExpertRemoval | None:
+        """The removal of experts, which a plan takes for one that calibration text decides; None where weights become
+        zero."""
+        if self.remove_experts is None and self.keep_experts is None:
+            return None
+        score, multiple = (ExpertFields.model_fields[name].default for name in ("score", "multiple"))
+        return ExpertRemoval(score, self.remove_experts, self.keep_experts, multiple, protect=True)
+
+
+class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
     """The recipe of `shardprune plan`.
 
     Recipes of `shardprune prune` are accepted; fields that a plan does not depend on are ignored. Structured pruning
-    and mask rebuilding are not planned, and refused.
+    and mask rebuilding are not planned, and refused. With `remove_experts` or `keep_experts` it is the run of
+    `shardprune experts` with these machines, text and layout.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset(PruneRecipe.model_fields) - {*Choices.model_fields}
@@ -141,6 +184,8 @@ class PlanRecipe(Machine, Choices, ZeroingFields):
         if not isinstance(values, dict):
             return values
         kept = {name: value for name, value in values.items() if name in cls.model_fields or name not in cls.ignored}
+        if any(kept.get(name) is not None for name in RemovedExperts.model_fields) and kept.get("sparsity") is not None:
+            raise InputError("sparsity", f"{kept['sparsity']} {NOTHING_IS_ZEROED}")
         fixed = re.fullmatch(r"\d+:\d+", str(kept.get("pattern")))
         return kept if fixed or kept.get("sparsity") is not None else {**kept, "sparsity": ANY_SPARSITY}
 
@@ -149,4 +194,17 @@ class PlanRecipe(Machine, Choices, ZeroingFields):
         for field in ("structured", "rebuild"):
             if getattr(self, field) != type(self).model_fields[field].default:
                 raise InputError(field, f"{getattr(self, field)!r} is not planned; plan the run without it")
+        if self.removal is None:
+            return self
+        zeroing = (*QualityFields.model_fields, *PruningFields.model_fields, *ImprovingFields.model_fields)
+        for field in (*zeroing, "segments", "expert_chunks"):
+            value = getattr(self, field)
+            if field != "sparsity" and value != type(self).model_fields[field].default:
+                raise InputError(field, f"{value!r} {NOTHING_IS_ZEROED}")
+        if self.propagation == "parallel":
+            raise InputError("propagation", "'parallel' does not go with experts that are removed; leave it out")
         return self
+
+    def record(self) -> dict[str, Any]:
+        """All fields as plain values, which make the same recipe again."""
+        return super().record() | ({"sparsity": None} if self.removal else {})

@@ -52,6 +52,8 @@ class Expected:
         segments = len(layout.segments)
         passes = 2 * task.sources
         evaluate = passes * self._pass(task.windows, task.model.layers, judged=True)
+        if task.model.fewer:
+            return self._of_removal(passes, evaluate)
         observe = 0.0
         if task.outliers or segments > 1:
             observed = task.model.layers if task.outliers else layout.segments[-1].start
@@ -68,6 +70,25 @@ class Expected:
         # The last layer's file, and as much of the others' as takes longer than a layer.
         write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
         return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
+
+    def _of_removal(self, passes: int, evaluate: float) -> Phases:
+        """Return the phases where experts are removed: shards read as the first wave comes to them, then every worker
+        copies a part of its shard's layers."""
+        costs, model, replicas = self.costs, self.task.model, self.layout.replicas
+        looked_at = 1 + max(index for index, shape in enumerate(model.shapes) if shape.experts)
+        if self.setup.streamed:
+            load = self._reads(passes)
+        else:
+            read = range(model.layers if passes else looked_at)
+            load = self._over(read, lambda one: costs.read(one.task.model.layer))
+        load += costs.read(model.embedding) + (costs.read(model.head) if passes else 0.0)
+        observe = self._pass(self.task.samples, looked_at)
+        write = max(
+            self._over(shard[replica::replicas], lambda one: one.costs.copy_layer())
+            for shard in self.layout.shards
+            for replica in range(replicas)
+        )
+        return Phases(load, 0.0, observe, 0.0, write, evaluate)
 
     def _curves(self) -> float:
         """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
@@ -171,6 +192,9 @@ class Expected:
         costs, task, replicas = self.costs, self.task, self.layout.replicas
         inputs, copied = task.model.inputs, self.setup.copies_sums
         held_out = self._sizes(task.held_out)
+        if task.model.fewer:
+            waves = sum(costs.propagate(size) for size in self._sizes(task.samples))
+            return {"waves": waves, "copying": costs.copy_layer() / replicas, "reading": self._reading()}
         waves = sum(costs.propagate(size) for size in (*self._sizes(task.samples - task.held_out), *held_out))
         if not inputs:  # nothing is pruned in the layer: waves pass through it, those of the dense model as well
             waves *= 2 if task.improving else 1

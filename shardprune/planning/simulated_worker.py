@@ -2,12 +2,17 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Literal
+
+import torch
 
 from shardprune.cluster.group import Ref
 from shardprune.planning.costs import Costs
 from shardprune.planning.shapes import Input
 from shardprune.shard.error_curves import GRADIENTS, gradients_of
+from shardprune.shard.expert_tally import SUMS
+from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.ledger import Kind
 from shardprune.shard.narrowed_layers import NarrowedLayers
@@ -269,6 +274,17 @@ def _written(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return max(0.0, worker.file - worker.now), 0, 0
 
 
+def _tallies(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    """Numbers for each expert, the same of every wave."""
+    return 0.0, repeat(torch.zeros(len(SUMS) + 1, worker.costs.task.model.shape.experts, dtype=torch.float64)), 0
+
+
+def _copy_layer(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    fewer = worker.costs.task.model.fewer
+    assert fewer is not None
+    return worker.costs.copy_layer(), fewer.layer * worker.costs.task.stored, 0
+
+
 def _release(worker: Worker, args: tuple[Any, ...]) -> Cost:
     if worker.costs.setup.streamed:
         worker.held.clear()
@@ -347,12 +363,15 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.write: Row(_write, reads="layer"),
     PruneWorker.written: Row(_written),
     PruneWorker.finish: Row(_finish),
+    ExpertWorker.tallies: Row(_tallies),
+    ExpertWorker.write: Row(_copy_layer),
+    ExpertWorker.finish: Row(),
     # Accounts are no work, and not verbs.
     ForwardWorker.account: Row(),
 }
 
-# A simulated run evaluates no tasks, rebuilds no masks and removes no structures; what a group of actors calls
-# itself, for tensors on their way, takes the time until they arrive.
+# A simulated run evaluates no tasks, rebuilds no masks, removes no structures and trains nothing where experts go; what
+# a group of actors calls itself, for tensors on their way, takes the time until they arrive.
 NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
     {
         ForwardWorker.log_likelihoods,
@@ -361,6 +380,9 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
         NarrowedLayers.narrow,
         NarrowedLayers.choice,
         NarrowedLayers.install_narrowed,
+        ExpertWorker.tally,
+        ExpertWorker.ratios,
+        ExpertWorker.cut,
         PruneWorker.compare,
         PruneWorker.rebuild,
         PruneWorker.measure,

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from shardprune.cluster.error_curves import differentiate, measure
+from shardprune.cluster.expert_statistics import routed_statistics
+from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Ref
 from shardprune.cluster.observing import Observation, observe
 from shardprune.cluster.passes import Waves, load, perplexity
@@ -31,6 +33,7 @@ from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.error_curves import LEVELS
 from shardprune.solvers.methods import DAMPING
+from shardprune.storage.records import LayerRecord
 
 
 class SimulatedGroup:
@@ -226,8 +229,20 @@ def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
         measure(group, layout, waves, family, _shapes(model), [0.5] * LEVELS, DAMPING, step)
 
 
+def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, output: Reporter) -> None:
+    """Look at the experts of the dense model, and copy every layer without those that go."""
+    layout, model = group.setup.layout, group.task.model
+    mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
+    with group.phase("observe"), output.step("observe", 0) as step:
+        routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, step)
+    with group.phase("write"), output.step("remove experts", 0) as step:
+        write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
+    group.read += sum(shape.elements for shape in fewer.shapes)
+
+
 def simulate(costs: Costs) -> SimulatedGroup:
-    """Carry out a run on workers that only take time: measure, find an allocation, prune, measure again."""
+    """Carry out a run on workers that only take time: measure, find an allocation and prune, or remove experts, measure
+    again."""
     task, setup = costs.task, costs.setup
     layout, model = setup.layout, task.model
     group = SimulatedGroup(costs)
@@ -242,13 +257,17 @@ def simulate(costs: Costs) -> SimulatedGroup:
             with group.phase("evaluate"), output.step("perplexity", 0) as step:
                 perplexity(group, layout, measured, "latest", setup.streamed, step)
 
-    if not setup.streamed:
+    if not setup.streamed and not model.fewer:
         with group.phase("load"):
             load(group, layout, "latest")
     measure()
     if task.curves:
         _measure_curves(group, output)
     group.note_waves(calibration)
+    if model.fewer:
+        _remove_experts(group, model.fewer, calibration, output)
+        measure()
+        return group
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     family = model.skeleton.family
     inputs = [kind.input_names for kind in family.kinds]

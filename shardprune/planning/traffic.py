@@ -24,5 +24,5 @@ class Traffic:
 def traffic_of(group: SimulatedGroup) -> Traffic:
     """Return the traffic of a simulated run."""
     task = group.task
-    written = task.model.parameters * task.stored
+    written = (task.model.fewer or task.model).parameters * task.stored
     return Traffic(group.between_workers, group.between_nodes, group.read * task.stored, written)

@@ -11,6 +11,7 @@ from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place
 from shardprune.model.checks import check_seqlen
 from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.empty_model import attention_of
+from shardprune.model.expert_removal import kept_experts, mixture_of, with_experts
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -37,6 +38,7 @@ class Model:
         shapes: of each layer.
         embedding, head: of the frame's large tensors; with `tied` they are the same tensor.
         queries, keys: widths of all query heads, and of all key heads.
+        fewer: the model with the experts that stay, where a run removes some and does nothing else.
     """
 
     name: str
@@ -55,11 +57,14 @@ class Model:
     parameters: int
     stored: torch.dtype
     skeleton: Skeleton
+    fewer: "Model | None" = None
 
     def at(self, index: int) -> "Model":
         """Return the model as seen at a layer."""
         shape = self.shapes[index]
-        return self if shape is self.shape else replace(self, shape=shape)
+        if shape is self.shape:
+            return self
+        return replace(self, shape=shape, fewer=self.fewer and self.fewer.at(index))
 
     def kinds(self, layers: Iterable[int]) -> list[tuple[int, int]]:
         """Return one layer of each kind among some, and how many of them are of its kind."""
@@ -132,6 +137,20 @@ def read_model(name: str, ignore: Sequence[str] = ()) -> Model:
     skeleton = Skeleton(config, "cpu", stored, ignore)
     check_class(config)
     return model_of(skeleton, name, stored)
+
+
+def with_fewer_experts(model: Model, recipe: PlanRecipe) -> Model:
+    """Return a model with the one that a recipe makes of it by removing experts; the model itself where it removes
+    none.
+
+    Raises:
+        InputError: the model has no experts, or cannot give so many.
+    """
+    if (removal := recipe.removal) is None:
+        return model
+    mixture = mixture_of(model.skeleton)
+    kept = kept_experts(mixture, removal, "_experts")
+    return replace(model, fewer=model_of(with_experts(model.skeleton, mixture, kept), model.name, model.stored))
 
 
 def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
@@ -258,7 +277,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
     """
     check_seqlen(recipe.seqlen, model.skeleton)
     narrow = recipe.dtype == "auto" and recipe.row.gpu
-    return task_of(
+    task = task_of(
         model,
         recipe.zeroing,
         errors=recipe.measure_error,
@@ -270,6 +289,7 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         itemsize=model.stored.itemsize if narrow else 4,
         improving=recipe.measured,
     )
+    return task if model.fewer is None else replace(task, kind=None, errors=False, improving=NOTHING)
 
 
 def task_of(

@@ -37,6 +37,7 @@ PAGES = [path for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) 
 TEXT = " ".join(WORDS[3:] * 10)
 ROW = {"text": TEXT, "sentence": TEXT, "instruction": "one two", "input": "", "output": "three four five"}
 SMALL = {"backend": "local", "device": "cpu", "threads": 1, "report": False, "samples": 8, "seqlen": 24}
+LONG = {"max_position_embeddings": 4096}
 SMALL |= {"eval_windows": 2, "windows": 2, "steps": 1, "batch": 4, "workers": 1}
 LEFT_TO_THE_COMMAND = {"address", "wave", "micro_batch", "epochs"}
 NAME = r"(?<![\w./-])(?P<name>runs/[\w-]+|remote/[\w/-]+|OUT\b)"  # of an output
@@ -48,9 +49,9 @@ def tiny(tmp_path_factory) -> Path:
     """A folder with a model of which half is zeros, and the tasks of the papers with two documents each."""
     folder = tmp_path_factory.mktemp("pages")
     name, values = GROUPED["llama-3.1"]
-    make_model(folder / "model", "llama", configs={"llama": (name, {**values, "max_position_embeddings": 4096})})
+    make_model(folder / "model", "llama", configs={"llama": (name, {**values, **LONG})})
     words_tokenizer().save_pretrained(folder / "model")
-    make_architecture(folder / "mixture", "qwen3_moe", {**MIXTURES["qwen3_moe"], "num_experts": 32})
+    make_architecture(folder / "mixture", "qwen3_moe", {**MIXTURES["qwen3_moe"], "num_experts": 32, **LONG})
     words_tokenizer().save_pretrained(folder / "mixture")
     make_tokens(folder / "tokens.npy")
     prune(folder, "pruned", sparsity=0.5)

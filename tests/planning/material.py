@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from shardprune import Recipe, prune
+from shardprune import ExpertsRecipe, Recipe, experts, prune
 from shardprune.model.checkpoint import SINGLE
 from shardprune.model.skeleton import Skeleton
 from shardprune.report.progress import Reporter
@@ -67,8 +67,9 @@ def forked_runs() -> Iterator[Callable[[Path, dict[str, object]], int]]:
 
 
 def _forked_peak(out: Path, options: dict[str, object]) -> int:
-    recipe = Recipe.checked({**options, "out": str(out), "backend": "local", "threads": 1, "report": False})
-    return max(worker.peak_bytes for worker in prune(recipe, Reporter(quiet=True)).workers)
+    kind, run = (ExpertsRecipe, experts) if "keep" in options else (Recipe, prune)
+    recipe = kind.checked({**options, "out": str(out), "backend": "local", "threads": 1, "report": False})
+    return max(worker.peak_bytes for worker in run(recipe, Reporter(quiet=True)).workers)
 
 
 def peak_of_run(out: Path, options: dict[str, object]) -> int:

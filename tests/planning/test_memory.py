@@ -5,9 +5,12 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.expert_memory import config_of
+from benchmarks.streamed_memory import write_random
 from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest
+from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import planned_task, read_model
 from tests.planning.material import CONFIGS as SHAPES
@@ -61,7 +64,9 @@ def runs(tmp_path_factory):
         make_llama(folder / name, *shape)
     make_llama(folder / "nothing", 16, 16, 1, VOCABULARY)
 
+    write_random(config_of(0.1, 2), folder / "mixture", torch.float32)
     jobs = {name: (model, fields) for name, (model, fields, _) in RUNS.items()} | {"nothing": ("nothing", FEW)}
+    jobs |= {"mixture": ("mixture", {"samples": 4, "seqlen": 32, "weights": "resident", "keep": 24})}
     found = {}
     with forked_runs() as peak_of:
         for name, (model, fields) in jobs.items():
@@ -86,6 +91,16 @@ def test_what_is_predicted_beside_the_process_is_what_is_measured_within_a_fifth
     # Beside the process: a torch that was built with CUDA makes a larger one.
     assert moment.device.peak - CPU_PROCESS == pytest.approx(peak - nothing, rel=0.2)
     assert peak - nothing > CPU_PROCESS / 3
+
+
+def test_where_experts_go_as_much_is_held_as_is_predicted(runs):
+    peak, options = runs["mixture"]
+    nothing, _ = runs["nothing"]
+    asked = {"keep_experts" if name == "keep" else name: value for name, value in options.items()}
+    (one,) = plan(PlanRecipe.checked({**asked, "hardware": "cpu"})).plans
+    predicted = one.candidate.worst[0].device.peak - CPU_PROCESS
+    assert predicted > CPU_PROCESS / 3
+    assert predicted == pytest.approx(peak - nothing, rel=0.2)
 
 
 def test_a_process_without_weights_takes_about_as_much_as_is_reckoned(tmp_path):

@@ -1,0 +1,148 @@
+"""Plans of runs that remove experts: what they read, write and hold, how long they take, and what is refused."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+from transformers import AutoConfig
+
+from shardprune.cli import main
+from shardprune.cluster.layout import plan_layout
+from shardprune.errors import InputError
+from shardprune.model.expert_removal import COUNTS, mixture_of, with_experts
+from shardprune.model.skeleton import Skeleton
+from shardprune.planning.costs import Costs, Places
+from shardprune.planning.memory import Setup
+from shardprune.planning.plan import plan
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.seconds import Expected
+from shardprune.planning.simulation import simulate
+from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
+from tests.planning.material import make_llama
+from tests.support.architectures import MIXTURES
+
+LAYERS, EXPERTS, KEPT, HIDDEN, NEURONS = 6, 16, 8, 512, 256
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> str:
+    """The config of a mixture whose experts hold most of its weights."""
+    folder = tmp_path_factory.mktemp("mixture")
+    values = {**MIXTURES["qwen3_moe"], "num_experts": EXPERTS, "hidden_size": HIDDEN, "moe_intermediate_size": NEURONS}
+    AutoConfig.for_model("qwen3_moe", **values | {"num_hidden_layers": LAYERS}, dtype="bfloat16").save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def costs_of(mixture, shards, replicas, streamed, kind=Costs, **fields):
+    values = {"samples": 16, "seqlen": 32, "wave": 1, "gpus": 8, "storage": "0.1GB/s", **fields}
+    recipe = PlanRecipe.checked({"model": mixture, "remove_experts": 0.5, **values})
+    model = with_fewer_experts(read_model(recipe.model), recipe)
+    layout = plan_layout(model.layers, recipe.samples, "exact", shards, replicas, None)
+    setup = Setup(layout, streamed, False, gpu=True, joined=layout.workers > 1)
+    return kind(planned_task(recipe, model), setup, recipe.row, Places(replicas, recipe.gpus))
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral", "nemotron_h", "glm4_moe"])
+def test_a_config_in_memory_gets_fewer_experts(model_type):
+    values = {name: 2 * value if name in COUNTS else value for name, value in MIXTURES[model_type].items()}
+    skeleton = Skeleton(AutoConfig.for_model(model_type, **values), "cpu")
+    mixture = mixture_of(skeleton)
+    kept = mixture.experts // 2
+    fewer = with_experts(skeleton, mixture, kept)
+    assert mixture_of(fewer).experts == kept
+    assert mixture_of(skeleton).experts == mixture.experts  # which stays as it is
+    assert fewer.parameters() < skeleton.parameters()
+
+
+def test_a_plan_counts_what_is_read_and_written(mixture):
+    fields = {"weights": "streamed", "shards": 1, "replicas": 1, "gpus": 1, "seqlen": 32}
+    result = plan(PlanRecipe.checked({"model": mixture, "remove_experts": 0.5, **fields}))
+    (one,) = result.plans
+    removed = LAYERS * (EXPERTS - KEPT) * (3 * HIDDEN * NEURONS + HIDDEN)  # and a row of the router for each
+    after = result.model.parameters - removed
+    assert result.as_json()["model"]["parameters_after"] == after
+    assert one.traffic.written == 2 * after
+    assert result.model.fewer is not None
+    copied = sum(shape.elements for shape in result.model.fewer.shapes)
+    passed = sum(shape.elements for shape in result.model.shapes)
+    assert one.traffic.read == 2 * (result.model.embedding + passed + copied)
+    assert one.options == {"shards": 1, "replicas": 1, "weights": "streamed", "activations": "device"}
+    layer = 2 * result.model.layer
+    assert one.candidate.worst[0].device.weights == 2 * layer
+    assert one.candidate.worst[0].device.statistics == 0
+
+
+def test_text_that_the_model_writes_is_no_reason_to_aim_at_anything(mixture):
+    recipe = PlanRecipe.checked({"model": mixture, "keep_experts": 8, "seqlen": 32, "calibration": "self"})
+    model = with_fewer_experts(read_model(mixture), recipe)
+    assert recipe.towards_stream
+    assert planned_task(recipe, model).held_out == 0
+
+
+@pytest.mark.parametrize(
+    ("shards", "replicas", "streamed"), [(1, 1, True), (1, 1, False), (2, 1, False), (1, 3, True), (2, 3, False)]
+)
+def test_the_formulae_say_what_the_driver_does(mixture, shards, replicas, streamed):
+    costs = costs_of(mixture, shards, replicas, streamed)
+    assert Expected(costs).phases().total == pytest.approx(simulate(costs).seconds, rel=0.1)
+
+
+@dataclass(frozen=True)
+class Copying(Costs):
+    """Workers that take one second to copy a layer."""
+
+    def copy_layer(self) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_all_workers_of_a_shard_copy_layers_at_the_same_time(mixture, shards, replicas):
+    group = simulate(costs_of(mixture, shards, replicas, True, Copying))
+    assert group.phases["write"] == pytest.approx(LAYERS / (shards * replicas), rel=0.05)
+
+
+def test_a_page_and_its_json_say_the_same(mixture, capsys):
+    def printed(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", mixture, "--keep-experts", "12", "--seqlen", "32", *words])
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    content = json.loads(printed("--json"))
+    page = printed("--simulate")
+    assert f"experts: 12 of 16 stay in a layer, {content['model']['parameters_after']:,} parameters" in page
+    assert "experts: fits" in page
+    assert "parallel" not in page
+    again = PlanRecipe.checked(content["recipe"])
+    assert again.keep_experts == 12
+    assert again.removal is not None
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "problem"),
+    [
+        ({"remove_experts": 1.5}, "remove_experts", "1.5 is not allowed; use a number above 0 and below 1"),
+        ({"remove_experts": 0.5, "keep_experts": 8}, "keep_experts", "8 does not go with remove_experts 0.5"),
+        ({"keep_experts": 0}, "keep_experts", "0 is not allowed"),
+        ({"keep_experts": 1}, "keep_experts", "at least 2 must stay"),
+        ({"remove_experts": 0.1}, "remove_experts", "nothing would go"),
+        ({"keep_experts": 8, "sparsity": 0.5}, "sparsity", "0.5 does not go with experts that are removed"),
+        ({"keep_experts": 8, "method": "wanda"}, "method", "'wanda' does not go with experts that are removed"),
+        ({"keep_experts": 8, "quality": "best"}, "quality", "'best' does not go with experts that are removed"),
+        ({"keep_experts": 8, "propagation": "parallel"}, "propagation", "'parallel' does not go with experts"),
+        ({"keep_experts": 8, "expert_chunks": 2}, "expert_chunks", "2 does not go with experts that are removed"),
+    ],
+    ids=str,
+)
+def test_what_is_no_run_of_experts_is_refused(mixture, fields, field, problem):
+    with pytest.raises(InputError, match=problem) as raised:
+        plan(PlanRecipe.checked({"model": mixture, "seqlen": 32, **fields}))
+    assert raised.value.field == field
+
+
+def test_a_model_without_experts_is_refused(tmp_path):
+    make_llama(tmp_path, 16, 16, 1, 64)
+    with pytest.raises(InputError, match="has no experts in its layers"):
+        plan(PlanRecipe.checked({"model": str(tmp_path), "seqlen": 32, "keep_experts": 8}))
