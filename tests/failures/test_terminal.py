@@ -75,6 +75,7 @@ def test_ctrl_c_before_all_is_imported(name, tmp_path):
     terminal = Terminal("-m", *words, cwd=tmp_path, suspended_at=module)
     terminal.until_suspended()
     terminal.press_ctrl_c()
+    terminal.until(lambda: terminal.lines() == ["^C"])  # a busy kernel takes its time, and says this behind the signal
     terminal.process.resume()
     check(terminal, 130, "Ctrl-C")
     assert len(terminal.lines()) == 1

@@ -63,7 +63,8 @@ def figure(traces: list[Any], **layout: Any) -> go.Figure:
     drawn = go.Figure(traces)
     drawn.update_layout(
         template="none",
-        margin={"l": 8, "r": 8, "t": 8, "b": 8},
+        # To the right there is room for half of the last number below an axis, which may stand at its very end.
+        margin={"l": 8, "r": 14, "t": 8, "b": 8},
         legend=LEGEND,
         **layout,
     )
