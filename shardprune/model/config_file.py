@@ -3,10 +3,10 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import transformers
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -25,6 +25,15 @@ CONFIG = "config.json"
 REASON = 300  # characters of another library's error that are shown
 
 
+def _largest(value: Any) -> Any:
+    """Return the largest of the numbers of a list by layer; other values as they are."""
+    whole = isinstance(value, list) and value and all(isinstance(one, int) for one in value)
+    return max(value) if whole else value
+
+
+Experts = Annotated[int | None, BeforeValidator(_largest), Field(ge=0, le=2**14)]  # of a layer
+
+
 class _Sizes(BaseModel):
     """Fields by which transformers makes lists and buffers in memory, and those that would make nothing.
 
@@ -39,6 +48,10 @@ class _Sizes(BaseModel):
     num_key_value_heads: int | None = Field(None, ge=1, le=2**20)
     vocab_size: int | None = Field(None, ge=1, le=2**31)
     max_position_embeddings: int | None = Field(None, ge=1, le=2**31)
+    num_experts: Experts = None
+    num_local_experts: Experts = None
+    n_routed_experts: Experts = None
+    moe_num_experts: Experts = None
     num_labels: int | None = Field(None, ge=0, le=2**20)
     partial_rotary_factor: int | float | None = Field(None, gt=0, le=1)
 

@@ -41,6 +41,10 @@ BAD = {
         {**LLAMA, "model_type": "qwen2", "num_hidden_layers": 10**9},
         r"holds 1000000000 as num_hidden_layers",
     ),
+    "too many experts": (
+        {**LLAMA, "num_experts": [4, 4 * 10**6]},
+        r"^model: x/config.json holds \[4, 4000000\] as num_experts; use less than or equal to 16384$",
+    ),
     "no layers": ({**LLAMA, "num_hidden_layers": 0}, r"holds 0 as num_hidden_layers; use greater than or equal to 1$"),
     "a billion in a tower": (
         {"model_type": "llava", "text_config": {**LLAMA, "num_hidden_layers": 10**9}},
