@@ -31,7 +31,7 @@ def _largest(value: Any) -> Any:
     return max(value) if whole else value
 
 
-Experts = Annotated[int | None, BeforeValidator(_largest), Field(ge=0, le=2**14)]  # of a layer
+Experts = Annotated[Annotated[int, Field(ge=0, le=2**14)] | None, BeforeValidator(_largest)]  # of a layer
 
 
 class _Sizes(BaseModel):
