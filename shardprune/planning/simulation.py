@@ -234,7 +234,7 @@ def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, out
     layout, model = group.setup.layout, group.task.model
     mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
     with group.phase("observe"), output.step("observe", 0) as step:
-        routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, step)
+        routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, False, step)
     with group.phase("write"), output.step("remove experts", 0) as step:
         write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
     group.read += sum(shape.elements for shape in fewer.shapes)
