@@ -16,11 +16,10 @@ from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from tests.cluster.on_ray.material import bundled, search
 from tests.failures.listening import Heard, Moment
-from tests.support.clusters import processes_of
+from tests.support.clusters import PATIENCE, processes_of
 from tests.support.tiny import differing
 
 QUIET = Reporter(quiet=True)
-PATIENCE = "8s"
 
 
 @pytest.fixture(scope="module")
