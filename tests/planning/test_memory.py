@@ -79,6 +79,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.long
 def test_what_is_predicted_beside_the_process_is_what_is_measured_within_a_fifth(runs, name):
     peak, options = runs[name]
     nothing, _ = runs["nothing"]

@@ -70,7 +70,7 @@ def test_shards_and_replicas_measure_what_one_process_does(ray, recipe, local):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_lost_worker_is_replaced(ray, recipe, local, number):
     reporter = Sending(number)
     result = evaluate(recipe(shards=2, patience=PATIENCE), reporter)

@@ -76,6 +76,7 @@ def test_a_stopped_worker_is_replaced(ray, undisturbed, exchange, tmp_path):
     assert differing(undisturbed / exchange, tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_a_stopped_worker_costs_a_search_one_iteration(ray, undisturbed, tmp_path):
     processes = []
     moment = Moment("iteration 3", 0.5, lambda: processes.append(stopped("MopActor")))
@@ -106,6 +107,7 @@ def test_a_worker_in_a_deadlock_is_replaced(ray, undisturbed, tmp_path, monkeypa
     assert differing(undisturbed / "store", tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_a_worker_in_a_deadlock_costs_a_search_one_iteration(ray, undisturbed, tmp_path, monkeypatch):
     before(monkeypatch, "narrow", stand_still, 5)
     result = mop(search(tmp_path / "o", patience=PATIENCE), QUIET)

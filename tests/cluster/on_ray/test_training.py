@@ -55,7 +55,7 @@ def alone(folder, tmp_path_factory):
     return out, train(folder, out, zero=0, **FULL)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, alone, number, tmp_path):
     """One that is killed, and one that is stopped: the other waits for it in a collective."""
     killed = []
@@ -88,6 +88,7 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, al
     assert not (tmp_path / "o" / "training").exists()
 
 
+@pytest.mark.long
 def test_a_training_whose_director_dies_is_started_again(ray, folder, tmp_path):
     """Ray Train has an actor of its own that starts the workers and hears of their ends."""
     out, killed = tmp_path / "o", []
@@ -111,6 +112,7 @@ def test_a_training_whose_director_dies_is_started_again(ray, folder, tmp_path):
     assert (result.restarts, len(result.recovery.losses)) == (1, 40)
 
 
+@pytest.mark.long
 def test_a_training_that_stands_still_is_started_again(ray, folder, tmp_path, monkeypatch):
     """One process waits for what never happens, the other one for it in a collective."""
     work, marker = ray_training._work, tmp_path / "stood still"
