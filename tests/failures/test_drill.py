@@ -131,9 +131,9 @@ IMPROVED = {**PARALLEL, "weights": "streamed", "targets": "stream", "reconstruct
 LOSSES = [
     ("actor", "prune", BARBER),
     ("node", "prune", IMPROVED),
-    ("node", "evaluate", LONG),
 ]
 MORE_LOSSES = [
+    ("node", "evaluate", LONG),
     ("actor", "observe", LONG),
     ("actor", "evaluate", LONG),
     ("node", "plan", PARALLEL),

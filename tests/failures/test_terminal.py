@@ -109,6 +109,7 @@ def test_sigterm_while_ray_starts(tmp_path):
     check(terminal, 143, "SIGTERM")
 
 
+@pytest.mark.long
 def test_a_terminal_that_is_closed_in_the_middle_of_pruning(undisturbed, tmp_path):
     """The kernel sends SIGHUP, and nothing can be said any more."""
     out = tmp_path / "o"
