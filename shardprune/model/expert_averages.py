@@ -23,7 +23,7 @@ def average(sources: Sources, read: Callable[[int], Tensor]) -> Tensor:
     tensor = read(first)
     if not others:
         return tensor
-    dtype, total = tensor.dtype, tensor.double() * weight
+    dtype, total = tensor.dtype, tensor.double().mul_(weight)
     for expert, weight in others:
         total.add_(read(expert), alpha=weight)
     return total.div_(sum(weight for _, weight in sources)).to(dtype)

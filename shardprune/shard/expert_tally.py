@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.model.experts import DOWN, Expert, Part
+from shardprune.shard.all_tokens import all_to
 from shardprune.solvers.expert_scores import ExpertStatistics
 
 SUMS = ("tokens", "weights", "norms", "products", "squares")  # rows of a tally; the last row has the maxima
@@ -70,22 +71,20 @@ class ExpertTally:
         (index,) = (one for one in routing if not one.is_floating_point())
         (weight,) = (one for one in routing if one.is_floating_point())
         if self._everywhere:
-            self._add_everywhere(positional, keywords, index, weight)
+            self._add_everywhere(positional, keywords, len(index))
         self._routing = index, weight
 
-    def _add_everywhere(
-        self, positional: Sequence[Any], keywords: dict[str, Any], index: Tensor, weight: Tensor
-    ) -> None:
+    def _add_everywhere(self, positional: Sequence[Any], keywords: dict[str, Any], tokens: int) -> None:
         """Add the outputs of every expert for all tokens, each computed by the class's code as if all went to it."""
-        everything, alone = [], weight.new_ones(len(index), 1)
+        hidden, *routing = positional
+        everything = []
         for expert in range(len(self._experts)):
-            routed = {id(index): index.new_full((len(index), 1), expert), id(weight): alone}
-            given = [routed.get(id(one), one) for one in positional]
-            named = {name: routed.get(id(one), one) for name, one in keywords.items()}
-            everything.append(self._mixture.forward(*given, **named).flatten(0, -2).sum(0, dtype=torch.float64))
+            chosen = {name: all_to(expert, one) for name, one in keywords.items()}
+            output = self._mixture.forward(hidden, *(all_to(expert, one) for one in routing), **chosen)
+            everything.append(output.flatten(0, -2).sum(0, dtype=torch.float64))
         outputs = torch.stack(everything).cpu()
         self.outputs = outputs if self.outputs is None else self.outputs + outputs
-        self.entered += len(index)
+        self.entered += tokens
 
     def _add(self, expert: int, output: Tensor) -> None:
         """Add the outputs [count, hidden] of one expert, before their weights, in the order of its tokens."""
