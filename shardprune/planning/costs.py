@@ -381,6 +381,10 @@ class Costs:
         read = model.layer if self.task.merged else model.fewer.layer
         return self._together * (read + model.fewer.layer) * self.task.stored / self.row.storage
 
+    def tally(self, sequences: int) -> float:
+        """Return the seconds of one kept wave through a dense layer whose experts are looked at."""
+        return self.of_experts.layer(sequences) + self._kept(self.wave_bytes(sequences))
+
     def ratios(self) -> float:
         """Return the seconds to read the weights of the layer's experts for their own sake, while all workers of the
         node do so with theirs."""
@@ -388,8 +392,8 @@ class Costs:
 
     @property
     def _together(self) -> int:
-        """Workers of a node that read and write at the same time."""
-        return min(self.places.per_node, self.setup.layout.workers)
+        """Workers of a node that read and write at the same time: one where layer follows layer."""
+        return 1 if self.task.behind else min(self.places.per_node, self.setup.layout.workers)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ class WorkerMemory:
         """Yield the moments of a pass that looks at the experts, whose sums are few, and of copying a layer without
         some of them, one tensor after the other, beside resident layers."""
         task, streamed = self.task, self.setup.streamed
-        kept = task.kept_bytes(self.sequences) if streamed else 0
+        kept = task.kept_bytes(self.sequences) if streamed or task.behind else 0
         passed = task.scores == "pass"
         resident = 0 if streamed or not (passed or task.sources) else self._held() + self._resident_frame()
         if passed:
@@ -164,7 +164,10 @@ class WorkerMemory:
             yield self._moment("observe", "ratios", resident, workspace=self.model.largest * (task.stored + 16))
         # Of an average: two tensors as they are stored, one of them in float64, and the sum.
         copied = fewer.largest * (2 * task.stored + 16 if task.merged else task.stored)
-        yield self._moment("write", "merge" if task.merged else "copy", resident + copied)
+        if task.behind and streamed:  # layers are there while others are written
+            resident = self._held()
+        step = "merge" if task.merged else "copy"
+        yield self._moment("write", step, resident + copied, kept=kept if task.behind else 0)
 
     def _outputs(self) -> int:
         """Return the bytes of the sums of all experts' outputs where these are merged: of all layers of a resident
@@ -173,7 +176,11 @@ class WorkerMemory:
             return 0
         shapes = [self.model.shapes[index] for index in self.layers]
         counts = [shape.experts for shape in shapes]
-        return 8 * self.model.hidden * ((max(counts) if self.setup.streamed else sum(counts)) + 2 * max(counts))
+        return (
+            8
+            * self.model.hidden
+            * ((max(counts) if self.setup.streamed or self.task.behind else sum(counts)) + 2 * max(counts))
+        )
 
     def curve_bytes(self) -> int:
         """Return the bytes of what is kept for error curves: what enters every layer, and the gradients in float32."""

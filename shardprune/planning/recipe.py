@@ -149,6 +149,9 @@ class RemovedExperts(Settings):
     expert_scores: ScoreSource = Field(
         "pass", description="With fewer experts: scores are from a pass, given statistics, or weights (aimer)"
     )
+    propagate_experts: Literal["dense", "pruned"] = Field(
+        "dense", description="With fewer experts: activations that a layer sees, dense or behind layers as they are cut"
+    )
 
     @model_validator(mode="after")
     def _one_amount(self) -> "RemovedExperts":
@@ -158,7 +161,8 @@ class RemovedExperts(Settings):
         if share is not None and number is not None:
             raise InputError("keep_experts", f"{number} does not go with remove_experts {share:g}; give one of them")
         asked = share is not None or number is not None
-        self.needs("remove_experts or keep_experts", asked, "merge_experts", "expert_scores")
+        self.needs("remove_experts or keep_experts", asked, "merge_experts", "expert_scores", "propagate_experts")
+        self.needs("a pass", self.expert_scores == "pass", "propagate_experts")
         if self.merge_experts and self.expert_scores == "weights":
             raise InputError("merge_experts", "does not go with expert_scores weights, which need no tokens")
         return self

@@ -75,6 +75,8 @@ class Expected:
         """Return the phases where experts are removed: shards read as the first wave comes to them, then every worker
         copies a part of its shard's layers."""
         costs, model, replicas = self.costs, self.task.model, self.layout.replicas
+        if self.task.behind:
+            return self._in_turn(passes, evaluate)
         mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
         looked_at = 1 + mixtures[-1] if self.task.scores == "pass" else 0
         if self.setup.streamed:
@@ -97,6 +99,36 @@ class Expected:
             for replica in range(replicas)
         )
         return Phases(load, 0.0, observe, 0.0, write, evaluate)
+
+    def _in_turn(self, passes: int, evaluate: float) -> Phases:
+        """Return the phases where experts are removed layer after layer: each is looked at, copied, and read again as
+        it has become."""
+        costs, model, streamed = self.costs, self.task.model, self.setup.streamed
+        load = costs.read(model.embedding) + (costs.read(model.head) if passes else 0.0)
+        load += self._reads(passes - 1) if streamed and passes else 0.0
+        if passes and not streamed:
+            load += self._over(range(model.layers), lambda one: costs.read(one.task.model.layer))
+        sizes = self._sizes(self.task.samples)
+
+        def layer(one: Expected) -> float:
+            cut = one.task.model.fewer
+            assert cut is not None
+            looking = sum(one.costs.tally(size) for size in sizes) if one.task.model.shape.experts else 0.0
+            reading = costs.read(one.task.model.layer)
+            through = sum(one.costs.propagate(size) for size in sizes)
+            if streamed:
+                before = max(looking + one.costs.copy_layer(), reading if looking else 0.0)
+                return before + costs.read(cut.layer) + max(through, reading)
+            dense = reading if looking and not passes else 0.0
+            return dense + looking + one.costs.copy_layer() + costs.read(cut.layer) + through
+
+        last = self.at(model.layers - 1)
+        spared = sum(last.costs.propagate(size) for size in sizes)
+        entering = sum(costs.embed(size) + costs.put(size) for size in sizes)
+        relays = (len(self.layout.shards) - 1) * self._relay(sizes)
+        return Phases(
+            load, 0.0, 0.0, entering + self._over(range(model.layers), layer) + relays - spared, 0.0, evaluate
+        )
 
     def _curves(self) -> float:
         """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard

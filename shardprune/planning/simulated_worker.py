@@ -57,6 +57,7 @@ class Worker:
     file: float = 0.0  # when the file that it writes is there
     held: set[int] = field(default_factory=set)
     summed: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for solving
+    cut: set[int] = field(default_factory=set)  # layers whose experts are gone, and which are read anew
     gathered: set[int] = field(default_factory=set)  # layers over whose inputs it has sums, for error curves
     ahead: tuple[int, float] | None = None  # the layer that is being read, and when it is there
     frame: set[str] = field(default_factory=set)
@@ -292,6 +293,13 @@ def _outputs(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return 0.0, (sums, 1), sums.nbytes
 
 
+def _finish_copy(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    if worker.costs.task.behind:
+        worker.held.discard(args[0])
+        worker.cut.add(args[0])
+    return 0.0, None, 0
+
+
 def _ratios(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return worker.costs.ratios(), [1.0] * worker.costs.task.model.shape.experts, 0
 
@@ -384,7 +392,8 @@ ROWS: dict[Callable[..., Any], Row] = {
     ExpertWorker.outputs: Row(_outputs),
     ExpertWorker.ratios: Row(_ratios),
     ExpertWorker.write: Row(_copy_layer),
-    ExpertWorker.finish: Row(),
+    ExpertWorker.tally: Row(_of_wave(Costs.tally), reads="layer"),
+    ExpertWorker.finish: Row(_finish_copy),
     # Accounts are no work, and not verbs.
     ForwardWorker.account: Row(),
 }
@@ -399,7 +408,6 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
         NarrowedLayers.narrow,
         NarrowedLayers.choice,
         NarrowedLayers.install_narrowed,
-        ExpertWorker.tally,
         ExpertWorker.cut,
         PruneWorker.compare,
         PruneWorker.rebuild,

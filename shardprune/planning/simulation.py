@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from shardprune.cluster.error_curves import differentiate, measure
+from shardprune.cluster.expert_propagation import remove_in_turn
 from shardprune.cluster.expert_statistics import routed_statistics, weight_ratios
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Ref
@@ -180,28 +181,33 @@ class SimulatedGroup:
         """As `shardprune.shard.layers`: resident layers stay, of streamed ones the next is read ahead."""
         if layer in worker.held:
             return now
-        seconds = self.costs.read(self.task.model.at(layer).layer)
+        seconds = self.costs.read(self._elements(worker, layer))
         step = -1 if layer + 1 in worker.held else 1
         if not self.setup.streamed:
-            self._count(layer)
+            self._count(worker, layer)
             worker.held.add(layer)
             return now + seconds
         ahead, worker.ahead = worker.ahead, None
         if ahead:
             now = max(now, ahead[1])
         if not ahead or ahead[0] != layer:
-            self._count(layer)
+            self._count(worker, layer)
             now += seconds
         worker.held = {layer}
         if (following := layer + step) in worker.layers:
-            self._count(following)
-            worker.ahead = (following, now + self.costs.read(self.task.model.at(following).layer))
+            self._count(worker, following)
+            worker.ahead = (following, now + self.costs.read(self._elements(worker, following)))
         return now
 
-    def _count(self, layer: int) -> None:
+    def _count(self, worker: Worker, layer: int) -> None:
         """Count a layer as read."""
         with self._lock:
-            self.read += self.task.model.at(layer).layer
+            self.read += self._elements(worker, layer)
+
+    def _elements(self, worker: Worker, layer: int) -> int:
+        """Return the elements of a layer as it is now."""
+        model = self.task.model.at(layer)
+        return model.fewer.layer if model.fewer and layer in worker.cut else model.layer
 
     def note_waves(self, waves: Waves) -> None:
         """Learn how many sequences the waves have that are on their way next."""
@@ -234,6 +240,14 @@ def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, out
     layout, model = group.setup.layout, group.task.model
     mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
     task = group.task
+    group.read += sum(shape.elements for shape in (model if task.merged else fewer).shapes)
+    if task.behind:
+        with group.phase("prune"), output.step("remove experts", 0) as step:
+            unknown = set(mixtures)
+            remove_in_turn(
+                group, layout, calibration, (), unknown, task.merged, lambda *_: None, LayerRecord, None, step
+            )
+        return
     with group.phase("observe"), output.step("observe", 0) as step:
         if task.scores == "pass":
             routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, task.merged, step)
@@ -242,7 +256,6 @@ def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, out
             group.read += sum(model.shapes[index].expert_weights for index in mixtures)
     with group.phase("write"), output.step("remove experts", 0) as step:
         write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
-    group.read += sum(shape.elements for shape in (model if task.merged else fewer).shapes)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:

@@ -230,6 +230,7 @@ class Task:
         all_tokens: add to the sums of every expert.
         scores: of experts, where some go: those of a pass, given ones, or those of weights.
         merged: experts become averages.
+        behind: layers see the activations behind those whose experts are gone.
         everywhere: every expert computes its output for all tokens, too.
     """
 
@@ -250,6 +251,7 @@ class Task:
     all_tokens: bool = False
     scores: ScoreSource = "pass"
     merged: bool = False
+    behind: bool = False
     everywhere: bool = False
 
     def at(self, index: int) -> "Task":
@@ -299,7 +301,8 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
     )
     if model.fewer is None:
         return task
-    task = replace(task, scores=recipe.expert_scores, merged=recipe.merge_experts)
+    behind = recipe.propagate_experts == "pruned"
+    task = replace(task, scores=recipe.expert_scores, merged=recipe.merge_experts, behind=behind)
     return replace(task, kind=None, errors=False, improving=NOTHING)
 
 

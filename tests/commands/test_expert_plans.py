@@ -20,6 +20,7 @@ KEPT = 3
 RUNS = {
     "a pass": ({}, {}),
     "a pass, merged": ({"merge": True}, {"merge_experts": True}),
+    "a pass behind cut layers": ({"propagate": "pruned"}, {"propagate_experts": "pruned"}),
     "given statistics": ({"statistics": "first"}, {"expert_scores": "statistics"}),
     "given statistics, merged": (
         {"statistics": "first", "merge": True},

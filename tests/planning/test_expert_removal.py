@@ -98,10 +98,17 @@ def test_what_is_read_follows_from_where_scores_come_from_and_what_is_made_of_ex
     assert moment.step == ("merge" if "merged" in source else "copy")
 
 
-@pytest.mark.parametrize("source", SOURCES)
+IN_TURN = {
+    "behind cut layers": {"propagate_experts": "pruned"},
+    "behind cut layers, slow storage": {"propagate_experts": "pruned", "storage": "0.001GB/s"},
+    "behind cut layers, merged": {"propagate_experts": "pruned", "merge_experts": True},
+}
+
+
+@pytest.mark.parametrize("source", [*SOURCES, *IN_TURN])
 @pytest.mark.parametrize(("shards", "replicas", "streamed"), [(1, 1, False), (2, 3, True)])
 def test_the_formulae_say_what_the_driver_does_for_every_source_of_scores(source, mixture, shards, replicas, streamed):
-    costs = costs_of(mixture, shards, replicas, streamed, **SOURCES[source])
+    costs = costs_of(mixture, shards, replicas, streamed, **IN_TURN.get(source, SOURCES.get(source)))
     assert Expected(costs).phases().total == pytest.approx(simulate(costs).seconds, rel=0.1)
 
 
@@ -178,6 +185,11 @@ def test_a_page_and_its_json_say_the_same(mixture, capsys):
             {"keep_experts": 8, "expert_scores": "statistics", "calibration": "self"},
             "calibration",
             "has no effect with",
+        ),
+        (
+            {"keep_experts": 8, "expert_scores": "weights", "propagate_experts": "pruned"},
+            "propagate_experts",
+            "'pruned' has no effect without a pass",
         ),
         ({"keep_experts": 8, "propagation": "parallel"}, "propagation", "'parallel' does not go with experts"),
         ({"keep_experts": 8, "expert_chunks": 2}, "expert_chunks", "2 does not go with experts that are removed"),
