@@ -18,6 +18,7 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import difference_layer_by_layer
 from tests.support.architectures import DENSE, MIXED, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
+from tests.support.towers import TOWERS
 
 HEAD = """\
 # Architectures
@@ -50,8 +51,10 @@ The experts of a mixture may be tensors of their own in the files, one for each 
 is a projection, read alone, and what is written has the layout of what was read.
 
 Of multimodal models, the language tower is pruned, if it is one of these, and all else is copied byte by byte: of
-Gemma 3 (`gemma3`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen3.5 and its mixtures
-(`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is that of the whole model.
+Gemma 3 (`gemma3`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen2-VL and 2.5-VL
+(`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`), Qwen3.5 and its mixtures (`qwen3_5`,
+`qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is that of the whole model. Experts that
+lie transposed in the files (`qwen3_vl_moe`) stay so.
 
 """
 TABLE = """\
@@ -69,8 +72,9 @@ REFUSALS = """
 def page() -> str:
     """Return the whole page."""
     ours = {config.model_type: config for config in map(_config, CONFIGS)}
-    others = {**DENSE, **MIXED, **MIXTURES}.items()
-    configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in others}}
+    parts = {part["model_type"]: part for tower in TOWERS.values() if (part := tower["text_config"])}
+    others = {**parts, **DENSE, **MIXED, **MIXTURES}.items()
+    configs = {name: AutoConfig.for_model(**{**values, "model_type": name}) for name, values in others} | ours
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
     return HEAD + TABLE + rows + REFUSALS + refusals

@@ -201,11 +201,17 @@ FAMILIES: dict[str, Structures] = {
 }
 
 # Multimodal models whose language tower is a causal language model of its own, with the same logits for text alone.
-TOWERS = frozenset(("gemma3", "internvl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
+TOWERS = frozenset(
+    (
+        *("gemma3", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl"),
+        "qwen3_vl_moe",
+    )
+)
 # Each layout that their checkpoints have maps the prefixes of the tower's stored tensors to those of that model.
 TOWER_LAYOUTS: tuple[dict[str, str], ...] = (
     {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
     {"model.language_model.": "model.", "lm_head.": "lm_head."},
+    {f"model.{name}.": f"model.{name}." for name in ("embed_tokens", "layers", "norm")} | {"lm_head.": "lm_head."},
 )
 
 
