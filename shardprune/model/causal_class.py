@@ -25,7 +25,7 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         KeyError: transformers has none.
     """
     if config.model_type in WITHOUT_HEAD:
-        return _with_head(type(config))
+        return _with_head(type(config))  # type: ignore[arg-type]  # a class is hashable
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
@@ -34,7 +34,7 @@ def _with_head(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
     """Return the text model of a class of configs with a head; its attributes are those of the text model's class."""
     text_class = MODEL_MAPPING[config_class]
 
-    class TextModelWithHead(text_class.__base__):  # type: ignore[misc, name-defined]
+    class TextModelWithHead(text_class.__base__):  # type: ignore[name-defined]
         _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
         def __init__(self, config: PretrainedConfig) -> None:

@@ -22,8 +22,8 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.storage.json_file import parse_json
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests. All layers of the first
-# are attention with an MLP, and keep keys and values of earlier tokens alone; those of `ROUTING` have experts; those
-# `WITHOUT_HEAD` run as parts of their multimodal models.
+# are attention with an MLP, and keep keys and values of earlier tokens alone; those of `ROUTING` have experts, those of
+# `CARRYING` pass more than hidden states on; those `WITHOUT_HEAD` run as parts of their multimodal models.
 ATTENDING = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
@@ -41,11 +41,21 @@ MIXING = frozenset(
 ROUTING = frozenset(
     (
         *("cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe"),
-        *("glm4_moe_lite", "gpt_oss", "granitemoe", "hunyuan_v1_moe", "lfm2_moe", "minimax_m2", "mixtral", "olmoe"),
+        *(
+            "glm4_moe_lite",
+            "gpt_oss",
+            "granitemoe",
+            "hunyuan_v1_moe",
+            "lfm2_moe",
+            "minimax_m2",
+            "mixtral",
+            "olmoe",
+        ),
         *("qwen2_moe", "qwen3_5_moe_text", "qwen3_moe"),
     )
 )
-CHECKED = ATTENDING | MIXING | ROUTING | WITHOUT_HEAD
+CARRYING = frozenset(("gemma3n_text", "gemma4_text", "glm_moe_dsa"))
+CHECKED = ATTENDING | MIXING | ROUTING | CARRYING | WITHOUT_HEAD
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
 ROUNDING = 1e-4  # of logits in float32, as a share of the largest

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import attention_of
 from shardprune.model.skeleton import Skeleton
+from tests.support.architectures import CARRYING, make_architecture
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors, make_tokens
 from tests.support.towers import TOWERS, make_tower
@@ -103,3 +104,21 @@ def test_experts_that_lie_transposed_in_the_files_stay_so(tmp_path):
     expected = load_tensors(tmp_path / "out")
     assert [name for name in expected if not torch.equal(expected[name], straight[name])] == []
     assert perplexity(tmp_path / "out", tokens) == perplexity(tmp_path / "other-out", tokens)
+
+
+def test_the_tower_of_gemma_3n_is_the_text_model_of_that_name(tmp_path):
+    make_tokens(tmp_path / "tokens.npy")
+    make_architecture(tmp_path / "text", "gemma3n_text", CARRYING["gemma3n_text"])
+    text = load_tensors(tmp_path / "text")
+    whole = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in text.items()}
+    whole["model.vision_tower.timm_model.conv.weight"] = torch.ones(2, 2)
+    config = AutoConfig.for_model("gemma3n", text_config={**CARRYING["gemma3n_text"], "model_type": "gemma3n_text"})
+    config.save_pretrained(tmp_path / "whole")
+    save_file(whole, tmp_path / "whole" / "model.safetensors", {"format": "pt"})
+    for name in ("text", "whole"):
+        run(tmp_path, f"{name}-out", name, pattern="2:4")
+    after = load_tensors(tmp_path / "whole-out")
+    assert after.keys() == whole.keys()
+    assert torch.equal(after.pop("model.vision_tower.timm_model.conv.weight"), torch.ones(2, 2))
+    for name, tensor in load_tensors(tmp_path / "text-out").items():
+        assert torch.equal(after[name.replace("model.", "model.language_model.", 1)], tensor), name

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from shardprune.model.empty_model import persistent_buffers
-from tests.support.architectures import DENSE, MIXED, MIXTURES, VOCABULARY
+from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, VOCABULARY
 
 _VISION = {
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -33,6 +33,15 @@ TOWERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         **{"text_config": {**DENSE["gemma3_text"], "model_type": "gemma3_text"}, "vision_config": _VISION},
         **{"mm_tokens_per_image": 4, "image_token_index": _TAKEN, "boi_token_index": 62, "eoi_token_index": 61},
+    },
+    "gemma4": {
+        "text_config": {**CARRYING["gemma4_text"], "model_type": "gemma4_text", "pad_token_id": 2},
+        "vision_config": {
+            **{**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
+            "pooling_kernel_size": 1,
+        },
+        **{"audio_config": None, "image_token_id": _TAKEN, "video_token_id": 62, "audio_token_id": 61},
+        **{"boi_token_id": 60, "eoi_token_id": 60, "boa_token_id": 60, "eoa_token_index": 60},
     },
     "internvl": {
         "text_config": {**DENSE["ernie4_5"], "model_type": "qwen2"},
