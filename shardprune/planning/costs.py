@@ -357,7 +357,7 @@ class Costs:
         workers of the node do so with theirs."""
         assert self.task.model.fewer is not None
         together = min(self.places.per_node, self.setup.layout.workers)
-        return together * 2 * self.task.model.fewer.layer * self.task.stored / self.row.storage
+        return together * 2 * self.task.model.fewer.layer * self.task.model.in_files / self.row.storage
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -383,5 +383,5 @@ class Costs:
 
     def read(self, elements: int) -> float:
         """Return the seconds to read tensors of `elements` elements while others of the node read theirs."""
-        stored = elements * self.task.stored * self.crowd
+        stored = elements * self.task.model.in_files * self.crowd
         return stored / self.row.storage + self._moved(elements * self.task.itemsize)

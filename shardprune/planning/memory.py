@@ -153,7 +153,7 @@ class WorkerMemory:
             yield from self._embed("observe", kept, again=bool(self.task.sources))
         yield self._moment("observe", "forward", self._held() + frame, self._forward(), kept=kept)
         resident = 0 if self.setup.streamed else self._held() + frame
-        yield self._moment("write", "copy", resident + fewer.largest * self.task.stored)
+        yield self._moment("write", "copy", resident + int(fewer.largest * fewer.in_files))
 
     def curve_bytes(self) -> int:
         """Return the bytes of what is kept for error curves: what enters every layer, and the gradients in float32."""
@@ -374,15 +374,16 @@ class WorkerMemory:
         elements: int = 0,
     ) -> Moment:
         setup, task = self.setup, self.task
-        reading = (elements or self.model.largest) * task.stored  # one tensor that is being read, or a projection
+        largest = elements or self.model.largest  # of one tensor that is being read, or a projection
+        reading, quantised = largest * task.stored, int(largest * task.quantised)
         if not setup.gpu:
-            read = reading if task.stored != task.itemsize else 0
+            read = quantised + (reading if task.stored != task.itemsize else 0)
             device = Bytes(CPU_PROCESS, weights + read, kept + temporaries, statistics, workspace)
             return Moment(phase, step, device, Bytes())
         kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
         if setup.waves_on_host and temporaries:
             temporaries += ON_THEIR_WAY * self._wave()
-        device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
+        device = Bytes(0, weights + quantised, kept_here + temporaries, statistics, workspace)
         shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
         written = self._written() if phase == "prune" else 0
         host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)

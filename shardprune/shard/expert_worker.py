@@ -40,7 +40,7 @@ class ExpertWorker(ForwardWorker):
         fewer = fewer_experts_of(spec.job, self.checkpoint, self.skeleton)
         assert fewer is not None
         self.fewer: FewerExperts = fewer
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, fewer.place)
+        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, fewer.place, self.checkpoint.entry_at)
         return Layers(
             self.skeleton,
             self.checkpoint,
@@ -145,14 +145,16 @@ class ExpertWorker(ForwardWorker):
         trained = {f"{name}.weight" for step in record.improvements if step.kept for name in step.projections}
 
         def tensor(name: str) -> Tensor | None:
-            return self._cut[index].get_parameter(name) if name in trained else self.fewer.tensor(index, name, kept)
+            if name in trained:
+                return self._cut[index].get_parameter(name)
+            return self.fewer.tensor(index, name, kept, stored=True)
 
         return write_tensors_of_layer(
             self.journal,
-            self.checkpoint,
+            self.fewer.stored,
             self.skeleton.family,
             index,
-            self.fewer.shapes(index),
+            self.fewer.stored_shapes(index),
             tensor,
             record,
         )
