@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
+from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.storage.json_file import fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.safetensors_file import Entry
-from shardprune.storage.scaled_tensors import ScaledEntry
+from shardprune.storage.scaled_tensors import ScaledEntry, dequantised
 from shardprune.storage.stacks import Place
 
 METHOD = "fp8"
@@ -134,6 +135,20 @@ class Fp8Weights:
             raise self._error(f"{misfit}: a block is of two parts of an expert")
         return ScaledEntry.of(weight, self.dtype, own, str(scales), block)
 
+    def products(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return stored tensors as they are read, without scales.
+
+        Raises:
+            InputError: a weight has no scales, or they do not fit it.
+        """
+        files = {name: Entry(self.place, one.dtype, tuple(one.shape), 0, one.nbytes) for name, one in tensors.items()}
+        scales, found = self.companions(files), {}
+        for name in tensors.keys() - scales.keys():
+            found[name], entry = tensors[name], self.entry(Place(name), files)
+            if isinstance(entry, ScaledEntry):
+                found[name] = dequantised(tensors[name], tensors[entry.scales_name], entry.block, self.dtype)
+        return found
+
     def _error(self, found: str) -> InputError:
         return InputError(self.field, f"{self.place} holds {found}")
 
@@ -145,7 +160,7 @@ class Fp8Weights:
             return None
         size = self.config.weight_block_size
         if size and grid == (-(-shape[0] // size[0]), -(-shape[1] // size[1])):
-            return size
+            return min(size[0], shape[0]), min(size[1], shape[1])
         if shape[0] % grid[0] or shape[1] % grid[1]:
             return None
         return shape[0] // grid[0], shape[1] // grid[1]

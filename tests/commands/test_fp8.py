@@ -8,7 +8,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from shardprune import EvaluateRecipe, ExpertsRecipe, MopRecipe, Recipe, evaluate, experts, mop, prune
+from shardprune import (
+    EvaluateRecipe,
+    ExpertsRecipe,
+    ExportRecipe,
+    MopRecipe,
+    Recipe,
+    evaluate,
+    experts,
+    export,
+    load_exported,
+    mop,
+    prune,
+)
 from shardprune.commands.check import check
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
@@ -136,6 +148,15 @@ def test_object_storage_and_perplexity(dense):
         for model in ("memory://fp8", str(dense / "model-plain"))
     ]
     assert values[0] == values[1]
+
+
+def test_an_export_is_the_stored_model_and_loads_as_the_products(dense):
+    fp8, packed = str(dense / "model-fp8"), str(dense / "packed")
+    export(ExportRecipe.checked({"model": fp8, "to": packed}), QUIET)
+    export(ExportRecipe.checked({"model": packed, "to": str(dense / "back"), "restore": True}), QUIET)
+    assert (dense / "back" / "model.safetensors").read_bytes() == (dense / "model-fp8/model.safetensors").read_bytes()
+    state, expected = load_exported(packed).state_dict(), load_tensors(dense / "model-plain")
+    assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(("field", "value"), [("reconstruct", 2)])

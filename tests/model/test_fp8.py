@@ -102,6 +102,17 @@ def test_scales_belong_to_the_identity_and_are_watched(tmp_path):
     assert Checkpoint(fp8).identity() != identity
 
 
+def test_blocks_may_be_larger_than_anything(tmp_path):
+    make_model(tmp_path / "model")
+    fp8, plain = make_fp8(tmp_path / "model", block=(1000, 1000))
+    file = Path(fp8) / "config.json"
+    file.write_text(file.read_text().replace("[1000, 1000]", f"[{2**62}, {2**62}]"))
+    checkpoint = Checkpoint(fp8)
+    assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in load_tensors(plain).items())
+    (line,) = checkpoint.notes()
+    assert line == f"{fp8}: its FP8 weights are multiplied with their scales as they are read, to bfloat16"
+
+
 def _changed(fp8, change):
     file = Path(fp8) / "model.safetensors"
     tensors = load_file(file)
