@@ -159,7 +159,7 @@ def test_an_export_is_the_stored_model_and_loads_as_the_products(dense):
     assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize(("field", "value"), [("reconstruct", 2)])
+@pytest.mark.parametrize(("field", "value"), [("reconstruct", 2), ("merge", True)])
 def test_experts_in_fp8_are_not_trained(tmp_path, field, value):
     make_architecture(tmp_path / "model", "qwen3_moe", MIXTURES["qwen3_moe"])
     make_tokens(tmp_path / "tokens.npy")
