@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,6 +158,14 @@ def test_an_export_is_the_stored_model_and_loads_as_the_products(dense):
     assert (dense / "back" / "model.safetensors").read_bytes() == (dense / "model-fp8/model.safetensors").read_bytes()
     state, expected = load_exported(packed).state_dict(), load_tensors(dense / "model-plain")
     assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in expected.items())
+
+
+def test_lm_evals_own_model_is_refused_on_a_gpu(dense):
+    from shardprune.evaluation.whole import whole_model
+
+    model = SimpleNamespace(checkpoint=Checkpoint(str(dense / "model-fp8")), settings=SimpleNamespace(device="cuda"))
+    with pytest.raises(InputError, match="^engine: 'hf' does not multiply FP8 weights with their scales on a GPU"):
+        whole_model(model)
 
 
 @pytest.mark.parametrize(("field", "value"), [("reconstruct", 2), ("merge", True)])
