@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardprune.errors import InputError
+from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.families import TOWERS
 from shardprune.model.fp8 import quantisation_of
 from shardprune.storage.json_file import parse_json, parse_model
@@ -91,7 +92,8 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
     if fp8:
         del config.quantization_config
     if model_type in TOWERS:
-        _check_type(language_config(config).model_type, field)
+        if (language := language_config(config).model_type) not in WITHOUT_HEAD:
+            _check_type(language, field)
     elif _has_other_parts(config):
         raise _other_parts(model_type, field)
     return config
@@ -170,7 +172,7 @@ def with_changes(
         raw = {name: value for name, value in raw.items() if name not in ("quantization_config", "torch_dtype")}
         raw["dtype"] = dtype
     flag = {"tie_word_embeddings": False} if untied else {}
-    if tower:
+    if tower and "text_config" in raw:  # older files of Qwen2.5-VL have all fields side by side
         return {**raw, **flag, "text_config": {**raw["text_config"], **changes, **flag}}
     return {**raw, **changes, **flag}
 

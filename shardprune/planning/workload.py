@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from shardprune.model.carried import further_embedding
 from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.config_file import CONFIG, language_config, parse_config
@@ -38,7 +39,8 @@ class Model:
     Attributes:
         shape: of the layer that is looked at; the largest one unless `at` is asked.
         shapes: of each layer.
-        embedding, head: of the frame's large tensors; with `tied` they are the same tensor.
+        embedding, head: of the frame's large tensors, embeddings of layers' own inputs included; with `tied` embedding
+            and head are the same tensor.
         queries, keys: widths of all query heads, and of all key heads.
         stored: dtype of the weights that are written, and in which they are read.
         in_files: mean bytes of a weight in the files of the checkpoint; fewer than `stored` has if these are FP8.
@@ -168,6 +170,7 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype, in_files: float
     """
     config = skeleton.config
     embedding, head = skeleton.model.get_input_embeddings().weight, skeleton.model.get_output_embeddings().weight
+    further = further_embedding(skeleton.model)
     heads = getattr(config, "num_attention_heads", None) or 0
     width = _head_width(config)
     shapes = _shapes(skeleton)
@@ -182,7 +185,7 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype, in_files: float
         eager=attention_of(config) == "eager",
         shape=max(shapes, key=lambda shape: shape.elements),
         shapes=shapes,
-        embedding=embedding.numel(),
+        embedding=embedding.numel() + (0 if further is None else further.numel()),
         head=head.numel(),
         tied=embedding is head,
         parameters=skeleton.parameters(),
@@ -291,7 +294,8 @@ class Task:
 
     def kept_bytes(self, sequences: int) -> int:
         """Return the bytes of `sequences` kept sequences."""
-        return sequences * self.seqlen * self.model.hidden * self.itemsize
+        columns = self.model.skeleton.family.carried.columns(self.seqlen, self.itemsize)
+        return sequences * self.seqlen * columns * self.itemsize
 
 
 def planned_task(recipe: PlanRecipe, model: Model) -> Task:

@@ -160,6 +160,14 @@ def test_an_export_is_the_stored_model_and_loads_as_the_products(dense):
     assert all(torch.equal(state[name], tensor.to(state[name].dtype)) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("format", ["torchao", "openvino"])
+def test_formats_of_engines_are_not_made_of_fp8_weights(dense, format):
+    recipe = ExportRecipe.checked({"model": str(dense / "model-fp8"), "to": str(dense / "of-engine"), "format": format})
+    with pytest.raises(InputError, match=rf"^format: '{format}' is not made of FP8 weights"):
+        export(recipe, QUIET)
+    assert not (dense / "of-engine").exists()
+
+
 def test_lm_evals_own_model_is_refused_on_a_gpu(dense):
     from shardprune.evaluation.whole import whole_model
 
