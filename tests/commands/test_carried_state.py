@@ -58,6 +58,7 @@ def test_what_is_passed_on_crosses_shards_and_streamed_layers(pruned):
     assert differing(folder / "whole", folder / "sharded") == []
 
 
+@pytest.mark.long
 def test_masks_are_rebuilt_and_kept_weights_refitted(pruned):
     folder, _ = pruned
     rebuilding = {"rebuild": "barber", "rebuild_threshold": 0.5, "keep_corrected": True, "refit": True}
@@ -75,6 +76,7 @@ def test_masks_are_rebuilt_and_kept_weights_refitted(pruned):
     assert differing(folder / "rebuilt", folder / "rebuilt-sharded") == []
 
 
+@pytest.mark.long
 def test_kept_weights_learn_from_the_hidden_states_alone(pruned):
     folder, _ = pruned
     for name, shards in (("trained", 1), ("trained-sharded", 2)):
