@@ -46,11 +46,12 @@ line. Where most of a layer is no `nn.Linear`, the command ends with a line that
   [extending.md](extending.md).
 - **packing**: `recover --packing`.
 
-Layers may pass more than hidden states to those behind them: several streams of them and inputs of each layer's own
-(Gemma 3n; Gemma 4 E, of the class `gemma4_text`), keys and values that later layers use, too (the same), indices of the
-tokens that attention chose (GLM-5, `glm_moe_dsa`). All of it travels with the hidden states from shard to shard, so
-that a wave is larger; the plan counts it. Such models do not write a calibration text of their own
-(`--calibration self`).
+Layers may pass more than hidden states to those behind them: several streams of them (Gemma 3n, DeepSeek-V4), inputs of
+each layer's own (Gemma 3n; Gemma 4 E, of the class `gemma4_text`), keys and values that later layers use, too (the
+same), indices of the tokens that attention chose (GLM-5, `glm_moe_dsa`), the tokens, by which a table chooses experts
+(DeepSeek-V4). All of it travels with the hidden states from shard to shard, so that a wave is larger; the plan counts
+it. Such models do not write a calibration text of their own (`--calibration self`). Experts that a table chooses are
+pruned, but not removed.
 
 The experts of a mixture may be tensors of their own in the files, one for each part, or all of a layer in one tensor
 (`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert

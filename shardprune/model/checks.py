@@ -1,7 +1,5 @@
 """Checks that checkpoints fit their config, a sparse one its dense original, and sequences the model."""
 
-from collections.abc import Mapping
-
 import torch
 
 from shardprune.errors import InputError
@@ -18,7 +16,7 @@ def check_tensors(skeleton: Skeleton, checkpoint: Checkpoint) -> None:
     Raises:
         InputError: a tensor is missing, has another shape, or a dtype that is not pruned.
     """
-    _check(checkpoint, skeleton.tensors(), "the config implies")
+    _check(checkpoint, skeleton, "the config implies")
 
 
 def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, pattern: str) -> None:
@@ -32,7 +30,7 @@ def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, patt
         InputError: names the tensor that does not fit.
     """
     url = sparse.folder.url
-    _check(sparse, skeleton.tensors(), f"the dense model {dense.folder.url} has")
+    _check(sparse, skeleton, f"the dense model {dense.folder.url} has")
     projections = {
         skeleton.projection_tensor(index, name)
         for index in range(skeleton.layers)
@@ -59,15 +57,15 @@ def check_sparse(skeleton: Skeleton, sparse: Checkpoint, dense: Checkpoint, patt
         raise InputError("sparse", f"{url} has no zeros in its projections; give a pruned checkpoint")
 
 
-def _check(checkpoint: Checkpoint, tensors: Mapping[str, tuple[int, ...]], reason: str) -> None:
+def _check(checkpoint: Checkpoint, skeleton: Skeleton, reason: str) -> None:
     field, url = checkpoint.folder.field, checkpoint.folder.url
-    for name, shape in tensors.items():
+    for name, shape in skeleton.tensors().items():
         if name not in checkpoint.entries:
             raise InputError(field, f"{url} has no tensor {name}, which {reason}")
         found = checkpoint.entries[name]
         if found.shape != shape:
             raise InputError(field, f"tensor {name} is {list(found.shape)}; {reason} {list(shape)}")
-        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if found.dtype not in (torch.float32, torch.float16, torch.bfloat16) and not skeleton.is_table(name):
             raise InputError(field, f"tensor {name} is {found.dtype}; use float32, float16 or bfloat16")
 
 

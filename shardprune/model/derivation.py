@@ -24,6 +24,7 @@ from shardprune.model.carried import (
     CHOSEN,
     OWN,
     SHARED,
+    TOKENS,
     Carried,
     frame_inputs,
     further_embedding,
@@ -112,6 +113,8 @@ def _kinds(
 
     def pass_on(index: int, *positional: Any, **keywords: Any) -> Any:
         hidden, arguments = Arguments.split(positional, keywords)
+        if TOKENS in names:
+            arguments.keywords[TOKENS] = torch.zeros(1, SEQLEN, dtype=torch.long, device=hidden.device)
         passed.append(
             {names[0]: hidden, **dict(zip(names[1:], arguments.positional, strict=False)), **arguments.keywords}
         )
@@ -140,13 +143,16 @@ def _carried(model: PreTrainedModel, names: tuple[str, ...], passed: list[dict[s
     """Return what passes from layer to layer, by the arguments of each."""
     hidden, first = passed[0][names[0]], passed[0]
     own = first.get(OWN)
+    within = hidden.dim() == 4 and hidden.shape[:2] == (1, SEQLEN)
     return Carried(
         hidden=hidden.shape[-1],
-        streams=hidden.shape[0] if hidden.dim() == 4 else 0,
+        streams=hidden.shape[2 if within else 0] if hidden.dim() == 4 else 0,
+        within=within,
         own=0 if own is None else own.shape[-1],
         layers=len(passed),
         shared={name: (keys.shape[1], keys.shape[3]) for name, (keys, _) in (first.get(SHARED) or {}).items()},
         chosen=model.config.index_topk if CHOSEN in names else 0,
+        tokens=TOKENS in names,
         names=names,
     )
 

@@ -85,7 +85,7 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
     """Return the experts of a model.
 
     Raises:
-        InputError: it has none, or its layers differ in their number.
+        InputError: it has none, its layers differ in their number, or a table chooses among them.
     """
     found: dict[int, str] = {}
     counts: dict[int, int] = {}
@@ -95,6 +95,8 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
         for path in kind.mixtures:
             found[index] = path
             names = skeleton.layer_tensors(index)
+            if table := next(filter(skeleton.is_table, names), None):
+                raise InputError(field, f"{table} says which experts a token gets; none of them can be removed")
             counts[index] = len({place for name in names if (place := _expert(_inside(skeleton, index, name), path))})
     if not found:
         raise InputError(field, f"model_type {skeleton.config.model_type!r} has no experts in its layers")

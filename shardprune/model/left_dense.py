@@ -20,6 +20,8 @@ SENSITIVE: dict[str, str] = {
     r"(^|\.)indexer(\.|$)": "an indexer chooses what attention sees",
     r"(^|\.)(in_proj_(a|b|ba)|b_proj|f_a_proj|f_b_proj)$": "gates and decays of linear attention",
     r"(^|\.)dt_proj$": "step sizes of a state space",
+    r"(^|\.)compressor\.gate_proj$": "a gate weighs the tokens that are compressed",
+    r"(^|\.)o_a_proj$": "each group of its rows has inputs of its own",
 }
 NOT_A_MAP = "no weights of an nn.Linear"
 NOT_CALLED = "linear maps that are not called as modules"

@@ -96,6 +96,10 @@ class Skeleton:
             tensors |= self.layer_tensors(index)
         return tensors
 
+    def is_table(self, name: str) -> bool:
+        """Return whether a tensor of the model holds integers, as a table of the experts of each token does."""
+        return not self._dtypes[name].is_floating_point
+
     def wave_columns(self, seqlen: int) -> int:
         """Return the columns of a wave of sequences of `seqlen` tokens: those of the hidden states, where nothing else
         passes from layer to layer."""
@@ -227,7 +231,7 @@ class Skeleton:
         hidden, carried = recorders[0].hidden, self.family.carried
         assert hidden is not None
         own = [one.arguments.carried_by(carried, 0).keywords[OWN] for one in recorders] if carried.own else []
-        return carried.wave(hidden, own)
+        return carried.wave(hidden, own, tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits [batch, seqlen, vocabulary] from the last layer's wave [batch, seqlen, columns]."""

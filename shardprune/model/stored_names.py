@@ -110,7 +110,8 @@ def _part(name: str, stack: str, pattern: str, converters: list[WeightConverter]
     path, _, leaf = stack.rpartition(".")
     converter = next(one for one in converters if pattern in one.source_patterns)
     merging = [type(operation) for operation in converter.operations]
-    parts, number = STACKS.get(leaf, ()), re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+    plain = re.escape(pattern.replace(r"\.", "."))  # some patterns have their dots escaped, and others not
+    parts, number = STACKS.get(leaf, ()), re.search(plain.replace(r"\*", r"(\d+)"), name)
     if number is None or len(parts) != len(converter.source_patterns):
         return None
     if merging != [MergeModulelist, Concatenate][: len(parts)]:

@@ -54,7 +54,7 @@ ROUTING = frozenset(
         *("qwen2_moe", "qwen3_5_moe_text", "qwen3_moe"),
     )
 )
-CARRYING = frozenset(("gemma3n_text", "gemma4_text", "glm_moe_dsa"))
+CARRYING = frozenset(("deepseek_v4", "gemma3n_text", "gemma4_text", "glm_moe_dsa"))
 CHECKED = ATTENDING | MIXING | ROUTING | CARRYING | WITHOUT_HEAD
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256

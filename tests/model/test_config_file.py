@@ -29,8 +29,8 @@ BAD = {
         r"^model: model_type 't5' has no causal language model in transformers$",
     ),
     "vision and language": (
-        {"model_type": "qwen2_5_vl"},
-        r"^model: model_type 'qwen2_5_vl' has other parts beside its language model .*; of such models only gemma3, ",
+        {"model_type": "paligemma"},
+        r"^model: model_type 'paligemma' has other parts beside its language model .*; of such models only gemma3, ",
     ),
     "several language models": ({"model_type": "musicgen"}, r"^model: "),
     "a billion layers": (

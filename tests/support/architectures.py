@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shardprune.model.empty_model import persistent_buffers
 
 VOCABULARY = 64
+EXPERTS = 4
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -114,6 +115,17 @@ _SHARED_KEYS = {
     **{"head_dim": 8, **_WINDOW},
 }
 CARRYING: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {
+        **{**_COMMON, "num_key_value_heads": 1, "num_hidden_layers": 4, "head_dim": 16, "partial_rotary_factor": 0.5},
+        **{"q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 16},
+        **{"index_topk": 2, **_WINDOW, "hc_mult": 2, "hc_sinkhorn_iters": 3, "moe_intermediate_size": 16},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "mlp_layer_types": ["hash_moe", "hash_moe", "moe", "moe"]},
+        "layer_types": [
+            *("sliding_attention", "compressed_sparse_attention"),
+            *("heavily_compressed_attention", "compressed_sparse_attention"),
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+    },
     "gemma3n_text": {
         **{**_COMMON, **_OWN_INPUTS, **_SHARED_KEYS, "intermediate_size": [48] * 6, "altup_num_inputs": 3},
         **{"laurel_rank": 8, "activation_sparsity_pattern": [0.5] + [0.0] * 5},
@@ -197,6 +209,9 @@ def make_architecture(folder: Path, model_type: str, values: dict[str, Any], **s
         noise = torch.randn(parameter.shape)
         parameter.data.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.1)
     for buffer in persistent_buffers(model).values():
-        buffer.add_(torch.randn(buffer.shape).to(buffer.dtype))
+        if buffer.is_floating_point():
+            buffer.add_(torch.randn(buffer.shape).to(buffer.dtype))
+        else:  # the experts of each token
+            buffer.copy_(torch.rand(len(buffer), EXPERTS).argsort(-1)[:, : buffer.shape[1]])
     model.save_pretrained(folder, **saving)
     return str(folder)
