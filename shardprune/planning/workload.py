@@ -135,7 +135,7 @@ def read_model(name: str, ignore: Sequence[str] = ()) -> Model:
     Raises:
         InputError: there is no such config, or models of its class cannot be pruned.
     """
-    config, stored = _read(name)
+    config, stored = read_config(name)
     skeleton = Skeleton(config, "cpu", stored, ignore)
     check_class(config)
     return model_of(skeleton, name, stored)
@@ -340,16 +340,23 @@ def task_of(
     )
 
 
-def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
-    """Read a config and the dtype of the weights: the stored one, or without weights the config's."""
+def read_config(name: str, field: str = "model") -> tuple[PretrainedConfig, torch.dtype]:
+    """Read a config and the dtype of the weights: the stored one, or without weights the config's.
+
+    Args:
+        field: of the recipe that names the model.
+
+    Raises:
+        InputError: there is no such config.
+    """
     if name.endswith(".json"):
-        return _parsed(read_file(name, "model"), name)
+        return _parsed(read_file(name, field), name)
     url = locate(place_of(name))
-    folder = Folder(url, "model")
+    folder = Folder(url, field)
     weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
     if not weights and folder.is_file(CONFIG):
         return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
-    checkpoint = Checkpoint(name)
+    checkpoint = Checkpoint(name, field)
     return checkpoint.config, stored_dtype(checkpoint)
 
 
