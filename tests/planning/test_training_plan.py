@@ -18,6 +18,7 @@ from shardprune.planning.training.recipe import TrainingPlanRecipe
 from shardprune.recovery.spec import ROWS
 from shardprune.storage.folder import Folder
 from tests.recovery.trainings import checked, make_sparse
+from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.tiny import CONFIGS, VOCABULARY
 
 # Wide enough for tensors to outweigh what DeepSpeed pads and keeps beside them.
@@ -166,6 +167,14 @@ def test_bad_input_is_refused(config, fields, reason, tmp_path, monkeypatch):
     Path("other.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 1, "vocab_size": 7}))
     with pytest.raises(InputError, match=f"^{reason}"):
         plan_training(TrainingPlanRecipe.checked({"model": config, **fields}))
+
+
+def test_what_is_not_trained_is_not_planned(config, tmp_path):
+    experts = make_architecture(tmp_path / "experts", "qwen3_moe", MIXTURES["qwen3_moe"])
+    with pytest.raises(InputError, match="^model: .* is a mixture of experts, which is not trained yet"):
+        plan_training(TrainingPlanRecipe.checked({"model": experts, "length": 8}))
+    with pytest.raises(InputError, match="^length: 4096 "):
+        plan_training(TrainingPlanRecipe.checked({"model": config, "length": 4096}))
 
 
 def test_a_recipe_of_a_recovery_is_one_of_a_plan():

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
+from shardprune.model.checks import check_seqlen
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.hardware import SPARE_HOST, Hardware
 from shardprune.planning.training.memory import Memory, Sizes, Stage, Uncounted, memory_of_training, sizes_of
@@ -114,7 +115,8 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
     """Plan a fine-tuning; no weight is read.
 
     Raises:
-        InputError: the model or the teacher cannot be read, or they predict different tokens.
+        InputError: the model or the teacher cannot be read, they predict different tokens, or `recover` does not train
+            such a model, or rows of such a length.
     """
     config, _ = read_config(recipe.model)
     teacher = read_config(recipe.teacher, "teacher")[0] if recipe.teacher else None
@@ -123,6 +125,9 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
             "teacher", f"{recipe.teacher} predicts {teacher.vocab_size} tokens, the model {config.vocab_size}"
         )
     skeleton = Skeleton(config, "cpu")
+    if any(kind.mixtures for kind in skeleton.family.kinds):
+        raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
+    check_seqlen(recipe.length, skeleton, "length")
     micro = recipe.micro_batch or micro_batch_of(recipe.batch, recipe.processes, recipe.length)
     ways, trained = [], 0
     for stage, recompute in _ways(recipe, micro):
