@@ -118,8 +118,8 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         InputError: the model or the teacher cannot be read, they predict different tokens, or `recover` does not train
             such a model, or rows of such a length.
     """
-    config, _ = read_config(recipe.model)
-    teacher = read_config(recipe.teacher, "teacher")[0] if recipe.teacher else None
+    config = read_config(recipe.model)
+    teacher = read_config(recipe.teacher, "teacher") if recipe.teacher else None
     if teacher is not None and teacher.vocab_size != config.vocab_size:
         raise InputError(
             "teacher", f"{recipe.teacher} predicts {teacher.vocab_size} tokens, the model {config.vocab_size}"
