@@ -1,4 +1,4 @@
-"""Measurements, each printed as a table of docs/benchmarks.md or docs/quality.md: `python -m benchmarks.NAME --help`.
+"""Measurements, each printed as a table of a page of docs/: `python -m benchmarks.NAME --help`.
 
 digests          what the digests of tensors and the stamps of files take of a run
 expert_memory    peak memory of a worker that removes experts, beside the plan
@@ -18,5 +18,6 @@ searching        a MoP search on one worker and on several
 solver           SparseGPT on one projection against the column-by-column formulation
 streamed_memory  peak memory of a worker that streams a model larger than itself
 structured       perplexity and latency of shallower and narrower models
+training_memory  predicted and measured memory of fine-tunings of many kinds, each in processes of its own
 writing_behind   the prune step with layers' files written behind the next layer, and at once
 """

@@ -18,6 +18,7 @@ from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.training.recipe import TrainingPlanRecipe
 from shardprune.printable import message, printable
 from shardprune.process import failed, run
 from shardprune.recipes.commands import COMMANDS, RECIPES, Command
@@ -177,6 +178,30 @@ def plan(
     return 0 if planned.fits else 1
 
 
+@_command(PLAN, "shardprune plan-recovery MODEL --teacher DENSE --nodes 2 --gpus 8", name="plan-recovery")
+@with_options(TrainingPlanRecipe)
+def plan_recovery(
+    *, as_json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False, **options: Any
+) -> int:
+    """Estimate memory, traffic and seconds of a fine-tuning. Reads no weights.
+
+    Every ZeRO stage, with and without offloading and recomputing, unless options choose. Exit code 1 if nothing
+    fits."""
+    recipe = recipe_of(TrainingPlanRecipe, options)
+    _say_what_begins("plan-recovery", recipe.model)
+    with uncollected():
+        from shardprune.planning.training.plan import plan_training
+        from shardprune.planning.training.printing import show as show_plan
+        from shardprune.report.console import PlainConsole
+
+    planned = plan_training(recipe)
+    if as_json:
+        print(dump_json(planned.as_json(), indent=1))
+    else:
+        show_plan(planned, PlainConsole())
+    return 0 if planned.fits else 1
+
+
 @_command(PLAN, "shardprune slurm jobs/recipes/mosaic-70.yaml --nodes 4 -- MODEL --out OUT")
 @with_fields(BatchJob)
 def slurm(
@@ -266,6 +291,7 @@ SETTINGS: dict[str, type[Settings]] = {
     **RECIPES,
     "export": ExportRecipe,
     "plan": PlanRecipe,
+    "plan-recovery": TrainingPlanRecipe,
     "slurm": BatchJob,
 }
 

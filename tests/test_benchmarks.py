@@ -60,6 +60,7 @@ SMALL = {
         *("--eval", "constraints.txt", *TEXT),
     ),
     "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
+    "training_memory": ("--hidden", "64", "--layers", "1", "low-rank, ZeRO 2"),
     "writing_behind": ("--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16", "--repeats", "1"),
     "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
@@ -81,6 +82,7 @@ PRINTED = {
     "structured": "| 0.1 | MoP, perplexity path |",
     "solver": "masks agree",
     "streamed_memory": "peak",
+    "training_memory": "| low-rank, ZeRO 2 |",
     "writing_behind": "| behind |",
 }
 

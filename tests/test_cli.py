@@ -272,6 +272,7 @@ REFUSED = {
     "evaluate": ("m", "--perplexity", "nowhere"),
     "pipeline": ("nowhere.yaml", "--out", "o"),
     "plan": ("m", "--gpus", "0"),
+    "plan-recovery": ("m", "--gpus", "3"),
     "slurm": ("nowhere.yaml",),
     "status": ("o", "--jsn"),
     "check": ("o", "--jsn"),

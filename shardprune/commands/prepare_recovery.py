@@ -1,6 +1,7 @@
 """Preparation of a fine-tuning: inputs opened and checked, rows made, the fingerprint decided, the output looked at."""
 
 import hashlib
+import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -16,6 +17,8 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.opening import open_model, open_texts
 from shardprune.model.skeleton import Skeleton
+from shardprune.planning.training.memory import Uncounted
+from shardprune.planning.training.need import paths_of_projections, training_need
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
@@ -23,6 +26,8 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.mixing import RowMixture, joined
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
+from shardprune.shard.memory import check_memory
+from shardprune.shard.spec import Need
 from shardprune.storage.folder import PARTIAL, Folder
 from shardprune.storage.journal import Earlier, Journal, check_output, recorded_recipe
 from shardprune.storage.json_file import dump_json
@@ -31,6 +36,8 @@ from shardprune.storage.malformed import located
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 from shardprune.storage.windows import Tokenizer
+
+_logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of what a fingerprint covers, and of the training's state
 STATE = "training"  # folder of an output with the checkpoints of a training run under way
@@ -60,13 +67,15 @@ class Inputs:
 
 @dataclass(frozen=True)
 class PreparedRecovery:
-    """A training run that can start. `zeros` are those of the model, which a finished run does not count again."""
+    """A training run that can start. `zeros` are those of the model, and `need` is the memory of a process: a finished
+    run does not count them again."""
 
     inputs: Inputs
     steps: int
     zeros: ZeroCount | None
     journal: Journal
     earlier: Earlier
+    need: Need | None = None
 
     @property
     def claim(self) -> str:
@@ -93,9 +102,7 @@ class PreparedRecovery:
     @property
     def targets(self) -> tuple[str, ...]:
         """The paths of all projections."""
-        family = self.skeleton.family
-        layers = range(self.skeleton.layers)
-        return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.kinds[index].projections)
+        return paths_of_projections(self.skeleton)
 
     @property
     def parameters_trained(self) -> int:
@@ -121,8 +128,8 @@ class PreparedRecovery:
             overrides=self.inputs.overrides,
         )
         states = {field: checkpoint.state() for field, checkpoint in self.inputs.checkpoints.items()}
-        mixture = self.inputs.mixture
-        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps, states, mixture)
+        mixture, need = self.inputs.mixture, self.need
+        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps, states, mixture, need)
 
     def _shapes(self, index: int) -> list[tuple[int, int]]:
         return list(self.skeleton.projection_shapes(index).values())
@@ -202,14 +209,26 @@ def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecover
     earlier = journal.check(recipe.resume)
     if earlier.result is not None:  # nothing is left to train
         return PreparedRecovery(inputs, steps, None, journal, earlier)
+    need = _need(inputs)
+    if need and inputs.recipe.backend == "local":  # other processes look at their own machines
+        check_memory(need, inputs.recipe.device)
     zeros = run_file(journal, earlier).zeros or _count_zeros(inputs.checkpoint, inputs.skeleton)
     if recipe.keep_sparsity and not is_sparse(zeros):
         dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
         raise InputError("keep_sparsity", dense)
-    plan = PreparedRecovery(inputs, steps, zeros, journal, earlier)
+    plan = PreparedRecovery(inputs, steps, zeros, journal, earlier, need)
     _check_state(plan)
     _check_settings(plan)
     return plan
+
+
+def _need(inputs: Inputs) -> Need | None:
+    """Return the memory of a process; None, and a remark in the log, where it cannot be counted."""
+    try:
+        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher)
+    except Uncounted as error:
+        _logger.warning("the memory of this training is not known before it starts: %s", error)
+        return None
 
 
 def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:

@@ -15,19 +15,20 @@ from shardprune.commands.state import RunState, When, costs_of_measuring
 from shardprune.errors import without_credentials
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
+from shardprune.planning.training.seconds import operations_of_model, rate_of_gpu
 from shardprune.recipes.evaluate import ShardFields
 from shardprune.recipes.groups import BackendFields
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes
 from shardprune.recovery.best import best_of
-from shardprune.recovery.loss_log import Losses
+from shardprune.recovery.loss_log import Losses, own_parts, parts_of
 from shardprune.recovery.operations import build_what_is_used
 from shardprune.recovery.spec import HELD_OUT, ROWS
 from shardprune.report.achieved import sparsity_of, zeros_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import ModelSize, Recovery, Result, TrainingLoss, WorkerResult
+from shardprune.report.result import ModelSize, Recovery, Result, Throughput, TrainingLoss, WorkerResult
 from shardprune.storage.folder import Folder
 from shardprune.storage.records import LayerRecord
 
@@ -186,7 +187,9 @@ class RecoveryRun:
                     losses = self.losses.read()
                     if losses and (loss := losses[-1]).step > step.done:
                         speed = f"{loss.tokens / loss.seconds:,.0f} tokens/s, {loss.seconds:.2f} s/step"
-                        step.describe(f"loss {loss.loss:.4f}, {speed}, {loss.peak_bytes / 1e9:.1f} GB")
+                        shares = ", ".join(f"{name} {value / loss.seconds:.0%}" for name, value in own_parts(loss))
+                        told = f"{speed} ({shares})" if shares else speed
+                        step.describe(f"loss {loss.loss:.4f}, {told}, {loss.peak_bytes / 1e9:.1f} GB")
                         step.advance(loss.step - step.done)
                     if last:
                         return
@@ -215,6 +218,7 @@ class RecoveryRun:
                 ),
                 sparsity=sparsity_of(records, None),
                 recovery=previous.recovery if previous else self._recovery(records),
+                throughput=previous.throughput if previous else self._throughput(),
                 perplexity=state.perplexities(),
                 seconds=seconds,
                 workers=workers,
@@ -241,6 +245,24 @@ class RecoveryRun:
                 TrainingLoss(step=loss.step, loss=loss.loss, learning_rate=loss.learning_rate, held_out=loss.held_out)
                 for loss in losses
             ],
+        )
+
+    def _throughput(self) -> Throughput | None:
+        """Return the speed of all steps; None where their records are gone with the training."""
+        losses, recipe = self.losses.read(), self.recipe
+        if not losses:
+            return None
+        tokens, seconds = sum(loss.tokens for loss in losses), sum(loss.seconds for loss in losses)
+        speed, workers = tokens / seconds, self.state.known.workers
+        gpu = workers[0].get("gpu") if workers else None
+        rate = rate_of_gpu(gpu, recipe.precision == "bf16") if gpu else None
+        operations = operations_of_model(self.prepared.skeleton, recipe.length, recipe.full, recipe.keep_sparsity)
+        parts = parts_of(losses)
+        return Throughput(
+            tokens=tokens,
+            tokens_per_second=round(speed, 1),
+            seconds={**parts, "total": round(sum(parts.values()), 3)},
+            utilisation=round(speed * operations / (rate * len(workers)), 4) if rate else None,
         )
 
     def _costs(self) -> tuple[dict[str, float], list[WorkerResult]]:

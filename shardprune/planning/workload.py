@@ -371,16 +371,25 @@ class _Stored:
     expected_fp8: bool = False
 
 
-def _read(name: str) -> _Stored:
+def read_config(name: str, field: str = "model") -> PretrainedConfig:
+    """Read the config of a model, which a field of a recipe names.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _read(name, field).config
+
+
+def _read(name: str, field: str = "model") -> _Stored:
     """Read a config and the dtype of the weights: the stored one, or without weights the config's."""
     if name.endswith(".json"):
-        return _parsed(read_file(name, "model"), name)
+        return _parsed(read_file(name, field), name)
     url = locate(place_of(name))
-    folder = Folder(url, "model")
+    folder = Folder(url, field)
     weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
     if not weights and folder.is_file(CONFIG):
         return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
-    checkpoint = Checkpoint(name)
+    checkpoint = Checkpoint(name, field)
     return _Stored(checkpoint.config, stored_dtype(checkpoint), checkpoint.bytes_of_fp8())
 
 

@@ -4,7 +4,9 @@ A run that resumes from a checkpoint repeats steps; the last line of a step coun
 """
 
 import os
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from shardprune.errors import StorageError
@@ -12,6 +14,7 @@ from shardprune.storage.json_file import MaybeMeasurement, dump_json, parse_mode
 from shardprune.storage.malformed import Malformed
 
 FILE = "losses.jsonl"
+AROUND = ("held_out", "checkpoint")  # parts that are no part of the step itself
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Loss:
         seconds: of the step, without checkpoints and held-out rows.
         peak_bytes: the most memory that the first process has taken so far, of its GPU or of the host.
         held_out: mean loss of the held-out rows after the update; None if it was not measured.
+        parts: seconds by part, of the first process: see `PartClock`; and beside the step's own `held_out`, and the
+            `checkpoint` that was written behind it.
     """
 
     step: int
@@ -37,6 +42,7 @@ class Loss:
     seconds: float
     peak_bytes: int
     held_out: MaybeMeasurement = None
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 class Losses:
@@ -74,3 +80,18 @@ class Losses:
                 raise StorageError("state", f"{self._file} line {number} {error}") from error
             records[loss.step] = loss
         return [records[step] for step in sorted(records)]
+
+
+def own_parts(loss: Loss) -> list[tuple[str, float]]:
+    """Return the parts of a step itself with their seconds, without what belongs to its intervals."""
+    return [(name, seconds) for name, seconds in loss.parts.items() if name not in AROUND]
+
+
+def parts_of(losses: Iterable[Loss]) -> dict[str, float]:
+    """Return the seconds by part of all steps; `other` is what no part of a step accounts for."""
+    sums: dict[str, float] = defaultdict(float)
+    for loss in losses:
+        for name, seconds in loss.parts.items():
+            sums[name] += seconds
+        sums["other"] += max(0.0, loss.seconds - sum(seconds for _, seconds in own_parts(loss)))
+    return {name: round(seconds, 3) for name, seconds in sums.items()}

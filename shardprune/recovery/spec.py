@@ -6,6 +6,7 @@ from typing import Any, Literal
 from shardprune.model.sources import SourceState
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.mixing import RowMixture
+from shardprune.shard.spec import Need
 
 ROWS = "rows.safetensors"  # in the training directory: the rows to learn from
 HELD_OUT = "held-out.safetensors"  # and those to measure on
@@ -32,6 +33,7 @@ class TrainingSpec:
         targets: paths of the linear maps that are trained, or whose zeros are kept.
         steps: in all, those done before a resume included.
         mixture: of the rows to learn from, if they come from several sources.
+        need: the least memory of a process, where that is known.
         inputs: the checkpoints, by the recipe's fields that name them, as the driver has opened them.
     """
 
@@ -42,3 +44,4 @@ class TrainingSpec:
     steps: int
     inputs: dict[str, SourceState]
     mixture: RowMixture | None = None
+    need: Need | None = None

@@ -1,5 +1,6 @@
 """The choice of what a fine-tuning trains: all weights, or low-rank updates of some."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -46,5 +47,7 @@ def choose_trained(model: PreTrainedModel, recipe: Learning, targets: Sequence[s
     if recipe.recompute:
         # Under ZeRO-3 the recomputed forward may see weights gathered that were partitioned in the first one; only
         # reentrant checkpointing tolerates that. It needs an input that requires gradients.
-        model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of another name for it, which older versions do not have
+            model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
         model.enable_input_require_grads()

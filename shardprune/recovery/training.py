@@ -24,6 +24,7 @@ from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.model import load_model
 from shardprune.recovery.operations import load_from_cache
 from shardprune.recovery.partitioning import Partitioning
+from shardprune.recovery.parts import PartClock
 from shardprune.recovery.predictions import PredictionBatch, ahead
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
@@ -85,17 +86,26 @@ class Training:
                 loss = self._step(step, upcoming)
                 done, last = step + 1, step + 1 == spec.steps
                 measured = self.held_out is not None and (last or done % recipe.evaluate_every == 0)
+                begun = time.monotonic()
                 held_out = self._mean_held_out() if measured else None
                 if held_out is not None:
                     best = best.after(done, held_out)
-                if self.rank == 0:
-                    self.losses.append(Loss(step=done, **loss, held_out=held_out))
+                    loss["parts"]["held_out"] = round(time.monotonic() - begun, 6)
+                record = Loss(step=done, **loss, held_out=held_out)
+                self._log(record)
                 lowest = recipe.best and best.step == done
                 if last or lowest or self._stops(best) or done % recipe.checkpoint_every == 0:
+                    begun = time.monotonic()
                     self.checkpoints.save(self.engine, done, best)
+                    loss["parts"]["checkpoint"] = round(time.monotonic() - begun, 6)
+                    self._log(record)  # again: of several records of a step the last one counts
         if recipe.best and best.since:  # the last step is measured too
             self.checkpoints.load_best(self.engine, best)
         return self.model
+
+    def _log(self, record: Loss) -> None:
+        if self.rank == 0:
+            self.losses.append(record)
 
     def _stops(self, best: Best) -> bool:
         """Return whether the training ends early, by its lowest held-out loss so far."""
@@ -141,7 +151,7 @@ class Training:
         Args:
             upcoming: the micro-batches of this step and later ones.
         """
-        recipe, started = self.recipe, time.monotonic()
+        recipe, started, clock = self.recipe, time.monotonic(), PartClock(self.device)
         rate = learning_rate(step, self.spec.steps, recipe.highest_rate, recipe.warmup, recipe.schedule)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
@@ -153,10 +163,19 @@ class Training:
         self.engine.train()
         for micro in self._micro_batches(step):
             torch.manual_seed(micro.seed)  # of dropout: the same on any process
-            batch = next(upcoming)
-            loss = self.engine(batch, self.teacher(batch) if self.teacher else None)
-            self.engine.backward(loss * scale)
-            self.engine.step()
+            with clock.part("data"):
+                batch = next(upcoming)
+            distillation = None
+            if self.teacher:
+                with clock.part("teacher"):
+                    distillation = self.teacher(batch)
+            with clock.part("forward"):
+                loss = self.engine(batch, distillation)
+            del distillation
+            with clock.part("backward"):
+                self.engine.backward(loss * scale)
+            with clock.part("step"):
+                self.engine.step()
             total += loss.detach()
         mean = self._summed(total) / targets
         norm = float(self.engine.get_global_grad_norm() or 0.0)
@@ -172,6 +191,7 @@ class Training:
             "tokens": self.batches.tokens(step),
             "seconds": round(time.monotonic() - started, 6),
             "peak_bytes": peak_bytes(self.device),
+            "parts": clock.seconds(),
         }
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch]:

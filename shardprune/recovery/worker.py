@@ -18,7 +18,7 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.cuda import keep_float32, set_allocator
 from shardprune.shard.device_errors import is_out_of_memory
-from shardprune.shard.memory import peak_bytes
+from shardprune.shard.memory import check_memory, peak_bytes
 from shardprune.storage.journal import Journal
 
 
@@ -31,14 +31,16 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         device: the process's own; a GPU has an index among those that the process sees.
 
     Raises:
-        InputError: an input that the driver has checked is gone, DeepSpeed rejects the user's settings, or the
-            environment makes float32 products less exact.
+        InputError: its memory is too small, an input that the driver has checked is gone, DeepSpeed rejects the user's
+            settings, or the environment makes float32 products less exact.
         TrainingError: the loss diverges, a trained tensor overflows the dtype in which it is stored, or a GPU is too
             small.
     """
     recipe, started = spec.recipe, time.monotonic()
     with _small_gpus_named():
         _prepare(spec, device)
+        if spec.need is not None:
+            check_memory(spec.need, device)
         from shardprune.recovery.training import Training
         from shardprune.recovery.writing import write_layers, write_trained_frame
 
@@ -57,6 +59,7 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         "shard": 0,
         "replica": dist.get_rank(),
         "node": socket.gethostname(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "peak_bytes": peak_bytes(device),
         "busy_seconds": round(ended - started, 3),
         "seconds": {

@@ -335,6 +335,17 @@ class Recovery(BaseModel):
     losses: list[TrainingLoss]
 
 
+class Throughput(BaseModel):
+    """The speed of a fine-tuning, over all of its steps: `tokens_per_second` of the steps themselves, padding not
+    included, `seconds` by part, and `utilisation`, the share of the GPUs' rate of products that the model's operations
+    are, without those that are computed anew; None where no rate is known."""
+
+    tokens: int
+    tokens_per_second: float
+    seconds: Seconds
+    utilisation: MaybeMeasurement = None
+
+
 class Result(BaseModel):
     """The content of `result.json`; `seconds` are wall-clock by phase of the attempt that finished, `files` those that
     make the model, by their names in the output."""
@@ -349,6 +360,7 @@ class Result(BaseModel):
     structure: Structure | None = None
     experts: Experts | None = None
     recovery: Recovery | None = None
+    throughput: Throughput | None = None
     perplexity: dict[str, Perplexity]
     evaluation: Evaluation | None = None
     seconds: Seconds

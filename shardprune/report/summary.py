@@ -6,7 +6,16 @@ from rich.table import Table
 
 from shardprune.model.structure.alignment import degrees
 from shardprune.report.experts_result import Experts
-from shardprune.report.result import Evaluation, EvaluationResult, Latency, Recovery, Result, Sparsity, not_finite
+from shardprune.report.result import (
+    Evaluation,
+    EvaluationResult,
+    Latency,
+    Recovery,
+    Result,
+    Sparsity,
+    Throughput,
+    not_finite,
+)
 
 LABELS = {"layers": "layers", "groups": "key/value groups of a layer", "neurons": "neurons of a layer"}
 NAMED = 4  # numbers in a remark
@@ -71,6 +80,8 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
         yield from _sparsity_rows(result.sparsity)
     if result.recovery:
         yield from _recovery_rows(result.recovery)
+    if result.throughput:
+        yield from _throughput_rows(result.throughput)
     if result.structure:
         shapes = result.structure.before, result.structure.after
         for name in ("layers", "groups", "neurons"):
@@ -139,6 +150,15 @@ def remark_on_numbers(result: Result | EvaluationResult) -> str | None:
     places = not_finite(result)
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return f"Not finite, and therefore null in result.json: {', '.join(places[:NAMED])}{more}." if places else None
+
+
+def _throughput_rows(speed: Throughput) -> Iterator[Row]:
+    yield "training, tokens/s", "", f"{speed.tokens_per_second:,.0f}"
+    whole = speed.seconds["total"] or 1.0
+    shares = [f"{name} {value / whole:.0%}" for name, value in speed.seconds.items() if name != "total"]
+    yield "of its time", "", ", ".join(shares)
+    if speed.utilisation is not None:
+        yield "model FLOPs utilisation", "", f"{speed.utilisation:.1%}"
 
 
 def _recovery_rows(recovery: Recovery) -> Iterator[Row]:

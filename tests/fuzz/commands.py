@@ -76,6 +76,7 @@ COMMANDS = {
     ),
     "prune a recipe": Command(("prune", "--recipe", "prune.yaml"), ("model", "tokens.npy", "prune.yaml")),
     "plan": Command(("plan", "model", "--gpus", "1", "--seqlen", "16"), ("model",)),
+    "plan a recovery": Command(("plan-recovery", "model", "--teacher", "model"), ("model",)),
     "plan sharded": Command(("plan", "sharded", "--gpus", "1", "--seqlen", "16"), ("sharded",)),
     "plan a config": Command(("plan", "model/config.json", "--gpus", "2", "--seqlen", "16", "--json"), ("model",)),
     "plan a recipe": Command(("plan", "--recipe", "prune.yaml"), ("model", "prune.yaml")),
@@ -162,5 +163,15 @@ COMMANDS = {
     "check an unfinished run": Command(("check", "half"), ("half",), ends=1),
     "compare": Command(("report", "--compare", "pruned", "measured", "--file", "c.html"), ("pruned", "measured")),
 }
-CONFIG_READERS = ("prune", "prune structured", "plan", "plan a config", "mop", "rebuild", "evaluate", "recover")
+CONFIG_READERS = (
+    "prune",
+    "prune structured",
+    "plan",
+    "plan a config",
+    "plan a recovery",
+    "mop",
+    "rebuild",
+    "evaluate",
+    "recover",
+)
 HEADER_READERS = ("prune", "prune streamed", "plan", "evaluate", "mop", "rebuild")

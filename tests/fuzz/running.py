@@ -78,6 +78,7 @@ def prepare_process(heavy: bool) -> None:
     import shardprune.commands.prune
     import shardprune.commands.recover
     import shardprune.planning.plan
+    import shardprune.planning.training.plan
     import shardprune.report.page.write
 
     if heavy:

@@ -19,6 +19,7 @@ LONGEST = 2000  # characters of an error
 SECRET = "SECRET"
 ANSWERING = (
     "plan",
+    "plan-recovery",
     "check",
 )  # commands whose exit code 1 is an answer, given on stdout: nothing fits, something is wrong
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

@@ -12,7 +12,7 @@ from shardprune.planning.hardware import HARDWARE
 
 HEAVY = ("torch", "transformers", "ray", "datasets", "deepspeed", "accelerate")
 OFFERS = {
-    "commands": ("shardprune p", ["prune", "pipeline", "plan"]),
+    "commands": ("shardprune p", ["prune", "pipeline", "plan", "plan-recovery"]),
     "options": ("shardprune prune --sa", ["--samples"]),
     "switches": ("shardprune prune --no-", ["--no-resume", "--no-correction", "--no-measure-error"]),
     "choices": ("shardprune prune --method ", ["magnitude", "wanda", "sparsegpt", "alps"]),

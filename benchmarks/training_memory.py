@@ -1,0 +1,165 @@
+"""Predicted and measured memory of trainings of many kinds on the CPU, each in processes of its own.
+
+    python -m benchmarks.training_memory [KIND ...]
+
+prints the table of docs/recovery.md. The model has 34 million parameters (136 MB in float32). Measured is what the
+first process takes beyond what it had before it loaded the model, its libraries included.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROWS, LENGTH = 16, 256
+COMMON: dict[str, Any] = {"length": LENGTH, "batch": 4, "micro_batch": 2, "steps": 2, "threads": 1, "precision": "fp32"}
+# glibc gives freed tensors of a megabyte or more back at once, so that what is resident is what is alive.
+VARIABLES = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+# Kinds of training: options of `recover` beside those.
+KINDS: dict[str, dict[str, Any]] = {
+    "full, ZeRO 0": {"full": True, "zero": 0},
+    "full, ZeRO 1": {"full": True, "zero": 1},
+    "full, ZeRO 2": {"full": True, "zero": 2},
+    "full, ZeRO 3": {"full": True, "zero": 3},
+    "full, ZeRO 2, one micro-batch": {"full": True, "zero": 2, "batch": 2},
+    "full, ZeRO 2, offload": {"full": True, "zero": 2, "offload": True},
+    "full, ZeRO 2, zeros kept, recompute": {"full": True, "zero": 2, "keep_sparsity": True, "recompute": True},
+    "low-rank, ZeRO 2": {"zero": 2},
+    "low-rank, ZeRO 2, zeros kept": {"zero": 2, "keep_sparsity": True},
+    "low-rank, ZeRO 2, recompute": {"zero": 2, "recompute": True},
+    "low-rank, ZeRO 2, teacher": {"zero": 2, "teacher": True},
+    "full, ZeRO 2, two processes": {"full": True, "zero": 2, "workers": 2},
+    "full, ZeRO 3, two processes": {"full": True, "zero": 3, "workers": 2},
+    "low-rank, ZeRO 3, teacher, two processes": {"zero": 3, "workers": 2, "teacher": True},
+}
+
+
+def main() -> None:
+    """Print a line for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; all unless given")
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    options = parser.parse_args()
+    print("| training | predicted MB | measured MB | predicted / measured |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), options.hidden, options.layers)
+        for kind in options.kinds or KINDS:
+            predicted, measured = measure(kind, folder)
+            print(f"| {kind} | {predicted / 1e6:.0f} | {measured / 1e6:.0f} | {predicted / measured:.2f} |", flush=True)
+
+
+def make_model(folder: Path, hidden: int, layers: int) -> None:
+    """Write a Llama with random weights, half of its projections' zero, and rows of random tokens."""
+    import numpy as np
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=hidden * 11 // 4,
+        num_attention_heads=8,
+        vocab_size=8000,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("proj.weight"):
+                weight[weight.abs() < weight.abs().median()] = 0
+    model.save_pretrained(folder / "model")
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH))
+    np.save(folder / "rows.npy", tokens.astype(np.int64))
+
+
+def measure(kind: str, folder: str) -> tuple[int, int]:
+    """Return the predicted and the measured bytes of a kind of training."""
+    count = KINDS[kind].get("workers", 1)
+    with tempfile.TemporaryDirectory() as own:
+        command = [sys.executable, "-m", "benchmarks.training_memory", "--process", kind, folder, own]
+        processes = []
+        for rank in range(count):
+            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            environment = {**os.environ, **variables, "LOCAL_WORLD_SIZE": str(count), **VARIABLES}
+            processes.append(
+                subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            )
+        answers = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, answers, strict=True):
+        if process.returncode:
+            raise SystemExit(errors.decode()[-3000:])
+    found = json.loads(answers[0][0].splitlines()[-1])
+    return found["predicted"], found["measured"]
+
+
+def work(kind: str, folder: str, own: str, rank: int) -> None:
+    """Be one process of a training: predict its memory, train, and print both."""
+    import torch
+    import torch.distributed as dist
+
+    from shardprune.cluster.local_backend import LocalBackend
+    from shardprune.commands.prepare_recovery import prepare_recovery
+    from shardprune.planning.training.need import training_memory
+    from shardprune.recipes.recover import RecoverRecipe
+    from shardprune.recovery.operations import build_what_is_used
+    from shardprune.recovery.spec import ROWS as FILE
+    from shardprune.recovery.worker import train_worker
+    from shardprune.shard.memory import peak_bytes
+    from shardprune.storage.folder import Folder
+
+    torch.set_num_threads(1)
+    options, out = dict(KINDS[kind]), f"{own}/out"
+    if options.pop("teacher", False):
+        options["teacher"] = f"{folder}/model"
+    values = {
+        "model": f"{folder}/model",
+        "data": f"{folder}/rows.npy",
+        "out": out,
+        "backend": "ray",
+        **COMMON,
+        **options,
+    }
+    recipe = RecoverRecipe.checked(values)
+    prepared = prepare_recovery(recipe, LocalBackend())
+    predicted = training_memory(prepared.recipe, prepared.inputs.skeleton, prepared.inputs.teacher).device.peak
+    spec = prepared.spec(prepared.processes)
+    if rank == 0:
+        Path(prepared.recipe.state).mkdir(parents=True, exist_ok=True)
+        prepared.inputs.rows.save(Folder(prepared.recipe.state, "state"), FILE)
+        build_what_is_used(recipe.offload, prepared.recipe.state, lambda _: None)
+    import deepspeed  # noqa: F401  before memory is looked at
+
+    store = dist.FileStore(f"{own}/store", recipe.workers or 1)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.workers or 1)
+    dist.barrier()
+    del prepared
+    gc.collect()
+    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the highest value so far is forgotten
+    with _quiet():
+        train_worker(spec, torch.device("cpu"))
+    print(json.dumps({"predicted": predicted, "measured": peak_bytes(torch.device("cpu")) - before}))
+
+
+def _resident() -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def _quiet() -> Any:
+    from contextlib import redirect_stdout
+
+    return redirect_stdout(sys.stderr)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--process"]:
+        work(*sys.argv[2:5], int(sys.argv[5]))
+    else:
+        main()

@@ -1,0 +1,1 @@
+"""`shardprune plan-recovery`: what a training will take, before it starts."""

@@ -1,0 +1,166 @@
+"""The memory of a micro-batch's forward and backward pass, counted while it runs on the meta device.
+
+The model is the one that is trained: with its low-rank updates, its head that computes the loss, and its recomputed
+layers. On the meta device operations make tensors without memory, which live as long as those of a real run.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import masking_utils
+
+from shardprune.recovery.loss import Distillation
+from shardprune.recovery.predictions import PredictionBatch
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a pass: `activations`, bytes of the tensors that are alive then, and `gradients`, the number of
+    elements of the parameters whose gradients are there."""
+
+    activations: int
+    gradients: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The memory of a forward and backward pass.
+
+    Attributes:
+        kept: bytes that are alive between the two.
+        moments: of the most memory, for each number of gradients that are there.
+    """
+
+    kept: int
+    moments: tuple[Moment, ...]
+
+    def peak(self, bytes_per_gradient: float) -> float:
+        """Return the most bytes of activations and gradients, where the latter stay until the step."""
+        return max(one.activations + bytes_per_gradient * one.gradients for one in self.moments)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made while it is active, from when they are made until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.gradients = 0
+        self.highest: dict[int, int] = {}  # by number of gradients
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def exclude(self, tensors: Iterator[Tensor]) -> None:
+        """Do not count these, which are there before."""
+        for tensor in tensors:
+            self._seen.add(tensor.untyped_storage()._cdata)
+
+    def gradient(self, parameter: Tensor) -> None:
+        """Take a parameter's gradient out of what is counted: who keeps it, and for how long, depends on the stage."""
+        self.gradients += parameter.numel()
+        parameter.grad = None
+        self._note()
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        self.bytes += size
+        weakref.finalize(storage, self._free, key, size)
+        self._note()
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.bytes -= size
+
+    def _note(self) -> None:
+        self.highest[self.gradients] = max(self.highest.get(self.gradients, 0), self.bytes)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Attention as fused kernels have it: scores are never in memory; kept are its arguments, its output, and a number
+    for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # Laid out as the kernels do: [batch, tokens, heads, width], which is transposed back without a copy.
+        batch, heads, tokens, _ = query.shape
+        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, tokens, dtype=torch.float32))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _FusedAttention.apply(query, key, value)
+
+
+@contextmanager
+def _as_on_a_device() -> Iterator[None]:
+    """Let transformers' code run on meta tensors as on those of a device, whose values it may look at."""
+    with (
+        patch.object(nn.functional, "scaled_dot_product_attention", _attention),
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
+    ):
+        yield
+
+
+def count_passes(student: nn.Module, batch: PredictionBatch, distillation: Distillation | None) -> Passes:
+    """Count the memory of a training's forward and backward pass over a micro-batch.
+
+    Args:
+        student: with parameters on the meta device.
+    """
+    live = LiveBytes()
+    live.exclude(iter([*student.parameters(), *student.buffers(), *batch.inputs.values(), batch.places, batch.targets]))
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(live.gradient)
+        for parameter in student.parameters()
+        if parameter.requires_grad
+    ]
+    student.train()
+    with _as_on_a_device(), live:
+        loss = student(batch, distillation)
+        kept = live.bytes
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return Passes(kept, tuple(Moment(activations, number) for number, activations in live.highest.items()))
+
+
+def count_forward(model: nn.Module, batch: PredictionBatch) -> int:
+    """Return the most bytes that a forward pass without gradients takes, its result included."""
+    live = LiveBytes()
+    live.exclude(iter([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.places, batch.targets]))
+    model.eval()
+    with torch.no_grad(), _as_on_a_device(), live:
+        result = model(batch)
+    del result
+    return max(live.highest.values())
+
+
+def meta_batch(rows: int, length: int, predictions: int) -> PredictionBatch:
+    """Return a batch of full rows without values."""
+    ids = torch.empty(rows, length, dtype=torch.int64, device=META)
+    places = torch.empty(predictions, dtype=torch.int64, device=META)
+    return PredictionBatch({"input_ids": ids, "position_ids": ids.clone()}, places, places.clone())

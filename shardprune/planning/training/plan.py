@@ -1,0 +1,186 @@
+"""The plan of a fine-tuning: memory, traffic and seconds of every way to share it out, and which of them fit."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from shardprune.errors import InputError
+from shardprune.model.checks import check_seqlen
+from shardprune.model.skeleton import Skeleton
+from shardprune.planning.hardware import SPARE_HOST, Hardware
+from shardprune.planning.training.memory import Memory, Sizes, Stage, Uncounted, memory_of_training, sizes_of
+from shardprune.planning.training.need import paths_of_projections
+from shardprune.planning.training.recipe import TrainingPlanRecipe
+from shardprune.planning.training.seconds import Work, work_of
+from shardprune.planning.workload import read_config
+from shardprune.recovery.batches import micro_batch_of
+from shardprune.shard.device_room import device_room
+from shardprune.storage.retrying import preflight
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What sizes depend on: a recipe with one of its ways."""
+
+    full: bool
+    keep_sparsity: bool
+    lora_rank: int
+    lora_alpha: float
+    dropout: float
+    seed: int
+    zero: int
+    recompute: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to share a training out, and what it takes.
+
+    Attributes:
+        memory: of one process.
+        node: bytes of the host's memory for the processes of a node.
+        device_room, node_room: bytes that there are.
+        work: operations, traffic and seconds of a step.
+    """
+
+    stage: Stage
+    recompute: bool
+    memory: Memory
+    node: int
+    device_room: int
+    node_room: int
+    work: Work
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.device.peak <= self.device_room and self.node <= self.node_room
+
+    @property
+    def options(self) -> str:
+        """The options of `shardprune recover` that choose it."""
+        flags = (" --offload" if self.stage.offload else "") + (" --recompute" if self.recompute else "")
+        return f"--zero {self.stage.zero}{flags}"
+
+    def as_json(self) -> dict[str, Any]:
+        device, host = self.memory.device, self.memory.host
+        return {
+            "zero": self.stage.zero,
+            "offload": self.stage.offload,
+            "recompute": self.recompute,
+            "fits": self.fits,
+            "device": {**asdict(device), "peak": device.peak, "room": self.device_room},
+            "host": {**asdict(host), "peak": host.peak, "node": self.node, "room": self.node_room},
+            **asdict(self.work),
+        }
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The result of `shardprune plan-recovery`: a way each for those that the recipe leaves open."""
+
+    recipe: TrainingPlanRecipe
+    parameters: int
+    trained: int
+    micro_batch: int
+    ways: list[Way]
+
+    @property
+    def fits(self) -> bool:
+        """Whether any of the ways fits."""
+        return any(way.fits for way in self.ways)
+
+    @property
+    def chosen(self) -> Way | None:
+        """The fastest way that fits; of equal ones the first."""
+        return min((way for way in self.ways if way.fits), key=lambda way: way.work.seconds, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "version": 1,
+            "recipe": self.recipe.record(),
+            "parameters": self.parameters,
+            "parameters_trained": self.trained,
+            "micro_batch": self.micro_batch,
+            "fits": self.fits,
+            "chosen": self.chosen.options if self.chosen else None,
+            "ways": [way.as_json() for way in self.ways],
+        }
+
+
+@preflight()
+def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
+    """Plan a fine-tuning; no weight is read.
+
+    Raises:
+        InputError: the model or the teacher cannot be read, they predict different tokens, or `recover` does not train
+            such a model, or rows of such a length.
+    """
+    config = read_config(recipe.model)
+    teacher = read_config(recipe.teacher, "teacher") if recipe.teacher else None
+    if teacher is not None and teacher.vocab_size != config.vocab_size:
+        raise InputError(
+            "teacher", f"{recipe.teacher} predicts {teacher.vocab_size} tokens, the model {config.vocab_size}"
+        )
+    skeleton = Skeleton(config, "cpu")
+    if any(kind.mixtures for kind in skeleton.family.kinds):
+        raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
+    check_seqlen(recipe.length, skeleton, "length")
+    micro = recipe.micro_batch or micro_batch_of(recipe.batch, recipe.processes, recipe.length)
+    ways, trained = [], 0
+    for stage, recompute in _ways(recipe, micro):
+        sizes = _sizes(recipe, skeleton, teacher, micro, recompute, stage.zero)
+        trained = sizes.trained
+        ways.append(_way(recipe, recipe.row, skeleton, sizes, stage, recompute))
+    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways)
+
+
+def _ways(recipe: TrainingPlanRecipe, micro: int) -> Iterator[tuple[Stage, bool]]:
+    """Yield the ways that a recipe leaves open, by stage."""
+    gpu, count = recipe.row.gpu, recipe.processes
+    for zero in (0, 1, 2, 3) if recipe.zero is None else (recipe.zero,):
+        if zero == 0 and recipe.bf16:  # which `recover` does not do
+            continue
+        for offload in (False, True) if recipe.offload is None else (recipe.offload,):
+            for recompute in (False, True) if recipe.recompute is None else (recipe.recompute,):
+                if zero or not offload:
+                    yield Stage(zero, offload, count, recipe.batch // (micro * count), gpu), recompute
+
+
+def _sizes(
+    recipe: TrainingPlanRecipe,
+    skeleton: Skeleton,
+    teacher: PretrainedConfig | None,
+    micro: int,
+    recompute: bool,
+    zero: int,
+) -> Sizes:
+    options = recipe.full, recipe.keep_sparsity, recipe.lora_rank, recipe.lora_alpha, recipe.dropout, recipe.seed
+    learned = Learned(*options, zero=zero, recompute=recompute)
+    dtype = torch.bfloat16 if recipe.bf16 else torch.float32
+    options_of_rows = learned, dtype, micro, recipe.length
+    try:
+        return sizes_of(skeleton.config, paths_of_projections(skeleton), teacher, *options_of_rows)
+    except Uncounted as error:
+        reason = f"a training of {recipe.model} is not planned: its code looks at values ({error})"
+        raise InputError("model", reason) from error
+
+
+def _way(
+    recipe: TrainingPlanRecipe, row: Hardware, skeleton: Skeleton, sizes: Sizes, stage: Stage, recompute: bool
+) -> Way:
+    memory = memory_of_training(sizes, stage)
+    on_node = min(recipe.gpus, stage.processes)
+    room = int(row.host * recipe.gpus * (1 - SPARE_HOST))
+    host = memory.host if stage.gpu else memory.device
+    return Way(
+        stage=stage,
+        recompute=recompute,
+        memory=memory,
+        node=on_node * host.peak,
+        device_room=device_room(row.bytes) if stage.gpu else room,
+        node_room=room,
+        work=work_of(recipe, row, skeleton, sizes, stage, recompute),
+    )

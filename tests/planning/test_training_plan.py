@@ -1,0 +1,195 @@
+"""Plans of fine-tunings: their memory beside that of trainings of this process, and what does not fit is refused."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from shardprune.cluster.local_backend import LocalBackend
+from shardprune.commands.prepare_recovery import prepare_recovery
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.planning.training.need import training_memory
+from shardprune.planning.training.passes import LiveBytes
+from shardprune.planning.training.plan import plan_training
+from shardprune.planning.training.recipe import TrainingPlanRecipe
+from shardprune.recovery.spec import ROWS
+from shardprune.storage.folder import Folder
+from tests.recovery.trainings import checked, make_sparse
+from tests.support.architectures import MIXTURES, make_architecture
+from tests.support.tiny import CONFIGS, VOCABULARY
+
+# Wide enough for tensors to outweigh what DeepSpeed pads and keeps beside them.
+WIDE = {
+    "llama-3.1": (
+        CONFIGS["llama-3.1"][0],
+        {
+            **CONFIGS["llama-3.1"][1],
+            **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"num_key_value_heads": 2, "head_dim": 64},
+        },
+    )
+}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model of 1.2 million parameters."""
+    import numpy as np
+
+    folder = tmp_path_factory.mktemp("wide")
+    make_sparse(folder / "sparse", configs=WIDE)
+    rows = np.random.default_rng(0).integers(0, VOCABULARY, (8, 32))
+    np.save(folder / "rows.npy", rows.astype(np.int64))
+    return folder
+
+
+class Measured(LiveBytes):
+    """The most bytes of real tensors alive at a time."""
+
+    def _count(self, storage):
+        if storage.device.type != "meta":
+            super()._count(storage)
+
+
+def measured(prepared) -> int:
+    """The most bytes of tensors that are made while a training runs in this process, the model included."""
+    import deepspeed  # noqa: F401
+
+    from shardprune.recovery.training import Training
+    from shardprune.recovery.worker import _prepare, alone
+
+    spec = prepared.spec(prepared.processes)
+    # Buckets as large as what they hold: of larger ones only the used pages take memory.
+    spec.config["zero_optimization"]["reduce_bucket_size"] = prepared.parameters_trained + 1000
+    Path(spec.recipe.state).mkdir(parents=True, exist_ok=True)
+    prepared.inputs.rows.save(Folder(spec.recipe.state, "state"), ROWS)
+    with alone("cpu"), Measured() as live:
+        _prepare(spec, torch.device("cpu"))
+        Training(spec, torch.device("cpu")).run()
+    return max(live.highest.values())
+
+
+KINDS = {
+    "full, stage 0": {"full": True, "zero": 0},
+    "full, stage 1": {"full": True, "zero": 1},
+    "full, stage 3": {"full": True, "zero": 3},
+    "full, zeros kept, recomputed": {"full": True, "zero": 1, "keep_sparsity": True, "recompute": True},
+    "low-rank": {"zero": 1, "lora_rank": 8},
+    "low-rank, zeros kept, teacher": {"zero": 1, "lora_rank": 8, "keep_sparsity": True, "teacher": True},
+}
+
+
+# Two micro-batches a step, whose gradients add up, and for some kinds a single one.
+@pytest.mark.parametrize(
+    ("kind", "micro"), [*((kind, 2) for kind in KINDS), ("full, stage 0", 4), ("full, stage 1", 4)]
+)
+def test_tensors_take_the_memory_that_is_predicted(wide, kind, micro, tmp_path):
+    options = dict(KINDS[kind])
+    if options.pop("teacher", False):
+        options["teacher"] = str(wide / "sparse")
+    data, shape = str(wide / "rows.npy"), {"length": 32, "batch": 4, "micro_batch": micro, "steps": 2}
+    fields = {"model": str(wide / "sparse"), "data": data, "checkpoint_every": 9, **shape, **options}
+    prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields), LocalBackend())
+    predicted = training_memory(prepared.recipe, prepared.inputs.skeleton, prepared.inputs.teacher).device.peak
+    assert predicted == pytest.approx(measured(prepared), rel=0.1)
+
+
+LLAMA_70B = {
+    **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"},
+    **{"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672, "vocab_size": 128256},
+    **{"num_attention_heads": 64, "num_key_value_heads": 8},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A model of Llama-70B's shapes with four of its layers."""
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 4}))
+    return str(file)
+
+
+def test_stages_share_out_what_they_say(config):
+    plan = plan_training(TrainingPlanRecipe.checked({"model": config, "gpus": 8, "full": True, "recompute": True}))
+    ways = {(way.stage.zero, way.stage.offload): way for way in plan.ways}
+    assert list(ways) == [(1, False), (1, True), (2, False), (2, True), (3, False), (3, True)]  # 0 is not for bf16
+    weights = 2 * plan.parameters
+    assert plan.trained == plan.parameters
+    for zero in (1, 2):
+        assert ways[zero, False].memory.device.weights == weights
+    assert ways[3, True].memory.host.weights == weights // 8
+    for zero in (1, 2, 3):
+        assert ways[zero, False].memory.device.optimizer == 12 * plan.parameters // 8
+        assert ways[zero, True].memory.device.optimizer == 0
+        assert ways[zero, True].memory.host.optimizer == pytest.approx(12 * plan.parameters / 8)
+        assert ways[zero, True].memory.device.peak < ways[zero, False].memory.device.peak
+    peaks = [ways[zero, False].memory.device.peak for zero in (1, 2, 3)]
+    assert peaks == sorted(peaks, reverse=True)
+    # Stage 2 sends gradients and weights once, stage 3 weights twice more, and once more for what is computed anew.
+    one = 7 / 8 * weights
+    assert ways[2, False].work.between_processes == pytest.approx(2 * one)
+    assert ways[3, False].work.between_processes == pytest.approx(4 * one)
+
+
+def test_recomputing_takes_less_memory_and_more_time(config):
+    fields = {"model": config, "gpus": 8, "zero": 3, "offload": False, "keep_sparsity": True}
+    kept, recomputed = plan_training(TrainingPlanRecipe.checked(fields)).ways
+    assert recomputed.memory.device.activations < kept.memory.device.activations / 5
+    assert recomputed.work.operations == pytest.approx(4 / 3 * kept.work.operations)
+
+
+def test_a_teacher_is_shared_out_like_the_student(config):
+    fields = {"model": config, "gpus": 4, "zero": 3, "offload": False, "recompute": True, "batch": 4, "length": 64}
+    (alone,) = plan_training(TrainingPlanRecipe.checked(fields)).ways
+    (taught,) = plan_training(TrainingPlanRecipe.checked({**fields, "teacher": config})).ways
+    logits = 63 * 128256 * 2
+    plan = plan_training(TrainingPlanRecipe.checked(fields))
+    assert alone.memory.device.teacher == 0
+    gathered = 2 * (1_050_000_000 + 128256 * 8192)
+    assert taught.memory.device.teacher == 2 * plan.parameters // 4 + gathered + logits
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"gpus": 3}, "batch: 16 cannot be shared evenly by 3 processes; use a multiple of 3"),
+        ({"workers": 2}, "workers: 2 workers need as many GPUs; the machines have 1"),
+        ({"zero": 0, "offload": True}, "offload: True has no effect without zero 1, 2 or 3"),
+        ({"zero": 4}, "zero: 4 is not allowed; .*less than or equal to 3"),
+        ({"teacher": "other.json"}, "teacher: .*predicts 7 tokens, the model 128256"),
+    ],
+)
+def test_bad_input_is_refused(config, fields, reason, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 1, "vocab_size": 7}))
+    with pytest.raises(InputError, match=f"^{reason}"):
+        plan_training(TrainingPlanRecipe.checked({"model": config, **fields}))
+
+
+def test_what_is_not_trained_is_not_planned(config, tmp_path):
+    experts = make_architecture(tmp_path / "experts", "qwen3_moe", MIXTURES["qwen3_moe"])
+    with pytest.raises(InputError, match="^model: .* is a mixture of experts, which is not trained yet"):
+        plan_training(TrainingPlanRecipe.checked({"model": experts, "length": 8}))
+    with pytest.raises(InputError, match="^length: 4096 "):
+        plan_training(TrainingPlanRecipe.checked({"model": config, "length": 4096}))
+
+
+def test_a_recipe_of_a_recovery_is_one_of_a_plan():
+    run = {"model": "m", "out": "o", "data": ["c4:2", "stdlib"], "zero": 2, "workers": 1, "best": True, "held_out": 0.1}
+    assert TrainingPlanRecipe.checked(run).zero == 2
+
+
+def test_a_training_that_cannot_fit_is_refused_before_a_weight_is_read(wide, tmp_path):
+    recipe = checked(
+        wide, tmp_path / "o", model=str(wide / "sparse"), data=str(wide / "rows.npy"), length=32, full=True
+    )
+    with (
+        patch.object(Checkpoint, "read", side_effect=AssertionError("a weight is read")),
+        patch("shardprune.shard.memory.host_memory", lambda: 10**7),
+        pytest.raises(InputError, match=r"^memory: a worker takes 0.0 GB at its peak .*, and its cpu has 0.0 GB"),
+    ):
+        prepare_recovery(recipe, LocalBackend())
+    assert not (tmp_path / "o").exists()
