@@ -81,7 +81,8 @@ class Reconstruction:
         arguments = self._skeleton.layer_arguments(index, *hidden.shape[:2])
         leaves = {name: master.detach().to(hidden.dtype).requires_grad_() for name, master in masters.items()}
         with repeatable(hidden.device, True), torch.enable_grad():
-            error = run_with(layer, leaves, hidden, arguments).float() - target.float()
+            image = self._skeleton.states(run_with(layer, leaves, hidden, arguments))
+            error = image.float() - self._skeleton.states(target).float()
             power = power_near_one(error.detach())
             (error.square().sum() * power).backward()
         for name, leaf in leaves.items():

@@ -55,6 +55,7 @@ SCENARIOS = (
     Scenario("mop", ("mop", "model", *TEXT, "--path", "LG", *MEASURED)),
     Scenario("experts", _experts(*MEASURED)),
     Scenario("experts, propagated, trained", _experts("--propagate", "pruned", "--router-kd", "4")),
+    Scenario("experts, merged", _experts("--merge")),
     Scenario("recover", ("recover", "sparse", *TRAINING)),
     Scenario("recover, full", ("recover", "sparse", "--full", *TRAINING)),
     Scenario("evaluate", ("evaluate", "sparse", *EVALUATION)),
