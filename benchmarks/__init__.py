@@ -1,5 +1,6 @@
 """Measurements, each printed as a table of a page of docs/: `python -m benchmarks.NAME --help`.
 
+clients          outputs of every kind in transformers, CTranslate2, OpenVINO and torchao: sizes, logits, CPU time
 digests          what the digests of tensors and the stamps of files take of a run
 expert_memory    peak memory of a worker that removes experts, beside the plan
 experts          perplexity of mixtures that keep some experts, for every score

@@ -14,6 +14,7 @@ from tests.support.words import words_tokenizer
 
 TEXT = ("--calibration", "constraints.txt")  # a short one, which is soon tokenised
 SMALL = {
+    "clients": ("--hidden", "64", "--layers", "1", "--tokens", "2", "--outputs", "experts"),
     "digests": (
         *("--methods", "magnitude", "--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16"),
         *("--repeats", "1"),
@@ -66,6 +67,7 @@ SMALL = {
 }
 KEPT = {"quality"}  # which keep what they have measured
 PRINTED = {
+    "clients": "| experts | transformers |",
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
     "expert_memory": "a worker's peak: planned",
