@@ -28,7 +28,7 @@ class HeldOut:
         worker, dense = self._worker, dense_stream(stream)
         hidden = worker.activations.get(dense, wave)
         image = self._image(index, hidden)
-        found = _squares(image, hidden)
+        found = squares(image, hidden)
         worker.activations.replace(dense, wave, image)
         return found
 
@@ -37,7 +37,7 @@ class HeldOut:
         """Return ||output - dense output||^2 of each sequence of a kept wave, by the layer as it is now."""
         worker = self._worker
         image = self._image(index, worker.activations.get(stream, wave))
-        return _squares(image, worker.activations.get(dense_stream(stream), wave))
+        return squares(image, worker.activations.get(dense_stream(stream), wave))
 
     @verb("exchange", layer="index")
     def remember(self, index: int, names: tuple[str, ...]) -> None:
@@ -63,6 +63,6 @@ class HeldOut:
         return self._skeleton.forward_layer(layer, hidden, self._skeleton.layer_arguments(index, *hidden.shape[:2]))
 
 
-def _squares(one: Tensor, other: Tensor) -> list[float]:
+def squares(one: Tensor, other: Tensor) -> list[float]:
     """Return ||one - other||^2 of each sequence of two waves [wave, seqlen, hidden]."""
     return (one.float() - other.float()).square_().sum((1, 2), dtype=torch.float64).tolist()
