@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from shardprune.errors import InputError
 from shardprune.report.page.write import plots_of
 from shardprune.report.progress import Reporter, Step
-from shardprune.shard import reconstruction
+from shardprune.shard import master_weights
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.training import BETAS, RATE, rate_at, windows_of_steps
 from tests.support.running import search_run as search
@@ -208,7 +208,7 @@ def test_a_run_that_was_cut_off_while_it_trains_goes_on_to_the_same_bits(
 
 
 def test_training_that_does_not_help_is_undone_to_the_bit(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(reconstruction, "RATE", 10.0)
+    monkeypatch.setattr(master_weights, "RATE", 10.0)
     result = search(folder, tmp_path / "o", path="GL", reconstruct=2)
     assert {step.kept for step in result.structure.improvements} == {False}
     search(folder, tmp_path / "plain", path="GL")
