@@ -106,6 +106,7 @@ def mixture(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize("name", SMALL)
+@pytest.mark.long
 def test_a_benchmark_runs_and_prints_its_table(name, tiny, mixture, monkeypatch, capsys, tmp_path):
     model = ("--model", tiny) if name in TAKE_ANY_MODEL else ("--model", mixture) if name == "experts" else ()
     out = ["--out", str(tmp_path)] if name in KEPT else []

@@ -38,6 +38,7 @@ def test_every_step_is_tried_and_explained():
 
 
 @pytest.mark.parametrize("name", FOUND)
+@pytest.mark.long
 def test_a_step_runs_and_finds_no_fault(name, tmp_path):
     file = tmp_path / "rows"
     with file.open("w") as lines:

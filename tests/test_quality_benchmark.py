@@ -50,6 +50,7 @@ def measured(monkeypatch):
     return recipes
 
 
+@pytest.mark.long
 def test_rows_of_several_processes_are_those_of_one_and_count_on_another_machine(
     run, measured, tiny, tmp_path, monkeypatch
 ):

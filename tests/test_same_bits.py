@@ -11,6 +11,7 @@ from benchmarks.same_bits import differing, main
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 def test_a_changed_solver_is_seen(tmp_path, monkeypatch, capsys):
     def compare(before: Path, after: Path) -> tuple[int, str]:
         options = ["--backend", "local", "--only", "sparsegpt", "--work", str(tmp_path / "work")]

@@ -361,6 +361,8 @@ def prepare(
     mixture = any(kind.mixtures for kind in skeleton.family.kinds)
     if asked.chunks > 1 and not mixture:
         raise InputError("expert_chunks", f"{asked.chunks} has no effect: the model has no experts; leave it out")
+    if isinstance(job.zeroing, Zeroing) and job.zeroing.all_tokens and not mixture:
+        raise InputError("expert_tokens", "'all' has no effect: the model has no experts; leave it out")
     if job.improving.stream_targets:
         if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
             recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from shardprune.recipes.recover import RecoverRecipe
 from shardprune.recovery.batches import Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
+from shardprune.recovery.mixing import RowMixture, joined
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.storage.folder import PARTIAL, Folder
@@ -29,6 +30,7 @@ from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.malformed import located
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
+from shardprune.storage.windows import Tokenizer
 
 FORMAT = 2  # of what a fingerprint covers, and of the training's state
 STATE = "training"  # folder of an output with the checkpoints of a training run under way
@@ -46,6 +48,7 @@ class Inputs:
     teacher: Checkpoint | None
     rows: Rows
     held_out: Rows
+    mixture: RowMixture | None
     evaluations: dict[str, Tensor]
     overrides: dict[str, Any]
 
@@ -118,7 +121,8 @@ class PreparedRecovery:
             overrides=self.inputs.overrides,
         )
         states = {field: checkpoint.state() for field, checkpoint in self.inputs.checkpoints.items()}
-        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps, states)
+        mixture = self.inputs.mixture
+        return TrainingSpec(recipe, self.journal.fingerprint, config, self.targets, self.steps, states, mixture)
 
     def _shapes(self, index: int) -> list[tuple[int, int]]:
         return list(self.skeleton.projection_shapes(index).values())
@@ -152,11 +156,23 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     _check_compiler(recipe)
     if recipe.packing:
         check_packing(checkpoint.config.model_type)
-    vocabulary = skeleton.config.vocab_size
-    rows = load_rows(recipe.data, opened.tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, vocabulary)
-    learned, held_out = rows.split(recipe.held_out, recipe.seed)
+    learned, held_out, mixture = _load_data(recipe, opened.tokenizer, skeleton.config.vocab_size)
     evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
-    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, evaluations, overrides)
+    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, mixture, evaluations, overrides)
+
+
+def _load_data(recipe: DecidedRecipe, tokenizer: Tokenizer, vocabulary: int) -> tuple[Rows, Rows, RowMixture | None]:
+    """Return the rows to learn from, the held-out share of every source, and the mixture where there are several.
+
+    Raises:
+        InputError: a source has no rows for one of them.
+    """
+    options = recipe.length, recipe.packing, recipe.prompt_loss, vocabulary
+    pairs = [load_rows(part.source, tokenizer, *options).split(recipe.held_out, recipe.seed) for part in recipe.parts]
+    if len(pairs) == 1:
+        return *pairs[0], None
+    mixture = RowMixture.of(recipe.parts, [len(learned) for learned, _ in pairs])
+    return joined([learned for learned, _ in pairs]), joined([held_out for _, held_out in pairs]), mixture
 
 
 def _check_rank(rank: int, skeleton: Skeleton) -> None:
@@ -213,7 +229,7 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
         raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
     return DecidedRecipe.model_construct(  # all fields are checked already
         **{
-            **recipe.model_dump(),
+            **dict(recipe),  # not as it is recorded, where a single source is a text
             "model": place_of(recipe.model),
             "teacher": place_of(recipe.teacher) if recipe.teacher else None,
             "out": out,
@@ -223,6 +239,7 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
             "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),
             "threads": _recorded_threads(out) or recipe.threads or threads_of(slots, workers),
             "precision": precision,
+            "evaluate_every": recipe.evaluate_every or recipe.checkpoint_every,
         }
     )
 
@@ -255,7 +272,10 @@ def _open_teacher(recipe: DecidedRecipe, name: str, student: Checkpoint) -> Chec
     sizes = teacher.config.vocab_size, student.config.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError("teacher", f"{name} predicts {sizes[0]} tokens, the model {sizes[1]}")
-    if not is_tokens(recipe.data) and teacher.tokenizer().get_vocab() != student.tokenizer().get_vocab():
+    if (
+        not all(is_tokens(part.source) for part in recipe.parts)
+        and teacher.tokenizer().get_vocab() != student.tokenizer().get_vocab()
+    ):
         raise InputError("teacher", f"{name} has another tokenizer than the model")
     return teacher
 
@@ -280,8 +300,8 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
     """Return a hash of everything that shapes the weights, but for rounding: other workers resume it."""
     recipe, teacher = inputs.recipe, inputs.teacher
     # Only the steps that are measured can be chosen. Where none is, the hash is that of times without a choice.
-    choosing = {"best", "early_stopping"}
-    chosen = choosing | {"checkpoint_every"} if recipe.best or recipe.early_stopping else set()
+    choosing = {"best", "early_stopping", "evaluate_every"}
+    chosen = choosing if recipe.best or recipe.early_stopping else set()
     content = {
         "format": FORMAT,
         "command": recipe.command,
@@ -294,6 +314,8 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
         "steps": steps,
         "deepspeed": inputs.overrides,
     }
+    if inputs.mixture is not None:
+        content["mixture"] = asdict(inputs.mixture)
     return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
 
 

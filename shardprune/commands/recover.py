@@ -12,6 +12,7 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.prepare_recovery import CLAIM, PreparedRecovery, is_sparse, prepare_recovery
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs_of_measuring
+from shardprune.errors import without_credentials
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
 from shardprune.recipes.evaluate import ShardFields
@@ -77,6 +78,7 @@ class RecoveryRun:
             self._measure("before", self.recipe.model)
             if self.state.previous is None:
                 self._say_what_is_lost()
+                self._say_what_is_mixed()
                 if self.state.resumed:
                     self.journal.remove_damaged(self.reporter.say)
                 if not self._trained():
@@ -154,6 +156,14 @@ class RecoveryRun:
                 f"{zeros.count:,} zeros ({share:.1%} of the projections' weights) will be lost; "
                 "--keep-sparsity keeps them"
             )
+
+    def _say_what_is_mixed(self) -> None:
+        if mixture := self.prepared.inputs.mixture:
+            shares = [
+                f"{without_credentials(part.source)} {size:,} rows x {passes:.2g}"
+                for part, size, passes in zip(self.recipe.parts, mixture.sizes, mixture.passes(), strict=True)
+            ]
+            self.reporter.say(f"an epoch of {sum(mixture.sizes):,} rows: {', '.join(shares)}")
 
     def _say_how_it_ended(self) -> None:
         """Say that the training stopped early, and which weights are written if not the last ones."""

@@ -32,7 +32,8 @@ class Zeroing:
     `target` is the fraction of the projections' weights that are zero or gone in the end. An `allocation` of the table
     of allocations shares it out, from outlier ratios at M = `outlier_m`, within `spread` (lambda) on either side. With
     `refit`, kept weights are fitted to the dense outputs in the end. `damping` is what Gram matrices get, where the
-    method takes it. Sparsities that are `given` take the place of the allocation's.
+    method takes it. Sparsities that are `given` take the place of the allocation's. `all_tokens` add to the statistics
+    of every expert, not those alone that are routed to it.
     """
 
     method: str
@@ -44,6 +45,7 @@ class Zeroing:
     refit: bool = False
     damping: Damping = DAMPING
     given: Sparsities | None = None
+    all_tokens: bool = False
 
     def effort(self, measured: bool) -> Effort:
         """Return the work for the projections that read one input.

@@ -118,8 +118,12 @@ class Costs:
 
     def accumulate(self, sequences: int, places: Sequence[int]) -> float:
         """Return the seconds of one kept wave through a layer, with some of its inputs added to the sums."""
-        inputs = [self.task.model.inputs[place] for place in places]
-        return self._summing(sequences, self.task.kind, inputs) if self.task.kind and inputs else 0.0
+        inputs, extra = [self.task.model.inputs[place] for place in places], 0.0
+        if self.task.all_tokens:  # which every expert multiplies with its weights, besides those that it is sent
+            weights = sum(one.weights for one in inputs if one.share < 1)
+            extra = 2 * sequences * self.task.seqlen * weights / self._products
+            inputs = [replace(one, share=1.0) for one in inputs]
+        return self._summing(sequences, self.task.kind, inputs) + extra if self.task.kind and inputs else 0.0
 
     def gather(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a dense layer, with its inputs added to sums for error curves."""

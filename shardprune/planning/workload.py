@@ -227,6 +227,7 @@ class Task:
         sources: texts on which perplexity is measured before and after, over `windows` each.
         improving: further steps on every layer.
         curves: error curves are measured before.
+        all_tokens: add to the sums of every expert.
     """
 
     model: Model
@@ -243,6 +244,7 @@ class Task:
     itemsize: int
     improving: Improving = NOTHING
     curves: bool = False
+    all_tokens: bool = False
 
     def at(self, index: int) -> "Task":
         """Return the task as seen at a layer."""
@@ -321,6 +323,7 @@ def task_of(
         itemsize=itemsize,
         improving=improving,
         curves=zeroing.measures,
+        all_tokens=zeroing.all_tokens,
     )
 
 

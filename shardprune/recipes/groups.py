@@ -19,7 +19,7 @@ from shardprune.errors import InputError
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.scoring import Score
 from shardprune.storage.locations import absolute
-from shardprune.storage.mixture import CALIBRATION_FORMS, SELF, Part, parse_parts, windows_of
+from shardprune.storage.mixture import CALIBRATION, SELF, TRAINING, Kind, Part, parse_parts, windows_of
 from shardprune.storage.sources import PAPERS, check_source
 
 WAVE_TOKENS = 4096  # tokens of a wave unless the recipe says otherwise
@@ -57,19 +57,24 @@ def _known(value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     return value
 
 
-def _calibration(value: tuple[str, ...]) -> tuple[str, ...]:
-    parse_parts(value)
-    return value
+def _weighted(kind: Kind) -> AfterValidator:
+    """Return the check of sources of a kind, each with a weight if it is followed by one."""
+
+    def checked(value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_parts(value, kind)
+        return value
+
+    return AfterValidator(checked)
 
 
 def _plain(value: tuple[str, ...]) -> str | list[str]:
     return value[0] if len(value) == 1 else list(value)
 
 
-# Sources of calibration text, one or several as a list, each with a weight if it is followed by one.
-Mixture = Annotated[
-    tuple[str, ...], BeforeValidator(_listed), AfterValidator(_calibration), PlainSerializer(_plain, return_type=Any)
-]
+PLAIN = PlainSerializer(_plain, return_type=Any)
+# Sources with weights, one or several as a list: of calibration text and of training data.
+CalibrationMixture = Annotated[tuple[str, ...], BeforeValidator(_listed), _weighted(CALIBRATION), PLAIN]
+TrainingMixture = Annotated[tuple[str, ...], BeforeValidator(_listed), _weighted(TRAINING), PLAIN]
 OFFERED: list[str] = ["stdlib", *PAPERS]  # what a shell offers for a source of text, beside files
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
@@ -117,9 +122,9 @@ class CalibrationFields(Settings):
 
     title: ClassVar[str] = "Calibration"
 
-    calibration: Mixture = Field(
+    calibration: CalibrationMixture = Field(
         ("c4",),
-        description=f"Text source: {CALIBRATION_FORMS}; repeatable",
+        description=f"Text source: {CALIBRATION.forms}; repeatable",
         json_schema_extra={"offered": [SELF, *OFFERED]},
     )
     samples: int = Field(128, ge=1, le=1_000_000, description="Number of calibration windows")

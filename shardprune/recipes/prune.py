@@ -104,6 +104,9 @@ class PruningFields(StructuredFields):
         description="Fraction of the mean diagonal added to Gram matrices, from 0 to 1; auto: measured by projection",
     )
     refit: bool = Field(False, description="Fit the kept weights to the dense outputs where that is better held out")
+    expert_tokens: Literal["routed", "all"] = Field(
+        "routed", description="Calibration tokens that an expert is pruned by: those that are routed to it, or all"
+    )
 
     @field_validator("sparsity")
     @classmethod
@@ -139,6 +142,8 @@ class PruningFields(StructuredFields):
         """
         if self.damping == "auto" and towards_stream:
             raise InputError("damping", "'auto' does not go with targets stream; use a number from 0 to 1")
+        if self.expert_tokens == "all" and towards_stream:
+            raise InputError("expert_tokens", "'all' does not go with targets stream; use routed")
         if self.measures_solutions(towards_stream) and samples < LEAST_SAMPLES:
             asked = "damping auto" if self.damping == "auto" else "refit"
             raise InputError(
@@ -175,6 +180,7 @@ class PruningFields(StructuredFields):
             spread=self.outlier_lambda,
             refit=self.refit,
             damping=self.damping,
+            all_tokens=self.expert_tokens == "all",
         )
 
     @model_validator(mode="after")
@@ -232,6 +238,8 @@ class PruningFields(StructuredFields):
         self.needs("an allocation (owl, mosaic) or a score (outlier) that looks at them", looks, "outlier_m")
         varies = self.method == "wanda" and isinstance(self.zeros, Unstructured)
         self.needs("method wanda and pattern unstructured", varies, "wanda_variant")
+        seen = METHODS[self.method].needs is not None or self.refit or observes
+        self.needs("a method or an allocation that looks at activations, or refit", seen, "expert_tokens")
         damped = METHODS[self.method].needs == "gram" or self.refit
         self.needs("a method that takes Gram matrices (sparsegpt, alps) or refit", damped, "damping")
         return self
@@ -239,7 +247,9 @@ class PruningFields(StructuredFields):
     @model_validator(mode="after")
     def _structure_fits(self) -> "PruningFields":
         self.needs("structured", self.structured is not None, *WidthFields.model_fields)
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "method", "allocation", "refit", "damping")
+        self.needs(
+            "a sparsity or a pattern N:M", self.zeroes, "method", "allocation", "refit", "damping", "expert_tokens"
+        )
         if self.structured is None:
             return self
         if isinstance(self.zeros, Mixed):
@@ -301,7 +311,8 @@ class ZeroingFields(
         """Whether `auto` aims at the dense stream: the one place that says so. On text of another kind than that which
         counts it harms, which no window of that text can tell; what the model writes is like what it reads. A training
         comes to the same place without it."""
-        hindered = self.rebuilding is not None or self.damping == "auto" or self.samples < LEAST_SAMPLES
+        asked = self.damping == "auto" or self.expert_tokens == "all"
+        hindered = self.rebuilding is not None or asked or self.samples < LEAST_SAMPLES
         written = any(part.is_written or part.folder for part in self.parts)
         return self.zeroes and written and not hindered and not self.reconstruct
 
@@ -346,7 +357,8 @@ class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""
-        left_out = set() if self.ignore else {"ignore"}
+        late = ("ignore", "expert_tokens")  # earlier runs have no such fields, and go on
+        left_out = {name for name in late if getattr(self, name) == type(self).model_fields[name].default}
         fields = self.model_dump(include=shaping_fields(self) - left_out)
         return fields | self.decided | {"sparsity": self.target}  # which a pattern may fix
 

@@ -12,10 +12,11 @@ from shardprune.recipes.groups import (
     BackendFields,
     ModelOutputFields,
     PerplexityFields,
+    TrainingMixture,
     check_survives_ray_job,
 )
 from shardprune.recipes.settings import Settings, optional
-from shardprune.storage.sources import DATA_FORMS, check_data
+from shardprune.storage.mixture import TRAINING, Part, parse_parts
 
 LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it or less where all weights move
 DROPOUT = 0.05  # MoP's; a masked update without dropout is one product with its weight, with it another one
@@ -66,9 +67,8 @@ class DataFields(Settings):
 
     title: ClassVar[str] = "Data"
 
-    data: str = Field(
-        min_length=1,
-        description=f"Data source: {DATA_FORMS}",
+    data: TrainingMixture = Field(
+        description=f"Data source: {TRAINING.forms}; repeatable",
         json_schema_extra={"offered": ["alpaca", *OFFERED]},
     )
     length: int = Field(512, ge=2, description="Maximum tokens per row")
@@ -76,20 +76,20 @@ class DataFields(Settings):
     prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")
     held_out: float = Field(0.0, ge=0, lt=1, description="Fraction of rows held out for validation")
     best: bool = Field(False, description="Write the weights with the lowest validation loss, not the last ones")
+    evaluate_every: int | None = optional("checkpoint_every", "Steps between validation losses", ge=1)
     early_stopping: int | None = Field(
         None, ge=1, description="Stop after N validation losses in a row without a new lowest one"
     )
     seed: int = Field(0, description="Random seed for row order, LoRA weights and dropout")
 
-    @field_validator("data")
-    @classmethod
-    def _known_source(cls, value: str) -> str:
-        check_data(value)
-        return value
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The sources of the data with their weights."""
+        return parse_parts(self.data, TRAINING)
 
     @model_validator(mode="after")
     def _validation_needs_rows(self) -> "DataFields":
-        self.needs("held_out", self.held_out > 0, "best", "early_stopping")
+        self.needs("held_out", self.held_out > 0, "best", "early_stopping", "evaluate_every")
         return self
 
 
@@ -122,7 +122,7 @@ class ZeroFields(Settings):
     )
     recompute: bool = Field(False, description="Recompute activations (gradient checkpointing)")
     deepspeed: str | None = Field(None, description="JSON file with DeepSpeed settings that override")
-    checkpoint_every: int = Field(100, ge=1, description="Steps between training checkpoints and validation losses")
+    checkpoint_every: int = Field(100, ge=1, description="Steps between training checkpoints")
     state: str | None = optional("OUT/training; none if OUT is a URL", "Shared directory for training checkpoints")
 
     @field_validator("state")

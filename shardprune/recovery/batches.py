@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from shardprune.recipes.groups import wave_of
+from shardprune.recovery.mixing import RowMixture
 from shardprune.recovery.rows import Rows
 
 
@@ -27,9 +28,11 @@ class Batches:
     Args:
         batch: rows of a step.
         micro: rows of a micro-batch, a divisor of `batch`.
+        mixture: of the rows, if they come from several sources.
     """
 
-    def __init__(self, rows: Rows, batch: int, micro: int, seed: int) -> None:
+    def __init__(self, rows: Rows, batch: int, micro: int, seed: int, mixture: RowMixture | None = None) -> None:
+        self._order = mixture.order if mixture else rows.order
         self.rows, self.batch, self.micro, self.seed = rows, batch, micro, seed
         self._orders: dict[int, Tensor] = {}  # by epoch, of the last step's epochs
 
@@ -38,7 +41,7 @@ class Batches:
         places = [divmod(place, len(self.rows)) for place in range(step * self.batch, (step + 1) * self.batch)]
         known = self._orders  # which another thread may replace
         orders = {
-            epoch: known[epoch] if epoch in known else self.rows.order(epoch, self.seed)
+            epoch: known[epoch] if epoch in known else self._order(epoch, self.seed)
             for epoch in {epoch for epoch, _ in places}
         }
         self._orders = orders

@@ -39,6 +39,8 @@ class LowRankLinear(nn.Module):
 
     def reset(self, generator: torch.Generator) -> None:
         """Initialise as LoRA does: B is zero, A uniform like a linear layer's weight."""
+        if self.lora_A.is_meta:  # nothing is trained, but counted
+            return
         bound = 1 / math.sqrt(self.lora_A.shape[1])
         drawn = torch.empty(self.lora_A.shape).uniform_(-bound, bound, generator=generator)
         self.lora_A.data.copy_(drawn)

@@ -135,12 +135,12 @@ class Rows:
                 "held_out", f"{held_out:g} of {len(self)} rows leaves none for one part; use 0 or more data"
             )
         count = min(max(round(held_out * len(self)), 1), len(self) - 1)
-        drawn = self._permutation(f"split {seed}").tolist()
+        drawn = permutation(len(self), f"split {seed}").tolist()
         return self.select(sorted(drawn[count:])), self.select(sorted(drawn[:count]))
 
     def order(self, epoch: int, seed: int) -> Tensor:
         """Return the order of the rows in one epoch, int64 [rows], a function of epoch and seed alone."""
-        return self._permutation(f"epoch {epoch} {seed}")
+        return permutation(len(self), f"epoch {epoch} {seed}")
 
     def collate(self, rows: Sequence[int], mask: bool = False) -> dict[str, Tensor]:
         """Build the arguments of a model's forward pass on a batch of rows; call it with `use_cache=False`.
@@ -171,13 +171,15 @@ class Rows:
             batch["attention_mask"] = _block_mask(position_ids)
         return batch
 
-    def _permutation(self, purpose: str) -> Tensor:
-        # A hash, because seed + epoch would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
-        state = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:7], "big")
-        return torch.randperm(len(self), generator=torch.Generator().manual_seed(state))
-
     def _tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def permutation(count: int, purpose: str) -> Tensor:
+    """Return a random order of so many rows, int64 [count], a function of its purpose alone."""
+    # A hash, because seed + epoch would give epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    state = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:7], "big")
+    return torch.randperm(count, generator=torch.Generator().manual_seed(state))
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from shardprune.model.sources import SourceState
 from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recovery.mixing import RowMixture
 
 ROWS = "rows.safetensors"  # in the training directory: the rows to learn from
 HELD_OUT = "held-out.safetensors"  # and those to measure on
@@ -19,6 +20,7 @@ class DecidedRecipe(RecoverRecipe):
     micro_batch: int
     threads: int
     state: str
+    evaluate_every: int
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class TrainingSpec:
         config: DeepSpeed's.
         targets: paths of the linear maps that are trained, or whose zeros are kept.
         steps: in all, those done before a resume included.
+        mixture: of the rows to learn from, if they come from several sources.
         inputs: the checkpoints, by the recipe's fields that name them, as the driver has opened them.
     """
 
@@ -38,3 +41,4 @@ class TrainingSpec:
     targets: tuple[str, ...]
     steps: int
     inputs: dict[str, SourceState]
+    mixture: RowMixture | None = None

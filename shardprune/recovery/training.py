@@ -17,11 +17,10 @@ from transformers import PreTrainedModel
 from shardprune.errors import InputError, TrainingError
 from shardprune.model.checkpoint import reopened
 from shardprune.recovery.batches import Batches, MicroBatch
+from shardprune.recovery.best import Best
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.loss import Distillation
 from shardprune.recovery.loss_log import Loss, Losses
-from shardprune.recovery.lowrank import add_updates
-from shardprune.recovery.masks import freeze_zeros
 from shardprune.recovery.model import load_model
 from shardprune.recovery.operations import load_from_cache
 from shardprune.recovery.partitioning import Partitioning
@@ -30,6 +29,7 @@ from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
 from shardprune.recovery.student import Student, Teacher, cap_of
+from shardprune.recovery.trained import choose_trained
 from shardprune.shard.memory import peak_bytes
 from shardprune.storage.folder import Folder
 
@@ -52,7 +52,8 @@ class Training:
         self.recipe = recipe = spec.recipe
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         state = Folder(recipe.state, "state")
-        self.batches = Batches(Rows.load(state, ROWS), recipe.batch, recipe.micro_batch, recipe.seed)
+        rows = Rows.load(state, ROWS)
+        self.batches = Batches(rows, recipe.batch, recipe.micro_batch, recipe.seed, spec.mixture)
         self.held_out = Rows.load(state, HELD_OUT) if recipe.held_out else None
         self.losses = Losses(recipe.state)
         self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full, keep_best=recipe.best)
@@ -60,7 +61,9 @@ class Training:
         partitioning = Partitioning(spec.config) if recipe.zero == 3 else None
         self.model = load_model(reopened(recipe.model, spec.inputs["model"]), device, dtype, partitioning)
         self.masked = needs_mask(self.model.config.model_type)
-        self._choose_what_is_trained(partitioning)
+        for module in choose_trained(self.model, recipe, spec.targets):
+            if partitioning is not None:
+                partitioning.partition(module)
         self.teacher = self._load_teacher(recipe.teacher, dtype, partitioning) if recipe.teacher else None
         self.engine = self._start_engine()
 
@@ -77,40 +80,28 @@ class Training:
         rows = (micro.rows for step in range(start, spec.steps) for micro in self._micro_batches(step))
         with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as upcoming:
             for step in range(start, spec.steps):
-                if recipe.early_stopping is not None and best.since >= recipe.early_stopping:
-                    break  # also of a run that resumes when it had stopped
+                if self._stops(best):
+                    break  # of a run that resumes when it had stopped
                 loss = self._step(step, upcoming)
-                last = step + 1 == spec.steps
-                due = last or (step + 1) % recipe.checkpoint_every == 0
-                held_out = self._mean_held_out() if due and self.held_out else None
+                done, last = step + 1, step + 1 == spec.steps
+                measured = self.held_out is not None and (last or done % recipe.evaluate_every == 0)
+                held_out = self._mean_held_out() if measured else None
                 if held_out is not None:
-                    best = best.after(step + 1, held_out)
+                    best = best.after(done, held_out)
                 if self.rank == 0:
-                    self.losses.append(Loss(step=step + 1, **loss, held_out=held_out))
-                if due:
-                    self.checkpoints.save(self.engine, step + 1, best)
+                    self.losses.append(Loss(step=done, **loss, held_out=held_out))
+                lowest = recipe.best and best.step == done
+                if last or lowest or self._stops(best) or done % recipe.checkpoint_every == 0:
+                    self.checkpoints.save(self.engine, done, best)
         if recipe.best and best.since:  # the last step is measured too
             self.checkpoints.load_best(self.engine, best)
         return self.model
 
-    # -- the parts --------------------------------------------------------------------------------------------
+    def _stops(self, best: Best) -> bool:
+        """Return whether the training ends early, by its lowest held-out loss so far."""
+        return self.recipe.early_stopping is not None and best.since >= self.recipe.early_stopping
 
-    def _choose_what_is_trained(self, partitioning: Partitioning | None) -> None:
-        recipe = self.recipe
-        if recipe.full:
-            self.model.requires_grad_(True)
-            for path in self.spec.targets if recipe.keep_sparsity else ():
-                freeze_zeros(self.model.get_parameter(f"{path}.weight"))
-        else:
-            options = recipe.lora_rank, recipe.lora_alpha, recipe.dropout, recipe.keep_sparsity, recipe.seed
-            for module in add_updates(self.model, self.spec.targets, *options):
-                if partitioning is not None:
-                    partitioning.partition(module)
-        if recipe.recompute:
-            # Under ZeRO-3 the recomputed forward may see weights gathered that were partitioned in the first one; only
-            # reentrant checkpointing tolerates that. It needs an input that requires gradients.
-            self.model.gradient_checkpointing_enable({"use_reentrant": recipe.zero == 3})
-            self.model.enable_input_require_grads()
+    # -- the parts --------------------------------------------------------------------------------------------
 
     def _load_teacher(
         self, name: str, dtype: torch.dtype, partitioning: Partitioning | None

@@ -64,6 +64,7 @@ class ExpertWorker(ForwardWorker):
         hidden: Tensor,
         sums: dict[str, Summed] | None = None,  # type: ignore[override]
         to_the_end: bool = True,
+        all_tokens: bool = False,
     ) -> Tensor:
         """Run one wave through one layer; where it is observed, what its experts do is added up."""
         path = self.fewer.mixture.layers.get(index)

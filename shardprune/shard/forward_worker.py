@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from shardprune.model.checkpoint import reopened
 from shardprune.model.experts import DOWN
 from shardprune.model.families import LayerKind
 from shardprune.model.skeleton import Skeleton, projection_weight
+from shardprune.shard.all_tokens import AllTokens
 from shardprune.shard.clocks import clock_of
 from shardprune.shard.cuda import keep_float32, set_allocator
 from shardprune.shard.device_errors import device_errors
@@ -58,6 +59,7 @@ class ForwardWorker:
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
         self.sums: dict[int, dict[str, Summed]] = {}  # by layer, then by the name of the statistic
+        self.all_tokens = False  # add to the sums of every expert, not those alone that are routed to it
         if self.skeleton.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -155,7 +157,8 @@ class ForwardWorker:
             if index in record:
                 self.activations.put(segment_stream(index), wave, hidden)
             if index < stop:
-                hidden = self._run(index, version, hidden, self._observing(index) if observed else None)
+                sums = self._observing(index) if observed else None
+                hidden = self._run(index, version, hidden, sums, all_tokens=self.all_tokens)
         return self.leaving(hidden)
 
     @verb("propagate", layer="index")
@@ -163,7 +166,8 @@ class ForwardWorker:
         """Replace one kept wave by its image under one layer; `observed` as in `forward`."""
         hidden = self.activations.get(stream, wave)
         observing = self._observing(index) if observed else None
-        self.activations.replace(stream, wave, self._run(index, version, hidden, observing))
+        image = self._run(index, version, hidden, observing, all_tokens=self.all_tokens)
+        self.activations.replace(stream, wave, image)
 
     @verb("statistics", layer="index")
     def accumulate(
@@ -176,15 +180,17 @@ class ForwardWorker:
         if index not in self.sums:
             self.sums[index] = self.empty_sums(index, places)
         if passed_on:
-            image = self._run(index, "dense", self.activations.get(stream, wave), self.sums[index])
+            hidden = self.activations.get(stream, wave)
+            image = self._run(index, "dense", hidden, self.sums[index], all_tokens=self.all_tokens)
             self.activations.replace(stream, wave, image)
         elif self.sums[index]:  # a method that looks at the weights alone sums up nothing
-            self.add_inputs(index, self.activations.get(stream, wave), self.sums[index])
+            self.add_inputs(index, self.activations.get(stream, wave), self.sums[index], self.all_tokens)
 
-    def add_inputs(self, index: int, hidden: Tensor, sums: Mapping[str, Summed]) -> None:
-        """Run one wave through a dense layer up to the last of the inputs that add to `sums`."""
+    def add_inputs(self, index: int, hidden: Tensor, sums: Mapping[str, Summed], all_tokens: bool = False) -> None:
+        """Run one wave through a dense layer up to the last of the inputs that add to `sums`; those of experts are the
+        inputs of the tokens that are routed to them, or of `all_tokens`."""
         with suppress(_AllSeen):
-            self._run(index, "dense", hidden, sums, to_the_end=False)
+            self._run(index, "dense", hidden, sums, to_the_end=False, all_tokens=all_tokens)
 
     # -- sums of replicas ---------------------------------------------------------------------------------------
 
@@ -339,8 +345,10 @@ class ForwardWorker:
         hidden: Tensor,
         sums: Mapping[str, Summed] | None = None,
         to_the_end: bool = True,
+        all_tokens: bool = False,
     ) -> Tensor:
-        """Run one wave through one layer; the inputs of its projections add to `sums`.
+        """Run one wave through one layer; the inputs of its projections add to `sums`, for experts those of the tokens
+        that are routed to them, or of `all_tokens`.
 
         Raises:
             _AllSeen: not `to_the_end`, and every input has been added.
@@ -354,7 +362,11 @@ class ForwardWorker:
         for name, statistics in (sums or {}).items():
             statistics.samples += len(hidden) if name in routed else 0
 
+        showing = AllTokens({path: layer.get_submodule(path) for path in self._kind(index).mixtures}, routed)
+
         def add(name: str, statistics: InputStatistics, inputs: tuple[Tensor, ...]) -> None:
+            if name in routed and showing.under_way is not all_tokens:
+                return
             statistics.add(inputs[0], 0 if name in routed else len(hidden))
             unseen.discard(name)
             if not unseen and not to_the_end:
@@ -369,7 +381,8 @@ class ForwardWorker:
                 )
             )
         try:
-            return self.skeleton.forward_layer(layer, hidden, arguments)
+            with showing.passing() if all_tokens and routed else nullcontext():
+                return self.skeleton.forward_layer(layer, hidden, arguments)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -53,6 +53,8 @@ class PruneWorker(ForwardWorker):
         if spec.need:
             check_memory(spec.need, spec.settings.device)
         super().__init__(spec)
+        zeroing = spec.job.zeroing
+        self.all_tokens = isinstance(zeroing, Zeroing) and zeroing.all_tokens
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self.dense = DenseWeights(self)
         self.held_out = HeldOut(self)
@@ -150,7 +152,7 @@ class PruneWorker(ForwardWorker):
             assert isinstance(statistics, InputStatistics)
             assert statistics.held_out is not None
             held_out[name] = statistics.held_out
-        self.add_inputs(index, self.activations.get(stream, wave), held_out)
+        self.add_inputs(index, self.activations.get(stream, wave), held_out, self.all_tokens)
 
     @verb("exchange", layer="index")
     def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:

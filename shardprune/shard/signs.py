@@ -19,8 +19,10 @@ import psutil
 # A process gets on if it uses this share of a core, or reads and writes so many bytes a second.
 BUSY_SHARE = 0.05
 BUSY_BYTES = 2**16
-# Modules in which a process waits for another one.
-EXCHANGES = ("shardprune.shard.peers", "torch.distributed", "deepspeed.comm")
+# Modules in which a process waits for another one; the last is the lock of a compilation that another one has begun.
+EXCHANGES = ("shardprune.shard.peers", "torch.distributed", "deepspeed.comm", "torch.utils.file_baton")
+# And those that wait for the handle of a collective: code in C++ has no frame, so they are the innermost ones then.
+HOLDERS = ("deepspeed.runtime",)
 OWN = "shardprune"
 
 
@@ -127,7 +129,7 @@ class Signs(threading.Thread):
             doing=call.doing if call else None,
             seconds=now - call.started if call else 0.0,
             idle=now - max(call.started, self._busy_at) if call else 0.0,
-            waits=any(_module(frame).startswith(EXCHANGES) for frame in frames),
+            waits=_waits(frames),
             place=_place(frames),
             longest=self._calls.longest,
         )
@@ -165,6 +167,13 @@ def _frames(innermost: FrameType | None) -> list[FrameType]:
 
 def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))
+
+
+def _waits(frames: list[FrameType]) -> bool:
+    """Return whether a call with these frames, innermost first, waits for another process if it does nothing."""
+    return any(_module(frame).startswith(EXCHANGES) for frame in frames) or any(
+        _module(frame).startswith(HOLDERS) for frame in frames[:1]
+    )
 
 
 def _place(frames: list[FrameType]) -> str:

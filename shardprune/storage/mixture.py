@@ -1,16 +1,38 @@
-"""Mixtures of calibration sources: how many windows each gives, and in which order they stand."""
+"""Mixtures of sources: how many windows or rows each gives, and in which order they stand."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from shardprune.errors import InputError
-from shardprune.storage.sources import FORMS, is_source
+from shardprune.storage.sources import DATA_FORMS, FORMS, is_data, is_source
 
 SELF = "self"  # the source that is what the model itself writes; followed by :OUT, what it has written for that run
-CALIBRATION_FORMS = f"{FORMS}, self or self:OUT, each with :WEIGHT beside others"
+BESIDE = "each with :WEIGHT beside others"
 WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d+)?|\.\d+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The sources that a field of a recipe takes.
+
+    Attributes:
+        forms: of them, in words.
+        known: whether a text, without a weight, has one of these forms.
+    """
+
+    field: str
+    forms: str
+    known: Callable[[str], bool]
+
+
+def _is_calibration(source: str) -> bool:
+    return is_source(source) or source == SELF or (source.startswith(f"{SELF}:") and len(source) > len(SELF) + 1)
+
+
+CALIBRATION = Kind("calibration", f"{FORMS}, self or self:OUT, {BESIDE}", _is_calibration)
+TRAINING = Kind("data", f"{DATA_FORMS} ({BESIDE})", is_data)
 
 
 @dataclass(frozen=True)
@@ -31,7 +53,7 @@ class Part:
         return self.source.removeprefix(f"{SELF}:") if self.source.startswith(f"{SELF}:") else None
 
 
-def parse_parts(texts: Sequence[str]) -> tuple[Part, ...]:
+def parse_parts(texts: Sequence[str], kind: Kind = CALIBRATION) -> tuple[Part, ...]:
     """Parse sources that may each be followed by :WEIGHT.
 
     A number at the end of what is a source without it is a weight.
@@ -40,53 +62,53 @@ def parse_parts(texts: Sequence[str]) -> tuple[Part, ...]:
         InputError: one has none of the known forms, weighs nothing, or is given twice.
     """
     if not texts:
-        raise InputError("calibration", f"is empty; use {CALIBRATION_FORMS}")
-    parts = tuple(_parse(text) for text in texts)
+        raise InputError(kind.field, f"is empty; use {kind.forms}")
+    parts = tuple(_parse(text, kind) for text in texts)
     for place, part in enumerate(parts):
         if not part.weight:
-            raise InputError("calibration", f"{texts[place]!r} weighs nothing; use a weight above 0")
+            raise InputError(kind.field, f"{texts[place]!r} weighs nothing; use a weight above 0")
         if any(part.source == other.source for other in parts[:place]):
-            raise InputError("calibration", f"{part.source!r} is given twice; give each source once, with its weight")
+            raise InputError(kind.field, f"{part.source!r} is given twice; give each source once, with its weight")
     return parts
 
 
 def windows_of(parts: Sequence[Part], samples: int) -> list[int]:
-    """Return how many of the windows each part gives, by its weight: the largest remainders are rounded up, of equal
-    ones the first.
+    """Return how many of the windows each part gives, by its weight.
 
     Raises:
         InputError: a part would give none.
     """
-    total = sum(part.weight for part in parts)
-    exact = [samples * part.weight / total for part in parts]
-    counts = [int(share) for share in exact]
-    order = sorted(range(len(parts)), key=lambda place: (counts[place] - exact[place], place))
-    for place in order[: samples - sum(counts)]:
-        counts[place] += 1
+    counts = shares_of([part.weight for part in parts], samples)
     if none := [part.source for part, count in zip(parts, counts, strict=True) if not count]:
         raise InputError("samples", f"{samples} windows leave none for {none[0]!r} by the weights; use more of them")
+    return counts
+
+
+def shares_of(weights: Sequence[Fraction], items: int) -> list[int]:
+    """Return how many of the items each weight gets: the largest remainders are rounded up, of equal ones the first."""
+    total = sum(weights)
+    exact = [items * weight / total for weight in weights]
+    counts = [int(share) for share in exact]
+    order = sorted(range(len(weights)), key=lambda place: (counts[place] - exact[place], place))
+    for place in order[: items - sum(counts)]:
+        counts[place] += 1
     return counts
 
 
 def order_of(counts: Sequence[int]) -> list[tuple[int, int]]:
     """Return (part, window of the part) in the order in which the windows stand: those of every part are spread evenly,
     so that any run of windows is a mixture, too."""
+    # Quotients of whole numbers are equal as floats if and only if they are equal, for as many windows as there can be.
     places = [
-        (Fraction(2 * window + 1, 2 * count), part, window)
-        for part, count in enumerate(counts)
-        for window in range(count)
+        ((2 * window + 1) / (2 * count), part, window) for part, count in enumerate(counts) for window in range(count)
     ]
     return [(part, window) for _, part, window in sorted(places)]
 
 
-def _parse(text: str) -> Part:
+def _parse(text: str, kind: Kind) -> Part:
     match = WEIGHTED.fullmatch(text)
-    if match and _is_calibration(match[1]):
+    if match and kind.known(match[1]):
         return Part(match[1], Fraction(match[2]))
-    if not _is_calibration(text):
-        raise InputError("calibration", f"{text!r} is no known source; use {CALIBRATION_FORMS}")
+    if not kind.known(text):
+        raise InputError(kind.field, f"{text!r} is no known source; use {kind.forms}")
     return Part(text)
-
-
-def _is_calibration(source: str) -> bool:
-    return is_source(source) or source == SELF or (source.startswith(f"{SELF}:") and len(source) > len(SELF) + 1)

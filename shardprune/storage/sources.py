@@ -240,11 +240,16 @@ DATA_FORMS = (
 )
 
 
+def is_data(source: str) -> bool:
+    """Return whether a source of training data has one of the known forms."""
+    return source == "alpaca" or source.endswith(".json") or is_source(source)
+
+
 def check_data(source: str) -> None:
     """Check the form of a source of training data without reading it.
 
     Raises:
         InputError: it is none of the known forms.
     """
-    if source != "alpaca" and not source.endswith(".json") and not is_source(source):
+    if not is_data(source):
         raise InputError("data", f"{source!r} is no known source; use {DATA_FORMS}")

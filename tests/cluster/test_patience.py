@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import pytest
 
 from shardprune.cluster.patience import Patience, sign_seconds
 from shardprune.errors import WorkerLost
-from shardprune.shard.signs import Sign
+from shardprune.shard.signs import Calls, Sign, Signs
 
 IDLE = Sign(1, "here", "node", 7, None, 0.0, 0.0, False, "", 0.0)
 
@@ -175,6 +176,47 @@ def test_the_signs_of_a_process_tell_work_from_a_standstill():
         ],
         "",
     )
+
+
+WAITS = {
+    "the handle of a collective": ("deepspeed.runtime.zero.partition_parameters", "def call(): lock.acquire()", True),
+    "another's compilation": (
+        "torch.utils.cpp_extension",
+        "from torch.utils.file_baton import FileBaton\ndef call(): FileBaton(path).wait()",
+        True,
+    ),
+    "its own lock": ("deepspeed.runtime.engine", "def call(): event.wait()", False),
+}
+
+
+@pytest.mark.parametrize(("module", "code", "waits"), WAITS.values(), ids=WAITS)
+def test_a_wait_for_another_process_is_told_from_a_standstill(module, code, waits, tmp_path):
+    lock, event, path = threading.Lock(), threading.Event(), tmp_path / "lock"
+    lock.acquire()
+    path.touch()
+    space = {"__name__": module, "lock": lock, "event": event, "path": str(path)}
+    exec(code, space)
+    calls = Calls()
+
+    def call() -> None:
+        with calls.during("training"):
+            space["call"]()
+
+    thread = threading.Thread(target=call)
+    signs = Signs(calls, lambda sign: None, 60.0, "node")
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while (sign := signs.sign()).waits is not waits or sign.doing is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for _ in range(20):  # it stays so
+            assert signs.sign().waits is waits
+    finally:
+        path.unlink()
+        event.set()
+        lock.release()
+        thread.join()
 
 
 def test_a_stopped_process_gives_no_signs():

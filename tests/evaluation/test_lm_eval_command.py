@@ -12,6 +12,7 @@ from shardprune.errors import InputError
 from tests.evaluation.material import evaluated, make_readable, write_task
 
 
+@pytest.mark.long
 def test_the_command_knows_the_model(tmp_path, monkeypatch):
     model = make_readable(tmp_path / "model")
     write_task(tmp_path / "tasks", "words", documents=20)

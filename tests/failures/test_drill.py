@@ -129,17 +129,23 @@ LONG = {**PARALLEL, **LARGER}
 BARBER = {**PARALLEL, "rebuild": "barber", "rebuild_threshold": 0.1}
 IMPROVED = {**PARALLEL, "weights": "streamed", "targets": "stream", "reconstruct": 4}
 LOSSES = [
-    ("actor", "observe", LONG),
     ("actor", "prune", BARBER),
+    ("node", "prune", IMPROVED),
+]
+MORE_LOSSES = [
+    ("node", "evaluate", LONG),
+    ("actor", "observe", LONG),
     ("actor", "evaluate", LONG),
     ("node", "plan", PARALLEL),
     ("node", "observe", LONG),
-    ("node", "prune", IMPROVED),
-    ("node", "evaluate", LONG),
 ]
 
 
-@pytest.mark.parametrize(("victim", "when", "fields"), LOSSES, ids=[f"{victim}-{when}" for victim, when, _ in LOSSES])
+@pytest.mark.parametrize(
+    ("victim", "when", "fields"),
+    [pytest.param(*one, id="-".join(one[:2])) for one in LOSSES]
+    + [pytest.param(*one, id="-".join(one[:2]), marks=pytest.mark.long) for one in MORE_LOSSES],
+)
 def test_workers_die(recipe, cluster: Nodes, undisturbed, victim, when, fields, tmp_path):
     moment = Moment(*MOMENTS[when], cluster.kill_node if victim == "node" else cluster.kill_actor)
     # A run that starts when a node is gone has one slot less, which changes nothing where its segments are given.
@@ -158,7 +164,7 @@ def test_workers_die(recipe, cluster: Nodes, undisturbed, victim, when, fields, 
     assert len(written) == 9
 
 
-@pytest.mark.parametrize("victim", ["actor", "node"])
+@pytest.mark.parametrize("victim", ["actor", pytest.param("node", marks=pytest.mark.long)])
 def test_workers_die_in_the_middle_of_an_upload(recipe, cluster: Nodes, s3: S3, undisturbed, victim, tmp_path):
     """The storage has the request for a layer's file, and what would have sent it is gone."""
     out = f"runs/{victim}"
@@ -230,6 +236,7 @@ def test_the_storage_goes_away_in_every_phase(recipe, cluster: Nodes, s3: S3, un
     check(s3.get("runs/storage", tmp_path / "o"), result, undisturbed(**PARALLEL))
 
 
+@pytest.mark.long
 def test_a_lost_replica_changes_no_more_than_rounding(recipe, cluster: Nodes, undisturbed, tmp_path):
     fields = {**LARGER, "replicas": 2, "shards": 1, "seqlen": 128}
     moment = Moment(*MOMENTS["prune"], cluster.kill_node)

@@ -1,5 +1,7 @@
 """A few kills at random moments, always the same; `make drill` sends many others, also to workers on Ray."""
 
+import pytest
+
 from tests.failures.random_kills import trials
 from tests.failures.scenarios import SCENARIOS, make_material
 from tests.support.forking import forks
@@ -7,6 +9,7 @@ from tests.support.forking import forks
 QUICK = ("prune, composite", "mop", "evaluate")
 
 
+@pytest.mark.long
 def test_commands_that_are_killed_end_as_if_nothing_had_happened(tmp_path, monkeypatch):
     make_material(tmp_path)
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in QUICK]

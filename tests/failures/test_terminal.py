@@ -109,6 +109,7 @@ def test_sigterm_while_ray_starts(tmp_path):
     check(terminal, 143, "SIGTERM")
 
 
+@pytest.mark.long
 def test_a_terminal_that_is_closed_in_the_middle_of_pruning(undisturbed, tmp_path):
     """The kernel sends SIGHUP, and nothing can be said any more."""
     out = tmp_path / "o"
@@ -133,7 +134,9 @@ def folder(tmp_path_factory):
 LONG = {"steps": 48, "checkpoint_every": 4}
 
 
-@pytest.mark.parametrize(("backend", "file"), [("local", "rows.safetensors"), ("ray", "latest")])
+@pytest.mark.parametrize(
+    ("backend", "file"), [("local", "rows.safetensors"), pytest.param("ray", "latest", marks=pytest.mark.long)]
+)
 def test_ctrl_c_during_recovery(backend, file, folder, tmp_path):
     """While DeepSpeed starts in this process, and once a checkpoint stands on Ray, whose training has a handler of its
     own for Ctrl-C; its eight workers are forks, those of the pruning above are Ray's own."""

@@ -71,6 +71,7 @@ def test_short_jobs_end_with_their_exit_code_and_last_line(cluster: Head, folder
         assert [line for line in said if line.strip()][-1] == last, name
 
 
+@pytest.mark.long
 def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, folder: Path):
     out = folder / "out"
     command = ["python", "-m", "jobs.prune", str(folder / "good.yaml"), "--out", str(out)]

@@ -80,6 +80,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.long
 def test_what_is_predicted_beside_the_process_is_what_is_measured_within_a_fifth(runs, name):
     peak, options = runs[name]
     nothing, _ = runs["nothing"]
@@ -94,6 +95,7 @@ def test_what_is_predicted_beside_the_process_is_what_is_measured_within_a_fifth
     assert peak - nothing > CPU_PROCESS / 3
 
 
+@pytest.mark.long
 def test_where_experts_go_as_much_is_held_as_is_predicted(runs):
     peak, options = runs["mixture"]
     nothing, _ = runs["nothing"]

@@ -285,7 +285,7 @@ def test_recovery_has_the_published_settings():
     update = (loaded.lora_rank, loaded.lora_alpha, loaded.lora_dropout, loaded.full)
     assert update == (32, 10, 0.05, False)
     assert (loaded.highest_rate, loaded.epochs, loaded.batch, loaded.length) == (3e-4, 2, 16, 512)
-    assert (loaded.data, loaded.prompt_loss) == ("alpaca", False)
+    assert (loaded.data, loaded.prompt_loss) == (("alpaca",), False)
 
 
 @pytest.mark.parametrize(

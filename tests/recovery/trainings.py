@@ -194,7 +194,8 @@ def _counted_loading(sizes):
 def rows_of(recipe: RecoverRecipe) -> tuple[Rows, Rows]:
     """What a training learns from, and what it holds out."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
-    rows = load_rows(recipe.data, lambda: tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, VOCABULARY)
+    (source,) = recipe.data
+    rows = load_rows(source, lambda: tokenizer, recipe.length, recipe.packing, recipe.prompt_loss, VOCABULARY)
     return rows.split(recipe.held_out, recipe.seed)
 
 

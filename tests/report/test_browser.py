@@ -92,7 +92,13 @@ def test_every_plot_is_there(browser, runs, name):
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("owl", "light"), ("owl", "dark"), ("mop", "light"), ("pipeline", "dark"), ("comparison", "light")],
+    [
+        ("owl", "light"),
+        ("pipeline", "dark"),
+        ("comparison", "light"),
+        pytest.param("owl", "dark", marks=pytest.mark.long),
+        pytest.param("mop", "light", marks=pytest.mark.long),
+    ],
 )
 def test_it_can_be_read_on_a_phone(browser, runs, name, scheme):
     if name == "comparison":

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import linear, silu
+from transformers import AutoConfig
 
 from shardprune.model.pruning_job import PruningJob, Zeroing
 from shardprune.shard.prune_worker import PruneWorker
@@ -13,15 +14,21 @@ from tests.support.architectures import MIXTURES, make_architecture
 EXPERTS, CHOSEN = 6, 2
 
 
-@pytest.fixture
-def worker(tmp_path):
-    path = make_architecture(tmp_path / "model", "qwen3_moe", MIXTURES["qwen3_moe"])
-    zeroing = Zeroing("sparsegpt", parse_pattern("unstructured"), 0.5, "uniform", outlier_m=5.0, spread=0.08)
+def worker_of(folder, model_type: str = "qwen3_moe", **fields):
+    path = make_architecture(folder / "model", model_type, MIXTURES[model_type])
+    layers = AutoConfig.from_pretrained(path).num_hidden_layers
+    values = {"outlier_m": 5.0, "spread": 0.08, **fields}
+    zeroing = Zeroing("sparsegpt", parse_pattern("unstructured"), 0.5, "uniform", **values)
     settings = WorkerSettings(path, "cpu", "float32", 1, False, "auto")
     job = PruningJob(zeroing, None, None, measure_error=False)
-    values = {"shard": 0, "replica": 0, "layers": range(2), "job": job, "widths": None, "finished": frozenset()}
-    values |= {"settings": settings, "out": str(tmp_path / "o"), "fingerprint": "test", "activation_bytes": 0}
+    values = {"shard": 0, "replica": 0, "layers": range(layers), "job": job, "widths": None, "finished": frozenset()}
+    values |= {"settings": settings, "out": str(folder / "o"), "fingerprint": "test", "activation_bytes": 0}
     return PruneWorker(WorkerSpec(**values, samples=12))
+
+
+@pytest.fixture
+def worker(tmp_path):
+    return worker_of(tmp_path)
 
 
 @torch.no_grad()
@@ -63,3 +70,42 @@ def test_an_expert_without_tokens_counts_sequences(worker):
     worker.accumulate("s", 0, 0, False)
     statistics = worker.sums[0]["mlp.experts.5.down_proj"]
     assert (statistics.samples, statistics.tokens, bool(statistics.sums.any())) == (2, 0, False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_all_tokens_add_to_every_expert_and_change_no_output(tmp_path, model_type):
+    """Every class's own code takes a router's answer that sends all tokens to one expert."""
+    routed, worker = worker_of(tmp_path / "a", model_type), worker_of(tmp_path / "b", model_type, all_tokens=True)
+    kinds = worker.skeleton.family.kinds
+    index = next(layer for layer, kind in enumerate(kinds) if kind.mixtures)
+    hidden = torch.randn(2, 24, 32, generator=torch.Generator().manual_seed(0))
+    for one in (routed, worker):
+        one.put("s", 0, hidden)
+        one.accumulate("s", 0, index, True)
+    assert torch.equal(routed.activations.get("s", 0), worker.activations.get("s", 0))
+    for place, name in enumerate(kinds[index].input_names):
+        all_tokens = worker._input(index, place)
+        if kinds[index].mixture_of(name):
+            assert all_tokens.tokens == 2 * 24
+        else:
+            assert torch.equal(all_tokens.gram, routed._input(index, place).gram)
+
+
+@torch.no_grad()
+def test_sums_over_all_tokens(tmp_path):
+    worker = worker_of(tmp_path, all_tokens=True)
+    hidden = torch.randn(6, 24, 32, generator=torch.Generator().manual_seed(0))
+    for wave in range(3):
+        worker.put("s", wave, hidden[2 * wave : 2 * wave + 2])
+        worker.accumulate("s", wave, 0, False)
+    layer, seen = worker.layers.get(0, "dense"), []
+    hook = layer.mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].flatten(0, 1)))
+    worker.skeleton.forward_layer(layer, hidden, worker.skeleton.layer_arguments(0, 6, 24))
+    hook.remove()
+    (tokens,) = seen
+    for expert in range(EXPERTS):
+        gate, up = (layer.get_submodule(f"mlp.experts.{expert}.{name}").weight for name in ("gate_proj", "up_proj"))
+        neurons = silu(linear(tokens, gate)) * linear(tokens, up)
+        place = worker.skeleton.family.kinds[0].input_names.index(f"mlp.experts.{expert}.down_proj")
+        assert torch.allclose(worker._input(0, place).gram, neurons.T @ neurons, rtol=1e-4, atol=1e-4)

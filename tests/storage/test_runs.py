@@ -66,10 +66,11 @@ def away_in_every_phase(faults):
     faults.down_at("PUT .*/out/config.json", 1)
 
 
-SCENARIOS = [everything_fails_once, busy_for_longer, away_in_every_phase]
-
-
-@pytest.mark.parametrize("fault", SCENARIOS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize(
+    "fault",
+    [everything_fails_once, away_in_every_phase, pytest.param(busy_for_longer, marks=pytest.mark.long)],
+    ids=lambda fault: fault.__name__,
+)
 def test_a_run_gets_over_it(plain, s3, bucket, remote, local, tmp_path, fault):
     fault(s3.faults)
     result = on_s3(remote, local)
@@ -77,7 +78,7 @@ def test_a_run_gets_over_it(plain, s3, bucket, remote, local, tmp_path, fault):
     assert_same(plain, s3, bucket, result, tmp_path)
 
 
-@pytest.mark.parametrize("ending", ["killed", "storage stays away"])
+@pytest.mark.parametrize("ending", ["killed", pytest.param("storage stays away", marks=pytest.mark.long)])
 def test_a_run_that_was_cut_off_goes_on(plain, s3, bucket, remote, local, tmp_path, monkeypatch, dies_at_layer, ending):
     if ending == "killed":
         dies_at_layer(2)

@@ -17,6 +17,8 @@ QUIET_RAY = {"prestart_worker_first_driver": False, "metrics_report_interval_ms"
 NO_LOG_MONITOR = {"include_log_monitor": False, "include_dashboard": False}
 NO_STATISTICS = {"REPORTER_UPDATE_INTERVAL_MS": str(24 * 3600 * 1000)}
 STORE_BYTES = 200 * 2**20
+# Of runs whose workers hang: on a busy machine a healthy one may be without the processor for some seconds.
+PATIENCE = "15s"
 
 
 @contextmanager

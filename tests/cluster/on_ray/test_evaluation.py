@@ -12,7 +12,7 @@ from shardprune.errors import InputError, WorkerLost
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter, Step
 from tests.evaluation.material import QUIET, write_task
-from tests.support.clusters import processes_of
+from tests.support.clusters import PATIENCE, processes_of
 
 
 class Sending(Reporter):
@@ -70,10 +70,10 @@ def test_shards_and_replicas_measure_what_one_process_does(ray, recipe, local):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)])
 def test_a_lost_worker_is_replaced(ray, recipe, local, number):
     reporter = Sending(number)
-    result = evaluate(recipe(shards=2, patience="8s"), reporter)
+    result = evaluate(recipe(shards=2, patience=PATIENCE), reporter)
     assert result.restarts == 1
     assert result.evaluation == local.evaluation
     reporter.victim.wait(60)
@@ -87,7 +87,7 @@ def test_a_lost_worker_is_replaced(ray, recipe, local, number):
 def test_a_stopped_worker_ends_an_evaluation_that_may_not_restart(ray, recipe):
     reporter = Sending(signal.SIGSTOP)
     with pytest.raises(WorkerLost, match=r"worker 0.0 \(process \d+ on .*\) has given no sign of life for"):
-        evaluate(recipe(patience="8s", max_restarts=0), reporter)
+        evaluate(recipe(patience=PATIENCE, max_restarts=0), reporter)
     reporter.victim.wait(60)
 
 

@@ -16,11 +16,10 @@ from shardprune.report.progress import Reporter
 from shardprune.storage.folder import Folder
 from tests.cluster.on_ray.material import bundled, search
 from tests.failures.listening import Heard, Moment
-from tests.support.clusters import processes_of
+from tests.support.clusters import PATIENCE, processes_of
 from tests.support.tiny import differing
 
 QUIET = Reporter(quiet=True)
-PATIENCE = "8s"
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +76,7 @@ def test_a_stopped_worker_is_replaced(ray, undisturbed, exchange, tmp_path):
     assert differing(undisturbed / exchange, tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_a_stopped_worker_costs_a_search_one_iteration(ray, undisturbed, tmp_path):
     processes = []
     moment = Moment("iteration 3", 0.5, lambda: processes.append(stopped("MopActor")))
@@ -107,6 +107,7 @@ def test_a_worker_in_a_deadlock_is_replaced(ray, undisturbed, tmp_path, monkeypa
     assert differing(undisturbed / "store", tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_a_worker_in_a_deadlock_costs_a_search_one_iteration(ray, undisturbed, tmp_path, monkeypatch):
     before(monkeypatch, "narrow", stand_still, 5)
     result = mop(search(tmp_path / "o", patience=PATIENCE), QUIET)

@@ -54,7 +54,7 @@ def recipe(folder, out, model="llama-3.1", **fields) -> Recipe:
 FAMILIES = ("llama-3.1", "gemma2")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.long)])
 def test_a_family_on_two_shards_equals_one_process(ray, folder, family, tmp_path):
     local = prune(recipe(folder, tmp_path / "local", family, backend="local"), QUIET)
     sharded = prune(recipe(folder, tmp_path / "ray", family, shards=2), QUIET)
@@ -232,6 +232,7 @@ def test_more_workers_than_the_cluster_has(ray, folder, tmp_path):
 # -- kills ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     undisturbed = mop(search(tmp_path / "local", backend="local"), QUIET)
     moment = Moment("iteration 3", 0.5, lambda: kill(processes_of("MopActor")[-1]))
@@ -280,6 +281,7 @@ def test_workers_die_in_the_middle_of_exchanges(ray, tmp_path, monkeypatch):
     assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_workers_that_keep_dying_end_the_run(ray, tmp_path):
     stop = threading.Event()
 

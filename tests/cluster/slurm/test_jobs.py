@@ -191,6 +191,7 @@ def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int) -
     return Job(sandbox, folder, out, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, *overrides)
 
 
+@pytest.mark.long
 def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, folder, tmp, undisturbed):
     """Of two jobs on the same nodes one is cancelled, and leaves nothing behind. The other loses a node and goes on,
     and after Slurm's notice of its time limit again, on the nodes that are left."""
