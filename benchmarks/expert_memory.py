@@ -1,6 +1,7 @@
 """Peak memory of a worker that removes experts, beside the plan.
 
     python -m benchmarks.expert_memory [--gigabytes 1] [--layers 2] [--weights streamed] [--backend local]
+        [--merge]
 
 Makes a mixture of experts whose layers have that many gigabytes of random weights in float32, removes a quarter of the
 experts, and prints the peak resident memory of the worker's process, as `result.json` has it, and what `shardprune
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--weights", default="streamed")
     parser.add_argument("--backend", default="local")
+    parser.add_argument("--merge", action="store_true", help="merge experts instead of removing some")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -67,9 +69,13 @@ def main() -> None:
             "shards": 1,
             "replicas": 1,
         }
-        planned = plan(PlanRecipe.checked({**shared, "keep_experts": KEPT, "hardware": "cpu"}))
+        planned = plan(
+            PlanRecipe.checked({**shared, "keep_experts": KEPT, "merge_experts": args.merge, "hardware": "cpu"})
+        )
         placed = {"out": str(folder / "out"), "backend": args.backend, "threads": args.threads, "report": False}
-        result = experts(ExpertsRecipe.checked({**shared, **placed, "keep": KEPT}), Reporter(quiet=True))
+        result = experts(
+            ExpertsRecipe.checked({**shared, **placed, "keep": KEPT, "merge": args.merge}), Reporter(quiet=True)
+        )
     predicted = planned.plans[0].candidate.worst[0].device.peak
     measured = max(worker.peak_bytes for worker in result.workers)
     print(f"weights {total / 1e9:.2f} GB in {args.layers} layers of {EXPERTS} experts, {args.weights}, {args.backend}")

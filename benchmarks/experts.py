@@ -5,7 +5,8 @@
 One pass over the dense model serves all scores but AIMER, which looks at the weights; every cell of the table is a run
 of its own that cuts from these statistics. The last column is the share of the routing weight that is lost at the
 largest share, as the mean over the layers. Scores of `--propagated` have further rows, in which each layer sees the
-activations behind those that are cut, and scores of `--trained` rows in which routers are trained after the cut.
+activations behind those that are cut, scores of `--merged` rows in which experts are merged and the score says whose
+router row stays, and scores of `--trained` rows in which routers are trained after the cut.
 `random` keeps experts by chance, as the mean of `--draws` draws: the row that a score must beat.
 """
 
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.375, 0.5])
     parser.add_argument("--scores", nargs="*", default=ExpertsRecipe.choices("score"))
     parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
+    parser.add_argument("--merged", nargs="*", default=["reap", "ean"], help="scores with experts that are merged")
     parser.add_argument("--trained", nargs="*", default=["reap", "ean"], help="scores behind which routers are trained")
     parser.add_argument("--steps", type=int, default=50, help="of training each router")
     parser.add_argument("--draws", type=int, default=3)
@@ -78,12 +80,14 @@ def main() -> None:
             (measured,) = result.evaluation.perplexity.values()
             return measured
 
-        first = run("first", remove=args.shares[-1], **text)
+        first = run("first", remove=args.shares[-1], merge=bool(args.merged), **text)
         print(f"| score | {' | '.join(f'{share:.1%} removed' for share in args.shares)} | routing weight lost |")
         print(f"|---|{'---|' * (len(args.shares) + 1)}", flush=True)
         dense = perplexity(args.model)
         ways = {score: {"score": score, "statistics": str(folder / "first")} for score in args.scores}
         ways |= {f"{score}, propagated": {"score": score, "propagate": "pruned", **text} for score in args.propagated}
+        merged = {"merge": True, "statistics": str(folder / "first")}
+        ways |= {f"{score}, merged": {"score": score, **merged} for score in args.merged}
         trained = {"statistics": str(folder / "first"), "router_kd": args.steps, **text}
         ways |= {f"{score}, routers trained": {"score": score, **trained} for score in args.trained}
         ways |= {RANDOM: {"score": "frequency", "protect": False}} if args.draws else {}
@@ -100,7 +104,7 @@ def main() -> None:
                 cells.append(sum(found) / len(found))
             assert result.experts is not None
             lost = [layer.lost for layer in result.experts.layers if layer.lost is not None]
-            gone = f"{sum(lost) / len(lost):.1%}" if way != RANDOM else ""
+            gone = f"{sum(lost) / len(lost):.1%}" if lost and way != RANDOM else ""
             print(f"| {way} | {' | '.join(f'{cell:.3f}' for cell in cells)} | {gone} |", flush=True)
     assert first.experts is not None
     counts = f"{first.experts.before}, of which a token gets {first.experts.per_token}"

@@ -134,9 +134,9 @@ for row in COMMANDS.values():
 @_command(SERVE, "shardprune export runs/half --format sparse --to runs/half-sparse")
 @with_options(ExportRecipe)
 def export(**options: Any) -> None:
-    """Write a pruned checkpoint in a smaller form, or the checkpoint back from it.
+    """Write a pruned checkpoint in a smaller form, or in an engine's, or the checkpoint back from a smaller form.
 
-    Weights are the same to the bit."""
+    sparse and semi-structured keep the weights to the bit."""
     recipe = recipe_of(ExportRecipe, options)
     _say_what_begins("export", recipe.model)
     with uncollected():
@@ -146,7 +146,7 @@ def export(**options: Any) -> None:
     sizes = f"{found.stored_bytes:,} bytes, {(found.stored_bytes or 0) / found.bytes:.1%} of the checkpoint's"
     if recipe.restore:
         sizes = f"{found.bytes:,} bytes, as they were"
-    print(printable(f"{recipe.to}: {len(found.files)} files, {sizes}"))
+    print(printable(f"{recipe.to}: {len(found.files or ())} files, {sizes}"))
 
 
 @_command(PLAN, "shardprune plan meta-llama/Llama-3.1-70B --nodes 2 --gpus 8 --sparsity 0.5")

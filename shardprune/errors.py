@@ -66,6 +66,10 @@ class TrainingError(RunError, RuntimeError):
     """A training run cannot continue. Its text names the step, or the resource that is too small."""
 
 
+class ConversionError(RunError, RuntimeError):
+    """A converter or a quantisation has not made its model. Its text names the program and the reason it gave."""
+
+
 class WorkerLost(RunError, RuntimeError):
     """A worker's process or node died. The driver restarts on the remaining workers."""
 

@@ -25,7 +25,7 @@ SMALL = {
     "expert_memory": ("--gigabytes", "0.01", "--samples", "2", "--seqlen", "16"),
     "experts": (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
-        *("--propagated", "ean", "--trained"),
+        *("--propagated", "ean", "--merged", "reap", "--trained"),
         *("--draws", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "launches": ("--hidden", "64"),
@@ -71,7 +71,7 @@ PRINTED = {
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
     "expert_memory": "a worker's peak: planned",
-    "experts": "| ean, propagated |",
+    "experts": "| reap, merged |",
     "launches": "planned for an H200",
     "peers": "before the first layer",
     "propagation": "prune step",

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import click
 import jsonschema
 import pytest
 import yaml
@@ -117,9 +118,9 @@ def test_gcp_nodes_end_with_their_disks_and_do_not_move_with_gpus():
     assert all(node["machineType"] for node in nodes.values())
 
 
-@pytest.mark.parametrize("cloud", CLUSTERS)
-def test_commands_of_nodes_are_commands(cloud):
-    config = loaded(read(cloud))
+@pytest.mark.parametrize("name", [*CLUSTERS, "on-premise"])
+def test_commands_of_nodes_are_commands(name):
+    config = loaded(read(name))
     started = []
     for name, commands in config.items():
         for command in commands if name.endswith("commands") else []:
@@ -128,6 +129,51 @@ def test_commands_of_nodes_are_commands(cloud):
     assert len(started) == 2
     for options in started:
         start.make_context("start", shlex.split(options))  # raises where one is unknown
+
+
+# -- machines over ssh -------------------------------------------------------------------------------------------------
+
+
+def on_premise(change=lambda config: None):
+    """The cluster of machines over ssh as `ray up` sees it after a change."""
+    config = read("on-premise")
+    change(config)
+    return loaded(config)
+
+
+def test_ray_takes_every_machine_named_for_a_node_and_no_more():
+    (node,) = on_premise()["available_node_types"].values()
+    assert (node["min_workers"], node["max_workers"]) == (NODES - 1, NODES - 1)
+    machines = [f"10.0.0.{number}" for number in range(5)]
+    (node,) = on_premise(lambda config: config["provider"].update(worker_ips=machines))["available_node_types"].values()
+    assert (node["min_workers"], node["max_workers"]) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config["provider"].pop("head_ip"),
+        lambda config: config["provider"].update(worker_ips="WORKER"),
+        lambda config: config.update(available_node_types={"gpus": {}}),
+        lambda config: config.update(setup_command=["true"]),
+    ],
+    ids=["no head", "no list of machines", "types of nodes", "an unknown field"],
+)
+def test_ray_would_refuse_wrong_machines(change, capsys):
+    with pytest.raises((jsonschema.ValidationError, ValueError, click.ClickException)):
+        on_premise(change)
+
+
+def test_path_is_extended_once_whatever_stood_there(tmp_path):
+    (command,) = (command for command in read("on-premise")["setup_commands"] if ".bashrc" in command)
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    for before in (None, "alias l=ls\n"):
+        if before:
+            (tmp_path / ".bashrc").write_text(before)
+        for _ in range(2):
+            subprocess.run(["bash", "-c", command], check=True, env=environment)
+            line = 'export PATH="$HOME/shardprune-env/bin:$PATH"\n'
+            assert (tmp_path / ".bashrc").read_text() == line + (before or "")
 
 
 # -- a job on Kubernetes ---------------------------------------------------------------------------------------------
@@ -172,7 +218,7 @@ def test_the_kubernetes_job_has_the_runtime_environment_of_submitted_jobs():
 
 
 def test_headers_say_what_is_needed_and_what_it_costs():
-    for name in (*CLUSTERS, "kuberay-rayjob"):
+    for name in (*CLUSTERS, "on-premise", "kuberay-rayjob"):
         header = (FOLDER / f"{name}.yaml").read_text().split("\n\n")[0]
         assert "# Needs:" in header
         assert f"{GPUS * NODES} GPU" in header.split("# Costs:")[1]
@@ -188,7 +234,7 @@ def test_every_job_that_is_shown_exists():
 def test_the_version_of_ray_is_the_one_that_is_tested():
     import ray
 
-    for name in (*CLUSTERS, "kuberay-rayjob"):
+    for name in (*CLUSTERS, "on-premise", "kuberay-rayjob"):
         text = (FOLDER / f"{name}.yaml").read_text()
         assert set(re.findall(r"ray:(\d+\.\d+\.\d+)|ray\[default\]==([\d.]+)", text)) <= {
             (ray.__version__, ""),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from shardprune.cluster.expert_statistics import statistics_of_layer
+from shardprune.cluster.expert_statistics import Observed, observed
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Group
 from shardprune.cluster.held_out import HeldOut
@@ -16,7 +16,6 @@ from shardprune.cluster.reconstruction import train
 from shardprune.report.progress import Step
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker, dense_stream
-from shardprune.solvers.expert_scores import ExpertStatistics
 from shardprune.storage.records import LayerRecord
 
 STREAM = "behind cut layers"
@@ -37,7 +36,8 @@ def remove_in_turn(
     waves: Waves,
     finished: Collection[int],
     unknown: Collection[int],
-    learn: Callable[[int, ExpertStatistics], None],
+    merged: bool,
+    learn: Callable[[int, Observed], None],
     record: Callable[[int], LayerRecord],
     training: Training | None,
     step: Step,
@@ -48,6 +48,7 @@ def remove_in_turn(
 
     Args:
         unknown: layers whose experts' statistics are not known.
+        merged: experts are merged.
         learn: takes those of a layer, before it is cut.
         record: returns the record of a layer to be written.
 
@@ -63,7 +64,7 @@ def remove_in_turn(
             layer = LayerInWork(group, layout, waves, STREAM, index, step)
             if index in unknown:
                 layer.over_waves(ExpertWorker.tally)
-                learn(index, statistics_of_layer(group, layout, waves, index))
+                learn(index, observed(group, layout, waves, index, merged))
             trained = False
             if index not in finished:
                 own = record(index)
@@ -88,7 +89,7 @@ def _train(layer: LayerInWork, record: LayerRecord, training: Training) -> Layer
     assert record.experts is not None
     layer.calibrating.over_waves(ExpertWorker.aim)  # before the layer changes
     held_out = HeldOut(layer)
-    layer.ask_all(ExpertWorker.cut, record.experts.kept)
+    layer.ask_all(ExpertWorker.cut, record.experts)
     held_out.measure()
     for name, steps in training.steps.items():
         maps = training.names(name, layer.layer)

@@ -1,6 +1,7 @@
 """The story of `shardprune experts`: one pass over the dense model says what its experts do, then every layer is copied
 without those that matter least."""
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from math import prod
@@ -8,7 +9,7 @@ from typing import Any
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.expert_propagation import Training, parts_of_removal, remove_in_turn
-from shardprune.cluster.expert_statistics import parts_of_statistics, routed_statistics, weight_ratios
+from shardprune.cluster.expert_statistics import Observed, parts_of_statistics, routed_statistics, weight_ratios
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
@@ -30,7 +31,8 @@ from shardprune.report.result import ModelSize, Result
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.layers import Version
 from shardprune.shard.spec import WorkerSpec
-from shardprune.solvers.expert_scores import ExpertStatistics, chosen, needs_pass
+from shardprune.solvers.expert_merging import clusters
+from shardprune.solvers.expert_scores import chosen, needs_pass
 from shardprune.storage.output_names import EXPERTS
 from shardprune.storage.records import KeptExperts, LayerRecord
 from shardprune.storage.windows import tokens_hash
@@ -143,9 +145,9 @@ class ExpertsRun:
             waves = Waves(prepared.calibration, layout.replicas, prepared.wave)
             parts = parts_of_statistics(waves, layers, prepared.streamed)
             with self.clock.phase("observe"), self.reporter.step("observe", parts) as step:
-                routed = routed_statistics(group, layout, waves, layers, prepared.streamed, step)
-            tokens = tokens_hash(prepared.calibration)
-            self.statistics = replace(self.statistics, routed=routed, tokens_sha256=tokens)
+                found = routed_statistics(group, layout, waves, layers, prepared.streamed, self.recipe.merge, step)
+            self.statistics = replace(self.statistics, tokens_sha256=tokens_hash(prepared.calibration))
+            self._know(found)
         else:
             with self.clock.phase("observe"), self.reporter.step("observe", len(layers)) as step:
                 self.statistics = replace(self.statistics, ratios=weight_ratios(group, layout, layers, step))
@@ -176,8 +178,8 @@ class ExpertsRun:
         def names(step: str, index: int) -> tuple[str, ...]:
             return self.fewer.routers(index) if step == "router" else self.fewer.reduced.family.kinds[index].projections
 
-        def learn(index: int, own: ExpertStatistics) -> None:
-            self.statistics = replace(self.statistics, routed={**self.statistics.routed, index: own})
+        def learn(index: int, own: Observed) -> None:
+            self._know({index: own})
             self.state.learn(digests(group, layout))
             self.journal.folder.write_text(EXPERTS, self.statistics.written())
 
@@ -185,7 +187,7 @@ class ExpertsRun:
         parts = parts_of_removal(waves, layout, finished, unknown, trained, len(steps))
         training = Training(steps, names) if steps else None
         with self.clock.phase("remove"), self.reporter.step("remove experts", parts) as step:
-            remove_in_turn(group, layout, waves, finished, unknown, learn, self._record, training, step)
+            remove_in_turn(group, layout, waves, finished, unknown, recipe.merge, learn, self._record, training, step)
         self.state.learn(digests(group, layout))
 
     def _measure(self, group: Group, layout: Layout, when: When, version: Version) -> None:
@@ -229,7 +231,14 @@ class ExpertsRun:
     @property
     def _scored(self) -> bool:
         """Whether what the score looks at is known."""
-        return self.statistics.has(self.recipe.score, self.fewer.mixture.layers)
+        return self.statistics.has_scores(self.recipe.score, self.fewer.mixture.layers)
+
+    def _know(self, found: Mapping[int, Observed]) -> None:
+        """Add what was seen of the experts of some layers to the statistics."""
+        routed = {layer: own.routed for layer, own in found.items()}
+        apart = {layer: own.apart for layer, own in found.items() if own.apart is not None}
+        known = self.statistics
+        self.statistics = replace(known, routed=known.routed | routed, distances=known.distances | apart)
 
     def _known_statistics(self) -> StatisticsFile:
         """Return what an earlier attempt has left, or the statistics that are given."""
@@ -245,18 +254,29 @@ class ExpertsRun:
         known = self.recipe.protect and self.recipe.propagate == "dense"  # else not before the last layer
         return self.statistics.super_experts() if known else {}
 
-    def _kept(self) -> dict[int, tuple[int, ...]]:
+    def _kept(self) -> dict[int, KeptExperts]:
         """Return the experts that each layer keeps."""
-        mixture, protected = self.fewer.mixture, self._protected()
-        return {
-            layer: chosen(scores, self.fewer.kept, mixture.groups, protected.get(layer, ()))
-            for layer, scores in self.statistics.scores(self.recipe.score).items()
-        }
+        protected, scores = self._protected(), self.statistics.scores(self.recipe.score)
+        return {layer: self._kept_of(layer, own, protected.get(layer, frozenset())) for layer, own in scores.items()}
+
+    def _kept_of(self, layer: int, scores: list[float], protected: frozenset[int]) -> KeptExperts:
+        """Return the experts that a layer keeps by the scores of all."""
+        count, mixture = self.fewer.kept, self.fewer.mixture
+        if not self.recipe.merge:
+            return KeptExperts(chosen(scores, count, mixture.groups, protected), mixture.experts)
+        tokens = self.statistics.routed[layer].tokens
+        found = clusters(self.statistics.distances[layer], scores, count, mixture.groups, protected)
+        weights = [[tokens[expert] for expert in members] for members in found.values()]
+        return KeptExperts(
+            tuple(found),
+            mixture.experts,
+            tuple(found.values()),
+            tuple(tuple(own) if any(own) else (1,) * len(own) for own in weights),
+        )
 
     def _record(self, index: int) -> LayerRecord:
         """Return the record of a layer that is to be written, whose statistics are known."""
-        kept = self._kept().get(index)
-        return LayerRecord(index, experts=KeptExperts(kept, self.fewer.mixture.experts) if kept else None)
+        return LayerRecord(index, experts=self._kept().get(index))
 
     def _result(self) -> Experts:
         """Return what the result says of the experts."""
@@ -266,11 +286,12 @@ class ExpertsRun:
         layers = [
             ExpertsOfLayer(
                 layer=layer,
-                kept=list(own),
+                kept=list(own.kept),
+                members=[list(members) for members in own.members] or None,
                 protected=sorted(protected.get(layer, ())),
                 scores=scores[layer],
                 tokens=list(routed[layer].tokens) if layer in routed else None,
-                lost=routed[layer].lost(own) if layer in routed else None,
+                lost=routed[layer].lost(own.kept) if layer in routed and not own.members else None,
                 trained=[
                     ExpertTraining(**{name: getattr(step, name) for name in ExpertTraining.model_fields})
                     for step in records[layer].improvements

@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from shardprune.commands.conversion import Conversion, convert
 from shardprune.errors import InputError, StorageError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.exports import Export, open_export, open_weights, stored_as
 from shardprune.model.semi_structured import compressible
-from shardprune.recipes.export import ExportRecipe
+from shardprune.recipes.export import LOSSLESS, ExportRecipe
 from shardprune.report.progress import Reporter
 from shardprune.storage.byte_planes import codec
 from shardprune.storage.digests import digest_of
@@ -25,16 +26,20 @@ from shardprune.storage.sparse_file import belongs, write_sparse
 GOES_ALONG = (RESULT, *BESIDE, CARD, "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md")
 
 
-def export(recipe: ExportRecipe, reporter: Reporter | None = None) -> Export:
-    """Write a checkpoint in another form, or with `restore` an export's checkpoint; return what `export.json` says.
+def export(recipe: ExportRecipe, reporter: Reporter | None = None) -> Export | Conversion:
+    """Write a checkpoint in another form, or with `restore` an export's checkpoint; return what `export.json` or, in
+    the format of an engine, `conversion.json` says.
 
     The same command goes on where it was cut off.
 
     Raises:
         InputError: something in the recipe cannot work; nothing has been written then.
+        ConversionError: a converter refuses the checkpoint.
         StorageError: storage stays away, a file is damaged, or the checkpoint changed meanwhile.
     """
     reporter = reporter or Reporter()
+    if recipe.format not in LOSSLESS:
+        return convert(recipe, reporter)
     return _restore(recipe, reporter) if recipe.restore else _export(recipe, reporter)
 
 
@@ -84,7 +89,7 @@ def _planned(source: Checkpoint, recipe: ExportRecipe) -> Export:
     identity = [source.identity(), plain, recipe.format, recipe.compression]
     return Export(
         fingerprint=digest_of(dump_json(identity).encode()),
-        format=recipe.format,
+        format=recipe.format,  # type: ignore[arg-type]  # the recipe has the engines', too
         compression=recipe.compression,
         files=files,
         semi_structured=two_four,

@@ -425,8 +425,10 @@ def _given_statistics(recipe: LayerRecipe, checkpoint: Checkpoint, fewer: FewerE
     assert fewer is not None
     folder = Folder(absolute(recipe.statistics), "statistics")
     found = read_statistics(folder, checkpoint.identity(), fewer.mixture)
-    if needs_pass(recipe.score) and not found.has(recipe.score, fewer.mixture.layers):
+    if needs_pass(recipe.score) and not found.has_scores(recipe.score, fewer.mixture.layers):
         raise InputError("statistics", f"{folder.url} has made no whole pass, and score {recipe.score} needs one")
+    if recipe.merge and not found.has_distances(fewer.mixture.layers):
+        raise InputError("statistics", f"{folder.url} has no distances between outputs; give that of a run with merge")
     if found.propagated != "dense":
         raise InputError("statistics", f"{folder.url} has those of layers behind cut ones, which fit no other cut")
     return found

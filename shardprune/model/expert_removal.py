@@ -6,7 +6,6 @@ makes: no name of a router, a bias or a buffer is written down here.
 
 import copy
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm, prod
@@ -18,10 +17,12 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.config_file import CONFIG, language_config, parse_config, with_changes
+from shardprune.model.expert_averages import average, rows_of
 from shardprune.model.pruning_job import ExpertRemoval, PruningJob
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.expert_scores import kept_of
 from shardprune.storage.json_file import dump_json
+from shardprune.storage.records import KeptExperts
 from shardprune.storage.stacks import Place
 
 # The names that configs have for the number of experts; some have two, and every reader looks at its own.
@@ -204,25 +205,28 @@ class FewerExperts:
         """Return the shapes of a layer's tensors as they become, by their names within it."""
         return {_inside(self.reduced, index, name): s for name, s in self.reduced.layer_tensors(index).items()}
 
-    def tensor(self, index: int, name: str, kept: Sequence[int]) -> Tensor | None:
+    def tensor(self, index: int, name: str, experts: KeptExperts | None) -> Tensor | None:
         """Return a tensor of a layer that keeps some experts, in its stored dtype; None where it stays what it is.
 
         Args:
             name: within the layer, of the new model.
-            kept: the experts that stay, ascending; the first of them becomes expert 0.
+            experts: those that stay, ascending, the first of which becomes expert 0, or averages in their places; None
+                for a layer that has none.
         """
         prefix = f"{self.skeleton.family.layers}.{index}."
         path = self.mixture.layers.get(index)
         if path is None:
             return None
+        assert experts is not None
         if (place := _expert(name, path)) is not None:
-            source = f"{path}.{kept[int(place)]}.{name.removeprefix(f'{path}.{place}.')}"
-            return self.checkpoint.read(prefix + source)
+            part = name.removeprefix(f"{path}.{place}.")
+            return average(
+                experts.sources(int(place)), lambda expert: self.checkpoint.read(f"{prefix}{path}.{expert}.{part}")
+            )
         dimension = self._sliced[index].get(name)
         if dimension is None:
             return None
-        stored = self.checkpoint.read(prefix + name)
-        return stored.index_select(dimension, torch.tensor(kept)).contiguous()
+        return rows_of(self.checkpoint.read(prefix + name), dimension, experts, name.startswith(f"{path}."))
 
     @cached_property
     def _sliced(self) -> dict[int, dict[str, int]]:

@@ -33,6 +33,7 @@ class StatisticsFile:
         propagated: what the layers saw in the pass: dense activations, or those behind layers that were cut.
         routed: sums over routed tokens, by layer, where there was a pass.
         ratios: mean |w| / rms(w) of each expert's weights, by layer, where they were looked at.
+        distances: between the mean outputs of every two experts, by layer, where experts were merged.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
@@ -43,6 +44,7 @@ class StatisticsFile:
     propagated: Literal["dense", "pruned"] = "dense"
     routed: dict[Layer, ExpertStatistics] = field(default_factory=dict)
     ratios: dict[Layer, tuple[float, ...]] = field(default_factory=dict)
+    distances: dict[Layer, tuple[float, ...]] = field(default_factory=dict)
 
     def scores(self, score: ExpertScore) -> dict[int, list[float]]:
         """Return the scores of all experts by layer; the lowest go first."""
@@ -50,9 +52,13 @@ class StatisticsFile:
             return {layer: list(ROUTED[score](own)) for layer, own in self.routed.items()}
         return {layer: [-ratio for ratio in own] for layer, own in self.ratios.items()}
 
-    def has(self, score: ExpertScore, layers: Collection[int]) -> bool:
+    def has_scores(self, score: ExpertScore, layers: Collection[int]) -> bool:
         """Return whether there is what a score looks at, of all these layers."""
         return {*layers} <= (self.routed if score in ROUTED else self.ratios).keys()
+
+    def has_distances(self, layers: Collection[int]) -> bool:
+        """Return whether there are distances between the experts of all these layers."""
+        return {*layers} <= self.distances.keys()
 
     def super_experts(self) -> dict[int, frozenset[int]]:
         """Return the experts with extreme outputs by layer; none are known without a pass."""
@@ -71,8 +77,11 @@ def _plain(statistics: StatisticsFile) -> dict[str, object]:
     names = ("version", "model", "tokens_sha256", "propagated")
     fields = {name: getattr(statistics, name) for name in names}
     routed = {str(layer): vars(own) for layer, own in sorted(statistics.routed.items())}
-    ratios = {str(layer): own for layer, own in sorted(statistics.ratios.items())}
-    return {**fields, "routed": routed, "ratios": ratios}
+    by_layer = {
+        name: {str(layer): own for layer, own in sorted(getattr(statistics, name).items())}
+        for name in ("ratios", "distances")
+    }
+    return {**fields, "routed": routed, **by_layer}
 
 
 def read_statistics(folder: Folder, model: str, mixture: Mixture) -> StatisticsFile:
@@ -91,10 +100,13 @@ def read_statistics(folder: Folder, model: str, mixture: Mixture) -> StatisticsF
         found = fitting(unsealed(folder.read_json(EXPERTS)), StatisticsFile)
     if found.model != model:
         raise InputError(folder.field, f"{place} is of another model")
-    for own in (found.routed, found.ratios):
+    for own in (found.routed, found.ratios, found.distances):
         if not own.keys() <= mixture.layers.keys():
             raise InputError(folder.field, f"{place} has other layers than the model")
     lists = [column for own in found.routed.values() for column in vars(own).values()]
     if any(len(column) != mixture.experts for column in (*lists, *found.ratios.values())):
         raise InputError(folder.field, f"{place} does not have the {mixture.experts} experts of every layer")
+    pairs = mixture.experts * (mixture.experts - 1) // 2
+    if any(len(own) != pairs or not min(own, default=0) >= 0 for own in found.distances.values()):
+        raise InputError(folder.field, f"{place} has no distances between the {mixture.experts} experts of every layer")
     return found

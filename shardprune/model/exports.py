@@ -14,7 +14,7 @@ from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import fitting
 from shardprune.storage.malformed import located, shown
 from shardprune.storage.manifest import FileRecord
-from shardprune.storage.output_names import EXPORT, RESULT
+from shardprune.storage.output_names import CONVERSION, EXPORT, RESULT
 from shardprune.storage.sealed_json import sealed_fields, unsealed
 from shardprune.storage.sparse_file import Compression, SparseFile
 
@@ -80,6 +80,9 @@ def open_export(place: str, field: str = "model") -> tuple[Folder, Export]:
         InputError: there is none, it is not finished, or `export.json` is damaged; names `field`.
     """
     folder = Folder(locate(place, field), field)
+    if folder.is_file(CONVERSION):
+        reason = "holds a model in the format of an engine, from which no way leads back; give its checkpoint"
+        raise InputError(field, f"{place!r} {reason}")
     if not folder.is_file(EXPORT):
         raise InputError(field, f"{place!r} holds no {EXPORT}: give the directory of an export")
     with located(field, f"{folder.url}/{EXPORT}"):

@@ -2,20 +2,21 @@
 
 transformers does not run them, other engines do, with the same number of experts. They keep the experts that the
 model's last layer with experts keeps, for they have no pass of their own. A tensor is known by the end of its name,
-which is that of a tensor within that layer.
+which is that of a tensor within that layer. Where experts are merged, so are theirs, by the same averages.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.expert_averages import Sources, average, rows_of
 from shardprune.model.expert_removal import FewerExperts
 from shardprune.model.experts import STACKS
 from shardprune.storage.journal import Cut, Journal
+from shardprune.storage.records import KeptExperts
 from shardprune.storage.safetensors_file import StoredTensor
 
 
@@ -58,11 +59,11 @@ class FurtherLayers:
         """Return the dimension of experts of a tensor that has one; None for others."""
         return next((dimension for end, dimension in self._ends.items() if f".{name}".endswith(f".{end}")), None)
 
-    def write(self, journal: Journal, kept: Sequence[int]) -> None:
-        """Write the frame, and the further layers with the experts `kept`: copies, byte by byte.
+    def write(self, journal: Journal, experts: KeptExperts) -> None:
+        """Write the frame, and the further layers with some experts: copies, byte by byte, and averages.
 
         Args:
-            kept: the experts that the model's last layer with experts keeps.
+            experts: those that the model's last layer with experts keeps.
         """
         checkpoint, frame = self._checkpoint, self._fewer.skeleton.tensors()
         copied: dict[str, StoredTensor] = {}
@@ -72,19 +73,34 @@ class FurtherLayers:
             if name in frame:
                 copied[stored] = checkpoint.stored(name)
             elif own := self._own.fullmatch(name):
-                if (expert := int(own[1])) in kept:
-                    place = f"{stored[: own.start(1)]}{kept.index(expert)}{stored[own.end(1) :]}"
-                    copied[place] = checkpoint.stored(name)
+                if (expert := int(own[1])) in experts.kept:
+                    number = experts.kept.index(expert)
+                    place, sources = f"{stored[: own.start(1)]}{number}{stored[own.end(1) :]}", experts.sources(number)
+                    if len(sources) == 1:
+                        copied[place] = checkpoint.stored(name)
+                    else:
+                        entry = checkpoint.entries[name]
+                        cut[place] = Cut(entry.dtype, entry.shape, _averaged(checkpoint, own, sources))
             elif (dimension := self._dimension(name)) is not None:
                 entry = checkpoint.entries[name]
-                shape = (*entry.shape[:dimension], len(kept), *entry.shape[dimension + 1 :])
-                cut[stored] = Cut(entry.dtype, shape, _rows(checkpoint, name, dimension, kept))
+                shape = (*entry.shape[:dimension], len(experts.kept), *entry.shape[dimension + 1 :])
+                inside = f".{self._fewer.mixture.layers[self._last]}." in f".{name}"
+                cut[stored] = Cut(entry.dtype, shape, _rows(checkpoint, name, dimension, experts, inside))
             else:
                 copied[stored] = checkpoint.stored(name)
         journal.copy_frame(copied, cut)
         checkpoint.check_unchanged(self._outside)
 
 
-def _rows(checkpoint: Checkpoint, name: str, dimension: int, kept: Sequence[int]) -> Callable[[], Tensor]:
-    """Return a function that reads the rows of the kept experts of a tensor."""
-    return lambda: checkpoint.read(name).index_select(dimension, torch.tensor(kept)).contiguous()
+def _averaged(checkpoint: Checkpoint, own: re.Match[str], sources: Sources) -> Callable[[], Tensor]:
+    """Return a function that reads the average of tensors of several experts; the number of one is in its match."""
+    before, behind = own.string[: own.start(1)], own.string[own.end(1) :]
+    return lambda: average(sources, lambda expert: checkpoint.read(f"{before}{expert}{behind}"))
+
+
+def _rows(
+    checkpoint: Checkpoint, name: str, dimension: int, experts: KeptExperts, inside: bool
+) -> Callable[[], Tensor]:
+    """Return a function that reads the rows that some experts leave of a tensor, which is `inside` them or a
+    router's."""
+    return lambda: rows_of(checkpoint.read(name), dimension, experts, inside)

@@ -144,13 +144,15 @@ class PathRemoval:
 @dataclass(frozen=True)
 class ExpertRemoval:
     """Experts that go from every layer that has some, those with the lowest `score`: a share of them, as far as the
-    rest is a multiple of `multiple`, or all but `keep`. With `protect`, experts with extreme outputs stay."""
+    rest is a multiple of `multiple`, or all but `keep`. With `protect`, experts with extreme outputs stay. With
+    `merge`, experts whose outputs are alike become one, and none goes."""
 
     score: ExpertScore
     remove: float | None
     keep: int | None
     multiple: int
     protect: bool
+    merge: bool = False
 
 
 @dataclass(frozen=True)

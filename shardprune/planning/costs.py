@@ -90,6 +90,11 @@ class Costs:
         """The costs of the sums behind error curves, which are Gram matrices whatever the run itself takes."""
         return replace(self, task=replace(self.task, kind="gram", improving=NOTHING))
 
+    @property
+    def of_experts(self) -> "Costs":
+        """The costs of the pass that looks at experts, all of which compute every token where they are merged."""
+        return replace(self, task=replace(self.task, everywhere=True)) if self.task.merged else self
+
     # -- waves --------------------------------------------------------------------------------------------------
 
     def wave_bytes(self, sequences: int) -> int:
@@ -104,7 +109,18 @@ class Costs:
         # Experts get few tokens each: reading their weights and launching their kernels is no small part.
         weights = self._touched(shape.expert_weights * task.itemsize)
         kernels = (KERNELS + EXPERT_KERNELS * shape.experts) * (KERNEL_SECONDS if self.row.gpu else 0.0)
-        return max(products, weights) + self._touched(temporaries) + kernels
+        seconds = max(products, weights) + self._touched(temporaries) + kernels
+        return seconds + self._everywhere(tokens) if task.everywhere and shape.experts else seconds
+
+    def _everywhere(self, tokens: int) -> float:
+        """Return the seconds of every expert's output for all tokens, and of the sums over these in float64."""
+        model, itemsize = self.task.model, self.task.itemsize
+        shape = model.shape
+        products = 2 * tokens * shape.expert_weights / self._products
+        weights = self._touched(shape.expert_weights * itemsize)
+        outputs = self._touched(shape.experts * tokens * model.hidden * (4 * itemsize + 16))
+        kernels = EXPERT_KERNELS * shape.experts * (KERNEL_SECONDS if self.row.gpu else 0.0)
+        return max(products, weights) + outputs + kernels
 
     def embed(self, sequences: int) -> float:
         count = self.wave_bytes(sequences)
@@ -358,11 +374,23 @@ class Costs:
         return min(shards, len(layout.shards)) * self.layer_bytes / self.row.storage
 
     def copy_layer(self) -> float:
-        """Return the seconds to read the layer's tensors that stay where experts go, and to write them, while all
+        """Return the seconds to read the layer's tensors that stay where experts go, or all where they are merged,
+        and to write those that stay, while all
         workers of the node do so with theirs."""
-        assert self.task.model.fewer is not None
-        together = min(self.places.per_node, self.setup.layout.workers)
-        return together * 2 * self.task.model.fewer.layer * self.task.stored / self.row.storage
+        model = self.task.model
+        assert model.fewer is not None
+        read = model.layer if self.task.merged else model.fewer.layer
+        return self._together * (read + model.fewer.layer) * self.task.stored / self.row.storage
+
+    def ratios(self) -> float:
+        """Return the seconds to read the weights of the layer's experts for their own sake, while all workers of the
+        node do so with theirs."""
+        return self._together * self.task.model.shape.expert_weights * self.task.stored / self.row.storage
+
+    @property
+    def _together(self) -> int:
+        """Workers of a node that read and write at the same time."""
+        return min(self.places.per_node, self.setup.layout.workers)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

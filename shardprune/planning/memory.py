@@ -155,13 +155,33 @@ class WorkerMemory:
     def _remove_experts(self, fewer: Model) -> Iterator[Moment]:
         """Yield the moments of a pass that looks at the experts, whose sums are few, and of copying a layer without
         some of them, one tensor after the other, beside resident layers."""
-        kept = self.task.kept_bytes(self.sequences) if self.setup.streamed else 0
-        frame = 0 if self.setup.streamed else self._resident_frame()
-        if self.first:
-            yield from self._embed("observe", kept, again=bool(self.task.sources))
-        yield self._moment("observe", "forward", self._held() + frame, self._forward(), kept=kept)
-        resident = 0 if self.setup.streamed else self._held() + frame
-        yield self._moment("write", "copy", resident + fewer.largest * self.task.stored)
+        task, streamed = self.task, self.setup.streamed
+        kept = task.kept_bytes(self.sequences) if streamed else 0
+        passed = task.scores == "pass"
+        resident = 0 if streamed or not (passed or task.sources) else self._held() + self._resident_frame()
+        if passed:
+            if self.first:
+                yield from self._embed("observe", kept, again=bool(task.sources))
+            held = self._held() + (0 if streamed else self._resident_frame())
+            tokens = min(task.wave, self.sequences) * task.seqlen
+            # The tokens as an expert gets them, and what comes of them.
+            alone = 2 * tokens * self.model.hidden * task.itemsize if task.merged else 0
+            yield self._moment("observe", "forward", held, self._forward() + alone, self._outputs(), kept=kept)
+        elif task.scores == "weights":
+            # A tensor in float32, its magnitudes, and these in float64 while they are summed up.
+            yield self._moment("observe", "ratios", resident, workspace=self.model.largest * (task.stored + 16))
+        # Of an average: two tensors as they are stored, one of them in float64, and the sum.
+        copied = fewer.largest * (2 * task.stored + 16 if task.merged else task.stored)
+        yield self._moment("write", "merge" if task.merged else "copy", resident + copied)
+
+    def _outputs(self) -> int:
+        """Return the bytes of the sums of all experts' outputs where these are merged: of all layers of a resident
+        shard, or of one; beside them stand those of a wave, twice."""
+        if not self.task.merged:
+            return 0
+        shapes = [self.model.shapes[index] for index in self.layers]
+        counts = [shape.experts for shape in shapes]
+        return 8 * self.model.hidden * ((max(counts) if self.setup.streamed else sum(counts)) + 2 * max(counts))
 
     def curve_bytes(self) -> int:
         """Return the bytes of what is kept for error curves: what enters every layer, and the gradients in float32."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 else:
     HardwareName = Literal[tuple(HARDWARE)]
 
+ScoreSource = Literal["pass", "statistics", "weights"]  # of experts
 NOTHING_IS_ZEROED = "does not go with experts that are removed, where no weight becomes zero; leave it out"
 ANY_SPARSITY = 0.5  # if none is given: no size depends on it
 SIZE, RATE = "a size such as 80GB or 640GiB", "a rate such as 25GB/s or 100Gbit/s"
@@ -144,6 +145,10 @@ class RemovedExperts(Settings):
     keep_experts: int | None = Field(
         None, ge=1, description="Plan `experts` instead of `prune`: number of experts that each layer keeps"
     )
+    merge_experts: bool = Field(False, description="With fewer experts: those whose outputs are alike are merged")
+    expert_scores: ScoreSource = Field(
+        "pass", description="With fewer experts: scores are from a pass, given statistics, or weights (aimer)"
+    )
 
     @model_validator(mode="after")
     def _one_amount(self) -> "RemovedExperts":
@@ -152,6 +157,10 @@ class RemovedExperts(Settings):
             raise InputError("remove_experts", f"{share:g} is not allowed; use a number above 0 and below 1")
         if share is not None and number is not None:
             raise InputError("keep_experts", f"{number} does not go with remove_experts {share:g}; give one of them")
+        asked = share is not None or number is not None
+        self.needs("remove_experts or keep_experts", asked, "merge_experts", "expert_scores")
+        if self.merge_experts and self.expert_scores == "weights":
+            raise InputError("merge_experts", "does not go with expert_scores weights, which need no tokens")
         return self
 
     @property
@@ -161,7 +170,7 @@ class RemovedExperts(Settings):
         if self.remove_experts is None and self.keep_experts is None:
             return None
         score, multiple = (ExpertFields.model_fields[name].default for name in ("score", "multiple"))
-        return ExpertRemoval(score, self.remove_experts, self.keep_experts, multiple, protect=True)
+        return ExpertRemoval(score, self.remove_experts, self.keep_experts, multiple, True, self.merge_experts)
 
 
 class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
@@ -184,7 +193,8 @@ class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
         if not isinstance(values, dict):
             return values
         kept = {name: value for name, value in values.items() if name in cls.model_fields or name not in cls.ignored}
-        if any(kept.get(name) is not None for name in RemovedExperts.model_fields) and kept.get("sparsity") is not None:
+        fewer = any(kept.get(name) is not None for name in ("remove_experts", "keep_experts"))
+        if fewer and kept.get("sparsity") is not None:
             raise InputError("sparsity", f"{kept['sparsity']} {NOTHING_IS_ZEROED}")
         fixed = re.fullmatch(r"\d+:\d+", str(kept.get("pattern")))
         return kept if fixed or kept.get("sparsity") is not None else {**kept, "sparsity": ANY_SPARSITY}
@@ -201,6 +211,7 @@ class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
             value = getattr(self, field)
             if field != "sparsity" and value != type(self).model_fields[field].default:
                 raise InputError(field, f"{value!r} {NOTHING_IS_ZEROED}")
+        self.needs("a pass: expert_scores are there already", self.expert_scores == "pass", "calibration")
         if self.propagation == "parallel":
             raise InputError("propagation", "'parallel' does not go with experts that are removed; leave it out")
         return self

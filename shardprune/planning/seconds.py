@@ -75,14 +75,22 @@ class Expected:
         """Return the phases where experts are removed: shards read as the first wave comes to them, then every worker
         copies a part of its shard's layers."""
         costs, model, replicas = self.costs, self.task.model, self.layout.replicas
-        looked_at = 1 + max(index for index, shape in enumerate(model.shapes) if shape.experts)
+        mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
+        looked_at = 1 + mixtures[-1] if self.task.scores == "pass" else 0
         if self.setup.streamed:
-            load = self._reads(passes)
+            load = self._reads(passes - (not looked_at)) if passes or looked_at else 0.0
         else:
             read = range(model.layers if passes else looked_at)
             load = self._over(read, lambda one: costs.read(one.task.model.layer))
-        load += costs.read(model.embedding) + (costs.read(model.head) if passes else 0.0)
-        observe = self._pass(self.task.samples, looked_at)
+        load += costs.read(model.embedding) if passes or looked_at else 0.0
+        load += costs.read(model.head) if passes else 0.0
+        observe = Expected(costs.of_experts)._pass(self.task.samples, looked_at) if looked_at else 0.0
+        if self.task.scores == "weights":
+            observe = max(
+                self._over([layer for layer in mixtures[replica::replicas] if layer in shard], _ratios)
+                for shard in self.layout.shards
+                for replica in range(replicas)
+            )
         write = max(
             self._over(shard[replica::replicas], lambda one: one.costs.copy_layer())
             for shard in self.layout.shards
@@ -313,6 +321,10 @@ class Expected:
         if self.setup.streamed:
             return (passes + 1) * layer(self.at(0))
         return self._longest(layer)
+
+
+def _ratios(one: Expected) -> float:
+    return one.costs.ratios()
 
 
 def _shared(seconds: Sequence[float], workers: int) -> float:

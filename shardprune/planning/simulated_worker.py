@@ -91,11 +91,17 @@ def _embed(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _forward(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    wave, _, _, record, stop, _ = args
+    wave, _, _, record, stop, observed = args
     sequences = worker.size_of(wave)
     layers = [layer for layer in worker.layers if layer < stop]
     kept = sum(worker.costs.put(sequences) for layer in worker.layers if layer in record)
-    return worker.costs.forward(sequences, layers) + kept, None, worker.costs.wave_bytes(sequences)
+    costs = worker.costs.of_experts if observed else worker.costs
+    return costs.forward(sequences, layers) + kept, None, worker.costs.wave_bytes(sequences)
+
+
+def _propagate(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    costs = worker.costs.of_experts if args[-1] else worker.costs
+    return costs.propagate(worker.size_of(args[1])), None, 0
 
 
 def _of_wave(seconds: Callable[[Costs, int], float]) -> Callable[[Worker, tuple[Any, ...]], Cost]:
@@ -279,6 +285,17 @@ def _tallies(worker: Worker, args: tuple[Any, ...]) -> Cost:
     return 0.0, repeat(torch.zeros(len(SUMS) + 1, worker.costs.task.model.shape.experts, dtype=torch.float64)), 0
 
 
+def _outputs(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    """Sums of a vector for each expert."""
+    model = worker.costs.task.model
+    sums = torch.zeros(model.shape.experts, model.hidden, dtype=torch.float64)
+    return 0.0, (sums, 1), sums.nbytes
+
+
+def _ratios(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.ratios(), [1.0] * worker.costs.task.model.shape.experts, 0
+
+
 def _copy_layer(worker: Worker, args: tuple[Any, ...]) -> Cost:
     fewer = worker.costs.task.model.fewer
     assert fewer is not None
@@ -328,7 +345,7 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.forward: Row(_forward, reads="passed"),
     ForwardWorker.put: Row(_put),
     ForwardWorker.take: Row(_take),
-    ForwardWorker.propagate: Row(_of_wave(Costs.propagate), reads="layer"),
+    ForwardWorker.propagate: Row(_propagate, reads="layer"),
     ForwardWorker.losses: Row(_losses, frame="head"),
     ForwardWorker.fork: Row(_fork),
     ForwardWorker.discard: Row(),
@@ -364,6 +381,8 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.written: Row(_written),
     PruneWorker.finish: Row(_finish),
     ExpertWorker.tallies: Row(_tallies),
+    ExpertWorker.outputs: Row(_outputs),
+    ExpertWorker.ratios: Row(_ratios),
     ExpertWorker.write: Row(_copy_layer),
     ExpertWorker.finish: Row(),
     # Accounts are no work, and not verbs.
@@ -381,7 +400,6 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
         NarrowedLayers.choice,
         NarrowedLayers.install_narrowed,
         ExpertWorker.tally,
-        ExpertWorker.ratios,
         ExpertWorker.cut,
         PruneWorker.compare,
         PruneWorker.rebuild,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shardprune.cluster.error_curves import differentiate, measure
-from shardprune.cluster.expert_statistics import routed_statistics
+from shardprune.cluster.expert_statistics import routed_statistics, weight_ratios
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Ref
 from shardprune.cluster.observing import Observation, observe
@@ -230,14 +230,19 @@ def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
 
 
 def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, output: Reporter) -> None:
-    """Look at the experts of the dense model, and copy every layer without those that go."""
+    """Look at the experts of the dense model, or at their weights, and copy every layer without those that go."""
     layout, model = group.setup.layout, group.task.model
     mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
+    task = group.task
     with group.phase("observe"), output.step("observe", 0) as step:
-        routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, step)
+        if task.scores == "pass":
+            routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, task.merged, step)
+        elif task.scores == "weights":
+            weight_ratios(group, layout, mixtures, step)
+            group.read += sum(model.shapes[index].expert_weights for index in mixtures)
     with group.phase("write"), output.step("remove experts", 0) as step:
         write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
-    group.read += sum(shape.elements for shape in fewer.shapes)
+    group.read += sum(shape.elements for shape in (model if task.merged else fewer).shapes)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:

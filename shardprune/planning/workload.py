@@ -16,7 +16,7 @@ from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import check_class
-from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.recipe import PlanRecipe, ScoreSource
 from shardprune.planning.shapes import Input, LayerShape
 from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import NOTHING, Improving
@@ -228,6 +228,9 @@ class Task:
         improving: further steps on every layer.
         curves: error curves are measured before.
         all_tokens: add to the sums of every expert.
+        scores: of experts, where some go: those of a pass, given ones, or those of weights.
+        merged: experts become averages.
+        everywhere: every expert computes its output for all tokens, too.
     """
 
     model: Model
@@ -245,6 +248,9 @@ class Task:
     improving: Improving = NOTHING
     curves: bool = False
     all_tokens: bool = False
+    scores: ScoreSource = "pass"
+    merged: bool = False
+    everywhere: bool = False
 
     def at(self, index: int) -> "Task":
         """Return the task as seen at a layer."""
@@ -291,7 +297,10 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         itemsize=model.stored.itemsize if narrow else 4,
         improving=recipe.measured,
     )
-    return task if model.fewer is None else replace(task, kind=None, errors=False, improving=NOTHING)
+    if model.fewer is None:
+        return task
+    task = replace(task, scores=recipe.expert_scores, merged=recipe.merge_experts)
+    return replace(task, kind=None, errors=False, improving=NOTHING)
 
 
 def task_of(

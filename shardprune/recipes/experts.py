@@ -33,6 +33,9 @@ class ExpertFields(Settings):
     protect: bool = Field(
         True, description="Keep super experts, those with extreme outputs (not with aimer, nor with propagate pruned)"
     )
+    merge: bool = Field(
+        False, description="Merge experts whose outputs are alike, weighted by their tokens, instead of removing some"
+    )
     propagate: Literal["dense", "pruned"] = Field(
         "dense",
         description="Activations that a layer sees in the pass: the dense model's, or behind layers as they are cut",
@@ -52,6 +55,8 @@ class ExpertFields(Settings):
         if self.remove is not None and self.keep is not None:
             raise InputError("keep", f"{self.keep} does not go with remove {self.remove:g}; give one of them")
         self.needs("remove", self.remove is not None, "multiple")
+        if self.merge and not needs_pass(self.score):
+            raise InputError("merge", f"does not go with score {self.score}, which looks at no tokens; use another one")
         return self
 
 
@@ -131,7 +136,7 @@ class ExpertsRecipe(
 
     def job(self) -> PruningJob:
         """Return the job of the run that removes experts."""
-        removal = ExpertRemoval(self.score, self.remove, self.keep, self.multiple, self.protect)
+        removal = ExpertRemoval(self.score, self.remove, self.keep, self.multiple, self.protect, self.merge)
         return PruningJob(None, removal, None, measure_error=False, improving=self.improving)
 
     def shape(self) -> dict[str, Any]:

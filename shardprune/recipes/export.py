@@ -6,10 +6,11 @@ from pydantic import Field, model_validator
 
 from shardprune.errors import InputError
 from shardprune.recipes.groups import check_survives_ray_job
-from shardprune.recipes.settings import Settings
+from shardprune.recipes.settings import Settings, optional
 from shardprune.storage.locations import refuse_hub
 
-Format = Literal["sparse", "semi-structured"]
+LOSSLESS = ("sparse", "semi-structured")  # formats that lead back to the checkpoint
+CONVERTED = ("gguf", "ctranslate2", "openvino")  # formats that a converter writes, a program of another project
 
 
 class ExportFields(Settings):
@@ -18,10 +19,20 @@ class ExportFields(Settings):
     title: ClassVar[str] = "Output"
 
     to: str = Field(min_length=1, description="Directory or URL to write")
-    format: Format = Field(
-        "sparse", description="sparse: mask and values; semi-structured: 2:4, for torch's kernels when loaded"
+    format: Literal["sparse", "semi-structured", "gguf", "ctranslate2", "openvino", "torchao"] = Field(
+        "sparse",
+        description="sparse: mask and values; semi-structured: 2:4, for torch's kernels when loaded; gguf (llama.cpp), "
+        "ctranslate2, openvino: by their converters; torchao: int8 weights for transformers",
     )
     compression: Literal["none", "zstd"] = Field("none", description="Compression of mask and values")
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "int8"] = Field(
+        "auto", description="Numbers of the weights that a converter writes; auto: as in the checkpoint"
+    )
+    converter: str | None = optional(
+        "the one on PATH",
+        "Program that converts: convert_hf_to_gguf.py of llama.cpp, ct2-transformers-converter or optimum-cli",
+        min_length=1,
+    )
     restore: bool = Field(False, description="Write the checkpoint that an export was made of, to the bit")
 
 
@@ -40,4 +51,6 @@ class ExportRecipe(ExportFields):
             for name in ("format", "compression"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise InputError(name, f"{getattr(self, name)!r} has no effect with restore")
+        self.needs(f"format {' or '.join(LOSSLESS)}", self.format in LOSSLESS, "compression")
+        self.needs(f"format {', '.join(CONVERTED)}", self.format in CONVERTED, "dtype", "converter")
         return self

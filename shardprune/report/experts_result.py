@@ -23,10 +23,12 @@ class ExpertTraining(BaseModel):
 class ExpertsOfLayer(BaseModel):
     """The experts of a layer: which stayed, by their numbers in the dense model; which of these are super experts and
     were `protected`; the scores of all, and the calibration tokens that were routed to each, where there was a pass;
-    the share of the routing weight that was `lost` with those that went; and what it was `trained` by."""
+    the share of the routing weight that was `lost` with those that went; and what it was `trained` by. Where experts
+    were merged nothing is lost: each of those that stayed is the average of its `members`, itself among them."""
 
     layer: Count
     kept: list[Count]
+    members: list[list[Count]] | None = None
     protected: list[Count] = []
     scores: list[Measurement]
     tokens: list[Count] | None = None
@@ -45,3 +47,8 @@ class Experts(BaseModel):
     active_before: Positive
     active_after: Positive
     layers: list[ExpertsOfLayer]
+
+    @property
+    def merged(self) -> bool:
+        """Whether experts were merged, and none went."""
+        return any(layer.members for layer in self.layers)

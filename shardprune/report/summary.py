@@ -49,7 +49,8 @@ def what_was_done(result: Result) -> list[str]:
     if result.command == "mop" and result.structure:
         done.append(f"path {''.join(entry.step for entry in result.structure.path or ())}")
     if result.experts:
-        done.append(f"{result.experts.after} of {result.experts.before} experts by {result.experts.score}")
+        merged = ", merged" if result.experts.merged else ""
+        done.append(f"{result.experts.after} of {result.experts.before} experts by {result.experts.score}{merged}")
     if "method" in recipe and (result.sparsity is None or result.sparsity.projections):
         done.append(f"{recipe['method']} {recipe['pattern']}")
     if "rebuild_granularity" in recipe and "method" not in recipe:

@@ -91,7 +91,8 @@ def way_of(result: Result) -> Way | None:
         return None
     trained = ", trained" if recipe.get("reconstruct") else ""
     if result.experts:
-        return Way(f"experts{trained}", "", 1 - result.experts.after / result.experts.before)
+        merged = ", merged" if result.experts.merged else ""
+        return Way(f"experts{merged}{trained}", "", 1 - result.experts.after / result.experts.before)
     if result.command == "mop" and result.structure:
         steps = {entry.step for entry in result.structure.path or ()}
         return Way(f"{'depth' if steps == {'L'} else 'mop'}{trained}", "", result.model.removed)

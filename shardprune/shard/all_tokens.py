@@ -48,14 +48,14 @@ class AllTokens:
                 part = f"{path}.{name}."
                 if isinstance(expert, Expert) and any(one.startswith(part) for one in self._projections):
                     hidden, *routing = positional
-                    chosen = {key: _to(int(name), value) for key, value in keywords.items()}
+                    chosen = {key: all_to(int(name), value) for key, value in keywords.items()}
                     # Not by a call, which would run this hook again.
-                    mixture.forward(hidden, *(_to(int(name), value) for value in routing), **chosen)
+                    mixture.forward(hidden, *(all_to(int(name), value) for value in routing), **chosen)
         finally:
             self.under_way = False
 
 
-def _to(expert: int, routing: Tensor) -> Tensor:
+def all_to(expert: int, routing: Tensor) -> Tensor:
     """Return the indices or weights [tokens, chosen] of a router as [tokens, 1]: all tokens to one expert."""
     one = routing[:, :1]
     return torch.ones_like(one) if one.is_floating_point() else torch.full_like(one, expert)

@@ -13,19 +13,30 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.model.experts import DOWN, Expert, Part
+from shardprune.shard.all_tokens import all_to
 from shardprune.solvers.expert_scores import ExpertStatistics
 
 SUMS = ("tokens", "weights", "norms", "products", "squares")  # rows of a tally; the last row has the maxima
 
 
 class ExpertTally:
-    """The sums of one wave over a layer's experts, float64 [6, experts]: `SUMS`, then maxima."""
+    """The sums of one wave over a layer's experts, float64 [6, experts]: `SUMS`, then maxima.
 
-    def __init__(self, mixture: nn.Module) -> None:
-        self._mixture = mixture
+    Args:
+        everywhere: sum up what every expert gives for every token, too.
+
+    Attributes:
+        outputs: those sums, float64 [experts, hidden] on the CPU.
+        entered: the tokens that have entered the mixture.
+    """
+
+    def __init__(self, mixture: nn.Module, everywhere: bool = False) -> None:
+        self._mixture, self._everywhere = mixture, everywhere
         self._experts = {int(name): one for name, one in mixture.named_children() if isinstance(one, Expert)}
         self._routing: tuple[Tensor, Tensor] | None = None
         self._found: list[tuple[int, Tensor]] = []  # of each expert that got tokens, its column
+        self.outputs: Tensor | None = None
+        self.entered = 0
 
     @property
     def sums(self) -> Tensor:
@@ -59,11 +70,26 @@ class ExpertTally:
         _, *routing = (*positional, *keywords.values())
         (index,) = (one for one in routing if not one.is_floating_point())
         (weight,) = (one for one in routing if one.is_floating_point())
+        if self._everywhere:
+            self._add_everywhere(positional, keywords, len(index))
         self._routing = index, weight
+
+    def _add_everywhere(self, positional: Sequence[Any], keywords: dict[str, Any], tokens: int) -> None:
+        """Add the outputs of every expert for all tokens, each computed by the class's code as if all went to it."""
+        hidden, *routing = positional
+        everything = []
+        for expert in range(len(self._experts)):
+            chosen = {name: all_to(expert, one) for name, one in keywords.items()}
+            output = self._mixture.forward(hidden, *(all_to(expert, one) for one in routing), **chosen)
+            everything.append(output.flatten(0, -2).sum(0, dtype=torch.float64))
+        outputs = torch.stack(everything).cpu()
+        self.outputs = outputs if self.outputs is None else self.outputs + outputs
+        self.entered += tokens
 
     def _add(self, expert: int, output: Tensor) -> None:
         """Add the outputs [count, hidden] of one expert, before their weights, in the order of its tokens."""
-        assert self._routing is not None
+        if self._routing is None:  # every expert is computed for every token
+            return
         index, weights = self._routing
         place, token = torch.where((index == expert).t())  # the order in which every class goes through its tokens
         assert len(token) == len(output), "an expert got other tokens than are routed to it"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
+from shardprune.model.pruning_job import ExpertRemoval
 from shardprune.model.saving import write_tensors_of_layer
 from shardprune.shard.expert_tally import ExpertTally
 from shardprune.shard.forward_worker import ForwardWorker
@@ -18,7 +19,7 @@ from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.verbs import of_part, verb
 from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal
-from shardprune.storage.records import LayerRecord
+from shardprune.storage.records import KeptExperts, LayerRecord
 
 
 class ExpertWorker(ForwardWorker):
@@ -30,6 +31,7 @@ class ExpertWorker(ForwardWorker):
     def __init__(self, spec: WorkerSpec) -> None:
         super().__init__(spec)
         self._tallies: dict[int, list[Tensor]] = {}  # by layer, of one wave after the other
+        self._outputs: dict[int, tuple[Tensor, int]] = {}  # by layer, where experts are merged
         self._cut: dict[int, nn.Module] = {}  # the layer in work with the experts that it keeps, where it is trained
         self.held_out = HeldOut(self)
         self.reconstruction = Reconstruction(self)
@@ -39,7 +41,9 @@ class ExpertWorker(ForwardWorker):
         spec = self.spec
         fewer = fewer_experts_of(spec.job, self.checkpoint, self.skeleton)
         assert fewer is not None
+        assert isinstance(spec.job.removal, ExpertRemoval)
         self.fewer: FewerExperts = fewer
+        self._merging = spec.job.removal.merge
         self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, fewer.place)
         return Layers(
             self.skeleton,
@@ -71,9 +75,12 @@ class ExpertWorker(ForwardWorker):
         if sums is None or path is None:
             return super()._run(index, version, hidden)
         layer = self._layer(index, version)
-        with ExpertTally(layer.get_submodule(path)).watching() as tally:
+        with ExpertTally(layer.get_submodule(path), self._merging).watching() as tally:
             image = super()._run(index, version, hidden)
         self._tallies.setdefault(index, []).append(tally.sums)
+        if tally.outputs is not None:
+            known, count = self._outputs.get(index, (torch.zeros_like(tally.outputs), 0))
+            self._outputs[index] = known.add_(tally.outputs), count + tally.entered
         return image
 
     @verb("statistics", layer="index")
@@ -85,6 +92,12 @@ class ExpertWorker(ForwardWorker):
     def tallies(self, index: int) -> list[Tensor]:
         """Give up the tallies [6, experts] of the waves that have passed through a layer, in their order."""
         return self._tallies.pop(index)
+
+    @verb("exchange", layer="index")
+    def outputs(self, index: int) -> tuple[Tensor, int]:
+        """Give up the sums [experts, hidden] of what every expert of a layer gives for every token that has entered the
+        mixture, in the order of the waves, and the number of these tokens."""
+        return self._outputs.pop(index)
 
     @verb("solve", layer="index")
     def ratios(self, index: int) -> list[float]:
@@ -121,13 +134,13 @@ class ExpertWorker(ForwardWorker):
     broadcast = PruneWorker.broadcast
 
     @verb("read", layer="index")
-    def cut(self, index: int, kept: tuple[int, ...]) -> None:
+    def cut(self, index: int, experts: KeptExperts) -> None:
         """Build a layer with the experts that it keeps, to be trained before it is written."""
         prefix = f"{self.skeleton.family.layers}.{index}."
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             for name in self.fewer.shapes(index):
-                changed = self.fewer.tensor(index, name, kept)
+                changed = self.fewer.tensor(index, name, experts)
                 yield prefix + name, self.checkpoint.read(prefix + name) if changed is None else changed
 
         self._cut = {index: self.fewer.reduced.build_layer(index, tensors())}
@@ -141,12 +154,13 @@ class ExpertWorker(ForwardWorker):
     @verb("write", layer="index")
     def write(self, index: int, record: LayerRecord) -> int:
         """Write a layer with the experts that its record keeps, tensor by tensor: what was trained as it is now, all
-        else from the checkpoint, byte by byte; return its bytes."""
-        kept = record.experts.kept if record.experts else ()
+        else from the checkpoint, averaged where experts are merged, else byte by byte; return its bytes."""
         trained = {f"{name}.weight" for step in record.improvements if step.kept for name in step.projections}
 
         def tensor(name: str) -> Tensor | None:
-            return self._cut[index].get_parameter(name) if name in trained else self.fewer.tensor(index, name, kept)
+            if name in trained:
+                return self._cut[index].get_parameter(name)
+            return self.fewer.tensor(index, name, record.experts)
 
         return write_tensors_of_layer(
             self.journal,

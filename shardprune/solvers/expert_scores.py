@@ -14,7 +14,7 @@ An expert without tokens scores 0. Plain numbers, read without torch: a layer ha
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,9 +89,14 @@ def chosen(scores: Sequence[float], count: int, groups: int = 1, protected: Coll
     size = len(scores) // groups
     kept: list[int] = []
     for start in range(0, len(scores), size):
-        ranked = sorted(range(start, start + size), key=lambda expert: (expert not in protected, -scores[expert]))
-        kept += sorted(ranked[: count // groups])
+        kept += sorted(ranked(range(start, start + size), scores, protected)[: count // groups])
     return tuple(kept)
+
+
+def ranked(experts: Iterable[int], scores: Sequence[float], protected: Collection[int] = ()) -> list[int]:
+    """Return some experts from the highest score to the lowest, of equal ones the first before the others; those that
+    are protected come before all."""
+    return sorted(experts, key=lambda expert: (expert not in protected, -scores[expert], expert))
 
 
 def super_experts(maxima: Mapping[int, Sequence[float]]) -> dict[int, frozenset[int]]:

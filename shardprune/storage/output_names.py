@@ -6,6 +6,7 @@ EVENTS = "events.jsonl"
 OWNER = "owner.json"
 CARD = "README.md"  # of a model, as the hub reads it
 EXPORT = "export.json"  # of an export: what it is made of
+CONVERSION = "conversion.json"  # of a model in an engine's format: what it is made of
 RESTORED = "restore.json"  # while a checkpoint is made of an export
 ALLOCATION = "allocation.json"
 WRITTEN = SELF_TOKENS, SELF_RECORD = "self.npy", "self.json"  # of a text that the run's own model has written

@@ -101,12 +101,23 @@ class KeptStructures:
 
 @dataclass(frozen=True)
 class KeptExperts:
-    """The experts of a layer that it has kept, by their numbers in the dense model, which has `of` of them."""
+    """The experts of a layer that it has kept, by their numbers in the dense model, which has `of` of them.
+
+    Where experts were merged, each is the average of its `members`, itself among them, by their `weights`.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = Known
 
     kept: tuple[Count, ...]
     of: Weights
+    members: tuple[tuple[Count, ...], ...] = ()
+    weights: tuple[tuple[Count, ...], ...] = ()
+
+    def sources(self, place: int) -> tuple[tuple[int, int], ...]:
+        """Return the experts of the dense model of which the one at a place is made, each with its weight."""
+        if not self.members:
+            return ((self.kept[place], 1),)
+        return tuple(zip(self.members[place], self.weights[place], strict=True))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from shardprune import ExpertsRecipe, PipelineRecipe, experts, pipeline
 from shardprune.cli import main
 from shardprune.commands.check import check
 from shardprune.errors import InputError
+from shardprune.model.expert_removal import FewerExperts
 from shardprune.model.experts import is_mixture
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.progress import Reporter
@@ -347,6 +348,8 @@ PHASES = {
     "behind a cut layer, propagated": (ExpertWorker, "tally", 4),
     "between the statistics and the file of a layer, propagated": (ExpertWorker, "write", 1),
     "in the training of a layer, trained": (ExpertWorker, "cut", 1),
+    "when the outputs are collected, merged": (ExpertWorker, "outputs", 1),
+    "among the averages of a layer, merged": (FewerExperts, "tensor", 30),
 }
 
 
@@ -357,6 +360,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_pat
     changed |= {"weights": "streamed"} if "streamed" in phase else {}
     changed |= {"propagate": "pruned"} if "propagated" in phase else {}
     changed |= {"router_kd": 4, "reconstruct": 4} if "trained" in phase else {}
+    changed |= {"merge": True} if "merged" in phase else {}
     kind = phase.partition(", ")[2]
     plain = mixture / f"plain {kind}"
     if not plain.exists():
@@ -420,6 +424,12 @@ REFUSED = {
     "keep: 6 keeps 6 of 6 experts, so that nothing would go": {"keep": 6},
     "keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2": {"keep": 1},
     "has no effect without a pass: aimer looks at the weights alone": {"keep": 4, "score": "aimer"},
+    "merge: does not go with score aimer, which looks at no tokens; use another one": {
+        "keep": 4,
+        "score": "aimer",
+        "merge": True,
+        "calibration": ("c4",),
+    },
     "samples: 4 is too few for router_kd, which holds out some; use at least 8": {
         "keep": 4,
         "samples": 4,

@@ -56,6 +56,7 @@ SCENARIOS = (
     Scenario("mop, trained", ("mop", "model", *TEXT, "--path", "LG", "--reconstruct", "4")),
     Scenario("experts", _experts(*MEASURED)),
     Scenario("experts, propagated, trained", _experts("--propagate", "pruned", "--router-kd", "4")),
+    Scenario("experts, merged", _experts("--merge")),
     Scenario("recover", ("recover", "sparse", *TRAINING)),
     Scenario("recover, full", ("recover", "sparse", "--full", *TRAINING)),
     Scenario("evaluate", ("evaluate", "sparse", *EVALUATION)),

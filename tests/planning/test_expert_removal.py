@@ -74,6 +74,46 @@ def test_a_plan_counts_what_is_read_and_written(mixture):
     assert one.candidate.worst[0].device.statistics == 0
 
 
+SOURCES = {
+    "given": {"expert_scores": "statistics"},
+    "weights": {"expert_scores": "weights"},
+    "merged": {"merge_experts": True},
+    "merged, given": {"expert_scores": "statistics", "merge_experts": True},
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_read_follows_from_where_scores_come_from_and_what_is_made_of_experts(source, mixture):
+    fields = {"weights": "streamed", "shards": 1, "replicas": 1, "gpus": 1, "seqlen": 32, **SOURCES[source]}
+    result = plan(PlanRecipe.checked({"model": mixture, "remove_experts": 0.5, **fields}))
+    (one,) = result.plans
+    model, fewer = result.model, result.model.fewer
+    dense = sum(shape.elements for shape in model.shapes)
+    copied = dense if "merged" in source else sum(shape.elements for shape in fewer.shapes)
+    looked_at = {"given": 0, "weights": LAYERS * EXPERTS * 3 * HIDDEN * NEURONS, "merged": model.embedding + dense}
+    assert one.traffic.read == 2 * (copied + looked_at.get(source, 0))
+    assert one.traffic.written == 2 * fewer.parameters
+    assert ("observe" in one.candidate.peaks) == ("given" not in source)
+    (moment,) = [moment for phase, moment in one.candidate.peaks.items() if phase == "write"]
+    assert moment.step == ("merge" if "merged" in source else "copy")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("shards", "replicas", "streamed"), [(1, 1, False), (2, 3, True)])
+def test_the_formulae_say_what_the_driver_does_for_every_source_of_scores(source, mixture, shards, replicas, streamed):
+    costs = costs_of(mixture, shards, replicas, streamed, **SOURCES[source])
+    assert Expected(costs).phases().total == pytest.approx(simulate(costs).seconds, rel=0.1)
+
+
+def test_a_pass_that_merges_takes_every_expert_for_every_token(mixture):
+    usual, merging = (costs_of(mixture, 1, 1, True, merge_experts=merged) for merged in (False, True))
+    assert usual.of_experts is usual
+    more = merging.of_experts.layer(1) - merging.layer(1)
+    products = 2 * 32 * EXPERTS * 3 * HIDDEN * NEURONS / merging.row.products
+    assert more >= products
+    assert simulate(merging).phases["observe"] > simulate(usual).phases["observe"]
+
+
 def test_text_that_the_model_writes_is_no_reason_to_aim_at_anything(mixture):
     recipe = PlanRecipe.checked({"model": mixture, "keep_experts": 8, "seqlen": 32, "calibration": "self"})
     model = with_fewer_experts(read_model(mixture), recipe)
@@ -131,6 +171,14 @@ def test_a_page_and_its_json_say_the_same(mixture, capsys):
         ({"keep_experts": 8, "sparsity": 0.5}, "sparsity", "0.5 does not go with experts that are removed"),
         ({"keep_experts": 8, "method": "wanda"}, "method", "'wanda' does not go with experts that are removed"),
         ({"keep_experts": 8, "quality": "best"}, "quality", "'best' does not go with experts that are removed"),
+        ({"merge_experts": True, "sparsity": 0.5}, "merge_experts", "has no effect without remove_experts or keep"),
+        ({"expert_scores": "weights", "sparsity": 0.5}, "expert_scores", "has no effect without remove_experts or"),
+        ({"keep_experts": 8, "merge_experts": True, "expert_scores": "weights"}, "merge_experts", "does not go with"),
+        (
+            {"keep_experts": 8, "expert_scores": "statistics", "calibration": "self"},
+            "calibration",
+            "has no effect with",
+        ),
         ({"keep_experts": 8, "propagation": "parallel"}, "propagation", "'parallel' does not go with experts"),
         ({"keep_experts": 8, "expert_chunks": 2}, "expert_chunks", "2 does not go with experts that are removed"),
     ],

@@ -154,6 +154,35 @@ def test_text_and_axes_stand_out_in_either_scheme(browser, runs, first):
         assert all(contrast(word, behind) >= 4.5 for word in words)
 
 
+def test_a_click_on_a_heading_sorts_the_table(browser, runs):
+    outs = [str(runs.folder / name) for name in ("owl", "wanda", "mop", "composite")]
+    page = opened(browser, Path(write_comparison(outs, str(runs.folder / "sorted.html"))[0]))
+    headings = page.locator("th").all_inner_texts()
+
+    def column(name):
+        return [row.locator("td").nth(headings.index(name)).inner_text() for row in page.locator("tbody tr").all()]
+
+    def number(text):
+        return float(text.rstrip("%").replace(",", ""))
+
+    before = column("run")
+    for name in ("seconds", "zero"):
+        unsorted = column(name)
+        for way, reverse in (("ascending", False), ("descending", True)):
+            page.get_by_role("button", name=name, exact=True).click()
+            assert column(name) == sorted(unsorted, key=number, reverse=reverse)
+            assert page.locator("th[aria-sort]").all_inner_texts() == [name]
+            assert page.locator("th[aria-sort]").get_attribute("aria-sort") == way
+    page.get_by_role("button", name="size (MB)").focus()
+    page.keyboard.press("Enter")
+    assert column("size (MB)")[-1] == "-", "of the original, whose files are not known"
+    page.get_by_role("button", name="run", exact=True).click()
+    assert column("run") == sorted(before)
+    page.get_by_role("button", name="#").click()
+    assert column("run") == before
+    shot(page, "comparison-sorted")
+
+
 def test_runs_are_compared(browser, runs):
     outs = [str(runs.folder / name) for name in ("owl", "wanda", "mop", "pipeline")]
     page = opened(browser, Path(write_comparison(outs, str(runs.folder / "all.html"))[0]))

@@ -3,14 +3,16 @@
 import csv
 import json
 import re
+import shutil
 
 import pytest
 
 from shardprune import EvaluateRecipe, evaluate
 from shardprune.cli import main
 from shardprune.errors import InputError, StorageError
-from shardprune.report.page.comparison import Point, Text
+from shardprune.report.page.comparison import Point, Text, comparison_rows, points_of
 from shardprune.report.page.comparison_data import as_csv, as_json, is_generated
+from shardprune.report.page.finished_run import finished_runs
 from shardprune.report.page.place import place_of_report
 from shardprune.report.page.write import write_comparison, write_report
 from shardprune.report.progress import Reporter
@@ -174,18 +176,24 @@ def test_a_comparison_has_its_numbers_beside_it(runs, tmp_path):
     dense, owl, mop = found["models"]
     (measured,) = runs.results["owl"].perplexity.values()
     facts = {"text": "tokens.npy", "windows": measured.windows, "seqlen": 24, "tokens_sha256": measured.tokens_sha256}
+    unmeasured = {"decode_tokens_per_second": None, "decode_of_dense": None, "accuracy": None, "tasks": 0}
     base = {"run": "model", **facts, "perplexity": measured.before, "compression": 0.0, "seconds": 0.0}
-    assert dense == base
+    assert dense == {**base, "method": "", "removed": 0.0, "zeroed": 0.0, "bytes": None, **unmeasured}
     size = runs.results["owl"].model
     assert {name: value for name, value in owl.items() if name != "seconds"} == {
         **{"run": "owl", **facts, "perplexity": measured.after},
         "compression": pytest.approx(size.zeros_after / size.parameters_before),
+        **{"method": "prune, sparsegpt unstructured", "removed": 0.0, "zeroed": owl["compression"]},
+        "bytes": sum(file.stat().st_size for file in (runs.folder / "owl").glob("*.safetensors")),
+        **unmeasured,
     }
+    assert (mop["removed"], mop["zeroed"]) == (mop["compression"], 0.0)
     assert owl["seconds"] > 0
     assert (mop["run"], mop["compression"]) == ("mop", pytest.approx(runs.results["mop"].model.removed))
     with (tmp_path / "x.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert lines == [{name: str(value) for name, value in model.items()} for model in found["models"]]
+    texts = [{name: "" if value is None else str(value) for name, value in of.items()} for of in found["models"]]
+    assert lines == texts
     assert "unrounded, lie beside this page: x.json, x.csv." in page_of(tmp_path, "x.html")
 
 
@@ -199,6 +207,37 @@ def test_what_lies_beside_a_comparison_and_is_not_its_own_stays(runs, tmp_path, 
         write_comparison(outs, f"{tmp_path}/x.html")
     assert snapshot(tmp_path).keys() == {name}
     assert (tmp_path / name).read_text() == '{"generator": "mine"}'
+
+
+def test_a_table_has_what_was_measured_of_every_model(runs, tmp_path):
+    """Numbers of a later evaluation, and those of the whole line of a model that was made of another output."""
+    shutil.copytree(runs.folder / "composite", tmp_path / "a")
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    rate = {"least": 1.0, "most": 9.0}
+    speeds = [
+        {"model": model, "batch": batch, "prefill": {"median": 9.0, **rate}, "decode": {"median": decode, **rate}}
+        for model, batch, decode in (("pruned", 4, 1.0), ("pruned", 1, 1500.0), ("dense", 1, 1000.0))
+    ]
+    tasks = {
+        name: {"metrics": {"acc": {"value": value}, "acc_norm": {"value": 0.9}}, "samples": 4, "num_fewshot": 0}
+        for name, value in (("one", 0.25), ("two", 0.5))
+    }
+    latency = {"device": "cpu", "dtype": "float32", "threads": 1, "prompt": 8, "tokens": 8, "rounds": 3}
+    weights = {"pruned": {"bytes": 1, "parameters": 1}}
+    result["evaluation"] = {"tasks": tasks, "latency": {**latency, "weights": weights, "speeds": speeds}}
+    (tmp_path / "a" / "result.json").write_text(json.dumps(result))
+    found = [
+        point
+        for out in (tmp_path / "a", runs.folder / "rebuilt")
+        for point in points_of(finished_runs(str(out)), {str(tmp_path / "a"): "a", f"{runs.folder}/rebuilt": "rebuilt"})
+    ]
+    dense, composite, rebuilt = comparison_rows(found)
+    size = sum(file.stat().st_size for file in (tmp_path / "a").glob("*.safetensors")) / 1e6
+    shares = [f"{share:.1%}" for share in (found[1].product.removed, found[1].product.zeroed)]
+    assert float(shares[0][:-1]) > 5 < float(shares[1][:-1])
+    assert composite[5:10] == (*shares, f"{size:,.1f}", "1,500.0, 1.50 x", "0.3750 (2)")
+    assert dense[5:10] == ("0.0%", "0.0%", "-", "-", "-")
+    assert rebuilt[2].startswith("prune, wanda unstructured + rebuild, ")
 
 
 def test_a_perplexity_that_is_not_finite_has_no_number_in_json(tmp_path):

@@ -9,9 +9,15 @@ from shardprune.errors import InputError, without_credentials
 from shardprune.report.page.finished_run import FinishedRun
 from shardprune.report.page.plot import COLORS, SYMBOLS, Plot, figure
 from shardprune.report.result import EvaluationResult, Result
+from shardprune.report.summary import what_was_done
 from shardprune.storage.output_names import PRUNED, RECOVERED
 
-HEADINGS = ("", "run", "text", "perplexity", "compression", "seconds")
+HEADINGS = (
+    *("", "run", "method", "text"),
+    *("perplexity", "removed", "zero", "size (MB)", "tokens/s, of dense", "tasks", "seconds"),
+)
+NUMBERS = HEADINGS.index("perplexity")  # the first column of numbers
+ACCURACY = "acc"
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,24 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Product:
+    """The model of a run, as far as it was counted and measured: `removed` and `zeroed` are the shares of the
+    original's parameters that are gone and that are zero, `bytes` those of the files of weights, `decode` the tokens
+    that it writes in a second in the smallest batch, `of_dense` that as a multiple of the dense model's, measured in
+    turn, `accuracy` the mean over the `tasks` that have one.
+    """
+
+    method: str = ""
+    removed: float = 0.0
+    zeroed: float = 0.0
+    bytes: int | None = None
+    decode: float | None = None
+    of_dense: float | None = None
+    accuracy: float | None = None
+    tasks: int = 0
+
+
+@dataclass(frozen=True)
 class Point:
     """One model in the comparison: `compression` is the removed or zero share of the original's parameters, `seconds`
     the time of all its runs together.
@@ -40,6 +64,7 @@ class Point:
     perplexity: float
     compression: float
     seconds: float
+    product: Product = Product()
 
 
 def names_of(folders: Iterable[str]) -> dict[str, str]:
@@ -80,11 +105,37 @@ def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
         assert isinstance(run.result, Result)
         seconds += run.seconds
         if run in runs:
-            left = run.result.model.parameters_after - _zeros(run)
-            compression = 1 - left / original.result.model.parameters_before
+            product = _product(run, lineage[: lineage.index(run) + 1], original.result.model.parameters_before)
+            compression = product.removed + product.zeroed
             name = names[run.folder]
-            points += [Point(name, text, value, compression, seconds) for text, value in _measured(run.result)]
+            points += [Point(name, text, value, compression, seconds, product) for text, value in _measured(run.result)]
     return points
+
+
+def _product(run: FinishedRun, line: list[FinishedRun], parameters: int) -> Product:
+    """Return what a run made, by all runs of its line so far, of so many parameters."""
+    assert isinstance(run.result, Result)
+    steps = [", ".join((one.command, *what_was_done(one.result))) for one in line if isinstance(one.result, Result)]
+    weights = [record.bytes for name, record in run.result.files.items() if name.endswith(".safetensors")]
+    decode = of_dense = None
+    found = run.result.evaluation
+    if found and found.latency and found.latency.speeds:
+        smallest = min(speed.batch for speed in found.latency.speeds)
+        rates = {speed.model: speed.decode.median for speed in found.latency.speeds if speed.batch == smallest}
+        decode, dense = rates.get("pruned"), rates.get("dense")
+        of_dense = decode / dense if decode and dense else None
+    tasks = found.tasks.values() if found else ()
+    accuracies = [task.metrics[ACCURACY].value for task in tasks if ACCURACY in task.metrics]
+    return Product(
+        method=" + ".join(steps),
+        removed=1 - run.result.model.parameters_after / parameters,
+        zeroed=_zeros(run) / parameters,
+        bytes=sum(weights) if weights else None,
+        decode=decode,
+        of_dense=of_dense,
+        accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
+        tasks=len(accuracies),
+    )
 
 
 def _was_dense(result: Result) -> bool:
@@ -165,12 +216,21 @@ def _scatter(points: list[Point], names: list[str], x: list[float], title: str) 
 
 
 def comparison_rows(points: list[Point]) -> list[tuple[str, ...]]:
-    """Return the table of the comparison, with columns HEADINGS and one row per model and text."""
+    """Return the table of the comparison, with columns HEADINGS and one row per model and text; "-" is not measured."""
     names = list(dict.fromkeys(point.name for point in points))
     return [
         (
-            *(str(names.index(point.name) + 1), point.name, point.text.name),
-            *(f"{point.perplexity:.3f}", f"{point.compression:.1%}", f"{point.seconds:,.1f}"),
+            *(str(names.index(point.name) + 1), point.name, point.product.method or "-", point.text.name),
+            *(f"{point.perplexity:.3f}", f"{point.product.removed:.1%}", f"{point.product.zeroed:.1%}"),
+            *_measured_cells(point.product),
+            f"{point.seconds:,.1f}",
         )
         for point in dict.fromkeys(points)
     ]
+
+
+def _measured_cells(product: Product) -> tuple[str, str, str]:
+    size = "-" if product.bytes is None else f"{product.bytes / 1e6:,.1f}"
+    of_dense = "" if product.of_dense is None else f", {product.of_dense:.2f} x"
+    speed = "-" if product.decode is None else f"{product.decode:,.1f}{of_dense}"
+    return size, speed, "-" if product.accuracy is None else f"{product.accuracy:.4f} ({product.tasks})"

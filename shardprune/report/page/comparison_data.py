@@ -9,15 +9,20 @@ from shardprune.report.page.comparison import Point
 from shardprune.storage.json_file import dump_json
 
 GENERATOR = "shardprune report --compare"
-COLUMNS = (
+FIRST = (
     *("run", "text", "windows", "seqlen", "tokens_sha256"),
     *("perplexity", "compression", "seconds"),
+)
+COLUMNS = (
+    *FIRST,  # those of every version, by which a file is known
+    *("method", "removed", "zeroed", "bytes", "decode_tokens_per_second", "decode_of_dense", "accuracy", "tasks"),
 )
 
 
 def as_json(points: list[Point]) -> str:
     """Return an object with the `generator` and the `models`, one for each model and text with the names of COLUMNS:
-    `compression` is a fraction, a perplexity that is not finite is null."""
+    `compression`, `removed` and `zeroed` are fractions, a perplexity that is not finite or a number that was not
+    measured is null."""
     return dump_json({"generator": GENERATOR, "models": _records(points)}, indent=2) + "\n"
 
 
@@ -33,7 +38,7 @@ def as_csv(points: list[Point]) -> str:
 def is_generated(name: str, content: bytes) -> bool:
     """Return whether the content of a file with this name is what `as_json` or `as_csv` has written."""
     if name.endswith(".csv"):
-        return content.startswith(",".join(COLUMNS).encode() + b"\n")
+        return content.startswith(",".join(FIRST).encode())
     return content.startswith(dump_json({"generator": GENERATOR}, indent=2).removesuffix("\n}").encode())
 
 
@@ -48,6 +53,14 @@ def _records(points: list[Point]) -> list[dict[str, Any]]:
             "perplexity": point.perplexity,
             "compression": point.compression,
             "seconds": point.seconds,
+            "method": printable(point.product.method),
+            "removed": point.product.removed,
+            "zeroed": point.product.zeroed,
+            "bytes": point.product.bytes,
+            "decode_tokens_per_second": point.product.decode,
+            "decode_of_dense": point.product.of_dense,
+            "accuracy": point.product.accuracy,
+            "tasks": point.product.tasks,
         }
         for point in dict.fromkeys(points)
     ]

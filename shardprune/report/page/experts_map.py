@@ -35,11 +35,12 @@ def experts_map(experts: Experts) -> Plot:
     )
     drawn = figure([trace], xaxis={"side": "top", "title": "expert"})
     drawn.update_yaxes(autorange="reversed", type="category", title="layer")
+    others = "were merged into them and are blank" if experts.merged else "are blank"
     return Plot(
         f"Experts that stayed, by layer ({experts.score}, from the least to the most important of a layer)",
         drawn,
         f"Each cell is an expert of the dense model; {experts.after} of {experts.before} stayed in each layer, and the "
-        "others are blank. Touch one for its score and its calibration tokens.",
+        f"others {others}. Touch one for its score and its calibration tokens.",
         FRAME_HEIGHT + CELL * len(experts.layers),
     )
 
@@ -66,6 +67,9 @@ def lost_weight(experts: Experts) -> Plot | None:
 def _words(layer: ExpertsOfLayer, expert: int) -> str:
     """Say what is known of an expert."""
     state = "stayed" if expert in layer.kept else "went"
+    for kept, members in zip(layer.kept, layer.members or (), strict=False):
+        if expert in members and len(members) > 1:
+            state = f"merged with {', '.join(str(one) for one in members if one != expert)} into {kept}"
     if expert in layer.protected:
         state += ", protected"
     tokens = f", {layer.tokens[expert]:,} tokens" if layer.tokens else ""

@@ -15,11 +15,12 @@ from shardprune.report.page.plot import Plot
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of texts; columns from index `numbers` on are aligned as numbers."""
+    """A table of texts; columns from index `numbers` on are aligned as numbers. If `sortable`, its headings sort it."""
 
     headings: tuple[str, ...]
     rows: list[tuple[str, ...]]
     numbers: int = 1
+    sortable: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from shardprune.errors import InputError
-from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
+from shardprune.report.page.comparison import HEADINGS, NUMBERS, comparison_rows, comparisons, names_of, points_of
 from shardprune.report.page.comparison_data import as_csv, as_json, is_generated
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.page.finished_run import FinishedRun, all_unfinished, finished_runs, unfinished_runs
@@ -75,7 +75,7 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
         lacking = f"; not finished: {', '.join(unfinished)}" if unfinished else ""
         reason = "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`"
         raise InputError("compare", f"{reason}{lacking}")
-    grid = Grid(HEADINGS, comparison_rows(points), numbers=3)
+    grid = Grid(HEADINGS, comparison_rows(points), NUMBERS, sortable=True)
     place = absolute(file)
     where, _, name = place.rpartition("/")
     if not name.endswith(".html"):

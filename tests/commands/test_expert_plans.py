@@ -1,0 +1,74 @@
+"""Plans of runs that remove experts, beside these runs: the same calls of workers, wave by wave and layer by layer."""
+
+from collections import Counter
+
+import pytest
+
+from shardprune import ExpertsRecipe, experts
+from shardprune.cluster.layout import plan_layout
+from shardprune.cluster.local_backend import LocalGroup
+from shardprune.planning.costs import Costs, Places
+from shardprune.planning.memory import Setup
+from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.simulation import SimulatedGroup, simulate
+from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
+from shardprune.report.progress import Reporter
+from shardprune.shard.verbs import kind_of
+from tests.commands.test_experts import SAMPLES, SEQLEN, WAVE, fields, material
+
+KEPT = 3
+RUNS = {
+    "a pass": ({}, {}),
+    "a pass, merged": ({"merge": True}, {"merge_experts": True}),
+    "given statistics": ({"statistics": "first"}, {"expert_scores": "statistics"}),
+    "given statistics, merged": (
+        {"statistics": "first", "merge": True},
+        {"expert_scores": "statistics", "merge_experts": True},
+    ),
+    "weights": ({"score": "aimer"}, {"expert_scores": "weights"}),
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    folder = material(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
+    given = fields(folder, "first", keep=KEPT, merge=True)
+    experts(ExpertsRecipe.checked(given), Reporter(quiet=True))
+    return folder
+
+
+def counted(monkeypatch, group):
+    """The calls of each verb of a group of workers from now on."""
+    calls, submit = Counter(), group.submit
+
+    def counting(self, shard, replica, verb, *args):
+        if kind_of(verb):
+            calls[verb.__name__, shard] += 1
+        return submit(self, shard, replica, verb, *args)
+
+    monkeypatch.setattr(group, "submit", counting)
+    return calls
+
+
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+@pytest.mark.parametrize("way", RUNS)
+def test_a_planned_run_makes_the_calls_that_the_run_makes(way, weights, mixture, tmp_path, monkeypatch):
+    asked, planned = ({**own} for own in RUNS[way])
+    passes = "pass" in way
+    if "statistics" in asked:
+        asked["statistics"] = str(mixture / asked["statistics"])
+    text = {} if passes else {"calibration": ("c4",)}
+    run = fields(mixture, tmp_path / "out", keep=KEPT, shards=2, weights=weights, **asked) | text
+    made = counted(monkeypatch, LocalGroup)
+    experts(ExpertsRecipe.checked(run), Reporter(quiet=True))
+
+    values = {"samples": SAMPLES, "seqlen": SEQLEN, "wave": WAVE, "keep_experts": KEPT, "hardware": "cpu", **planned}
+    recipe = PlanRecipe.checked({"model": str(mixture / "model"), **values})
+    model = with_fewer_experts(read_model(recipe.model), recipe)
+    layout = plan_layout(model.layers, SAMPLES, "exact", 2, 1, None)
+    setup = Setup(layout, weights == "streamed", False, gpu=False)
+    foreseen = counted(monkeypatch, SimulatedGroup)
+    simulate(Costs(planned_task(recipe, model), setup, recipe.row, Places(1, 2)))
+    assert foreseen == made
+    entered = made["embed", 0]
+    assert entered == (SAMPLES // WAVE if passes else 0)

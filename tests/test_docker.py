@@ -1,0 +1,70 @@
+"""The Dockerfile: pinned, without root, and of files that are there and reach the build."""
+
+import fnmatch
+import re
+from pathlib import Path
+
+import pytest
+
+import shardprune
+from tests.test_ray_configs import FOLDER
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+IGNORED = (REPOSITORY / ".dockerignore").read_text().splitlines()
+
+
+@pytest.fixture(scope="module")
+def instructions() -> list[tuple[str, str]]:
+    """Instructions with their arguments in one line, as Docker reads them."""
+    text = re.sub(r"^#.*\n", "", (REPOSITORY / "cluster/docker/Dockerfile").read_text(), flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [tuple(line.split(" ", 1)) for line in lines if line]
+
+
+def of(instructions, name):
+    return [argument for instruction, argument in instructions if instruction == name]
+
+
+def reaches(name: str) -> bool:
+    """Whether .dockerignore lets a file through: the last pattern that fits says so."""
+    found = True
+    for pattern in IGNORED:
+        if pattern and not pattern.startswith("#"):
+            kept, words = pattern.startswith("!"), pattern.removeprefix("!")
+            places = [name, *map(str, Path(name).parents)]
+            if any(fnmatch.fnmatchcase(place, words.removeprefix("**/")) for place in places) or (
+                words.startswith("**/") and words.removeprefix("**/") in Path(name).parts
+            ):
+                found = kept
+    return found
+
+
+def test_the_base_is_pinned_and_the_process_is_not_roots(instructions):
+    (base,) = of(instructions, "FROM")
+    assert re.fullmatch(r"python:3\.1[1-3]\.\d+-slim-\w+", base)
+    assert of(instructions, "USER") == ["shardprune"]
+    names = [name for name, _ in instructions]
+    assert "RUN" not in names[names.index("USER") :]
+
+
+def test_every_installation_is_constrained(instructions):
+    installed = [command for run in of(instructions, "RUN") for command in run.split("&&") if "pip install" in command]
+    assert len(installed) == 3
+    assert all("--constraint constraints.txt" in command for command in installed)
+
+
+def test_what_is_copied_is_there_and_nothing_else_reaches_the_build(instructions):
+    copied = [word for argument in of(instructions, "COPY") for word in argument.split()[:-1]]
+    assert all((REPOSITORY / name).exists() and reaches(name) for name in copied)
+    package = [path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "shardprune").rglob("*.*")]
+    assert len(package) > 100
+    assert all(reaches(name) == ("__pycache__" not in name) for name in package)
+    assert not any(
+        reaches(name) for name in (".git/config", "tests/test_docker.py", "runs/x", "docs/serving.md", ".env")
+    )
+
+
+def test_tags_of_our_image_are_the_version():
+    texts = [path.read_text() for path in (*FOLDER.glob("*.yaml"), *REPOSITORY.glob("cluster/**/*")) if path.is_file()]
+    tags = {tag for text in texts for tag in re.findall(r"shardprune:([\w.]+)", text)}
+    assert tags == {shardprune.__version__}
