@@ -16,8 +16,9 @@ from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES, LayerKind, Structures
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import difference_layer_by_layer
-from tests.support.architectures import DENSE, MIXED, MIXTURES, REFUSED
+from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
+from tests.support.towers import TOWERS
 
 HEAD = """\
 # Architectures
@@ -45,13 +46,22 @@ line. Where most of a layer is no `nn.Linear`, the command ends with a line that
   [extending.md](extending.md).
 - **packing**: `recover --packing`.
 
+Layers may pass more than hidden states to those behind them: several streams of them and inputs of each layer's own
+(Gemma 3n; Gemma 4 E, of the class `gemma4_text`), keys and values that later layers use, too (the same), indices of the
+tokens that attention chose (GLM-5, `glm_moe_dsa`). All of it travels with the hidden states from shard to shard, so
+that a wave is larger; the plan counts it. Such models do not write a calibration text of their own
+(`--calibration self`).
+
 The experts of a mixture may be tensors of their own in the files, one for each part, or all of a layer in one tensor
 (`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert
 is a projection, read alone, and what is written has the layout of what was read.
 
 Of multimodal models, the language tower is pruned, if it is one of these, and all else is copied byte by byte: of
-Gemma 3 (`gemma3`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen3.5 and its mixtures
+Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen2-VL and
+2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`), Qwen3.5 and its mixtures
 (`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is that of the whole model.
+Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, the tests run the language tower alone. Experts that
+lie transposed in the files (`qwen3_vl_moe`) stay so.
 
 """
 TABLE = """\
@@ -69,8 +79,9 @@ REFUSALS = """
 def page() -> str:
     """Return the whole page."""
     ours = {config.model_type: config for config in map(_config, CONFIGS)}
-    others = {**DENSE, **MIXED, **MIXTURES}.items()
-    configs = {**ours, **{name: AutoConfig.for_model(name, **values) for name, values in others}}
+    parts = {part["model_type"]: part for tower in TOWERS.values() if (part := tower["text_config"])}
+    others = {**parts, **CARRYING, **DENSE, **MIXED, **MIXTURES}.items()
+    configs = {name: AutoConfig.for_model(**{**values, "model_type": name}) for name, values in others} | ours
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
     return HEAD + TABLE + rows + REFUSALS + refusals

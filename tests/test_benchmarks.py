@@ -46,6 +46,7 @@ SMALL = {
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--settings", "0.5", "2:4"),
         *("--only", "*/OWL", "*/0.5/Wanda", "--case", "bundled", "constraints.txt", "own=self"),
     ),
+    "real_widths": ("qwen3-235b", "--scale", "16", "--experts", "4", "--samples", "2", "--seqlen", "16"),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1", *TEXT),
     "recovery": (
         *("--steps", "1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--zero", "1", "--workers", "1"),
@@ -77,6 +78,7 @@ PRINTED = {
     "propagation": "prune step",
     "masks": "| sparsegpt | mosaic |",
     "quality": "| OWL |",
+    "real_widths": "measured peak",
     "rebuilding": "| owl |",
     "recovery": "| MoP | all weights | 1 | 1 |",
     "searching": "| obs, corrected |",

@@ -183,7 +183,7 @@ def _written(
     draft, settings = writing.draft, writing.settings
     rounds = [] if kept is None else [kept]
     layout = layout_of_writing(writing.layout, settings.streamed, len(draft.batches))
-    wave = draft.batch * writing.skeleton.config.hidden_size * writing.skeleton.dtype.itemsize
+    wave = draft.batch * writing.skeleton.wave_columns(1) * writing.skeleton.dtype.itemsize
     for attempt in Attempts(layout, settings.device, restarts, backend, reporter, state.lost):
         with attempt as placed:
             group = backend.start(writing.specs(placed), store_bytes(placed, wave), GenerationWorker)

@@ -235,7 +235,7 @@ class Prepared:
         for each of the `streams` that it holds, and once more for the dense activations beside one of them."""
         streams += bool(self.job.improving)
         samples, seqlen = self.recipe.samples, self.recipe.seqlen
-        hidden = self.skeleton.config.hidden_size * self.placement.dtype.itemsize
+        hidden = self.skeleton.wave_columns(seqlen) * self.placement.dtype.itemsize
         held_out = self.held_out
         sequences = -(-(samples - held_out) // replicas) + -(-held_out // replicas)
         return streams * sequences * seqlen * hidden
@@ -247,14 +247,15 @@ class Prepared:
             return 0
         sequences = -(-len(self.curve_waves(1).tokens) // layout.replicas)
         wide = len(max(layout.shards, key=len)) * self.placement.dtype.itemsize + 4
-        return sequences * self.recipe.seqlen * self.skeleton.config.hidden_size * wide
+        seqlen = self.recipe.seqlen
+        return sequences * seqlen * self.skeleton.wave_columns(seqlen) * wide
 
     def store_bytes(self, sent: int) -> int:
         """Return the memory for what is under way between workers: waves, the sums that replicas exchange, and `sent`
         bytes of weights and gradients."""
-        config, itemsize = self.skeleton.config, self.placement.dtype.itemsize
+        itemsize = self.placement.dtype.itemsize
         width = 4 if self.job.measures else itemsize  # of gradients
-        wave = self.wave * self.recipe.seqlen * config.hidden_size * width
+        wave = self.wave * self.recipe.seqlen * self.skeleton.wave_columns(self.recipe.seqlen) * width
         if self.placement.workers.exchange == "group":  # waves and sums do not go through the store
             return store_bytes(self.layout, 0, sent=sent)
         columns = [

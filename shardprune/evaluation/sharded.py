@@ -137,7 +137,8 @@ class ShardedModel:
         self.restarts += 1
 
     def _start(self, wave_tokens: int) -> Group:
-        wave = max(wave_tokens, WAVE_TOKENS) * self.skeleton.config.hidden_size * self.skeleton.dtype.itemsize
+        tokens = max(wave_tokens, WAVE_TOKENS)
+        wave = tokens * self.skeleton.wave_columns(tokens) * self.skeleton.dtype.itemsize
         # No sums are exchanged between replicas here, and no weights are sent.
         return self._backend.start(self._specs(), store_bytes(self.layout, wave), ForwardWorker)
 

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardprune.errors import InputError
+from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.families import TOWERS
 from shardprune.storage.json_file import parse_model
 from shardprune.storage.local_copies import local_copies
@@ -85,7 +86,8 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
             reason = in_one_line(error).replace(f"{local}/{CONFIG}", place).replace(local, place)
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
     if model_type in TOWERS:
-        _check_type(language_config(config).model_type, field)
+        if (language := language_config(config).model_type) not in WITHOUT_HEAD:
+            _check_type(language, field)
     elif _has_other_parts(config):
         raise _other_parts(model_type, field)
     return config
@@ -158,7 +160,7 @@ def with_changes(raw: dict[str, Any], changes: dict[str, Any], *, tower: bool, u
         untied: say that the head is a tensor of its own.
     """
     flag = {"tie_word_embeddings": False} if untied else {}
-    if tower:
+    if tower and "text_config" in raw:  # older files of Qwen2.5-VL have all fields side by side
         return {**raw, **flag, "text_config": {**raw["text_config"], **changes, **flag}}
     return {**raw, **changes, **flag}
 

@@ -15,9 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shardprune.errors import InputError
+from shardprune.model.carried import (
+    CHOSEN,
+    OWN,
+    SHARED,
+    Carried,
+    frame_inputs,
+    further_embedding,
+    parameters_of,
+)
 from shardprune.model.config_file import in_one_line
 from shardprune.model.experts import mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
@@ -36,12 +47,13 @@ def family_of_model(model: PreTrainedModel) -> Family:
     structures = FAMILIES.get(model.config.model_type, NO_STRUCTURES)
     try:
         path, layers = _decoder_layers(model)
-        kinds = _kinds(model, layers, structures)
+        _check_stored_as_they_are(model, path)
+        kinds, carried = _kinds(model, layers, structures)
     except InputError:
         raise
     except Exception as error:  # the model's own code, which may not run without values
         raise _refused(f"its decoder layers do not run alone: {in_one_line(error)}") from error
-    return Family(path, kinds, structures)
+    return Family(path, kinds, structures, carried)
 
 
 def _refused(reason: str) -> InputError:
@@ -61,37 +73,91 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise _refused(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
-def _kinds(model: PreTrainedModel, layers: nn.ModuleList, structures: Structures) -> tuple[LayerKind, ...]:
-    """Return the kind of each layer; layers of one class with the same tensors are of one kind.
+def _check_stored_as_they_are(model: PreTrainedModel, path: str) -> None:
+    """Check that transformers puts no parameter of the layers but those of experts together from other tensors.
+
+    Raises:
+        InputError: it does; names the parameter and the tensors.
+    """
+    inside = [name for name in model.state_dict() if name.startswith(f"{path}.")]
+    converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
+    for one in converters:
+        made = [name for name in inside if name.endswith(tuple(one.target_patterns))]
+        if made:
+            parts = ", ".join(one.source_patterns)
+            raise _refused(f"{made[0]} is not stored as it is, transformers makes it from {parts}")
+
+
+def _kinds(
+    model: PreTrainedModel, layers: nn.ModuleList, structures: Structures
+) -> tuple[tuple[LayerKind, ...], Carried]:
+    """Return the kind of each layer, and what passes from one to the next; layers of one class with the same tensors,
+    which share keys and values in the same way, are of one kind.
 
     The model calls its layers one after the other. The first one of each kind is run on the meta device then, with what
     the model passes to it.
     """
     found: dict[Any, LayerKind] = {}
-    own = [(type(layer), *((name, *tensor.shape) for name, tensor in layer.state_dict().items())) for layer in layers]
+    names = parameters_of(layers[0])
+    passed: list[dict[str, Any]] = []  # to each layer, by name
+    chosen: list[Any] = []  # by the last layer that was run
+    own = [
+        (
+            type(layer),
+            _sharing(layer) if SHARED in names else None,
+            *((name, *tensor.shape) for name, tensor in layer.state_dict().items()),
+        )
+        for layer in layers
+    ]
 
     def pass_on(index: int, *positional: Any, **keywords: Any) -> Any:
         hidden, arguments = Arguments.split(positional, keywords)
+        passed.append(
+            {names[0]: hidden, **dict(zip(names[1:], arguments.positional, strict=False)), **arguments.keywords}
+        )
         if own[index] not in found:
-            found[own[index]] = _kind(originals[index], hidden, arguments, structures)
-        return as_returned(hidden, found[own[index]].returned)
+            found[own[index]], output = _kind(originals[index], hidden, arguments, structures)
+            chosen[:] = output[1:] if CHOSEN in names else []
+        returned = as_returned(hidden, found[own[index]].returned)
+        return (returned[0], *chosen) if chosen else returned
 
     originals = [copy.copy(layer) for layer in layers]  # which have their own forward pass all the while
     stand_ins = [partial(pass_on, index) for index in range(len(layers))]
     with _small_parts_blank(model, layers) as blank, torch.no_grad(), standing_in(layers, stand_ins):
-        model.base_model(inputs_embeds=blank, use_cache=False)
+        model.base_model(inputs_embeds=blank, use_cache=False, **frame_inputs(model, blank))
     if missing := [index for index, key in enumerate(own) if key not in found]:
         raise LookupError(f"the model does not call its layer {missing[0]}")
-    return tuple(found[key] for key in own)
+    return tuple(found[key] for key in own), _carried(model, names, passed)
 
 
-def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: Structures) -> LayerKind:
-    """Return the kind of a layer."""
+def _sharing(layer: nn.Module) -> tuple[Any, ...]:
+    """Return how a layer shares keys and values with others: whether it keeps, or takes them, and under which name."""
+    marks = ("store_full_length_kv", "is_kv_shared_layer", "layer_type")
+    return next((tuple(getattr(m, mark) for mark in marks) for m in layer.modules() if hasattr(m, marks[0])), ())
+
+
+def _carried(model: PreTrainedModel, names: tuple[str, ...], passed: list[dict[str, Any]]) -> Carried:
+    """Return what passes from layer to layer, by the arguments of each."""
+    hidden, first = passed[0][names[0]], passed[0]
+    own = first.get(OWN)
+    return Carried(
+        hidden=hidden.shape[-1],
+        streams=hidden.shape[0] if hidden.dim() == 4 else 0,
+        own=0 if own is None else own.shape[-1],
+        layers=len(passed),
+        shared={name: (keys.shape[1], keys.shape[3]) for name, (keys, _) in (first.get(SHARED) or {}).items()},
+        chosen=model.config.index_topk if CHOSEN in names else 0,
+        names=names,
+    )
+
+
+def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: Structures) -> tuple[LayerKind, Any]:
+    """Return the kind of a layer, and its output on the meta device."""
     calls, output, chosen = _run_on_meta(layer, hidden, arguments)
     maps = tuple(tuple(dict.fromkeys(names)) for names in calls)
     called = {name for names in maps for name in names}
     inputs, kept = pruned_of(layer, maps, structures.rows.keys() | structures.columns.keys())
-    return LayerKind(
+    kind = LayerKind(
         maps=maps,
         inputs=inputs,
         attention=_attention(layer, called),
@@ -100,6 +166,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
         returned=len(output) if isinstance(output, tuple) else 0,
         kept=kept,
     )
+    return kind, output
 
 
 @contextmanager
@@ -107,7 +174,7 @@ def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterato
     """Make the small parts of a model's frame (learned positions, norms) zeros for as long as it runs without tokens;
     yield hidden states of zeros [1, SEQLEN, hidden] that enter it."""
     embedding = model.get_input_embeddings()
-    large = {id(embedding.weight), id(model.get_output_embeddings().weight)}
+    large = {id(embedding.weight), id(model.get_output_embeddings().weight), id(further_embedding(model))}
     left = large | {id(parameter) for parameter in layers.parameters()}
     held = [
         (module, leaf, parameter)

@@ -9,9 +9,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shardprune.errors import InputError
+from shardprune.model.causal_class import WITHOUT_HEAD, causal_class
 from shardprune.model.config_file import deferred_warnings, in_one_line
 
 
@@ -23,13 +23,15 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     """
     try:
         with _parameters_on_meta(), no_init_weights(), deferred_warnings():
-            model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype,
-                attn_implementation=attention_of(config),
-                experts_implementation="eager",  # one expert after the other: others round differently
-                trust_remote_code=False,
-            )
+            settings = {
+                "dtype": dtype,
+                "attn_implementation": attention_of(config),
+                "experts_implementation": "eager",  # one expert after the other: others round differently
+            }
+            if config.model_type in WITHOUT_HEAD:
+                model = causal_class(config)._from_config(config, **settings)
+            else:
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
         raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
     model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
@@ -82,6 +84,6 @@ def attention_of(config: PretrainedConfig) -> str:
     It is `sdpa`, but `eager` if the model class has no sdpa or caps attention scores (Gemma 2): sdpa has no such term,
     and some versions of transformers drop it silently.
     """
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = causal_class(config)
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     return "sdpa" if model_class._supports_sdpa and not capped else "eager"

@@ -11,6 +11,7 @@ from itertools import takewhile
 from typing import Literal
 
 from shardprune.errors import InputError
+from shardprune.model.carried import Carried
 
 Unit = Literal["query", "key", "neuron"]  # the structure of a row or column: query head, key/value head, neuron
 
@@ -40,6 +41,12 @@ class Structures:
 
 
 NO_STRUCTURES = Structures(rows={}, columns={})
+HIDDEN_STATES = Carried(0)
+
+
+# The blocks of modules beside attention and MLP, whose outputs are added to the residual stream, too (Gemma 3n, 4 E).
+BESIDE = {"laurel": "laurel", "per_layer_input_gate": "per_layer", "per_layer_projection": "per_layer"}
+LATER = {"mlp": 1, "per_layer": 2}  # blocks behind all others, by their order
 
 
 @dataclass(frozen=True)
@@ -116,11 +123,11 @@ class LayerKind:
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """The projections of attention and MLP, in the order of the forward pass. Where several mixers are attention
-        side by side, each is a block under its own name."""
+        side by side, each is a block under its own name; so is what a layer has beside both."""
         blocks: dict[str, list[str]] = {}
         for name in self.projections:
             blocks.setdefault(self._block_of(name), []).append(name)
-        return {block: tuple(blocks[block]) for block in sorted(blocks, key=lambda block: block == "mlp")}
+        return {block: tuple(blocks[block]) for block in sorted(blocks, key=lambda block: LATER.get(block, 0))}
 
     def end_of(self, block: str) -> str:
         """Return the module that gives the output of a block: its last linear map, whether it is pruned or not; where
@@ -135,7 +142,7 @@ class LayerKind:
     def _block_of(self, name: str) -> str:
         """Return the block of a linear map."""
         if name not in self.attention:
-            return "mlp"
+            return BESIDE.get(name.split(".")[0], "mlp")
         mixers = {one.split(".")[0] for one in self.attention}
         return "attention" if len(mixers) == 1 else name.split(".")[0]
 
@@ -153,11 +160,13 @@ class Family:
         layers: path of their list in the causal language model.
         kinds: the kind of each layer.
         structures: of the weights, where they are known.
+        carried: what passes from layer to layer.
     """
 
     layers: str
     kinds: tuple[LayerKind, ...]
     structures: Structures = NO_STRUCTURES
+    carried: Carried = HIDDEN_STATES
 
 
 LLAMA = Structures(
@@ -201,11 +210,17 @@ FAMILIES: dict[str, Structures] = {
 }
 
 # Multimodal models whose language tower is a causal language model of its own, with the same logits for text alone.
-TOWERS = frozenset(("gemma3", "internvl", "llava", "mistral3", "qwen3_5", "qwen3_5_moe"))
+TOWERS = frozenset(
+    (
+        *("gemma3", "gemma3n", "gemma4", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5"),
+        *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+    )
+)
 # Each layout that their checkpoints have maps the prefixes of the tower's stored tensors to those of that model.
 TOWER_LAYOUTS: tuple[dict[str, str], ...] = (
     {"language_model.model.": "model.", "language_model.lm_head.": "lm_head."},
     {"model.language_model.": "model.", "lm_head.": "lm_head."},
+    {f"model.{name}.": f"model.{name}." for name in ("embed_tokens", "layers", "norm")} | {"lm_head.": "lm_head."},
 )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
+from shardprune.model.carried import OWN, frame_inputs, further_embedding
 from shardprune.model.derivation import family_of_model
 from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buffers
 from shardprune.model.experts import Part, allocate, take_apart
@@ -95,6 +96,16 @@ class Skeleton:
             tensors |= self.layer_tensors(index)
         return tensors
 
+    def wave_columns(self, seqlen: int) -> int:
+        """Return the columns of a wave of sequences of `seqlen` tokens: those of the hidden states, where nothing else
+        passes from layer to layer."""
+        return self.family.carried.columns(seqlen, self.dtype.itemsize)
+
+    def states(self, wave: Tensor) -> Tensor:
+        """Return the columns [batch, seqlen, hidden] of a wave that are hidden states, of all streams."""
+        carried = self.family.carried
+        return wave if carried.stateless else wave[..., : carried.states]
+
     def parameters(self) -> int:
         """Return the number of parameters of the model; tied ones count once."""
         return sum(math.prod(parameter.shape) for parameter in self.model.parameters())
@@ -150,7 +161,8 @@ class Skeleton:
         if arguments is None:
             recorders = [Recorder(kind.returned) for kind in self.family.kinds]
             self._run(recorders, self.model.base_model, batch, seqlen)
-            arguments = [recorder.arguments for recorder in recorders]
+            carried = self.family.carried
+            arguments = [one.arguments.carried_by(carried, place) for place, one in enumerate(recorders)]
         self._arguments[key] = arguments  # last in order: the least recently used entry is dropped first
         while len(self._arguments) > SHAPES:
             del self._arguments[next(iter(self._arguments))]
@@ -165,9 +177,9 @@ class Skeleton:
 
     @staticmethod
     def forward_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-        """Apply one decoder layer to hidden states [batch, seqlen, hidden]."""
-        output = layer(hidden, *arguments.positional, **arguments.keywords)
-        return output[0] if isinstance(output, tuple) else output
+        """Apply one decoder layer to a wave [batch, seqlen, columns]."""
+        call = arguments.call(hidden)
+        return call.image(layer(*call.positional, **call.keywords))
 
     # -- the frame --------------------------------------------------------------------------------------
 
@@ -176,7 +188,8 @@ class Skeleton:
         input embedding and the output head, which are one tensor if the model ties them.
         """
         inputs, outputs = self.model.get_input_embeddings().weight, self.model.get_output_embeddings().weight
-        skipped = set()
+        further = further_embedding(self.model)
+        skipped = set() if embedding or further is None else {id(further)}
         if not embedding and not (head and inputs is outputs):
             skipped.add(id(inputs))
         if not head and not (embedding and inputs is outputs):
@@ -194,13 +207,15 @@ class Skeleton:
 
     def drop_embeddings(self) -> None:
         """Free the memory of the input embedding and the output head."""
-        for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings()):
-            for parameter in module.parameters():
-                if not parameter.is_meta:
-                    self._replace(parameter, torch.empty_like(parameter, device="meta"))
+        modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        further = further_embedding(self.model)
+        for parameter in [*(one for module in modules for one in module.parameters()), further]:
+            if parameter is not None and not parameter.is_meta:
+                self._replace(parameter, torch.empty_like(parameter, device="meta"))
 
     def embed(self, tokens: Tensor, kept: KeptKeys | None = None) -> Tensor:
-        """Compute the hidden states [batch, seqlen, hidden] that enter the first layer from tokens [batch, seqlen].
+        """Compute the wave [batch, seqlen, columns] that enters the first layer from tokens [batch, seqlen]: hidden
+        states, and what else passes from layer to layer.
 
         Args:
             kept: of the tokens before these, where there are any.
@@ -209,13 +224,15 @@ class Skeleton:
         tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
             self.model.base_model(input_ids=tokens, past_key_values=kept, use_cache=kept is not None)
-        hidden = recorders[0].hidden
+        hidden, carried = recorders[0].hidden, self.family.carried
         assert hidden is not None
-        return hidden
+        own = [one.arguments.carried_by(carried, 0).keywords[OWN] for one in recorders] if carried.own else []
+        return carried.wave(hidden, own)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Compute the logits [batch, seqlen, vocabulary] from the last layer's output [batch, seqlen, hidden]."""
-        stand_ins = [returning(hidden, kind.returned) for kind in self.family.kinds]
+        """Compute the logits [batch, seqlen, vocabulary] from the last layer's wave [batch, seqlen, columns]."""
+        states = self.family.carried.hidden_states(hidden)
+        stand_ins = [returning(states, kind.returned) for kind in self.family.kinds]
         return self._run(stand_ins, self.model, *hidden.shape[:2]).logits
 
     # -- inside -------------------------------------------------------------------------------------------
@@ -231,7 +248,9 @@ class Skeleton:
         width = self.model.get_input_embeddings().embedding_dim
         blank = torch.zeros(batch, seqlen, width, dtype=self.dtype, device=self.device)
         with standing_in(self._places, stand_ins):
-            return model(inputs_embeds=blank, past_key_values=kept, use_cache=kept is not None)
+            return model(
+                inputs_embeds=blank, past_key_values=kept, use_cache=kept is not None, **frame_inputs(self.model, blank)
+            )
 
     def _replace(self, parameter: nn.Parameter, tensor: Tensor) -> None:
         """Replace a parameter wherever it is registered: a tied one is in two modules."""

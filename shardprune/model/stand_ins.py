@@ -7,15 +7,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from shardprune.model.carried import Carried
+
 StandIn = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a model passes to a decoder layer beside the hidden states."""
+    """What a model passes to a decoder layer beside the hidden states.
+
+    Attributes:
+        carried: the columns of a wave, some of which are arguments of layer `index`; None where it is hidden states.
+    """
 
     positional: tuple[Any, ...] = ()
     keywords: dict[str, Any] = field(default_factory=dict)
+    carried: Carried | None = None
+    index: int = 0
 
     @staticmethod
     def split(positional: tuple[Any, ...], keywords: dict[str, Any]) -> "tuple[Tensor, Arguments]":
@@ -24,6 +32,37 @@ class Arguments:
             return positional[0], Arguments(positional[1:], keywords)
         others = dict(keywords)
         return others.pop("hidden_states"), Arguments((), others)
+
+    def carried_by(self, carried: Carried, index: int) -> "Arguments":
+        """Return the arguments of layer `index` for waves that carry some of them."""
+        if carried.stateless:
+            return self
+        named = dict(zip(carried.names[1:], self.positional, strict=False))
+        return Arguments((), {**named, **self.keywords}, carried, index)
+
+    def call(self, wave: Tensor) -> "Call":
+        """Return the layer's call for a wave [batch, seqlen, columns]."""
+        if self.carried is None:
+            return Call((wave, *self.positional), self.keywords)
+        keywords = self.carried.entering(wave, self.index, self.keywords)
+        return Call((self.carried.hidden_states(wave),), keywords, wave, self.carried)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The call of a layer for a wave: its arguments, and what its output makes of the wave."""
+
+    positional: tuple[Any, ...]
+    keywords: dict[str, Any]
+    wave: Tensor | None = None
+    carried: Carried | None = None
+
+    def image(self, output: Any) -> Tensor:
+        """Return the wave that the layer's output stands for, [batch, seqlen, columns]."""
+        if self.carried is None:
+            return output[0] if isinstance(output, tuple) else output
+        assert self.wave is not None
+        return self.carried.leaving(self.wave, output, self.keywords)
 
 
 @contextmanager

@@ -7,9 +7,17 @@ from dataclasses import replace
 import torch
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightTransform,
+    rename_source_key,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.empty_model import empty_model
 from shardprune.model.experts import STACKS, is_mixture, layout_of
 from shardprune.storage.safetensors_file import Entry
@@ -29,12 +37,13 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
     """
     classes = [mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)]
     known = [config.model_type, *(one.__name__ for one in classes if one)]
-    converted = any(get_checkpoint_conversion_mapping(one) for one in known)
+    whole = _conversions_of_whole(config)
+    converted = any(get_checkpoint_conversion_mapping(one) for one in known) or whole
     if not converted and not any(_may_be_stack(name, entry) for name, entry in stored.items()):
         yield from ((Place(name), name) for name in stored)  # most classes: no model need be built
         return
     model = empty_model(config, torch.float32, torch.device("cpu"))
-    transforms = get_model_conversion_mapping(model)
+    transforms = [*get_model_conversion_mapping(model), *whole]
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     inside = model.state_dict()
@@ -49,6 +58,14 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
             yield Place(name), name
         else:
             yield Place(name), renamed if pattern is None else _part(name, renamed, pattern, converters) or name
+
+
+def _conversions_of_whole(config: PretrainedConfig) -> list[WeightTransform]:
+    """Return the conversions that transformers has for the whole model of which a config describes the text part, and
+    not for that part; patterns begin within a layer."""
+    if config.model_type not in WITHOUT_HEAD:
+        return []
+    return get_checkpoint_conversion_mapping(config.model_type.removesuffix("_text")) or []
 
 
 def _may_be_stack(name: str, entry: Entry) -> bool:

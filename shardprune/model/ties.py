@@ -8,9 +8,9 @@ import math
 
 import torch
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from shardprune.errors import InputError
+from shardprune.model.causal_class import causal_class
 from shardprune.storage.folder import CHUNK, Folder
 from shardprune.storage.safetensors_file import Entry, read_elements
 
@@ -21,7 +21,7 @@ def tied_names(config: PretrainedConfig) -> tuple[str, str] | None:
     Raises:
         InputError: the model's class ties other tensors.
     """
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = causal_class(config)
     ties = model_class._tied_weights_keys
     if not getattr(config, "tie_word_embeddings", False) or not ties:
         return None

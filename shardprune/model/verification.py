@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from shardprune.errors import InputError
+from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.model.experts import named_tensors
@@ -21,7 +22,8 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.storage.json_file import parse_json
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests. All layers of the first
-# are attention with an MLP, and keep keys and values of earlier tokens alone; those of the last have experts.
+# are attention with an MLP, and keep keys and values of earlier tokens alone; those of `ROUTING` have experts, those of
+# `CARRYING` pass more than hidden states on; those `WITHOUT_HEAD` run as parts of their multimodal models.
 ATTENDING = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
@@ -48,12 +50,12 @@ ROUTING = frozenset(
             "minimax_m2",
             "mixtral",
             "olmoe",
-            "qwen2_moe",
         ),
-        *("qwen3_5_moe_text", "qwen3_moe"),
+        *("qwen2_moe", "qwen3_5_moe_text", "qwen3_moe"),
     )
 )
-CHECKED = ATTENDING | MIXING | ROUTING
+CARRYING = frozenset(("gemma3n_text", "gemma4_text", "glm_moe_dsa"))
+CHECKED = ATTENDING | MIXING | ROUTING | CARRYING | WITHOUT_HEAD
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
 ROUNDING = 1e-4  # of logits in float32, as a share of the largest

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from shardprune.model.carried import further_embedding
 from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.config_file import CONFIG, language_config, parse_config
@@ -36,7 +37,8 @@ class Model:
     Attributes:
         shape: of the layer that is looked at; the largest one unless `at` is asked.
         shapes: of each layer.
-        embedding, head: of the frame's large tensors; with `tied` they are the same tensor.
+        embedding, head: of the frame's large tensors, embeddings of layers' own inputs included; with `tied` embedding
+            and head are the same tensor.
         queries, keys: widths of all query heads, and of all key heads.
         fewer: the model with the experts that stay, where a run removes some and does nothing else.
     """
@@ -157,6 +159,7 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
     """Return the shapes of a skeleton's model whose weights are stored in a dtype."""
     config = skeleton.config
     embedding, head = skeleton.model.get_input_embeddings().weight, skeleton.model.get_output_embeddings().weight
+    further = further_embedding(skeleton.model)
     heads = getattr(config, "num_attention_heads", None) or 0
     width = _head_width(config)
     shapes = _shapes(skeleton)
@@ -171,7 +174,7 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
         eager=attention_of(config) == "eager",
         shape=max(shapes, key=lambda shape: shape.elements),
         shapes=shapes,
-        embedding=embedding.numel(),
+        embedding=embedding.numel() + (0 if further is None else further.numel()),
         head=head.numel(),
         tied=embedding is head,
         parameters=skeleton.parameters(),
@@ -274,7 +277,8 @@ class Task:
 
     def kept_bytes(self, sequences: int) -> int:
         """Return the bytes of `sequences` kept sequences."""
-        return sequences * self.seqlen * self.model.hidden * self.itemsize
+        columns = self.model.skeleton.family.carried.columns(self.seqlen, self.itemsize)
+        return sequences * self.seqlen * columns * self.itemsize
 
 
 def planned_task(recipe: PlanRecipe, model: Model) -> Task:

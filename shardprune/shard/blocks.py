@@ -153,9 +153,10 @@ class Block:
             raise _Reached(output[0] if isinstance(output, tuple) else output)
 
         replaced = {f"{name}.weight": weight for name, weight in weights.items()}
+        call = arguments.call(hidden)
         hook = self.last.register_forward_hook(stop)
         try:
-            torch.func.functional_call(self.layer, replaced, (hidden, *arguments.positional), arguments.keywords)
+            torch.func.functional_call(self.layer, replaced, call.positional, call.keywords)
         except _Reached as reached:
             return reached.output.reshape(*hidden.shape[:2], -1)
         finally:

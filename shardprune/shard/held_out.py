@@ -28,7 +28,7 @@ class HeldOut:
         worker, dense = self._worker, dense_stream(stream)
         hidden = worker.activations.get(dense, wave)
         image = self._image(index, hidden)
-        found = squares(image, hidden)
+        found = self._squares(image, hidden)
         worker.activations.replace(dense, wave, image)
         return found
 
@@ -37,7 +37,7 @@ class HeldOut:
         """Return ||output - dense output||^2 of each sequence of a kept wave, by the layer as it is now."""
         worker = self._worker
         image = self._image(index, worker.activations.get(stream, wave))
-        return squares(image, worker.activations.get(dense_stream(stream), wave))
+        return self._squares(image, worker.activations.get(dense_stream(stream), wave))
 
     @verb("exchange", layer="index")
     def remember(self, index: int, names: tuple[str, ...]) -> None:
@@ -62,7 +62,11 @@ class HeldOut:
         layer = self._worker.in_work(index)
         return self._skeleton.forward_layer(layer, hidden, self._skeleton.layer_arguments(index, *hidden.shape[:2]))
 
+    def _squares(self, one: Tensor, other: Tensor) -> list[float]:
+        """Return ||one - other||^2 of each sequence of two waves, by their hidden states."""
+        return squares(self._skeleton.states(one), self._skeleton.states(other))
+
 
 def squares(one: Tensor, other: Tensor) -> list[float]:
-    """Return ||one - other||^2 of each sequence of two waves [wave, seqlen, hidden]."""
+    """Return ||one - other||^2 of each sequence of two waves of hidden states [wave, seqlen, hidden]."""
     return (one.float() - other.float()).square_().sum((1, 2), dtype=torch.float64).tolist()

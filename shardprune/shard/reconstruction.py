@@ -66,10 +66,11 @@ class Reconstruction:
         arguments = self._skeleton.layer_arguments(index, *hidden.shape[:2])
         leaves = {name: master.weight.detach().requires_grad_() for name, master in masters.items()}
         with repeatable(hidden.device, True), torch.enable_grad():
-            error = run_with(layer, leaves, hidden, arguments).float() - target.float()
+            image = self._skeleton.states(run_with(layer, leaves, hidden, arguments))
+            error = image.float() - self._skeleton.states(target).float()
             power = power_near_one(error.detach())
             (error.square().sum() * power).backward()
-        del error, hidden, target
+        del image, error, hidden, target
         for name, leaf in leaves.items():
             gradient, leaf.grad = leaf.grad, None
             if gradient is None:  # an expert that sees no token of the batch

@@ -47,4 +47,5 @@ class Spans:
     @verb("forward", layer="index")
     def aim(self, stream: str, wave: int, index: int) -> list[float]:
         """Return ||output - input||^2 of each sequence of a wave under the span of a layer, which it has passed."""
-        return squares(self._worker.activations.get(dense_stream(stream), wave), self._entered.pop(wave))
+        passed, entered = self._worker.activations.get(dense_stream(stream), wave), self._entered.pop(wave)
+        return squares(self._skeleton.states(passed), self._skeleton.states(entered))

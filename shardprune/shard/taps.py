@@ -73,5 +73,5 @@ def run_with(layer: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor, ar
     """Apply a decoder layer to hidden states [wave, seqlen, hidden] with some projections' weights, by their names, in
     the place of its own."""
     replaced = {f"{name}.weight": weight for name, weight in weights.items()}
-    output = torch.func.functional_call(layer, replaced, (hidden, *arguments.positional), arguments.keywords)
-    return output[0] if isinstance(output, tuple) else output
+    call = arguments.call(hidden)
+    return call.image(torch.func.functional_call(layer, replaced, call.positional, call.keywords))

@@ -154,6 +154,7 @@ def test_shards_do_not_change_a_bit(folder, trained, tmp_path):
     assert result.structure == trained("GL")[1].structure
 
 
+@pytest.mark.long
 def test_a_shard_that_has_lost_all_its_layers_hands_on(folder, trained, tmp_path):
     search(folder, tmp_path / "o", path="LL", reconstruct=STEPS, shards=4)
     assert differing(trained("LL")[0], tmp_path / "o") == []
@@ -168,7 +169,9 @@ def test_replicas_lend_their_windows(folder, trained, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("path", "verb"), [("GL", "write"), ("LL", "reconstruct"), ("GL", "usage")])
+@pytest.mark.parametrize(
+    ("path", "verb"), [("GL", "write"), pytest.param("LL", "reconstruct", marks=pytest.mark.long), ("GL", "usage")]
+)
 def test_a_run_that_was_cut_off_while_it_trains_goes_on_to_the_same_bits(
     folder, trained, path, verb, tmp_path, monkeypatch
 ):
@@ -215,6 +218,7 @@ def test_training_that_does_not_help_is_undone_to_the_bit(folder, tmp_path, monk
     assert differing(tmp_path / "plain", tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_trained_projections_are_written_in_their_own_dtype(folder, tmp_path):
     make_model(tmp_path / "half", "qwen2", dtype=torch.bfloat16)
     result = search(folder, tmp_path / "o", model=tmp_path / "half", path="L", reconstruct=3)
@@ -222,6 +226,7 @@ def test_trained_projections_are_written_in_their_own_dtype(folder, tmp_path):
     assert {tensor.dtype for tensor in load_tensors(tmp_path / "o").values()} == {torch.bfloat16}
 
 
+@pytest.mark.long
 def test_kept_iterations_are_not_trained(folder, tmp_path):
     search(folder, tmp_path / "o", path="GL", keep="1", reconstruct=2)
     search(folder, tmp_path / "plain", path="G")

@@ -1,7 +1,8 @@
 """Tiny configs of architectures that have no row in the table of families, by their `model_type`.
 
 Those of `DENSE` are pruned by their weights, all of their layers' matrices; those of `MIXED`, whose layers are of
-several kinds or have mixers other than attention, keep some matrices as they are; those of `MIXTURES` have experts.
+several kinds or have mixers other than attention, keep some matrices as they are; those of `MIXTURES` have experts;
+those of `CARRYING` pass more than hidden states from layer to layer.
 Those of `REFUSED` are not pruned, for a reason that its pattern says.
 """
 
@@ -107,6 +108,22 @@ MIXED: dict[str, dict[str, Any]] = {
 }
 _SHARED = {"shared_expert_intermediate_size": 16}
 _ONE_GROUP = {"n_group": 1, "topk_group": 1}
+_OWN_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_SHARED_KEYS = {
+    **{"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2},
+    **{"head_dim": 8, **_WINDOW},
+}
+CARRYING: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {
+        **{**_COMMON, **_OWN_INPUTS, **_SHARED_KEYS, "intermediate_size": [48] * 6, "altup_num_inputs": 3},
+        **{"laurel_rank": 8, "activation_sparsity_pattern": [0.5] + [0.0] * 5},
+    },
+    "gemma4_text": {**_COMMON, **_OWN_INPUTS, **_SHARED_KEYS, "global_head_dim": 16},
+    "glm_moe_dsa": {
+        **{**_LATENT, **_ONE_GROUP, "num_hidden_layers": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8},
+        **{"indexer_types": ["full", "shared"] * 2, "mlp_layer_types": ["dense", *["sparse"] * 3]},
+    },
+}
 MIXTURES: dict[str, dict[str, Any]] = {
     "cohere2_moe": {**_COMMON, "head_dim": 8, **_WINDOW, "num_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {**_LATENT, "topk_method": "group_limited_greedy"},
@@ -124,6 +141,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         **{**MIXED["gemma4_text"], "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},
         **{"moe_intermediate_size": 16},
     },
+    "glm_moe_dsa": CARRYING["glm_moe_dsa"],
     "glm4_moe": {**_LATENT, "head_dim": 8},
     "glm4_moe_lite": {**_LATENT, **_ONE_GROUP},
     "gpt_oss": {**_COMMON, **_WINDOW, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -149,6 +167,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": (
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         r"most weights of its layers are no weights of an nn\.Linear, such as attn\.c_attn\.weight \[32, 96\]",
+    ),
+    "kimi_linear": (
+        {
+            **{**_LATENT, **_ONE_GROUP},
+            "linear_attn_config": {
+                **{"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 8},
+                "short_conv_kernel_size": 4,
+            },
+        },
+        r"self_attn\.conv1d\.weight is not stored as it is, transformers makes it from self_attn\.q_conv1d\.weight, ",
+    ),
+    "llama4_text": (
+        {**_COMMON, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
+        r"no weights of an nn\.Linear, such as feed_forward\.experts\.gate_up_proj \[4, 32, 96\]",
+    ),
+    "olmo_hybrid": (
+        {**_COMMON, **_LINEAR_ATTENTION, "linear_num_key_heads": 4},
+        r"linear_attn\.conv1d\.weight is not stored as it is, transformers makes it from linear_attn\.q_conv1d\.",
     ),
 }
 

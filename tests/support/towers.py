@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from shardprune.model.empty_model import persistent_buffers
-from tests.support.architectures import DENSE, MIXED, MIXTURES, VOCABULARY
+from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, VOCABULARY
 
 _VISION = {
     **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -23,11 +23,25 @@ _QWEN_TOKENS = {
         ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), start=1
     )
 }
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_THREE_DIMENSIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_QWEN_TEXT = {**DENSE["ernie4_5"], **_THREE_DIMENSIONS}
+_OLDER_VISION = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+_DEEPSTACK_VISION = {**_QWEN_VISION, "deepstack_visual_indexes": [0, 1]}
 _TAKEN = VOCABULARY - 1  # the token of an image
 TOWERS: dict[str, dict[str, Any]] = {
     "gemma3": {
         **{"text_config": {**DENSE["gemma3_text"], "model_type": "gemma3_text"}, "vision_config": _VISION},
         **{"mm_tokens_per_image": 4, "image_token_index": _TAKEN, "boi_token_index": 62, "eoi_token_index": 61},
+    },
+    "gemma4": {
+        "text_config": {**CARRYING["gemma4_text"], "model_type": "gemma4_text", "pad_token_id": 2},
+        "vision_config": {
+            **{**_VISION, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 8},
+            "pooling_kernel_size": 1,
+        },
+        **{"audio_config": None, "image_token_id": _TAKEN, "video_token_id": 62, "audio_token_id": 61},
+        **{"boi_token_id": 60, "eoi_token_id": 60, "boa_token_id": 60, "eoa_token_index": 60},
     },
     "internvl": {
         "text_config": {**DENSE["ernie4_5"], "model_type": "qwen2"},
@@ -47,6 +61,29 @@ TOWERS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {
         "text_config": {**MIXTURES["qwen3_5_moe_text"], "model_type": "qwen3_5_moe_text"},
         "vision_config": _QWEN_VISION,
+        **_QWEN_TOKENS,
+    },
+    "qwen2_vl": {
+        "text_config": {**_QWEN_TEXT, "model_type": "qwen2_vl_text", "tie_word_embeddings": True},
+        "vision_config": _OLDER_VISION,
+        **_QWEN_TOKENS,
+    },
+    "qwen2_5_vl": {
+        "text_config": {
+            **{**_QWEN_TEXT, "model_type": "qwen2_5_vl_text", "use_sliding_window": True, "sliding_window": 8},
+            **{"max_window_layers": 1},
+        },
+        "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 8},
+        **_QWEN_TOKENS,
+    },
+    "qwen3_vl": {
+        "text_config": {**_QWEN_TEXT, "model_type": "qwen3_vl_text"},
+        "vision_config": _DEEPSTACK_VISION,
+        **_QWEN_TOKENS,
+    },
+    "qwen3_vl_moe": {
+        "text_config": {**_QWEN_TEXT, **_EXPERTS, "model_type": "qwen3_vl_moe_text"},
+        "vision_config": _DEEPSTACK_VISION,
         **_QWEN_TOKENS,
     },
 }
