@@ -56,6 +56,10 @@ The experts of a mixture may be tensors of their own in the files, one for each 
 (`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert
 is a projection, read alone, and what is written has the layout of what was read.
 
+FP8 checkpoints, as DeepSeek-V3, MiniMax-M2 and the FP8 forms of Qwen3 ship them, are read as what they stand for: each
+weight times the scales of its blocks ([storage.md](storage.md#fp8-checkpoints)). Other quantised checkpoints (GPTQ,
+AWQ, MXFP4, compressed-tensors) are refused in one line: give the one from which they were made.
+
 Of multimodal models, the language tower is pruned, if it is one of these, and all else is copied byte by byte: of
 Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen2-VL and
 2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`), Qwen3.5 and its mixtures

@@ -78,6 +78,10 @@ def convert(recipe: ExportRecipe, reporter: Reporter) -> Conversion:
     """
     with preflight():
         source = Checkpoint(recipe.model)
+        if source.fp8:  # converters read the files, each in its own way or without the scales
+            raise InputError(
+                "format", f"{recipe.format!r} is not made of FP8 weights, as {source.folder.url} has; use sparse"
+            )
         if source.folder.is_file(STATE):
             raise InputError("model", f"{source.folder.url} is not finished: {STATE} is there")
         program: list[str] = []

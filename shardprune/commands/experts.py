@@ -207,7 +207,7 @@ class ExpertsRun:
         if state.previous is None:
             with self.clock.phase("write"):
                 FurtherLayers(fewer).write(self.journal, self._kept()[max(fewer.mixture.layers)])
-                write_index(prepared.checkpoint, self.journal, fewer.changes)
+                write_index(fewer.stored, self.journal, fewer.changes)
         size = ModelSize(parameters_before=prepared.skeleton.parameters(), parameters_after=fewer.reduced.parameters())
         seconds, workers = costs(self.clock, self.workers, state.previous)
         calibration = prepared.calibration_result() if self.recipe.reads_text and not state.previous else None

@@ -4,6 +4,7 @@ written here."""
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardprune.cluster.defaults import device_of
@@ -296,7 +297,7 @@ class Prepared:
         if not isinstance(zeroing, Zeroing):
             zeroing = STAND_IN
         task = task_of(
-            model_of(self.skeleton, model, stored_dtype(self.checkpoint)),
+            model_of(self.skeleton, model, stored_dtype(self.checkpoint), self.checkpoint.bytes_of_fp8()),
             zeroing,
             errors=self.job.measure_error,
             samples=self.recipe.samples,
@@ -345,7 +346,8 @@ def prepare(
     # Where structures go, all that is cut passes through memory: biases and norms, too.
     float32 = recipe.dtype == "float32" or device == "cpu"
     ignore = getattr(recipe, "ignore", ())
-    opened = open_model(recipe.model, float32=float32, whole=job.scoring is not None, ignore=ignore)
+    fp8_as = torch.float32 if recipe.dtype == "float32" else None
+    opened = open_model(recipe.model, float32=float32, whole=job.scoring is not None, ignore=ignore, fp8_as=fp8_as)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     if getattr(recipe, "reads_text", True) or recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
@@ -358,6 +360,7 @@ def prepare(
     fewer = fewer_experts_of(job, checkpoint, skeleton)
     if fewer:
         FurtherLayers(fewer)  # which it checks
+        _check_copied(recipe, checkpoint)
     statistics = _given_statistics(recipe, checkpoint, fewer)
     mixture = any(kind.mixtures for kind in skeleton.family.kinds)
     if asked.chunks > 1 and not mixture:
@@ -448,6 +451,18 @@ def _with_given(recipe: LayerRecipe, job: PruningJob, skeleton: Skeleton) -> tup
     shapes = [skeleton.projection_shapes(layer) for layer in range(skeleton.layers)]
     given = read_allocation(file, shapes, job.zeroing.target)
     return replace(job, zeroing=replace(job.zeroing, given=given)), given
+
+
+def _check_copied(recipe: LayerRecipe, checkpoint: Checkpoint) -> None:
+    """Check that an FP8 model's experts stay what they are, where its layers are copied as they are stored.
+
+    Raises:
+        InputError: they would have to be quantised again.
+    """
+    for field in ("reconstruct", "merge"):
+        if checkpoint.fp8 and (value := getattr(recipe, field, None)):
+            reason = "changes the weights of experts, and these are FP8, which are only copied"
+            raise InputError(field, f"{value!r} {reason}; leave it out, or give the model from which they were made")
 
 
 def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from shardprune.errors import InputError, OutOfMemory, first_line
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.companions import has_tokenizer
+from shardprune.model.config_file import CONFIG
 from shardprune.model.empty_model import attention_of
 from shardprune.model.opening import open_model
 from shardprune.recipes.evaluate import LatencyFields
@@ -127,10 +129,21 @@ def _load(checkpoint: Checkpoint, model: ShardedModel, device: torch.device) -> 
             dtype=model.skeleton.dtype,
             trust_remote_code=False,
             attn_implementation=attention_of(checkpoint.config),
+            **loading_of(checkpoint),
         )
     except (OSError, ValueError) as error:
         raise InputError("latency", f"transformers cannot load {place!r}: {first_line(error)}") from error
     return loaded.to(device).eval()
+
+
+def loading_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the arguments with which transformers multiplies FP8 weights with their scales, as shards do; none for
+    other checkpoints."""
+    if checkpoint.fp8 is None:
+        return {}
+    quantisation = AutoQuantizationConfig.from_dict(checkpoint.folder.read_json(CONFIG)["quantization_config"])
+    quantisation.dequantize = True
+    return {"quantization_config": quantisation}
 
 
 @torch.no_grad()

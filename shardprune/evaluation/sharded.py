@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from shardprune.cluster.defaults import device_of, threads_of
@@ -40,7 +41,8 @@ class ShardedModel:
         check_reachable("model", model, settings.backend)
         slots = backend.slots()
         device = device_of(settings.device, slots)
-        self.opened = open_model(model, float32=settings.dtype == "float32" or device == "cpu")
+        fp8_as = torch.float32 if settings.dtype == "float32" else None
+        self.opened = open_model(model, float32=fp8_as is not None or device == "cpu", fp8_as=fp8_as)
         self.checkpoint, self.skeleton = self.opened.checkpoint, self.opened.skeleton
         self._model = place_of(model)
         shards = settings.shards or 1

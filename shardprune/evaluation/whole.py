@@ -76,9 +76,11 @@ def whole_model(model: ShardedModel) -> LM:
     """Load lm-eval's Hugging Face model of a checkpoint, with the device, dtype and attention that shards would use.
 
     Raises:
-        InputError: transformers cannot load it from its location.
+        InputError: transformers cannot load it from its location, or would not run it as the shards do.
     """
     settings = model.settings
+    if model.checkpoint.fp8 and settings.device != "cpu":  # lm-eval cannot be told to
+        raise InputError("engine", "'hf' does not multiply FP8 weights with their scales on a GPU; use shards")
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:

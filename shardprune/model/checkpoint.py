@@ -1,12 +1,15 @@
 """Hugging Face checkpoints on any file system, read tensor by tensor."""
 
+import copy
 import hashlib
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from pydantic import BaseModel, JsonValue
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -15,6 +18,7 @@ from shardprune.errors import InputChanged, InputError
 from shardprune.model.companions import check_companion, companions
 from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.families import TOWER_LAYOUTS, TOWERS
+from shardprune.model.fp8 import Fp8Weights, quantisation_of, written_dtype
 from shardprune.model.sources import Source, SourceState, SourceTensor
 from shardprune.model.stored_names import places_in_model
 from shardprune.model.ties import equal, tied_names
@@ -24,7 +28,8 @@ from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located, shown
 from shardprune.storage.output_names import EXPORT
-from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_header
+from shardprune.storage.safetensors_file import Entry, StoredTensor, read_header
+from shardprune.storage.scaled_tensors import ScaledEntry, opened
 from shardprune.storage.stacks import Place
 
 SINGLE = "model.safetensors"
@@ -42,20 +47,26 @@ class Checkpoint:
     Input embedding and head are tied as transformers ties them: if the config says so, and the files hold one of the
     two, or both with the same values. `config` says what is true of the files.
 
+    The weights of an FP8 checkpoint are read as products with their scales: its tensors are those of the model from
+    which it was made, rounded, and the config that transformers reads is that model's.
+
     Attributes:
-        entries: where its tensors are, by their names in the causal language model.
+        entries: where its tensors are, by their names in the causal language model, with the dtypes in which they are
+            read.
         files: where the tensors of its files are, by their names there.
         own_head: the files hold a head of its own although the config ties it.
+        fp8: how FP8 weights are read; None where they are not.
 
     Args:
         model: a local directory, a fsspec URL, or a hub name such as `meta-llama/Llama-3.1-8B`.
         field: the recipe's field that names it, for errors.
+        dtype: in which FP8 weights are read; None: the config's, which is bfloat16 in most.
 
     Raises:
         InputError: there is no such checkpoint, or its files are damaged.
     """
 
-    def __init__(self, model: str, field: str = "model") -> None:
+    def __init__(self, model: str, field: str = "model", dtype: torch.dtype | None = None) -> None:
         self.folder = Folder(locate(model, field), field)
         if not self.folder.is_file(CONFIG):
             raise InputError(field, f"{model!r} holds no {CONFIG}: give a checkpoint's directory, URL or hub name")
@@ -66,12 +77,51 @@ class Checkpoint:
         stored = self._entries()
         self.source.keep([CONFIG, INDEX, *beside, *{entry.file for entry in stored.values()}])
         self.files = stored
+        self.fp8 = self._fp8(dtype)
+        scales = self.fp8.companions(stored) if self.fp8 else {}
         self._places: dict[str, Place] = {}
-        for place, name in self._places_in_model(stored):
+        for place, name in self._places_in_model({name: stored[name] for name in stored if name not in scales}):
             if self._places.setdefault(name, place) is not place:
                 raise InputError(field, f"{self.folder.url} holds {place} under two names")
-        self.entries = {name: place.entry(stored) for name, place in self._places.items()}
+        self.entries = {name: self.entry_at(place, stored) for name, place in self._places.items()}
         self.own_head = self._settle_ties()
+
+    def _fp8(self, dtype: torch.dtype | None) -> Fp8Weights | None:
+        """Return how FP8 weights are read, where the checkpoint has them."""
+        place, field = f"{self.folder.url}/{CONFIG}", self.folder.field
+        config = quantisation_of(self.folder.read_json(CONFIG), place, field)
+        if config is None:
+            return None
+        return Fp8Weights(config, dtype or written_dtype(self.config.dtype), self.folder.url, field)
+
+    def entry_at(self, place: Place, files: Mapping[str, Entry]) -> Entry:
+        """Return where the tensor at a place is among stored ones, these or those of an output with the same names.
+
+        Raises:
+            InputError: it is an FP8 weight without scales that fit it.
+        """
+        return self.fp8.entry(place, files) if self.fp8 else place.entry(files)
+
+    def as_stored(self) -> "Checkpoint":
+        """Return the checkpoint whose tensors are read as they are stored: FP8 weights, and their scales besides.
+
+        Raises:
+            InputError: scales are of several experts.
+        """
+        if self.fp8 is None:
+            return self
+        whole = copy.copy(self)
+        whole.fp8 = None
+        whole._places = self._places | self.fp8.places_of_scales(self._places, self.files)
+        whole.entries = {name: place.entry(self.files) for name, place in whole._places.items()}
+        return whole
+
+    def bytes_of_fp8(self) -> float | None:
+        """Return the mean bytes in the files of a weight of an FP8 checkpoint, scales included; None for others."""
+        if self.fp8 is None:
+            return None
+        stored = sum(entry.size for entry in self.as_stored().entries.values())
+        return stored / sum(math.prod(entry.shape) for entry in self.entries.values())
 
     @property
     def config(self) -> PretrainedConfig:
@@ -94,7 +144,7 @@ class Checkpoint:
         if head in self.entries and embedding not in self.entries:
             self.entries[embedding] = self.entries.pop(head)
             self._places[embedding] = self._places.pop(head)
-        if head not in self.entries or equal(self.folder, self.entries[embedding], self.entries[head]):
+        if head not in self.entries or equal(self.stored(embedding), self.stored(head)):
             return False
         self.config.tie_word_embeddings = False
         return True
@@ -106,6 +156,9 @@ class Checkpoint:
             found.append(f"{url} holds weights and an adapter: the weights are taken, the adapter is not applied")
         if self.own_head:
             found.append(f"{url}: its config ties the embeddings, but it holds a head of its own, which is taken")
+        if self.fp8:
+            dtype = str(self.fp8.dtype).removeprefix("torch.")
+            found.append(f"{url}: its FP8 weights are multiplied with their scales as they are read, to {dtype}")
         return found
 
     @property
@@ -161,11 +214,15 @@ class Checkpoint:
 
     def stored(self, name: str) -> StoredTensor:
         """Return a tensor in its file."""
-        return SourceTensor(self.folder, self.entries[name], str(self._places[name]), self.source)
+
+        def plain(entry: Entry, place: str) -> StoredTensor:
+            return SourceTensor(self.folder, entry, place, self.source)
+
+        return opened(self.folder, self.entries[name], plain, str(self._places[name]))
 
     def read_elements(self, name: str, start: int, stop: int) -> Tensor:
         """Read elements `start` to `stop` of one tensor, counted in C order, [stop - start] in its stored dtype."""
-        return read_elements(self.folder, self.entries[name], start, stop)
+        return self.stored(name).read_elements(start, stop)
 
     def check_unchanged(self, names: Iterable[str] | None = None) -> None:
         """Check that the files of some tensors, or all files, are still those that were opened.
@@ -173,11 +230,12 @@ class Checkpoint:
         Raises:
             InputChanged: one is not.
         """
-        self.source.check(None if names is None else {self.entries[name].file for name in names})
+        self.source.check(None if names is None else {file for name in names for file in self.entries[name].files})
 
     def state(self) -> SourceState:
         """Return what other processes and later attempts of a run must know to notice a change."""
-        return self.source.state(self.identity())
+        state = self.source.state(self.identity())
+        return replace(state, fp8_as=str(self.fp8.dtype).removeprefix("torch.")) if self.fp8 else state
 
     def identity(self) -> str:
         """Return a hash that tells checkpoints apart: config, headers, and a sample of every tensor, when it was first
@@ -189,7 +247,8 @@ class Checkpoint:
         digest = hashlib.sha256(self.folder.read_text(CONFIG).encode())
         entries = sorted(self.entries.items())
         digest.update(dump_json([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
-        for sample in self.folder.read_ranges([_sample(entry) for _, entry in entries]):
+        scales = [entry.scales for _, entry in entries if isinstance(entry, ScaledEntry)]
+        for sample in self.folder.read_ranges([_sample(entry) for entry in [*dict(entries).values(), *scales]]):
             digest.update(sample)
         return digest.hexdigest()
 
@@ -230,7 +289,7 @@ def reopened(model: str, state: SourceState | None, field: str = "model") -> Che
     if state is None:
         return Checkpoint(model, field)
     try:
-        checkpoint = Checkpoint(model, field)
+        checkpoint = Checkpoint(model, field, getattr(torch, state.fp8_as) if state.fp8_as else None)
     except InputError as error:
         raise InputChanged(field, f"the model changed under the run: {error.problem}") from error
     checkpoint.source.admit(state, checkpoint.identity)

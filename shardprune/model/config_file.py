@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import (
 from shardprune.errors import InputError
 from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.families import TOWERS
-from shardprune.storage.json_file import parse_model
+from shardprune.model.fp8 import quantisation_of
+from shardprune.storage.json_file import parse_json, parse_model
 from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
@@ -69,6 +70,8 @@ class _File(_Sizes):
 def parse_config(content: bytes, place: str, field: str = "model") -> PretrainedConfig:
     """Parse the content of a config.json.
 
+    Of an FP8 checkpoint, it is that of the model with weights that are not quantised.
+
     Args:
         place: path or URL of the file, for the error.
 
@@ -77,6 +80,7 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
     """
     with located(field, place):
         model_type = parse_model(content, _File).model_type
+        fp8 = quantisation_of(parse_json(content), place, field)
     _check_type(model_type, field)
     with local_copies({CONFIG: content}) as local, deferred_warnings():
         try:
@@ -85,6 +89,8 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         except Exception as error:  # transformers checks a config in many ways, each with an error of its own
             reason = in_one_line(error).replace(f"{local}/{CONFIG}", place).replace(local, place)
             raise InputError(field, f"{place} cannot be read as a config: {reason}") from error
+    if fp8:
+        del config.quantization_config
     if model_type in TOWERS:
         if (language := language_config(config).model_type) not in WITHOUT_HEAD:
             _check_type(language, field)
@@ -151,14 +157,20 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
     return language
 
 
-def with_changes(raw: dict[str, Any], changes: dict[str, Any], *, tower: bool, untied: bool) -> dict[str, Any]:
+def with_changes(
+    raw: dict[str, Any], changes: dict[str, Any], *, tower: bool, untied: bool, dtype: str | None = None
+) -> dict[str, Any]:
     """Return the content of a config.json with other values of some fields.
 
     Args:
         changes: of fields of the language model's config.
         tower: the file describes a larger model, of which the language model is a part.
         untied: say that the head is a tensor of its own.
+        dtype: of weights that are not quantised any more; None where nothing of the kind has changed.
     """
+    if dtype:
+        raw = {name: value for name, value in raw.items() if name not in ("quantization_config", "torch_dtype")}
+        raw["dtype"] = dtype
     flag = {"tie_word_embeddings": False} if untied else {}
     if tower and "text_config" in raw:  # older files of Qwen2.5-VL have all fields side by side
         return {**raw, **flag, "text_config": {**raw["text_config"], **changes, **flag}}

@@ -18,6 +18,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.config_file import CONFIG, language_config, parse_config, with_changes
 from shardprune.model.expert_averages import average, rows_of
+from shardprune.model.fp8 import DTYPES, names_of_scales
 from shardprune.model.pruning_job import ExpertRemoval, PruningJob
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.expert_scores import kept_of
@@ -154,12 +155,18 @@ def with_experts(skeleton: Skeleton, mixture: Mixture, kept: int) -> Skeleton:
 class FewerExperts:
     """A model beside the one that has `kept` experts in each of its layers.
 
+    Attributes:
+        stored: the checkpoint as it is stored, of which the new model's files are copies: FP8 weights stay what they
+            are, and their scales go with them.
+
     Raises:
-        InputError: transformers makes no such model from the config.
+        InputError: transformers makes no such model from the config, or the tensors of an expert are not like those of
+            others.
     """
 
     def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton, mixture: Mixture, kept: int) -> None:
         self.checkpoint, self.skeleton, self.mixture, self.kept = checkpoint, skeleton, mixture, kept
+        self.stored = checkpoint.as_stored()
         self.changes = self._changes()
         content = with_changes(
             checkpoint.folder.read_json(CONFIG),
@@ -176,15 +183,20 @@ class FewerExperts:
         self._check_dtypes()
 
     def _check_dtypes(self) -> None:
-        """Check that an expert can take the place of another one: both are stored in the same dtypes."""
+        """Check that an expert can take the place of another one: both are stored in the same dtypes; and that no
+        tensor with blocks of scales is cut."""
         for index, path in self.mixture.layers.items():
             dtypes: dict[str, torch.dtype] = {}
             for name in self.skeleton.layer_tensors(index):
                 if (place := _expert(_inside(self.skeleton, index, name), path)) is None:
                     continue
-                part, dtype = name.replace(f"{path}.{place}.", ""), self.checkpoint.entries[name].dtype
+                part, dtype = name.replace(f"{path}.{place}.", ""), self.stored.entries[name].dtype
                 if dtypes.setdefault(part, dtype) != dtype:
                     raise InputError("model", f"tensor {name} is {dtype}, and that of another expert {dtypes[part]}")
+            for own in self._sliced[index]:
+                name = f"{self.skeleton.family.layers}.{index}.{own}"
+                if (dtype := self.stored.entries[name].dtype) in DTYPES:
+                    raise InputError("model", f"tensor {name}, which has a part for each expert, is {dtype}")
 
     def _changes(self) -> dict[str, Any]:
         """Return the new values of all fields of the file that say how many experts there are."""
@@ -196,7 +208,7 @@ class FewerExperts:
 
     def place(self, name: str) -> Place:
         """Return the place in the files of a tensor of the new model."""
-        place = self.checkpoint.place(name)
+        place = self.stored.place(name)
         if place.slice is None:
             return place
         return replace(place, slice=replace(place.slice, shape=(self.kept, *place.slice.shape[1:])))
@@ -205,14 +217,23 @@ class FewerExperts:
         """Return the shapes of a layer's tensors as they become, by their names within it."""
         return {_inside(self.reduced, index, name): s for name, s in self.reduced.layer_tensors(index).items()}
 
-    def tensor(self, index: int, name: str, experts: KeptExperts | None) -> Tensor | None:
-        """Return a tensor of a layer that keeps some experts, in its stored dtype; None where it stays what it is.
+    def stored_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a layer's tensors as they are written, scales among them, by their names within it."""
+        prefix, shapes = f"{self.skeleton.family.layers}.{index}.", self.shapes(index)
+        scales = {name: self.stored.entries.get(prefix + name) for own in shapes for name in names_of_scales(own)}
+        return shapes | {name: entry.shape for name, entry in scales.items() if entry}
+
+    def tensor(self, index: int, name: str, experts: KeptExperts | None, *, stored: bool = False) -> Tensor | None:
+        """Return a tensor of a layer that keeps some experts, in the dtype in which it is read; None where it stays
+        what it is.
 
         Args:
             name: within the layer, of the new model.
             experts: those that stay, ascending, the first of which becomes expert 0, or averages in their places; None
                 for a layer that has none.
+            stored: as it is stored.
         """
+        checkpoint = self.stored if stored else self.checkpoint
         prefix = f"{self.skeleton.family.layers}.{index}."
         path = self.mixture.layers.get(index)
         if path is None:
@@ -221,12 +242,12 @@ class FewerExperts:
         if (place := _expert(name, path)) is not None:
             part = name.removeprefix(f"{path}.{place}.")
             return average(
-                experts.sources(int(place)), lambda expert: self.checkpoint.read(f"{prefix}{path}.{expert}.{part}")
+                experts.sources(int(place)), lambda expert: checkpoint.read(f"{prefix}{path}.{expert}.{part}")
             )
         dimension = self._sliced[index].get(name)
         if dimension is None:
             return None
-        return rows_of(self.checkpoint.read(prefix + name), dimension, experts, name.startswith(f"{path}."))
+        return rows_of(checkpoint.read(prefix + name), dimension, experts, name.startswith(f"{path}."))
 
     @cached_property
     def _sliced(self) -> dict[int, dict[str, int]]:

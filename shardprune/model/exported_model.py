@@ -11,6 +11,7 @@ from shardprune.model.companions import GENERATION
 from shardprune.model.config_file import CONFIG, in_one_line, parse_config
 from shardprune.model.exports import open_export, open_weights
 from shardprune.model.families import TOWERS
+from shardprune.model.fp8 import Fp8Weights, quantisation_of, written_dtype
 from shardprune.model.semi_structured import check_device, to_semi_structured
 from shardprune.storage.local_copies import local_copies
 
@@ -18,7 +19,8 @@ from shardprune.storage.local_copies import local_copies
 def load_exported(
     place: str, *, device: str | torch.device = "cpu", semi_structured: bool | None = None, **settings: Any
 ) -> PreTrainedModel:
-    """Return the causal language model of an export, its weights those of the checkpoint to the bit.
+    """Return the causal language model of an export, its weights those of the checkpoint to the bit; of an FP8
+    checkpoint, products with their scales.
 
     The host's memory holds the model once, and the largest tensor; then it moves to the device.
 
@@ -36,9 +38,12 @@ def load_exported(
     compressed = export.format == "semi-structured" if semi_structured is None else semi_structured
     if compressed:
         check_device(torch.device(device))
-    config = parse_config(folder.read_bytes(CONFIG), f"{folder.url}/{CONFIG}", "place")
+    where = f"{folder.url}/{CONFIG}"
+    config = parse_config(folder.read_bytes(CONFIG), where, "place")
     classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if config.model_type in TOWERS else MODEL_FOR_CAUSAL_LM_MAPPING
     state = {name: file.tensor(name) for file in weights.values() for name in file.record.tensors}
+    if quantisation := quantisation_of(folder.read_json(CONFIG), where, "place"):
+        state = Fp8Weights(quantisation, written_dtype(config.dtype), folder.url, "place").products(state)
     settings = {"dtype": "auto", **settings}
     try:
         model = classes[type(config)].from_pretrained(None, config=config, state_dict=state, **settings)

@@ -15,6 +15,7 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.expert_averages import Sources, average, rows_of
 from shardprune.model.expert_removal import FewerExperts
 from shardprune.model.experts import STACKS
+from shardprune.model.fp8 import names_of_scales
 from shardprune.storage.journal import Cut, Journal
 from shardprune.storage.records import KeptExperts
 from shardprune.storage.safetensors_file import StoredTensor
@@ -28,15 +29,15 @@ class FurtherLayers:
     """
 
     def __init__(self, fewer: FewerExperts) -> None:
-        self._fewer, self._checkpoint = fewer, fewer.checkpoint
+        self._fewer, self._checkpoint = fewer, fewer.stored
         skeleton = fewer.skeleton
         inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
+        inside |= {scales for name in inside for scales in names_of_scales(name)}
         self._outside = [name for name in self._checkpoint.entries if name not in inside]
         self._last = max(fewer.mixture.layers)
         path = fewer.mixture.layers[self._last]
-        self._own = re.compile(
-            rf"(?:^|.*\.){re.escape(path)}\.(\d+)\.(?:{'|'.join(map(re.escape, fewer.parts(self._last)))})"
-        )
+        parts = [name for part in fewer.parts(self._last) for name in (part, *names_of_scales(part))]
+        self._own = re.compile(rf"(?:^|.*\.){re.escape(path)}\.(\d+)\.(?:{'|'.join(map(re.escape, parts))})")
         stacks = {f"{path}.{leaf}": 0 for leaf in STACKS}
         self._ends = stacks | fewer.sliced(self._last)
         frame = skeleton.tensors()

@@ -41,7 +41,13 @@ class OpenedModel:
 
 
 def open_model(
-    model: str, field: str = "model", *, float32: bool = True, whole: bool = False, ignore: Sequence[str] = ()
+    model: str,
+    field: str = "model",
+    *,
+    float32: bool = True,
+    whole: bool = False,
+    ignore: Sequence[str] = (),
+    fp8_as: torch.dtype | None = None,
 ) -> OpenedModel:
     """Open and check a model; its weights stay where they are.
 
@@ -50,11 +56,12 @@ def open_model(
         float32: compute in float32, else in the dtype of the stored weights.
         whole: of what is stored, look at biases and norms, too.
         ignore: globs over the names of projections that are left alone.
+        fp8_as: dtype in which FP8 weights are read; None: the config's.
 
     Raises:
         InputError: there is no such checkpoint, it is not whole, or its class of models cannot be pruned.
     """
-    checkpoint = open_checkpoint(place_of(model), field)
+    checkpoint = open_checkpoint(place_of(model), field, fp8_as)
     dtype = torch.float32 if float32 else stored_dtype(checkpoint, whole)
     skeleton = Skeleton(checkpoint.config, "cpu", dtype, ignore)
     check_class(checkpoint.config)
@@ -63,13 +70,16 @@ def open_model(
     return OpenedModel(checkpoint, skeleton)
 
 
-def open_checkpoint(place: str, field: str) -> Checkpoint:
+def open_checkpoint(place: str, field: str, fp8_as: torch.dtype | None = None) -> Checkpoint:
     """Open a checkpoint, and log what was decided about its files.
+
+    Args:
+        fp8_as: dtype in which FP8 weights are read; None: the config's.
 
     Raises:
         InputError: there is no such checkpoint.
     """
-    checkpoint = Checkpoint(place, field)
+    checkpoint = Checkpoint(place, field, fp8_as)
     for note in checkpoint.notes():
         _say_once(note)
     return checkpoint

@@ -24,7 +24,7 @@ def overflow(tensor: str, dtype: torch.dtype) -> str:
 
 
 def write_frame(checkpoint: Checkpoint, skeleton: Skeleton, journal: Journal) -> None:
-    """Copy every tensor that is not part of a decoder layer, byte by byte."""
+    """Copy every tensor that is not part of a decoder layer, as it is read: FP8 weights without their scales."""
     inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
     outside = [name for name in checkpoint.entries if name not in inside]
     tensors = {checkpoint.stored_name(name): checkpoint.stored(name) for name in outside}
@@ -57,9 +57,10 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
         INDEX, {"metadata": {"total_size": size, "total_parameters": parameters}, "weight_map": placed}
     )
     for name in checkpoint.companions():
-        if name == CONFIG and (changes or checkpoint.own_head):
+        if name == CONFIG and (changes or checkpoint.own_head or checkpoint.fp8):
             raw = checkpoint.folder.read_json(CONFIG)
-            changed = with_changes(raw, changes, tower=checkpoint.has_tower, untied=checkpoint.own_head)
+            dtype = str(checkpoint.fp8.dtype).removeprefix("torch.") if checkpoint.fp8 else None
+            changed = with_changes(raw, changes, tower=checkpoint.has_tower, untied=checkpoint.own_head, dtype=dtype)
             journal.folder.write_json(CONFIG, changed)
         else:
             journal.folder.write_bytes(name, checkpoint.folder.read_bytes(name))

@@ -23,12 +23,14 @@ from shardprune.storage.stamps import Stamp, stamps_of
 @dataclass(frozen=True)
 class SourceState:
     """A checkpoint as a run knows it: stamps of its files on a `host`, its identity by a sample of every tensor, and
-    the digests of the tensors that have been read, by their names in the files."""
+    the digests of the tensors that have been read, by their names in the files; `fp8_as` is torch's name of the dtype
+    in which FP8 weights are read, where there are any."""
 
     host: str
     stamps: dict[str, Stamp]
     sample: str
     digests: dict[str, str] = field(default_factory=dict)
+    fp8_as: str | None = None
 
 
 class Source:

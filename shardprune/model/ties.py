@@ -11,8 +11,8 @@ from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
 from shardprune.model.causal_class import causal_class
-from shardprune.storage.folder import CHUNK, Folder
-from shardprune.storage.safetensors_file import Entry, read_elements
+from shardprune.storage.folder import CHUNK
+from shardprune.storage.safetensors_file import StoredTensor
 
 
 def tied_names(config: PretrainedConfig) -> tuple[str, str] | None:
@@ -31,14 +31,14 @@ def tied_names(config: PretrainedConfig) -> tuple[str, str] | None:
     return embedding, head
 
 
-def equal(folder: Folder, first: Entry, second: Entry) -> bool:
+def equal(first: StoredTensor, second: StoredTensor) -> bool:
     """Return whether two tensors of a checkpoint have the same values; they are read up to the first difference."""
-    if first.shape != second.shape:
+    if first.entry.shape != second.entry.shape:
         return False
-    elements, step = math.prod(first.shape), CHUNK // 4
+    elements, step = math.prod(first.entry.shape), CHUNK // 4
     for start in range(0, elements, step):
         stop = min(start + step, elements)
-        one, other = (read_elements(folder, entry, start, stop).float() for entry in (first, second))
+        one, other = (stored.read_elements(start, stop).float() for stored in (first, second))
         if not torch.equal(one, other):
             return False
     return True

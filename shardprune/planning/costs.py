@@ -380,12 +380,12 @@ class Costs:
         model = self.task.model
         assert model.fewer is not None
         read = model.layer if self.task.merged else model.fewer.layer
-        return self._together * (read + model.fewer.layer) * self.task.stored / self.row.storage
+        return self._together * (read + model.fewer.layer) * model.in_files / self.row.storage
 
     def ratios(self) -> float:
         """Return the seconds to read the weights of the layer's experts for their own sake, while all workers of the
         node do so with theirs."""
-        return self._together * self.task.model.shape.expert_weights * self.task.stored / self.row.storage
+        return self._together * self.task.model.shape.expert_weights * self.task.model.in_files / self.row.storage
 
     @property
     def _together(self) -> int:
@@ -416,5 +416,5 @@ class Costs:
 
     def read(self, elements: int) -> float:
         """Return the seconds to read tensors of `elements` elements while others of the node read theirs."""
-        stored = elements * self.task.stored * self.crowd
+        stored = elements * self.task.model.in_files * self.crowd
         return stored / self.row.storage + self._moved(elements * self.task.itemsize)

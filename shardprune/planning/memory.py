@@ -171,7 +171,7 @@ class WorkerMemory:
             # A tensor in float32, its magnitudes, and these in float64 while they are summed up.
             yield self._moment("observe", "ratios", resident, workspace=self.model.largest * (task.stored + 16))
         # Of an average: two tensors as they are stored, one of them in float64, and the sum.
-        copied = fewer.largest * (2 * task.stored + 16 if task.merged else task.stored)
+        copied = int(fewer.largest * (2 * task.stored + 16 if task.merged else fewer.in_files))
         yield self._moment("write", "merge" if task.merged else "copy", resident + copied)
 
     def _outputs(self) -> int:
@@ -407,15 +407,16 @@ class WorkerMemory:
         away: int = 0,
     ) -> Moment:
         setup, task = self.setup, self.task
-        reading = (elements or self.model.largest) * task.stored  # one tensor that is being read, or a projection
+        largest = elements or self.model.largest  # of one tensor that is being read, or a projection
+        reading, quantised = largest * task.stored, int(largest * task.quantised)
         if not setup.gpu:
-            read = reading if task.stored != task.itemsize else 0
+            read = quantised + (reading if task.stored != task.itemsize else 0)
             device = Bytes(CPU_PROCESS, weights + read, kept + temporaries, statistics, workspace)
             return Moment(phase, step, device, Bytes())
         kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
         if setup.waves_on_host and temporaries:
             temporaries += ON_THEIR_WAY * self._wave()
-        device = Bytes(0, weights, kept_here + temporaries, statistics, workspace)
+        device = Bytes(0, weights + quantised, kept_here + temporaries, statistics, workspace)
         shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
         written = self._written() if phase == "prune" else 0
         host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, away)

@@ -137,6 +137,7 @@ class PlanResult:
                 "parameters": model.parameters,
                 "layers": model.layers,
                 "stored": str(model.stored).removeprefix("torch."),
+                "bytes_per_weight_in_files": model.in_files,
                 **fewer,
             },
             "machines": {"nodes": self.recipe.nodes, "gpus": self.recipe.gpus, "attained": vars(row)},

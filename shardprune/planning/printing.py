@@ -18,8 +18,9 @@ def show(result: PlanResult, console: Console) -> None:
     recipe, model, row = result.recipe, result.model, result.recipe.row
     unit = "GPU" if row.gpu else "worker"
     dtype = str(model.stored).removeprefix("torch.")
+    stored = f"stored as FP8, read as {dtype}" if model.in_files < model.stored.itemsize else f"stored as {dtype}"
     console.print(
-        f"{model.name}: {model.parameters:,} parameters in {model.layers} layers, stored as {dtype}",
+        f"{model.name}: {model.parameters:,} parameters in {model.layers} layers, {stored}",
         highlight=False,
         soft_wrap=True,
     )

@@ -299,7 +299,7 @@ def _ratios(worker: Worker, args: tuple[Any, ...]) -> Cost:
 def _copy_layer(worker: Worker, args: tuple[Any, ...]) -> Cost:
     fewer = worker.costs.task.model.fewer
     assert fewer is not None
-    return worker.costs.copy_layer(), fewer.layer * worker.costs.task.stored, 0
+    return worker.costs.copy_layer(), int(fewer.layer * fewer.in_files), 0
 
 
 def _release(worker: Worker, args: tuple[Any, ...]) -> Cost:

@@ -24,5 +24,6 @@ class Traffic:
 def traffic_of(group: SimulatedGroup) -> Traffic:
     """Return the traffic of a simulated run."""
     task = group.task
-    written = (task.model.fewer or task.model).parameters * task.stored
-    return Traffic(group.between_workers, group.between_nodes, group.read * task.stored, written)
+    model, in_files = task.model, task.model.in_files
+    written = model.fewer.parameters * in_files if model.fewer else model.parameters * task.stored
+    return Traffic(group.between_workers, group.between_nodes, int(group.read * in_files), int(written))

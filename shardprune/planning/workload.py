@@ -13,6 +13,7 @@ from shardprune.model.checks import check_seqlen
 from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.empty_model import attention_of
 from shardprune.model.expert_removal import kept_experts, mixture_of, with_experts
+from shardprune.model.fp8 import quantisation_of
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
@@ -25,6 +26,7 @@ from shardprune.solvers.methods import Effort
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import parse_json
 from shardprune.storage.whole_files import read_file
 
 EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about WikiText-2's test text
@@ -40,6 +42,8 @@ class Model:
         embedding, head: of the frame's large tensors, embeddings of layers' own inputs included; with `tied` embedding
             and head are the same tensor.
         queries, keys: widths of all query heads, and of all key heads.
+        stored: dtype of the weights that are written, and in which they are read.
+        in_files: mean bytes of a weight in the files of the checkpoint; fewer than `stored` has if these are FP8.
         fewer: the model with the experts that stay, where a run removes some and does nothing else.
     """
 
@@ -58,6 +62,7 @@ class Model:
     tied: bool
     parameters: int
     stored: torch.dtype
+    in_files: float
     skeleton: Skeleton
     fewer: "Model | None" = None
 
@@ -135,10 +140,11 @@ def read_model(name: str, ignore: Sequence[str] = ()) -> Model:
     Raises:
         InputError: there is no such config, or models of its class cannot be pruned.
     """
-    config, stored = _read(name)
-    skeleton = Skeleton(config, "cpu", stored, ignore)
-    check_class(config)
-    return model_of(skeleton, name, stored)
+    found = _read(name)
+    skeleton = Skeleton(found.config, "cpu", found.dtype, ignore)
+    check_class(found.config)
+    model = model_of(skeleton, name, found.dtype, found.in_files)
+    return replace(model, in_files=_expected_in_files(model)) if found.expected_fp8 else model
 
 
 def with_fewer_experts(model: Model, recipe: PlanRecipe) -> Model:
@@ -152,11 +158,16 @@ def with_fewer_experts(model: Model, recipe: PlanRecipe) -> Model:
         return model
     mixture = mixture_of(model.skeleton)
     kept = kept_experts(mixture, removal, "_experts")
-    return replace(model, fewer=model_of(with_experts(model.skeleton, mixture, kept), model.name, model.stored))
+    fewer = model_of(with_experts(model.skeleton, mixture, kept), model.name, model.stored, model.in_files)
+    return replace(model, fewer=fewer)
 
 
-def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
-    """Return the shapes of a skeleton's model whose weights are stored in a dtype."""
+def model_of(skeleton: Skeleton, name: str, stored: torch.dtype, in_files: float | None = None) -> Model:
+    """Return the shapes of a skeleton's model whose weights are read in a dtype.
+
+    Args:
+        in_files: mean bytes of a weight in the files; None: those of the dtype.
+    """
     config = skeleton.config
     embedding, head = skeleton.model.get_input_embeddings().weight, skeleton.model.get_output_embeddings().weight
     further = further_embedding(skeleton.model)
@@ -179,6 +190,7 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype) -> Model:
         tied=embedding is head,
         parameters=skeleton.parameters(),
         stored=stored,
+        in_files=in_files or stored.itemsize,
         skeleton=skeleton,
     )
 
@@ -275,6 +287,11 @@ class Task:
         """Calibration windows on which error curves are measured."""
         return windows_of(self.samples - self.held_out, self.seqlen) if self.curves else 0
 
+    @property
+    def quantised(self) -> float:
+        """Mean bytes of a weight that lies beside the product with its scales while it is read; 0 without scales."""
+        return self.model.in_files if self.model.in_files < self.stored else 0
+
     def kept_bytes(self, sequences: int) -> int:
         """Return the bytes of `sequences` kept sequences."""
         columns = self.model.skeleton.family.carried.columns(self.seqlen, self.itemsize)
@@ -340,7 +357,18 @@ def task_of(
     )
 
 
-def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
+@dataclass(frozen=True)
+class _Stored:
+    """What is known of the weights of a model: the `dtype` in which they are read, and the mean bytes of one in the
+    files, if these are there; or that they will be FP8."""
+
+    config: PretrainedConfig
+    dtype: torch.dtype
+    in_files: float | None = None
+    expected_fp8: bool = False
+
+
+def _read(name: str) -> _Stored:
     """Read a config and the dtype of the weights: the stored one, or without weights the config's."""
     if name.endswith(".json"):
         return _parsed(read_file(name, "model"), name)
@@ -350,9 +378,17 @@ def _read(name: str) -> tuple[PretrainedConfig, torch.dtype]:
     if not weights and folder.is_file(CONFIG):
         return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
     checkpoint = Checkpoint(name)
-    return checkpoint.config, stored_dtype(checkpoint)
+    return _Stored(checkpoint.config, stored_dtype(checkpoint), checkpoint.bytes_of_fp8())
 
 
-def _parsed(content: bytes, name: str) -> tuple[PretrainedConfig, torch.dtype]:
+def _parsed(content: bytes, name: str) -> _Stored:
     config = language_config(parse_config(content, name))
-    return config, config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+    return _Stored(config, dtype, expected_fp8=quantisation_of(parse_json(content), name, "model") is not None)
+
+
+def _expected_in_files(model: Model) -> float:
+    """Return the mean bytes of a weight in the files of an FP8 checkpoint that is not there: one for those of the
+    layers' matrices."""
+    matrices = sum(shape.matrices for shape in model.shapes)
+    return (matrices + (model.parameters - matrices) * model.stored.itemsize) / model.parameters

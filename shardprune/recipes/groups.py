@@ -240,7 +240,8 @@ class WorkerFields(BackendFields):
         description="Tensors between workers: process group (NCCL, gloo) or object store; auto: group on GPUs",
     )
     dtype: Literal["auto", "float32"] = Field(
-        "auto", description="Compute dtype; auto: stored dtype on GPUs, float32 on CPUs"
+        "auto",
+        description="Compute dtype, float32 also of FP8 weights as read; auto: stored dtype on GPUs, float32 on CPUs",
     )
 
     @property

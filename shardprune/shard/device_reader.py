@@ -14,6 +14,8 @@ from shardprune.storage.safetensors_file import StoredTensor
 CHUNK = 64 * 2**20  # bytes of a buffer
 READERS = 4  # threads, and buffers: one thread copies from the page cache at a fraction of what the bus takes
 
+Key = tuple[str, int]  # name of a tensor, and number of one of the stored ones of which it is made
+
 
 @dataclass
 class _Buffer:
@@ -34,7 +36,7 @@ class _Part:
     size: int
     target: Tensor
     reading: Future[None]
-    whole: tuple[str, Tensor] | None
+    whole: tuple[Key, Tensor] | None
 
 
 class DeviceReader:
@@ -52,7 +54,17 @@ class DeviceReader:
 
     def read(self, tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield tensors on the device in their stored dtype and in their order. They are there for what the current
-        stream does after that; the host waits for the files alone."""
+        stream does after that; the host waits for the files alone. One with scales is multiplied with them there."""
+        parts = {(name, place): part for name, one in tensors.items() for place, part in enumerate(one.parts())}
+        there: list[Tensor] = []
+        for (name, _), tensor in self._read(parts):
+            there.append(tensor)
+            if len(there) == len(tensors[name].parts()):
+                yield name, tensors[name].joined(there)
+                there = []
+
+    def _read(self, tensors: Mapping[Key, StoredTensor]) -> Iterator[tuple[Key, Tensor]]:
+        """Yield tensors as they are stored."""
         while len(self._ring) < READERS:
             memory = torch.empty(self._chunk, dtype=torch.uint8, pin_memory=True)
             self._ring.append(_Buffer(memory, Moment.now(self._device)))
@@ -73,7 +85,7 @@ class DeviceReader:
             for left in under_way:  # of a pass that fails: the buffers are free for the next one
                 left.reading.exception()
 
-    def _begin(self, stored: StoredTensor, start: int, target: Tensor, whole: tuple[str, Tensor] | None) -> _Part:
+    def _begin(self, stored: StoredTensor, start: int, target: Tensor, whole: tuple[Key, Tensor] | None) -> _Part:
         """Begin to read bytes of a tensor from `start` on, as many as there is room for."""
         buffer, size = self._ring[0], target.numel()
         self._ring.rotate(-1)
@@ -84,7 +96,7 @@ class DeviceReader:
 
         return _Part(stored, start, buffer, size, target, self._readers.submit(read), whole)
 
-    def _land(self, part: _Part) -> Iterator[tuple[str, Tensor]]:
+    def _land(self, part: _Part) -> Iterator[tuple[Key, Tensor]]:
         """Copy bytes that are read to the device; yield the tensor that is whole with them."""
         part.reading.result()
         part.target.copy_(part.buffer.memory[: part.size], non_blocking=True)

@@ -44,7 +44,7 @@ class ExpertWorker(ForwardWorker):
         assert isinstance(spec.job.removal, ExpertRemoval)
         self.fewer: FewerExperts = fewer
         self._merging = spec.job.removal.merge
-        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, fewer.place)
+        self.journal = Journal(spec.out, spec.fingerprint, self.skeleton.layers, fewer.place, self.checkpoint.entry_at)
         return Layers(
             self.skeleton,
             self.checkpoint,
@@ -160,14 +160,14 @@ class ExpertWorker(ForwardWorker):
         def tensor(name: str) -> Tensor | None:
             if name in trained:
                 return self._cut[index].get_parameter(name)
-            return self.fewer.tensor(index, name, record.experts)
+            return self.fewer.tensor(index, name, record.experts, stored=True)
 
         return write_tensors_of_layer(
             self.journal,
-            self.checkpoint,
+            self.fewer.stored,
             self.skeleton.family,
             index,
-            self.fewer.shapes(index),
+            self.fewer.stored_shapes(index),
             tensor,
             record,
         )

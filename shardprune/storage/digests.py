@@ -43,7 +43,11 @@ def stored_digest(stored: StoredTensor) -> str:
 
 
 def parts_of(stored: StoredTensor) -> Iterator[Tensor]:
-    """Yield a tensor in a file in parts of at most CHUNK bytes, each a view of the same buffer (uint8)."""
+    """Yield a tensor in a file in parts of at most CHUNK bytes, each a view of the same buffer (uint8); as a whole, one
+    that is made of several."""
+    if len(stored.parts()) > 1:
+        yield stored.read().reshape(-1).view(torch.uint8)
+        return
     size = stored.entry.size
     buffer = torch.empty(min(CHUNK, size), dtype=torch.uint8)
     for start in range(0, max(1, size), CHUNK):

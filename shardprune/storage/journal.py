@@ -22,12 +22,14 @@ from shardprune.storage.owner import check_unowned
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.safetensors_file import (
+    Entry,
     Shapes,
     StoredTensor,
     read_header,
     write_pieces,
     write_tensors,
 )
+from shardprune.storage.scaled_tensors import stored_tensor
 from shardprune.storage.seals import BrokenSeal, NoSeal, read_sealed, sealed
 from shardprune.storage.stacks import Place, Slice, stack_matrices
 from shardprune.storage.tensor_facts import TensorFacts
@@ -63,13 +65,21 @@ class Journal:
         fingerprint: of the run; a directory with another one is refused.
         layers: decoder layers of the model that is written.
         place: maps a tensor's name to its place in the files.
+        entry: returns where the tensor at a place is, by the entries of a file's.
     """
 
-    def __init__(self, out: str, fingerprint: str, layers: int, place: Callable[[str], Place] = Place) -> None:
+    def __init__(
+        self,
+        out: str,
+        fingerprint: str,
+        layers: int,
+        place: Callable[[str], Place] = Place,
+        entry: Callable[[Place, Mapping[str, Entry]], Entry] = Place.entry,
+    ) -> None:
         self.folder = output_folder(out)
         self.fingerprint = fingerprint
         self.layers = layers
-        self._place = place
+        self._place, self._entry = place, entry
 
     # -- names --------------------------------------------------------------------------------------------
 
@@ -264,7 +274,7 @@ class Journal:
     def stored_layer(self, layer: int, names: Iterable[str]) -> dict[str, StoredTensor]:
         """Return tensors of a finished layer in its file, by name."""
         entries, _ = read_header(self.folder, self.layer_file(layer))
-        return {name: StoredTensor(self.folder, self._place(name).entry(entries)) for name in names}
+        return {name: stored_tensor(self.folder, self._entry(self._place(name), entries)) for name in names}
 
     # -- the rest -------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    # Not pruned, but read from headers, so that a quantised checkpoint is refused for being quantised.
+    # Not pruned: weights of FP8 checkpoints, which are read with their scales, and the scales.
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
@@ -68,6 +68,11 @@ class Entry:
     def size(self) -> int:
         """The bytes of the tensor itself."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def files(self) -> set[str]:
+        """The files that hold it."""
+        return {self.file}
 
 
 def read_header(folder: Folder, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -157,6 +162,18 @@ class StoredTensor:
     def read(self) -> Tensor:
         """Read the tensor into memory of its own."""
         return read_tensor(self.folder, self.entry)
+
+    def parts(self) -> "tuple[StoredTensor, ...]":
+        """Return the tensors, as they are stored, of which `joined` makes this one."""
+        return (self,)
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """Return the tensor, on the device of its parts."""
+        return parts[0]
+
+    def read_elements(self, start: int, stop: int) -> Tensor:
+        """Read elements `start` to `stop`, counted in C order, into memory of their own [stop - start]."""
+        return read_elements(self.folder, self.entry, start, stop)
 
     def read_part(self, start: int, buffer: Tensor) -> None:
         """Fill a buffer of bytes (uint8, contiguous, on the CPU) with the tensor's from `start` on."""

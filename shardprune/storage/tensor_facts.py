@@ -41,6 +41,8 @@ class TensorFacts:
             stored.read_part(start, part)
             digest.update(bytes_of(part))
             values = part.view(entry.dtype)
+            if entry.dtype.itemsize == 1 and entry.dtype.is_floating_point:
+                values = values.float()  # torch counts nothing in eight bits
             zeros += values.numel() - int(torch.count_nonzero(values))
             if entry.dtype.is_floating_point:
                 strange += int(torch.count_nonzero(~torch.isfinite(values)))

@@ -127,7 +127,7 @@ def test_weights_of_another_kind_are_an_error(tmp_path):
         build(str(tmp_path))
 
 
-def test_an_fp8_checkpoint_is_refused_for_being_quantised(tmp_path):
+def test_fp8_weights_of_which_the_config_says_nothing_and_other_quantised_ones_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
 
     make_model(tmp_path)
@@ -139,7 +139,7 @@ def test_an_fp8_checkpoint_is_refused_for_being_quantised(tmp_path):
     with pytest.raises(InputError, match=r"up_proj\.weight is torch\.float8_e4m3fn; use float32, float16 or bfloat16"):
         build(str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fbgemm_fp8"}}))
     with pytest.raises(InputError, match=r"^model: its weights are quantised"):
         build(str(tmp_path))
 

@@ -5,6 +5,7 @@ have spared. On a real one a missing wait between streams is a wrong value here.
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,7 +22,8 @@ from shardprune.shard.write_behind import WriteBehind
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import StoredTensor, read_header, write_tensors
 from tests.support import simulated_cuda as simulation
-from tests.support.tiny import make_model
+from tests.support.fp8 import make_fp8
+from tests.support.tiny import load_tensors, make_model
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -138,6 +140,21 @@ def test_tensors_come_to_the_device_through_few_buffers(place, stored):
         if place.counts:
             assert place.counts.total().pageable == 0
             assert place.counts.total().to_device == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_fp8_weights_come_as_they_are_stored_and_are_multiplied_on_the_device(place, tmp_path):
+    if place.device.type == "cpu":
+        pytest.skip("a CPU reads a tensor into its place")
+    fp8, plain = make_fp8(Path(make_model(tmp_path / "model")), block=(12, 20))
+    checkpoint, elsewhere, products = Checkpoint(fp8), Checkpoint(fp8), load_tensors(plain)
+    found = dict(DeviceReader(place.device, chunk=64).read({name: checkpoint.stored(name) for name in products}))
+    assert [*found] == [*products]
+    assert all(tensor.is_cuda and equal(tensor, products[name]) for name, tensor in found.items())
+    if place.counts:
+        assert place.counts.total().to_device == sum(tensor.nbytes for tensor in load_tensors(fp8).values())
+    for name in products:
+        elsewhere.read(name)
+    assert checkpoint.source.digests == elsewhere.source.digests
 
 
 def test_a_file_that_ends_early_leaves_the_buffers_to_the_next_one(place, stored, tmp_path):

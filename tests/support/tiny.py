@@ -122,7 +122,13 @@ def differing(one: str | Path, other: str | Path) -> list[str]:
     """Names of the tensors that are not equal to the bit in two checkpoints."""
     first, second = load_tensors(one), load_tensors(other)
     assert first.keys() == second.keys()
-    return [name for name in first if not torch.equal(first[name], second[name])]
+    assert all(first[name].dtype == second[name].dtype for name in first)
+    bits = {1: torch.uint8}  # torch compares no FP8
+    return [
+        name
+        for name in first
+        if not torch.equal(*(one[name].view(bits.get(one[name].itemsize, one[name].dtype)) for one in (first, second)))
+    ]
 
 
 def snapshot(folder: str | Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from shardprune.report.progress import Reporter
 from tests.failures.listening import Heard, Moment
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.clusters import kill, processes_of
+from tests.support.fp8 import make_fp8
 from tests.support.tiny import differing, make_tokens
 
 QUIET = Reporter(quiet=True)
@@ -44,8 +45,9 @@ def test_shards_and_replicas_equal_one_process_with_the_same_layout(ray, folder,
     assert files[0] == files[1]
 
 
-def test_workers_die_in_the_pass_and_while_layers_are_written(ray, folder, tmp_path):
-    local = experts(recipe(folder, tmp_path / "local", backend="local"), QUIET)
+def test_workers_die_in_the_pass_over_an_fp8_model_and_while_layers_are_written(ray, folder, tmp_path):
+    fp8, _ = make_fp8(folder / "model")
+    local = experts(recipe(folder, tmp_path / "local", model=fp8, backend="local"), QUIET)
     moments = [
         Moment(step, 0.3, lambda: kill(processes_of("ExpertActor")[-1])) for step in ("observe", "remove experts")
     ]
@@ -54,7 +56,7 @@ def test_workers_die_in_the_pass_and_while_layers_are_written(ray, folder, tmp_p
         for moment in moments:
             moment(name, share)
 
-    result = experts(recipe(folder, tmp_path / "ray", shards=2, weights="streamed"), Heard(listen))
+    result = experts(recipe(folder, tmp_path / "ray", model=fp8, shards=2, weights="streamed"), Heard(listen))
     assert [moment.passed for moment in moments] == [True, True]
     assert result.restarts == 2
     assert differing(tmp_path / "local", tmp_path / "ray") == []
