@@ -16,6 +16,7 @@ rebuilding       what outlier ratios and rebuilt masks cost beside pruning
 recovery         perplexity before and after fine-tuning, and the zeros that stay
 same_bits        outputs of two checkouts of the code, compared to the bit
 searching        a MoP search on one worker and on several
+segments         what parallel propagation costs in perplexity with more and more segments
 solver           SparseGPT on one projection against the column-by-column formulation
 streamed_memory  peak memory of a worker that streams a model larger than itself
 structured       perplexity and latency of shallower and narrower models

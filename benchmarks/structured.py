@@ -2,7 +2,8 @@
 
     python -m benchmarks.structured [--model DIR --calibration SOURCE --eval SOURCE] [--shares 0.1 0.2 0.3 0.4]
 
-Removes each share of the model's parameters in several ways and prints a row for each: perplexity, by how many neurons
+Removes each share of the model's parameters in several ways, once more with layers trained where `--reconstruct` says
+by how many steps, and prints a row for each: perplexity, by how many neurons
 per layer the removed parameters miss the request, and the median seconds to generate `--tokens` tokens (batch 1,
 greedy) of the dense and the pruned model, which take turns in this process. `--jobs` prunings go at the same time,
 each in a process of its own with `--threads` threads; generation comes after them, with `--generate-threads`.
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--ways", nargs="*", default=[*DEPTH, *WIDTH, *MOP], help="names of rows (default: all)")
+    parser.add_argument("--reconstruct", type=int, default=0, help="steps of rows with trained layers (default: none)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
@@ -107,7 +109,9 @@ def main() -> None:
     neuron = costs_of(skeleton.config, tensors).neuron
     common = {name: getattr(args, name) for name in ("model", "calibration", "samples", "seqlen", "threads")}
     common |= {"eval": (args.eval,), "eval_windows": args.eval_windows, "backend": args.backend}
-    rows = [(share, name, plans(share, skeleton)[name]) for share in args.shares for name in args.ways]
+    untrained = [(share, name, plans(share, skeleton)[name]) for share in args.shares for name in args.ways]
+    trainings = [("", {}), (", trained", {"reconstruct": args.reconstruct})][: 2 if args.reconstruct else 1]
+    rows = [(share, name + also, fields | more) for share, name, fields in untrained for also, more in trainings]
     with tempfile.TemporaryDirectory() as folder:
         outs = [f"{folder}/{index}" for index in range(len(rows))]
         recipes = [{**common, **fields, "out": out} for (_, _, fields), out in zip(rows, outs, strict=True)]

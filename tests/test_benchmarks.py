@@ -55,9 +55,13 @@ SMALL = {
         *("--teacher-weights", "1", "--models", "MoP", *TEXT),
     ),
     "searching": ("--samples", "4", "--seqlen", "64", "--repeats", "1", "--backend", "local", "--path", "G", *TEXT),
+    "segments": (
+        *("--samples", "8", "--seqlen", "32", "--eval-windows", "2", "--quality", "fast", "--segments", "2"),
+        *("--eval", "constraints.txt", *TEXT),
+    ),
     "structured": (
-        *("--shares", "0.1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--tokens", "4"),
-        *("--repeats", "1", "--jobs", "1", "--threads", "1", "--ways", "MoP, perplexity path"),
+        *("--shares", "0.1", "--samples", "8", "--seqlen", "64", "--eval-windows", "2", "--tokens", "4"),
+        *("--repeats", "1", "--jobs", "1", "--threads", "1", "--ways", "MoP, perplexity path", "--reconstruct", "1"),
         *("--eval", "constraints.txt", *TEXT),
     ),
     "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
@@ -81,7 +85,8 @@ PRINTED = {
     "rebuilding": "| owl |",
     "recovery": "| MoP | all weights | 1 | 1 |",
     "searching": "| obs, corrected |",
-    "structured": "| 0.1 | MoP, perplexity path |",
+    "segments": "| fast |",
+    "structured": "| 0.1 | MoP, perplexity path, trained |",
     "solver": "masks agree",
     "streamed_memory": "peak",
     "training_memory": "| low-rank, ZeRO 2 |",
@@ -89,7 +94,7 @@ PRINTED = {
 }
 
 
-TAKE_ANY_MODEL = ("masks", "propagation", "rebuilding", "recovery", "searching", "structured")
+TAKE_ANY_MODEL = ("masks", "propagation", "rebuilding", "recovery", "searching", "segments", "structured")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from shardprune.shard.waves import split
 from shardprune.signals import as_completed
 from shardprune.solvers.methods import Effort
 from shardprune.solvers.scoring import Criterion, Scoring
+from shardprune.storage.records import LayerRecord
 
 STREAM = "narrowing"
 THIRD = -3  # the published rule: MoP always removes the third layer from the end
@@ -110,7 +111,7 @@ class ModelOnWorkers:
     def write(self, folder: str, layers: Sequence[int]) -> None:
         """Write the current layers into a folder, each at the position of its index in `layers`."""
         self._wait(
-            self.group.submit(shard, 0, MopWorker.write, folder, len(layers), layer, layers.index(layer))
+            self.group.submit(shard, 0, MopWorker.write, folder, len(layers), layer, LayerRecord(layers.index(layer)))
             for shard, held in enumerate(self.placement)
             for layer in held
         )

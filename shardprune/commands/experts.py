@@ -21,6 +21,7 @@ from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
 from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.saving import write_index
+from shardprune.planning.memory import state_of_training
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.experts_result import Experts, ExpertsOfLayer, ExpertTraining
@@ -126,11 +127,16 @@ class ExpertsRun:
         return self.backend.start(specs, prepared.store_bytes(0), ExpertWorker)
 
     def _with_memory(self, spec: WorkerSpec) -> WorkerSpec:
-        """Return what a worker must know, with the bytes of the layers that it holds: all, or one and the next."""
+        """Return what a worker must know, with the bytes of the layers that it holds: all, or one and the next; where
+        layers are trained, also of the largest as it is cut, and of its training."""
         stored, itemsize = self.prepared.skeleton, self.prepared.placement.dtype.itemsize
         sizes = [itemsize * sum(map(prod, stored.layer_tensors(index).values())) for index in spec.layers]
         held = sorted(sizes)[-2:] if self.prepared.streamed else sizes
-        return replace(spec, other_bytes=sum(held))
+        trained = 0
+        if self.recipe.improving:
+            weights = max(sum(rows * cols for rows, cols in layer.values()) for layer in self.prepared.shapes)
+            trained = max(sizes) + (state_of_training(itemsize) + 1 + itemsize) * weights
+        return replace(spec, other_bytes=sum(held) + trained)
 
     def _observe(self, group: Group, layout: Layout) -> None:
         """Find out what the score looks at: tokens that pass through the dense model, or weights."""

@@ -1,6 +1,7 @@
 """The story of `shardprune mop`: iteration after iteration a layer goes, or every layer gets narrower."""
 
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
@@ -8,28 +9,26 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.mop import ModelOnWorkers
+from shardprune.cluster.mop_training import Training, train_layers
 from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
-from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.prepare import Prepared
+from shardprune.commands.prepare_mop import prepare_mop
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.errors import InputError, SolverError
-from shardprune.model.families import structures_of
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.structure.alignment import aligned
-from shardprune.model.structure.budget import Budget
-from shardprune.model.structure.kept_iterations import KeptIterations, parse_keep
 from shardprune.model.structure.path import Letter, State
 from shardprune.model.structure.path_plan import PathPlan
-from shardprune.model.structure.shape import changes, costs_of, possible_groups, reshaped, widths_of
+from shardprune.model.structure.shape import changes, reshaped
 from shardprune.recipes.mop import MopRecipe
-from shardprune.report.achieved import shape_of
+from shardprune.report.achieved import improvements_of, shape_of
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import Iteration, ModelSize, Result, Structure
+from shardprune.report.result import ImprovementResult, Iteration, ModelSize, Result, Structure
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion
@@ -62,39 +61,6 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
     if recipe.report:
         leave_report(recipe.out, reporter)
     return result
-
-
-def prepare_mop(recipe: MopRecipe, backend: Backend) -> tuple[Prepared, PathPlan]:
-    """Prepare a run and plan its path.
-
-    Raises:
-        InputError: something cannot work; nothing has been written then.
-    """
-    prepared = prepare(recipe, backend)
-    path_plan = path_plan_of(recipe, prepared.skeleton)
-    path_plan.check()
-    return prepared, path_plan
-
-
-def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
-    """Return the path that a recipe asks for."""
-    prefix = f"{skeleton.family.layers}.0."
-    tensors = {name.removeprefix(prefix): shape for name, shape in skeleton.layer_tensors(0).items()}
-    config, parameters = skeleton.config, skeleton.parameters()
-    structures_of(config.model_type, "model")
-    widths = widths_of(config)
-    groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
-    costs = costs_of(config, tensors)
-    iteration = costs.layer(widths) / skeleton.layers  # of parameters that go from each layer
-    budget = aligned(Budget(costs, groups), widths, iteration, recipe.neuron_multiple, recipe.tensor_parallel)
-    return PathPlan(
-        start=State(skeleton.layers, widths, budget),
-        parameters=parameters,
-        request=None if recipe.remove is None else round(recipe.remove * parameters),
-        letters=recipe.path,
-        seed=recipe.seed if recipe.criterion == "random" else None,
-        keeping=parse_keep(recipe.keep) if recipe.keep else KeptIterations(),
-    )
 
 
 class MopRun:
@@ -139,6 +105,8 @@ class MopRun:
         with self.state.running(self.reporter, **prepared.facts()):
             self.remove_saved()
             self._check_saved()
+            if self.recipe.reconstruct and self.state.resumed and not self.path_plan.candidates(self._where()):
+                self._written(self._layers()).remove_damaged(self.reporter.say)
             restarts = self.recipe.max_restarts
             prepared.text.complete(self.state, restarts, self.backend, self.reporter, self.clock)
             for attempt in Attempts(prepared.layout, device, restarts, self.backend, self.reporter, self.state.lost):
@@ -155,9 +123,11 @@ class MopRun:
             where = self._where()
             while candidates := self.path_plan.candidates(where):
                 where = self._iterate(model, where, candidates)
+            if self.recipe.reconstruct and self.state.previous is None:
+                self._train(model, where)
             self._measure(model, "after")
             if self.state.previous is None:
-                self._write(model, self.prepared.placement.out)
+                self._write(model, self.prepared.placement.out, written=self.recipe.reconstruct > 0)
             self.workers = usage(group, layout)
 
     def _start(self, layout: Layout) -> Group:
@@ -229,6 +199,23 @@ class MopRun:
         self.reporter.say(_line(entry))
         return after
 
+    def _train(self, model: ModelOnWorkers, where: State) -> None:
+        """Train and write the layers of the model that the path has led to, as far as they are not there yet."""
+        prepared, skeleton = self.prepared, self.prepared.skeleton
+        journal = self._written(model.layers)
+        training = Training(
+            steps=self.recipe.reconstruct,
+            saved=Saved(prepared.placement.out, where.widths, model.layers),
+            finished={model.layers[place] for place in journal.finished()},
+            originals=self.path_plan.start.layers,
+            projections=skeleton.family.kinds[0].projections,
+        )
+        layout, waves = model.scorer(model.all).layout, prepared.calibration_waves(model.replicas)
+        with self.clock.phase("train"), self.reporter.step("train", training.parts(waves)) as step:
+            train_layers(model.all, layout, waves, training, step)
+            self._account(model)
+        self.state.learn(digests(model.group, layout))
+
     def _record(self, model: ModelOnWorkers, entry: Iteration) -> None:
         """Make an iteration a finished one: layers that became narrower are saved, then the path says so."""
         saved = self.state.known.saved
@@ -285,6 +272,7 @@ class MopRun:
                     removed=size.removed,
                     kept=self._layers(),
                     path=self.state.known.path,
+                    improvements=self._improvements(),
                 ),
                 perplexity=self.state.perplexities(),
                 seconds=seconds,
@@ -296,6 +284,10 @@ class MopRun:
         self.state.known.saved = None
         self.remove_saved()
         return result
+
+    def _improvements(self) -> list[ImprovementResult] | None:
+        """Return the trainings of the layers that are left."""
+        return improvements_of([record for _, record in sorted(self._written(self._layers()).finished().items())])
 
     # -- what is known ----------------------------------------------------------------------------------------
 
@@ -316,6 +308,11 @@ class MopRun:
         """The layers that the finished iterations have left, or the first ones of them."""
         gone = {entry.layer for entry in self.state.known.path[:iterations]}
         return [index for index in range(self.path_plan.start.layers) if index not in gone]
+
+    def _written(self, layers: Sequence[int]) -> Journal:
+        """Return the journal of the model that the output has in the end, whose layers these are."""
+        place = self.prepared.checkpoint.place
+        return Journal(self.prepared.placement.out, self.journal.fingerprint, len(layers), place)
 
     def _folder(self, name: str) -> str:
         return f"{self.prepared.placement.out}/{name}"
@@ -369,11 +366,12 @@ class MopRun:
             self._account(model)
             self.state.keep(source, when, value)
 
-    def _write(self, model: ModelOnWorkers, folder: str) -> None:
-        """Write the current model as an ordinary checkpoint."""
+    def _write(self, model: ModelOnWorkers, folder: str, written: bool = False) -> None:
+        """Write the current model as an ordinary checkpoint, its layers unless they are `written`."""
         checkpoint, layers = self.prepared.checkpoint, model.layers
         journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.place)
-        model.write(folder, layers)
+        if not written:
+            model.write(folder, layers)
         self._account(model)
         with self.clock.phase("write"):
             write_frame(checkpoint, self.prepared.skeleton, journal)

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from shardprune.cluster.backends import backend_of
 from shardprune.commands.evaluate import check_evaluation
-from shardprune.commands.mop import prepare_mop
 from shardprune.commands.prepare import prepare
+from shardprune.commands.prepare_mop import prepare_mop
 from shardprune.commands.prepare_recovery import open_inputs
 from shardprune.commands.prune import prepare_first
 from shardprune.errors import InputError, without_credentials

@@ -206,7 +206,7 @@ class Prepared:
             kept_bytes: what a worker keeps of the calibration waves.
         """
         placement = self.placement
-        needs, others = self._needs(layout), self._other_bytes
+        least, usual, others = self._needs(layout, True), self._needs(layout, False), self._other_bytes
         states = {field: checkpoint.state() for field, checkpoint in self.inputs.items()}
         return [
             WorkerSpec(
@@ -220,8 +220,8 @@ class Prepared:
                 widths=self.widths,
                 activation_bytes=kept_bytes,
                 finished=frozenset(finished),
-                need=needs[shard] if isinstance(self.job.zeroing, Zeroing) else None,
-                other_bytes=needs[shard].bytes + others,
+                need=least[shard] if isinstance(self.job.zeroing, Zeroing) else None,
+                other_bytes=usual[shard].bytes + others,
                 model=states["model"],
                 samples=self.recipe.samples - self.held_out,
                 ignore=getattr(self.recipe, "ignore", ()),
@@ -285,9 +285,13 @@ class Prepared:
             return self.layer_bytes
         return (4 + 2 * itemsize) * self.layer_bytes // itemsize if self.job.rebuilding else 0
 
-    def _needs(self, layout: Layout) -> list[Need]:
+    def _needs(self, layout: Layout, trains_on_host: bool) -> list[Need]:
         """Return what a worker of each shard cannot do without, kept waves not counted where they may be on the host;
-        jobs that zero no weights are taken for SparseGPT, whose statistics and factors they have."""
+        jobs that zero no weights are taken for SparseGPT, whose statistics and factors they have.
+
+        Args:
+            trains_on_host: what a training needs between its steps is not counted, either.
+        """
         placement, model = self.placement, self.placement.workers.model
         zeroing = self.job.zeroing
         if not isinstance(zeroing, Zeroing):
@@ -307,7 +311,8 @@ class Prepared:
         workers = placement.workers
         gpu, may_leave = workers.device == "cuda", workers.activations != "device"
         joined = workers.exchange == "group" and layout.workers > 1
-        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined, self.recipe.asked.chunks))
+        chunks = self.recipe.asked.chunks
+        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined, chunks, trains_on_host))
 
 
 @preflight()

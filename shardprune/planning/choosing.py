@@ -113,7 +113,8 @@ def _held(
     shards: int,
     replicas: int,
 ) -> Iterator[Candidate]:
-    """Yield the candidates of one layout: weights resident or streamed, waves on device or host."""
+    """Yield the candidates of one layout: weights resident or streamed, waves, and what a training needs between steps,
+    on device or host."""
     segments = recipe.segments if propagation == "parallel" else None
     layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments)
     joined = exchange_of(recipe.exchange, "ray", "cuda" if row.gpu else "cpu") == "group"
@@ -122,11 +123,23 @@ def _held(
         for place in places:
             on_host = place == "host" or not row.gpu
             setup = Setup(layout, weights == "streamed", on_host, row.gpu, joined and layout.workers > 1)
-            for chunks in [recipe.expert_chunks] if recipe.expert_chunks else _chunks(task):
-                candidate = Candidate(task, replace(setup, chunks=chunks), row, recipe.gpus)
-                yield candidate
-                if candidate.fits:  # more of them take longer
+            # Waves leave the device before what a training needs does.
+            leaves = task.improving.reconstruction > 0 and row.gpu and place == places[-1]
+            for trains_on_host in (False, True) if leaves else (False,):
+                chunked = _chunked(recipe, task, row, replace(setup, trains_on_host=trains_on_host))
+                yield from chunked
+                if chunked[-1].fits:
                     break
+
+
+def _chunked(recipe: PlanRecipe, task: Task, row: Hardware, setup: Setup) -> list[Candidate]:
+    """Return the candidates with experts in more and more chunks, up to the first one that fits: more take longer."""
+    found: list[Candidate] = []
+    for chunks in [recipe.expert_chunks] if recipe.expert_chunks else _chunks(task):
+        found.append(Candidate(task, replace(setup, chunks=chunks), row, recipe.gpus))
+        if found[-1].fits:
+            break
+    return found
 
 
 def _chunks(task: Task) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
-from shardprune.planning.memory import Setup
+from shardprune.planning.memory import Setup, state_of_training
 from shardprune.planning.shapes import Input
 from shardprune.planning.workload import Task
 from shardprune.shard.peers import PIECE_BYTES
@@ -299,12 +299,13 @@ class Costs:
 
     def train(self) -> float:
         """Return the seconds to train a layer: a step is a pass forward and one backward, which takes two, and touches
-        float32 weights, moments and gradients.
+        float32 weights, moments and gradients; what is on the host between steps comes and goes.
         """
         task = self.task
         size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
         touched = self._touched((26 + 4 * task.itemsize) * task.model.projections)
-        return task.improving.reconstruction * (3 * self.layer(size) + touched)
+        moved = 2 * state_of_training(task.itemsize) * task.model.projections if self.setup.trains_on_host else 0
+        return task.improving.reconstruction * (3 * self.layer(size) + touched + self._moved(moved))
 
     @property
     def lent_windows(self) -> int:

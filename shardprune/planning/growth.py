@@ -34,7 +34,7 @@ def growth(recipe: PlanRecipe, model: Model, propagation: Propagation) -> list[G
         if best is None or not best.fits:
             continue
         setup, layout = best.setup, best.setup.layout
-        key = (varied.samples, varied.network, layout, setup.streamed, setup.waves_on_host)
+        key = (varied.samples, varied.network, layout, setup.streamed, setup.waves_on_host, setup.trains_on_host)
         if key not in known:
             known[key] = simulate(best.costs)
         group = known[key]

@@ -64,7 +64,8 @@ class Moment:
 
 @dataclass(frozen=True)
 class Setup:
-    """The placement of weights and waves by the workers of a layout, which may be joined in a process group."""
+    """The placement of weights and waves by the workers of a layout, which may be joined in a process group; those of a
+    GPU may keep float32 weights and moments of a training on the host (`trains_on_host`)."""
 
     layout: Layout
     streamed: bool
@@ -72,11 +73,18 @@ class Setup:
     gpu: bool
     joined: bool = False
     chunks: int = 1  # of a layer's experts, whose sums are there one after the other
+    trains_on_host: bool = False
 
     @property
     def copies_sums(self) -> bool:
         """Whether replicas send each other their sums as a whole: in a process group they go piece by piece."""
         return self.layout.replicas > 1 and not self.joined
+
+
+def state_of_training(itemsize: int) -> int:
+    """Return the bytes that a trained weight takes between steps beside itself: two moments, and its float32 value
+    where it is computed with in another dtype."""
+    return 8 if itemsize == 4 else 12
 
 
 class WorkerMemory:
@@ -295,17 +303,21 @@ class WorkerMemory:
 
     def _train(self, weights: int, kept: int) -> Moment:
         """Return the moment of training a layer: its weights before it, and with targets in the dense stream the dense
-        ones; float32 weights, two moments and gradients, masks, and what a step's pass keeps for its gradients. The
-        windows of other replicas come on top of a worker's own.
+        ones; two moments and float32 weights, if it is not computed in these, gradients, masks, and what a step's pass
+        keeps for its gradients. The windows of other replicas come on top of a worker's own. Where moments and float32
+        weights are on the host, those of one projection are here, and a gradient in float32 and two temporaries of a
+        step in any case.
         """
         task, model = self.task, self.model
         weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
-        narrow = 2 * task.itemsize if task.itemsize != 4 else 0  # weights and gradients as they are computed with
-        workspace = (4 * 4 + 1 + narrow) * model.projections
+        state, largest = state_of_training(task.itemsize), max(one.largest for one in model.inputs)
+        away = state * model.projections if self.setup.trains_on_host and self.setup.gpu else 0
+        here = state * (largest if away else model.projections)
+        workspace = here + (1 + task.itemsize) * model.projections + 3 * 4 * largest
         size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
         lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
         return self._moment(
-            "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent)
+            "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent), away=away
         )
 
     def _training(self, sequences: int) -> int:
@@ -399,6 +411,7 @@ class WorkerMemory:
         workspace: int = 0,
         kept: int = 0,
         elements: int = 0,
+        away: int = 0,
     ) -> Moment:
         setup, task = self.setup, self.task
         largest = elements or self.model.largest  # of one tensor that is being read, or a projection
@@ -413,7 +426,7 @@ class WorkerMemory:
         device = Bytes(0, weights + quantised, kept_here + temporaries, statistics, workspace)
         shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
         written = self._written() if phase == "prune" else 0
-        host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, 0)
+        host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, away)
         return Moment(phase, step, device, host)
 
     def _layer(self) -> int:

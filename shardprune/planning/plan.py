@@ -77,6 +77,7 @@ class Planned:
                 "layers": shards,
                 "weights": "streamed" if setup.streamed else "resident",
                 "activations": "host" if setup.waves_on_host else "device",
+                "moments": "host" if setup.trains_on_host else "device",
                 "expert_chunks": setup.chunks,
             },
             "memory": {

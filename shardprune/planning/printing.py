@@ -71,6 +71,8 @@ def _show_plan(plan: Planned, console: Console, unit: str) -> None:
     )
     options = " ".join(f"--{name} {value}" for name, value in plan.options.items())
     console.print(options, highlight=False, soft_wrap=True)
+    if setup.trains_on_host:
+        console.print("moments of the training are on the host between steps", highlight=False)
     if plan.missing:
         console.print(f"missing: {plan.missing}", highlight=False, soft_wrap=True)
         console.print(f"what helps: {'; or '.join(plan.helps)}", highlight=False, soft_wrap=True)

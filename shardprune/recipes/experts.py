@@ -15,10 +15,10 @@ from shardprune.recipes.groups import (
     WorkerFields,
 )
 from shardprune.recipes.identity import shaping_fields
-from shardprune.recipes.improving import TrainingFields
+from shardprune.recipes.improving import TrainingFields, check_samples
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.expert_scores import ExpertScore, needs_pass
-from shardprune.solvers.improving import LEAST_SAMPLES, Improving
+from shardprune.solvers.improving import Improving
 
 
 class ExpertFields(Settings):
@@ -120,11 +120,8 @@ class ExpertsRecipe(
         reason = "a pass: statistics are given" if self.statistics else "a pass: aimer looks at the weights alone"
         self.needs(reason, self.observes, "propagate")
         self.needs(reason, self.reads_text, "calibration", "self_temperature", "self_bos", "self_batch")
-        if self.improving and self.samples < LEAST_SAMPLES:
-            asked = "router_kd" if self.router_kd else "reconstruct"
-            raise InputError(
-                "samples", f"{self.samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
-            )
+        if self.improving:
+            check_samples(self.samples, "router_kd" if self.router_kd else "reconstruct")
         return self
 
     @property

@@ -59,8 +59,20 @@ class ImprovingFields(TrainingFields):
         """
         if rebuilding and self.towards_stream:
             raise InputError("rebuild", "'barber' does not go with targets stream; use targets own, or rebuild none")
-        if self.improving and samples < LEAST_SAMPLES:
-            asked = "targets stream" if self.towards_stream else "reconstruct"
-            raise InputError(
-                "samples", f"{samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
-            )
+        if self.improving:
+            check_samples(samples, "targets stream" if self.towards_stream else "reconstruct")
+
+
+def check_samples(samples: int, asked: str) -> None:
+    """Check that windows can be held out of so many samples.
+
+    Args:
+        asked: the steps that hold some out.
+
+    Raises:
+        InputError: there are too few.
+    """
+    if samples < LEAST_SAMPLES:
+        raise InputError(
+            "samples", f"{samples} is too few for {asked}, which holds out some; use at least {LEAST_SAMPLES}"
+        )

@@ -9,7 +9,9 @@ from shardprune.model.pruning_job import PathRemoval, PruningJob
 from shardprune.model.structure.kept_iterations import parse_keep
 from shardprune.recipes.groups import CalibrationFields, ModelOutputFields, PerplexityFields, WidthFields, WorkerFields
 from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.improving import TrainingFields, check_samples
 from shardprune.recipes.settings import Settings
+from shardprune.solvers.improving import Improving
 from shardprune.solvers.scoring import Criterion, Score, Scoring
 
 
@@ -92,12 +94,19 @@ class KeepFields(Settings):
 
 
 class MopRecipe(
-    PathFields, MopWidthFields, KeepFields, CalibrationFields, PerplexityFields, WorkerFields, ModelOutputFields
+    PathFields,
+    MopWidthFields,
+    KeepFields,
+    CalibrationFields,
+    PerplexityFields,
+    TrainingFields,
+    WorkerFields,
+    ModelOutputFields,
 ):
     """The recipe of `shardprune mop`."""
 
     command: ClassVar[str] = "mop"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields, TrainingFields)
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
@@ -105,11 +114,19 @@ class MopRecipe(
     def _options_have_an_effect(self) -> "MopRecipe":
         self.needs("score outlier", self.score == "outlier", "outlier_m")
         self.needs("a path that is given or random", self.path is not None or self.criterion == "random", "scores")
+        if self.reconstruct:
+            check_samples(self.samples, "reconstruct")
         return self
 
     def job(self) -> PruningJob:
         """Return the job of a run along a path."""
-        return PruningJob(None, PathRemoval(self.scoring), None, measure_error=False)
+        return PruningJob(
+            None,
+            PathRemoval(self.scoring),
+            None,
+            measure_error=False,
+            improving=Improving(reconstruction=self.reconstruct),
+        )
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model and text."""

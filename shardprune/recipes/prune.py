@@ -141,7 +141,8 @@ class PruningFields(StructuredFields):
             InputError: there are too few, or inputs are solved one after the other.
         """
         if self.damping == "auto" and towards_stream:
-            raise InputError("damping", "'auto' does not go with targets stream; use a number from 0 to 1")
+            reason = "'auto' does not go with targets stream, where held-out windows judge whole layers"
+            raise InputError("damping", f"{reason}; use a number from 0 to 1")
         if self.expert_tokens == "all" and towards_stream:
             raise InputError("expert_tokens", "'all' does not go with targets stream; use routed")
         if self.measures_solutions(towards_stream) and samples < LEAST_SAMPLES:

@@ -188,6 +188,7 @@ class Structure(BaseModel):
     kept: list[int] | None = None
     layers: list[NarrowedLayer] | None = None
     path: list[Iteration] | None = None
+    improvements: list[ImprovementResult] | None = None
 
 
 class Perplexity(BaseModel):
@@ -367,6 +368,12 @@ class Result(BaseModel):
     workers: list[WorkerResult]
     restarts: int
     files: dict[str, FileRecord] = {}
+
+    @property
+    def improvements(self) -> list[ImprovementResult]:
+        """The steps that were meant to improve layers."""
+        of_path = self.structure.improvements if self.structure else None
+        return of_path or (self.sparsity.improvements if self.sparsity else None) or []
 
     def as_json(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)

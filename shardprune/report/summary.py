@@ -78,6 +78,9 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
         yield f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f}", after
     if result.sparsity:
         yield from _sparsity_rows(result.sparsity)
+    if result.improvements:
+        kept = sum(step.kept for step in result.improvements)
+        yield "improving steps kept, of those tried", "", f"{kept} of {len(result.improvements)}"
     if result.recovery:
         yield from _recovery_rows(result.recovery)
     if result.throughput:
@@ -98,6 +101,7 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
         "generate",
         "structure",
         "search",
+        "train",
         "curves",
         "observe",
         "remove",
@@ -198,9 +202,6 @@ def _sparsity_rows(sparsity: Sparsity) -> Iterator[Row]:
     if abs(sparsity.allocated - sparsity.target) > 1e-4:
         yield "sparsity asked for", "", f"{sparsity.target:.4f}"
         yield "sparsity allocated", "", f"{sparsity.allocated:.4f}"
-    if sparsity.improvements:
-        kept = sum(step.kept for step in sparsity.improvements)
-        yield "improving steps kept, of those tried", "", f"{kept} of {len(sparsity.improvements)}"
     if sparsity.blocks:
         yield "pairs of weights swapped", "", f"{sum(block.swaps for block in sparsity.blocks):,}"
         errors = [

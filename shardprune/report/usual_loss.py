@@ -95,7 +95,7 @@ def way_of(result: Result) -> Way | None:
         return Way(f"experts{merged}{trained}", "", 1 - result.experts.after / result.experts.before)
     if result.command == "mop" and result.structure:
         steps = {entry.step for entry in result.structure.path or ()}
-        return Way("depth" if steps == {"L"} else f"mop{trained}", "", result.model.removed)
+        return Way(f"{'depth' if steps == {'L'} else 'mop'}{trained}", "", result.model.removed)
     if result.command != "prune" or result.sparsity is None:
         return None
     if not result.sparsity.projections:

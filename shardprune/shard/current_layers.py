@@ -40,16 +40,17 @@ class CurrentLayers:
     def read(self, indices: Iterable[int]) -> None:
         """Keep these layers and no others, read from the checkpoint."""
 
-        def read(index: int) -> nn.Module:
-            names = self._skeleton.layer_tensors(index)
-            layer = self._skeleton.build_layer(index, ((name, self._checkpoint.read(name)) for name in names))
-            self._checkpoint.check_unchanged(names)
-            return layer
-
-        self._hold(indices, read)
+        self._layers.clear()
+        self._hold(indices, lambda index: original_layer(self._skeleton, self._checkpoint, index))
 
     def read_saved(self, indices: Iterable[int], journal: Journal, saved: Sequence[int], blanks: Skeleton) -> None:
         """Keep these layers and no others, read from the files of the layers `saved` in their order."""
+
+        self._layers.clear()
+        self.read_again(indices, journal, saved, blanks)
+
+    def read_again(self, indices: Iterable[int], journal: Journal, saved: Sequence[int], blanks: Skeleton) -> None:
+        """Replace some layers by those in the files of the layers `saved` in their order."""
 
         def read(index: int) -> nn.Module:
             place = saved.index(index)
@@ -59,7 +60,6 @@ class CurrentLayers:
 
     def _hold(self, indices: Iterable[int], read: Callable[[int], nn.Module]) -> None:
         started = time.monotonic()
-        self._layers.clear()
         for index in indices:
             self._layers[index] = read(index)
         self.load_seconds += time.monotonic() - started
@@ -79,6 +79,18 @@ class CurrentLayers:
 
     def release(self) -> None:
         """No-op: these layers are always resident."""
+
+
+def original_layer(skeleton: Skeleton, checkpoint: Checkpoint, index: int) -> nn.Module:
+    """Return a layer as it is in the checkpoint.
+
+    Raises:
+        InputChanged: the checkpoint is not the one that it was.
+    """
+    names = skeleton.layer_tensors(index)
+    layer = skeleton.build_layer(index, ((name, checkpoint.read(name)) for name in names))
+    checkpoint.check_unchanged(names)
+    return layer
 
 
 def parameters_of(layer: nn.Module) -> dict[str, Tensor]:

@@ -433,6 +433,14 @@ class ForwardWorker:
         needed = self.spec.other_bytes + self.spec.activation_bytes
         return "device" if needed <= device_room(memory_of(self.skeleton.device)) else "host"
 
+    def trains_on_host(self) -> bool:
+        """Return whether float32 weights and moments of a training are on the host between its steps: where a GPU has
+        no room for them beside all else, kept waves included if they are there."""
+        if self.skeleton.device.type == "cpu":
+            return False
+        kept = 0 if self.activations.on_host else self.spec.activation_bytes
+        return self.spec.other_bytes + kept > device_room(memory_of(self.skeleton.device))
+
 
 def segment_stream(first_layer: int) -> str:
     """Return the name of the calibration waves that enter the segment starting at a layer."""

@@ -63,6 +63,10 @@ class HeldOut:
         return self._skeleton.forward_layer(layer, hidden, self._skeleton.layer_arguments(index, *hidden.shape[:2]))
 
     def _squares(self, one: Tensor, other: Tensor) -> list[float]:
-        """Return ||one - other||^2 of each sequence of two waves, by their hidden states [wave, seqlen, hidden]."""
-        one, other = (self._skeleton.states(wave) for wave in (one, other))
-        return (one.float() - other.float()).square_().sum((1, 2), dtype=torch.float64).tolist()
+        """Return ||one - other||^2 of each sequence of two waves, by their hidden states."""
+        return squares(self._skeleton.states(one), self._skeleton.states(other))
+
+
+def squares(one: Tensor, other: Tensor) -> list[float]:
+    """Return ||one - other||^2 of each sequence of two waves of hidden states [wave, seqlen, hidden]."""
+    return (one.float() - other.float()).square_().sum((1, 2), dtype=torch.float64).tolist()

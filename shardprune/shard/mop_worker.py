@@ -1,4 +1,5 @@
-"""The worker of `mop`: it keeps the current layers of its shard, and builds candidates beside them. No Ray here."""
+"""The worker of `mop`: it keeps the current layers of its shard, builds candidates beside them, and trains what is left
+in the end. No Ray here."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -10,9 +11,13 @@ from shardprune.model.saving import write_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.shard.current_layers import CurrentLayers, Saved, parameters_of
 from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.held_out import HeldOut
 from shardprune.shard.layers import Version
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.peers import travels
+from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.reconstruction import Reconstruction
+from shardprune.shard.spans import Spans
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.streams import to_device
 from shardprune.shard.verbs import of_part, verb
@@ -34,6 +39,9 @@ class MopWorker(ForwardWorker):
         super().__init__(spec)
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._angles: dict[int, dict[int, Tensor]] = {}
+        self.spans = Spans(self)
+        self.held_out = HeldOut(self)
+        self.reconstruction = Reconstruction(self)
 
     def _open_layers(self) -> CurrentLayers:
         return CurrentLayers(self.skeleton, self.checkpoint)
@@ -50,6 +58,12 @@ class MopWorker(ForwardWorker):
             blanks = skeleton_of_widths(self.skeleton, saved.widths)
             self.layers.read_saved(indices, journal, saved.layers, blanks)
         self.narrowed.give_up()
+
+    @verb("read")
+    def read_again(self, indices: tuple[int, ...], saved: Saved) -> None:
+        """Replace some of the current layers by those in files."""
+        journal = Journal(saved.folder, self.spec.fingerprint, len(saved.layers), self.checkpoint.place)
+        self.layers.read_again(indices, journal, saved.layers, skeleton_of_widths(self.skeleton, saved.widths))
 
     @verb("exchange")
     def adopt(self) -> None:
@@ -77,14 +91,16 @@ class MopWorker(ForwardWorker):
         self.layers.put({index: self.narrowed.build(index, widths, parameters)})
 
     @verb("write", layer="index")
-    def write(self, folder: str, layers: int, index: int, position: int) -> None:
-        """Write a current layer as the one at `position` of a model of `layers` layers."""
+    def write(self, folder: str, layers: int, index: int, record: LayerRecord) -> None:
+        """Write a current layer with its record, which has its index in a model of `layers` layers."""
         journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.place)
         layer = self.layers.get(index, "dense")
         # Tensors that memory holds exactly are written from there; norms may be stored wider than they compute.
         entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
         exact = {name for name, entry in entries.items() if self.skeleton.dtype in (entry.dtype, torch.float32)}
-        write_layer(journal, self.checkpoint, self.skeleton, index, layer, exact, LayerRecord(position))
+        trained = {name for step in record.improvements if step.kept for name in step.projections}
+        changed = exact | {self.skeleton.projection_tensor(index, name) for name in trained}
+        write_layer(journal, self.checkpoint, self.skeleton, index, layer, changed, record)
 
     # -- scoring candidates --------------------------------------------------------------------------
 
@@ -151,6 +167,23 @@ class MopWorker(ForwardWorker):
             assert layer is not None
             return layer
         return super()._layer(index, version)
+
+    # -- training what is left ----------------------------------------------------------------------------------
+
+    depart = of_part("spans", Spans.depart)
+    carry = of_part("spans", Spans.carry)
+    forget_original = of_part("spans", Spans.forget_original)
+    aim = of_part("spans", Spans.aim)
+    miss = of_part("held_out", HeldOut.miss)
+    remember = of_part("held_out", HeldOut.remember)
+    put_back = of_part("held_out", HeldOut.put_back)
+    lend = of_part("reconstruction", Reconstruction.lend)
+    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
+    solved = PruneWorker.solved
+    install = PruneWorker.install
+    broadcast = PruneWorker.broadcast
+
+    # -- accounts -----------------------------------------------------------------------------------------------
 
     def usage(self) -> dict[str, Any]:
         """Return the usage of any worker; `layers` are the first and last of the current ones."""

@@ -51,6 +51,7 @@ class Activations:
         self._device = device
         self._held = device if place == "device" else torch.device("cpu")
         self._waves: dict[tuple[str, int], Tensor] = {}
+        self.on_host = self._held.type == "cpu"
         self._away = self._held != device
         self._coming, self._going = SideStream(device), SideStream(device)
         self._whole: dict[tuple[str, int], Moment] = {}  # of waves that go back to the host: when they are there

@@ -11,7 +11,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.report.progress import Reporter, Step
-from shardprune.shard import reconstruction
+from shardprune.shard import master_weights, reconstruction
 from shardprune.solvers import sparsegpt
 from shardprune.solvers.pattern import parse_pattern
 from shardprune.solvers.statistics import InputStatistics
@@ -288,7 +288,7 @@ def test_training_that_does_not_help_is_undone_to_the_bit(folder, tmp_path, monk
     tokens = np.load(folder / "tokens.npy")
     np.save(tmp_path / "seen.npy", np.delete(tokens, [1, 4, 7, 10], axis=0))
     run(folder, tmp_path / "plain", sparsity=0.6, samples=8, calibration=str(tmp_path / "seen.npy"))
-    monkeypatch.setattr(reconstruction, "RATE", rate)
+    monkeypatch.setattr(master_weights, "RATE", rate)
     result = run(folder, tmp_path / "o", **TRAINED)
     assert [report.kept for report in result.sparsity.improvements] == [False] * 4
     assert all(report.error is not None for report in result.sparsity.projections)

@@ -53,6 +53,7 @@ SCENARIOS = (
     Scenario("prune, composite", _prune("--structured", "0.3", *HALF, *MEASURED)),
     Scenario("rebuild", ("rebuild", "model", "sparse", *TEXT, "--wave", "4", *MEASURED)),
     Scenario("mop", ("mop", "model", *TEXT, "--path", "LG", *MEASURED)),
+    Scenario("mop, trained", ("mop", "model", *TEXT, "--path", "LG", "--reconstruct", "4")),
     Scenario("experts", _experts(*MEASURED)),
     Scenario("experts, propagated, trained", _experts("--propagate", "pruned", "--router-kd", "4")),
     Scenario("experts, merged", _experts("--merge")),

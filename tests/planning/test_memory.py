@@ -9,6 +9,7 @@ from benchmarks.expert_memory import config_of
 from benchmarks.streamed_memory import write_random
 from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
+from shardprune.planning.choosing import choose
 from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
@@ -164,6 +165,39 @@ def test_what_a_worker_holds_depends_on_its_setup():
     assert peaks(on_host=True).device.activations == 0
     assert peaks(on_host=True).host.activations >= kept
     assert "observe" in WorkerMemory(task, Setup(_parallel(model, 4), False, False, True), 1).peaks()
+
+
+def test_a_training_that_leaves_the_device_takes_its_moments_along():
+    recipe = PlanRecipe.checked({"model": str(SHAPES / "llama-3.1-8b"), "sparsity": 0.5, "reconstruct": 100})
+    model = read_model(recipe.model)
+    task = planned_task(recipe, model)
+    layout = plan_layout(model.layers, recipe.samples, "exact", 1, 1, None)
+
+    def training(on_host):
+        moments = WorkerMemory(task, Setup(layout, True, True, gpu=True, trains_on_host=on_host), 0).moments()
+        return next(moment for moment in moments if moment.step == "train")
+
+    here, there = training(False), training(True)
+    largest, weights = max(one.largest for one in model.inputs), model.projections
+    assert here.device.workspace - there.device.workspace == 12 * (weights - largest)  # two moments, float32 weights
+    assert there.host.workspace - here.host.workspace == 12 * weights
+
+
+def test_a_plan_lets_waves_go_before_moments_and_both_before_it_does_not_fit():
+    def planned(memory):
+        model, recipe = read_model(str(SHAPES / "llama-3.1-70b")), {"reconstruct": 100, "weights": "streamed"}
+        recipe |= {"model": str(SHAPES / "llama-3.1-70b"), "sparsity": 0.5, "gpu_memory": memory}
+        one = choose(PlanRecipe.checked(recipe | {"shards": 1, "replicas": 1}), model, "exact")
+        return one.fits, one.setup.waves_on_host, one.setup.trains_on_host, one.seconds.total, one.row.link
+
+    *placed, tight, tighter = (planned(memory) for memory in ("80GB", "32GB", "24GB", "16GB"))
+    assert [one[:3] for one in placed] == [(True, False, False), (True, True, False)]
+    assert tight[:3] == (True, True, True)
+    assert not tighter[0]
+    # A step moves 12 bytes a weight there and back.
+    weights, layers = read_model(str(SHAPES / "llama-3.1-70b")).projections, 80
+    moved = 100 * layers * 24 * weights / tight[4]
+    assert tight[3] - placed[1][3] == pytest.approx(moved, rel=0.02)
 
 
 def test_replicas_exchange_the_sums_of_their_inputs():

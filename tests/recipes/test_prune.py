@@ -4,7 +4,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from shardprune.commands.mop import path_plan_of
+from shardprune.commands.prepare_mop import path_plan_of
 from shardprune.errors import InputError
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.path import walk

@@ -8,7 +8,9 @@ import torch
 
 from shardprune.model.pruning_job import PruningJob, Zeroing
 from shardprune.model.skeleton import projection_weight
+from shardprune.shard import forward_worker
 from shardprune.shard.forward_worker import dense_stream
+from shardprune.shard.master_weights import MasterWeights
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import WorkerSettings, WorkerSpec
 from shardprune.solvers.pattern import parse_pattern
@@ -77,8 +79,10 @@ def plain_adam(worker, layer, dense, hidden, batches, norm):
     return dict(zip(names, weights, strict=True))
 
 
-def test_training_is_adam_on_the_kept_weights(pruned):
+@pytest.mark.parametrize("on_host", [False, True])
+def test_training_is_adam_on_the_kept_weights(pruned, on_host, monkeypatch):
     worker, layer, dense, hidden = pruned
+    monkeypatch.setattr(worker, "trains_on_host", lambda: on_host)
     names, norm = worker.skeleton.family.kinds[0].projections, 30.0
     before = {name: projection_weight(layer, name).clone() for name in names}
     drawn = [[(step + place) % 6 for place in range(4)] for step in range(STEPS)]
@@ -109,3 +113,42 @@ def test_weights_are_rounded_as_they_are_stored(tmp_path):
     worker.reconstruct(0, [[("s", 0, 0), ("s", 0, 1)]] * 3, 1.0, worker.skeleton.family.kinds[0].projections)
     assert torch.equal(weight, weight.bfloat16().float())
     assert torch.equal(weight[:, ::2], torch.zeros(32, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_on_the_host_between_steps_changes_no_bit(dtype):
+    drawn = torch.Generator().manual_seed(0)
+    dense = torch.randn(8, 6, generator=drawn)
+    dense[dense.abs() < 0.5] = 0
+    gradients = torch.randn(5, 8, 6, generator=drawn)
+    found = []
+    with torch.no_grad():
+        for on_host in (False, True):
+            weight = dense.to(dtype, copy=True)
+            master = MasterWeights(weight, on_host)
+            steps = []
+            for gradient in gradients:
+                master.step(gradient.clone(), 1e-2)
+                steps.append(weight.clone())
+            assert master.rounded(torch.bfloat16) == int((dense == 0).sum())
+            found.append(torch.stack([*steps, weight]))
+            # A layer in float32 is its own master.
+            there = {"exp_avg", "exp_avg_sq"} | ({"master"} if dtype != torch.float32 else set())
+            assert set(master._places) == (there if on_host else set())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0][0], found[0][1])
+
+
+@pytest.mark.parametrize(
+    ("device", "kept", "room", "leaves"),
+    [("cuda", False, 99, True), ("cuda", False, 100, False), ("cuda", True, 109, True), ("cuda", True, 110, False)],
+)
+def test_moments_leave_a_gpu_that_has_no_room_for_them(tmp_path, monkeypatch, device, kept, room, leaves):
+    worker = worker_of(tmp_path, "llama-3.1")
+    assert not worker.trains_on_host()  # on a CPU both are one
+    monkeypatch.setattr(forward_worker, "memory_of", lambda _device: room)
+    monkeypatch.setattr(forward_worker, "device_room", lambda memory: memory)
+    worker.spec = replace(worker.spec, other_bytes=100, activation_bytes=10)
+    worker.skeleton.device = torch.device(device)
+    worker.activations.on_host = not kept
+    assert worker.trains_on_host() == leaves

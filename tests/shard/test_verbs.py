@@ -72,7 +72,10 @@ WAVES = {
         *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "tally"),
         *("aim", "miss"),
     },
-    MopWorker: {"embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"},
+    MopWorker: {
+        *("embed", "forward", "propagate", "losses", "log_likelihoods", "accumulate", "run", "judge"),
+        *("carry", "aim", "miss"),
+    },
 }
 
 

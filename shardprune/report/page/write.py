@@ -114,7 +114,7 @@ def _section(run: FinishedRun) -> Section:
     grids = [Grid(("", "before", "after"), list(summary_rows(result, run.attempts)))]
     if result.evaluation:
         grids += _evaluation_grids(result.evaluation)
-    plots = [plot for plot in _plots(result) if plot]
+    plots = [plot for plot in plots_of(result) if plot]
     return Section(
         ", ".join((result.command, *what_was_done(result))),
         [*_facts(run, result), *_costs(run)],
@@ -166,13 +166,14 @@ def _evaluation_grids(evaluation: Evaluation) -> Iterator[Grid]:
         yield Grid(("prompt", "dense, greedily", "pruned, greedily"), rows, numbers=3)
 
 
-def _plots(result: Result) -> list[Plot | None]:
+def plots_of(result: Result) -> list[Plot | None]:
+    """Return the plots of what a run did to the model; None in the place of those for which there is nothing."""
     plots: list[Plot | None] = []
     if result.sparsity and result.sparsity.projections:
         plots += [sparsity_map(result.sparsity), outlier_map(result.sparsity)]
         plots.append(projection_errors(result.sparsity.projections))
         plots.append(block_errors(result.sparsity.blocks or ()))
-        plots.append(improvement_errors(result.sparsity.improvements or ()))
+    plots.append(improvement_errors(result.improvements))
     if result.structure:
         plots.append(narrowing_errors(result.structure.layers or ()))
         if result.structure.path:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from shardprune.errors import InputError
+from shardprune.report.page.write import plots_of
 from shardprune.report.progress import Reporter, Step
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors
@@ -26,6 +27,7 @@ def test_narrow_layers_come_nearer_and_stay_as_narrow(folder, trained, tmp_path)
     assert steps[0].kept
     assert all(step.error_after < step.error_before for step in steps if step.kept)
     assert result.calibration.held_out == 4
+    assert any(plot and plot.title.startswith("Error of layers") for plot in plots_of(result))
     assert result.structure.after == plain.structure.after
     before, after = load_tensors(tmp_path / "o"), load_tensors(out)
     assert {name: tensor.shape for name, tensor in before.items()} == {
