@@ -51,7 +51,9 @@ def main() -> None:
     parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
     parser.add_argument("--merged", nargs="*", default=["reap", "ean"], help="scores with experts that are merged")
     parser.add_argument("--trained", nargs="*", default=["reap", "ean"], help="scores behind which routers are trained")
-    parser.add_argument("--reconstructed", nargs="*", default=[], help="scores behind which all is trained")
+    parser.add_argument(
+        "--reconstructed", nargs="*", default=["reap", "ean"], help="scores behind which all is trained"
+    )
     parser.add_argument("--steps", type=int, default=50, help="of training each router, or each layer")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--multiple", type=int, default=1)
