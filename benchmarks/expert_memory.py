@@ -1,7 +1,7 @@
 """Peak memory of a worker that removes experts, beside the plan.
 
     python -m benchmarks.expert_memory [--gigabytes 1] [--layers 2] [--weights streamed] [--backend local]
-        [--merge] [--propagate pruned]
+        [--merge] [--propagate pruned] [--router-kd 2] [--reconstruct 2]
 
 Makes a mixture of experts whose layers have that many gigabytes of random weights in float32, removes a quarter of the
 experts, and prints the peak resident memory of the worker's process, as `result.json` has it, and what `shardprune
@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--backend", default="local")
     parser.add_argument("--merge", action="store_true", help="merge experts instead of removing some")
     parser.add_argument("--propagate", default="dense", choices=("dense", "pruned"))
+    parser.add_argument("--router-kd", type=int, default=0, help="steps of training routers, with 8 samples or more")
+    parser.add_argument("--reconstruct", type=int, default=0, help="steps of training all that stays")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -69,6 +71,8 @@ def main() -> None:
             "weights": args.weights,
             "shards": 1,
             "replicas": 1,
+            "router_kd": args.router_kd,
+            "reconstruct": args.reconstruct,
         }
         foreseen = {"keep_experts": KEPT, "merge_experts": args.merge, "propagate_experts": args.propagate}
         planned = plan(PlanRecipe.checked({**shared, **foreseen, "hardware": "cpu"}))

@@ -6,7 +6,8 @@ One pass over the dense model serves all scores but AIMER, which looks at the we
 of its own that cuts from these statistics. The last column is the share of the routing weight that is lost at the
 largest share, as the mean over the layers. Scores of `--propagated` have further rows, in which each layer sees the
 activations behind those that are cut, scores of `--merged` rows in which experts are merged and the score says whose
-router row stays, and scores of `--trained` rows in which routers are trained after the cut.
+router row stays, scores of `--trained` rows in which routers are trained after the cut, and scores of `--reconstructed`
+rows in which all that stays is.
 `random` keeps experts by chance, as the mean of `--draws` draws: the row that a score must beat.
 """
 
@@ -50,7 +51,10 @@ def main() -> None:
     parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
     parser.add_argument("--merged", nargs="*", default=["reap", "ean"], help="scores with experts that are merged")
     parser.add_argument("--trained", nargs="*", default=["reap", "ean"], help="scores behind which routers are trained")
-    parser.add_argument("--steps", type=int, default=50, help="of training each router")
+    parser.add_argument(
+        "--reconstructed", nargs="*", default=["reap", "ean"], help="scores behind which all is trained"
+    )
+    parser.add_argument("--steps", type=int, default=50, help="of training each router, or each layer")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--multiple", type=int, default=1)
     parser.add_argument("--samples", type=int, default=64)
@@ -90,6 +94,8 @@ def main() -> None:
         ways |= {f"{score}, merged": {"score": score, **merged} for score in args.merged}
         trained = {"statistics": str(folder / "first"), "router_kd": args.steps, **text}
         ways |= {f"{score}, routers trained": {"score": score, **trained} for score in args.trained}
+        trained = {"statistics": str(folder / "first"), "reconstruct": args.steps, **text}
+        ways |= {f"{score}, reconstructed": {"score": score, **trained} for score in args.reconstructed}
         ways |= {RANDOM: {"score": "frequency", "protect": False}} if args.draws else {}
         for way, fields in ways.items():
             cells = []

@@ -26,7 +26,7 @@ SMALL = {
     "expert_memory": ("--gigabytes", "0.01", "--samples", "2", "--seqlen", "16"),
     "experts": (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
-        *("--propagated", "ean", "--merged", "reap", "--trained"),
+        *("--propagated", "ean", "--merged", "reap", "--trained", "--reconstructed"),
         *("--draws", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "launches": ("--hidden", "64"),

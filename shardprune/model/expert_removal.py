@@ -154,6 +154,24 @@ def with_experts(skeleton: Skeleton, mixture: Mixture, kept: int) -> Skeleton:
     return Skeleton(config, skeleton.device, skeleton.dtype)
 
 
+def routers_of(skeleton: Skeleton, reduced: Skeleton, mixture: Mixture, index: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes [experts, hidden] of the linear maps that score a layer's experts, as they are where some
+    experts stay, by their names within the layer: weights whose shape changes, and which are not inside the mixture.
+
+    Args:
+        reduced: the model with the experts that stay.
+    """
+    parameters = dict(skeleton.blank(index).named_parameters())
+    before, after = skeleton.layer_tensors(index), reduced.layer_tensors(index)
+    inside = f"{mixture.layers[index]}."
+    found = {}
+    for name, shape in before.items():
+        own = _inside(skeleton, index, name)
+        if own.endswith(".weight") and own in parameters and not own.startswith(inside) and after[name] != shape:
+            found[own.removesuffix(".weight")] = after[name]
+    return found
+
+
 class FewerExperts:
     """A model beside the one that has `kept` experts in each of its layers.
 
@@ -279,13 +297,7 @@ class FewerExperts:
 
     def routers(self, index: int) -> tuple[str, ...]:
         """Return the names within a layer of the linear maps that score its experts."""
-        parameters = dict(self.skeleton.blank(index).named_parameters())
-        path = self.mixture.layers[index]
-        return tuple(
-            name.removesuffix(".weight")
-            for name in self._sliced[index]
-            if name.endswith(".weight") and name in parameters and not name.startswith(f"{path}.")
-        )
+        return tuple(routers_of(self.skeleton, self.reduced, self.mixture, index))
 
     def sliced(self, index: int) -> dict[str, int]:
         """Return the dimension of experts of each tensor of a layer that has one and is no expert's own, by its name

@@ -14,6 +14,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
 from shardprune.planning.workload import Model, Task, planned_task
 from shardprune.shard.device_room import device_room, memory_for
+from shardprune.solvers.improving import LEAST_SAMPLES
 from shardprune.solvers.methods import METHODS
 from shardprune.storage.quantities import duration, gigabytes
 
@@ -222,8 +223,9 @@ def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest
         changes["a layout of its own choice (no --shards, no --replicas)"] = {"shards": None, "replicas": None}
     for nodes in (2, 4, 8, 16):
         changes[f"--nodes {nodes * recipe.nodes}"] = {"nodes": nodes * recipe.nodes}
+    least = LEAST_SAMPLES if nearest.task.held_out else 1
     for part in (2, 4, 8):
-        if recipe.samples >= part:
+        if recipe.samples // part >= least:
             changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
     if nearest.task.wave > 1:
         changes["--wave 1"] = {"wave": 1}

@@ -95,6 +95,12 @@ class Costs:
         """The costs of the pass that looks at experts, all of which compute every token where they are merged."""
         return replace(self, task=replace(self.task, everywhere=True)) if self.task.merged else self
 
+    @property
+    def of_cut(self) -> "Costs":
+        """The costs of a layer in work as it is while it is trained: with the experts that it keeps, if some go."""
+        fewer = self.task.model.fewer
+        return replace(self, task=replace(self.task, model=fewer)) if fewer else self
+
     # -- waves --------------------------------------------------------------------------------------------------
 
     def wave_bytes(self, sequences: int) -> int:
@@ -297,21 +303,23 @@ class Costs:
         again = self.solve(one) - (self._factor(one.cols) if self.task.effort.sweeps else 0.0)
         return products + again + self._touched(16 * one.weights)
 
-    def train(self) -> float:
-        """Return the seconds to train a layer: a step is a pass forward and one backward, which takes two, and touches
-        float32 weights, moments and gradients; what is on the host between steps comes and goes.
+    def train(self, steps: int, inputs: Sequence[Input]) -> float:
+        """Return the seconds to train what reads some inputs of a layer: a step is a pass forward and one backward,
+        which takes two, and touches float32 weights, moments and gradients; what is on the host between steps comes and
+        goes. Behind a router come the weights of sums alone, so that its gradients take no products of the layer.
         """
         task = self.task
         size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
-        touched = self._touched((26 + 4 * task.itemsize) * task.model.projections)
-        moved = 2 * state_of_training(task.itemsize) * task.model.projections if self.setup.trains_on_host else 0
-        return task.improving.reconstruction * (3 * self.layer(size) + touched + self._moved(moved))
+        weights = sum(one.weights for one in inputs)
+        touched = self._touched((26 + 4 * task.itemsize) * weights)
+        moved = 2 * state_of_training(task.itemsize) * weights if self.setup.trains_on_host else 0
+        passes = 1 if all(one in task.model.shape.routers for one in inputs) else 3
+        return steps * (passes * self.layer(size) + touched + self._moved(moved))
 
-    @property
-    def lent_windows(self) -> int:
-        """The windows that the other replicas lend the one that trains a layer."""
+    def lent_windows(self, steps: int) -> int:
+        """Return how many windows the other replicas lend the one that trains a layer by so many steps."""
         task, replicas = self.task, self.setup.layout.replicas
-        seen = task.improving.reconstruction * max(1, STEP_TOKENS // task.seqlen)
+        seen = steps * max(1, STEP_TOKENS // task.seqlen)
         windows = task.samples - task.held_out
         return min(windows, seen) * (replicas - 1) // replicas
 
@@ -379,8 +387,21 @@ class Costs:
         workers of the node do so with theirs."""
         model = self.task.model
         assert model.fewer is not None
-        read = model.layer if self.task.merged else model.fewer.layer
-        return self._together * (read + model.fewer.layer) * model.in_files / self.row.storage
+        return self._together * (self.cut_elements + model.fewer.layer) * model.in_files / self.row.storage
+
+    @property
+    def cut_elements(self) -> int:
+        """Elements of the layer's tensors from which it is built without some experts, or with averages of them."""
+        model = self.task.model
+        assert model.fewer is not None
+        return model.layer if self.task.merged else model.fewer.layer
+
+    def cut(self) -> float:
+        """Return the seconds to build a layer without the experts that go, to be trained: all replicas read the same
+        tensors, which come from storage once."""
+        model = self.task.model
+        seconds = self.cut_elements * model.in_files / self.row.storage
+        return seconds + self._moved(self.cut_elements * self.task.itemsize)
 
     def tally(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a dense layer whose experts are looked at."""
@@ -394,7 +415,7 @@ class Costs:
     @property
     def _together(self) -> int:
         """Workers of a node that read and write at the same time: one where layer follows layer."""
-        return 1 if self.task.behind else min(self.places.per_node, self.setup.layout.workers)
+        return 1 if self.task.in_turn else min(self.places.per_node, self.setup.layout.workers)
 
     # -- reading ------------------------------------------------------------------------------------------------
 

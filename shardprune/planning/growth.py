@@ -10,6 +10,7 @@ from shardprune.planning.choosing import choose
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.workload import Model
+from shardprune.solvers.improving import LEAST_SAMPLES
 
 WORKERS = 1024  # largest variation
 
@@ -48,9 +49,10 @@ def _variations(recipe: PlanRecipe) -> list[tuple[str, PlanRecipe]]:
     rate = int(recipe.row.network)
     varied = [("as it is", recipe)]
     varied += [(f"{count} node{'s' * (count > 1)}", recipe.model_copy(update={"nodes": count})) for count in nodes]
+    least = LEAST_SAMPLES if recipe.improving or recipe.router_kd else 1  # of which some are held out
     for factor in (0.5, 2):
         samples = int(recipe.samples * factor)
-        if samples >= max(1, recipe.replicas or 1):
+        if samples >= max(least, recipe.replicas or 1):
             varied.append((f"{samples} samples", recipe.model_copy(update={"samples": samples})))
     for factor in (0.1, 10):
         network = ByteSize(rate * factor)

@@ -5,7 +5,7 @@ called `device`; a GPU worker also has its process on the `host`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from shardprune.cluster.layout import Layout
@@ -156,8 +156,9 @@ class WorkerMemory:
         """Yield the moments of a pass that looks at the experts, whose sums are few, and of copying a layer without
         some of them, one tensor after the other, beside resident layers."""
         task, streamed = self.task, self.setup.streamed
-        kept = task.kept_bytes(self.sequences) if streamed or task.behind else 0
         passed = task.scores == "pass"
+        in_turn = (1 + bool(task.improving)) * task.kept_bytes(self.sequences) if task.in_turn else 0
+        kept = in_turn if task.behind else task.kept_bytes(self.sequences) if streamed else 0
         resident = 0 if streamed or not (passed or task.sources) else self._held() + self._resident_frame()
         if passed:
             if self.first:
@@ -170,12 +171,34 @@ class WorkerMemory:
         elif task.scores == "weights":
             # A tensor in float32, its magnitudes, and these in float64 while they are summed up.
             yield self._moment("observe", "ratios", resident, workspace=self.model.largest * (task.stored + 16))
+        if task.improving and self.model.shape.experts:
+            yield from self._train_cut(fewer, in_turn, again=bool(passed or task.sources))
         # Of an average: two tensors as they are stored, one of them in float64, and the sum.
         copied = int(fewer.largest * (2 * task.stored + 16 if task.merged else fewer.in_files))
-        if task.behind and streamed:  # layers are there while others are written
+        if task.in_turn and streamed:  # layers are there while others are written
             resident = self._held()
         step = "merge" if task.merged else "copy"
-        yield self._moment("write", step, resident + copied, kept=kept if task.behind else 0)
+        yield self._moment("write", step, resident + copied, kept=in_turn)
+
+    def _train_cut(self, fewer: Model, kept: int, again: bool) -> Iterator[Moment]:
+        """Yield the moments of training a layer that has lost experts, beside the dense one: the pass to its aim, and
+        each training.
+
+        Args:
+            again: resident shards have read all their layers.
+        """
+        task, weights = self.task, self._held()
+        if self.first:
+            yield from self._embed("prune", kept, again)
+        if not self.setup.streamed:
+            # Layers are read as the waves come to them; those before are there as they are cut.
+            before = sum(fewer.shapes[index].elements for index in self.layers[:-1]) * task.itemsize
+            weights = (weights if again else before + self._layer()) + self._frame(embedding=self.first)
+            weights += self._frame(head=self.last and bool(task.sources))
+        yield self._moment("prune", "aim", weights, self._forward(), kept=kept)
+        cut = WorkerMemory(replace(task, model=fewer), self.setup, self.shard)
+        for name in task.trainings:
+            yield cut._train(weights + cut._layer(), kept, task.trained(name))
 
     def _outputs(self) -> int:
         """Return the bytes of the sums of all experts' outputs where these are merged: of all layers of a resident
@@ -240,7 +263,7 @@ class WorkerMemory:
             yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
         weights = self._held() + resident + (0 if self.setup.gpu else self._written())
         if improving.reconstruction:
-            yield self._train(weights, kept)
+            yield self._train(weights, kept, self.model.inputs)
         if improving.stream_targets:
             yield from self._aim(weights, kept)
             return
@@ -301,24 +324,24 @@ class WorkerMemory:
                     "prune", f"{step} {label}", weights_held, 0, sums + exchanged, workspace + aims, kept=kept
                 )
 
-    def _train(self, weights: int, kept: int) -> Moment:
-        """Return the moment of training a layer: its weights before it, and with targets in the dense stream the dense
-        ones; two moments and float32 weights, if it is not computed in these, gradients, masks, and what a step's pass
-        keeps for its gradients. The windows of other replicas come on top of a worker's own. Where moments and float32
-        weights are on the host, those of one projection are here, and a gradient in float32 and two temporaries of a
-        step in any case.
+    def _train(self, weights: int, kept: int, inputs: Sequence[Input]) -> Moment:
+        """Return the moment of training what reads some inputs of a layer: its weights before it, and with targets in
+        the dense stream the dense ones; two moments and float32 weights, if it is not computed in these, gradients,
+        masks, and what a step's pass keeps for its gradients. The windows of other replicas come on top of a worker's
+        own. Where moments and float32 weights are on the host, those of one projection are here, and a gradient in
+        float32 and two temporaries of a step in any case.
         """
-        task, model = self.task, self.model
-        weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
-        state, largest = state_of_training(task.itemsize), max((one.largest for one in model.inputs), default=0)
-        away = state * model.projections if self.setup.trains_on_host and self.setup.gpu else 0
-        here = state * (largest if away else model.projections)
-        workspace = here + (1 + task.itemsize) * model.projections + 3 * 4 * largest
+        task, trained = self.task, sum(one.weights for one in inputs)
+        weights += (1 + task.improving.stream_targets) * trained * task.itemsize
+        state, largest = state_of_training(task.itemsize), max((one.largest for one in inputs), default=0)
+        away = state * trained if self.setup.trains_on_host and self.setup.gpu else 0
+        here = state * (largest if away else trained)
+        workspace = here + (1 + task.itemsize) * trained + 3 * 4 * largest
         size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
         lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
-        return self._moment(
-            "prune", "train", weights, self._training(size), workspace=workspace, kept=kept + max(0, lent), away=away
-        )
+        routers = all(one in self.model.shape.routers for one in inputs)
+        step, passing = ("train routers", self._training_routers(size)) if routers else ("train", self._training(size))
+        return self._moment("prune", step, weights, passing, workspace=workspace, kept=kept + max(0, lent), away=away)
 
     def _training(self, sequences: int) -> int:
         """Return the bytes that a decoder layer's pass over a batch keeps for its gradients: what enters every product
@@ -327,9 +350,18 @@ class WorkerMemory:
         """
         task, model = self.task, self.model
         tokens = sequences * task.seqlen
-        inputs = sum(one.cols + 2 * sum(one.rows.values()) for one in model.inputs)
+        inputs = sum(int(tokens * one.share) * (one.cols + 2 * sum(one.rows.values())) for one in model.inputs)
         scores = 3 * model.heads * task.seqlen * tokens * 4 if self.setup.gpu or model.eager else 0
-        return tokens * task.itemsize * (inputs + 6 * model.hidden) + scores + 8 * tokens * model.hidden
+        return task.itemsize * (inputs + 6 * tokens * model.hidden) + scores + 8 * tokens * model.hidden
+
+    def _training_routers(self, sequences: int) -> int:
+        """Return the bytes of a pass over a batch for the gradients of routers alone, which keeps what the experts of
+        every token give, beside the temporaries of a pass."""
+        task, model = self.task, self.model
+        tokens = sequences * task.seqlen
+        given = sum(int(tokens * one.share) for one in model.shape.maps if one.share < 1 and one.output)
+        kept = task.itemsize * model.hidden * (given + 6 * tokens) + 8 * tokens * model.hidden
+        return kept + model.forward_bytes(sequences, task.seqlen, task.itemsize)
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -509,10 +541,15 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     kinds = 2 if task.improving.measured else 1  # with sums over held-out windows
     store = 0
     copied = setup.copies_sums and not task.model.fewer
+    lost = setup.copies_sums and bool(task.improving)  # experts: what is trained is sent, and no sums
     for index, _ in task.model.kinds(range(task.model.layers)):
         model = task.model.at(index)
         sent = model.projections * task.itemsize if copied else 0
         columns = [one.cols for one in model.inputs if copied] * kinds
+        if model.fewer and lost:
+            seen = task.at(index)
+            trained = [seen.trained(name) for name in task.trainings]
+            sent = max(sum(one.weights for one in inputs) for inputs in trained) * task.itemsize
         store = max(store, store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent))
     return workers * own + store
 

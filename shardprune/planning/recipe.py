@@ -19,7 +19,7 @@ from shardprune.model.pruning_job import ExpertRemoval
 from shardprune.planning.hardware import HARDWARE, Hardware
 from shardprune.recipes.experts import ExpertFields
 from shardprune.recipes.groups import WORKERS
-from shardprune.recipes.improving import ImprovingFields
+from shardprune.recipes.improving import ImprovingFields, check_samples
 from shardprune.recipes.prune import (
     OptionalBarberFields,
     PruneRecipe,
@@ -152,6 +152,7 @@ class RemovedExperts(Settings):
     propagate_experts: Literal["dense", "pruned"] = Field(
         "dense", description="With fewer experts: activations that a layer sees, dense or behind layers as they are cut"
     )
+    router_kd: int = Field(0, ge=0, description="With fewer experts: steps of training each layer's router; 0: none")
 
     @model_validator(mode="after")
     def _one_amount(self) -> "RemovedExperts":
@@ -161,7 +162,8 @@ class RemovedExperts(Settings):
         if share is not None and number is not None:
             raise InputError("keep_experts", f"{number} does not go with remove_experts {share:g}; give one of them")
         asked = share is not None or number is not None
-        self.needs("remove_experts or keep_experts", asked, "merge_experts", "expert_scores", "propagate_experts")
+        fields = "merge_experts", "expert_scores", "propagate_experts", "router_kd"
+        self.needs("remove_experts or keep_experts", asked, *fields)
         self.needs("a pass", self.expert_scores == "pass", "propagate_experts")
         if self.merge_experts and self.expert_scores == "weights":
             raise InputError("merge_experts", "does not go with expert_scores weights, which need no tokens")
@@ -213,9 +215,13 @@ class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
         zeroing = (*QualityFields.model_fields, *PruningFields.model_fields, *ImprovingFields.model_fields)
         for field in (*zeroing, "segments", "expert_chunks"):
             value = getattr(self, field)
-            if field != "sparsity" and value != type(self).model_fields[field].default:
+            if field not in ("sparsity", "reconstruct") and value != type(self).model_fields[field].default:
                 raise InputError(field, f"{value!r} {NOTHING_IS_ZEROED}")
-        self.needs("a pass: expert_scores are there already", self.expert_scores == "pass", "calibration")
+        trained = self.router_kd + self.reconstruct
+        if trained:
+            check_samples(self.samples, "router_kd" if self.router_kd else "reconstruct")
+        reads_text = self.expert_scores == "pass" or trained > 0
+        self.needs("a pass: expert_scores are there already", reads_text, "calibration")
         if self.propagation == "parallel":
             raise InputError("propagation", "'parallel' does not go with experts that are removed; leave it out")
         return self

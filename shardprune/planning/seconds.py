@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS
 from shardprune.planning.memory import Setup
+from shardprune.planning.shapes import Input
 from shardprune.planning.workload import Task
 from shardprune.shard.waves import waves_of
 
@@ -75,16 +76,15 @@ class Expected:
         """Return the phases where experts are removed: shards read as the first wave comes to them, then every worker
         copies a part of its shard's layers."""
         costs, model, replicas = self.costs, self.task.model, self.layout.replicas
-        if self.task.behind:
-            return self._in_turn(passes, evaluate)
+        in_turn = self.task.in_turn
         mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
-        looked_at = 1 + mixtures[-1] if self.task.scores == "pass" else 0
+        looked_at = 1 + mixtures[-1] if self.task.scores == "pass" and not self.task.behind else 0
         if self.setup.streamed:
             load = self._reads(passes - (not looked_at)) if passes or looked_at else 0.0
         else:
             read = range(model.layers if passes else looked_at)
             load = self._over(read, lambda one: costs.read(one.task.model.layer))
-        load += costs.read(model.embedding) if passes or looked_at else 0.0
+        load += costs.read(model.embedding) if passes or looked_at or in_turn else 0.0
         load += costs.read(model.head) if passes else 0.0
         observe = Expected(costs.of_experts)._pass(self.task.samples, looked_at) if looked_at else 0.0
         if self.task.scores == "weights":
@@ -93,6 +93,8 @@ class Expected:
                 for shard in self.layout.shards
                 for replica in range(replicas)
             )
+        if in_turn:
+            return Phases(load, 0.0, observe, self._in_turn(model.layers if passes else looked_at), 0.0, evaluate)
         write = max(
             self._over(shard[replica::replicas], lambda one: one.costs.copy_layer())
             for shard in self.layout.shards
@@ -100,35 +102,51 @@ class Expected:
         )
         return Phases(load, 0.0, observe, 0.0, write, evaluate)
 
-    def _in_turn(self, passes: int, evaluate: float) -> Phases:
-        """Return the phases where experts are removed layer after layer: each is looked at, copied, and read again as
-        it has become."""
-        costs, model, streamed = self.costs, self.task.model, self.setup.streamed
-        load = costs.read(model.embedding) + (costs.read(model.head) if passes else 0.0)
-        load += self._reads(passes - 1) if streamed and passes else 0.0
-        if passes and not streamed:
-            load += self._over(range(model.layers), lambda one: costs.read(one.task.model.layer))
-        sizes = self._sizes(self.task.samples)
+    def _in_turn(self, read: int) -> float:
+        """Return the seconds where experts are removed layer after layer: each is looked at or aimed at, cut, trained
+        where that is asked for, copied, and read again as it has become.
+
+        Args:
+            read: the first layers, which resident shards have read already.
+        """
+        costs, task, model, streamed = self.costs, self.task, self.task.model, self.setup.streamed
+        sizes = [*self._sizes(task.samples - task.held_out), *self._sizes(task.held_out)]
+        streams = 2 if task.improving else 1
+
+        def through(one: Expected) -> float:
+            """The waves behind the layer; what no training has aimed at is there twice."""
+            trained = one.task.model.shape.experts or not task.improving
+            return (1 if trained else 2) * sum(one.costs.propagate(size) for size in sizes)
 
         def layer(one: Expected) -> float:
-            cut = one.task.model.fewer
+            shape, cut = one.task.model.shape, one.task.model.fewer
             assert cut is not None
-            looking = sum(one.costs.tally(size) for size in sizes) if one.task.model.shape.experts else 0.0
+            dense = sum(one.costs.tally(size) for size in sizes) if task.behind and shape.experts else 0.0
+            dense += one._training_of_cut(sizes) if task.improving and shape.experts else 0.0
             reading = costs.read(one.task.model.layer)
-            through = sum(one.costs.propagate(size) for size in sizes)
             if streamed:
-                before = max(looking + one.costs.copy_layer(), reading if looking else 0.0)
-                return before + costs.read(cut.layer) + max(through, reading)
-            dense = reading if looking and not passes else 0.0
-            return dense + looking + one.costs.copy_layer() + costs.read(cut.layer) + through
+                before = max(dense + one.costs.copy_layer(), reading if dense else 0.0)
+                return before + costs.read(cut.layer) + max(through(one), reading)
+            return dense + one.costs.copy_layer() + costs.read(cut.layer) + through(one)
 
-        last = self.at(model.layers - 1)
-        spared = sum(last.costs.propagate(size) for size in sizes)
+        spared = through(self.at(model.layers - 1))  # the last layer's output is not needed
         entering = sum(costs.embed(size) + costs.put(size) for size in sizes)
-        relays = (len(self.layout.shards) - 1) * self._relay(sizes)
-        return Phases(
-            load, 0.0, 0.0, entering + self._over(range(model.layers), layer) + relays - spared, 0.0, evaluate
-        )
+        entering += costs.fork(sum(sizes)) if task.improving else 0.0
+        relays = streams * (len(self.layout.shards) - 1) * self._relay(sizes)
+        first = 0.0
+        if not streamed:
+            used = [index for index in range(read, model.layers) if model.shapes[index].experts]
+            first = self._over(used, lambda one: costs.read(one.task.model.layer))
+        return entering + first + self._over(range(model.layers), layer) + relays - spared
+
+    def _training_of_cut(self, sizes: Sequence[int]) -> float:
+        """Return the seconds of training a layer that has lost experts: the waves through the dense one, whose outputs
+        are the aim, the layer as it is cut, the trainings, and what the held-out waves miss before and after each."""
+        task, changed = self.task, Expected(self.costs.of_cut)
+        missing = sum(changed.costs.miss(size) for size in self._sizes(task.held_out))
+        seconds = sum(self.costs.aim(size) for size in sizes) + self.costs.cut() + missing
+        trainings = (changed._train(steps, task.trained(name)) for name, steps in task.trainings.items())
+        return seconds + sum(trainings) + missing * len(task.trainings)
 
     def _curves(self) -> float:
         """Return the seconds to measure error curves: all waves forward and their gradients back, and what the shard
@@ -265,15 +283,19 @@ class Expected:
         return {**parts, "reading": self._reading()}
 
     def _training(self) -> float:
-        """Return the seconds of training a layer: the windows that replicas lend, in two streams, the steps, the errors
-        before and after, and what is sent back.
-        """
+        """Return the seconds of training a layer that is pruned, and of the errors before and after."""
         costs, task = self.costs, self.task
         if not task.improving.reconstruction:
             return 0.0
-        seconds = costs.train() + 2 * sum(costs.miss(size) for size in self._sizes(task.held_out))
-        replicas, lent = self.layout.replicas, costs.lent_windows
-        for one in task.model.inputs:
+        missing = sum(costs.miss(size) for size in self._sizes(task.held_out))
+        return 2 * missing + self._train(task.improving.reconstruction, task.model.inputs)
+
+    def _train(self, steps: int, inputs: Sequence[Input]) -> float:
+        """Return the seconds of training what reads some inputs of a layer: the windows that replicas lend, in two
+        streams, the steps, and what is sent back."""
+        costs, replicas = self.costs, self.layout.replicas
+        seconds, lent = costs.train(steps, inputs), costs.lent_windows(steps)
+        for one in inputs:
             seconds += 2 * costs.copy(one)
             if self.setup.copies_sums:
                 seconds += costs.solved(one) + costs.install(one) + self._network(costs.projections_bytes(one))

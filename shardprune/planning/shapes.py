@@ -50,6 +50,7 @@ class LayerShape:
         matrices: those of them that have two or more dimensions.
         attends: some of the layer is attention.
         kind: the modules.
+        routers: the inputs of the maps that score experts, of a model that has lost some of these.
     """
 
     inputs: tuple[Input, ...]
@@ -58,6 +59,7 @@ class LayerShape:
     matrices: int
     attends: bool
     kind: LayerKind
+    routers: tuple[Input, ...] = ()
 
     @cached_property
     def multiplied(self) -> int:

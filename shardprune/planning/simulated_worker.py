@@ -66,6 +66,11 @@ class Worker:
     busy: float = 0.0
     reading: float = 0.0
 
+    @property
+    def changing(self) -> Costs:
+        """The costs at the layer in work, as it is while it is changed."""
+        return self.costs.of_cut
+
     def size_of(self, wave: int) -> int:
         """Return the number of sequences of a wave."""
         return self.sizes[wave]
@@ -217,6 +222,11 @@ def _judge(seconds: Callable[[Costs, int], float]) -> Callable[[Worker, tuple[An
     return cost
 
 
+def _miss(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    sequences = worker.size_of(args[1])
+    return worker.changing.miss(sequences), [1.0] * sequences, 0
+
+
 def _correct(worker: Worker, args: tuple[Any, ...]) -> Cost:
     _, reports, count = _solve(worker, args)
     return worker.costs.correct(worker.costs.task.model.inputs[args[1]]), reports, count
@@ -228,8 +238,8 @@ def _lend(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _reconstruct(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    names = worker.costs.task.model.skeleton.family.kinds[args[0]].projections
-    return worker.costs.train(), dict.fromkeys(names, 0), 0
+    _, batches, _, names = args
+    return worker.changing.train(len(batches), _inputs_of(worker, names)), dict.fromkeys(names, 0), 0
 
 
 def _copy_all(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -294,10 +304,14 @@ def _outputs(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _finish_copy(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    if worker.costs.task.behind:
+    if worker.costs.task.in_turn:
         worker.held.discard(args[0])
         worker.cut.add(args[0])
     return 0.0, None, 0
+
+
+def _cut(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.cut(), None, 0
 
 
 def _ratios(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -374,7 +388,7 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.hold_out: Row(_accumulate, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
-    PruneWorker.miss: Row(_judge(Costs.miss), reads="layer"),
+    PruneWorker.miss: Row(_miss, reads="layer"),
     PruneWorker.lend: Row(_lend),
     PruneWorker.reconstruct: Row(_reconstruct, reads="layer"),
     PruneWorker.remember: Row(_copy, reads="layer"),
@@ -393,13 +407,15 @@ ROWS: dict[Callable[..., Any], Row] = {
     ExpertWorker.ratios: Row(_ratios),
     ExpertWorker.write: Row(_copy_layer),
     ExpertWorker.tally: Row(_of_wave(Costs.tally), reads="layer"),
+    ExpertWorker.aim: Row(_judge(Costs.aim), reads="layer"),
+    ExpertWorker.cut: Row(_cut),
     ExpertWorker.finish: Row(_finish_copy),
     # Accounts are no work, and not verbs.
     ForwardWorker.account: Row(),
 }
 
-# A simulated run evaluates no tasks, rebuilds no masks, removes no structures and trains nothing where experts go; what
-# a group of actors calls itself, for tensors on their way, takes the time until they arrive.
+# A simulated run evaluates no tasks, rebuilds no masks and removes no structures; what a group of actors calls itself,
+# for tensors on their way, takes the time until they arrive.
 NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
     {
         ForwardWorker.log_likelihoods,
@@ -408,7 +424,6 @@ NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
         NarrowedLayers.narrow,
         NarrowedLayers.choice,
         NarrowedLayers.install_narrowed,
-        ExpertWorker.cut,
         PruneWorker.compare,
         PruneWorker.rebuild,
         PruneWorker.measure,
@@ -436,5 +451,6 @@ def _sums_of(worker: Worker, index: int, name: str) -> tuple[Costs, Input, bool]
 
 
 def _inputs_of(worker: Worker, names: Collection[str]) -> list[Input]:
-    """The inputs whose projections are among some names."""
-    return [one for one in worker.costs.task.model.inputs if not one.rows.keys().isdisjoint(names)]
+    """The inputs of the layer in work that projections, or routers, of some names read."""
+    shape = worker.changing.task.model.shape
+    return [one for one in (*shape.inputs, *shape.routers) if not one.rows.keys().isdisjoint(names)]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from shardprune.cluster.error_curves import differentiate, measure
-from shardprune.cluster.expert_propagation import remove_in_turn
+from shardprune.cluster.expert_propagation import Training, remove_in_turn
 from shardprune.cluster.expert_statistics import routed_statistics, weight_ratios
 from shardprune.cluster.expert_writing import write_layers
 from shardprune.cluster.group import Ref
@@ -34,7 +34,7 @@ from shardprune.shard.verbs import kind_of, layer_of
 from shardprune.solvers.allocation.allocation import Share
 from shardprune.solvers.error_curves import LEVELS
 from shardprune.solvers.methods import DAMPING
-from shardprune.storage.records import LayerRecord
+from shardprune.storage.records import KeptExperts, LayerRecord
 
 
 class SimulatedGroup:
@@ -236,26 +236,42 @@ def _measure_curves(group: SimulatedGroup, output: Reporter) -> None:
 
 
 def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, output: Reporter) -> None:
-    """Look at the experts of the dense model, or at their weights, and copy every layer without those that go."""
-    layout, model = group.setup.layout, group.task.model
+    """Look at the experts of the dense model, or at their weights, and copy every layer without those that go, trained
+    where that is asked for."""
+    layout, model, task = group.setup.layout, group.task.model, group.task
     mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
-    task = group.task
-    group.read += sum(shape.elements for shape in (model if task.merged else fewer).shapes)
-    if task.behind:
-        with group.phase("prune"), output.step("remove experts", 0) as step:
-            unknown = set(mixtures)
-            remove_in_turn(
-                group, layout, calibration, (), unknown, task.merged, lambda *_: None, LayerRecord, None, step
-            )
+    copied = (model if task.merged else fewer).shapes
+    group.read += sum(shape.elements for shape in copied)
+    if task.improving:  # every replica builds the layers that it trains
+        group.read += layout.replicas * sum(copied[index].elements for index in mixtures)
+    if not task.behind:
+        with group.phase("observe"), output.step("observe", 0) as step:
+            if task.scores == "pass":
+                waves = Waves(calibration.tokens, layout.replicas, task.wave)  # none is held out yet
+                group.note_waves(waves)
+                routed_statistics(group, layout, waves, mixtures, group.setup.streamed, task.merged, step)
+            elif task.scores == "weights":
+                weight_ratios(group, layout, mixtures, step)
+                group.read += sum(model.shapes[index].expert_weights for index in mixtures)
+    if not task.in_turn:
+        with group.phase("write"), output.step("remove experts", 0) as step:
+            write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
         return
-    with group.phase("observe"), output.step("observe", 0) as step:
-        if task.scores == "pass":
-            routed_statistics(group, layout, calibration, mixtures, group.setup.streamed, task.merged, step)
-        elif task.scores == "weights":
-            weight_ratios(group, layout, mixtures, step)
-            group.read += sum(model.shapes[index].expert_weights for index in mixtures)
-    with group.phase("write"), output.step("remove experts", 0) as step:
-        write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
+    group.note_waves(calibration)
+    kinds = fewer.skeleton.family.kinds
+
+    def names(training: str, index: int) -> tuple[str, ...]:
+        routers = fewer.shapes[index].routers
+        return tuple(name for one in routers for name in one.rows) if training == "router" else kinds[index].projections
+
+    def record(index: int) -> LayerRecord:
+        before, after = model.shapes[index].experts, fewer.shapes[index].experts
+        return LayerRecord(index, experts=KeptExperts(tuple(range(after)), before) if before else None)
+
+    training = Training(task.trainings, names) if task.improving else None
+    unknown = set(mixtures if task.behind else ())
+    with group.phase("prune"), output.step("remove experts", 0) as step:
+        remove_in_turn(group, layout, calibration, (), unknown, task.merged, lambda *_: None, record, training, step)
 
 
 def simulate(costs: Costs) -> SimulatedGroup:

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from shardprune.errors import InputError
 from shardprune.model.carried import further_embedding
 from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.empty_model import attention_of
-from shardprune.model.expert_removal import kept_experts, mixture_of, with_experts
+from shardprune.model.expert_removal import kept_experts, mixture_of, routers_of, with_experts
 from shardprune.model.fp8 import quantisation_of
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
@@ -68,10 +69,9 @@ class Model:
 
     def at(self, index: int) -> "Model":
         """Return the model as seen at a layer."""
-        shape = self.shapes[index]
-        if shape is self.shape:
-            return self
-        return replace(self, shape=shape, fewer=self.fewer and self.fewer.at(index))
+        shape, fewer = self.shapes[index], self.fewer and self.fewer.at(index)
+        # Another layer may be the largest where experts are gone.
+        return self if shape is self.shape and fewer is self.fewer else replace(self, shape=shape, fewer=fewer)
 
     def kinds(self, layers: Iterable[int]) -> list[tuple[int, int]]:
         """Return one layer of each kind among some, and how many of them are of its kind."""
@@ -152,14 +152,26 @@ def with_fewer_experts(model: Model, recipe: PlanRecipe) -> Model:
     none.
 
     Raises:
-        InputError: the model has no experts, or cannot give so many.
+        InputError: the model has no experts, or cannot give so many, or these are FP8 and their weights would change.
     """
     if (removal := recipe.removal) is None:
         return model
+    for field in ("reconstruct", "merge_experts"):
+        if model.in_files < model.stored.itemsize and (value := getattr(recipe, field)):
+            reason = "changes the weights of experts, and these are FP8, which are only copied"
+            raise InputError(field, f"{value!r} {reason}; leave it out, or give the model from which they were made")
     mixture = mixture_of(model.skeleton)
     kept = kept_experts(mixture, removal, "_experts")
-    fewer = model_of(with_experts(model.skeleton, mixture, kept), model.name, model.stored, model.in_files)
-    return replace(model, fewer=fewer)
+    reduced = with_experts(model.skeleton, mixture, kept)
+    fewer = model_of(reduced, model.name, model.stored, model.in_files)
+    known: dict[int, LayerShape] = {}
+    for index, shape in enumerate(fewer.shapes):
+        if id(shape) not in known:
+            routers = routers_of(model.skeleton, reduced, mixture, index) if index in mixture.layers else {}
+            inputs = tuple(Input(cols, {name: rows}) for name, (rows, cols) in routers.items())
+            known[id(shape)] = replace(shape, routers=inputs)
+    shapes = tuple(known[id(shape)] for shape in fewer.shapes)
+    return replace(model, fewer=replace(fewer, shape=known[id(fewer.shape)], shapes=shapes))
 
 
 def model_of(skeleton: Skeleton, name: str, stored: torch.dtype, in_files: float | None = None) -> Model:
@@ -246,6 +258,7 @@ class Task:
         scores: of experts, where some go: those of a pass, given ones, or those of weights.
         merged: experts become averages.
         behind: layers see the activations behind those whose experts are gone.
+        router_steps: those of the steps of training a layer that train its routers alone.
         everywhere: every expert computes its output for all tokens, too.
     """
 
@@ -267,12 +280,30 @@ class Task:
     scores: ScoreSource = "pass"
     merged: bool = False
     behind: bool = False
+    router_steps: int = 0
     everywhere: bool = False
 
     def at(self, index: int) -> "Task":
         """Return the task as seen at a layer."""
         model = self.model.at(index)
         return self if model is self.model else replace(self, model=model)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether experts go layer after layer, each behind those before as they are cut."""
+        return self.behind or bool(self.improving)
+
+    @property
+    def trainings(self) -> dict[str, int]:
+        """The steps of every training of a layer that loses experts: of its `router`, then of all its projections."""
+        steps = {"router": self.router_steps, "reconstruction": self.improving.reconstruction - self.router_steps}
+        return {name: count for name, count in steps.items() if count}
+
+    def trained(self, training: str) -> tuple[Input, ...]:
+        """Return the inputs of the maps that a training changes in the layer, which has lost its experts."""
+        assert self.model.fewer is not None
+        shape = self.model.fewer.shape
+        return shape.routers if training == "router" else shape.inputs
 
     @property
     def stored(self) -> int:
@@ -324,7 +355,8 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
         return task
     behind = recipe.propagate_experts == "pruned"
     task = replace(task, scores=recipe.expert_scores, merged=recipe.merge_experts, behind=behind)
-    return replace(task, kind=None, errors=False, improving=NOTHING)
+    improving = Improving(reconstruction=recipe.router_kd + recipe.reconstruct)
+    return replace(task, kind=None, errors=False, improving=improving, router_steps=recipe.router_kd)
 
 
 def task_of(

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from shardprune.cli import main
@@ -17,7 +19,7 @@ from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
 from shardprune.planning.simulation import simulate
-from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
+from shardprune.planning.workload import model_of, planned_task, read_model, with_fewer_experts
 from tests.planning.material import make_llama
 from tests.support.architectures import MIXTURES
 
@@ -102,6 +104,10 @@ IN_TURN = {
     "behind cut layers": {"propagate_experts": "pruned"},
     "behind cut layers, slow storage": {"propagate_experts": "pruned", "storage": "0.001GB/s"},
     "behind cut layers, merged": {"propagate_experts": "pruned", "merge_experts": True},
+    "routers trained": {"router_kd": 20},
+    "given, all trained": {"expert_scores": "statistics", "reconstruct": 20},
+    "weights, both trained": {"expert_scores": "weights", "router_kd": 5, "reconstruct": 5},
+    "behind cut layers, trained": {"propagate_experts": "pruned", "reconstruct": 20},
 }
 
 
@@ -119,6 +125,53 @@ def test_a_pass_that_merges_takes_every_expert_for_every_token(mixture):
     products = 2 * 32 * EXPERTS * 3 * HIDDEN * NEURONS / merging.row.products
     assert more >= products
     assert simulate(merging).phases["observe"] > simulate(usual).phases["observe"]
+
+
+def test_a_trained_router_takes_no_products_back_through_the_layer_and_a_trained_layer_does(mixture):
+    costs = costs_of(mixture, 1, 1, True, router_kd=3, reconstruct=5)
+    assert costs.task.trainings == {"router": 3, "reconstruction": 5}
+    assert costs.task.held_out == 4
+    cut, row = costs.of_cut, costs.row
+    (router,) = costs.task.trained("router")
+    assert (router.cols, router.rows) == (HIDDEN, {"mlp.gate": KEPT})
+    size, state = 12, 26 + 4 * 2  # windows of a step: all that train; bytes that a weight's step touches
+    assert cut.train(3, (router,)) == pytest.approx(3 * (cut.layer(size) + state * KEPT * HIDDEN / row.memory))
+    whole = costs.task.trained("reconstruction")
+    weights = sum(one.weights for one in whole)
+    assert weights > 3 * KEPT * HIDDEN * NEURONS
+    assert cut.train(5, whole) == pytest.approx(5 * (3 * cut.layer(size) + state * weights / row.memory))
+
+
+def test_a_worker_that_trains_holds_the_dense_layer_and_the_cut_one(mixture):
+    fields = {"weights": "streamed", "shards": 1, "replicas": 1, "gpus": 1, "seqlen": 32, "keep_experts": KEPT}
+
+    def trained(**steps):
+        (one,) = plan(PlanRecipe.checked({"model": mixture, **fields, **steps})).plans
+        return one, one.candidate.peaks["prune"], one.candidate.task.model
+
+    one, moment, model = trained(reconstruct=4)
+    weights = sum(part.weights for part in model.fewer.shape.inputs)
+    largest = max(part.largest for part in model.fewer.shape.inputs)
+    assert moment.step == "train"
+    assert moment.device.weights == 2 * (2 * model.layer + model.fewer.layer + weights)  # and a copy to put back
+    assert moment.device.workspace == (12 + 1 + 2) * weights + 12 * largest
+    # In the pass, in turn, and ahead of the layer whose place the one before takes again once it is written.
+    dense = LAYERS + LAYERS + (LAYERS - 1)
+    # To be copied, to be trained, and behind that as written but for the last.
+    cut = LAYERS + LAYERS + (LAYERS - 1)
+    assert one.traffic.read == 2 * (2 * model.embedding + dense * model.layer + cut * model.fewer.layer)
+    (_, moment, model), router = trained(router_kd=4), KEPT * HIDDEN
+    assert moment.device.weights == 2 * (2 * model.layer + model.fewer.layer + router)
+    assert moment.device.workspace == (12 + 1 + 2) * router + 12 * router
+
+
+def test_a_layer_that_is_not_the_largest_is_seen_with_its_own_experts():
+    shared = {"first_k_dense_replace": 1, "n_routed_experts": 8, "intermediate_size": 96, "moe_intermediate_size": 16}
+    skeleton = Skeleton(AutoConfig.for_model("deepseek_v3", **MIXTURES["deepseek_v3"] | shared), "cpu")
+    recipe = PlanRecipe.checked({"model": "m", "keep_experts": 4, "seqlen": 32})
+    model = with_fewer_experts(model_of(skeleton, "m", torch.bfloat16), recipe)
+    for index in range(model.layers):
+        assert model.at(index).fewer.shape is model.fewer.shapes[index]
 
 
 def test_text_that_the_model_writes_is_no_reason_to_aim_at_anything(mixture):
@@ -191,6 +244,10 @@ def test_a_page_and_its_json_say_the_same(mixture, capsys):
             "propagate_experts",
             "'pruned' has no effect without a pass",
         ),
+        ({"router_kd": 3, "sparsity": 0.5}, "router_kd", "3 has no effect without remove_experts or keep_experts"),
+        ({"keep_experts": 8, "router_kd": -1}, "router_kd", "-1 is not allowed"),
+        ({"keep_experts": 8, "router_kd": 3, "samples": 4}, "samples", "4 is too few for router_kd"),
+        ({"keep_experts": 8, "reconstruct": 3, "samples": 4}, "samples", "4 is too few for reconstruct"),
         ({"keep_experts": 8, "propagation": "parallel"}, "propagation", "'parallel' does not go with experts"),
         ({"keep_experts": 8, "expert_chunks": 2}, "expert_chunks", "2 does not go with experts that are removed"),
     ],
@@ -200,6 +257,31 @@ def test_what_is_no_run_of_experts_is_refused(mixture, fields, field, problem):
     with pytest.raises(InputError, match=problem) as raised:
         plan(PlanRecipe.checked({"model": mixture, "seqlen": 32, **fields}))
     assert raised.value.field == field
+
+
+def test_experts_in_fp8_stay_what_they_are(mixture, tmp_path):
+    content = json.loads((Path(mixture) / "config.json").read_text())
+    content["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    fields = {"model": str(tmp_path / "config.json"), "keep_experts": KEPT, "seqlen": 32}
+    for field, value in (("reconstruct", 2), ("merge_experts", True)):
+        with pytest.raises(InputError, match=f"{value!r} changes the weights of experts, and these are FP8") as raised:
+            plan(PlanRecipe.checked({**fields, field: value}))
+        assert raised.value.field == field
+    assert plan(PlanRecipe.checked({**fields, "router_kd": 2})).fits
+
+
+def test_no_variation_of_a_plan_holds_out_all_samples(mixture):
+    """Of eight, four are held out, and half of them would leave none to train on."""
+    fields = {"model": mixture, "keep_experts": KEPT, "seqlen": 32, "samples": 8}
+    changed = [
+        [row.changed for row in plan(PlanRecipe.checked(fields | steps), True).plans[0].growth]
+        for steps in ({}, {"router_kd": 2}, {"reconstruct": 2})
+    ]
+    assert ["4 samples" in rows for rows in changed] == [True, False, False]
+    helps = plan(PlanRecipe.checked(fields | {"router_kd": 2, "gpu_memory": "1.001GB"})).plans[0].helps
+    assert helps
+    assert not any(label.startswith("--samples") for label in helps)
 
 
 def test_a_model_without_experts_is_refused(tmp_path):
