@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
-from shardprune.model.checks import check_seqlen
+from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.hardware import SPARE_HOST, Hardware
 from shardprune.planning.training.memory import Memory, Sizes, Stage, Uncounted, memory_of_training, sizes_of
@@ -116,7 +116,7 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
 
     Raises:
         InputError: the model or the teacher cannot be read, they predict different tokens, or `recover` does not train
-            such a model, or rows of such a length.
+            such a model, rows of such a length, or updates of such a rank.
     """
     config = read_config(recipe.model)
     teacher = read_config(recipe.teacher, "teacher") if recipe.teacher else None
@@ -128,6 +128,8 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
     if any(kind.mixtures for kind in skeleton.family.kinds):
         raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
     check_seqlen(recipe.length, skeleton, "length")
+    if not recipe.full:
+        check_rank(recipe.lora_rank, skeleton)
     micro = recipe.micro_batch or micro_batch_of(recipe.batch, recipe.processes, recipe.length)
     ways, trained = [], 0
     for stage, recompute in _ways(recipe, micro):
