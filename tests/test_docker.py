@@ -2,12 +2,14 @@
 
 import fnmatch
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 import shardprune
-from tests.test_ray_configs import FOLDER
+from tests.test_ray_configs import FOLDER, read
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 IGNORED = (REPOSITORY / ".dockerignore").read_text().splitlines()
@@ -62,6 +64,32 @@ def test_what_is_copied_is_there_and_nothing_else_reaches_the_build(instructions
     assert not any(
         reaches(name) for name in (".git/config", "tests/test_docker.py", "runs/x", "docs/serving.md", ".env")
     )
+
+
+def test_the_kubernetes_job_runs_in_the_images_copy_of_the_repository(instructions):
+    spec = read("kuberay-rayjob")["spec"]
+    place, copies = "", {}
+    for name, argument in instructions:
+        if name == "WORKDIR":
+            place = argument
+        if name == "COPY":
+            *sources, to = argument.split()
+            copies.update(dict.fromkeys(sources, f"{place}/{'' if to == './' else to}"))
+    folder = yaml.safe_load(spec["runtimeEnvYAML"])["working_dir"].removeprefix("local://")
+    python, option, module, recipe, *_ = shlex.split(spec["entrypoint"])
+    assert (python, option) == ("python", "-m")
+    for needed in (f"{module.replace('.', '/')}.py", recipe):
+        assert (REPOSITORY / needed).is_file()
+        assert copies[needed.split("/")[0]] == f"{folder}/{needed.split('/')[0]}"
+
+
+def test_the_kubernetes_job_shows_the_build_of_its_image():
+    text = (FOLDER / "kuberay-rayjob.yaml").read_text()
+    (file, tag) = re.findall(r"docker build --file (\S+) --tag (\S+) \.", text)[0]
+    assert (REPOSITORY / file).is_file()
+    cluster = read("kuberay-rayjob")["spec"]["rayClusterSpec"]
+    templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    assert {container["image"] for each in templates for container in each["spec"]["containers"]} == {tag}
 
 
 def test_tags_of_our_image_are_the_version():

@@ -1,7 +1,8 @@
 """The story of `shardprune export` into the format of one engine, which a converter or torchao writes.
 
 The folder begins with a record of what it will be, gets its files in one go from a scratch folder, and ends with their
-sizes in the record: a conversion that was cut off is made again from the start by the same command.
+sizes in the record: a conversion that was cut off, or that storage refused a file of, is made again from the start by
+the same command.
 """
 
 import os
@@ -16,14 +17,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from shardprune.commands.converters import dtype_of, program_of, run_converter
-from shardprune.errors import ConversionError, InputError, StorageError
+from shardprune.errors import ConversionError, InputError, StorageError, first_line
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.companions import TOKENIZER, companions
 from shardprune.model.int8 import check_int8, write_int8
 from shardprune.recipes.export import ExportRecipe
 from shardprune.report.progress import Reporter
 from shardprune.storage.digests import digest_of
-from shardprune.storage.folder import CHUNK, Folder
+from shardprune.storage.folder import CHUNK, Folder, sync_folder
 from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import dump_json, fitting
 from shardprune.storage.malformed import Malformed
@@ -42,7 +43,8 @@ class Conversion(BaseModel):
     Attributes:
         dtype: number format of the weights, by its name in torch.
         bytes: of the checkpoint's files of weights.
-        files: sizes in bytes of the files beside this one; None as long as they are not there.
+        files: sizes in bytes of the files beside this one and in folders there, by their relative paths; None as long
+            as they are not all there.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,7 +58,7 @@ class Conversion(BaseModel):
 
     @property
     def stored_bytes(self) -> int | None:
-        """The bytes of the files beside this one; None as long as they are not there."""
+        """The bytes of the files beside this one; None as long as they are not all there."""
         return None if self.files is None else sum(self.files.values())
 
     def write(self, folder: Folder) -> None:
@@ -74,7 +76,7 @@ def convert(recipe: ExportRecipe, reporter: Reporter) -> Conversion:
     Raises:
         InputError: something in the recipe cannot work; nothing has been written then.
         ConversionError: the converter refuses the checkpoint; nothing of it is left then.
-        StorageError: storage stays away, or the checkpoint changed meanwhile.
+        StorageError: storage stays away, or the checkpoint changed meanwhile; the same command makes it again.
     """
     with preflight():
         source = Checkpoint(recipe.model)
@@ -110,13 +112,22 @@ def convert(recipe: ExportRecipe, reporter: Reporter) -> Conversion:
                     run_converter(program, recipe.format, local, made, planned.dtype)
                 source.check_unchanged()
                 _take_along(local, recipe.format, made)
-                planned.files = _put(made, target)
+                files = _put(made, target)
                 step.advance(1)
         except (ConversionError, StorageError):
-            target.remove(CONVERSION)
+            with suppress(StorageError):  # the first error is the one to report, and a record may stay
+                _withdraw(target)
             raise
+        planned.files = files
         planned.write(target)
     return planned
+
+
+def _withdraw(target: Folder) -> None:
+    """Remove the record of a conversion that has put no file beside it. With files it stays: the same command goes on
+    from it, and would take them for another's without it."""
+    if lasting_names(target) <= {CONVERSION}:
+        target.remove(CONVERSION)
 
 
 @contextmanager
@@ -211,16 +222,45 @@ def _take_along(local: Path, format: str, made: Path) -> None:
 
 
 def _put(made: Path, target: Folder) -> dict[str, int]:
-    """Put the files that were made into the output; return their sizes in bytes."""
-    sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+    """Put the files that were made, those in folders too, into the output; return their sizes in bytes by their paths
+    relative to it.
+
+    Raises:
+        StorageError: the output cannot be written.
+    """
+    paths = sorted(path for path in made.rglob("*") if path.is_file())
+    sizes = {path.relative_to(made).as_posix(): path.stat().st_size for path in paths}
     for name in sizes:
-        if target.local:
-            with (made / name).open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(made / name, target.path(name))
-        else:
-            _copy(Folder(str(made), "to"), name, target)
+        try:
+            if target.local:
+                _move(made / name, Path(target.path(name)))
+            else:
+                # As a folder of its own: a file's temporary name is beside it.
+                _copy(Folder(str((made / name).parent), "to"), Path(name).name, _parent(target, name))
+        except OSError as error:
+            raise StorageError("to", f"{target.url}/{name} cannot be written: {first_line(error)}") from error
     return sizes
+
+
+def _parent(target: Folder, name: str) -> Folder:
+    """Return the folder that a file of an output is in, without what an earlier attempt left unfinished there."""
+    inner = name.rpartition("/")[0]
+    if not inner:
+        return target
+    folder = Folder(f"{target.url.rstrip('/')}/{inner}", target.field)
+    folder.remove_partial()
+    return folder
+
+
+def _move(source: Path, place: Path) -> None:
+    """Move a file within a local file system, to stay there if power is lost."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    made = [folder for folder in place.parents if not folder.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(source, place)
+    for folder in (place.parent, *(folder.parent for folder in made)):
+        sync_folder(str(folder))
 
 
 def _copy(source: Folder, name: str, target: Folder) -> None:

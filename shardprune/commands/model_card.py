@@ -12,7 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from shardprune.errors import InputError, StorageError
+from shardprune.model.auto_class import CAUSAL, auto_class_of
 from shardprune.model.checkpoint import locate
+from shardprune.model.config_file import CONFIG
 from shardprune.printable import printable
 from shardprune.recipes.commands import RECIPES
 from shardprune.recipes.groups import HUB_NAME
@@ -29,6 +31,7 @@ FRONT = re.compile(r"---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)  # of a card, in
 WORD = re.compile(r"[\w./:-]{1,200}")  # of a licence, its name and its address
 OF_MACHINES = ("Output", "Workers", "Layout")  # panels of fields that shape no tensor
 PARALLEL = ("propagation", "segments")  # fields of these that do, where shards are pruned at once
+DTYPE = "dtype"  # and this one, of the weights of an FP8 checkpoint
 OF_A_RUN = ("seconds", "workers", "peak memory", "restarts")  # rows of a summary that are no facts of the model
 
 
@@ -39,24 +42,29 @@ def leave_card(folder: Folder, result: Result, previous: Result | None = None) -
         StorageError: storage cannot be written.
     """
     base = _base_of(result.recipe["model"])
-    text = card(result, base)
+    auto_class = auto_class_of(str(folder.read_json(CONFIG).get("model_type")))
+    text = card(result, base, auto_class)
     if folder.is_file(CARD):
         held = folder.read_bytes(CARD)
-        if held == text.encode() or previous is None or held != card(previous, base).encode():
+        if held == text.encode() or previous is None or held != card(previous, base, auto_class).encode():
             return
     folder.write_text(CARD, text)
 
 
-def card(result: Result, base: dict[str, Any]) -> str:
+def card(result: Result, base: dict[str, Any], auto_class: str) -> str:
     """Return the text of a card.
 
     Args:
         base: what the hub's card of the model that was given says: `base_model`, its `license`, `license_name` and
             `license_link`, as far as they are known.
+        auto_class: the class of transformers that loads the model.
     """
     done = ", ".join(what_was_done(result)) or result.command
     metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=["shardprune", *_tags(result)], **base
+        library_name="transformers",
+        pipeline_tag="text-generation" if auto_class == CAUSAL else "image-text-to-text",
+        tags=["shardprune", *_tags(result)],
+        **base,
     )
     name = base.get("base_model")
     title = f"{name.partition('/')[2]}: {done}" if name else f"Pruned model: {done}"
@@ -69,8 +77,8 @@ def card(result: Result, base: dict[str, Any]) -> str:
         _table(("", "before", "after"), _facts(result)),
         *([_table(EVALUATION_HEADINGS, evaluation_rows(result.evaluation))] if result.evaluation else []),
         "## Load it\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("THIS MODEL", dtype="auto")\n'
+        f"```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
+        f'model = {auto_class}.from_pretrained("THIS MODEL", dtype="auto")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS MODEL")\n```\n',
         "## Repeat it\n",
         f"`shardprune {result.command} --recipe recipe.yaml --out OUT`, with this recipe:\n",
@@ -87,7 +95,7 @@ def repeated(result: Result, base: str | None) -> dict[str, Any]:
     settings = RECIPES[result.command]
     elsewhere = {
         field.name for panel in panels_of(settings) if panel.title in OF_MACHINES for field in panel.fields
-    } - set(PARALLEL if result.recipe.get("propagation") == "parallel" else ())
+    } - {DTYPE, *(PARALLEL if result.recipe.get("propagation") == "parallel" else ())}
     kept = {"model": base or _last(result.recipe["model"])}
     for name, value in result.recipe.items():
         if name in settings.model_fields and name not in elsewhere | {"model"} and not _default(settings, name, value):

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from shardprune.errors import InputError, OutOfMemory, first_line
 from shardprune.evaluation.sharded import ShardedModel
+from shardprune.model.auto_class import auto_class_of
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.companions import has_tokenizer
 from shardprune.model.config_file import CONFIG
@@ -124,7 +126,7 @@ def measure(recipe: LatencyFields, candidates: Candidates, model: ShardedModel, 
 def _load(checkpoint: Checkpoint, model: ShardedModel, device: torch.device) -> PreTrainedModel:
     place = checkpoint.folder.url.removeprefix("hf://")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = getattr(transformers, auto_class_of(checkpoint.config.model_type)).from_pretrained(
             place,
             dtype=model.skeleton.dtype,
             trust_remote_code=False,

@@ -99,7 +99,8 @@ def read_statistics(folder: Folder, model: str, mixture: Mixture) -> StatisticsF
     with located(folder.field, place):
         found = fitting(unsealed(folder.read_json(EXPERTS)), StatisticsFile)
     if found.model != model:
-        raise InputError(folder.field, f"{place} is of another model")
+        of = "of another model, or of this one read in another dtype (an FP8 checkpoint with another --dtype)"
+        raise InputError(folder.field, f"{place} is {of}")
     for own in (found.routed, found.ratios, found.distances):
         if not own.keys() <= mixture.layers.keys():
             raise InputError(folder.field, f"{place} has other layers than the model")

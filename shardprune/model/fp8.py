@@ -131,7 +131,7 @@ class Fp8Weights:
         block = self._block(weight.shape, own.shape)
         if block is None:
             raise self._error(misfit)
-        if place.slice is not None and place.slice.count > 1 and weight.shape[0] % block[0]:
+        if place.slice is not None and not self._fits_parts(weight.shape[0], own.shape[0], place.slice.count):
             raise self._error(f"{misfit}: a block is of two parts of an expert")
         return ScaledEntry.of(weight, self.dtype, own, str(scales), block)
 
@@ -151,6 +151,16 @@ class Fp8Weights:
 
     def _error(self, found: str) -> InputError:
         return InputError(self.field, f"{self.place} holds {found}")
+
+    def _fits_parts(self, rows: int, scales: int, count: int) -> bool:
+        """Return whether blocks of rows end where parts of an expert do, of which there are `count` in a tensor, each
+        with so many rows of weights and of scales: blocks of the config's size, or else equal parts."""
+        size = self.config.weight_block_size
+        if count == 1:
+            return True
+        if size and scales * count == -(-rows * count // size[0]):
+            return rows % size[0] == 0
+        return rows % scales == 0
 
     def _block(self, shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int] | None:
         """Return the rows and columns of a weight that have one scale: the config's, where the number of scales is that

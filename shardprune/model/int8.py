@@ -5,10 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from shardprune.errors import ConversionError, InputError
+from shardprune.model.auto_class import auto_class_of
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.config_file import in_one_line
 
@@ -41,7 +43,7 @@ def write_int8(checkpoint: Checkpoint, source: Path, to: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = _quantised(source)
+            model = _quantised(source, auto_class_of(checkpoint.config.model_type))
             _check_zeros(checkpoint, model)
             model.save_pretrained(to)
         except (ImportError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -52,12 +54,12 @@ def write_int8(checkpoint: Checkpoint, source: Path, to: Path) -> None:
             ) from error
 
 
-def _quantised(source: Path) -> PreTrainedModel:
+def _quantised(source: Path, auto_class: str) -> PreTrainedModel:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
     settings = TorchAoConfig(Int8WeightOnlyConfig())
-    return AutoModelForCausalLM.from_pretrained(source, quantization_config=settings, dtype="auto")
+    return getattr(transformers, auto_class).from_pretrained(source, quantization_config=settings, dtype="auto")
 
 
 def _check_zeros(checkpoint: Checkpoint, model: PreTrainedModel) -> None:

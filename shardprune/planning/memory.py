@@ -310,7 +310,7 @@ class WorkerMemory:
         """
         task, model = self.task, self.model
         weights += (1 + task.improving.stream_targets) * model.projections * task.itemsize
-        state, largest = state_of_training(task.itemsize), max(one.largest for one in model.inputs)
+        state, largest = state_of_training(task.itemsize), max((one.largest for one in model.inputs), default=0)
         away = state * model.projections if self.setup.trains_on_host and self.setup.gpu else 0
         here = state * (largest if away else model.projections)
         workspace = here + (1 + task.itemsize) * model.projections + 3 * 4 * largest

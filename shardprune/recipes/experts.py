@@ -14,7 +14,7 @@ from shardprune.recipes.groups import (
     PerplexityFields,
     WorkerFields,
 )
-from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.identity import shape_of
 from shardprune.recipes.improving import TrainingFields, check_samples
 from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.expert_scores import ExpertScore, needs_pass
@@ -141,4 +141,6 @@ class ExpertsRecipe(
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and given statistics."""
-        return self.model_dump(include=shaping_fields(self) - {"statistics"})
+        shape = shape_of(self, "merge")
+        del shape["statistics"]
+        return shape

@@ -8,7 +8,7 @@ from shardprune.errors import InputError
 from shardprune.model.pruning_job import PathRemoval, PruningJob
 from shardprune.model.structure.kept_iterations import parse_keep
 from shardprune.recipes.groups import CalibrationFields, ModelOutputFields, PerplexityFields, WidthFields, WorkerFields
-from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.identity import shape_of
 from shardprune.recipes.improving import TrainingFields, check_samples
 from shardprune.recipes.settings import Settings
 from shardprune.solvers.improving import Improving
@@ -131,7 +131,7 @@ class MopRecipe(
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model and text."""
         drawn = {"seed": self.seed} if self.criterion == "random" else {}  # which draws the path
-        return self.model_dump(include=shaping_fields(self)) | drawn
+        return shape_of(self, "reconstruct") | drawn
 
     @property
     def scoring(self) -> Scoring:

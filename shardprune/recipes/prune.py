@@ -16,7 +16,7 @@ from shardprune.recipes.groups import (
     PruneWorkerFields,
     WidthFields,
 )
-from shardprune.recipes.identity import shaping_fields
+from shardprune.recipes.identity import shape_of, shaping_fields
 from shardprune.recipes.improving import ImprovingFields, TrainingFields
 from shardprune.recipes.quality import QualityFields
 from shardprune.recipes.settings import Settings, optional
@@ -358,10 +358,9 @@ class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""
-        late = ("ignore", "expert_tokens")  # earlier runs have no such fields, and go on
-        left_out = {name for name in late if getattr(self, name) == type(self).model_fields[name].default}
-        fields = self.model_dump(include=shaping_fields(self) - left_out)
-        return fields | self.decided | {"sparsity": self.target}  # which a pattern may fix
+        return (
+            shape_of(self, "ignore", "expert_tokens") | self.decided | {"sparsity": self.target}
+        )  # which a pattern may fix
 
     @property
     def structures(self) -> "WidthRecipe":

@@ -236,7 +236,7 @@ class Folder:
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
             if self.local:
-                _sync_folder(self.root)
+                sync_folder(self.root)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
                 self.fs.rm_file(path)
@@ -341,7 +341,7 @@ def output_folder(url: str) -> Folder:
     return Folder(url, "out")
 
 
-def _sync_folder(path: str) -> None:
+def sync_folder(path: str) -> None:
     """Flush the entries of a local folder to disk."""
     folder = os.open(path, os.O_RDONLY)
     try:

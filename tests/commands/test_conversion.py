@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import shardprune
 from shardprune.cli import main
 from shardprune.commands import conversion as story
-from shardprune.errors import ConversionError, InputError
+from shardprune.errors import ConversionError, InputError, StorageError
 from shardprune.recipes.export import ExportRecipe
 from shardprune.report.progress import Reporter
+from shardprune.storage.folder import Folder
 from shardprune.storage.sealed_json import sealed_fields
 from tests.support.converters import SCRIPT, gpt2_tokenizer, installed, llama_cpp, optimum_cli
 from tests.support.running import run
@@ -32,6 +33,16 @@ source, to = Path(sys.argv[1]), Path(sys.argv[3])
 print("a warning", file=sys.stderr)
 sizes = {path.name: path.stat().st_size for path in source.iterdir()}
 to.write_text(json.dumps([source.name, sizes, sys.argv[4:], os.environ["HF_HUB_OFFLINE"]]))
+"""
+# One that writes an engine's folder, with folders inside.
+NESTING = """
+import sys
+from pathlib import Path
+to = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+for name in ("model.bin", "additional_chat_templates/tool.jinja", "parts/deep/one.bin"):
+    (to / name).parent.mkdir(parents=True, exist_ok=True)
+    (to / name).write_text(name)
+(to / "empty").mkdir()
 """
 FAILING = """
 import sys
@@ -58,7 +69,8 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
-    for name, content in (("showing.py", SHOWING), ("failing.py", FAILING), ("silent.py", "")):
+    contents = {"showing.py": SHOWING, "nesting.py": NESTING, "failing.py": FAILING, "silent.py": ""}
+    for name, content in contents.items():
         (folder / name).write_text(content)
     return folder
 
@@ -123,15 +135,92 @@ def test_what_was_cut_off_is_made_again(outputs, programs, tmp_path, monkeypatch
     assert snapshot(tmp_path / "cut") == snapshot(tmp_path / "whole")
 
 
-def test_object_storage(outputs, programs):
-    memory = fsspec.filesystem("memory")
+NESTED = {"model.bin", "additional_chat_templates/tool.jinja", "parts/deep/one.bin"}
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """The file system in memory, with a folder /conversions that lasts as long as the test."""
+    monkeypatch.setattr("shardprune.storage.owner.LOOK_SECONDS", 0.05)
+    system = fsspec.filesystem("memory")
+    system.makedirs("/conversions")
+    yield system
+    system.rm("/conversions", recursive=True)
+
+
+def files_in(system, place):
+    return {path.removeprefix(f"{place}/") for path in system.find(place)}
+
+
+def test_folders_that_a_converter_leaves_are_put_too(outputs, programs, tmp_path, memory):
+    nesting = str(programs / "nesting.py")
+    for place, system, root in (
+        (tmp_path / "made", fsspec.filesystem("file"), str(tmp_path / "made")),
+        ("memory://conversions/made", memory, "/conversions/made"),
+    ):
+        found = exported(outputs / "composite", place, "ctranslate2", converter=nesting)
+        assert found.files.keys() >= NESTED
+        assert files_in(system, root) == {*found.files, "conversion.json"}
+        assert all(system.cat(f"{root}/{name}") == name.encode() for name in NESTED)
+        assert exported(outputs / "composite", place, "ctranslate2", converter=str(programs / "silent.py")) == found
+        system.pipe(f"{root}/parts/deep/one.bin", b"cut")
+        with pytest.raises(InputError, match=r"parts/deep/one\.bin is not what was written"):
+            exported(outputs / "composite", place, "ctranslate2", converter=nesting)
+    assert set(os.listdir(tmp_path / "made")) == {name.split("/")[0] for name in (*found.files, "conversion.json")}
+
+
+def test_what_storage_refused_is_made_again_by_the_same_command(outputs, programs, tmp_path, memory, monkeypatch):
+    nesting, place = str(programs / "nesting.py"), "memory://conversions/made"
+    whole = exported(outputs / "composite", tmp_path / "whole", "ctranslate2", converter=nesting)
+    write = Folder.write
+
+    def full(folder, name, parts):
+        if name == "model.bin" and not folder.local:
+            raise StorageError("to", "the bucket is full")
+        write(folder, name, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", full)
+        with pytest.raises(StorageError, match="the bucket is full"):
+            exported(outputs / "composite", place, "ctranslate2", converter=nesting)
+    begun = files_in(memory, "/conversions/made")
+    assert {"additional_chat_templates/tool.jinja", "conversion.json"} <= begun
+    assert "model.bin" not in begun
+    # A converter that fails then does not take the record from the files either.
+    with pytest.raises(ConversionError):
+        exported(outputs / "composite", place, "ctranslate2", converter=str(programs / "silent.py"))
+    assert files_in(memory, "/conversions/made") == begun
+    memory.pipe("/conversions/made/parts/deep/.one.bin.0123abcd.tmp", b"ha")
+    assert exported(outputs / "composite", place, "ctranslate2", converter=nesting) == whole
+    assert files_in(memory, "/conversions/made") == {*whole.files, "conversion.json"}
+
+
+def test_a_local_file_that_cannot_be_put_is_one_line(outputs, programs, tmp_path, monkeypatch):
+    place, nesting = tmp_path / "made", str(programs / "nesting.py")
+    replace = os.replace
+
+    def refusing(source, to):
+        if Path(to).name == "one.bin":
+            raise OSError(28, "No space left on device")
+        replace(source, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refusing)
+        with pytest.raises(StorageError, match=r"^to: .*/parts/deep/one\.bin cannot be written: .*No space left"):
+            exported(outputs / "composite", place, "ctranslate2", converter=nesting)
+    assert {"conversion.json", "model.bin"} <= set(os.listdir(place))
+    assert not (place / "converting").exists()
+    found = exported(outputs / "composite", place, "ctranslate2", converter=nesting)
+    assert files_in(fsspec.filesystem("file"), str(place)) == {*found.files, "conversion.json"}
+
+
+def test_object_storage(outputs, programs, memory):
     memory.put(str(outputs / "composite"), "/conversions/model", recursive=True)
     exported("memory://conversions/model", "memory://conversions/made", "gguf", converter=f"{programs}/showing.py")
     name, given, *_ = json.loads(memory.cat("/conversions/made/model.gguf"))
     assert name == "model"
     assert given["config.json"] == (outputs / "composite" / "config.json").stat().st_size
     assert memory.exists("/conversions/made/conversion.json")
-    memory.rm("/conversions", recursive=True)
 
 
 @pytest.mark.parametrize(

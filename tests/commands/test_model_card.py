@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from shardprune.commands.check import check
 from shardprune.recipes.commands import RECIPES
 from tests.support.running import rebuild_run, run, search_run
 from tests.support.tiny import differing, make_model, make_tokens
+from tests.support.towers import TOWERS, make_tower
 from tests.support.words import words_tokenizer
 
 BASE = (
@@ -81,6 +83,29 @@ def test_its_recipe_makes_the_same_tensors(name, outputs, tmp_path):
     getattr(shardprune, command)(recipe)
     assert differing(tmp_path / "again", outputs / name) == []
     assert (tmp_path / "again" / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("model_type", [name for name in TOWERS if name != "gemma3n"])
+def test_its_lines_load_the_model(model_type, tmp_path):
+    """Of gemma3n the vision part needs a package that need not be there."""
+    make_tower(tmp_path / "model", model_type)
+    words_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokens(tmp_path / "tokens.npy")
+    run(tmp_path, "pruned", sparsity=0.5, method="magnitude")
+    text = (tmp_path / "pruned" / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    loaded: dict[str, Any] = {}
+    exec(lines.replace("THIS MODEL", str(tmp_path / "pruned")), loaded)
+    assert loaded["model"].config.model_type == model_type
+    kind = "image-text-to-text" if "ImageTextToText" in lines else "text-generation"
+    assert f"pipeline_tag: {kind}\n" in text
+
+
+def test_the_dtype_of_a_run_stays_in_its_recipe(tmp_path):
+    make_model(tmp_path / "model", "llama-3.1")
+    make_tokens(tmp_path / "tokens.npy")
+    run(tmp_path, "pruned", sparsity=0.5, dtype="float32")
+    assert "\ndtype: float32\n" in (tmp_path / "pruned" / "README.md").read_text()
 
 
 def test_without_a_base_on_the_hub(outputs, tmp_path):

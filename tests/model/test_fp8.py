@@ -12,7 +12,10 @@ from shardprune.errors import InputError
 from shardprune.evaluation.latency import loading_of
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.experts import named_tensors
+from shardprune.model.fp8 import Fp8Weights, QuantisationConfig
+from shardprune.storage.safetensors_file import Entry
 from shardprune.storage.scaled_tensors import dequantised
+from shardprune.storage.stacks import Layout, Place, Slice
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.fp8 import expanded, make_fp8
 from tests.support.tiny import load_tensors, make_model
@@ -156,3 +159,28 @@ def test_a_block_size_that_is_none_is_an_error(tmp_path, size):
         Checkpoint(fp8)
     assert "weight_block_size" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "scales", "size", "fits"),
+    [
+        (128, 2, 128, True),  # [2 x 128 rows], a block for each part
+        (16, 2, 24, False),  # blocks of 24 and 8 rows: the first is of both parts, though equal parts would fit
+        (224, 4, 128, False),  # 3.5 blocks: the second one is of both
+        (48, 6, 128, True),  # equal parts, of 16 rows
+    ],
+)
+def test_blocks_end_where_parts_of_an_expert_do(rows, scales, size, fits):
+    """Scales of gate and up of two experts, in one tensor."""
+    part = Slice((2, 2 * rows, 16), 0, 0, 2, Layout(False, False))
+    files = {
+        "gate_up_proj": Entry("f", torch.float8_e4m3fn, (2, 2 * rows, 16), 0, 64 * rows),
+        "gate_up_proj_scale_inv": Entry("f", torch.float32, (2, scales, 1), 0, 8 * scales),
+    }
+    weights = Fp8Weights(QuantisationConfig(weight_block_size=(size, size)), torch.float32, "model", "model")
+    place = Place("gate_up_proj", part)
+    if fits:
+        assert weights.entry(place, files).shape == (rows, 16)
+    else:
+        with pytest.raises(InputError, match="a block is of two parts of an expert"):
+            weights.entry(place, files)

@@ -8,6 +8,7 @@ from shardprune.commands.prepare_mop import path_plan_of
 from shardprune.errors import InputError
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.path import walk
+from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.prune import PruneRecipe, RebuildRecipe
@@ -364,3 +365,18 @@ def test_bad_files(tmp_path, content, message):
         file.write_bytes(content)
     with pytest.raises(InputError, match=f"recipe: .*{message}"):
         PruneRecipe.load(file, {})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "late"),
+    [
+        (PruneRecipe.checked({"model": "m", "out": "o", "sparsity": 0.5}), {"ignore": ("*",), "expert_tokens": "all"}),
+        (MopRecipe.checked({"model": "m", "out": "o", "remove": 0.2}), {"reconstruct": 4}),
+        (ExpertsRecipe.checked({"model": "m", "out": "o", "keep": 4}), {"merge": True}),
+    ],
+    ids=["prune", "mop", "experts"],
+)
+def test_a_run_of_an_earlier_version_goes_on(recipe, late):
+    """Fields that came later are no part of it, but with another value than the default."""
+    assert recipe.shape().keys() & late.keys() == set()
+    assert recipe.model_copy(update=late).shape().items() >= late.items()
