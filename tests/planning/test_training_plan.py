@@ -167,6 +167,7 @@ def test_a_teacher_is_shared_out_like_the_student(config):
         ({"full": True, "lora_rank": 8}, "lora_rank: 8 has no effect without low-rank updates"),
         ({"full": True, "lora_dropout": 0.1}, "lora_dropout: 0.1 has no effect without low-rank updates"),
         ({"teacher": "other.json"}, "teacher: .*predicts 7 tokens, the model 128256"),
+        ({"teacher": "narrow.json"}, "teacher: 512 is more than the model's 256 positions"),
         ({"teacher": "unknown.json"}, "teacher: .*'x'"),
         ({"teacher": "folder"}, "teacher: .*'x'"),
         ({"teacher": "fp8.json"}, "teacher: fp8.json: quantization_config"),
@@ -175,6 +176,7 @@ def test_a_teacher_is_shared_out_like_the_student(config):
 def test_bad_input_is_refused(config, fields, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 1, "vocab_size": 7}))
+    Path("narrow.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 1, "max_position_embeddings": 256}))
     Path("folder").mkdir()
     for file in ("unknown.json", "folder/config.json"):
         Path(file).write_text(json.dumps({**LLAMA_70B, "model_type": "x"}))
@@ -195,6 +197,19 @@ def test_what_is_not_trained_is_not_planned(config, tmp_path):
 def test_a_recipe_of_a_recovery_is_one_of_a_plan():
     run = {"model": "m", "out": "o", "data": ["c4:2", "stdlib"], "zero": 2, "workers": 1, "best": True, "held_out": 0.1}
     assert TrainingPlanRecipe.checked(run).zero == 2
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_teacher_takes_the_operations_of_its_own_forward_pass(config, layers, tmp_path):
+    """Two for each weight but those of the embedding, which is looked up, and for each pair of its own attention."""
+    (tmp_path / "teacher.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": layers}))
+    fields = {"model": config, "zero": 3, "offload": False, "recompute": False, "batch": 1, "length": 64}
+    (alone,) = plan_training(TrainingPlanRecipe.checked(fields)).ways
+    (taught,) = plan_training(TrainingPlanRecipe.checked({**fields, "teacher": str(tmp_path / "teacher.json")})).ways
+    wide, narrow, between, words = 8192, 1024, 28672, 128256
+    layer = 2 * wide * wide + 2 * wide * narrow + 3 * wide * between + 2 * wide
+    weights = layers * layer + wide + wide * words
+    assert taught.work.operations - alone.work.operations == 64 * 2 * (weights + layers * 64 * wide)
 
 
 def test_stage_0_is_planned_in_float32(config):
