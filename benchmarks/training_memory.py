@@ -127,7 +127,8 @@ def work(kind: str, folder: str, own: str, rank: int) -> None:
     }
     recipe = RecoverRecipe.checked(values)
     prepared = prepare_recovery(recipe, LocalBackend())
-    predicted = training_memory(prepared.recipe, prepared.inputs.skeleton, prepared.inputs.teacher).device.peak
+    inputs = prepared.inputs
+    predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, inputs.rows.longest).device.peak
     spec = prepared.spec(prepared.processes)
     if rank == 0:
         Path(prepared.recipe.state).mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,12 @@ from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.commands.state import ZeroCount, run_file
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
-from shardprune.model.checks import check_seqlen
+from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.opening import open_model, open_texts
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.training.memory import Uncounted
 from shardprune.planning.training.need import paths_of_projections, training_need
-from shardprune.recipes.recover import RecoverRecipe
+from shardprune.recipes.recover import RecoverRecipe, check_stage
 from shardprune.recovery.batches import Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
@@ -156,7 +156,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
     if not recipe.full:
-        _check_rank(recipe.lora_rank, skeleton)
+        check_rank(recipe.lora_rank, skeleton)
     teacher = _open_teacher(recipe, recipe.teacher, checkpoint) if recipe.teacher else None
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if recorded_recipe(recipe.out) else recipe.workers, recipe.device, "workers")
@@ -180,19 +180,6 @@ def _load_data(recipe: DecidedRecipe, tokenizer: Tokenizer, vocabulary: int) -> 
         return *pairs[0], None
     mixture = RowMixture.of(recipe.parts, [len(learned) for learned, _ in pairs])
     return joined([learned for learned, _ in pairs]), joined([held_out for _, held_out in pairs]), mixture
-
-
-def _check_rank(rank: int, skeleton: Skeleton) -> None:
-    """Check that a low-rank update is smaller than what it updates.
-
-    Raises:
-        InputError: its rank is more than the default and than the rows and the columns of every projection.
-    """
-    largest = max(
-        max(shape) for index in range(skeleton.layers) for shape in skeleton.projection_shapes(index).values()
-    )
-    if rank > largest:
-        raise InputError("lora_rank", f"{rank} is more than any projection has rows or columns; use at most {largest}")
 
 
 @preflight()
@@ -224,8 +211,9 @@ def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecover
 
 def _need(inputs: Inputs) -> Need | None:
     """Return the memory of a process; None, and a remark in the log, where it cannot be counted."""
+    longest = max(inputs.rows.longest, inputs.held_out.longest)
     try:
-        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher)
+        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher, longest)
     except Uncounted as error:
         _logger.warning("the memory of this training is not known before it starts: %s", error)
         return None
@@ -243,9 +231,7 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
         wanted = "a directory that all nodes see, because DeepSpeed writes no URLs"
         raise InputError("state", f"{recipe.state or out!r} is a URL; use {wanted}")
     precision = {"cuda": "bf16", "cpu": "fp32"}[device] if recipe.precision == "auto" else recipe.precision
-    if precision == "bf16" and recipe.zero == 0:
-        # DeepSpeed's optimizer of that stage takes a step with no gradients first, so that Adam counts one too many.
-        raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
+    check_stage(recipe.zero, precision == "bf16")
     return DecidedRecipe.model_construct(  # all fields are checked already
         **{
             **dict(recipe),  # not as it is recorded, where a single source is a text
@@ -319,16 +305,20 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
     """Return a hash of everything that shapes the weights, but for rounding: other workers resume it."""
     recipe, teacher = inputs.recipe, inputs.teacher
     # Only the steps that are measured can be chosen. Where none is, the hash is that of times without a choice.
-    choosing = {"best", "early_stopping", "evaluate_every"}
-    chosen = choosing if recipe.best or recipe.early_stopping else set()
+    choosing = {"best", "early_stopping"}
+    chosen: dict[str, Any] = {}
+    if recipe.best or recipe.early_stopping:
+        # Under the name of the times when losses were measured at checkpoints: trainings begun then go on.
+        chosen = recipe.model_dump(include=choosing) | {"checkpoint_every": recipe.evaluate_every}
+    apart = choosing | {"model", "data", "epochs", "evaluate_every"}  # covered by other entries
     content = {
         "format": FORMAT,
         "command": recipe.command,
         "model": inputs.checkpoint.identity(),
         "rows": inputs.rows.digest(),
         "held_out_rows": inputs.held_out.digest(),
-        **recipe.model_dump(include=recipe.identifying_fields() - {"model", "data", "epochs"} - choosing),
-        **recipe.model_dump(include=chosen),
+        **recipe.model_dump(include=recipe.identifying_fields() - apart),
+        **chosen,
         "teacher": teacher.identity() if teacher else None,
         "steps": steps,
         "deepspeed": inputs.overrides,

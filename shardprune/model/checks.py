@@ -83,3 +83,16 @@ def check_seqlen(seqlen: int, skeleton: Skeleton, field: str = "seqlen") -> None
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if limit and seqlen > limit and rope != "dynamic":
         raise InputError(field, f"{seqlen} is more than the model's {limit} positions")
+
+
+def check_rank(rank: int, skeleton: Skeleton) -> None:
+    """Check that a low-rank update is smaller than what it updates.
+
+    Raises:
+        InputError: its rank is more than the default and than the rows and the columns of every projection.
+    """
+    largest = max(
+        max(shape) for index in range(skeleton.layers) for shape in skeleton.projection_shapes(index).values()
+    )
+    if rank > largest:
+        raise InputError("lora_rank", f"{rank} is more than any projection has rows or columns; use at most {largest}")

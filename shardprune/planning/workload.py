@@ -415,20 +415,20 @@ def read_config(name: str, field: str = "model") -> PretrainedConfig:
 def _read(name: str, field: str = "model") -> _Stored:
     """Read a config and the dtype of the weights: the stored one, or without weights the config's."""
     if name.endswith(".json"):
-        return _parsed(read_file(name, field), name)
+        return _parsed(read_file(name, field), name, field)
     url = locate(place_of(name))
     folder = Folder(url, field)
     weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
     if not weights and folder.is_file(CONFIG):
-        return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}")
+        return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}", field)
     checkpoint = Checkpoint(name, field)
     return _Stored(checkpoint.config, stored_dtype(checkpoint), checkpoint.bytes_of_fp8())
 
 
-def _parsed(content: bytes, name: str) -> _Stored:
-    config = language_config(parse_config(content, name))
+def _parsed(content: bytes, name: str, field: str) -> _Stored:
+    config = language_config(parse_config(content, name, field))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return _Stored(config, dtype, expected_fp8=quantisation_of(parse_json(content), name, "model") is not None)
+    return _Stored(config, dtype, expected_fp8=quantisation_of(parse_json(content), name, field) is not None)
 
 
 def _expected_in_files(model: Model) -> float:

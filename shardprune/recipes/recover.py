@@ -22,6 +22,17 @@ LORA_RATE, FULL_RATE = 3e-4, 2e-5  # MoP's for low-rank updates; a tenth of it o
 DROPOUT = 0.05  # MoP's; a masked update without dropout is one product with its weight, with it another one
 
 
+def check_stage(zero: int | None, bf16: bool) -> None:
+    """Check that a stage of ZeRO, if one is chosen, goes with the precision.
+
+    Raises:
+        InputError: stage 0 is to train in bfloat16.
+    """
+    if zero == 0 and bf16:
+        # DeepSpeed's optimizer of that stage takes a step with no gradients first, so that Adam counts one too many.
+        raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
+
+
 class LearningFields(Settings):
     """Hyperparameters of the fine-tuning."""
 

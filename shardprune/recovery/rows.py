@@ -96,6 +96,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest row; 0 without rows."""
+        return int(self.starts.diff().max()) if len(self) else 0
+
     def row(self, index: int) -> Row:
         """Return row `index`, counted from 0."""
         part = slice(*self.starts[index : index + 2].tolist())

@@ -20,6 +20,7 @@ from shardprune.storage.folder import Folder
 from tests.recovery.trainings import checked, make_sparse
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.tiny import CONFIGS, VOCABULARY
+from tests.support.words import WORDS
 
 # Wide enough for tensors to outweigh what DeepSpeed pads and keeps beside them.
 WIDE = {
@@ -93,7 +94,8 @@ def test_tensors_take_the_memory_that_is_predicted(wide, kind, micro, tmp_path):
     data, shape = str(wide / "rows.npy"), {"length": 32, "batch": 4, "micro_batch": micro, "steps": 2}
     fields = {"model": str(wide / "sparse"), "data": data, "checkpoint_every": 9, **shape, **options}
     prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields), LocalBackend())
-    predicted = training_memory(prepared.recipe, prepared.inputs.skeleton, prepared.inputs.teacher).device.peak
+    inputs = prepared.inputs
+    predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, inputs.rows.longest).device.peak
     assert predicted == pytest.approx(measured(prepared), rel=0.1)
 
 
@@ -159,12 +161,27 @@ def test_a_teacher_is_shared_out_like_the_student(config):
         ({"workers": 2}, "workers: 2 workers need as many GPUs; the machines have 1"),
         ({"zero": 0, "offload": True}, "offload: True has no effect without zero 1, 2 or 3"),
         ({"zero": 4}, "zero: 4 is not allowed; .*less than or equal to 3"),
+        ({"zero": 0}, "zero: 0 does not go with bf16; use 1, which is the same training, or precision fp32$"),
+        ({"zero": 0, "hardware": "cpu", "precision": "bf16"}, "zero: 0 does not go with bf16"),
+        ({"lora_rank": 100_000}, "lora_rank: 100000 is more than any projection has .*; use at most 28672$"),
+        ({"full": True, "lora_rank": 8}, "lora_rank: 8 has no effect without low-rank updates"),
+        ({"full": True, "lora_dropout": 0.1}, "lora_dropout: 0.1 has no effect without low-rank updates"),
         ({"teacher": "other.json"}, "teacher: .*predicts 7 tokens, the model 128256"),
+        ({"teacher": "narrow.json"}, "teacher: 512 is more than the model's 256 positions"),
+        ({"teacher": "unknown.json"}, "teacher: .*'x'"),
+        ({"teacher": "folder"}, "teacher: .*'x'"),
+        ({"teacher": "fp8.json"}, "teacher: fp8.json: quantization_config"),
     ],
 )
 def test_bad_input_is_refused(config, fields, reason, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 1, "vocab_size": 7}))
+    Path("narrow.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": 1, "max_position_embeddings": 256}))
+    Path("folder").mkdir()
+    for file in ("unknown.json", "folder/config.json"):
+        Path(file).write_text(json.dumps({**LLAMA_70B, "model_type": "x"}))
+    fp8 = {"quant_method": "fp8", "weight_block_size": "wide"}
+    Path("fp8.json").write_text(json.dumps({**LLAMA_70B, "quantization_config": fp8}))
     with pytest.raises(InputError, match=f"^{reason}"):
         plan_training(TrainingPlanRecipe.checked({"model": config, **fields}))
 
@@ -180,6 +197,40 @@ def test_what_is_not_trained_is_not_planned(config, tmp_path):
 def test_a_recipe_of_a_recovery_is_one_of_a_plan():
     run = {"model": "m", "out": "o", "data": ["c4:2", "stdlib"], "zero": 2, "workers": 1, "best": True, "held_out": 0.1}
     assert TrainingPlanRecipe.checked(run).zero == 2
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_teacher_takes_the_operations_of_its_own_forward_pass(config, layers, tmp_path):
+    """Two for each weight but those of the embedding, which is looked up, and for each pair of its own attention."""
+    (tmp_path / "teacher.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": layers}))
+    fields = {"model": config, "zero": 3, "offload": False, "recompute": False, "batch": 1, "length": 64}
+    (alone,) = plan_training(TrainingPlanRecipe.checked(fields)).ways
+    (taught,) = plan_training(TrainingPlanRecipe.checked({**fields, "teacher": str(tmp_path / "teacher.json")})).ways
+    wide, narrow, between, words = 8192, 1024, 28672, 128256
+    layer = 2 * wide * wide + 2 * wide * narrow + 3 * wide * between + 2 * wide
+    weights = layers * layer + wide + wide * words
+    assert taught.work.operations - alone.work.operations == 64 * 2 * (weights + layers * 64 * wide)
+
+
+def test_stage_0_is_planned_in_float32(config):
+    fields = {"model": config, "length": 64, "batch": 1, "precision": "fp32", "zero": 0, "recompute": True}
+    (way,) = plan_training(TrainingPlanRecipe.checked(fields)).ways
+    assert way.options == "--zero 0 --recompute"
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.5])
+def test_a_training_needs_memory_for_the_longest_row_that_there_is(wide, held_out, tmp_path):
+    """Micro-batches are padded to their longest row, whatever the length that cuts rows."""
+    lines = [json.dumps({"text": " ".join(WORDS[3:5] * size)}) for size in (2, 5, 3, 4)]
+    (tmp_path / "short.jsonl").write_text("\n".join(lines))
+    fields = {"model": str(wide / "sparse"), "data": str(tmp_path / "short.jsonl"), "held_out": held_out}
+    needs = []
+    for length in (11, 64):
+        recipe = checked(wide, tmp_path / "o", length=length, full=True, zero=1, learning_rate=None, **fields)
+        prepared = prepare_recovery(recipe, LocalBackend())
+        assert max(prepared.inputs.rows.longest, prepared.inputs.held_out.longest) == 11  # ten words and the end
+        needs.append(prepared.need)
+    assert needs[0] == needs[1]
 
 
 def test_a_training_that_cannot_fit_is_refused_before_a_weight_is_read(wide, tmp_path):

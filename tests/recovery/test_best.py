@@ -1,6 +1,7 @@
 """The lowest held-out loss: the weights that belong to it are written, and a training stops when it comes no more."""
 
 import math
+from unittest.mock import patch
 
 import pytest
 
@@ -12,6 +13,7 @@ from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.report.progress import Reporter
 from shardprune.storage.journal import Journal
+from shardprune.storage.json_file import dump_json
 from tests.recovery.test_resuming import cut_off
 from tests.recovery.trainings import checked, furthest, loss_of, rows_of, train
 from tests.support.tiny import differing
@@ -112,6 +114,17 @@ def test_another_interval_is_another_training_only_where_it_chooses_the_weights(
     recipes = [checked(folder, tmp_path / "o", held_out=0.2, checkpoint_every=every, **choice) for every in (1, 2)]
     fingerprints = {prepare_recovery(recipe, LocalBackend()).journal.fingerprint for recipe in recipes}
     assert len(fingerprints) == (2 if choice else 1)
+
+
+@pytest.mark.parametrize("choice", [{"best": True}, {"early_stopping": 2}])
+def test_the_interval_keeps_its_place_in_the_fingerprint(folder, choice, tmp_path):
+    """A training begun when losses were measured at checkpoints goes on: its hash covered `checkpoint_every`."""
+    recipe = checked(folder, tmp_path / "o", held_out=0.2, checkpoint_every=9, evaluate_every=3, **choice)
+    with patch("shardprune.commands.prepare_recovery.dump_json", wraps=dump_json) as hashed:
+        prepare_recovery(recipe, LocalBackend())
+    (content,) = (call.args[0] for call in hashed.call_args_list if call.args[0].get("command") == "recover")
+    assert content["checkpoint_every"] == 3
+    assert "evaluate_every" not in content
 
 
 def test_the_first_of_equal_losses_is_the_lowest():

@@ -19,8 +19,8 @@ def paths_of_projections(skeleton: Skeleton) -> tuple[str, ...]:
     return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.kinds[index].projections)
 
 
-def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None) -> Memory:
-    """Return the memory of one process of a fine-tuning."""
+def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int) -> Memory:
+    """Return the memory of one process of a fine-tuning whose longest row has `length` tokens."""
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     sizes = sizes_of(
         skeleton.config,
@@ -29,16 +29,20 @@ def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoi
         recipe,
         dtype,
         recipe.micro_batch,
-        recipe.length,
+        length,
     )
     accumulated = max(1, recipe.batch // (recipe.micro_batch * recipe.workers))
     stage = Stage(recipe.zero, recipe.offload, recipe.workers, accumulated, recipe.device == "cuda")
     return memory_of_training(sizes, stage)
 
 
-def training_need(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None) -> Need:
-    """Return what one process of a fine-tuning takes at its peak, and what would take less."""
-    parts = training_memory(recipe, skeleton, teacher).device
+def training_need(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int) -> Need:
+    """Return the need of one process of a fine-tuning at its peak, and options that lower it.
+
+    Args:
+        length: tokens of the longest row. Micro-batches are padded to their longest row, not to the recipe's length.
+    """
+    parts = training_memory(recipe, skeleton, teacher, length).device
     step = ", ".join(f"{name} {gigabytes(count)}" for name, count in vars(parts).items() if count >= LISTED)
     fewer = [
         option

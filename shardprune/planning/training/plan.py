@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
-from shardprune.model.checks import check_seqlen
+from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.hardware import SPARE_HOST, Hardware
 from shardprune.planning.training.memory import Memory, Sizes, Stage, Uncounted, memory_of_training, sizes_of
@@ -116,7 +116,7 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
 
     Raises:
         InputError: the model or the teacher cannot be read, they predict different tokens, or `recover` does not train
-            such a model, or rows of such a length.
+            such a model, rows of such a length, or updates of such a rank.
     """
     config = read_config(recipe.model)
     teacher = read_config(recipe.teacher, "teacher") if recipe.teacher else None
@@ -128,13 +128,30 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
     if any(kind.mixtures for kind in skeleton.family.kinds):
         raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
     check_seqlen(recipe.length, skeleton, "length")
+    if not recipe.full:
+        check_rank(recipe.lora_rank, skeleton)
+    teaching = _skeleton_of_teacher(teacher, recipe.length) if teacher else None
     micro = recipe.micro_batch or micro_batch_of(recipe.batch, recipe.processes, recipe.length)
     ways, trained = [], 0
     for stage, recompute in _ways(recipe, micro):
         sizes = _sizes(recipe, skeleton, teacher, micro, recompute, stage.zero)
         trained = sizes.trained
-        ways.append(_way(recipe, recipe.row, skeleton, sizes, stage, recompute))
+        ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
     return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways)
+
+
+def _skeleton_of_teacher(config: PretrainedConfig, length: int) -> Skeleton:
+    """Return the skeleton of a teacher of rows of `length` tokens.
+
+    Raises:
+        InputError: no skeleton is made of its config, or it has fewer positions; names `teacher`.
+    """
+    try:
+        skeleton = Skeleton(config, "cpu")
+    except InputError as error:
+        raise InputError("teacher", error.problem) from error
+    check_seqlen(length, skeleton, "teacher")
+    return skeleton
 
 
 def _ways(recipe: TrainingPlanRecipe, micro: int) -> Iterator[tuple[Stage, bool]]:
@@ -169,7 +186,13 @@ def _sizes(
 
 
 def _way(
-    recipe: TrainingPlanRecipe, row: Hardware, skeleton: Skeleton, sizes: Sizes, stage: Stage, recompute: bool
+    recipe: TrainingPlanRecipe,
+    row: Hardware,
+    skeleton: Skeleton,
+    teacher: Skeleton | None,
+    sizes: Sizes,
+    stage: Stage,
+    recompute: bool,
 ) -> Way:
     memory = memory_of_training(sizes, stage)
     on_node = min(recipe.gpus, stage.processes)
@@ -182,5 +205,5 @@ def _way(
         node=on_node * host.peak,
         device_room=device_room(row.bytes) if stage.gpu else room,
         node_room=room,
-        work=work_of(recipe, row, skeleton, sizes, stage, recompute),
+        work=work_of(recipe, row, skeleton, teacher, sizes, stage, recompute),
     )

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from shardprune.errors import InputError
 from shardprune.planning.recipe import Machine
 from shardprune.recipes.groups import WAVE_TOKENS, WORKERS
-from shardprune.recipes.recover import DROPOUT, LearningFields, RecoverRecipe
+from shardprune.recipes.recover import DROPOUT, LearningFields, RecoverRecipe, check_stage
 from shardprune.recipes.settings import Settings, optional
 
 
@@ -33,6 +33,11 @@ class TrainedFields(Settings):
         if self.lora_dropout is None:
             return 0.0 if self.keep_sparsity else DROPOUT
         return self.lora_dropout
+
+    @model_validator(mode="after")
+    def _low_rank_options_have_an_effect(self) -> "TrainedFields":
+        self.needs("low-rank updates (no --full)", not self.full, "lora_rank", "lora_alpha", "lora_dropout")
+        return self
 
 
 class SharingFields(Settings):
@@ -79,6 +84,7 @@ class TrainingPlanRecipe(Machine, TrainedFields, SharingFields):
             raise InputError("batch", f"{reason}; use a multiple of {part}")
         if self.offload and self.zero == 0:
             raise InputError("offload", "True has no effect without zero 1, 2 or 3")
+        check_stage(self.zero, self.bf16)
         return self
 
     @property

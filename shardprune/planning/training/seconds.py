@@ -34,11 +34,17 @@ class Work:
 
 
 def work_of(
-    recipe: TrainingPlanRecipe, row: Hardware, skeleton: Skeleton, sizes: Sizes, stage: Stage, recompute: bool
+    recipe: TrainingPlanRecipe,
+    row: Hardware,
+    skeleton: Skeleton,
+    teacher: Skeleton | None,
+    sizes: Sizes,
+    stage: Stage,
+    recompute: bool,
 ) -> Work:
-    """Return what a step of a training takes."""
+    """Return the work of a step of a training, with a teacher's forward pass if there is one."""
     tokens = recipe.batch * recipe.length
-    operations = tokens * _operations_per_token(recipe, skeleton, sizes, recompute)
+    operations = tokens * _operations_per_token(recipe, skeleton, teacher, recompute)
     sent = _sent(sizes, stage, recompute)
     moved = _moved(sizes, stage)
     rate = row.products if recipe.bf16 or not row.gpu else row.large
@@ -58,13 +64,14 @@ def work_of(
     )
 
 
-def _operations_per_token(recipe: TrainingPlanRecipe, skeleton: Skeleton, sizes: Sizes, recompute: bool) -> int:
+def _operations_per_token(
+    recipe: TrainingPlanRecipe, skeleton: Skeleton, teacher: Skeleton | None, recompute: bool
+) -> int:
     """Return the operations for a token of a full row, the teacher's and those that are done again included."""
     forward = forward_operations(skeleton, recipe.length)
-    teacher = 2 * sizes.teacher + 2 * _attention(skeleton, recipe.length) if sizes.teacher else 0
-    return (
-        operations_of_model(skeleton, recipe.length, recipe.full, recipe.keep_sparsity) + recompute * forward + teacher
-    )
+    teaching = forward_operations(teacher, recipe.length) if teacher else 0
+    learning = operations_of_model(skeleton, recipe.length, recipe.full, recipe.keep_sparsity)
+    return learning + recompute * forward + teaching
 
 
 def operations_of_model(skeleton: Skeleton, length: int, full: bool, masked: bool) -> int:
