@@ -62,6 +62,7 @@ class Record:
             if self._alone:
                 raise
             raise InputError(error.field, f"{error.problem}; give another place with --out") from error
+        self.folder.remove_partial()  # of an evaluation that was killed while it wrote
 
     def _claim(self, content: dict[str, Any]) -> None:
         url = self.folder.url

@@ -115,6 +115,10 @@ def test_a_directory_of_its_own(folder, tmp_path):
     before = snapshot(folder / "model")
     for windows in (3, 2):
         evaluated(folder / "model", perplexity=source, seqlen=24, windows=windows, out=str(tmp_path / "o"))
+        assert not (left := [path.name for path in (tmp_path / "o").iterdir() if path.name.endswith(".tmp")]), left
+        (tmp_path / "o" / ".probe.0123abcd.tmp").touch()  # as one that is killed leaves it
+    evaluated(folder / "model", perplexity=source, seqlen=24, windows=2, out=str(tmp_path / "o"))
+    assert not (tmp_path / "o" / ".probe.0123abcd.tmp").exists()
     stored = results_of(tmp_path / "o")
     assert (stored["command"], stored["recipe"]["model"]) == ("evaluate", str(folder / "model"))
     assert stored["evaluation"]["perplexity"][source]["windows"] == 2

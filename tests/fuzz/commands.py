@@ -76,7 +76,9 @@ COMMANDS = {
     ),
     "prune a recipe": Command(("prune", "--recipe", "prune.yaml"), ("model", "tokens.npy", "prune.yaml")),
     "plan": Command(("plan", "model", "--gpus", "1", "--seqlen", "16"), ("model",)),
-    "plan a recovery": Command(("plan-recovery", "model", "--teacher", "model", "--length", "64"), ("model",)),
+    "plan a recovery": Command(
+        ("plan-recovery", "model", "--teacher", "model", "--length", "64", "--lora-rank", "4"), ("model",)
+    ),
     "plan sharded": Command(("plan", "sharded", "--gpus", "1", "--seqlen", "16"), ("sharded",)),
     "plan a config": Command(("plan", "model/config.json", "--gpus", "2", "--seqlen", "16", "--json"), ("model",)),
     "plan a recipe": Command(("plan", "--recipe", "prune.yaml"), ("model", "prune.yaml")),
