@@ -33,6 +33,14 @@ def check_stage(zero: int | None, bf16: bool) -> None:
         raise InputError("zero", "0 does not go with bf16; use 1, which is the same training, or precision fp32")
 
 
+def dropout_of(given: float | None, keep_sparsity: bool) -> float:
+    """Return the probability with which a low-rank update does not see an input: the one that is given, or else none
+    where zeros are kept."""
+    if given is not None:
+        return given
+    return 0.0 if keep_sparsity else DROPOUT
+
+
 class LearningFields(Settings):
     """Hyperparameters of the fine-tuning."""
 
@@ -61,9 +69,7 @@ class LearningFields(Settings):
     @property
     def dropout(self) -> float:
         """The probability with which a low-rank update does not see an input."""
-        if self.lora_dropout is None:
-            return 0.0 if self.keep_sparsity else DROPOUT
-        return self.lora_dropout
+        return dropout_of(self.lora_dropout, self.keep_sparsity)
 
     @model_validator(mode="after")
     def _low_rank_options_have_an_effect(self) -> "LearningFields":

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from shardprune.errors import InputError
 from shardprune.planning.recipe import Machine
 from shardprune.recipes.groups import WAVE_TOKENS, WORKERS
-from shardprune.recipes.recover import DROPOUT, LearningFields, RecoverRecipe, check_stage
+from shardprune.recipes.recover import DROPOUT, LearningFields, RecoverRecipe, check_stage, dropout_of
 from shardprune.recipes.settings import Settings, optional
 
 
@@ -30,9 +30,7 @@ class TrainedFields(Settings):
     @property
     def dropout(self) -> float:
         """The probability with which a low-rank update does not see an input."""
-        if self.lora_dropout is None:
-            return 0.0 if self.keep_sparsity else DROPOUT
-        return self.lora_dropout
+        return dropout_of(self.lora_dropout, self.keep_sparsity)
 
     @model_validator(mode="after")
     def _low_rank_options_have_an_effect(self) -> "TrainedFields":
