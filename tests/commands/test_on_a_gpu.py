@@ -1,49 +1,113 @@
-"""Runs over architectures beyond the plain ones on a GPU, twice, and beside the CPU's."""
+"""Runs of kinds beyond a plain SparseGPT on a GPU: twice, and beside the CPU's."""
 
 import pytest
 import torch
 
 from shardprune import ExpertsRecipe, experts
 from shardprune.report.progress import Reporter
-from tests.support.architectures import MIXED, MIXTURES, make_architecture
-from tests.support.running import run
-from tests.support.tiny import differing, make_tokens
+from shardprune.shard.forward_worker import ForwardWorker
+from tests.support.architectures import CARRYING, MIXED, MIXTURES, make_architecture
+from tests.support.fp8 import make_fp8
+from tests.support.running import run, search_run
+from tests.support.tiny import GROUPED, differing, make_model, make_tokens
+from tests.support.towers import make_tower
 
 NEAR = 1e-2  # of the perplexity: at near-ties sums in another order choose other zeros
-CHOSEN = {
+CHOSEN = CARRYING | {
     name: table[name]
     for table, names in ((MIXTURES, ("qwen3_moe", "deepseek_v3")), (MIXED, ("qwen3_5_text", "jamba")))
     for name in names
 }
+TOWER = "qwen3_vl"
+TRAINED = {"targets": "stream", "reconstruct": 6}
+
+pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("model_type", "fields"), [*((name, {}) for name in CHOSEN), ("qwen3_moe", {"allocation": "fisher"})]
-)
-def test_experts_and_other_mixers_are_pruned_as_on_the_cpu(model_type, fields, tmp_path):
+@pytest.fixture(autouse=True)
+def card():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    make_architecture(tmp_path / "model", model_type, CHOSEN[model_type])
-    text = str(make_tokens(tmp_path / "tokens.npy"))
+
+
+def make(folder, model_type):
+    try:
+        if model_type == TOWER:
+            make_tower(folder / "model", model_type)
+        elif model_type in CHOSEN:
+            make_architecture(folder / "model", model_type, CHOSEN[model_type])
+        else:
+            make_model(folder / "model", model_type, configs=GROUPED)
+    except ValueError as error:
+        if "does not exist" not in str(error) and "Unrecognized" not in str(error):
+            raise
+        pytest.skip(f"transformers has no {model_type}")
+    return str(make_tokens(folder / "tokens.npy"))
+
+
+def agrees(folder, run, text, **fields):
+    """Run on the GPU twice and on the CPU: the same bits twice, and perplexities near the CPU's."""
     measured = {}
     for out, device in (("first", "cuda"), ("second", "cuda"), ("here", "cpu")):
-        result = run(tmp_path, out, sparsity=0.5, device=device, dtype="float32", eval=(text,), **fields)
+        result = run(folder, out, device=device, dtype="float32", eval=(text,), **fields)
         (measured[out],) = result.perplexity.values()
-    assert differing(tmp_path / "first", tmp_path / "second") == []
+    assert differing(folder / "first", folder / "second") == []
     assert measured["first"].before == pytest.approx(measured["here"].before, rel=1e-4)
     assert measured["first"].after == pytest.approx(measured["here"].after, rel=NEAR)
     assert measured["first"].after != measured["first"].before
 
 
-@pytest.mark.gpu
-def test_the_experts_that_go_are_those_on_the_cpu(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    make_architecture(tmp_path / "model", "qwen3_moe", CHOSEN["qwen3_moe"])
-    values = {"model": str(tmp_path / "model"), "calibration": str(make_tokens(tmp_path / "tokens.npy")), "keep": 3}
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        *((name, {}) for name in (*CHOSEN, TOWER)),
+        ("qwen3_moe", {"allocation": "fisher"}),
+        ("qwen3_moe", {"expert_tokens": "all"}),
+        ("qwen3_moe", {"weights": "streamed", "expert_chunks": 2}),
+        ("llama-3.1", TRAINED),
+        ("gemma4_text", {"targets": "own", "reconstruct": 6}),
+    ],
+)
+def test_weights_that_are_removed_are_those_on_the_cpu(model_type, fields, tmp_path):
+    agrees(tmp_path, run, make(tmp_path, model_type), sparsity=0.5, **fields)
+
+
+@pytest.mark.parametrize("path", ["L", "G"])
+def test_a_search_and_its_training_are_those_on_the_cpu(path, tmp_path):
+    agrees(tmp_path, search_run, make(tmp_path, "llama-3.1"), path=path, reconstruct=6)
+
+
+def test_a_training_that_leaves_the_device_between_its_steps_has_the_same_bits(tmp_path, monkeypatch):
+    make(tmp_path, "llama-3.1")
+    for out, on_host in (("device", False), ("host", True)):
+        monkeypatch.setattr(ForwardWorker, "trains_on_host", lambda _, on_host=on_host: on_host)
+        run(tmp_path, out, sparsity=0.5, device="cuda", dtype="float32", **TRAINED)
+    assert differing(tmp_path / "device", tmp_path / "host") == []
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [
+        ("llama-3.1", {"pattern": "2:4", "weights": "streamed"}),
+        ("deepseek_v3", {"method": "wanda", "sparsity": 0.5}),
+        ("qwen3_moe", {"sparsity": 0.5, "expert_chunks": 2}),
+    ],
+)
+def test_an_fp8_model_is_pruned_as_the_products_of_its_weights_and_scales(model_type, fields, tmp_path):
+    make(tmp_path, model_type)
+    for out, model in zip(("fp8", "products"), make_fp8(tmp_path / "model", block=(12, 20)), strict=True):
+        run(tmp_path, out, model, device="cuda", **fields)
+    assert differing(tmp_path / "fp8", tmp_path / "products") == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"merge": True}, {"router_kd": 4}, {"reconstruct": 4}], ids=str)
+def test_the_experts_that_go_are_those_on_the_cpu(fields, tmp_path):
+    make(tmp_path, "qwen3_moe")
+    values = {"model": str(tmp_path / "model"), "calibration": str(tmp_path / "tokens.npy"), "keep": 3}
     values |= {"samples": 12, "seqlen": 24, "backend": "local", "threads": 1, "dtype": "float32", "report": False}
-    for device in ("cuda", "cpu"):
-        recipe = ExpertsRecipe.checked({**values, "out": str(tmp_path / device), "device": device})
+    for out, device in (("first", "cuda"), ("second", "cuda"), ("here", "cpu")):
+        recipe = ExpertsRecipe.checked({**values, "out": str(tmp_path / out), "device": device, **fields})
         experts(recipe, Reporter(quiet=True))
-    assert differing(tmp_path / "cuda", tmp_path / "cpu") == []
+    assert differing(tmp_path / "first", tmp_path / "second") == []
+    if not fields:
+        assert differing(tmp_path / "first", tmp_path / "here") == []
