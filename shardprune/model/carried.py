@@ -9,6 +9,7 @@ bits, and tensors the memory layout that they have in the whole model, so that p
 """
 
 import inspect
+from collections import UserDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import KVSharingDict
 
 # Parameters of a layer's forward pass: its own input, keys and values of earlier layers, indices of places, tokens.
 OWN, SHARED, CHOSEN, TOKENS = "per_layer_input", "shared_kv_states", "prev_topk_indices", "input_ids"
@@ -122,7 +122,7 @@ class Carried:
             keywords[OWN] = wave[..., start : start + self.own]
         place += self.own * self.layers
         if self.shared:
-            held = KVSharingDict()
+            held: UserDict[str, tuple[Tensor, Tensor]] = UserDict()  # as transformers has it, lest FSDP looks into it
             for name, (heads, width) in self.shared.items():
                 both = wave[..., place : place + 2 * heads * width].unflatten(-1, (2, heads, width))
                 place += 2 * heads * width
