@@ -1,6 +1,7 @@
 """Perplexity of a mixture of experts that keeps some of them, for every score.
 
     python -m benchmarks.experts --model DIR [--calibration SOURCE --eval SOURCE] [--shares 0.125 0.25 0.375 0.5]
+      [--jobs N]
 
 One pass over the dense model serves all scores but AIMER, which looks at the weights; every cell of the table is a run
 of its own that cuts from these statistics. The last column is the share of the routing weight that is lost at the
@@ -8,7 +9,8 @@ largest share, as the mean over the layers. Scores of `--propagated` have furthe
 activations behind those that are cut, scores of `--merged` rows in which experts are merged and the score says whose
 router row stays, scores of `--trained` rows in which routers are trained after the cut, and scores of `--reconstructed`
 rows in which all that stays is.
-`random` keeps experts by chance, as the mean of `--draws` draws: the row that a score must beat.
+`random` keeps experts by chance, as the mean of `--draws` draws: the row that a score must beat. `--jobs` measures so
+many cells at the same time, each process with `--threads` threads.
 """
 
 import argparse
@@ -16,7 +18,13 @@ import json
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from shardprune import EvaluateRecipe, ExpertsRecipe, evaluate, experts
 from shardprune.report.progress import Reporter
@@ -26,6 +34,7 @@ from shardprune.storage.output_names import EXPERTS
 from shardprune.storage.sealed_json import sealed_fields, unsealed
 
 QUIET = Reporter(quiet=True)
+SCORES = ExpertsRecipe.choices("score")
 RANDOM = "random"
 
 
@@ -40,6 +49,51 @@ def drawn(known: Path, folder: Path, seed: int) -> str:
     return str(folder)
 
 
+@dataclass(frozen=True)
+class Measurer:
+    """Runs of one model and what their perplexities are.
+
+    Attributes:
+        shared: fields of all runs.
+        asked: fields of all evaluations.
+        folder: of the outputs.
+    """
+
+    shared: dict[str, Any]
+    asked: dict[str, Any]
+    folder: Path
+
+    def run(self, name: str, fields: dict[str, Any]) -> Result:
+        recipe = ExpertsRecipe.checked({**self.shared, **fields, "out": str(self.folder / name)})
+        return experts(recipe, QUIET)
+
+    def perplexity(self, model: str, name: str) -> MeasuredPerplexity:
+        out = self.folder / name
+        result = evaluate(EvaluateRecipe.checked({**self.asked, "model": model, "out": str(out)}), QUIET)
+        shutil.rmtree(out)
+        (measured,) = result.evaluation.perplexity.values()
+        return measured
+
+    def cell(self, name: str, fields: dict[str, Any]) -> tuple[float, list[float]]:
+        """Return the perplexity of a run, and the routing weight that its layers lose."""
+        result = self.run(name, fields)
+        found = self.perplexity(str(self.folder / name), f"{name}-measured").value
+        shutil.rmtree(self.folder / name)
+        assert result.experts is not None
+        return found, [layer.lost for layer in result.experts.layers if layer.lost is not None]
+
+
+@contextmanager
+def measuring(measurer: Measurer, cells: list[dict[str, Any]], jobs: int) -> Iterator[Iterator[Any]]:
+    """Give what `Measurer.cell` returns for cells, in their order, so many of them measured at a time."""
+    names = [f"run-{place}" for place in range(len(cells))]
+    if jobs == 1:
+        yield map(measurer.cell, names, cells)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield pool.map(measurer.cell, names, cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -47,10 +101,10 @@ def main() -> None:
     parser.add_argument("--eval", default="stdlib")
     parser.add_argument("--eval-windows", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.375, 0.5])
-    parser.add_argument("--scores", nargs="*", default=ExpertsRecipe.choices("score"))
+    parser.add_argument("--scores", nargs="*", default=SCORES)
     parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
-    parser.add_argument("--merged", nargs="*", default=["reap", "ean"], help="scores with experts that are merged")
-    parser.add_argument("--trained", nargs="*", default=["reap", "ean"], help="scores behind which routers are trained")
+    parser.add_argument("--merged", nargs="*", default=SCORES, help="scores with experts that are merged")
+    parser.add_argument("--trained", nargs="*", default=SCORES, help="scores behind which routers are trained")
     parser.add_argument(
         "--reconstructed", nargs="*", default=["reap", "ean"], help="scores behind which all is trained"
     )
@@ -60,58 +114,45 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="cells measured at the same time")
     parser.add_argument("--backend", default="local", help="ray: all GPUs of the cluster for each run")
     args = parser.parse_args()
 
     placed = {name: getattr(args, name) for name in ("seqlen", "threads", "backend")} | {"report": False}
     shared = {**placed, "model": args.model, "multiple": args.multiple}
+    asked = {**placed, "perplexity": (args.eval,), "windows": args.eval_windows}
     text = {"calibration": tuple(args.calibration), "samples": args.samples}
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        measurer = Measurer(shared, asked, folder)
+        first = measurer.run("first", {"remove": args.shares[-1], "merge": bool(args.merged), **text})
+        dense = measurer.perplexity(args.model, "dense")
+        known = {"statistics": str(folder / "first")}
+        ways: dict[str, list[dict[str, Any]]] = {score: [{"score": score, **known}] for score in args.scores}
+        for kind, scores, fields in (
+            ("propagated", args.propagated, {"propagate": "pruned", **text}),
+            ("merged", args.merged, {"merge": True, **known}),
+            ("routers trained", args.trained, {"router_kd": args.steps, **known, **text}),
+            ("reconstructed", args.reconstructed, {"reconstruct": args.steps, **known, **text}),
+        ):
+            ways |= {f"{score}, {kind}": [{"score": score, **fields}] for score in scores}
+        if args.draws:
+            chance = {"score": "frequency", "protect": False}
+            draws = [drawn(folder / "first", folder / f"drawn-{seed}", seed) for seed in range(args.draws)]
+            ways[RANDOM] = [{**chance, "statistics": draw} for draw in draws]
 
-        def run(name: str, **fields: object) -> Result:
-            return experts(ExpertsRecipe.checked({**shared, **fields, "out": str(folder / name)}), QUIET)
-
-        def perplexity(model: str) -> MeasuredPerplexity:
-            asked = {
-                "model": model,
-                "perplexity": (args.eval,),
-                "windows": args.eval_windows,
-                "out": str(folder / "measured"),
-            }
-            result = evaluate(EvaluateRecipe.checked({**placed, **asked}), QUIET)
-            shutil.rmtree(folder / "measured")
-            (measured,) = result.evaluation.perplexity.values()
-            return measured
-
-        first = run("first", remove=args.shares[-1], merge=bool(args.merged), **text)
+        cells = [{**fields, "remove": share} for alike in ways.values() for share in args.shares for fields in alike]
         print(f"| score | {' | '.join(f'{share:.1%} removed' for share in args.shares)} | routing weight lost |")
         print(f"|---|{'---|' * (len(args.shares) + 1)}", flush=True)
-        dense = perplexity(args.model)
-        ways = {score: {"score": score, "statistics": str(folder / "first")} for score in args.scores}
-        ways |= {f"{score}, propagated": {"score": score, "propagate": "pruned", **text} for score in args.propagated}
-        merged = {"merge": True, "statistics": str(folder / "first")}
-        ways |= {f"{score}, merged": {"score": score, **merged} for score in args.merged}
-        trained = {"statistics": str(folder / "first"), "router_kd": args.steps, **text}
-        ways |= {f"{score}, routers trained": {"score": score, **trained} for score in args.trained}
-        trained = {"statistics": str(folder / "first"), "reconstruct": args.steps, **text}
-        ways |= {f"{score}, reconstructed": {"score": score, **trained} for score in args.reconstructed}
-        ways |= {RANDOM: {"score": "frequency", "protect": False}} if args.draws else {}
-        for way, fields in ways.items():
-            cells = []
-            for share in args.shares:
-                found = []
-                for seed in range(args.draws if way == RANDOM else 1):
-                    name = f"run-{seed}"
-                    source = {"statistics": drawn(folder / "first", folder / "drawn", seed)} if way == RANDOM else {}
-                    result = run(name, remove=share, **fields, **source)
-                    found.append(perplexity(str(folder / name)).value)
-                    shutil.rmtree(folder / name)
-                cells.append(sum(found) / len(found))
-            assert result.experts is not None
-            lost = [layer.lost for layer in result.experts.layers if layer.lost is not None]
-            gone = f"{sum(lost) / len(lost):.1%}" if lost and way != RANDOM else ""
-            print(f"| {way} | {' | '.join(f'{cell:.3f}' for cell in cells)} | {gone} |", flush=True)
+        with measuring(measurer, cells, args.jobs) as found:
+            for way, alike in ways.items():
+                row = []
+                for _ in args.shares:
+                    values, losses = zip(*(next(found) for _ in alike), strict=True)
+                    row.append(sum(values) / len(values))
+                lost = losses[-1]  # at the largest share
+                gone = f"{sum(lost) / len(lost):.1%}" if lost and way != RANDOM else ""
+                print(f"| {way} | {' | '.join(f'{value:.3f}' for value in row)} | {gone} |", flush=True)
     assert first.experts is not None
     counts = f"{first.experts.before}, of which a token gets {first.experts.per_token}"
     print(f"dense: {dense.value:.3f}, {dense.windows} windows of {dense.seqlen}; experts of a layer: {counts}")

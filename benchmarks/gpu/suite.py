@@ -13,6 +13,7 @@ TESTS = (
     "tests/shard",
     "tests/model/test_skeleton.py",
     "tests/commands/structured/test_width.py",
+    "tests/commands/test_export.py",
     "tests/commands/test_on_a_gpu.py",
 )
 PROCESSES = 8  # each has a CUDA context of its own

@@ -18,6 +18,18 @@ ROWS, COLS = 32, 64  # a weight's sizes are multiples of these, for every kernel
 CAPABILITY = (8, 0)  # of the first devices with kernels for 2:4
 
 
+class RowsLinear(nn.Linear):
+    """Linear layer that multiplies a matrix of all tokens at once.
+
+    torch's own takes a batch apart where its strides don't fold, as those of what a sparse product returns do not, and
+    compressed weights have no such product.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = nn.functional.linear(input.reshape(-1, self.in_features), self.weight, self.bias)
+        return rows.reshape(*input.shape[:-1], self.out_features)
+
+
 def fits(weight: Tensor) -> bool:
     """Return whether a weight [rows, cols] is 2:4 in sizes that torch's kernels take."""
     rows, cols = weight.shape
@@ -63,6 +75,8 @@ def to_semi_structured(model: M) -> M:
     for module in linear:
         packed = torch.sparse.to_sparse_semi_structured(module.weight.detach().contiguous())
         module.weight = nn.Parameter(packed, requires_grad=False)
+        if type(module) is nn.Linear:
+            module.__class__ = RowsLinear
     return model
 
 

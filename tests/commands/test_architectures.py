@@ -32,13 +32,13 @@ def matrices_left_dense(path) -> set[str]:
 
 
 @torch.no_grad()
-def perplexity(path, tokens: torch.Tensor) -> float:
+def perplexity(path, tokens: torch.Tensor, device: str = "cpu") -> float:
     """The perplexity of what transformers loads, which finds every tensor and no other."""
     model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     model.set_attn_implementation(attention_of(model.config))
-    logits = model.eval()(tokens).logits[:, :-1]
+    logits = model.eval().to(device)(tokens.to(device)).logits[:, :-1].cpu()
     return float(cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()).exp())
 
 

@@ -6,6 +6,7 @@ import shutil
 import fsspec
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shardprune
@@ -13,6 +14,7 @@ from shardprune.cli import main
 from shardprune.commands import export as story
 from shardprune.commands.check import check
 from shardprune.errors import InputError, StorageError
+from shardprune.model.semi_structured import RowsLinear
 from shardprune.recipes.export import ExportRecipe
 from shardprune.report.progress import Reporter
 from shardprune.storage.sealed_json import sealed_fields
@@ -254,6 +256,33 @@ def test_semi_structured_names_the_weights_and_needs_a_gpu(outputs, tmp_path):
         shardprune.to_semi_structured(dense)
 
 
+class Calls(TorchDispatchMode):
+    """The operations that are carried out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_with_compressed_weights_are_of_matrices(bias):
+    """Compressed weights have products of matrices alone, whose results lie transposed in memory."""
+    torch.manual_seed(0)
+    plain, ours = (kind(32, 16, bias=bias) for kind in (torch.nn.Linear, RowsLinear))
+    ours.load_state_dict(plain.state_dict())
+    for hidden in (torch.randn(5, 32), torch.randn(2, 7, 32), torch.randn(32, 5).T.unsqueeze(1)):
+        with Calls() as calls:
+            output = ours(hidden)
+        assert {"mm", "addmm"} & set(calls.names)
+        assert not {"expand", "bmm", "matmul"} & set(calls.names)
+        assert torch.allclose(output, plain(hidden), atol=1e-6)
+        assert output.shape == (*hidden.shape[:-1], 16)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_semi_structured_computes_what_dense_does(outputs, tmp_path):
@@ -264,6 +293,8 @@ def test_semi_structured_computes_what_dense_does(outputs, tmp_path):
     tokens = torch.randint(0, 64, (2, 40), device="cuda")
     with torch.no_grad():
         one, other = ours(tokens).logits.float(), theirs(tokens).logits.float()
-    assert float((one - other).norm() / other.norm()) < 2e-2
+        assert float((one - other).norm() / other.norm()) < 2e-2
+        prompts = {"input_ids": tokens[:, :8], "attention_mask": torch.ones(2, 8, device="cuda")}
+        assert ours.generate(**prompts, max_new_tokens=8, do_sample=False).shape == (2, 16)
     with pytest.raises(InputError, match="has no 2:4 weight"):
         shardprune.to_semi_structured(AutoModelForCausalLM.from_pretrained(outputs / "50%").to("cuda"))
