@@ -32,7 +32,13 @@ def make_outputs(folder: Path, kinds: list[str], tokenizer: str, hidden: int, la
     ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id, "initializer_range": 0.05}
     shared = {**own, **heads, **ends, "max_position_embeddings": 1024}
     share = _make(folder / "dense", LlamaConfig(**shared, intermediate_size=3 * hidden), words)
-    mixture = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": hidden // 4}
+    # As all published models of the family have it, and as llama.cpp takes it for granted.
+    mixture = {
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": hidden // 4,
+        "norm_topk_prob": True,
+    }
     _make(folder / "mixture", Qwen3MoeConfig(**shared, **mixture, intermediate_size=3 * hidden), words)
     places = {}
     for kind in kinds:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardprune.errors import ConversionError, InputError, first_line
+from shardprune.model.config_file import shortened
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def run_converter(program: list[str], format: str, source: Path, to: Path, dtype
         raise ConversionError(f"{program[-1]} cannot be run: {first_line(error)}") from error
     said = [line.strip() for line in done.stdout.decode(errors="replace").splitlines() if line.strip()]
     if done.returncode:
-        reason = said[-1] if said else "no reason given"
+        reason = shortened(said[-1]) if said else "no reason given"
         raise ConversionError(f"{Path(program[-1]).name} ended with code {done.returncode}: {reason}")
     made = to / converter.made
     if not made.is_file() or not made.stat().st_size:

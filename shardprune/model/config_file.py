@@ -24,7 +24,7 @@ from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
 CONFIG = "config.json"
-REASON = 300  # characters of another library's error that are shown
+REASON = 300  # characters that are shown of the error of another library or program
 
 
 def _largest(value: Any) -> Any:
@@ -179,7 +179,11 @@ def with_changes(
 
 def in_one_line(error: BaseException) -> str:
     """Return an error's text in one line of bounded length; the name of its class if it has no text."""
-    line = " ".join(str(error).split()) or type(error).__name__
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+def shortened(line: str) -> str:
+    """Return a line of another library or program, cut off where it is long."""
     return line if len(line) <= REASON else f"{line[:REASON]}..."
 
 

@@ -70,6 +70,7 @@ def outputs(tmp_path_factory):
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     contents = {"showing.py": SHOWING, "nesting.py": NESTING, "failing.py": FAILING, "silent.py": ""}
+    contents["wordy.py"] = "raise ValueError('no conversion of this; known are ' + 'x, ' * 1000)"
     for name, content in contents.items():
         (folder / name).write_text(content)
     return folder
@@ -227,6 +228,10 @@ def test_object_storage(outputs, programs, memory):
     ("program", "reason"),
     [
         ("failing.py", "failing.py ended with code 1: NotImplementedError: the pre-tokenizer is unknown"),
+        (
+            "wordy.py",
+            "wordy.py ended with code 1: ValueError: no conversion of this; known are " + "x, " * 85 + "...",
+        ),
         ("silent.py", "silent.py ended without writing model.gguf"),
     ],
 )
