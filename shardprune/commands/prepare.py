@@ -27,8 +27,8 @@ from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.opening import open_checkpoint, open_model, open_texts, stored_dtype
 from shardprune.model.pruning_job import Adopted, Curves, PruningJob, Shapes, Shares, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.structure.alignment import narrowed_by
-from shardprune.model.structure.shape import Widths, changes, reshaped, widths_of
+from shardprune.model.structure.removal import widths_left
+from shardprune.model.structure.shape import Widths, changes, reshaped
 from shardprune.planning.memory import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
@@ -373,7 +373,7 @@ def prepare(
             job = recipe.job()
         else:
             structures_of(skeleton.config.model_type, "targets")
-    widths = _widths(job, skeleton)
+    widths = widths_left(job.removal, skeleton) if isinstance(job.removal, WidthRemoval) else None
     job, given = _with_given(recipe, job, skeleton)
     sparse = None
     if isinstance(job.zeroing, Adopted):
@@ -463,31 +463,6 @@ def _check_copied(recipe: LayerRecipe, checkpoint: Checkpoint) -> None:
         if checkpoint.fp8 and (value := getattr(recipe, field, None)):
             reason = "changes the weights of experts, and these are FP8, which are only copied"
             raise InputError(field, f"{value!r} {reason}; leave it out, or give the model from which they were made")
-
-
-def _widths(job: PruningJob, skeleton: Skeleton) -> Widths | None:
-    """Return the widths that structured pruning leaves every layer; None where it leaves them as they are.
-
-    Raises:
-        InputError: the model cannot give so much, or its heads and neurons are not known.
-    """
-    removal = job.removal
-    if not isinstance(removal, WidthRemoval):
-        return None
-    structures_of(skeleton.config.model_type, "structured")
-    try:
-        shapes = skeleton.projection_shapes(0)
-        multiple, parallel = removal.neuron_multiple, removal.tensor_parallel
-        widths = narrowed_by(skeleton.config, shapes, removal.share, multiple, parallel)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError("structured", f"{removal.share} is more than the model can give: {error}") from error
-    if widths == widths_of(skeleton.config):
-        raise InputError(
-            "structured", f"{removal.share} is less than half of what goes together in a layer; nothing would go"
-        )
-    return widths
 
 
 def _check_mixed(job: PruningJob, skeleton: Skeleton) -> None:

@@ -9,10 +9,11 @@ from shardprune.cluster.layout import Propagation, plan_layout
 from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.hardware import HARDWARE, SPARE_HOST, Hardware
-from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks_of
+from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks_of, total_bytes
+from shardprune.planning.narrowing import planned_tasks
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases
-from shardprune.planning.workload import Model, Task, planned_task
+from shardprune.planning.workload import Model, Task
 from shardprune.shard.device_room import device_room, memory_for
 from shardprune.solvers.improving import LEAST_SAMPLES
 from shardprune.solvers.methods import METHODS
@@ -23,29 +24,47 @@ MOST_CHUNKS = 16  # of a layer's experts that are tried: each is another pass ov
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run a task on the machines of a recipe. Sizes are bytes."""
+    """One way to run the tasks of a recipe, one after the other, on its machines. Sizes are bytes."""
 
-    task: Task
+    tasks: tuple[Task, ...]
     setup: Setup
     row: Hardware
     gpus: int
 
     @property
+    def task(self) -> Task:
+        """The task on the model that is given: the first of all."""
+        return self.tasks[0]
+
+    @property
+    def runs(self) -> tuple[Costs, ...]:
+        """The costs of the run of each task."""
+        places = Places(self.setup.layout.replicas, self.gpus)
+        return tuple(Costs(task, self.setup, self.row, places) for task in self.tasks)
+
+    @property
     def costs(self) -> Costs:
-        return Costs(self.task, self.setup, self.row, Places(self.setup.layout.replicas, self.gpus))
+        """The costs of the last run."""
+        return self.runs[-1]
 
     @cached_property
     def seconds(self) -> Phases:
-        return Expected(self.costs).phases()
+        *before, last = (Expected(costs).phases() for costs in self.runs)
+        return replace(last, structure=sum(phases.total for phases in before))
 
     @cached_property
     def peaks(self) -> dict[str, Moment]:
-        return peaks_of(self.task, self.setup)
+        """The moment of largest memory of any worker by phase; that of a run before the last one as `structure`."""
+        *before, last = (peaks_of(task, self.setup) for task in self.tasks)
+        moments = [moment for phases in before for moment in phases.values()]
+        worst = max(moments, key=total_bytes) if moments else None
+        return ({"structure": replace(worst, phase="structure")} if worst else {}) | last
 
     @cached_property
     def worst(self) -> tuple[Moment, Moment]:
         """The moments of largest memory of a worker: on its device, and on its host."""
-        return largest(self.task, self.setup)
+        devices, hosts = zip(*(largest(task, self.setup) for task in self.tasks), strict=True)
+        return max(devices, key=lambda one: one.device.peak), max(hosts, key=lambda one: one.host.peak)
 
     @property
     def device_room(self) -> int:
@@ -60,7 +79,8 @@ class Candidate:
     @cached_property
     def node(self) -> int:
         """Memory of the fullest node's workers."""
-        return node_bytes(self.task, self.setup, min(self.gpus, self.setup.layout.workers))
+        workers = min(self.gpus, self.setup.layout.workers)
+        return max(node_bytes(task, self.setup, workers) for task in self.tasks)
 
     @property
     def over(self) -> tuple[int, int]:
@@ -85,7 +105,7 @@ def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> It
     Raises:
         InputError: the recipe fixes an impossible layout.
     """
-    task, row = planned_task(recipe, model), recipe.row
+    tasks, row = planned_tasks(recipe, model), recipe.row
     workers = recipe.nodes * recipe.gpus
     least, most = 1, min(model.layers, workers)
     if propagation == "parallel":
@@ -97,7 +117,7 @@ def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> It
     for count in [recipe.shards] if recipe.shards else _counts(least, most):
         for replicas in [recipe.replicas] if recipe.replicas else _counts(1, min(workers // count, recipe.samples)):
             if count * replicas <= workers:
-                yield from _held(recipe, model, propagation, task, row, count, replicas)
+                yield from _held(recipe, model, propagation, tasks, row, count, replicas)
 
 
 def _counts(least: int, most: int) -> list[int]:
@@ -109,7 +129,7 @@ def _held(
     recipe: PlanRecipe,
     model: Model,
     propagation: Propagation,
-    task: Task,
+    tasks: tuple[Task, ...],
     row: Hardware,
     shards: int,
     replicas: int,
@@ -125,19 +145,20 @@ def _held(
             on_host = place == "host" or not row.gpu
             setup = Setup(layout, weights == "streamed", on_host, row.gpu, joined and layout.workers > 1)
             # Waves leave the device before what a training needs does.
-            leaves = task.improving.reconstruction > 0 and row.gpu and place == places[-1]
+            trains = any(task.improving.reconstruction for task in tasks)
+            leaves = trains and row.gpu and place == places[-1]
             for trains_on_host in (False, True) if leaves else (False,):
-                chunked = _chunked(recipe, task, row, replace(setup, trains_on_host=trains_on_host))
+                chunked = _chunked(recipe, tasks, row, replace(setup, trains_on_host=trains_on_host))
                 yield from chunked
                 if chunked[-1].fits:
                     break
 
 
-def _chunked(recipe: PlanRecipe, task: Task, row: Hardware, setup: Setup) -> list[Candidate]:
+def _chunked(recipe: PlanRecipe, tasks: tuple[Task, ...], row: Hardware, setup: Setup) -> list[Candidate]:
     """Return the candidates with experts in more and more chunks, up to the first one that fits: more take longer."""
     found: list[Candidate] = []
-    for chunks in [recipe.expert_chunks] if recipe.expert_chunks else _chunks(task):
-        found.append(Candidate(task, replace(setup, chunks=chunks), row, recipe.gpus))
+    for chunks in [recipe.expert_chunks] if recipe.expert_chunks else _chunks(tasks[0]):
+        found.append(Candidate(tasks, replace(setup, chunks=chunks), row, recipe.gpus))
         if found[-1].fits:
             break
     return found
@@ -223,18 +244,21 @@ def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest
         changes["a layout of its own choice (no --shards, no --replicas)"] = {"shards": None, "replicas": None}
     for nodes in (2, 4, 8, 16):
         changes[f"--nodes {nodes * recipe.nodes}"] = {"nodes": nodes * recipe.nodes}
-    least = LEAST_SAMPLES if nearest.task.held_out else 1
+    least = LEAST_SAMPLES if any(task.held_out for task in nearest.tasks) else 1
     for part in (2, 4, 8):
         if recipe.samples // part >= least:
             changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
     if nearest.task.wave > 1:
         changes["--wave 1"] = {"wave": 1}
-    zeroes = recipe.removal is None
+    zeroes = recipe.removal is None and recipe.zeroes
     factorises = zeroes and METHODS[recipe.method].needs == "gram"
     if zeroes and recipe.measure_error and not factorises:
         changes["--no-measure-error"] = {"measure_error": False}
     if factorises:
         changes["--method wanda --no-measure-error"] = {"method": "wanda", "measure_error": False}
+    if model.narrower and nearest.task.kind == "gram":
+        cheap = {"score": "amp", "correction": False, "measure_error": False}
+        changes["--score amp --no-correction --no-measure-error"] = cheap
     helping: dict[str, str] = {}
     for label, change in changes.items():
         kind = label.split()[0]

@@ -8,6 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from shardprune.planning.cuts import (
+    activity_bytes,
+    activity_seconds,
+    building_seconds,
+    choice_bytes,
+    counting_seconds,
+    narrowing_seconds,
+)
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
 from shardprune.planning.memory import Setup, state_of_training
 from shardprune.planning.shapes import Input
@@ -16,7 +24,6 @@ from shardprune.shard.peers import PIECE_BYTES
 from shardprune.solvers.error_curves import LEVELS, ROWS
 from shardprune.solvers.improving import NOTHING
 from shardprune.solvers.methods import METHODS
-from shardprune.solvers.statistics import Kind
 from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import lower_entries
 
@@ -88,7 +95,7 @@ class Costs:
     @property
     def of_curves(self) -> "Costs":
         """The costs of the sums behind error curves, which are Gram matrices whatever the run itself takes."""
-        return replace(self, task=replace(self.task, kind="gram", improving=NOTHING))
+        return replace(self, task=replace(self.task, kind="gram", improving=NOTHING, scoring=None))
 
     @property
     def of_experts(self) -> "Costs":
@@ -97,9 +104,9 @@ class Costs:
 
     @property
     def of_cut(self) -> "Costs":
-        """The costs of a layer in work as it is while it is trained: with the experts that it keeps, if some go."""
-        fewer = self.task.model.fewer
-        return replace(self, task=replace(self.task, model=fewer)) if fewer else self
+        """The costs of a layer in work as it is in the end: with the experts or structures that it keeps."""
+        left = self.task.model.left
+        return replace(self, task=replace(self.task, model=left)) if left else self
 
     # -- waves --------------------------------------------------------------------------------------------------
 
@@ -145,19 +152,32 @@ class Costs:
             weights = sum(one.weights for one in inputs if one.share < 1)
             extra = 2 * sequences * self.task.seqlen * weights / self._products
             inputs = [replace(one, share=1.0) for one in inputs]
-        return self._summing(sequences, self.task.kind, inputs) + extra if self.task.kind and inputs else 0.0
+        return self._summing(sequences, inputs) + extra if self.task.kind and inputs else 0.0
+
+    def pass_on(self, sequences: int) -> float:
+        """Return the seconds of one kept wave through a dense layer, whose output replaces it, with all inputs added to
+        the sums."""
+        return self.propagate(sequences) + self._sums(sequences * self.task.seqlen, self.task.model.inputs)
 
     def gather(self, sequences: int) -> float:
         """Return the seconds of one kept wave through a dense layer, with its inputs added to sums for error curves."""
-        return self._summing(sequences, "gram", self.task.model.inputs) if self.task.model.inputs else 0.0
+        return self.of_curves._summing(sequences, self.task.model.inputs) if self.task.model.inputs else 0.0
 
-    def _summing(self, sequences: int, kind: Kind, inputs: Sequence[Input]) -> float:
+    def _sums(self, tokens: int, inputs: Sequence[Input]) -> float:
+        """Return the seconds of adding tokens to the sums of some inputs."""
+        seconds = 0.0
+        for one in inputs:
+            seconds += activity_seconds(self.task, self.row, one, tokens)
+            if self.task.kind_of(one) == "gram":
+                rate = self._products if self.task.itemsize == 2 else self.row.float32
+                seconds += 2 * tokens * one.share * lower_entries(one.cols) / rate
+            else:
+                seconds += self._touched(12 * tokens * one.share * one.cols)
+        return seconds
+
+    def _summing(self, sequences: int, inputs: Sequence[Input]) -> float:
         tokens = sequences * self.task.seqlen
-        if kind == "gram":
-            operations = sum(2 * tokens * one.share * lower_entries(one.cols) for one in inputs)
-            sums = operations / (self._products if self.task.itemsize == 2 else self.row.float32)
-        else:
-            sums = self._touched(sum(12 * tokens * one.share * one.cols for one in inputs))
+        sums = self._sums(tokens, inputs)
         # The pass ends at the last input: the projections that read it are not multiplied with it. It may come to no
         # end before the layer's where there are experts, some of which may get no token.
         last = inputs[-1]
@@ -238,12 +258,13 @@ class Costs:
 
     def sums_bytes(self, one: Input, differences: bool = False) -> int:
         """Return the bytes of an input's sums, or of those of differences, as replicas exchange them."""
-        if self.task.kind is None:
+        kind = self.task.kind_of(one)
+        if kind is None:
             return 0
         if differences:
             return 4 * one.differences
         kinds = 2 if self.task.improving.measured else 1  # with those over held-out windows
-        return 4 * kinds * (lower_entries(one.cols) if self.task.kind == "gram" else one.cols)
+        return 4 * kinds * (lower_entries(one.cols) if kind == "gram" else one.cols) + activity_bytes(self.task, one)
 
     def statistics(self, one: Input, differences: bool = False) -> float:
         """Return the seconds to send the sums of an input."""
@@ -264,19 +285,15 @@ class Costs:
         effort, sorted_by_group = task.effort, task.grouped and not (task.effort.sweeps or task.effort.sorts)
         seconds = self._touched((SORTED_BYTES if sorted_by_group else effort.touched) * weights)
         if effort.sweeps:
-            seconds += self._factor(cols) + self._sweep(rows, cols)
+            seconds += self.row.factor(cols) + self._sweep(rows, cols)
         elif effort.sorts or sorted_by_group:
             seconds += weights / row.sorted
         seconds *= effort.passes
         # An ADMM iteration or a step of conjugate gradients: its product, and five weights read or written.
-        seconds += effort.factors * self._factor(cols) + effort.products * (2 * weights * cols / row.large)
+        seconds += effort.factors * self.row.factor(cols) + effort.products * (2 * weights * cols / row.large)
         seconds += self._touched(20 * effort.products * weights)
         known = 1 if effort.sweeps else 2  # products that the outputs' losses take: a sweep knows them
         return seconds + (known * norm + self._touched(40 * weights) if task.errors else 0.0)
-
-    def _factor(self, cols: int) -> float:
-        """Return the seconds of a factor: products, and what its leaves take one column after the other."""
-        return cols**3 / self.row.large + cols * self.row.leaf
 
     def _sweep(self, rows: float, cols: int) -> float:
         """Return the seconds of SparseGPT's sweep: the columns' own steps, the choice of zeros where they may stand
@@ -294,13 +311,13 @@ class Costs:
         row, rows, cols = self.row, sum(one.rows.values()) / ROWS, one.cols
         weights = rows * cols
         sweep = self._sweep(rows, cols) + self._touched(SWEEP_BYTES * weights)
-        return self._factor(cols) + LEVELS * (sweep + 2 * rows * lower_entries(cols) / row.large)
+        return self.row.factor(cols) + LEVELS * (sweep + 2 * rows * lower_entries(cols) / row.large)
 
     def correct(self, one: Input) -> float:
         """Return the seconds to prune the projections that read an input towards the dense stream: the factor is known,
         and two products with it, for other than output projections one more with the weights."""
         products = (2 if one.output else 4) * one.weights * one.cols / self.row.large
-        again = self.solve(one) - (self._factor(one.cols) if self.task.effort.sweeps else 0.0)
+        again = self.solve(one) - (self.row.factor(one.cols) if self.task.effort.sweeps else 0.0)
         return products + again + self._touched(16 * one.weights)
 
     def train(self, steps: int, inputs: Sequence[Input]) -> float:
@@ -338,6 +355,28 @@ class Costs:
     def install(self, one: Input) -> float:
         count = self.projections_bytes(one)
         return self._moved(count) + self._touched(count)
+
+    # -- structures ---------------------------------------------------------------------------------------------
+
+    def narrow(self) -> float:
+        """Return the seconds to make the layer narrower by the sums over its inputs."""
+        return narrowing_seconds(self.task, self.row)
+
+    def choice_bytes(self) -> int:
+        """Return the bytes of what was chosen of the layer, as the other replicas get it."""
+        return choice_bytes(self.task)
+
+    def choice(self) -> float:
+        """Return the seconds to hand out what was chosen of the layer: through the store, with a process group, too."""
+        return self._moved(self.choice_bytes()) + self.choice_bytes() / self.row.store
+
+    def install_narrowed(self) -> float:
+        """Return the seconds to make the layer narrower as another replica has chosen."""
+        return self._moved(self.choice_bytes()) + building_seconds(self.task, self.row)
+
+    def sizes(self) -> float:
+        """Return the seconds to count the zeros of the layer, before and after."""
+        return counting_seconds(self.task, self.row)
 
     # -- process group ------------------------------------------------------------------------------------------
 

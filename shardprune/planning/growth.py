@@ -37,7 +37,7 @@ def growth(recipe: PlanRecipe, model: Model, propagation: Propagation) -> list[G
         setup, layout = best.setup, best.setup.layout
         key = (varied.samples, varied.network, layout, setup.streamed, setup.waves_on_host, setup.trains_on_host)
         if key not in known:
-            known[key] = simulate(best.costs)
+            known[key] = simulate(*best.runs)
         group = known[key]
         rows.append(Growth(label, len(layout.shards), layout.replicas, group.seconds, idle_share(group)))
     return rows

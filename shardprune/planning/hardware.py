@@ -51,6 +51,10 @@ class Hardware:
         """Operations per second of large float32 products: by three TF32 products where that is faster."""
         return max(self.float32, IN_THREE * self.products / 6)  # TF32 has half the rate of 16-bit products
 
+    def factor(self, cols: int) -> float:
+        """Return the seconds of a factor [cols, cols]: products, and what its leaves take column after column."""
+        return cols**3 / self.large + cols * self.leaf
+
     def attained(self) -> "Hardware":
         """Return the rates that long steps are expected to attain."""
         if not self.gpu:

@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
+from shardprune.planning.cuts import activity_workspace, workspaces
 from shardprune.planning.shapes import Input
 from shardprune.planning.workload import Model, Task
 from shardprune.shard.error_curves import LOGITS
@@ -20,6 +21,7 @@ from shardprune.solvers.products import split_bytes
 from shardprune.solvers.selection import SORTED
 from shardprune.solvers.sparsegpt import SUMMED
 from shardprune.solvers.stack import BLOCK
+from shardprune.solvers.statistics import Kind
 from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import PANELS, lower_entries
 
@@ -118,7 +120,7 @@ class WorkerMemory:
         peaks: dict[str, Moment] = {}
         for moment in self.moments():
             best = peaks.get(moment.phase)
-            if best is None or _total(moment) > _total(best):
+            if best is None or total_bytes(moment) > total_bytes(best):
                 peaks[moment.phase] = moment
         return peaks
 
@@ -145,7 +147,7 @@ class WorkerMemory:
         kept = streams * task.kept_bytes(self.sequences)
         frame = 0 if streamed else self._resident_frame()
         if self.first:
-            yield from self._embed("observe", kept, again=bool(task.sources))
+            yield from self._embed("observe", kept, again=bool(task.passes[0]))
         yield self._moment("observe", "forward", self._held() + frame, self._forward(), kept=kept)
         if task.outliers:
             # Column norms in float64; then a block of the metric and two comparisons with thresholds.
@@ -231,7 +233,7 @@ class WorkerMemory:
         frame = 0 if self.setup.streamed else self._frame(embedding=self.first, head=self.last)
         weights = self._held() + frame
         if self.first:
-            yield from self._embed("curves", kept, again=bool(task.sources))
+            yield from self._embed("curves", kept, again=bool(task.passes[0]))
         yield self._moment("curves", "forward", weights, self._forward(), kept=kept)
         if self.last:
             held = (self._layer() + self._frame(head=True)) if self.setup.streamed else weights
@@ -260,8 +262,11 @@ class WorkerMemory:
         kept = (self.segments + bool(improving)) * task.kept_bytes(self.sequences)
         resident = 0 if self.setup.streamed else self._resident_frame()
         if self.first:
-            yield from self._embed("prune", kept, again=bool(task.sources) or self._observes())
+            yield from self._embed("prune", kept, again=bool(task.passes[0]) or self._observes())
         weights = self._held() + resident + (0 if self.setup.gpu else self._written())
+        if self.model.narrower:
+            yield from self._narrow(self.model.narrower, weights, kept)
+            return
         if improving.reconstruction:
             yield self._train(weights, kept, self.model.inputs)
         if improving.stream_targets:
@@ -273,7 +278,7 @@ class WorkerMemory:
     def _solve_chunk(self, places: Sequence[int], weights: int, kept: int) -> Iterator[Moment]:
         """Yield the moments of pruning what reads some of a layer's inputs."""
         inputs = [self.model.inputs[place] for place in places]
-        common = sum(self._sums_of(cols) for cols in self.model.shape.commons(places))
+        common = sum(self._sums_of(cols, self.task.kind) for cols in self.model.shape.commons(places))
         sums = sum(self._sums(one) for one in inputs) + common
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         known = set()
@@ -291,6 +296,26 @@ class WorkerMemory:
                 yield self._moment(
                     "prune", f"{step} {_label(one)}", weights, 0, statistics, workspace + copied, kept=kept
                 )
+
+    def _narrow(self, narrower: Model, weights: int, kept: int) -> Iterator[Moment]:
+        """Yield the moments of making a layer narrower: its sums, which stay until the layer is narrow, the steps for
+        each output projection, and the narrow layer beside the one that it comes from, which may be trained."""
+        task, inputs = self.task, self.model.inputs
+        sums = sum(self._sums(one) for one in inputs)
+        tokens = min(task.wave, self.sequences) * task.seqlen
+        passing = self._forward() + activity_workspace(task, tokens, self.setup.gpu)
+        yield self._moment("prune", "accumulate", weights, passing, sums, kept=kept)
+        if self.setup.copies_sums:
+            # On a CPU all replicas' sums are mapped at the one that takes them; on a GPU one input's are copied.
+            sent = [self._sent(one) for one in inputs]
+            sums += max(sent) if self.setup.gpu else self.setup.layout.replicas * sum(sent)
+        for step, workspace in workspaces(task, self.setup.gpu):
+            yield self._moment("prune", step, weights, 0, sums, workspace, kept=kept)
+        narrow = WorkerMemory(replace(task, model=narrower), self.setup, self.shard)
+        weights += narrow._layer()
+        yield self._moment("prune", "pass on", weights, self._forward(), kept=kept)
+        if task.improving.reconstruction:
+            yield narrow._train(weights, kept, narrower.inputs)
 
     def _aim(self, weights: int, kept: int) -> Iterator[Moment]:
         """Yield the moments of pruning towards the dense stream, one input after the other. Beside the layer stand its
@@ -487,7 +512,7 @@ class WorkerMemory:
 
     def _resident_frame(self) -> int:
         """Return the bytes of the frame that stay on a resident shard after the first pass."""
-        judged = bool(self.task.sources) or self.task.curves
+        judged = bool(self.task.passes[0]) or self.task.curves
         return self._frame(embedding=self.first, head=self.last and judged)
 
     def _wave(self) -> int:
@@ -506,15 +531,15 @@ class WorkerMemory:
     def _sent(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums as replicas exchange them."""
         kinds = 2 if self.task.improving.measured else 1
-        return 4 * kinds * lower_entries(one.cols) if self.task.kind == "gram" else self._sums(one)
+        return 4 * kinds * lower_entries(one.cols) if self.task.kind_of(one) == "gram" else self._sums(one)
 
     def _sums(self, one: Input) -> int:
         """Return the bytes of one input's float32 sums, with those over held-out windows where these choose."""
-        return self._sums_of(one.cols)
+        return self._sums_of(one.cols, self.task.kind_of(one))
 
-    def _sums_of(self, cols: int) -> int:
+    def _sums_of(self, cols: int, kind: Kind | None) -> int:
         kinds = 2 if self.task.improving.measured else 1
-        return 0 if self.task.kind is None else 4 * kinds * cols ** (2 if self.task.kind == "gram" else 1)
+        return 0 if kind is None else 4 * kinds * cols ** (2 if kind == "gram" else 1)
 
 
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
@@ -522,7 +547,7 @@ def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
     peaks: dict[str, Moment] = {}
     for worker in _representative(task, setup):
         for phase, moment in worker.peaks().items():
-            if phase not in peaks or _total(moment) > _total(peaks[phase]):
+            if phase not in peaks or total_bytes(moment) > total_bytes(peaks[phase]):
                 peaks[phase] = moment
     return peaks
 
@@ -574,5 +599,6 @@ def _label(one: Input) -> str:
     return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in one.rows)
 
 
-def _total(moment: Moment) -> int:
+def total_bytes(moment: Moment) -> int:
+    """Return the memory of a worker at a moment, of device and host together."""
     return moment.device.peak + moment.host.peak

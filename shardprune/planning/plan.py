@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from shardprune.cluster.layout import Propagation
+from shardprune.model.structure.shape import widths_of
 from shardprune.planning.chart import idle_share, rows_of
 from shardprune.planning.choosing import Candidate, choose, missing, remedies, unused
 from shardprune.planning.growth import Growth, growth
+from shardprune.planning.narrowing import read_planned
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.traffic import Traffic, traffic_of
-from shardprune.planning.workload import Model, read_model, with_fewer_experts
+from shardprune.planning.workload import Model, with_fewer_experts
 from shardprune.planning.writing import Writing, writing_of
 from shardprune.storage.retrying import preflight
 
@@ -129,7 +131,10 @@ class PlanResult:
 
     def as_json(self) -> dict[str, Any]:
         model, row = self.model, self.recipe.row
-        fewer = {"parameters_after": model.fewer.parameters} if model.fewer else {}
+        left = {"parameters_after": model.left.parameters} if model.left else {}
+        if model.narrower:
+            widths = widths_of(model.narrower.skeleton.config)
+            left |= {"groups_after": widths.groups, "neurons_after": widths.neurons}
         return {
             "version": 1,
             "recipe": self.recipe.record(),
@@ -138,7 +143,7 @@ class PlanResult:
                 "layers": model.layers,
                 "stored": str(model.stored).removeprefix("torch."),
                 "bytes_per_weight_in_files": model.in_files,
-                **fewer,
+                **left,
             },
             "machines": {"nodes": self.recipe.nodes, "gpus": self.recipe.gpus, "attained": vars(row)},
             "plans": [plan.as_json(self.simulated) for plan in self.plans],
@@ -153,10 +158,10 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         simulated: include the growth of the simulated time.
 
     Raises:
-        InputError: the model cannot be read, or the recipe asks for an impossible layout, or for experts that the model
-            cannot give.
+        InputError: the model cannot be read, or the recipe asks for an impossible layout, or for experts or structures
+            that the model cannot give.
     """
-    model = with_fewer_experts(read_model(recipe.model, recipe.ignore), recipe)
+    model = with_fewer_experts(read_planned(recipe), recipe)
     asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
     if model.fewer:  # layers are copied behind one pass over the dense model
         asked = ("exact",)
@@ -165,7 +170,7 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         candidate = choose(recipe, model, propagation)
         if candidate is None:  # parallel propagation without a second shard
             continue
-        group = simulate(candidate.costs)
+        group = simulate(*candidate.runs)
         writing = writing_of(recipe, candidate)
         short = None if candidate.fits else missing(candidate)
         helps = remedies(recipe, model, propagation, candidate) if short else []

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shardprune.model.left_dense import left_dense
+from shardprune.model.structure.shape import widths_of
 from shardprune.planning.chart import LEGEND, idle_share, timeline
 from shardprune.planning.choosing import second_shard
 from shardprune.planning.plan import Planned, PlanResult
@@ -24,7 +25,15 @@ def show(result: PlanResult, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if model.fewer:
+    if model.narrower:
+        whole, left = (widths_of(one.skeleton.config) for one in (model, model.narrower))
+        console.print(
+            f"structures: {left.groups} of {whole.groups} key/value groups and {left.neurons} of {whole.neurons}"
+            f" neurons stay in a layer, {model.narrower.parameters:,} parameters",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif model.fewer:
         before, after = (max(shape.experts for shape in one.shapes) for one in (model, model.fewer))
         console.print(
             f"experts: {after} of {before} stay in a layer, {model.fewer.parameters:,} parameters",

@@ -24,7 +24,6 @@ from shardprune.recipes.prune import (
     OptionalBarberFields,
     PruneRecipe,
     PruningFields,
-    StructuredFields,
     ZeroingFields,
 )
 from shardprune.recipes.quality import QualityFields
@@ -182,13 +181,13 @@ class RemovedExperts(Settings):
 class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
     """The recipe of `shardprune plan`.
 
-    Recipes of `shardprune prune` are accepted; fields that a plan does not depend on are ignored. Structured pruning
-    and mask rebuilding are not planned, and refused. With `remove_experts` or `keep_experts` it is the run of
-    `shardprune experts` with these machines, text and layout.
+    Recipes of `shardprune prune` are accepted; fields that a plan does not depend on are ignored. Mask rebuilding is
+    not planned, and refused. With `remove_experts` or `keep_experts` it is the run of `shardprune experts` with these
+    machines, text and layout.
     """
 
     ignored: ClassVar[frozenset[str]] = frozenset(PruneRecipe.model_fields) - {*Choices.model_fields}
-    unlisted: ClassVar[tuple[str, ...]] = (StructuredFields.title, OptionalBarberFields.title)
+    unlisted: ClassVar[tuple[str, ...]] = (OptionalBarberFields.title,)
 
     model: str = Field(min_length=1, description="config.json, or checkpoint directory, URL or hub name")
 
@@ -203,13 +202,13 @@ class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
         if fewer and kept.get("sparsity") is not None:
             raise InputError("sparsity", f"{kept['sparsity']} {NOTHING_IS_ZEROED}")
         fixed = re.fullmatch(r"\d+:\d+", str(kept.get("pattern")))
-        return kept if fixed or kept.get("sparsity") is not None else {**kept, "sparsity": ANY_SPARSITY}
+        said = fixed or any(kept.get(name) is not None for name in ("sparsity", "structured"))
+        return kept if said else {**kept, "sparsity": ANY_SPARSITY}
 
     @model_validator(mode="after")
     def _is_planned(self) -> "PlanRecipe":
-        for field in ("structured", "rebuild"):
-            if getattr(self, field) != type(self).model_fields[field].default:
-                raise InputError(field, f"{getattr(self, field)!r} is not planned; plan the run without it")
+        if self.rebuilding is not None:
+            raise InputError("rebuild", f"{self.rebuild!r} is not planned; plan the run without it")
         if self.removal is None:
             return self
         zeroing = (*QualityFields.model_fields, *PruningFields.model_fields, *ImprovingFields.model_fields)

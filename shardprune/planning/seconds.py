@@ -1,7 +1,7 @@
 """Expected seconds of a run's phases in closed form; the simulation runs the real driver instead."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS
@@ -13,8 +13,12 @@ from shardprune.shard.waves import waves_of
 
 @dataclass(frozen=True)
 class Phases:
-    """Seconds of the phases of a run, with reads of weights that do not overlap with computation."""
+    """Seconds of the phases of a run, with reads of weights that do not overlap with computation.
 
+    `structure` is a whole run before it, which removes structures.
+    """
+
+    structure: float = field(default=0.0, kw_only=True)
     load: float
     curves: float
     observe: float
@@ -51,8 +55,11 @@ class Expected:
     def phases(self) -> Phases:
         task, layout = self.task, self.layout
         segments = len(layout.segments)
-        passes = 2 * task.sources
-        evaluate = passes * self._pass(task.windows, task.model.layers, judged=True)
+        before, after = task.passes
+        passes = before + after
+        result = Expected(self.costs.of_cut) if task.model.narrower else self
+        evaluate = before * self._pass(task.windows, task.model.layers, judged=True)
+        evaluate += after * result._pass(task.windows, task.model.layers, judged=True)
         if task.model.fewer:
             return self._of_removal(passes, evaluate)
         observe = 0.0
@@ -64,12 +71,12 @@ class Expected:
         prune = max(self._over(layers, Expected._layer) for layers in pruned) + self._relays()
         # The last layer's output is not needed.
         last = self.at(task.model.layers - 1)
-        prune -= sum(last.costs.propagate(size) for size in self._sizes(task.samples))
+        prune -= last._passing_on()
         reads = self._reads(passes + bool(observe) + 2 * task.curves)
         judged = passes or task.curves
         frame = self.costs.read(task.model.embedding) + (self.costs.read(task.model.head) if judged else 0.0)
         # The last layer's file, and as much of the others' as takes longer than a layer.
-        write = last.costs.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
+        write = last.costs.of_cut.write() + max(self._over(layers[:-1], Expected._left_to_write) for layers in pruned)
         return Phases(reads + frame, self._curves() if task.curves else 0.0, observe, prune, write, evaluate)
 
     def _of_removal(self, passes: int, evaluate: float) -> Phases:
@@ -207,7 +214,13 @@ class Expected:
 
     def _left_to_write(self) -> float:
         """Return by how much the file of a layer takes longer than the next layer."""
-        return max(0.0, self.costs.write() - self._layer())
+        return max(0.0, self.costs.of_cut.write() - self._layer())
+
+    def _passing_on(self) -> float:
+        """Return the seconds of all waves through the layer as it is in the end."""
+        if self.task.passes_on_dense:  # by then they have been through the dense one
+            return 0.0
+        return sum(self.costs.of_cut.propagate(size) for size in self._sizes(self.task.samples))
 
     def _sizes(self, samples: int) -> list[int]:
         """Return the wave sizes of the replica with the most sequences."""
@@ -250,6 +263,8 @@ class Expected:
         costs, task, replicas = self.costs, self.task, self.layout.replicas
         inputs, copied = task.model.inputs, self.setup.copies_sums
         held_out = self._sizes(task.held_out)
+        if task.model.narrower:
+            return {**self._narrowing(), "unloading": costs.of_cut.unload(), "reading": self._reading()}
         if task.model.fewer:
             waves = sum(costs.propagate(size) for size in self._sizes(task.samples))
             return {"waves": waves, "copying": costs.copy_layer() / replicas, "reading": self._reading()}
@@ -281,6 +296,28 @@ class Expected:
             "unloading": costs.unload(),
         }
         return {**parts, "reading": self._reading()}
+
+    def _narrowing(self) -> dict[str, float]:
+        """Return the seconds of a layer that loses structures: its waves, the replica that makes it narrower, and what
+        replicas exchange before and after that."""
+        costs, task, replicas = self.costs, self.task, self.layout.replicas
+        inputs, copied, sizes = task.model.inputs, self.setup.copies_sums, self._sizes(task.samples - task.held_out)
+        places = range(len(inputs))
+        waves = sum(costs.pass_on(one) if task.passes_on_dense else costs.accumulate(one, places) for one in sizes)
+        waves += self._passing_on()
+        if task.improving:
+            waves += sum(costs.aim(size) for size in (*sizes, *self._sizes(task.held_out)))
+            waves += Expected(costs.of_cut)._training()
+        solving, exchange = costs.narrow() + costs.sizes(), 0.0
+        if copied:
+            solving += sum(costs.merge(one, replicas) for one in inputs)
+            arriving = (replicas - self.places.per_node) * sum(costs.sums_bytes(one) for one in inputs)
+            exchange += sum(costs.statistics(one) for one in inputs) + self._network(max(0, arriving))
+        elif replicas > 1:
+            exchange += sum(costs.sum_up(one, range(replicas)) for one in inputs)
+        if replicas > 1:
+            exchange += costs.choice() + self._network(costs.choice_bytes()) + costs.install_narrowed()
+        return {"waves": waves, "solving": solving, "exchange": exchange}
 
     def _training(self) -> float:
         """Return the seconds of training a layer that is pruned, and of the errors before and after."""

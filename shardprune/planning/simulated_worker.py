@@ -1,6 +1,6 @@
 """A worker that only knows how long everything takes: what each call of a verb costs it, and which layers it reads."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any, Literal
@@ -66,10 +66,22 @@ class Worker:
     busy: float = 0.0
     reading: float = 0.0
 
+    def begin(self, costs: Costs) -> None:
+        """Become the worker of another run, which has nothing in memory yet."""
+        self.costs = costs
+        for known in (self.held, self.summed, self.cut, self.gathered, self.frame, self.remembered):
+            known.clear()
+        self.ahead = None
+
     @property
     def changing(self) -> Costs:
         """The costs at the layer in work, as it is while it is changed."""
         return self.costs.of_cut
+
+    def seen(self, layers: Sequence[int]) -> Costs:
+        """Return the costs of layers as they are now, where they may have lost structures."""
+        narrowed = self.costs.task.model.narrower and self.cut.issuperset(layers)
+        return self.costs.of_cut if narrowed else self.costs
 
     def size_of(self, wave: int) -> int:
         """Return the number of sequences of a wave."""
@@ -101,13 +113,14 @@ def _forward(worker: Worker, args: tuple[Any, ...]) -> Cost:
     sequences = worker.size_of(wave)
     layers = [layer for layer in worker.layers if layer < stop]
     kept = sum(worker.costs.put(sequences) for layer in worker.layers if layer in record)
-    costs = worker.costs.of_experts if observed else worker.costs
+    costs = worker.costs.of_experts if observed else worker.seen(layers)
     return costs.forward(sequences, layers) + kept, None, worker.costs.wave_bytes(sequences)
 
 
 def _propagate(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    costs = worker.costs.of_experts if args[-1] else worker.costs
-    return costs.propagate(worker.size_of(args[1])), None, 0
+    _, wave, index, _, observed = args
+    costs = worker.costs.of_experts if observed else worker.seen([index])
+    return costs.propagate(worker.size_of(wave)), None, 0
 
 
 def _of_wave(seconds: Callable[[Costs, int], float]) -> Callable[[Worker, tuple[Any, ...]], Cost]:
@@ -165,7 +178,16 @@ def _fork(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 
 def _accumulate(worker: Worker, args: tuple[Any, ...]) -> Cost:
-    wave, index, places = args[1], args[2], args[-1]
+    _, wave, index, passed_on, *places = args
+    worker.summed.add(index)
+    if passed_on:
+        return worker.costs.pass_on(worker.size_of(wave)), None, 0
+    everything = tuple(range(len(worker.costs.task.model.inputs)))
+    return worker.costs.accumulate(worker.size_of(wave), *(places or [everything])), None, 0
+
+
+def _hold_out(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    _, wave, index, places = args
     worker.summed.add(index)
     return worker.costs.accumulate(worker.size_of(wave), places), None, 0
 
@@ -203,7 +225,25 @@ def _broadcast(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 def _finish(worker: Worker, args: tuple[Any, ...]) -> Cost:
     worker.summed.clear()
+    if worker.costs.task.model.narrower:
+        worker.cut.add(args[0])
     return 0.0, None, 0
+
+
+def _narrow(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.narrow(), None, 0
+
+
+def _choice(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.choice(), None, worker.costs.choice_bytes()
+
+
+def _install_narrowed(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.install_narrowed(), None, 0
+
+
+def _sizes(worker: Worker, args: tuple[Any, ...]) -> Cost:
+    return worker.costs.sizes(), None, 0
 
 
 def _confront(worker: Worker, args: tuple[Any, ...]) -> Cost:
@@ -282,8 +322,8 @@ def _outliers(worker: Worker, args: tuple[Any, ...]) -> Cost:
 
 def _write(worker: Worker, args: tuple[Any, ...]) -> Cost:
     """The copy on the host; the file is there later."""
-    seconds = worker.costs.unload()
-    worker.file = worker.now + seconds + worker.costs.write()
+    seconds = worker.changing.unload()
+    worker.file = worker.now + seconds + worker.changing.write()
     return seconds, None, 0
 
 
@@ -378,6 +418,10 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.merge: Row(_merge),
     ForwardWorker.sum_up: Row(_sum_up, chain="summing"),
     ForwardWorker.outliers: Row(_outliers, reads="layer"),
+    NarrowedLayers.narrow: Row(_narrow, reads="layer"),
+    NarrowedLayers.choice: Row(_choice),
+    NarrowedLayers.install_narrowed: Row(_install_narrowed, reads="layer"),
+    PruneWorker.sizes: Row(_sizes, reads="layer"),
     PruneWorker.draw_labels: Row(_draw_labels, frame="head"),
     PruneWorker.backward: Row(_backward, reads="shard"),
     PruneWorker.differentiate: Row(_of_wave(Costs.differentiate), reads="layer"),
@@ -385,7 +429,7 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.gather: Row(_of_wave(Costs.gather), reads="layer"),
     PruneWorker.gathered: Row(),
     PruneWorker.measure_curves: Row(_measure_curves, reads="layer"),
-    PruneWorker.hold_out: Row(_accumulate, reads="layer"),
+    PruneWorker.hold_out: Row(_hold_out, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
     PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
     PruneWorker.miss: Row(_miss, reads="layer"),
@@ -414,20 +458,16 @@ ROWS: dict[Callable[..., Any], Row] = {
     ForwardWorker.account: Row(),
 }
 
-# A simulated run evaluates no tasks, rebuilds no masks and removes no structures; what a group of actors calls itself,
+# A simulated run evaluates no tasks and rebuilds no masks; what a group of actors calls itself,
 # for tensors on their way, takes the time until they arrive.
 NOT_SIMULATED: frozenset[Callable[..., Any]] = frozenset(
     {
         ForwardWorker.log_likelihoods,
         ForwardWorker.send,
         ForwardWorker.receive,
-        NarrowedLayers.narrow,
-        NarrowedLayers.choice,
-        NarrowedLayers.install_narrowed,
         PruneWorker.compare,
         PruneWorker.rebuild,
         PruneWorker.measure,
-        PruneWorker.sizes,
     }
 )
 

@@ -25,6 +25,7 @@ from shardprune.cluster.passes import Waves, load, perplexity
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
 from shardprune.model.pruning_job import Shapes
+from shardprune.model.structure.shape import widths_of
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
 from shardprune.planning.simulated_worker import ROWS, Call, Worker
@@ -63,7 +64,8 @@ class SimulatedGroup:
         self._lock = threading.Lock()
         self.between_nodes = 0  # bytes
         self.between_workers = 0
-        self.read = 0  # elements of weights, by all workers
+        self.read = 0.0  # bytes of models, by all workers
+        self.written = 0.0
         self.phases: dict[str, float] = {}
 
     # -- what the driver calls ----------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ class SimulatedGroup:
             elements = self.task.model.embedding if row.frame == "embedding" else self.task.model.head
             start += self.costs.read(elements)
             with self._lock:
-                self.read += elements
+                self.note_read(elements)
         return start
 
     def _read_layer(self, worker: Worker, layer: int, now: float) -> float:
@@ -202,12 +204,25 @@ class SimulatedGroup:
     def _count(self, worker: Worker, layer: int) -> None:
         """Count a layer as read."""
         with self._lock:
-            self.read += self._elements(worker, layer)
+            self.note_read(self._elements(worker, layer))
 
     def _elements(self, worker: Worker, layer: int) -> int:
         """Return the elements of a layer as it is now."""
         model = self.task.model.at(layer)
-        return model.fewer.layer if model.fewer and layer in worker.cut else model.layer
+        return model.left.layer if model.left and layer in worker.cut else model.layer
+
+    def begin(self, costs: Costs) -> None:
+        """Begin another run with the same layout, whose workers start where those of the one before end."""
+        self.costs, self.task = costs, costs.task
+        for worker in self.workers.values():
+            worker.begin(costs)
+            worker.free = self._floor
+        self._link_free.clear()
+        self.phases = {"structure": self.seconds}
+
+    def note_read(self, elements: int) -> None:
+        """Count weights of the model as read."""
+        self.read += elements * self.task.model.in_files
 
     def note_waves(self, waves: Waves) -> None:
         """Learn how many sequences the waves have that are on their way next."""
@@ -241,9 +256,9 @@ def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, out
     layout, model, task = group.setup.layout, group.task.model, group.task
     mixtures = [index for index, shape in enumerate(model.shapes) if shape.experts]
     copied = (model if task.merged else fewer).shapes
-    group.read += sum(shape.elements for shape in copied)
+    group.note_read(sum(shape.elements for shape in copied))
     if task.improving:  # every replica builds the layers that it trains
-        group.read += layout.replicas * sum(copied[index].elements for index in mixtures)
+        group.note_read(layout.replicas * sum(copied[index].elements for index in mixtures))
     if not task.behind:
         with group.phase("observe"), output.step("observe", 0) as step:
             if task.scores == "pass":
@@ -252,7 +267,7 @@ def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, out
                 routed_statistics(group, layout, waves, mixtures, group.setup.streamed, task.merged, step)
             elif task.scores == "weights":
                 weight_ratios(group, layout, mixtures, step)
-                group.read += sum(model.shapes[index].expert_weights for index in mixtures)
+                group.note_read(sum(model.shapes[index].expert_weights for index in mixtures))
     if not task.in_turn:
         with group.phase("write"), output.step("remove experts", 0) as step:
             write_layers(group, layout, {index: LayerRecord(index) for index in range(model.layers)}, step)
@@ -274,34 +289,52 @@ def _remove_experts(group: SimulatedGroup, fewer: Model, calibration: Waves, out
         remove_in_turn(group, layout, calibration, (), unknown, task.merged, lambda *_: None, record, training, step)
 
 
-def simulate(costs: Costs) -> SimulatedGroup:
-    """Carry out a run on workers that only take time: measure, find an allocation and prune, or remove experts, measure
-    again."""
-    task, setup = costs.task, costs.setup
+def simulate(*runs: Costs) -> SimulatedGroup:
+    """Carry out runs, one after the other, on workers that only take time."""
+    group = SimulatedGroup(runs[0])
+    _carry_out(group)
+    for costs in runs[1:]:
+        group.begin(costs)
+        _carry_out(group)
+    return group
+
+
+def _carry_out(group: SimulatedGroup) -> None:
+    """Measure, find an allocation and prune, or remove experts or structures, measure again."""
+    task, setup = group.task, group.setup
     layout, model = setup.layout, task.model
-    group = SimulatedGroup(costs)
     output = Reporter(quiet=True)
     windows = torch.empty(task.samples, task.seqlen, device="meta")
     calibration = Waves(windows, layout.replicas, task.wave, task.held_out)
     measured = Waves(torch.empty(task.windows, task.seqlen, device="meta"), layout.replicas, task.wave)
+    before, after = task.passes
 
-    def measure() -> None:
+    def measure(passes: int) -> None:
         group.note_waves(measured)
-        for _ in range(task.sources):
+        for _ in range(passes):
             with group.phase("evaluate"), output.step("perplexity", 0) as step:
                 perplexity(group, layout, measured, "latest", setup.streamed, step)
 
     if not setup.streamed and not model.fewer:
         with group.phase("load"):
             load(group, layout, "latest")
-    measure()
+    measure(before)
     if task.curves:
         _measure_curves(group, output)
     group.note_waves(calibration)
     if model.fewer:
         _remove_experts(group, model.fewer, calibration, output)
-        measure()
-        return group
+    else:
+        _prune(group, calibration, output)
+    measure(after)
+    stored = model.in_files if model.fewer else task.stored  # tensors are copied where experts go
+    group.written += (model.left or model).parameters * stored
+
+
+def _prune(group: SimulatedGroup, calibration: Waves, output: Reporter) -> None:
+    """Observe what segments begin with and what an allocation looks at, and zero weights or remove structures."""
+    task, setup = group.task, group.setup
+    layout, model = setup.layout, task.model
     starts = tuple(segment.start for segment in layout.segments if segment.start)
     family = model.skeleton.family
     inputs = [kind.input_names for kind in family.kinds]
@@ -318,11 +351,11 @@ def simulate(costs: Costs) -> SimulatedGroup:
         [],
         None,
         task.errors,
+        widths=widths_of(model.narrower.skeleton.config) if model.narrower else None,
+        passes_on_dense=task.passes_on_dense,
         effort=task.effort,
         improving=task.improving,
         chunks=setup.chunks,
     )
     with group.phase("prune", lanes=len(layout.lanes()) > 1), output.step("prune", 0) as step:
         prune_segments(group, layout, calibration, work, step)
-    measure()
-    return group

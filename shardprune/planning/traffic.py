@@ -23,7 +23,4 @@ class Traffic:
 
 def traffic_of(group: SimulatedGroup) -> Traffic:
     """Return the traffic of a simulated run."""
-    task = group.task
-    model, in_files = task.model, task.model.in_files
-    written = model.fewer.parameters * in_files if model.fewer else model.parameters * task.stored
-    return Traffic(group.between_workers, group.between_nodes, int(group.read * in_files), int(written))
+    return Traffic(group.between_workers, group.between_nodes, int(group.read), int(group.written))

@@ -25,6 +25,7 @@ from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import Effort
 from shardprune.solvers.pattern import Unstructured
+from shardprune.solvers.scoring import Scoring
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import parse_json
@@ -46,6 +47,7 @@ class Model:
         stored: dtype of the weights that are written, and in which they are read.
         in_files: mean bytes of a weight in the files of the checkpoint; fewer than `stored` has if these are FP8.
         fewer: the model with the experts that stay, where a run removes some and does nothing else.
+        narrower: the model with the structures that stay, where a run removes some.
     """
 
     name: str
@@ -66,12 +68,20 @@ class Model:
     in_files: float
     skeleton: Skeleton
     fewer: "Model | None" = None
+    narrower: "Model | None" = None
 
     def at(self, index: int) -> "Model":
         """Return the model as seen at a layer."""
-        shape, fewer = self.shapes[index], self.fewer and self.fewer.at(index)
+        shape, fewer, narrower = self.shapes[index], *(one and one.at(index) for one in (self.fewer, self.narrower))
         # Another layer may be the largest where experts are gone.
-        return self if shape is self.shape and fewer is self.fewer else replace(self, shape=shape, fewer=fewer)
+        if shape is self.shape and fewer is self.fewer and narrower is self.narrower:
+            return self
+        return replace(self, shape=shape, fewer=fewer, narrower=narrower)
+
+    @property
+    def left(self) -> "Model | None":
+        """The model with what stays, where a run removes experts or structures."""
+        return self.fewer or self.narrower
 
     def kinds(self, layers: Iterable[int]) -> list[tuple[int, int]]:
         """Return one layer of each kind among some, and how many of them are of its kind."""
@@ -252,6 +262,7 @@ class Task:
         kind: of the accumulated statistics; None: none.
         itemsize: of the compute dtype.
         sources: texts on which perplexity is measured before and after, over `windows` each.
+        judges_given, judges_result: perplexity is measured before, and after; of two runs each does one.
         improving: further steps on every layer.
         curves: error curves are measured before.
         all_tokens: add to the sums of every expert.
@@ -260,6 +271,7 @@ class Task:
         behind: layers see the activations behind those whose experts are gone.
         router_steps: those of the steps of training a layer that train its routers alone.
         everywhere: every expert computes its output for all tokens, too.
+        scoring: of structures, where some go.
     """
 
     model: Model
@@ -282,11 +294,30 @@ class Task:
     behind: bool = False
     router_steps: int = 0
     everywhere: bool = False
+    scoring: Scoring | None = None
+    judges_given: bool = True
+    judges_result: bool = True
 
     def at(self, index: int) -> "Task":
         """Return the task as seen at a layer."""
         model = self.model.at(index)
         return self if model is self.model else replace(self, model=model)
+
+    def kind_of(self, one: Input) -> Kind | None:
+        """Return the kind of the statistics of an input; None: none."""
+        if self.scoring is None or self.kind is None or one.output:
+            return self.kind
+        return "squares"  # structures are judged by what output projections read
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """The passes for perplexity before, and after."""
+        return self.sources * self.judges_given, self.sources * self.judges_result
+
+    @property
+    def passes_on_dense(self) -> bool:
+        """Whether layers that lose structures pass on what the dense ones give, in the pass that adds to the sums."""
+        return self.scoring is not None and not self.scoring.correction and not self.improving
 
     @property
     def in_turn(self) -> bool:

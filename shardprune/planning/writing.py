@@ -87,7 +87,7 @@ def _seconds(
 ) -> float:
     """Return the seconds of writing. A token of a batch reads the weights of every layer and, at half of the sequence's
     length, half of its keys and values; the waves of a round keep the shards busy where there are as many."""
-    task, row, costs = candidate.task, candidate.row, candidate.costs
+    task, row, costs = candidate.task, candidate.row, candidate.runs[0]
     model = task.model
     touched = longest * model.layer * task.itemsize + room.batch_bytes / 2
     batch = touched / row.memory + longest * KERNELS * (KERNEL_SECONDS if row.gpu else 0.0)

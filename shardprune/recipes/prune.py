@@ -66,6 +66,17 @@ class StructuredFields(WidthFields):
             raise ValueError("use a number above 0 and below 1")
         return value
 
+    def width_removal(self, outlier_m: float) -> WidthRemoval | None:
+        """Return what is removed and how that is chosen; None where nothing is.
+
+        Args:
+            outlier_m: M of the score by outliers.
+        """
+        if self.structured is None:
+            return None
+        scoring = Scoring(self.score, self.correction, outlier_m)
+        return WidthRemoval(self.structured, self.neuron_multiple, self.tensor_parallel, scoring)
+
 
 class PruningFields(StructuredFields):
     """Method, amount and place of the zeros."""
@@ -319,6 +330,7 @@ class ZeroingFields(
 
     @model_validator(mode="after")
     def _windows_can_be_held_out(self) -> "ZeroingFields":
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", "targets")
         self.check_improving(self.samples, self.rebuilding)
         self.check_measured(self.samples, self.towards_stream)
         return self
@@ -343,7 +355,6 @@ class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):
 
     @model_validator(mode="after")
     def _masks_are_made_before_they_are_rebuilt(self) -> "PruneRecipe":
-        self.needs("a sparsity or a pattern N:M", self.zeroes, "rebuild", "targets")
         replaced = self.rebuilding is not None and not self.keep_corrected
         if self.rebuilding is not None and self.expert_chunks > 1:
             raise InputError(
@@ -389,9 +400,8 @@ class WidthRecipe(
 
     def job(self) -> PruningJob:
         """Return the job of the run that removes structures."""
-        scoring = Scoring(self.score, self.correction, self.outlier_m)
-        removal = WidthRemoval(self.structured, self.neuron_multiple, self.tensor_parallel, scoring)
-        return PruningJob(None, removal, None, self.measure_error, Improving(reconstruction=self.reconstruct))
+        removal, improving = self.width_removal(self.outlier_m), Improving(reconstruction=self.reconstruct)
+        return PruningJob(None, removal, None, self.measure_error, improving)
 
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model, text and layout."""

@@ -4,6 +4,8 @@ The driver has the inputs of a layer accumulated and merged, lets one replica `n
 `install_narrowed` its `choice`. The layer as it was stays until the narrowed one takes its place.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from shardprune.model.skeleton import Skeleton
@@ -100,9 +102,13 @@ class NarrowedLayers:
         self._layers[index] = self.build(index, narrowing.widths, parameters)
 
 
-def skeleton_of_widths(skeleton: Skeleton, widths: Widths) -> Skeleton:
-    """Return a skeleton of the same model with other widths."""
-    return Skeleton(reshaped(skeleton.config, widths), skeleton.device, skeleton.dtype)
+def skeleton_of_widths(skeleton: Skeleton, widths: Widths, ignore: Sequence[str] = ()) -> Skeleton:
+    """Return a skeleton of the same model with other widths.
+
+    Args:
+        ignore: globs over the names of projections that are left alone in it.
+    """
+    return Skeleton(reshaped(skeleton.config, widths), skeleton.device, skeleton.dtype, ignore)
 
 
 def _of_widths(statistic: object) -> WidthStatistics:

@@ -1,7 +1,5 @@
 """Plans of runs that remove experts, beside these runs: the same calls of workers, wave by wave and layer by layer."""
 
-from collections import Counter
-
 import pytest
 
 from shardprune import ExpertsRecipe, experts
@@ -13,8 +11,8 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
 from shardprune.report.progress import Reporter
-from shardprune.shard.verbs import kind_of
 from tests.commands.test_experts import SAMPLES, SEQLEN, WAVE, fields, material
+from tests.support.calls import counted
 
 KEPT = 3
 RUNS = {
@@ -46,19 +44,6 @@ def mixture(tmp_path_factory):
     given = fields(folder, "first", keep=KEPT, merge=True)
     experts(ExpertsRecipe.checked(given), Reporter(quiet=True))
     return folder
-
-
-def counted(monkeypatch, group):
-    """The calls of each verb of a group of workers from now on."""
-    calls, submit = Counter(), group.submit
-
-    def counting(self, shard, replica, verb, *args):
-        if kind_of(verb):
-            calls[verb.__name__, shard] += 1
-        return submit(self, shard, replica, verb, *args)
-
-    monkeypatch.setattr(group, "submit", counting)
-    return calls
 
 
 @pytest.mark.parametrize("weights", ["resident", "streamed"])

@@ -139,7 +139,8 @@ def test_a_page_and_its_json_say_the_same(capsys, tmp_path):
     for plan_ in content["plans"]:
         layout = plan_["layout"]
         assert f"--shards {layout['shards']} --replicas {layout['replicas']}" in page
-        assert set(plan_["seconds"]) == {"load", "curves", "observe", "prune", "write", "evaluate", "total"}
+        phases = {"structure", "load", "curves", "observe", "prune", "write", "evaluate"}
+        assert set(plan_["seconds"]) == {*phases, "total"}
         assert len(plan_["simulation"]["workers"]) == layout["shards"] * layout["replicas"]
         assert plan_["simulation"]["seconds"]["total"] == pytest.approx(plan_["seconds"]["total"], rel=0.1)
         assert 0 <= plan_["simulation"]["idle"] < 1
@@ -184,7 +185,7 @@ def test_the_recipe_of_a_run_is_planned_as_it_is(capsys, tmp_path):
         (("--nodes", 0), "nodes: 0 is not allowed"),
         (("--gpus", 2, "--shards", 4), "shards: 4 workers need as many GPUs; the machines have 2"),
         (("--replicas", 4), "replicas: 4 workers need as many GPUs; the machines have 1"),
-        (("--structured", 0.2), "structured: 0.2 is not planned; plan the run without it"),
+        (("--rebuild", "barber"), "rebuild: 'barber' is not planned; plan the run without it"),
         (("--seqlen", 1_000_000), "seqlen: 1000000 is more than the model's 131072 positions"),
     ],
     ids=str,

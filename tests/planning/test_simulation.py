@@ -17,6 +17,7 @@ from shardprune.planning.traffic import traffic_of
 from shardprune.planning.workload import planned_task, read_model
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.ledger import Kind
+from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.verbs import kind_of, verbs_of
 from shardprune.solvers.triangles import lower_entries
@@ -215,7 +216,7 @@ def test_every_verb_of_a_planned_worker_is_simulated_or_left_out_on_purpose():
     known = [*ROWS, *NOT_SIMULATED]
     workers = PruneWorker, ExpertWorker
     assert {verb.__name__ for verb in known if kind_of(verb)} == {name for one in workers for name in verbs_of(one)}
-    submitted = {getattr(worker, verb.__name__, None) for worker in workers for verb in ROWS}
+    submitted = {getattr(owner, verb.__name__, None) for owner in (*workers, NarrowedLayers) for verb in ROWS}
     assert ROWS.keys() <= submitted, "what the driver submits is looked up"
 
 
