@@ -29,13 +29,14 @@ from typing import Any
 from shardprune import EvaluateRecipe, ExpertsRecipe, evaluate, experts
 from shardprune.report.progress import Reporter
 from shardprune.report.result import MeasuredPerplexity, Result
+from shardprune.solvers.expert_scores import needs_pass
 from shardprune.storage.json_file import dump_json
 from shardprune.storage.output_names import EXPERTS
 from shardprune.storage.sealed_json import sealed_fields, unsealed
 
 QUIET = Reporter(quiet=True)
 SCORES = ExpertsRecipe.choices("score")
-OF_TOKENS = [score for score in SCORES if score != "aimer"]  # AIMER looks at weights alone, and merging at tokens
+OF_TOKENS = [score for score in SCORES if needs_pass(score)]  # as merging does
 RANDOM = "random"
 
 
