@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from shardprune.commands.converters import dtype_of, program_of, run_converter
 from shardprune.errors import ConversionError, InputError, StorageError, first_line
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.model.companions import TOKENIZER, companions
+from shardprune.model.companions import TOKENIZER, companions, is_template
 from shardprune.model.int8 import check_int8, write_int8
 from shardprune.recipes.export import ExportRecipe
 from shardprune.report.progress import Reporter
@@ -205,6 +205,7 @@ def _local(source: Checkpoint, scratch: Path) -> Path:
     place.mkdir(parents=True)
     names = {*source.source.stamps, *companions(folder), *(name for name in (CARD, *TERMS) if folder.is_file(name))}
     for name in sorted(names):
+        (place / name).parent.mkdir(exist_ok=True)
         if folder.local:
             os.symlink(Path(folder.path(name)).resolve(), place / name)
         else:
@@ -214,11 +215,13 @@ def _local(source: Checkpoint, scratch: Path) -> Path:
 
 def _take_along(local: Path, format: str, made: Path) -> None:
     """Put the checkpoint's terms beside what was made of it, and its tokenizer if the format has none in its file."""
-    for path in sorted(local.iterdir()):
-        of_tokenizer = path.name in TOKENIZER or path.name.startswith("chat_template")
-        wanted = path.name in TERMS or (of_tokenizer and format != "gguf")
-        if wanted and not (made / path.name).exists():
-            shutil.copyfile(path, made / path.name)
+    for path in sorted(path for path in local.rglob("*") if path.is_file()):
+        name = path.relative_to(local).as_posix()
+        of_tokenizer = name in TOKENIZER or name.startswith("chat_template") or is_template(name)
+        wanted = name in TERMS or (of_tokenizer and format != "gguf")
+        if wanted and not (made / name).exists():
+            (made / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, made / name)
 
 
 def _put(made: Path, target: Folder) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 from huggingface_hub import HfApi, get_token, is_offline_mode
 
 from shardprune.errors import InputError, StorageError, first_line
+from shardprune.model.companions import is_template
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 from shardprune.storage.folder import of_storage
@@ -66,7 +67,7 @@ def _check(name: str, out: str) -> None:
 
 def _push(name: str, out: str, result: Result, reporter: Reporter) -> None:
     """Push the files of the model and its card, not those that speak of machines."""
-    files = [file for file in result.files if "/" not in file]
+    files = [file for file in result.files if "/" not in file or is_template(file)]
     try:
         api = HfApi()
         api.create_repo(name, private=True, exist_ok=True)

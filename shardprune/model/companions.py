@@ -1,10 +1,11 @@
 """The files of a checkpoint beside its weights: configs, tokenizer, chat template.
 
 They are copied into every output and given to the tokenizer, so that they are a list of names, each a file of limited
-size inside the folder. Anything else that lies there stays where it is.
+size inside the folder, and the templates in a folder of their own. Anything else that lies there stays where it is.
 """
 
 import os
+import re
 
 from fsspec.implementations.local import LocalFileSystem
 from pydantic import JsonValue
@@ -49,6 +50,8 @@ NAMES = frozenset(
         "video_preprocessor_config.json",
     }
 )
+TEMPLATES = "additional_chat_templates"  # folder of chat templates beside the usual one: for tools, for retrieval
+TEMPLATE = re.compile(rf"{TEMPLATES}/[\w-][\w.-]*\.jinja")
 LARGEST = 2**28  # bytes; tokenizers of a quarter of a million tokens have 2**25
 
 
@@ -58,15 +61,25 @@ def has_tokenizer(folder: Folder) -> bool:
 
 
 def companions(folder: Folder) -> list[str]:
-    """Return the names of the files beside the weights that belong to a checkpoint.
+    """Return the names of the files beside the weights that belong to a checkpoint, those of its folder of templates
+    with the folder.
 
     Raises:
         InputError: one of them is a link that leaves the folder, no file, or too large; names the folder's field.
     """
-    names = [name for name in folder.names() if name in NAMES]
+    found = folder.names()
+    names = [name for name in found if name in NAMES]
+    if TEMPLATES in found:
+        inside = Folder(f"{folder.url.rstrip('/')}/{TEMPLATES}", folder.field)
+        names += [path for name in inside.names() if is_template(path := f"{TEMPLATES}/{name}")]
     for name in names:
         check_companion(folder, name)
     return names
+
+
+def is_template(name: str) -> bool:
+    """Return whether a name is that of a file in the folder of templates."""
+    return TEMPLATE.fullmatch(name) is not None
 
 
 def check_configs(folder: Folder, names: list[str]) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import INDEX, is_plain_name, locate
+from shardprune.model.companions import is_template
 from shardprune.storage.folder import Folder
 from shardprune.storage.json_file import fitting
 from shardprune.storage.malformed import located, shown
@@ -87,7 +88,7 @@ def open_export(place: str, field: str = "model") -> tuple[Folder, Export]:
         raise InputError(field, f"{place!r} holds no {EXPORT}: give the directory of an export")
     with located(field, f"{folder.url}/{EXPORT}"):
         export = Export.read(folder)
-    if wrong := next((name for name in export.files if not is_plain_name(name)), None):
+    if wrong := next((name for name in export.files if not (is_plain_name(name) or is_template(name))), None):
         raise InputError(field, f"{folder.url}/{EXPORT} names {shown(wrong)}, which is no file of a folder")
     if export.stored_bytes is None:
         raise InputError(field, f"{place!r} is not finished; the command that began it goes on")

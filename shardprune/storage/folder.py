@@ -226,8 +226,9 @@ class Folder:
             raise
 
     def _write_and_rename(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
-        path = self.path(f".{name}.{uuid.uuid4().hex[:8]}.tmp")
-        self.fs.makedirs(self.root, exist_ok=True)
+        inner = posixpath.dirname(self.path(name))
+        path = self.path(f".{posixpath.basename(name)}.{uuid.uuid4().hex[:8]}.tmp")  # where `remove_partial` looks
+        self.fs.makedirs(inner, exist_ok=True)
         try:
             with self.fs.open(path, "wb") as file:
                 _fill(file, parts)
@@ -236,7 +237,8 @@ class Folder:
                     os.fsync(file.fileno())
             self.fs.mv(path, self.path(name))
             if self.local:
-                sync_folder(self.root)
+                for place in {self.root, inner}:
+                    sync_folder(place)
         except BaseException:
             with suppress(Exception):  # the first error is the one to report
                 self.fs.rm_file(path)

@@ -24,7 +24,9 @@ def local_copies(files: Mapping[str, bytes]) -> Iterator[str]:
         try:
             folder = opened.enter_context(tempfile.TemporaryDirectory())
             for name, content in files.items():
-                Path(folder, name).write_bytes(content)
+                place = Path(folder, name)
+                place.parent.mkdir(exist_ok=True)
+                place.write_bytes(content)
         except OSError as error:
             reason = error.strerror or first_line(error)
             raise InputError(ENVIRONMENT, f"no temporary file can be written: {reason}") from error

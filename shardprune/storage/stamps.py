@@ -38,6 +38,9 @@ def stamps_of(folder: Folder, names: Iterable[str]) -> dict[str, Stamp]:
         found = {name: _local_stamp(folder.path(name)) for name in wanted}
         return {name: stamp for name, stamp in found.items() if stamp}
     infos = folder.infos()  # one request, however many files
+    for inner in {name.rpartition("/")[0] for name in wanted} - {""}:
+        inside = Folder(f"{folder.url.rstrip('/')}/{inner}", folder.field).infos()
+        infos |= {f"{inner}/{name}": info for name, info in inside.items()}
     return {name: Stamp(int(infos[name]["size"]), _version(infos[name])) for name in wanted if name in infos}
 
 

@@ -62,6 +62,8 @@ def outputs(tmp_path_factory):
     make_tokens(folder / "tokens.npy")
     run(folder, "composite", structured=0.2, sparsity=0.5, method="magnitude", measure_error=False)
     (folder / "composite" / "LICENSE").write_text("the terms")
+    (folder / "composite" / "additional_chat_templates").mkdir()
+    (folder / "composite" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     make_model(folder / "bfloat16", "llama", torch.bfloat16)
     return folder
 
@@ -213,6 +215,7 @@ def test_a_local_file_that_cannot_be_put_is_one_line(outputs, programs, tmp_path
     assert not (place / "converting").exists()
     found = exported(outputs / "composite", place, "ctranslate2", converter=nesting)
     assert files_in(fsspec.filesystem("file"), str(place)) == {*found.files, "conversion.json"}
+    assert (place / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
 
 
 def test_object_storage(outputs, programs, memory):

@@ -6,10 +6,13 @@ import shutil
 
 import fsspec
 import pytest
+from transformers import AutoTokenizer
 
+from shardprune import ExportRecipe, export
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.opening import open_model
+from shardprune.report.progress import Reporter
 from tests.support.running import run
 from tests.support.tiny import make_tokens
 
@@ -37,6 +40,44 @@ def test_outputs_have_the_files_of_the_list_and_no_others(copy, tmp_path):
     expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     written = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith("model")}
     assert written == expected | {"chat_template.jinja", "README.md", "result.json", "events.jsonl", "allocation.json"}
+
+
+TEMPLATES = {"default": "{{ messages[0]['content'] }}", "tool_use": "tool: {{ messages[0]['content'] }}"}
+
+
+@pytest.mark.parametrize("storage", ["local", "memory"])
+def test_every_chat_template_goes_where_the_model_goes(copy, tmp_path, storage):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.chat_template = TEMPLATES
+    tokenizer.save_pretrained(copy)
+    inside = copy / "additional_chat_templates"
+    (inside / "notes.txt").write_text("stays where it is")
+    make_tokens(tmp_path / "tokens.npy")
+    place = f"{tmp_path}/made" if storage == "local" else f"memory://templates/{tmp_path.name}"
+    found = run(tmp_path, f"{place}/out", sparsity=0.5, method="magnitude")
+    assert "additional_chat_templates/tool_use.jinja" in found.files
+    export(exporting(model=f"{place}/out", to=f"{place}/small"), Reporter(quiet=True))
+    export(exporting(model=f"{place}/small", to=f"{place}/back", restore=True), Reporter(quiet=True))
+    for name in ("out", "small", "back"):
+        files = fsspec.get_mapper(f"{place}/{name}")
+        assert files["additional_chat_templates/tool_use.jinja"] == (inside / "tool_use.jinja").read_bytes()
+        assert not any(path.endswith((".tmp", "notes.txt")) for path in files)
+    if storage == "local":
+        assert all(
+            AutoTokenizer.from_pretrained(f"{place}/{name}").chat_template == TEMPLATES for name in ("out", "back")
+        )
+
+
+def exporting(**fields):
+    return ExportRecipe.checked(fields)
+
+
+def test_a_template_that_is_a_link_out_of_the_folder_is_refused(copy, tmp_path):
+    (tmp_path / "secret").write_text("{{ secret }}")
+    (copy / "additional_chat_templates").mkdir()
+    (copy / "additional_chat_templates" / "tool_use.jinja").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"^model: .*/tool_use\.jinja is a link that leaves the folder"):
+        Checkpoint(str(copy))
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])

@@ -74,6 +74,9 @@ def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> 
         fields["num_hidden_layers"] = len(layers)
         if types := getattr(config, "layer_types", None):
             fields["layer_types"] = [types[index] for index in layers]
+        first = getattr(config, "max_window_layers", None)  # without a window: for readers that look at no types
+        if first is not None and first <= config.num_hidden_layers:
+            fields["max_window_layers"] = sum(index < first for index in layers)
     before = widths_of(config)
     if widths.neurons != before.neurons:
         fields[structures.neurons] = widths.neurons

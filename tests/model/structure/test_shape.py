@@ -139,6 +139,9 @@ def test_layers_that_stay_keep_their_types(name):
         assert other.num_hidden_layers == len(kept)
         assert other.layer_types == [config.layer_types[layer] for layer in kept]
         assert Skeleton(other, "cpu").layers == len(kept)
+        if name == "qwen2":  # which has two ways to say it
+            assert other.max_window_layers == other.layer_types.count("full_attention")
+            assert other.layer_types == sorted(other.layer_types)
 
 
 def test_layers_without_types_only_become_fewer():
