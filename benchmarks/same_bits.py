@@ -52,6 +52,7 @@ COMMON = {
 }
 WINDOW = {"sliding_window": 8}  # shorter than the sequences
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_NOT_OPTS = {"intermediate_size", "num_key_value_heads", "head_dim"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": COMMON,
     "gemma2": {**COMMON, **WINDOW, "query_pre_attn_scalar": 4},
@@ -61,7 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **{"image_token_index": VOCABULARY - 1, "image_seq_length": 4},
     },
     "mistral": {**COMMON, **WINDOW},
-    "opt": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": {name: value for name, value in COMMON.items() if name not in _NOT_OPTS} | {"ffn_dim": 48},
     "phi3": {name: value for name, value in COMMON.items() if name != "head_dim"},
     "qwen2": {**COMMON, **WINDOW, "use_sliding_window": True, "max_window_layers": 2},
     "qwen3": COMMON,

@@ -12,6 +12,7 @@ from shardprune.cluster.local_backend import LocalBackend
 from shardprune.commands.prepare_recovery import prepare_recovery
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.planning.training import memory, passes
 from shardprune.planning.training.need import training_memory
 from shardprune.planning.training.passes import LiveBytes
 from shardprune.planning.training.plan import plan_training
@@ -136,6 +137,22 @@ def test_experts_take_the_memory_that_is_predicted(wide, experts, kind, tmp_path
     inputs = prepared.inputs
     predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, inputs.rows.longest).device.peak
     assert predicted == pytest.approx(measured(prepared), rel=0.1)
+
+
+def test_few_experts_stand_for_all(tmp_path, monkeypatch):
+    many = make_architecture(tmp_path, "qwen3_moe", {**EXPERTS, "num_experts": 32, "num_hidden_layers": 1})
+    way = {"zero": 2, "offload": False, "recompute": False}
+
+    def peak():
+        memory._counted.clear()
+        (only,) = plan_training(TrainingPlanRecipe.checked({"model": many, "length": 64, "batch": 4, **way})).ways
+        return only.memory.device.peak
+
+    few = peak()
+    monkeypatch.setattr(passes, "FEW", 32)
+    every = peak()
+    assert few != every
+    assert few == pytest.approx(every, rel=0.02)
 
 
 def test_a_token_is_multiplied_with_the_experts_that_it_passes_through(experts):

@@ -23,6 +23,7 @@ from shardprune.recovery.loss import Distillation
 from shardprune.recovery.predictions import PredictionBatch
 
 META = torch.device("meta")
+FEW = 16  # experts of a layer that are run at least, if it has as many
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,13 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _evenly(mixture: nn.Module, forward: Any, hidden: Tensor, experts: Tensor, *weights: Tensor) -> Tensor:
-    """Run a mixture as if its router treated all experts alike: without values it chooses none."""
+    """Run a mixture as if its router sent as many tokens to each of some experts: without values it chooses none.
+
+    All experts together keep as much from the forward for the backward pass, however many there are.
+    """
     count = len([part for part in mixture.children() if isinstance(part, Expert)])
-    even = torch.arange(experts.numel()).remainder(count).reshape(experts.shape)
+    seeing = min(count, max(FEW, 2 * experts.shape[-1]))
+    even = torch.arange(experts.numel()).remainder(seeing).reshape(experts.shape)
     return forward(hidden, even, *weights)
 
 
