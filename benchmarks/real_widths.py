@@ -6,15 +6,23 @@
 Random weights and few tokens: a layer's memory does not depend on how many there are. The checkpoint stores bfloat16,
 the computation is in float32 on the CPU, in one process, so that its peak is the run's. Where the plan needs more than
 `--limit` GiB, nothing runs. `--scale 8` divides the widths, for a trial.
+
+Seconds are the process's CPU time by step, beside a floor: the operations of the step's matrix products, at the rate of
+one large product in the same process.
 """
 
 import argparse
 import json
 import tempfile
+import time
+from collections import defaultdict
 from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from benchmarks.streamed_memory import write_random
@@ -22,9 +30,57 @@ from shardprune import Recipe, prune
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.report.progress import Reporter
+from shardprune.shard import forward_worker
+from shardprune.shard.ledger import Kind, Ledger
 
 VOCABULARY = 1024
 GIB = 2**30
+LARGE = 4096  # rows of the product that gives the rate
+
+
+class Products(TorchDispatchMode):
+    """Counts the operations of matrix products: a multiplication and an addition for each term."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__.removesuffix("_")
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            first, second = (args if name.endswith("mm") and len(args) == 2 else args[1:3])[:2]
+            self.operations += 2 * first.numel() * second.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+class CpuLedger(Ledger):
+    """A worker's ledger that also has the CPU seconds and the operations of its verbs, `spent`."""
+
+    spent: ClassVar[dict[str, list[float]]] = defaultdict(lambda: [0.0, 0.0])
+
+    def begin(self) -> Any:
+        self._products = Products()
+        started = super().begin()
+        self._cpu = time.process_time()
+        self._products.__enter__()
+        return started
+
+    def end(self, verb: str, kind: Kind, layer: int | None, started: Any, received: int) -> None:
+        self._products.__exit__(None, None, None)
+        self.spent[verb][0] += time.process_time() - self._cpu
+        self.spent[verb][1] += self._products.operations
+        super().end(verb, kind, layer, started, received)
+
+
+def rate_of_products() -> float:
+    """Return the operations of a large float32 product in a CPU second, the most of three."""
+    matrix = torch.randn(LARGE, LARGE)
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        matrix @ matrix
+        taken.append(time.process_time() - started)
+    return 2 * LARGE**3 / min(taken)
 
 
 def config_of(model: str, scale: int, experts: int) -> PretrainedConfig:
@@ -82,10 +138,17 @@ def main() -> None:
         np.save(folder / "tokens.npy", tokens)
         places = {name: str(folder / name) for name in ("model", "out")}
         placed = {"calibration": str(folder / "tokens.npy"), "backend": "local", "threads": args.threads}
-        result = prune(Recipe.checked({**shared, **places, **placed, "report": False}), Reporter(quiet=True))
+        with patch.object(forward_worker, "Ledger", CpuLedger):
+            result = prune(Recipe.checked({**shared, **places, **placed, "report": False}), Reporter(quiet=True))
         (worker,) = result.workers
         print(f"weights {total / GIB:.2f} GiB in bfloat16; zeros {result.sparsity.achieved:.4f}")
-        print(f"measured peak {worker.peak_bytes / GIB:.2f} GiB; busy seconds {worker.busy_seconds:.1f}")
+        print(f"measured peak {worker.peak_bytes / GIB:.2f} GiB")
+    rate = rate_of_products()
+    print(f"a large product: {rate / 1e9:.0f} GFLOP in a CPU second")
+    print("| step | CPU s | GFLOP of products | floor s |\n|---|---|---|---|")
+    for verb, (seconds, operations) in sorted(CpuLedger.spent.items(), key=lambda item: -item[1][0]):
+        if seconds >= 0.05:
+            print(f"| {verb} | {seconds:.1f} | {operations / 1e9:,.0f} | {operations / rate:.1f} |")
 
 
 if __name__ == "__main__":

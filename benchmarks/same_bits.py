@@ -3,11 +3,13 @@
     git worktree add ../before HEAD~1
     python -m benchmarks.same_bits ../before .
     python -m benchmarks.same_bits ../before . --backend local --only sparsegpt mop
+    python -m benchmarks.same_bits ../before . --backend local --families gemma2 opt --only sparsegpt 2:4
 
-Each scenario is one command on a tiny Llama, run by each checkout in a process of its own. Compared are the SHA-256 of
-every tensor and config.json of every checkpoint that it made, and result.json, without what differs between two runs
-of the same code: seconds, hosts, peak memory, and the fingerprint, which a new version may define anew. Prints a table,
-one row a scenario and backend, and the names of what differs; the exit code is 1 where anything does.
+Each scenario is one command on a tiny Llama, or on those of `--families`, run by each checkout in a process of its own.
+Compared are the SHA-256 of every tensor and config.json of every checkpoint that it made, and result.json, without what
+differs between two runs of the same code: seconds, hosts, peak memory, and the fingerprint, which a new version may
+define anew. Prints a table, one row a scenario and backend, and the names of what differs; the exit code is 1 where
+anything does.
 
 Outputs stay below WORK in a folder that is named by the hash of a checkout's source: code that has not changed since is
 not run again.
@@ -29,11 +31,42 @@ import torch
 import yaml
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 BACKENDS = ("local", "ray")
 WORDS = ["<unk>", "<s>", "</s>", "one", "two", "three", "four", "five", "six", "seven"]
 VOCABULARY = 64
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+WINDOW = {"sliding_window": 8}  # shorter than the sequences
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_NOT_OPTS = {"intermediate_size", "num_key_value_heads", "head_dim"}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": COMMON,
+    "gemma2": {**COMMON, **WINDOW, "query_pre_attn_scalar": 4},
+    "llava": {
+        "vision_config": {**VISION, "model_type": "clip_vision_model", "image_size": 8, "patch_size": 4},
+        "text_config": {**COMMON, "model_type": "llama"},
+        **{"image_token_index": VOCABULARY - 1, "image_seq_length": 4},
+    },
+    "mistral": {**COMMON, **WINDOW},
+    "opt": {name: value for name, value in COMMON.items() if name not in _NOT_OPTS} | {"ffn_dim": 48},
+    "phi3": {name: value for name, value in COMMON.items() if name != "head_dim"},
+    "qwen2": {**COMMON, **WINDOW, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": COMMON,
+}
 # What two runs of the same code differ in, at any depth of result.json.
 VARYING = {"seconds", "fingerprint", "node", "peak_bytes", "busy_seconds"}
 CALIBRATED = ("--calibration", "{inputs}/tokens.npy", "--samples", "12", "--seqlen", "24", "--wave", "4")
@@ -100,26 +133,15 @@ BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 # -- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def make_inputs(folder: Path) -> None:
-    """Make the model, tokens, documents and a task, the same ones every time."""
+def make_inputs(folder: Path, family: str = "llama") -> None:
+    """Make a model of a family, tokens, documents and a task, the same ones every time."""
     if (folder / "made").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=4,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
+    config = AutoConfig.for_model(family, **FAMILIES[family])
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    auto = AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
+    model = auto.from_config(config)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)  # large enough for every layer to matter
     model.save_pretrained(folder / "model")
@@ -176,15 +198,15 @@ class Failed(Exception):
 class Checkout:
     """A checkout of shardprune, and the outputs of its code."""
 
-    def __init__(self, root: Path, work: Path) -> None:
+    def __init__(self, root: Path, work: Path, family: str) -> None:
         if not (root / "shardprune" / "__main__.py").exists():
             raise SystemExit(f"{root} is no checkout of shardprune")
         self.root = root.resolve()
-        self.inputs = work / "inputs"
+        self.inputs = work / "inputs" / family
         source = hashlib.sha256()
         for file in sorted((self.root / "shardprune").rglob("*.py")):
             source.update(str(file.relative_to(self.root)).encode() + file.read_bytes())
-        self.folder = work / source.hexdigest()[:12]
+        self.folder = work / source.hexdigest()[:12] / family
 
     def make(self, scenario: Scenario, backend: str) -> Made:
         """Carry out a scenario, unless this code has already done so.
@@ -257,19 +279,19 @@ def differing(before: Any, after: Any, name: str = "") -> list[str]:
     return [difference for pair in pairs for difference in differing(*pair)]
 
 
-def compare(scenario: Scenario, backend: str, checkouts: list[Checkout]) -> bool:
+def compare(family: str, scenario: Scenario, backend: str, checkouts: list[Checkout]) -> bool:
     """Carry out a scenario with both checkouts and print its row; return whether all is equal."""
     try:
         before, after = (checkout.make(scenario, backend) for checkout in checkouts)
     except Failed as error:
-        print(f"| {scenario.name} | {backend} | | failed | failed |\n{error}", flush=True)
+        print(f"| {family} | {scenario.name} | {backend} | | failed | failed |\n{error}", flush=True)
         return False
     names = before.digests.keys() | after.digests.keys()
     changed = sorted(name for name in names if before.digests.get(name) != after.digests.get(name))
     fields = differing(before.result, after.result)
     equal = ["no" if differs else "yes" for differs in (changed, fields)]
     tensors = sum(not name.endswith("config.json") for name in names)
-    print(f"| {scenario.name} | {backend} | {tensors} | {equal[0]} | {equal[1]} |", flush=True)
+    print(f"| {family} | {scenario.name} | {backend} | {tensors} | {equal[0]} | {equal[1]} |", flush=True)
     for difference in (*changed, *fields):
         print(f"    {difference}", flush=True)
     return not changed and not fields
@@ -282,15 +304,18 @@ def main() -> int:
     parser.add_argument("before", type=Path, help="checkout")
     parser.add_argument("after", type=Path, help="checkout")
     parser.add_argument("--only", nargs="+", choices=BY_NAME, default=list(BY_NAME), metavar="NAME", help="scenarios")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["llama"], metavar="FAMILY", help="models")
     parser.add_argument("--backend", choices=(*BACKENDS, "both"), default="both")
     parser.add_argument("--work", type=Path, default=Path("runs/same_bits"), help="directory of inputs and outputs")
     options = parser.parse_args()
     work = options.work.resolve()
-    checkouts = [Checkout(root, work) for root in (options.before, options.after)]
-    make_inputs(work / "inputs")
-    print("| scenario | backend | tensors | equal | result.json equal |\n|---|---|---|---|---|")
+    print("| family | scenario | backend | tensors | equal | result.json equal |\n|---|---|---|---|---|---|")
     backends = BACKENDS if options.backend == "both" else (options.backend,)
-    rows = [compare(BY_NAME[name], backend, checkouts) for backend in backends for name in options.only]
+    rows = []
+    for family in options.families:
+        make_inputs(work / "inputs" / family, family)
+        checkouts = [Checkout(root, work, family) for root in (options.before, options.after)]
+        rows += [compare(family, BY_NAME[name], backend, checkouts) for backend in backends for name in options.only]
     return 0 if all(rows) else 1
 
 

@@ -37,10 +37,9 @@ its own. What is no weight of an `nn.Linear` (convolutions, decays), what no lay
 matrices that choose or weigh (routers, gates, indexers, decays) stay dense; the run and the plan say which, in one
 line. Where most of a layer is no `nn.Linear`, the command ends with a line that says so.
 
-- **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing`, which does not train mixtures of
-  experts yet. `yes`: the logits are equal to the bit; in the tests, each runs through `prune`, its perplexity before
-  and after is that of transformers on the same windows, and what is written loads without a missing or unexpected
-  tensor.
+- **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing` (mixtures of experts with `--zero` 0 to
+  2). `yes`: the logits are equal to the bit; in the tests, each runs through `prune`, its perplexity before and after
+  is that of transformers on the same windows, and what is written loads without a missing or unexpected tensor.
 - **structures**: `--structured`, `mop` and `--targets stream`; `neurons` where no attention head can go. They need to
   know which heads and neurons the rows and columns of the weights are, which no class says: see
   [extending.md](extending.md).

@@ -24,13 +24,13 @@ def test_a_changed_solver_is_seen(tmp_path, monkeypatch, capsys):
     solver.write_text(solver.read_text().replace("DAMPING = 0.01 ", "DAMPING = 0.0100001 "))
     code, table = compare(ROOT, changed)
     assert code == 1
-    assert "| sparsegpt | local | 39 | no | no |" in table
+    assert "| llama | sparsegpt | local | 39 | no | no |" in table
     assert "    model.layers.3.mlp.down_proj.weight\n" in table
     assert "    sparsity.projections[0].damping: 0.01 -> 0.0100001\n" in table
     assert "embed_tokens" not in table
     code, table = compare(ROOT, ROOT)
     assert code == 0
-    assert "| sparsegpt | local | 39 | yes | yes |" in table
+    assert "| llama | sparsegpt | local | 39 | yes | yes |" in table
 
 
 @pytest.mark.parametrize(

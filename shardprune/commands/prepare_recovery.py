@@ -18,7 +18,7 @@ from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.opening import open_model, open_texts
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.training.memory import Uncounted
-from shardprune.planning.training.need import paths_of_projections, training_need
+from shardprune.planning.training.need import paths_of_projections, stages_of, training_need
 from shardprune.recipes.recover import RecoverRecipe, check_stage
 from shardprune.recovery.batches import Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
@@ -150,8 +150,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     check_output(recipe.out, recipe.resume)  # before models and texts are read, which may be downloads
     opened = open_model(recipe.model)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
-    if any(kind.mixtures for kind in skeleton.family.kinds):
-        raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
+    stages_of(recipe.zero, skeleton)
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
@@ -271,6 +270,7 @@ def _open_teacher(recipe: DecidedRecipe, name: str, student: Checkpoint) -> Chec
     """
     opened = open_model(name, "teacher")
     teacher = opened.checkpoint
+    stages_of(recipe.zero, opened.skeleton)
     check_seqlen(recipe.length, opened.skeleton, "teacher")
     if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
         raise InputError("teacher", f"{name} tells packed examples apart in another way than the model")

@@ -50,12 +50,14 @@ class Stack:
     """A parameter [experts, ...] of which each expert's matrix is made of the weights of its parts.
 
     Where the weights are views of `values`, a matrix is, too; where others stand in for them, it is put together, so
-    that gradients reach them.
+    that gradients reach them. Where the parts are `apart`, it is never put together, but each is multiplied by itself.
 
     Args:
         values: the parameter, on the meta device.
         layout: of the parts in a matrix.
     """
+
+    apart = False
 
     def __init__(self, values: Tensor, names: tuple[str, ...], layout: Layout) -> None:
         self.values = values.detach()
@@ -70,18 +72,24 @@ class Stack:
             for part, weight in zip(parts, self._views(matrix), strict=True):
                 part.weight = nn.Parameter(weight, requires_grad=False)
 
+    def separate(self) -> None:
+        """Give each part a weight with memory of its own; the parameter is no more."""
+        for part in (part for parts in self.parts for part in parts):
+            part.weight = nn.Parameter(part.weight.detach().clone(memory_format=torch.contiguous_format))
+        self.values, self.apart = self.values.to("meta"), True
+
     def _views(self, matrix: Tensor) -> list[Tensor]:
         return self._layout.parts(matrix, len(self.names))
 
     def __getitem__(self, expert: Tensor | int) -> Tensor:
         """Return the matrix of one expert, which tells the expert's parts when it is multiplied with tokens."""
         parts, matrix = self.parts[int(expert)], self.values[int(expert)]
+        if self.apart:
+            return _marked(parts[0].weight.detach(), self, parts)
         weights = [part.weight for part in parts]
         if not all(map(_is_view, weights, self._views(matrix))):
             matrix = self._layout.joined(weights)
-        seen = matrix.as_subclass(_Matrix)
-        seen.stack, seen.parts = self, parts
-        return seen
+        return _marked(matrix, self, parts)
 
     def tell(self, parts: list[Part], tokens: Tensor, outputs: Tensor) -> Tensor:
         """Call the parts of an expert with the tokens [count, cols] that it got, and with their outputs; return the
@@ -93,9 +101,17 @@ class Stack:
         else:
             own = list(outputs.chunk(count, dim=-1))
         told = [part(tokens, output) for part, output in zip(parts, own, strict=True)]
-        if not outputs.requires_grad:
+        if not any(output.requires_grad for output in told):
             return outputs
-        return torch.stack(told, dim=-1).flatten(-2) if self._layout.interleaved else torch.cat(told, dim=-1)
+        return self._joined(told)
+
+    def products(self, parts: list[Part], tokens: Tensor) -> Tensor:
+        """Return the outputs of all parts of an expert that got some tokens [count, cols], each by its own weight."""
+        return self._joined([part(tokens, nn.functional.linear(tokens, part.weight)) for part in parts])
+
+    def _joined(self, outputs: list[Tensor]) -> Tensor:
+        """Return the outputs [count, rows] of the matrix that has these parts."""
+        return torch.stack(outputs, dim=-1).flatten(-2) if self._layout.interleaved else torch.cat(outputs, dim=-1)
 
 
 class _Matrix(Tensor):
@@ -106,13 +122,22 @@ class _Matrix(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        matrix = args[1] if function in PRODUCTS and len(args) == 2 and not kwargs else None
+        if isinstance(matrix, cls) and matrix.stack.apart:
+            return matrix.stack.products(matrix.parts, args[0])
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        if function in PRODUCTS and len(args) == 2 and isinstance(matrix := args[1], cls) and not kwargs:
+        if isinstance(matrix, cls):
             return matrix.stack.tell(matrix.parts, args[0], result)
         if isinstance(result, Tensor):
             raise NotImplementedError(f"an expert's matrix is used in {getattr(function, '__name__', function)}")
         return result
+
+
+def _marked(matrix: Tensor, stack: Stack, parts: list[Part]) -> _Matrix:
+    seen = matrix.as_subclass(_Matrix)
+    seen.stack, seen.parts = stack, parts
+    return seen
 
 
 def _is_view(weight: Tensor, view: Tensor) -> bool:

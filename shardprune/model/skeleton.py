@@ -82,6 +82,11 @@ class Skeleton:
         return len(self._blanks)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether any layer is a mixture of experts."""
+        return any(kind.mixtures for kind in self.family.kinds)
+
+    @property
     def adds_outputs(self) -> bool:
         """Whether what output projections give is added to the residual stream as it is."""
         adds = self.family.structures.adds_outputs

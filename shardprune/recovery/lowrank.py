@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
+from shardprune.model.experts import Part
 from shardprune.recovery.masked_update import MaskedUpdate, Way, way_of
 
 UPDATES = ("lora_A", "lora_B")
@@ -52,10 +53,13 @@ class LowRankLinear(nn.Module):
             output = MaskedUpdate.apply(inputs, self.weight, *factors, True)
             return output if self.bias is None else output + self.bias
         output = nn.functional.linear(inputs, self.weight, self.bias)
-        dropped = self.dropout(inputs)
+        return output + self.update_of(self.dropout(inputs))
+
+    def update_of(self, inputs: Tensor) -> Tensor:
+        """Return the product of inputs [..., cols] with the update alone."""
         if self.masked:
-            return output + MaskedUpdate.apply(dropped, self.weight, *factors, False)
-        return output + nn.functional.linear(nn.functional.linear(dropped, self.lora_A), self.lora_B) * self.scale
+            return MaskedUpdate.apply(inputs, self.weight, self.lora_A, self.lora_B, self.scale, False)
+        return nn.functional.linear(nn.functional.linear(inputs, self.lora_A), self.lora_B) * self.scale
 
     def merged(self, weight: Tensor) -> Tensor:
         """Return the equivalent weight [rows, cols] in float32; A and B must be whole.
@@ -68,6 +72,14 @@ class LowRankLinear(nn.Module):
         return weight + (update * (weight != 0) if self.masked else update)
 
 
+class LowRankPart(LowRankLinear):
+    """A frozen part of an expert with an update, as a replacement for a `Part`."""
+
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the outputs [count, rows] with the update, of those that the expert's code has computed."""
+        return output + self.update_of(self.dropout(inputs))
+
+
 def add_updates(
     model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float, masked: bool, seed: int
 ) -> Iterator[LowRankLinear]:
@@ -77,7 +89,8 @@ def add_updates(
         parent, _, name = path.rpartition(".")
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        module = LowRankLinear(linear, rank, alpha, dropout, masked)
+        kind = LowRankPart if isinstance(linear, Part) else LowRankLinear
+        module = kind(linear, rank, alpha, dropout, masked)
         module.reset(generator)
         setattr(model.get_submodule(parent), name, module)
         yield module

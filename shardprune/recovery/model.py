@@ -11,18 +11,22 @@ from transformers import PreTrainedModel
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import empty_model, persistent_buffers
+from shardprune.model.experts import Part, allocate, take_apart
 from shardprune.recovery.partitioning import Partitioning
 
 
 def load_model(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, partitioning: Partitioning | None
 ) -> PreTrainedModel:
-    """Load a causal language model with the checkpoint's weights; no parameter requires gradients.
+    """Load a causal language model with the checkpoint's weights, its experts taken apart; no parameter requires
+    gradients.
 
     Args:
         partitioning: if ZeRO-3 partitions the parameters; each process reads its own part of them.
     """
     model = empty_model(checkpoint.config, dtype, device)
+    take_apart(model)
+    allocate(model, device, dtype)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # of each parameter: tied ones have several
     for module in model.modules():
@@ -30,6 +34,9 @@ def load_model(
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, name))
     for key, targets in places.items():
+        if isinstance(part := targets[0][0], Part):
+            part.weight.copy_(checkpoint.read(names[key]))
+            continue
         if partitioning is None:
             tensor = checkpoint.read(names[key]).to(device, dtype)
             parameter = nn.Parameter(tensor, requires_grad=False)

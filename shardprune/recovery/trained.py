@@ -6,6 +6,7 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from shardprune.recovery.experts import own_weights, train_together
 from shardprune.recovery.lowrank import LowRankLinear, add_updates
 from shardprune.recovery.masks import freeze_zeros
 
@@ -38,12 +39,14 @@ def choose_trained(model: PreTrainedModel, recipe: Learning, targets: Sequence[s
         targets: paths of the linear maps that are updated, or whose zeros are kept.
     """
     if recipe.full:
+        own_weights(model)
         model.requires_grad_(True)
         for path in targets if recipe.keep_sparsity else ():
             freeze_zeros(model.get_parameter(f"{path}.weight"))
     else:
         options = recipe.lora_rank, recipe.lora_alpha, recipe.dropout, recipe.keep_sparsity, recipe.seed
         yield from add_updates(model, targets, *options)
+    train_together(model)
     if recipe.recompute:
         # Under ZeRO-3 the recomputed forward may see weights gathered that were partitioned in the first one; only
         # reentrant checkpointing tolerates that. It needs an input that requires gradients.

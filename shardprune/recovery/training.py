@@ -19,6 +19,7 @@ from shardprune.model.checkpoint import reopened
 from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.best import Best
 from shardprune.recovery.checkpoints import Checkpoints
+from shardprune.recovery.experts import keep_from_deepspeed
 from shardprune.recovery.loss import Distillation
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.model import load_model
@@ -65,6 +66,7 @@ class Training:
         for module in choose_trained(self.model, recipe, spec.targets):
             if partitioning is not None:
                 partitioning.partition(module)
+        keep_from_deepspeed(self.model)
         self.teacher = self._load_teacher(recipe.teacher, dtype, partitioning) if recipe.teacher else None
         self.engine = self._start_engine()
 

@@ -18,6 +18,7 @@ from shardprune.model.empty_model import persistent_buffers
 from shardprune.model.families import Family
 from shardprune.model.saving import overflow, write_tensors_of_layer
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
+from shardprune.recovery.experts import kept_weights
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
 from shardprune.recovery.masked_update import Way
 from shardprune.storage.journal import Journal
@@ -86,7 +87,8 @@ def _write_layer(layer: nn.Module, index: int, family: Family, checkpoint: Check
         return _report(index, projection, before, before if after is None else after, way)
 
     record = LayerRecord(index, tuple(report(projection) for projection in family.kinds[index].projections))
-    shapes = {name: checkpoint.entries[prefix + name].shape for name in (*parameters, *persistent_buffers(layer))}
+    names = (*parameters, *kept_weights(layer), *persistent_buffers(layer))
+    shapes = {name: checkpoint.entries[prefix + name].shape for name in names}
     write_tensors_of_layer(journal, checkpoint, family, index, shapes, trained, record)
 
 

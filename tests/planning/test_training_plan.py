@@ -6,11 +6,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.commands.prepare_recovery import prepare_recovery
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.planning.training import memory, passes
 from shardprune.planning.training.need import training_memory
 from shardprune.planning.training.passes import LiveBytes
 from shardprune.planning.training.plan import plan_training
@@ -97,6 +99,69 @@ def test_tensors_take_the_memory_that_is_predicted(wide, kind, micro, tmp_path):
     inputs = prepared.inputs
     predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, inputs.rows.longest).device.peak
     assert predicted == pytest.approx(measured(prepared), rel=0.1)
+
+
+EXPERTS = {
+    **MIXTURES["qwen3_moe"],
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8},
+}
+OF_EXPERTS = {
+    "full, zeros kept": {"full": True, "zero": 2, "keep_sparsity": True},
+    "low-rank": {"zero": 1, "lora_rank": 8},
+    "low-rank, zeros kept, teacher": {"zero": 2, "lora_rank": 8, "keep_sparsity": True, "teacher": "{}"},
+}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A mixture of two layers with eight experts, half of whose weights are zero."""
+    folder = tmp_path_factory.mktemp("experts")
+    make_architecture(folder, "qwen3_moe", EXPERTS)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".layers." in name and "_proj" in name:
+            tensor[tensor.abs() < tensor.abs().median()] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "kind", ["full, zeros kept", *(pytest.param(kind, marks=pytest.mark.long) for kind in [*OF_EXPERTS][1:])]
+)
+def test_experts_take_the_memory_that_is_predicted(wide, experts, kind, tmp_path):
+    options = {name: experts if value == "{}" else value for name, value in OF_EXPERTS[kind].items()}
+    data, shape = str(wide / "rows.npy"), {"length": 32, "batch": 4, "micro_batch": 2, "steps": 2}
+    fields = {"model": experts, "data": data, "checkpoint_every": 9, **shape, **options}
+    prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields), LocalBackend())
+    inputs = prepared.inputs
+    predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, inputs.rows.longest).device.peak
+    assert predicted == pytest.approx(measured(prepared), rel=0.1)
+
+
+def test_few_experts_stand_for_all(tmp_path, monkeypatch):
+    many = make_architecture(tmp_path, "qwen3_moe", {**EXPERTS, "num_experts": 32, "num_hidden_layers": 1})
+    way = {"zero": 2, "offload": False, "recompute": False}
+
+    def peak():
+        memory._counted.clear()
+        (only,) = plan_training(TrainingPlanRecipe.checked({"model": many, "length": 64, "batch": 4, **way})).ways
+        return only.memory.device.peak
+
+    few = peak()
+    monkeypatch.setattr(passes, "FEW", 32)
+    every = peak()
+    assert few != every
+    assert few == pytest.approx(every, rel=0.02)
+
+
+def test_a_token_is_multiplied_with_the_experts_that_it_passes_through(experts):
+    plan = plan_training(TrainingPlanRecipe.checked({"model": experts, "length": 32, "batch": 4, "full": True}))
+    of_experts = 2 * 8 * 3 * 256 * 128  # layers, experts, parts
+    passed = plan.parameters - VOCABULARY * 256 - of_experts * 3 // 4  # two of eight see a token
+    attention = 2 * 32 * 256
+    assert {way.stage.zero for way in plan.ways} == {1, 2}
+    assert plan.ways[0].work.operations == 4 * 32 * 3 * 2 * (passed + attention)
 
 
 LLAMA_70B = {
@@ -188,8 +253,9 @@ def test_bad_input_is_refused(config, fields, reason, tmp_path, monkeypatch):
 
 def test_what_is_not_trained_is_not_planned(config, tmp_path):
     experts = make_architecture(tmp_path / "experts", "qwen3_moe", MIXTURES["qwen3_moe"])
-    with pytest.raises(InputError, match="^model: .* is a mixture of experts, which is not trained yet"):
-        plan_training(TrainingPlanRecipe.checked({"model": experts, "length": 8}))
+    for fields in ({"model": experts}, {"model": make_sparse(tmp_path / "dense"), "teacher": experts}):
+        with pytest.raises(InputError, match="^zero: 3 does not partition the experts of a mixture; use 0, 1 or 2$"):
+            plan_training(TrainingPlanRecipe.checked({**fields, "length": 8, "zero": 3}))
     with pytest.raises(InputError, match="^length: 4096 "):
         plan_training(TrainingPlanRecipe.checked({"model": config, "length": 4096}))
 

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from shardprune.errors import InputError, first_line
 from shardprune.model.empty_model import empty_model
+from shardprune.model.experts import take_apart
 from shardprune.planning.training.passes import META, Passes, count_forward, count_passes, meta_batch
 from shardprune.recovery.loss import Distillation
 from shardprune.recovery.student import Student, Teacher
@@ -152,6 +153,7 @@ def _count(
     length: int,
 ) -> Sizes:
     model = empty_model(config, dtype, META).requires_grad_(False)
+    take_apart(model)
     model.config.use_cache = False
     for _ in choose_trained(model, recipe, targets):
         pass
@@ -161,6 +163,7 @@ def _count(
     distillation, taught, teaching, logits = None, 0, 0, 0
     if teacher is not None:
         other = empty_model(teacher, dtype, META).requires_grad_(False)
+        take_apart(other)
         other.config.use_cache = False
         taught = sum(parameter.numel() for parameter in other.parameters())
         given = torch.empty(rows * (length - 1), teacher.vocab_size, dtype=dtype, device=META)

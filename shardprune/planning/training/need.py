@@ -2,6 +2,7 @@
 
 import torch
 
+from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.training.memory import Memory, Stage, memory_of_training, sizes_of
@@ -17,6 +18,19 @@ def paths_of_projections(skeleton: Skeleton) -> tuple[str, ...]:
     family = skeleton.family
     layers = range(skeleton.layers)
     return tuple(f"{family.layers}.{index}.{name}" for index in layers for name in family.kinds[index].projections)
+
+
+def stages_of(zero: int | None, *skeletons: Skeleton) -> tuple[int, ...]:
+    """Return the stages of ZeRO that train such models, student and teacher: the one that is asked for, or all.
+
+    Raises:
+        InputError: the one that is asked for would partition the weights of experts, which are there whole while their
+            mixture runs.
+    """
+    whole = any(skeleton.has_experts for skeleton in skeletons)
+    if zero == 3 and whole:
+        raise InputError("zero", "3 does not partition the experts of a mixture; use 0, 1 or 2")
+    return (0, 1, 2) + (() if whole else (3,)) if zero is None else (zero,)
 
 
 def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int) -> Memory:

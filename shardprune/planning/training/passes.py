@@ -6,21 +6,24 @@ layers. On the meta device operations make tensors without memory, which live as
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 from transformers import masking_utils
 
+from shardprune.model.experts import Expert, mixtures
 from shardprune.recovery.loss import Distillation
 from shardprune.recovery.predictions import PredictionBatch
 
 META = torch.device("meta")
+FEW = 16  # experts of a layer that are run at least, if it has as many
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,13 @@ class Moment:
 
     activations: int
     gradients: int
+
+
+def _on_one_device(arguments: Any) -> Any:
+    """Return an operation's arguments, indices of tokens without values where the tokens have none."""
+    if len({leaf.device for leaf in tree_iter(arguments) if isinstance(leaf, Tensor)}) < 2:
+        return arguments
+    return tree_map_only(Tensor, lambda tensor: tensor.to(META), arguments)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,8 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():  # an expert's matrix looks at products of the model's code alone
+            result = func(*_on_one_device(args), **_on_one_device(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -111,17 +122,32 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
+def _evenly(mixture: nn.Module, forward: Any, hidden: Tensor, experts: Tensor, *weights: Tensor) -> Tensor:
+    """Run a mixture as if its router sent as many tokens to each of some experts: without values it chooses none.
+
+    All experts together keep as much from the forward for the backward pass, however many there are.
+    """
+    count = len([part for part in mixture.children() if isinstance(part, Expert)])
+    seeing = min(count, max(FEW, 2 * experts.shape[-1]))
+    even = torch.arange(experts.numel()).remainder(seeing).reshape(experts.shape)
+    return forward(hidden, even, *weights)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
     return _FusedAttention.apply(query, key, value)
 
 
 @contextmanager
-def _as_on_a_device() -> Iterator[None]:
+def _as_on_a_device(model: nn.Module) -> Iterator[None]:
     """Let transformers' code run on meta tensors as on those of a device, whose values it may look at."""
     with (
+        ExitStack() as routed,
         patch.object(nn.functional, "scaled_dot_product_attention", _attention),
         patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None),
     ):
+        for mixture in mixtures(model).values():
+            even = partial(_evenly, mixture, mixture.forward)
+            routed.enter_context(patch.dict(mixture.__dict__, {"forward": even}))
         yield
 
 
@@ -139,7 +165,7 @@ def count_passes(student: nn.Module, batch: PredictionBatch, distillation: Disti
         if parameter.requires_grad
     ]
     student.train()
-    with _as_on_a_device(), live:
+    with _as_on_a_device(student), live:
         loss = student(batch, distillation)
         kept = live.bytes
         loss.backward()
@@ -153,7 +179,7 @@ def count_forward(model: nn.Module, batch: PredictionBatch) -> int:
     live = LiveBytes()
     live.exclude(iter([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.places, batch.targets]))
     model.eval()
-    with torch.no_grad(), _as_on_a_device(), live:
+    with torch.no_grad(), _as_on_a_device(model), live:
         result = model(batch)
     del result
     return max(live.highest.values())

@@ -1,6 +1,6 @@
 """The plan of a fine-tuning: memory, traffic and seconds of every way to share it out, and which of them fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.hardware import SPARE_HOST, Hardware
 from shardprune.planning.training.memory import Memory, Sizes, Stage, Uncounted, memory_of_training, sizes_of
-from shardprune.planning.training.need import paths_of_projections
+from shardprune.planning.training.need import paths_of_projections, stages_of
 from shardprune.planning.training.recipe import TrainingPlanRecipe
 from shardprune.planning.training.seconds import Work, work_of
 from shardprune.planning.workload import read_config
@@ -125,15 +125,14 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
             "teacher", f"{recipe.teacher} predicts {teacher.vocab_size} tokens, the model {config.vocab_size}"
         )
     skeleton = Skeleton(config, "cpu")
-    if any(kind.mixtures for kind in skeleton.family.kinds):
-        raise InputError("model", f"{recipe.model} is a mixture of experts, which is not trained yet")
     check_seqlen(recipe.length, skeleton, "length")
     if not recipe.full:
         check_rank(recipe.lora_rank, skeleton)
     teaching = _skeleton_of_teacher(teacher, recipe.length) if teacher else None
+    stages = stages_of(recipe.zero, *(one for one in (skeleton, teaching) if one))
     micro = recipe.micro_batch or micro_batch_of(recipe.batch, recipe.processes, recipe.length)
     ways, trained = [], 0
-    for stage, recompute in _ways(recipe, micro):
+    for stage, recompute in _ways(recipe, micro, stages):
         sizes = _sizes(recipe, skeleton, teacher, micro, recompute, stage.zero)
         trained = sizes.trained
         ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
@@ -154,10 +153,10 @@ def _skeleton_of_teacher(config: PretrainedConfig, length: int) -> Skeleton:
     return skeleton
 
 
-def _ways(recipe: TrainingPlanRecipe, micro: int) -> Iterator[tuple[Stage, bool]]:
+def _ways(recipe: TrainingPlanRecipe, micro: int, stages: Sequence[int]) -> Iterator[tuple[Stage, bool]]:
     """Yield the ways that a recipe leaves open, by stage."""
     gpu, count = recipe.row.gpu, recipe.processes
-    for zero in (0, 1, 2, 3) if recipe.zero is None else (recipe.zero,):
+    for zero in stages:
         if zero == 0 and recipe.bf16:  # which `recover` does not do
             continue
         for offload in (False, True) if recipe.offload is None else (recipe.offload,):

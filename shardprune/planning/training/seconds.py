@@ -1,5 +1,6 @@
 """Operations, traffic and seconds of a training's step."""
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,7 +88,16 @@ def forward_operations(skeleton: Skeleton, length: int) -> int:
     """Return the operations for a token of a forward pass: two for each weight that it is multiplied with."""
     embedding = skeleton.model.get_input_embeddings().weight
     looked_up = 0 if embedding is skeleton.model.get_output_embeddings().weight else embedding.numel()
-    return 2 * (skeleton.parameters() - looked_up) + 2 * _attention(skeleton, length)
+    return 2 * (skeleton.parameters() - looked_up - _passed_by(skeleton)) + 2 * _attention(skeleton, length)
+
+
+def _passed_by(skeleton: Skeleton) -> int:
+    """Return the number of weights of experts that a token does not pass through."""
+    passed = 0.0
+    for index, kind in enumerate(skeleton.family.kinds):
+        for name in (name for names in kind.maps for name in names if kind.mixture_of(name)):
+            passed += math.prod(skeleton.map_shape(index, name)) * (1 - kind.share_of_tokens(name))
+    return round(passed)
 
 
 def _attention(skeleton: Skeleton, length: int) -> int:
