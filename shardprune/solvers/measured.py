@@ -7,7 +7,8 @@ Damping is what a solver believes of its Gram matrix: too little fits the calibr
 magnitude. How much is best depends on the sparsity, the method and the number of tokens. Near the best, errors are flat
 over a decade of damping, and a few windows cannot say where in it the least is. A method that chooses zeros greedily
 takes the largest value there, which depends least on the calibration text (as the most regularised model within an
-error of the best, Breiman et al. 1984); weights that are fitted lose by that, and take the best.
+error of the best, Breiman et al. 1984); weights that are fitted lose by that, and take the best. In the groups of N:M
+less is near: damping gains little there, and losses add up over layers (docs/pruning.md#damping).
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.solvers.least_squares import refit
 from shardprune.solvers.methods import Method, Target
+from shardprune.solvers.pattern import NM
 from shardprune.solvers.statistics import InputStatistics, gram_norm
 
 
@@ -26,8 +28,8 @@ def choose(
     method: Method, targets: Sequence[Target], statistics: InputStatistics, dampings: Sequence[float]
 ) -> list[Target]:
     """Return the projections that read one input, each with the largest of `dampings` whose solution loses on the
-    held-out windows at most a fraction `method.slack` more than the best. Those that are to be refitted are, with the
-    damping that is best then, where that loses less.
+    held-out windows at most by `method.slack` more than the best. Those that are to be refitted are, with the damping
+    that is best then, where that loses less.
 
     Args:
         method: by which they are solved, once for each value.
@@ -52,7 +54,8 @@ def choose(
         plain.append(torch.stack([lost[0] for lost in losses]))
         fitted.append(torch.stack([lost[-1] for lost in losses]))
         statistics.forget_factors()  # as large as the sums
-    solved, refitted = _best(plain, method.slack), _best(fitted, 0.0)
+    slack = [method.slack.in_groups if isinstance(target.pattern, NM) else method.slack.anywhere for target in targets]
+    solved, refitted = _best(plain, slack), _best(fitted, [0.0] * len(targets))
     chosen = []
     for target, (error, place), (fit_error, fit_place) in zip(targets, solved.tolist(), refitted.tolist(), strict=True):
         if min(error, fit_error) == float("inf"):
@@ -64,14 +67,16 @@ def choose(
     return chosen
 
 
-def _best(lost: list[Tensor], slack: float) -> Tensor:
+def _best(lost: list[Tensor], slack: list[float]) -> Tensor:
     """Return float64 [projections, 2]: what each loses with the damping that it gets, and the place of that.
 
     Args:
         lost: by each damping, float64 [projections].
+        slack: of each projection, the fraction by which it may lose more than the least.
     """
     errors = torch.stack(lost).nan_to_num_(nan=float("inf"))
     best, _ = errors.min(dim=0)
+    allowed = best * (1 + torch.tensor(slack, dtype=torch.float64)).to(best.device)
     # Dampings ascend: the last place is that of the largest.
-    places = len(errors) - 1 - (errors <= (1 + slack) * best).flip(0).double().argmax(dim=0)
+    places = len(errors) - 1 - (errors <= allowed).flip(0).double().argmax(dim=0)
     return torch.stack([errors.gather(0, places.unsqueeze(0))[0], places.double()], dim=1)

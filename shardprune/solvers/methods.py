@@ -109,6 +109,15 @@ class Effort:
         return swept + self.factors * cols**3 + 2 * self.products * rows * cols**2
 
 
+@dataclass(frozen=True)
+class Slack:
+    """Fractions by which what a projection loses on held-out windows may be above the least, where damping is measured:
+    with zeros that may stand anywhere, and with those of N:M, which are as many in every group."""
+
+    anywhere: float = 0.0
+    in_groups: float = 0.0
+
+
 # Statistics may be None where a method needs none.
 Solve = Callable[[Sequence[Target], "InputStatistics | None"], Iterator[Solution]]
 
@@ -121,14 +130,14 @@ class Method:
         solve: `solve(targets, statistics)` yields the solutions of the projections that read one input, in order.
         needs: kind of statistics that it requires; None: weights alone.
         effort: of a solution; what `shardprune plan` computes memory and seconds from.
-        slack: fraction by which what it loses on held-out windows may be above the least where damping is measured.
+        slack: how much above the least it may lose for a larger damping, where damping is measured.
         named: whether it is a value of a recipe's `method`; `wanda-variant` is chosen by an option.
     """
 
     solve: Solve
     needs: "Kind | None"
     effort: Effort
-    slack: float = 0.0
+    slack: Slack = Slack()
     named: bool = True
 
 
@@ -175,6 +184,6 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(one_by_one("magnitude.prune"), None, Effort()),
     "wanda": Method(one_by_one("wanda.prune"), "squares", SORTING),
     "wanda-variant": Method(one_by_one("wanda.prune_variant"), "squares", replace(SORTING, running=28), named=False),
-    "sparsegpt": Method(at_once("sparsegpt.prune_together"), "gram", Effort(sweeps=True), slack=0.05),
+    "sparsegpt": Method(at_once("sparsegpt.prune_together"), "gram", Effort(sweeps=True), Slack(0.03, 0.01)),
     "alps": Method(at_once("alps.prune_together"), "gram", SPLITTING),
 }
