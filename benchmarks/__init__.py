@@ -2,6 +2,7 @@
 
 clients          outputs of every kind in transformers, CTranslate2, OpenVINO and torchao: sizes, logits, CPU time
 digests          what the digests of tensors and the stamps of files take of a run
+distillation     stored predictions of a teacher beside a live one: losses, perplexity, CPU seconds and bytes
 expert_memory    peak memory of a worker that removes experts, beside the plan
 experts          perplexity of mixtures that keep some experts, for every score
 gpu              checks and measurements on one GPU, in one command (`make gpu`)

@@ -33,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "low-rank, ZeRO 2, zeros kept": {"zero": 2, "keep_sparsity": True},
     "low-rank, ZeRO 2, recompute": {"zero": 2, "recompute": True},
     "low-rank, ZeRO 2, teacher": {"zero": 2, "teacher": True},
+    "low-rank, ZeRO 2, stored teacher": {"zero": 2, "teacher": True, "teacher_top": 64},
     "full, ZeRO 2, two processes": {"full": True, "zero": 2, "workers": 2},
     "full, ZeRO 3, two processes": {"full": True, "zero": 3, "workers": 2},
     "low-rank, ZeRO 3, teacher, two processes": {"zero": 3, "workers": 2, "teacher": True},

@@ -13,6 +13,7 @@ CONFIG = str(Path(__file__).parent.parent / "ray_configs/models/llama-3.1-70b/co
 MACHINES = {"8 x 80 GB": 1, "16 x 80 GB": 2, "32 x 80 GB": 4}  # nodes of eight GPUs
 TRAININGS = {
     "low-rank, zeros kept, teacher": {"keep_sparsity": True, "teacher": CONFIG},
+    "low-rank, zeros kept, stored teacher": {"keep_sparsity": True, "teacher": CONFIG, "teacher_top": 64},
     "full, zeros kept": {"full": True, "keep_sparsity": True},
 }
 HEAD = """\

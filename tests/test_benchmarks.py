@@ -23,6 +23,10 @@ SMALL = {
         *("--device", "cpu", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--kv-heads", "2"),
         *("--samples", "4", "--seqlen", "32", "--warmup", "--repeat", "2"),
     ),
+    "distillation": (
+        *("--steps", "2", "--every", "1", "--batch", "2", "--samples", "2", "--seqlen", "64", "--eval-windows", "2"),
+        *("--tops", "4", "--data", "constraints.txt", "--eval", "constraints.txt", *TEXT),
+    ),
     "expert_memory": ("--gigabytes", "0.01", "--samples", "2", "--seqlen", "16"),
     "experts": (
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--shares", "0.34", "--scores", "reap", "aimer"),
@@ -74,6 +78,7 @@ PRINTED = {
     "clients": "| experts | transformers |",
     "digests": "| magnitude |",
     "layer_70b": "peak memory",
+    "distillation": "| 4 stored |",
     "expert_memory": "a worker's peak: planned",
     "experts": "| reap, merged |",
     "launches": "planned for an H200",
@@ -94,7 +99,16 @@ PRINTED = {
 }
 
 
-TAKE_ANY_MODEL = ("masks", "propagation", "rebuilding", "recovery", "searching", "segments", "structured")
+TAKE_ANY_MODEL = (
+    "distillation",
+    "masks",
+    "propagation",
+    "rebuilding",
+    "recovery",
+    "searching",
+    "segments",
+    "structured",
+)
 
 
 @pytest.fixture(scope="module")

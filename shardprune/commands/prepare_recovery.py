@@ -3,14 +3,15 @@
 import hashlib
 import logging
 import os
-import shutil
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from shardprune.cluster.defaults import device_of, threads_of
 from shardprune.cluster.group import Backend, Slots, check_room
+from shardprune.commands.check_recovery import check_compiler, check_room_for_teacher, check_settings, check_state
 from shardprune.commands.state import ZeroCount, run_file
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint, place_of
@@ -20,19 +21,19 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.planning.training.memory import Uncounted
 from shardprune.planning.training.need import paths_of_projections, stages_of, training_need
 from shardprune.recipes.recover import RecoverRecipe, check_stage
-from shardprune.recovery.batches import Processes, micro_batch_of
+from shardprune.recovery.batches import Batches, Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.mixing import RowMixture, joined
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
+from shardprune.recovery.teacher_store import TeacherStore, check_top
 from shardprune.shard.memory import check_memory
 from shardprune.shard.spec import Need
-from shardprune.storage.folder import PARTIAL, Folder
+from shardprune.storage.folder import Folder
 from shardprune.storage.journal import Earlier, Journal, check_output, recorded_recipe
 from shardprune.storage.json_file import dump_json
 from shardprune.storage.locations import absolute, check_reachable
-from shardprune.storage.malformed import located
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
 from shardprune.storage.windows import Tokenizer
@@ -41,7 +42,6 @@ _logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of what a fingerprint covers, and of the training's state
 STATE = "training"  # folder of an output with the checkpoints of a training run under way
-CLAIM = "fingerprint"  # file of a state that says whose it is
 SPARSE = 0.001  # share of zeros from which on a model was made sparse: a dense one has a few by rounding
 
 
@@ -104,6 +104,15 @@ class PreparedRecovery:
         """The paths of all projections."""
         return paths_of_projections(self.skeleton)
 
+    @cached_property
+    def teacher_store(self) -> TeacherStore | None:
+        """The teacher's predictions in the training's state, where they are stored."""
+        recipe, rows = self.recipe, self.inputs.rows
+        if recipe.teacher_top is None:
+            return None
+        batches = Batches(rows, recipe.batch, recipe.micro_batch, recipe.seed, self.inputs.mixture)
+        return TeacherStore(Folder(recipe.state, "state"), rows, batches.used(self.steps), recipe.teacher_top)
+
     @property
     def parameters_trained(self) -> int:
         """The number of parameters that have a gradient."""
@@ -159,7 +168,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     teacher = _open_teacher(recipe, recipe.teacher, checkpoint) if recipe.teacher else None
     # What was started goes on with the workers that there are.
     check_room(backend, 1 if recorded_recipe(recipe.out) else recipe.workers, recipe.device, "workers")
-    _check_compiler(recipe)
+    check_compiler(recipe)
     if recipe.packing:
         check_packing(checkpoint.config.model_type)
     learned, held_out, mixture = _load_data(recipe, opened.tokenizer, skeleton.config.vocab_size)
@@ -203,8 +212,11 @@ def prepare_recovery(recipe: RecoverRecipe, backend: Backend) -> PreparedRecover
         dense = f"{recipe.model} is dense: {zeros.count} of its {zeros.weights:,} weights are zero"
         raise InputError("keep_sparsity", dense)
     plan = PreparedRecovery(inputs, steps, zeros, journal, earlier, need)
-    _check_state(plan)
-    _check_settings(plan)
+    check_state(plan.recipe, plan.claim)
+    if plan.teacher_store is not None:
+        check_room_for_teacher(plan.teacher_store, plan.recipe.state)
+    if recipe.deepspeed is not None:
+        check_settings(recipe.deepspeed, plan.spec(Processes(1, recipe.batch, plan.processes.micro)).config)
     return plan
 
 
@@ -254,14 +266,6 @@ def _recorded_threads(out: str) -> int | None:
     return threads if isinstance(threads, int) and threads > 0 else None
 
 
-def _check_compiler(recipe: DecidedRecipe) -> None:
-    """DeepSpeed builds its collectives between CPUs, and its optimizer for offloaded states, when they are used."""
-    if (recipe.device == "cpu" or recipe.offload) and not (shutil.which("g++") or shutil.which("c++")):
-        raise InputError(
-            "device", f"{recipe.device!r} needs a C++ compiler, with which DeepSpeed builds what it needs; install g++"
-        )
-
-
 def _open_teacher(recipe: DecidedRecipe, name: str, student: Checkpoint) -> Checkpoint:
     """The teacher, whose predictions must be of the same tokens.
 
@@ -277,6 +281,8 @@ def _open_teacher(recipe: DecidedRecipe, name: str, student: Checkpoint) -> Chec
     sizes = teacher.config.vocab_size, student.config.vocab_size
     if sizes[0] != sizes[1]:
         raise InputError("teacher", f"{name} predicts {sizes[0]} tokens, the model {sizes[1]}")
+    if recipe.teacher_top is not None:
+        check_top(recipe.teacher_top, sizes[0])
     if (
         not all(is_tokens(part.source) for part in recipe.parts)
         and teacher.tokenizer().get_vocab() != student.tokenizer().get_vocab()
@@ -310,7 +316,8 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
     if recipe.best or recipe.early_stopping:
         # Under the name of the times when losses were measured at checkpoints: trainings begun then go on.
         chosen = recipe.model_dump(include=choosing) | {"checkpoint_every": recipe.evaluate_every}
-    apart = choosing | {"model", "data", "epochs", "evaluate_every"}  # covered by other entries
+    # Covered by other entries.
+    apart = choosing | {"model", "data", "epochs", "evaluate_every", "teacher_top"}
     content = {
         "format": FORMAT,
         "command": recipe.command,
@@ -323,45 +330,8 @@ def _fingerprint(inputs: Inputs, steps: int) -> str:
         "steps": steps,
         "deepspeed": inputs.overrides,
     }
+    if recipe.teacher_top is not None:
+        content["teacher_top"] = recipe.teacher_top
     if inputs.mixture is not None:
         content["mixture"] = asdict(inputs.mixture)
     return hashlib.sha256(dump_json(content, sort_keys=True).encode()).hexdigest()
-
-
-def _check_state(plan: PreparedRecovery) -> None:
-    """Check that the place for the training's state is free, or has this training's, and takes files.
-
-    Raises:
-        InputError: it holds something else, or the output, with which it must not go.
-    """
-    recipe = plan.recipe
-    state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
-    if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
-        raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")
-    folder = Folder(recipe.state, "state")
-    with located("state", f"{recipe.state}/{CLAIM}"):
-        claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
-    names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
-    if claimed != plan.claim and names:
-        held = "is not empty" if claimed is None else "holds another training"
-        raise InputError("state", f"{recipe.state} {held}; choose an empty directory")
-    folder.check_writable()
-
-
-def _check_settings(plan: PreparedRecovery) -> None:
-    """Let DeepSpeed read the user's settings, where there are some, as one process would.
-
-    Raises:
-        InputError: it does not take them.
-    """
-    recipe = plan.recipe
-    if recipe.deepspeed is None:
-        return
-    from deepspeed.runtime.config import DeepSpeedConfig  # takes seconds
-
-    config = plan.spec(Processes(1, recipe.batch, plan.processes.micro)).config
-    try:
-        DeepSpeedConfig(config)
-    except Exception as error:  # it checks settings in many ways, each with an error of its own
-        reason = " ".join(str(error).split())
-        raise InputError("deepspeed", f"{recipe.deepspeed!r} does not work: {reason}") from error

@@ -9,7 +9,8 @@ from contextlib import closing, contextmanager
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.cluster.restarts import Attempts
-from shardprune.commands.prepare_recovery import CLAIM, PreparedRecovery, is_sparse, prepare_recovery
+from shardprune.commands.check_recovery import CLAIM
+from shardprune.commands.prepare_recovery import PreparedRecovery, is_sparse, prepare_recovery
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs_of_measuring
 from shardprune.errors import without_credentials
@@ -30,6 +31,7 @@ from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Recovery, Result, Throughput, TrainingLoss, WorkerResult
 from shardprune.storage.folder import Folder
+from shardprune.storage.quantities import gigabytes
 from shardprune.storage.records import LayerRecord
 
 POLL_SECONDS = 1.0  # between two looks at the loss log of a training run
@@ -80,6 +82,7 @@ class RecoveryRun:
             if self.state.previous is None:
                 self._say_what_is_lost()
                 self._say_what_is_mixed()
+                self._say_what_is_stored()
                 if self.state.resumed:
                     self.journal.remove_damaged(self.reporter.say)
                 if not self._trained():
@@ -166,6 +169,13 @@ class RecoveryRun:
             ]
             self.reporter.say(f"an epoch of {sum(mixture.sizes):,} rows: {', '.join(shares)}")
 
+    def _say_what_is_stored(self) -> None:
+        if store := self.prepared.teacher_store:
+            self.reporter.say(
+                f"the teacher's {store.top} largest of {store.predictions:,} predictions take "
+                f"{gigabytes(store.bytes)} in {self.training}"
+            )
+
     def _say_how_it_ended(self) -> None:
         """Say that the training stopped early, and which weights are written if not the last ones."""
         losses, planned = self.losses.read(), self.prepared.steps
@@ -178,13 +188,15 @@ class RecoveryRun:
     @contextmanager
     def _progress(self) -> Iterator[None]:
         """Show the steps of the training while the block lasts."""
-        over = threading.Event()
+        over, store = threading.Event(), self.prepared.teacher_store
         with self.reporter.step("recover", self.prepared.steps) as step:
 
             def follow() -> None:
                 while True:
                     last = over.wait(POLL_SECONDS)
                     losses = self.losses.read()
+                    if store and not losses and not last:
+                        step.describe(f"teacher {store.parts - len(store.missing())}/{store.parts}")
                     if losses and (loss := losses[-1]).step > step.done:
                         speed = f"{loss.tokens / loss.seconds:,.0f} tokens/s, {loss.seconds:.2f} s/step"
                         shares = ", ".join(f"{name} {value / loss.seconds:.0%}" for name, value in own_parts(loss))
@@ -271,7 +283,7 @@ class RecoveryRun:
         if self.state.previous:
             return costs_of_measuring(self.clock, self.state.previous)
         seconds = self.clock.total()
-        for phase in ("load", "train"):
-            if workers:
+        for phase in ("load", "teacher", "train"):
+            if workers and phase in workers[0]["seconds"]:
                 seconds[phase] = max(worker["seconds"][phase] for worker in workers)
         return seconds, [WorkerResult(**worker) for worker in workers]

@@ -118,10 +118,13 @@ class TeachingFields(Settings):
     teacher: str | None = Field(None, description="Teacher model, such as the dense checkpoint")
     temperature: float = Field(2.0, gt=0, le=1000, description="Distillation temperature")
     teacher_weight: float = Field(0.5, gt=0, le=1, description="Weight of the distillation loss")
+    teacher_top: int | None = Field(
+        None, ge=1, description="Store the teacher's K largest predictions of each token first, and learn from them"
+    )
 
     @model_validator(mode="after")
     def _needs_a_teacher(self) -> "TeachingFields":
-        self.needs("teacher", self.teacher is not None, "temperature", "teacher_weight")
+        self.needs("teacher", self.teacher is not None, "temperature", "teacher_weight", "teacher_top")
         return self
 
 

@@ -47,6 +47,15 @@ class Batches:
         self._orders = orders
         return [int(orders[epoch][index]) for epoch, index in places]
 
+    def used(self, steps: int) -> list[int]:
+        """Return the rows of the first `steps` steps, each once, ascending."""
+        found: set[int] = set()
+        for step in range(steps):
+            found.update(self.step(step))
+            if len(found) == len(self.rows):
+                break
+        return sorted(found)
+
     def targets(self, step: int) -> int:
         """Return the number of tokens in a step whose predictions enter the loss."""
         return self.rows.targets(self.step(step))

@@ -6,30 +6,13 @@ same pass, while the chunk's logits are there: nothing is computed twice, and on
 input and weight are kept.
 """
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shardprune.recovery.distillation import CHUNK, Distillation, capped
 from shardprune.solvers.products import add_product
-
-CHUNK = 1024  # predictions whose logits are in memory at a time
-
-
-@dataclass(frozen=True, eq=False)
-class Distillation:
-    """A teacher's part in the loss: `weight` of it is divergence from the teacher's predictions.
-
-    Attributes:
-        logits: the teacher's [predictions, vocabulary], of any dtype, before its cap.
-        cap: of the teacher's logits, see `capped`.
-    """
-
-    logits: Tensor
-    cap: float | None
-    temperature: float
-    weight: float
 
 
 class LossHead(nn.Module):
@@ -80,7 +63,7 @@ class _SummedLoss(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = nn.functional.linear(hidden[part], weight, bias)
-            distilled = distillation and replace(distillation, logits=distillation.logits[part])
+            distilled = distillation and distillation.part(part)
             loss, gradient = loss_and_gradient(logits, targets[part], cap, distilled)
             total += loss
             gradient = gradient.to(weight.dtype)
@@ -108,7 +91,7 @@ def loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of predictions, and its gradient for their logits, float32 [predictions, vocabulary].
 
-    The loss is the cross entropy; with a distillation of weight w, it is w times `divergence` plus 1 - w times that.
+    The loss is the cross entropy; with a distillation of weight w, it is w times its divergence plus 1 - w times that.
 
     Args:
         logits: [predictions, vocabulary], of any dtype, before the cap.
@@ -117,18 +100,12 @@ def loss_and_gradient(
     given = capped(logits, cap)
     loss, gradient = cross_entropy(given, targets)
     if distillation is not None:
-        wanted = capped(distillation.logits, distillation.cap)
-        distilled, towards = divergence(given, wanted, distillation.temperature)
+        distilled, towards = distillation.divergence(given)
         loss = torch.lerp(loss, distilled, distillation.weight)
         gradient = gradient.lerp_(towards, distillation.weight)
     if cap is not None:
         gradient *= 1 - (given / cap).square_()  # the derivative of the cap
     return loss, gradient
-
-
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Return logits, or cap * tanh(logits / cap) in float32 where the model has a cap (Gemma 2, arXiv 2408.00118)."""
-    return logits if cap is None else (logits.float() / cap).tanh_().mul_(cap)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,19 +120,3 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     loss = -chances.gather(1, places).sum()
     gradient = chances.exp_()
     return loss, gradient.scatter_add_(1, places, gradient.new_full((len(targets), 1), -1.0))
-
-
-def divergence(logits: Tensor, wanted: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the summed divergence T^2 KL(teacher || student) at temperature T, and its gradient for the student, both
-    in float32.
-
-    The factor T^2 keeps gradients of the size of the cross entropy's (arXiv 1503.02531, section 2).
-
-    Args:
-        logits: the student's [predictions, vocabulary], of any dtype.
-        wanted: the teacher's.
-    """
-    given = torch.log_softmax(logits.float() / temperature, dim=1)
-    distilled = torch.log_softmax(wanted.float() / temperature, dim=1)
-    loss = temperature**2 * nn.functional.kl_div(given, distilled, reduction="sum", log_target=True)
-    return loss, given.exp_().sub_(distilled.exp_()).mul_(temperature)

@@ -50,3 +50,15 @@ class Partitioning:
         size = parameter.aligned_size() // parameter.ds_zero_partition_world_size
         start = min(size * parameter.ds_zero_partition_rank, parameter.numel())
         return start, min(start + size, parameter.numel())
+
+
+def release(model: nn.Module) -> None:
+    """Free the memory of a partitioned model's parameters, which are of no use any more.
+
+    DeepSpeed keeps models whose engines are destroyed: in the stack of modules in a forward pass, which begins with
+    each engine's, and among the keys of a cache.
+    """
+    parameters: Iterator[Any] = model.parameters()
+    for parameter in parameters:
+        for held in (parameter, parameter.ds_tensor):
+            held.data = torch.empty(0, device=held.device, dtype=held.dtype)

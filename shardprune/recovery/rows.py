@@ -110,6 +110,11 @@ class Rows:
         """Count the targets of the loss in these rows."""
         return sum(int(self.row(index).learned.sum()) for index in rows)
 
+    def targets_of_each(self) -> Tensor:
+        """Count the targets of the loss in every row, int64 [rows]."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.cumsum(0)])
+        return before[self.starts].diff()
+
     def size(self, rows: Sequence[int]) -> int:
         """Count the tokens of these rows."""
         return sum(len(self.row(index).tokens) for index in rows)

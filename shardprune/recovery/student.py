@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from shardprune.recovery.loss import Distillation, LossHead
+from shardprune.recovery.distillation import Distillation
+from shardprune.recovery.loss import LossHead
 from shardprune.recovery.predictions import PredictionBatch
 
 

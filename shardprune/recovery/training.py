@@ -4,8 +4,9 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -20,7 +21,6 @@ from shardprune.recovery.batches import Batches, MicroBatch
 from shardprune.recovery.best import Best
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.experts import keep_from_deepspeed
-from shardprune.recovery.loss import Distillation
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.model import load_model
 from shardprune.recovery.operations import load_from_cache
@@ -30,7 +30,9 @@ from shardprune.recovery.predictions import PredictionBatch, ahead
 from shardprune.recovery.rows import Rows, needs_mask
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
-from shardprune.recovery.student import Student, Teacher, cap_of
+from shardprune.recovery.student import Student
+from shardprune.recovery.teacher_store import TeacherStore
+from shardprune.recovery.teaching import LiveTeacher, StoredTeacher, Teaching, store_predictions
 from shardprune.recovery.trained import choose_trained
 from shardprune.shard.memory import peak_bytes
 from shardprune.storage.folder import Folder
@@ -61,13 +63,15 @@ class Training:
         self.checkpoints = Checkpoints(recipe.state, trained_only=not recipe.full, keep_best=recipe.best)
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         partitioning = Partitioning(spec.config) if recipe.zero == 3 else None
+        begun = time.monotonic()
+        self.teacher = self._start_teacher(dtype, partitioning)
+        self.teacher_seconds = time.monotonic() - begun
         self.model = load_model(reopened(recipe.model, spec.inputs["model"]), device, dtype, partitioning)
         self.masked = needs_mask(self.model.config.model_type)
         for module in choose_trained(self.model, recipe, spec.targets):
             if partitioning is not None:
                 partitioning.partition(module)
         keep_from_deepspeed(self.model)
-        self.teacher = self._load_teacher(recipe.teacher, dtype, partitioning) if recipe.teacher else None
         self.engine = self._start_engine()
 
     def run(self) -> PreTrainedModel:
@@ -115,23 +119,18 @@ class Training:
 
     # -- the parts --------------------------------------------------------------------------------------------
 
-    def _load_teacher(
-        self, name: str, dtype: torch.dtype, partitioning: Partitioning | None
-    ) -> Callable[[PredictionBatch], Distillation]:
-        """Return the function that gives the teacher's predictions."""
-        recipe = self.recipe
-        checkpoint = reopened(name, self.spec.inputs["teacher"], "teacher")
-        model = load_model(checkpoint, self.device, dtype, partitioning)
-        teacher: Callable[[PredictionBatch], Tensor] = Teacher(model).eval().requires_grad_(False)
-        if partitioning is not None:
-            config = {key: value for key, value in self.spec.config.items() if key != "optimizer"}
-            teacher = deepspeed.initialize(model=teacher, config=config)[0]
-
-        def distil(batch: PredictionBatch) -> Distillation:
-            with torch.no_grad():
-                return Distillation(teacher(batch), cap_of(model.config), recipe.temperature, recipe.teacher_weight)
-
-        return distil
+    def _start_teacher(self, dtype: torch.dtype, partitioning: Partitioning | None) -> Teaching | None:
+        """Return the teacher, if there is one. Where its predictions are stored, it is not in memory afterwards."""
+        recipe, spec, device = self.recipe, self.spec, self.device
+        if recipe.teacher is None:
+            return None
+        load = partial(LiveTeacher, spec, device, dtype, partitioning)
+        if recipe.teacher_top is None:
+            return load()
+        used = self.batches.used(spec.steps)
+        store = TeacherStore(Folder(recipe.state, "state"), self.batches.rows, used, recipe.teacher_top)
+        store_predictions(store, load, spec, device)
+        return StoredTeacher(store, spec, device)
 
     def _start_engine(self) -> deepspeed.DeepSpeedEngine:
         student = Student(self.model)
@@ -168,9 +167,9 @@ class Training:
             with clock.part("data"):
                 batch = next(upcoming)
             distillation = None
-            if self.teacher:
+            if self.teacher is not None:
                 with clock.part("teacher"):
-                    distillation = self.teacher(batch)
+                    distillation = self.teacher(batch, micro.rows)
             with clock.part("forward"):
                 loss = self.engine(batch, distillation)
             del distillation

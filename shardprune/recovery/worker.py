@@ -55,6 +55,7 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         if recipe.full:
             write_trained_frame(model, family, checkpoint, journal, recipe.zero)
     ended = time.monotonic()
+    stored = training.teacher_seconds if recipe.teacher_top else None
     return {
         "shard": 0,
         "replica": dist.get_rank(),
@@ -63,7 +64,8 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         "peak_bytes": peak_bytes(device),
         "busy_seconds": round(ended - started, 3),
         "seconds": {
-            "load": round(loaded - started, 3),
+            "load": round(loaded - started - (stored or 0.0), 3),
+            **({} if stored is None else {"teacher": round(stored, 3)}),
             "train": round(trained - loaded, 3),
             "write": round(ended - trained, 3),
         },

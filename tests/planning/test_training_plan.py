@@ -82,6 +82,8 @@ KINDS = {
     "full, zeros kept, recomputed": {"full": True, "zero": 1, "keep_sparsity": True, "recompute": True},
     "low-rank": {"zero": 1, "lora_rank": 8},
     "low-rank, zeros kept, teacher": {"zero": 1, "lora_rank": 8, "keep_sparsity": True, "teacher": True},
+    "low-rank, stored teacher": {"zero": 1, "lora_rank": 8, "teacher": True, "teacher_top": 8},
+    "low-rank, stage 3, stored teacher": {"zero": 3, "lora_rank": 8, "teacher": True, "teacher_top": 8},
 }
 
 
@@ -219,9 +221,40 @@ def test_a_teacher_is_shared_out_like_the_student(config):
     assert taught.memory.device.teacher == 2 * plan.parameters // 4 + gathered + logits
 
 
+def test_a_teacher_that_stores_its_predictions_is_not_there_while_the_student_learns(config):
+    fields = {"model": config, "gpus": 4, "zero": 3, "offload": False, "recompute": True, "batch": 4, "length": 64}
+    (alone,) = plan_training(TrainingPlanRecipe.checked(fields)).ways
+    (live,) = plan_training(TrainingPlanRecipe.checked({**fields, "teacher": config})).ways
+    plan = plan_training(TrainingPlanRecipe.checked({**fields, "teacher": config, "teacher_top": 64}))
+    (stored,) = plan.ways
+    assert plan.as_json()["teacher_bytes_per_token"] == 64 * 6 + 2
+    assert stored.memory.device.teacher == 63 * (64 * 6 + 2)
+    assert alone.memory.device.peak < stored.memory.device.peak < live.memory.device.peak - plan.parameters / 2
+    assert stored.work == alone.work
+    assert live.work.operations > alone.work.operations
+
+
+def test_the_pass_of_a_teacher_may_take_more_than_the_training(config, tmp_path):
+    """One of twenty layers and a student of one, on a GPU that has room for the teacher alone."""
+    layers = {"teacher": 20, "student": 1}
+    for name, count in layers.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({**LLAMA_70B, "num_hidden_layers": count}))
+    fields = {"model": f"{tmp_path}/student.json", "teacher": f"{tmp_path}/teacher.json", "teacher_top": 64}
+    shape = {"zero": 2, "offload": False, "recompute": True, "batch": 1, "length": 64, "lora_rank": 8}
+    (way,) = plan_training(TrainingPlanRecipe.checked({**fields, **shape})).ways
+    wide, narrow, between, words = 8192, 1024, 28672, 128256
+    layer = 2 * wide * wide + 2 * wide * narrow + 3 * wide * between + 2 * wide
+    assert way.memory.device.teacher == 2 * (20 * layer + wide + 2 * wide * words)
+    assert way.memory.device.weights == way.memory.device.optimizer == 0
+    # In float32, its predictions and what is left of them when the largest are taken out.
+    assert way.memory.device.workspace > 63 * words * 2 * 4
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
+        ({"teacher_top": 64}, "teacher_top: 64 has no effect without teacher"),
+        ({"teacher": "other.json", "teacher_top": 7}, "teacher: .*predicts 7 tokens, the model 128256"),
         ({"gpus": 3}, "batch: 16 cannot be shared evenly by 3 processes; use a multiple of 3"),
         ({"workers": 2}, "workers: 2 workers need as many GPUs; the machines have 1"),
         ({"zero": 0, "offload": True}, "offload: True has no effect without zero 1, 2 or 3"),

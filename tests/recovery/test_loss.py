@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import shardprune.recovery.loss
-from shardprune.recovery.loss import Distillation, LossHead, divergence, loss_and_gradient
+from shardprune.recovery.distillation import WholeDistillation
+from shardprune.recovery.loss import LossHead, loss_and_gradient
 from shardprune.recovery.predictions import PredictionBatch
 from shardprune.recovery.rows import Example, Rows
 from shardprune.recovery.student import Student, Teacher, cap_of
@@ -57,7 +58,7 @@ def plain_loss(hidden, head, targets, cap, distillation):
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_loss_and_its_gradients_are_the_formulas(cap, distilled, trained):
     hidden, head, targets, logits = inputs()
-    distillation = Distillation(logits, *distilled) if distilled else None
+    distillation = WholeDistillation(logits, *distilled) if distilled else None
     expected = plain_loss(hidden, head, targets, cap, distillation)
     wanted = torch.autograd.grad(expected * 0.1, [hidden, head.weight, head.bias])
     head.requires_grad_(trained)
@@ -80,7 +81,7 @@ def test_the_loss_and_its_gradients_are_the_formulas(cap, distilled, trained):
 def test_the_gradient_of_a_loss_is_numerically_right():
     _, _, targets, logits = inputs()
     given = torch.randn(TOKENS, VOCABULARY, dtype=torch.float64)
-    distillation = Distillation(logits, 2.0, 1.7, 0.3)
+    distillation = WholeDistillation(logits, 2.0, 1.7, 0.3)
     _, gradient = loss_and_gradient(given, targets, 1.5, distillation)
     for place, column in ((0, 0), (3, int(targets[3])), (10, 8)):
         step = torch.zeros_like(given)
@@ -91,7 +92,7 @@ def test_the_gradient_of_a_loss_is_numerically_right():
 
 def test_in_bf16_losses_are_computed_and_sums_over_chunks_kept_in_float32():
     hidden, head, targets, logits = inputs(torch.bfloat16)
-    distillation = Distillation(logits, None, 2.0, 0.5)
+    distillation = WholeDistillation(logits, None, 2.0, 0.5)
     loss = LossHead(head, None)(hidden, targets, distillation)
     loss.backward()
     products = nn.functional.linear(hidden, head.weight, head.bias).detach()  # rounded, as the model makes them
@@ -105,7 +106,7 @@ def test_in_bf16_losses_are_computed_and_sums_over_chunks_kept_in_float32():
 
 def test_the_divergence_of_a_teacher_from_itself_is_nothing():
     *_, logits = inputs()
-    loss, gradient = divergence(logits, logits, 1.7)
+    loss, gradient = WholeDistillation(logits, None, 1.7, 0.5).divergence(logits)
     assert abs(float(loss)) < 1e-5
     assert gradient.abs().max() < 1e-6
 
@@ -139,7 +140,7 @@ def test_no_tensor_has_the_logits_of_all_predictions(monkeypatch, distilled):
     monkeypatch.setattr(shardprune.recovery.loss, "CHUNK", 32)
     head = nn.Linear(2, 500)
     hidden, targets = torch.randn(200, 2, requires_grad=True), torch.randint(0, 500, (200,))
-    distillation = Distillation(torch.randn(200, 500), 3.0, 2.0, 0.5) if distilled else None
+    distillation = WholeDistillation(torch.randn(200, 500), 3.0, 2.0, 0.5) if distilled else None
     with Largest() as largest:
         LossHead(head, 2.0)(hidden, targets, distillation).backward()
     assert largest.elements == 32 * 500

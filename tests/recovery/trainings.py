@@ -262,6 +262,14 @@ def _plain_loss(model, row, teacher, recipe) -> torch.Tensor:
     with torch.no_grad():
         wanted = torch.softmax(teacher(tokens).logits[0, :-1][places] / recipe.temperature, 1)
     given = torch.log_softmax(chances / recipe.temperature, 1)  # the same as of the logits
+    if recipe.teacher_top is not None:  # all others are one prediction
+        places = wanted.argsort(dim=1, descending=True)
+        wanted, given = (values.gather(1, places) for values in (wanted, given.exp()))
+        top = recipe.teacher_top
+        wanted, given = (
+            torch.cat([values[:, :top], values[:, top:].sum(1, keepdim=True)], 1) for values in (wanted, given)
+        )
+        given = given.log()
     soft = recipe.temperature**2 * (wanted * (wanted.log() - given)).sum()
     return recipe.teacher_weight * soft + (1 - recipe.teacher_weight) * hard
 

@@ -4,6 +4,7 @@ DeepSpeed's buffers are counted as its version 0.19 makes them (runtime/zero/sta
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PretrainedConfig
@@ -12,8 +13,16 @@ from shardprune.errors import InputError, first_line
 from shardprune.model.empty_model import empty_model
 from shardprune.model.experts import take_apart
 from shardprune.planning.training.passes import META, Passes, count_forward, count_passes, meta_batch
-from shardprune.recovery.loss import Distillation
+from shardprune.recovery.distillation import (
+    STORED,
+    TOKENS,
+    Distillation,
+    TopDistillation,
+    WholeDistillation,
+    largest,
+)
 from shardprune.recovery.student import Student, Teacher
+from shardprune.recovery.teacher_store import bytes_per_prediction
 from shardprune.recovery.trained import Learning, choose_trained
 
 BUCKET = 500_000_000  # elements of DeepSpeed's buckets of gradients
@@ -36,9 +45,10 @@ class Sizes:
         trained: those of them with a gradient.
         largest: of the largest parameter.
         largest_trained: of the largest one with a gradient.
-        teacher: weights of the teacher, 0 without one.
+        teacher: weights of a teacher that is there while the student learns, 0 without one.
+        storing: weights of a teacher that stores its predictions before, 0 without one.
         passes: of a micro-batch, forward and backward.
-        teaching: bytes of the teacher's forward pass.
+        teaching: bytes of the teacher's forward pass, and of choosing its largest predictions where those are stored.
         logits: bytes of the teacher's predictions, which are there while the student learns.
         itemsize: bytes of a weight in training.
     """
@@ -48,6 +58,7 @@ class Sizes:
     largest: int
     largest_trained: int
     teacher: int
+    storing: int
     passes: Passes
     teaching: int
     logits: int
@@ -115,6 +126,7 @@ def sizes_of(
     config: PretrainedConfig,
     targets: tuple[str, ...],
     teacher: PretrainedConfig | None,
+    top: int | None,
     recipe: Learning,
     dtype: torch.dtype,
     rows: int,
@@ -124,6 +136,7 @@ def sizes_of(
 
     Args:
         targets: paths of the linear maps that are trained, or whose zeros are kept.
+        top: predictions of the teacher that are stored of each place; None if it is asked while the student learns.
         rows: of a micro-batch, of so many tokens (`length`) each.
 
     Raises:
@@ -132,10 +145,10 @@ def sizes_of(
     learning = tuple(getattr(recipe, name) for name in ("full", "keep_sparsity", "lora_rank", "dropout", "recompute"))
     reentrant = recipe.recompute and recipe.zero == 3
     models = config.to_json_string(), teacher.to_json_string() if teacher else None
-    key = (models, targets, learning, reentrant, dtype, rows, length)
+    key = (models, top, targets, learning, reentrant, dtype, rows, length)
     if key not in _counted:
         try:
-            _counted[key] = _count(config, targets, teacher, recipe, dtype, rows, length)
+            _counted[key] = _count(config, targets, teacher, top, recipe, dtype, rows, length)
         except InputError:
             raise
         except Exception as error:  # code that looks at values fails in any way where there are none
@@ -147,6 +160,7 @@ def _count(
     config: PretrainedConfig,
     targets: tuple[str, ...],
     teacher: PretrainedConfig | None,
+    top: int | None,
     recipe: Learning,
     dtype: torch.dtype,
     rows: int,
@@ -160,22 +174,32 @@ def _count(
     student, batch = Student(model), meta_batch(rows, length, rows * (length - 1))
     parameters = list({id(parameter): parameter for parameter in student.parameters()}.values())
     trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]
-    distillation, taught, teaching, logits = None, 0, 0, 0
+    distillation: Distillation | None = None
+    taught = teaching = logits = 0
     if teacher is not None:
         other = empty_model(teacher, dtype, META).requires_grad_(False)
         take_apart(other)
         other.config.use_cache = False
         taught = sum(parameter.numel() for parameter in other.parameters())
-        given = torch.empty(rows * (length - 1), teacher.vocab_size, dtype=dtype, device=META)
-        logits = given.numel() * dtype.itemsize
-        teaching = count_forward(Teacher(other), batch)
-        distillation = Distillation(given, None, temperature=2.0, weight=0.5)
+        places = rows * (length - 1)
+        if top is None:
+            given = torch.empty(places, teacher.vocab_size, dtype=dtype, device=META)
+            logits = given.numel() * dtype.itemsize
+            teaching = count_forward(Teacher(other), batch)
+            distillation = WholeDistillation(given, None, temperature=2.0, weight=0.5)
+        else:
+            logits = places * bytes_per_prediction(top)
+            teaching = count_forward(Teacher(other), batch, partial(largest, cap=None, temperature=2.0, top=top))
+            tokens = torch.empty(places, top, dtype=TOKENS, device=META)
+            chances = torch.empty(places, top + 1, dtype=STORED, device=META)
+            distillation = TopDistillation(tokens, chances, temperature=2.0, weight=0.5)
     return Sizes(
         weights=sum(parameter.numel() for parameter in parameters),
         trained=sum(trained),
         largest=max(parameter.numel() for parameter in parameters),
         largest_trained=max(trained),
-        teacher=taught,
+        teacher=taught if top is None else 0,
+        storing=0 if top is None else taught,
         passes=count_passes(student, batch, distillation),
         teaching=teaching,
         logits=logits,
@@ -184,17 +208,22 @@ def _count(
 
 
 def memory_of_training(sizes: Sizes, stage: Stage) -> Memory:
-    """Return what the process that takes most has at the moment of its most memory: in a pass, or in the step."""
+    """Return what the process that takes most has at the moment of its most memory: in a pass, in the step, or where a
+    teacher stores its predictions before the training."""
     kept, apart = _kept(sizes, stage), _offloaded(sizes, stage)
     growing, there = _gradients(sizes, stage)
-    going = max(int(sizes.passes.peak(growing)), sizes.teaching - sizes.logits)
+    teaching = 0 if sizes.storing else sizes.teaching - sizes.logits
+    going = max(int(sizes.passes.peak(growing)), teaching)
     activations = min(sizes.passes.kept, going)
     before, after = int(there * sizes.trained), int((growing + there) * sizes.trained)
     in_pass = Parts(**kept, gradients=before, activations=activations, workspace=going - activations)
     in_step = Parts(**kept, gradients=after, workspace=_of_step(sizes, stage))
-    device = max(in_pass, in_step, key=lambda parts: parts.peak)
+    before_it, apart_before = _storing(sizes, stage)
+    device = max(in_pass, in_step, before_it, key=lambda parts: parts.peak)
     if stage.gpu:
-        return Memory(device, apart)
+        return Memory(device, max(apart, apart_before, key=lambda parts: parts.peak))
+    if device is before_it:
+        return Memory(device, Parts())
     joined = {name: value + getattr(apart, name) for name, value in vars(device).items()}
     return Memory(Parts(**joined), Parts())
 
@@ -203,17 +232,38 @@ def _kept(sizes: Sizes, stage: Stage) -> dict[str, int]:
     """Return the bytes on the device that are there all the time, by part."""
     item, zero, count = sizes.itemsize, stage.zero, stage.processes
     share = count if zero == 3 else 1
-    # The student and the teacher are two engines to DeepSpeed, each with weights of its own that are gathered.
-    most = LIVE + PREFETCHED + sizes.largest
-    gathered, of_teacher = (min(whole, most) if share > 1 else 0 for whole in (sizes.weights, sizes.teacher))
+    gathered = _gathered(sizes, stage, sizes.weights)
     here = not (zero == 3 and stage.offload and stage.gpu)  # not in the host's memory
     states = 3 if zero else 2  # float32 tensors of the size of the trained part
     return {
         "weights": item * (here * sizes.weights // share + gathered),
         "optimizer": 0 if stage.offload else states * FLOAT32 * sizes.trained // (count if zero else 1),
-        "teacher": item * (here * sizes.teacher // share + of_teacher) + sizes.logits,
+        "teacher": _teacher(sizes, stage, sizes.teacher) + sizes.logits,
         "buckets": _buckets(sizes, stage),
     }
+
+
+def _gathered(sizes: Sizes, stage: Stage, weights: int) -> int:
+    """Return the elements that are gathered of the others' shares of a model."""
+    # The student and the teacher are two engines to DeepSpeed, each with weights of its own that are gathered.
+    return min(weights, LIVE + PREFETCHED + sizes.largest) if stage.zero == 3 and stage.processes > 1 else 0
+
+
+def _teacher(sizes: Sizes, stage: Stage, weights: int) -> int:
+    """Return the bytes of a teacher's weights on the device."""
+    share = stage.processes if stage.zero == 3 else 1
+    here = not (stage.zero == 3 and stage.offload and stage.gpu)
+    return sizes.itemsize * (here * weights // share + _gathered(sizes, stage, weights))
+
+
+def _storing(sizes: Sizes, stage: Stage) -> tuple[Parts, Parts]:
+    """Return what a teacher that stores its predictions has on the device and in the host's memory, without the
+    student."""
+    if not sizes.storing:
+        return Parts(), Parts()
+    host = stage.zero == 3 and stage.offload and stage.gpu
+    apart = Parts(teacher=sizes.itemsize * sizes.storing // stage.processes if host else 0)
+    return Parts(teacher=_teacher(sizes, stage, sizes.storing), workspace=sizes.teaching), apart
 
 
 def _buckets(sizes: Sizes, stage: Stage) -> int:

@@ -40,6 +40,7 @@ def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoi
         skeleton.config,
         paths_of_projections(skeleton),
         teacher.config if teacher else None,
+        recipe.teacher_top,
         recipe,
         dtype,
         recipe.micro_batch,

@@ -5,7 +5,7 @@ layers. On the meta device operations make tensors without memory, which live as
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -174,14 +174,15 @@ def count_passes(student: nn.Module, batch: PredictionBatch, distillation: Disti
     return Passes(kept, tuple(Moment(activations, number) for number, activations in live.highest.items()))
 
 
-def count_forward(model: nn.Module, batch: PredictionBatch) -> int:
-    """Return the most bytes that a forward pass without gradients takes, its result included."""
+def count_forward(model: nn.Module, batch: PredictionBatch, finish: Callable[[Tensor], Any] | None = None) -> int:
+    """Return the most bytes that a forward pass without gradients takes, and what is done with its result."""
     live = LiveBytes()
     live.exclude(iter([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.places, batch.targets]))
     model.eval()
     with torch.no_grad(), _as_on_a_device(model), live:
         result = model(batch)
-    del result
+        finished = finish(result) if finish else None
+    del result, finished
     return max(live.highest.values())
 
 

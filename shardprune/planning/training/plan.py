@@ -17,6 +17,7 @@ from shardprune.planning.training.recipe import TrainingPlanRecipe
 from shardprune.planning.training.seconds import Work, work_of
 from shardprune.planning.workload import read_config
 from shardprune.recovery.batches import micro_batch_of
+from shardprune.recovery.teacher_store import bytes_per_prediction, check_top
 from shardprune.shard.device_room import device_room
 from shardprune.storage.retrying import preflight
 
@@ -88,6 +89,12 @@ class TrainingPlan:
     ways: list[Way]
 
     @property
+    def teacher_bytes(self) -> int | None:
+        """The bytes that are stored of the teacher's predictions of one token, if they are."""
+        top = self.recipe.teacher_top
+        return None if top is None else bytes_per_prediction(top)
+
+    @property
     def fits(self) -> bool:
         """Whether any of the ways fits."""
         return any(way.fits for way in self.ways)
@@ -104,6 +111,7 @@ class TrainingPlan:
             "parameters": self.parameters,
             "parameters_trained": self.trained,
             "micro_batch": self.micro_batch,
+            "teacher_bytes_per_token": self.teacher_bytes,
             "fits": self.fits,
             "chosen": self.chosen.options if self.chosen else None,
             "ways": [way.as_json() for way in self.ways],
@@ -124,6 +132,8 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         raise InputError(
             "teacher", f"{recipe.teacher} predicts {teacher.vocab_size} tokens, the model {config.vocab_size}"
         )
+    if recipe.teacher_top is not None:
+        check_top(recipe.teacher_top, config.vocab_size)
     skeleton = Skeleton(config, "cpu")
     check_seqlen(recipe.length, skeleton, "length")
     if not recipe.full:
@@ -178,7 +188,7 @@ def _sizes(
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
     options_of_rows = learned, dtype, micro, recipe.length
     try:
-        return sizes_of(skeleton.config, paths_of_projections(skeleton), teacher, *options_of_rows)
+        return sizes_of(skeleton.config, paths_of_projections(skeleton), teacher, recipe.teacher_top, *options_of_rows)
     except Uncounted as error:
         reason = f"a training of {recipe.model} is not planned: its code looks at values ({error})"
         raise InputError("model", reason) from error
@@ -204,5 +214,5 @@ def _way(
         node=on_node * host.peak,
         device_room=device_room(row.bytes) if stage.gpu else room,
         node_room=room,
-        work=work_of(recipe, row, skeleton, teacher, sizes, stage, recompute),
+        work=work_of(recipe, row, skeleton, teacher if recipe.teacher_top is None else None, sizes, stage, recompute),
     )

@@ -21,6 +21,11 @@ def show(plan: TrainingPlan, console: Console) -> None:
         f"a step of {recipe.batch} rows of {recipe.length} tokens, {plan.micro_batch} at a time on each of "
         f"{recipe.processes} {unit}s",
     ]
+    if plan.teacher_bytes is not None:
+        lines.append(
+            f"the teacher's {recipe.teacher_top} largest predictions are stored before, {plan.teacher_bytes:,} bytes a "
+            "token, and it is not there while the student learns"
+        )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)
     console.print()

@@ -25,6 +25,9 @@ class TrainedFields(Settings):
     micro_batch: int | None = optional(f"{WAVE_TOKENS} / length", "Micro-batch size per worker, in rows", ge=1)
     length: int = Field(512, ge=2, description="Tokens per row")
     teacher: str | None = Field(None, description="Teacher: config.json, or checkpoint directory, URL or hub name")
+    teacher_top: int | None = Field(
+        None, ge=1, description="Store the teacher's K largest predictions of each token before the training"
+    )
     seed: int = Field(0, description="Random seed, which changes no size")
 
     @property
@@ -35,6 +38,7 @@ class TrainedFields(Settings):
     @model_validator(mode="after")
     def _low_rank_options_have_an_effect(self) -> "TrainedFields":
         self.needs("low-rank updates (no --full)", not self.full, "lora_rank", "lora_alpha", "lora_dropout")
+        self.needs("teacher", self.teacher is not None, "teacher_top")
         return self
 
 
