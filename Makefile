@@ -4,7 +4,7 @@ OUT ?= runs/gpu
 N ?= 100
 
 # The tests' environment has the development tools; the demo's has what a user gets.
-.PHONY: demo test test-all fuzz drill lint docs gpu clean
+.PHONY: demo test test-all test-lowest fuzz drill lint docs gpu clean
 
 demo: .venv/ready
 	.venv/bin/shardprune demo
@@ -20,6 +20,12 @@ test: .venv-test/ready
 
 test-all: .venv-test/ready
 	$(PYTEST) $(ARGS)
+
+# Models layer by layer, and those with state between their layers, with the lowest transformers that is allowed
+# (huggingface-hub and what that needs are of its time). It lacks the architectures that came later.
+test-lowest: build/lowest/ready
+	PYTHONPATH=build/lowest $(PYTEST) tests/model/test_architectures.py tests/commands/test_carried_state.py \
+	  -k "not lfm3" -m "not long" $(ARGS)
 
 # 1,700 malformed inputs, at random unless a SEED is given; those that end wrongly are kept in runs/fuzz.
 fuzz: .venv-test/ready
@@ -55,5 +61,11 @@ gpu:
 	.venv-test/bin/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+build/lowest/ready: .venv-test/ready
+	.venv-test/bin/pip install --quiet --no-deps --upgrade --target build/lowest \
+	  "transformers==$$(sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml).*" "huggingface-hub<2" \
+	  "httpx<1" "httpcore<2" h11 "anyio<5"
+	touch $@
+
 clean:
-	rm -rf .venv .venv-test runs
+	rm -rf .venv .venv-test build runs

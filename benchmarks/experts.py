@@ -29,12 +29,14 @@ from typing import Any
 from shardprune import EvaluateRecipe, ExpertsRecipe, evaluate, experts
 from shardprune.report.progress import Reporter
 from shardprune.report.result import MeasuredPerplexity, Result
+from shardprune.solvers.expert_scores import needs_pass
 from shardprune.storage.json_file import dump_json
 from shardprune.storage.output_names import EXPERTS
 from shardprune.storage.sealed_json import sealed_fields, unsealed
 
 QUIET = Reporter(quiet=True)
 SCORES = ExpertsRecipe.choices("score")
+OF_TOKENS = [score for score in SCORES if needs_pass(score)]  # as merging does
 RANDOM = "random"
 
 
@@ -103,7 +105,7 @@ def main() -> None:
     parser.add_argument("--shares", type=float, nargs="+", default=[0.125, 0.25, 0.375, 0.5])
     parser.add_argument("--scores", nargs="*", default=SCORES)
     parser.add_argument("--propagated", nargs="*", default=["reap", "ean"], help="scores with a pass behind cut layers")
-    parser.add_argument("--merged", nargs="*", default=SCORES, help="scores with experts that are merged")
+    parser.add_argument("--merged", nargs="*", default=OF_TOKENS, help="scores with experts that are merged")
     parser.add_argument("--trained", nargs="*", default=SCORES, help="scores behind which routers are trained")
     parser.add_argument(
         "--reconstructed", nargs="*", default=["reap", "ean"], help="scores behind which all is trained"
