@@ -126,40 +126,31 @@ def solve_layer(work: PendingWork, layer: LayerInWork, solvers: Sequence[int]) -
     Args:
         solvers: the replica that solves each input.
     """
-    solved, reports = _Solved(work, layer), {}
+    kind, solved = work.family.kinds[layer.layer], _Solved(work, layer)
+    reports: dict[str, ProjectionReport] = {}
     for places in work.chunks_of(layer.layer):
-        reports.update(_solve_inputs(work, layer, places, solvers, solved))
+        layer.calibrating.over_waves(PruneWorker.accumulate, False, places)
+        if work.improving.measured:
+            layer.held_out.over_waves(PruneWorker.hold_out, places)
+        waiting = layer.reduce({kind.input_names[place]: solvers[place] for place in places})
+        solving = {}
+        for place in places:
+            names = kind.inputs[place]
+            solving[names] = layer.ask(solvers[place], PruneWorker.solve, place, work.shares_of(layer.layer, names))
+            if not layer.group.concurrent:  # it is done by now
+                solved.add(names)
+        for place in places:
+            waiting += layer.share(kind.inputs[place], solvers[place])
+        for names, ref in solving.items():
+            reports.update({report.name: report for report in layer.group.get(ref)})
+            if layer.group.concurrent:
+                solved.add(names)
+        layer.wait(waiting)
     return LayerRecord(
         layer.layer,
-        projections=tuple(reports[name] for name in work.family.kinds[layer.layer].projections),
+        projections=tuple(reports[name] for name in kind.projections),
         outliers=work.layer_outliers[layer.layer] if work.layer_outliers else None,
     )
-
-
-def _solve_inputs(
-    work: PendingWork, layer: LayerInWork, places: tuple[int, ...], solvers: Sequence[int], solved: "_Solved"
-) -> dict[str, ProjectionReport]:
-    """Solve the inputs of a layer at some places; return the reports of what reads them, by name."""
-    layer.calibrating.over_waves(PruneWorker.accumulate, False, places)
-    if work.improving.measured:
-        layer.held_out.over_waves(PruneWorker.hold_out, places)
-    kind = work.family.kinds[layer.layer]
-    waiting = layer.reduce({kind.input_names[place]: solvers[place] for place in places})
-    solving = {}
-    for place in places:
-        names = kind.inputs[place]
-        solving[names] = layer.ask(solvers[place], PruneWorker.solve, place, work.shares_of(layer.layer, names))
-        if not layer.group.concurrent:  # it is done by now
-            solved.add(names)
-    for place in places:
-        waiting += layer.share(kind.inputs[place], solvers[place])
-    reports = {}
-    for names, ref in solving.items():
-        reports.update({report.name: report for report in layer.group.get(ref)})
-        if layer.group.concurrent:
-            solved.add(names)
-    layer.wait(waiting)
-    return reports
 
 
 class _Solved:

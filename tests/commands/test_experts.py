@@ -26,6 +26,7 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.storage.folder import Folder
 from tests.commands.test_architectures import perplexity
 from tests.support.architectures import MIXTURES, make_architecture
+from tests.support.entries import entries
 from tests.support.tiny import differing, load_tensors, make_model, make_tokens, snapshot
 
 SAMPLES, SEQLEN, WAVE = 12, 24, 4
@@ -281,7 +282,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("fields", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("fields", entries(TRAINED, "both, behind cut layers"))
 def test_what_a_layer_keeps_is_trained_towards_the_dense_layer(fields, mixture, tmp_path):
     text = str(mixture / "tokens.npy")
     result = remove(mixture, tmp_path / "out", keep=3, eval=(text,), **fields)
@@ -353,7 +354,18 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase",
+    entries(
+        list(PHASES),
+        "in the pass",
+        "when the statistics are written",
+        "before the first layer is written",
+        "when a layer is finished",
+        "between the statistics and the file of a layer, propagated",
+        "among the averages of a layer, merged",
+    ),
+)
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_path, monkeypatch):
     owner, name, calls = PHASES[phase]
     changed = {"keep": 4, "eval": (str(mixture / "tokens.npy"),)}

@@ -37,14 +37,14 @@ def dies_in(monkeypatch):
 
 INTERRUPTIONS = [
     ("kl", "narrow", 2),
-    ("kl", "narrow", 9),
+    pytest.param("kl", "narrow", 9, marks=pytest.mark.long),
     ("kl", "adopt", 3),
     ("perplexity", "write", 6),
-    ("perplexity", "narrow", 9),
+    pytest.param("perplexity", "narrow", 9, marks=pytest.mark.long),
     ("cosine", "judge", 8),
-    ("given", "remove", 2),
+    pytest.param("given", "remove", 2, marks=pytest.mark.long),
     ("given", "write", 2),
-    ("given", "write", 5),
+    pytest.param("given", "write", 5, marks=pytest.mark.long),
 ]
 
 

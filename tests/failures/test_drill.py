@@ -28,6 +28,7 @@ from tests.failures import listening
 from tests.failures.listening import Heard, Moment
 from tests.failures.nodes import Nodes, nodes
 from tests.failures.watching import watched
+from tests.support.entries import entries
 from tests.support.forking import fork
 from tests.support.s3 import S3, client_of, serve
 from tests.support.tiny import CONFIGS, differing, load_tensors, make_model, make_tokens
@@ -192,7 +193,7 @@ def run_of(asked: Recipe, errors: Path) -> Iterator[tuple[int, TextIO, TextIO]]:
         yield int(heard.readline()), heard, answers
 
 
-@pytest.mark.parametrize("when", ["plan", "observe", "prune", "evaluate", "write"])
+@pytest.mark.parametrize("when", entries(list(MOMENTS), "plan", "observe", "evaluate"))
 def test_the_driver_dies(recipe, cluster: Nodes, undisturbed, when, tmp_path):
     # One of them has a cluster of its own, which must end with it.
     asked = recipe(tmp_path / "o", address=None if when == "prune" else cluster.address, **PARALLEL)

@@ -80,7 +80,9 @@ def test_a_training_that_is_cut_off_writes_the_same_weights(folder, undisturbed,
     assert differing(tmp_path / "o", reference) == []
 
 
-@pytest.mark.parametrize(("way", "zero", "cut_after"), [("low-rank", 1, 3), ("full", 3, 4)])
+@pytest.mark.parametrize(
+    ("way", "zero", "cut_after"), [("low-rank", 1, 3), pytest.param("full", 3, 4, marks=pytest.mark.long)]
+)
 def test_one_process_writes_the_best_weights_of_two(folder, pair, undisturbed, way, zero, cut_after, tmp_path):
     fields = {**WAYS[way], "zero": zero, "best": True}
     pair.cut_after = cut_after

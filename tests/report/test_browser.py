@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shardprune.report.page.write import write_comparison
+from tests.support.entries import entries
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
@@ -80,7 +81,7 @@ def shot(page, name):
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", entries(list(PAGES), "wanda"))
 def test_every_plot_is_there(browser, runs, name):
     page = opened(browser, runs.folder / name / "report.html")
     assert tuple(page.locator("figure h3").all_inner_texts()) == PAGES[name]
@@ -134,7 +135,7 @@ DRAWN_IN = """scheme => [...document.querySelectorAll('.xtick text, .ytick text'
 })"""
 
 
-@pytest.mark.parametrize("first", ["light", "dark"])
+@pytest.mark.parametrize("first", entries(["light", "dark"], "dark"))
 def test_text_and_axes_stand_out_in_either_scheme(browser, runs, first):
     """Also where the scheme changes while the page is open."""
     page = opened(browser, runs.folder / "owl" / "report.html", first)

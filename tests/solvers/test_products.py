@@ -154,13 +154,15 @@ def test_factor_by_split_products_is_as_accurate_as_by_float32(decay, monkeypatc
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 2.0])
 def test_masks_and_errors_by_split_products_are_those_by_float32(decay, monkeypatch):
-    (weight,) = tensors((128, 512))
-    plain = sparsegpt.prune(weight, spectrum(decay), Unstructured(), 0.5)
+    (weight,) = tensors((128, 256))
+    statistics = spectrum(decay, 256)
+    plain = sparsegpt.prune(weight, statistics, Unstructured(), 0.5)
     everywhere(monkeypatch, split_product)
-    split = sparsegpt.prune(weight, spectrum(decay), Unstructured(), 0.5)
+    statistics.forget_factors()
+    split = sparsegpt.prune(weight, statistics, Unstructured(), 0.5)
     assert float((split.mask == plain.mask).double().mean()) > 0.9999
-    errors = [output_error(weight, one.weight, spectrum(decay)) for one in (plain, split)]
-    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    errors = [output_error(weight, one.weight, statistics) for one in (plain, split)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)  # TF32 is ten times as far off
 
 
 def test_small_and_narrow_products_are_not_split():

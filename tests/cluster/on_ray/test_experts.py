@@ -33,7 +33,10 @@ def recipe(folder, out, **fields) -> ExpertsRecipe:
 TRAINED = {"propagate": "pruned", "router_kd": 3, "reconstruct": 3}
 
 
-@pytest.mark.parametrize(("exchange", "fields"), [("store", {}), ("store", TRAINED), ("group", TRAINED)])
+@pytest.mark.parametrize(
+    ("exchange", "fields"),
+    [("store", {}), pytest.param("store", TRAINED, marks=pytest.mark.long), ("group", TRAINED)],
+)
 def test_shards_and_replicas_equal_one_process_with_the_same_layout(ray, folder, exchange, fields, tmp_path):
     layout = {"shards": 2, "replicas": 2, **fields}
     local = experts(recipe(folder, tmp_path / "local", backend="local", **layout), QUIET)

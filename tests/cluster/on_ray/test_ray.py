@@ -18,6 +18,7 @@ from shardprune.report.progress import Reporter
 from tests.cluster.on_ray.material import bundled, search
 from tests.failures.listening import Heard, Moment
 from tests.support.clusters import kill, processes_of
+from tests.support.entries import entries
 from tests.support.tiny import differing, make_model, make_tokens
 
 QUIET = Reporter(quiet=True)
@@ -101,7 +102,16 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("fields", SCENARIOS.values(), ids=SCENARIOS)
+@pytest.mark.parametrize(
+    "fields",
+    entries(
+        SCENARIOS,
+        "parallel replicas, error curves",
+        "narrower, streamed",
+        "on text of its own",
+        "replicas of a pattern without a Hessian",
+    ),
+)
 def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, tmp_path):
     local = prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
     sharded = prune(recipe(folder, tmp_path / "ray", **fields), QUIET)
@@ -137,7 +147,7 @@ JOINED = {
 }
 
 
-@pytest.mark.parametrize("fields", JOINED.values(), ids=JOINED)
+@pytest.mark.parametrize("fields", entries(JOINED, "shards and replicas"))
 def test_a_process_group_gives_the_same_bits(ray, folder, fields, tmp_path):
     local = prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
     joined = prune(recipe(folder, tmp_path / "ray", exchange="group", **fields), QUIET)
@@ -180,7 +190,7 @@ def search_recipe(folder, out, **fields) -> MopRecipe:
     return MopRecipe.checked({**values, "model": str(folder / "llama"), "remove": 0.5, "keep": "1", **fields})
 
 
-@pytest.mark.parametrize("fields", SEARCHES.values(), ids=SEARCHES)
+@pytest.mark.parametrize("fields", entries(SEARCHES, "shards and replicas", "every layer tried"))
 def test_searches_equal_one_process(ray, folder, fields, tmp_path):
     alone = {**fields, "shards": 1, "backend": "local", "exchange": "auto"}
     local = mop(search_recipe(folder, tmp_path / "local", **alone), QUIET)
@@ -273,7 +283,7 @@ def test_workers_die_in_the_middle_of_exchanges(ray, tmp_path, monkeypatch):
         return ref
 
     monkeypatch.setattr(Exchange, "submit", submitted)
-    fields = {"shards": 2, "replicas": 2}
+    fields = {"shards": 2, "replicas": 2, "samples": 8, "seqlen": 64}
     result = prune(bundled(tmp_path / "o", exchange="group", **fields), QUIET)
     prune(bundled(tmp_path / "local", backend="local", **fields), QUIET)
     assert moments == []

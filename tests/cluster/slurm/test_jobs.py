@@ -30,13 +30,15 @@ RECIPE = {
     "model": bundled_model(),
     "out": "out",
     "calibration": "tokens.npy",
-    "samples": 32,
-    "seqlen": 256,
+    "samples": 8,
+    "seqlen": 64,
     "wave": 4,
     "sparsity": 0.5,
     "shards": 2,
     "threads": 1,
 }
+# Of jobs that last until something happens to them.
+LONGER = {"calibration": "longer.npy", "samples": 32, "seqlen": 256}
 # Ray's own patience with a silent node is half a minute. Workers that start with a node, before there is work, take
 # none: each would import all that a worker does for nothing.
 QUICK_RAY = {
@@ -72,22 +74,26 @@ def tmp() -> Iterator[Path]:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """What jobs are submitted from: a recipe, whose paths are relative to it, and one that names no model."""
-    make_tokens(tmp_path / "tokens.npy", samples=RECIPE["samples"], seqlen=RECIPE["seqlen"])
+    """What jobs are submitted from: a recipe, whose paths are relative to it."""
+    make_texts(tmp_path)
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(RECIPE))
-    (tmp_path / "bad.yaml").write_text("model: nowhere\nout: out\nsparsity: 0.5\n")
     return tmp_path
+
+
+def make_texts(folder: Path) -> None:
+    for one in (RECIPE, LONGER):
+        make_tokens(folder / one["calibration"], samples=one["samples"], seqlen=one["seqlen"])
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Callable[..., Path]:
     """The output of the recipe in one process, made while a job that is compared with it runs."""
 
-    def made(**fields: int) -> Path:
+    def made(**fields: int | str) -> Path:
         folder = tmp_path_factory.mktemp("local")
-        make_tokens(folder / "tokens.npy", samples=RECIPE["samples"], seqlen=RECIPE["seqlen"])
-        own = {"calibration": str(folder / "tokens.npy"), "out": str(folder / "out"), "backend": "local"}
-        prune(Recipe.checked({**RECIPE, **own, **fields}), Reporter(quiet=True))
+        make_texts(folder)
+        values = {**RECIPE, **fields, "out": str(folder / "out"), "backend": "local"}
+        prune(Recipe.checked({**values, "calibration": str(folder / values["calibration"])}), Reporter(quiet=True))
         return folder / "out"
 
     return made
@@ -97,7 +103,7 @@ def until(what: str, true: Callable[[], bool], log: Callable[[], str]) -> None:
     end = time.monotonic() + WAIT_SECONDS
     while not true():
         assert time.monotonic() < end, f"{what} did not happen in {WAIT_SECONDS:g} s:\n{log()}"
-        time.sleep(0.2)
+        time.sleep(0.5)  # each look is a process
 
 
 def left_over(sandbox: Sandbox) -> str:
@@ -169,12 +175,16 @@ def test_a_job_prunes_on_two_nodes_while_another_ends_with_the_code_of_its_comma
     python = f"PATH={Path(sys.executable).parent}:{sandbox.environment['PATH']}"
     asked = ["--nodes=2", "--time=10", script, "prune", "r.yaml", "--threads=2"]  # the CPUs of a node, for one worker
     job = Job(sandbox, folder, "out", "env", python, "sbatch", *asked)
+    (folder / "bad.yaml").write_text("model: m\nout: out\nsparsity: 0.5\n")
     words = ["--cpus-per-node", "1", "--object-store", "0.2", "--time", "10", "--script", "bad.sbatch", "--submit"]
-    bad = Job(sandbox, folder, "out", sys.executable, "-m", "shardprune", "slurm", "bad.yaml", *words)
+    command = [sys.executable, "-m", "shardprune", "slurm", "bad.yaml", *words, "--sbatch=--hold"]
+    bad = Job(sandbox, folder, "out", *command)
+    (folder / "bad.yaml").write_text("model: m\nout: out\nsparsity: 1.5\n")  # which would not have been submitted
+    sandbox.client("scontrol", "release", bad.number)
     local = undisturbed(threads=2)
     until("the end of the one that cannot work", lambda: bad.state == "FAILED", bad.log)
     assert bad.exit_code == "2:0"
-    assert "error: model: 'nowhere'" in bad.log()
+    assert "error: sparsity: 1.5 is not allowed" in bad.log()
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert job.exit_code == "0:0"
     assert len(job.nodes()) == 2
@@ -187,7 +197,8 @@ def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int) -
     asked = {"nodes": nodes, "min-nodes": 2, "cpus-per-node": 1, "object-store": 0.2, "time": 10, "notice": 60}
     words = ["--submit", *(f"--{name}={value}" for name, value in asked.items())]
     words += ["--tmp", str(tmp), "--job-name", out, "--script", f"{out}.sbatch"]
-    overrides = ["--", "--out", out, "--shards", str(nodes)]
+    longer = [f"--{name}={value}" for name, value in LONGER.items()]
+    overrides = ["--", "--out", out, "--shards", str(nodes), *longer]
     return Job(sandbox, folder, out, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, *overrides)
 
 
@@ -208,7 +219,7 @@ def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, folder, tmp, undi
     assert job.state == "RUNNING", job.log()
     sandbox.client("scancel", "--signal=USR1", "--batch", job.number)
     job.release()
-    local = undisturbed()
+    local = undisturbed(**LONGER)
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert (job.exit_code, job.restarts, job.node_list) == ("0:0", "1", "node[1-2]"), job.log()
     assert job.nodes() == {"node1", "node2"}

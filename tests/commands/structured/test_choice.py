@@ -139,7 +139,7 @@ def texts(english_model, tmp_path_factory) -> dict[str, str]:
     return {"calibration": str(folder / "calibration-english.txt"), "eval": str(folder / "recovery-english.txt")}
 
 
-@pytest.mark.parametrize("share", [0.2, 0.4])
+@pytest.mark.parametrize("share", [pytest.param(0.2, marks=pytest.mark.long), 0.4])
 def test_correction_lowers_the_perplexity_of_a_trained_model(english_model, texts, share, tmp_path):
     fields = {**texts, "model": english_model, "samples": 16, "seqlen": 128, "wave": 8, "eval_windows": 20}
     corrected, plain = (
