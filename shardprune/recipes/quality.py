@@ -18,7 +18,7 @@ EVERYWHERE: dict[str, dict[str, Any]] = {
 }
 # Beside that, where zeros may stand anywhere and are so many that it matters which projection gives up how much.
 UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "fisher"}}
-SHARED_OUT_FROM = 0.6  # of the weights that structures leave
+SHARED_OUT_FROM = 0.5  # of the weights that structures leave
 
 
 def stands_for(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,7 +37,8 @@ def stands_for(values: Mapping[str, Any]) -> dict[str, Any]:
 def _many(sparsity: Any, structured: Any) -> bool:
     try:
         removed = float(structured or 0)
-        return SHARED_OUT_FROM <= (float(sparsity) - removed) / (1 - removed) < HIGHEST
+        zeroed = round((float(sparsity) - removed) / (1 - removed), 9)  # 0.5, not a bit less, of 0.7 after 0.4
+        return SHARED_OUT_FROM <= zeroed < HIGHEST
     except (ArithmeticError, TypeError, ValueError):  # which the fields' own checks name
         return False
 
