@@ -12,6 +12,7 @@ from shardprune.cluster.local_backend import LocalBackend
 from shardprune.commands.prepare_recovery import prepare_recovery
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.experts import Stack
 from shardprune.planning.training import memory, passes
 from shardprune.planning.training.need import training_memory
 from shardprune.planning.training.passes import LiveBytes
@@ -144,17 +145,22 @@ def test_experts_take_the_memory_that_is_predicted(wide, experts, kind, tmp_path
 def test_few_experts_stand_for_all(tmp_path, monkeypatch):
     many = make_architecture(tmp_path, "qwen3_moe", {**EXPERTS, "num_experts": 32, "num_hidden_layers": 1})
     way = {"zero": 2, "offload": False, "recompute": False}
+    seeing, tell = set(), Stack.tell
+    monkeypatch.setattr(Stack, "tell", lambda self, parts, *told: seeing.add(id(parts)) or tell(self, parts, *told))
 
-    def peak():
+    def counted():
+        seeing.clear()
         memory._counted.clear()
-        (only,) = plan_training(TrainingPlanRecipe.checked({"model": many, "length": 64, "batch": 4, **way})).ways
-        return only.memory.device.peak
+        plan_training(TrainingPlanRecipe.checked({"model": many, "length": 64, "batch": 4, **way}))
+        (sizes,) = memory._counted.values()
+        return len(seeing), sizes.passes
 
-    few = peak()
+    experts, few = counted()
     monkeypatch.setattr(passes, "FEW", 32)
-    every = peak()
-    assert few != every
-    assert few == pytest.approx(every, rel=0.02)
+    all_experts, every = counted()
+    assert (experts, all_experts) == (2 * 16, 2 * 32)  # of two stacks: gate and up, and down
+    assert few.kept == pytest.approx(every.kept, rel=0.02)
+    assert few.peak(4) == pytest.approx(every.peak(4), rel=0.02)
 
 
 def test_a_token_is_multiplied_with_the_experts_that_it_passes_through(experts):
