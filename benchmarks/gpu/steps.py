@@ -23,7 +23,7 @@ STEPS = {
     for step in (
         Step("facts", 15),
         Step("numerics", 25),
-        Step("suite", 120),
+        Step("suite", 110),
         Step("rates", 15),
         Step("layer", 65),
         Step("variants", 25),
