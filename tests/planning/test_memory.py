@@ -47,11 +47,6 @@ RUNS = {
     "refit": ("wide", {**FEW, "samples": 8, "method": "wanda", "refit": True}, "fit down"),
     "wanda": ("stored in 16 bits", {**FEW, "method": "wanda"}, "select gate/up"),
     "structured": ("wide", {**FEW, "sparsity": None, "structured": 0.2}, "choose down"),
-    "structured by activity": (
-        "wide",
-        {**FEW, "sparsity": None, "structured": 0.2, "score": "amp", "correction": False, "measure_error": False},
-        "pass on",
-    ),
     "waves": ("narrow", {"samples": 1024, "seqlen": 256, "wave": 256, "sparsity": 0.5}, "accumulate"),
     "resident": ("large vocabulary", WEIGHTS_ALONE, "logits"),
     "streamed": ("large vocabulary", {**WEIGHTS_ALONE, "weights": "streamed"}, "logits"),
