@@ -14,6 +14,7 @@ from shardprune.shard.error_curves import GRADIENTS, gradients_of
 from shardprune.shard.expert_tally import SUMS
 from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.improving_worker import ImprovingWorker
 from shardprune.shard.ledger import Kind
 from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.prune_worker import PruneWorker
@@ -431,18 +432,18 @@ ROWS: dict[Callable[..., Any], Row] = {
     PruneWorker.measure_curves: Row(_measure_curves, reads="layer"),
     PruneWorker.hold_out: Row(_hold_out, reads="layer"),
     PruneWorker.solve: Row(_solve, reads="layer"),
-    PruneWorker.aim: Row(_judge(Costs.aim), reads="layer"),
-    PruneWorker.miss: Row(_miss, reads="layer"),
-    PruneWorker.lend: Row(_lend),
-    PruneWorker.reconstruct: Row(_reconstruct, reads="layer"),
-    PruneWorker.remember: Row(_copy, reads="layer"),
-    PruneWorker.put_back: Row(_put_back, reads="layer"),
+    ImprovingWorker.aim: Row(_judge(Costs.aim), reads="layer"),
+    ImprovingWorker.miss: Row(_miss, reads="layer"),
+    ImprovingWorker.lend: Row(_lend),
+    ImprovingWorker.reconstruct: Row(_reconstruct, reads="layer"),
+    ImprovingWorker.remember: Row(_copy, reads="layer"),
+    ImprovingWorker.put_back: Row(_put_back, reads="layer"),
     PruneWorker.keep_dense: Row(_copy_all, reads="layer"),
     PruneWorker.confront: Row(_confront, reads="layer"),
     PruneWorker.correct: Row(_correct, reads="layer"),
-    PruneWorker.solved: Row(_solved, reads="layer"),
-    PruneWorker.install: Row(_install, reads="layer"),
-    PruneWorker.broadcast: Row(_broadcast, reads="layer", chain="spreading"),
+    ImprovingWorker.solved: Row(_solved, reads="layer"),
+    ImprovingWorker.install: Row(_install, reads="layer"),
+    ImprovingWorker.broadcast: Row(_broadcast, reads="layer", chain="spreading"),
     PruneWorker.write: Row(_write, reads="layer"),
     PruneWorker.written: Row(_written),
     PruneWorker.finish: Row(_finish),
@@ -451,7 +452,6 @@ ROWS: dict[Callable[..., Any], Row] = {
     ExpertWorker.ratios: Row(_ratios),
     ExpertWorker.write: Row(_copy_layer),
     ExpertWorker.tally: Row(_of_wave(Costs.tally), reads="layer"),
-    ExpertWorker.aim: Row(_judge(Costs.aim), reads="layer"),
     ExpertWorker.cut: Row(_cut),
     ExpertWorker.finish: Row(_finish_copy),
     # Accounts are no work, and not verbs.
