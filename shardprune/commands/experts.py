@@ -15,7 +15,8 @@ from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, digests, parts_of_pass, perplexity, usage
 from shardprune.cluster.restarts import Attempts
-from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.prepare import prepare
+from shardprune.commands.prepared import Prepared
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
