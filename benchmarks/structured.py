@@ -9,6 +9,7 @@ greedy) of the dense and the pruned model, which take turns in this process. `--
 each in a process of its own with `--threads` threads; generation comes after them, with `--generate-threads`.
 """
 
+import argparse
 import itertools
 import statistics
 import tempfile
@@ -19,11 +20,11 @@ from multiprocessing import get_context
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.options import parser_of
 from shardprune import MopRecipe, Recipe, mop, prune
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.shape import costs_of
+from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
@@ -84,10 +85,16 @@ def shape(result: Result) -> str:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=bundled_model())
+    parser.add_argument("--calibration", default="stdlib")
+    parser.add_argument("--eval", default="stdlib")
+    parser.add_argument("--eval-windows", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--ways", nargs="*", default=[*DEPTH, *WIDTH, *MOP], help="names of rows (default: all)")
     parser.add_argument("--reconstruct", type=int, default=0, help="steps of rows with trained layers (default: none)")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", default="local", help="ray: all GPUs of the cluster for each run; with --jobs 1")
