@@ -22,7 +22,7 @@ from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
 from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.saving import write_index
-from shardprune.planning.memory import state_of_training
+from shardprune.planning.workspaces import state_of_training
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.experts_result import Experts, ExpertsOfLayer, ExpertTraining

@@ -18,7 +18,7 @@ from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Curves, PruningJob, Shapes, Shares, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.shape import Widths, changes, reshaped
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe

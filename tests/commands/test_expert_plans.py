@@ -6,7 +6,7 @@ from shardprune import ExpertsRecipe, experts
 from shardprune.cluster.layout import plan_layout
 from shardprune.cluster.local_backend import LocalGroup
 from shardprune.planning.costs import Costs, Places
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
