@@ -11,7 +11,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
 from shardprune.report.progress import Reporter
-from tests.commands.test_experts import SAMPLES, SEQLEN, WAVE, fields, material
+from tests.commands.expert_runs import SAMPLES, SEQLEN, WAVE, fields, material
 from tests.support.calls import counted
 
 KEPT = 3
