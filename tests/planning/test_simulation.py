@@ -11,7 +11,7 @@ from shardprune.planning.costs import Costs, Places
 from shardprune.planning.moments import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
-from shardprune.planning.simulated_worker import NOT_SIMULATED, ROWS
+from shardprune.planning.simulated_verbs import NOT_SIMULATED, ROWS
 from shardprune.planning.simulation import simulate
 from shardprune.planning.traffic import traffic_of
 from shardprune.planning.workload import planned_task, read_model
