@@ -16,6 +16,7 @@ from shardprune.cluster.placement import Placement, place_run
 from shardprune.commands.calibration import CalibrationText, text_of
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.errors import InputError, without_credentials
+from shardprune.extras import check_extra
 from shardprune.model.allocation_file import FIELD as ALLOCATED
 from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
@@ -329,6 +330,8 @@ def prepare(
         InputError: something cannot work; nothing has been written then.
     """
     job = recipe.job()
+    if isinstance(recipe, ExpertsRecipe) and recipe.merge:
+        check_extra("experts", "merge")
     for field, url in (
         ("model", recipe.model),
         ("sparse", job.sparse),
