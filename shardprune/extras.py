@@ -8,8 +8,10 @@ from shardprune.errors import InputError
 PACKAGES = {
     "eval": ("lm_eval", "accelerate", "peft"),
     "experts": ("scipy",),
+    "mlflow": ("mlflow",),
     "recover": ("deepspeed", "tensorboardX"),
     "report": ("jinja2", "plotly"),
+    "wandb": ("wandb",),
 }
 
 
