@@ -52,7 +52,7 @@ gpu:
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt torch
-	.venv/bin/pip install --quiet --constraint constraints.txt --editable .
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[eval,experts,recover,report]'
 	touch $@
 
 .venv-test/ready: pyproject.toml constraints.txt

@@ -17,6 +17,7 @@ import shardprune
 from shardprune.cluster.slurm.batch import BatchJob
 from shardprune.commands.slurm import slurm as write_job
 from shardprune.errors import InputError
+from shardprune.extras import check_extra
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.training.recipe import TrainingPlanRecipe
 from shardprune.printable import message, printable
@@ -273,6 +274,7 @@ def report(
     """Write OUT/report.html, a page that needs no network, or a comparison with JSON and CSV beside it."""
     if file and not compare:
         raise InputError("file", f"{file!r} is for --compare; a report is OUT/report.html")
+    check_extra("report", "report")
     from shardprune.report.page.write import write_comparison, write_report
 
     if compare:

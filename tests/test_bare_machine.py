@@ -6,7 +6,7 @@ import sys
 
 from tests.support.simulated_cuda import needs_simulated_cuda
 
-ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2", "accelerate", "scipy")
+ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2", "accelerate", "peft", "scipy", "tensorboardX")
 WITHOUT = f"""
 from importlib.machinery import PathFinder
 
@@ -65,3 +65,40 @@ mop(MopRecipe(out={str(tmp_path / "small")!r}, path="L", **common))
 """
     carry_out(program)
     assert all((tmp_path / name / "result.json").exists() for name in ("half", "rebuilt", "small"))
+
+
+def test_what_needs_an_extra_names_it(folder, tmp_path):
+    model, text, out = str(folder / "model"), str(folder / "tokens.npy"), str(tmp_path / "o")
+    common = ["--out", out, "--backend", "local"]
+    asked = [
+        ["evaluate", model, "--tasks", "boolq", *common],
+        ["experts", model, "--remove", "0.25", "--merge", "--calibration", text, *common],
+        ["recover", model, "--data", text, *common],
+        ["report", out],
+        [*words(folder, tmp_path / "half", "cpu")[:-1]],
+    ]
+    program = f"""
+from shardprune.cli import main
+for words in {asked!r}:
+    try:
+        main(words)
+    except SystemExit as ended:
+        print("code", ended.code, flush=True)
+"""
+    started = [sys.executable, "-c", WITHOUT + program]
+    done = subprocess.run(started, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    said = done.stdout.splitlines()
+    ends = [(said[place - 1], line) for place, line in enumerate(said) if line.startswith("code ")]
+    assert ends[:4] == [
+        (f"error: {field}: needs {packages}: pip install 'shardprune[{extra}]'", "code 2")
+        for field, packages, extra in (
+            ("tasks", "lm_eval, accelerate, peft", "eval"),
+            ("merge", "scipy", "experts"),
+            ("recover", "deepspeed, tensorboardX", "recover"),
+            ("report", "jinja2, plotly", "report"),
+        )
+    ]
+    assert ends[4][1] == "code 0"
+    wanted = "no report was written: report: needs jinja2, plotly: pip install 'shardprune[report]'; "
+    assert [line for line in said if line.startswith(wanted)]
+    assert not (tmp_path / "o").exists()

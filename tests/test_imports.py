@@ -19,7 +19,7 @@ FLOORS = (
     {"model"},
     {"solvers", "storage"},
     {"process"},
-    {"signals", "standard_streams"},
+    {"extras", "signals", "standard_streams"},
     {"errors"},
     {"printable"},
 )

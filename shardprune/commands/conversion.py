@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from shardprune.commands.converters import dtype_of, program_of, run_converter
+from shardprune.commands.gguf_layers import check_layers
 from shardprune.errors import ConversionError, InputError, StorageError, first_line
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.companions import TOKENIZER, companions, is_template
@@ -90,6 +91,8 @@ def convert(recipe: ExportRecipe, reporter: Reporter) -> Conversion:
         if recipe.format == "torchao":
             check_int8(source)
         else:
+            if recipe.format == "gguf":
+                check_layers(source.config)
             program = program_of(recipe.format, recipe.converter)
         planned = _planned(source, recipe)
         target = Folder(recipe.to, "to")

@@ -12,6 +12,7 @@ from shardprune.commands.model_card import leave_card
 from shardprune.errors import InputError
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
+from shardprune.extras import check_extra
 from shardprune.model.checkpoint import ADAPTER, place_of
 from shardprune.model.checks import check_seqlen
 from shardprune.model.opening import open_texts
@@ -165,6 +166,7 @@ def _open_tasks(recipe: EvaluateRecipe, model: ShardedModel) -> list[Any]:
     """
     if not recipe.tasks:
         return []
+    check_extra("eval", "tasks")
     try:
         from shardprune.evaluation.tasks import load_tasks, writes
     except ImportError as error:

@@ -13,6 +13,7 @@ from shardprune.commands.calibration import text_of
 from shardprune.commands.fingerprint import fingerprint_of
 from shardprune.commands.prepared import Prepared
 from shardprune.errors import InputError
+from shardprune.extras import check_extra
 from shardprune.model.allocation_file import FIELD as ALLOCATED
 from shardprune.model.allocation_file import read_allocation
 from shardprune.model.checkpoint import Checkpoint, place_of
@@ -51,6 +52,8 @@ def prepare(
         InputError: something cannot work; nothing has been written then.
     """
     job = recipe.job()
+    if isinstance(recipe, ExpertsRecipe) and recipe.merge:
+        check_extra("experts", "merge")
     for field, url in (
         ("model", recipe.model),
         ("sparse", job.sparse),

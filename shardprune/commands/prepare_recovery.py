@@ -14,6 +14,7 @@ from shardprune.cluster.group import Backend, Slots, check_room
 from shardprune.commands.check_recovery import check_compiler, check_room_for_teacher, check_settings, check_state
 from shardprune.commands.state import ZeroCount, run_file
 from shardprune.errors import InputError, without_credentials
+from shardprune.extras import PACKAGES, check_extra
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.opening import open_model, open_texts
@@ -151,6 +152,10 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     Raises:
         InputError: something cannot work.
     """
+    check_extra("recover", "recover")
+    tracker = (asked.track or "").partition(":")[0]
+    if tracker in PACKAGES:  # TensorBoard's writer is one of those that a training needs
+        check_extra(tracker, "track")
     overrides = read_overrides(asked.deepspeed) if asked.deepspeed else {}
     recipe = _decide(asked, backend.slots())
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):

@@ -13,6 +13,7 @@ from shardprune.commands.check_recovery import CLAIM
 from shardprune.commands.prepare_recovery import PreparedRecovery, is_sparse, prepare_recovery
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs_of_measuring
+from shardprune.commands.tracking import Follow, tracked
 from shardprune.errors import without_credentials
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
@@ -90,9 +91,10 @@ class RecoveryRun:
                     if self.recipe.device == "cpu":  # on GPUs, which other machines have, each worker does
                         build_what_is_used(self.recipe.offload, self.training, self.reporter.say)
                     room = min(self.backend.room(self.recipe.device), prepared.processes.count)
-                    for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
-                        with attempt as processes, self.clock.phase("recover"), self._progress():
-                            self.state.known.workers = self.backend.train(prepared.spec(processes), processes.count)
+                    with tracked(self.recipe, self.journal.fingerprint, self.losses, self.reporter) as report:
+                        for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
+                            with attempt as processes, self.clock.phase("recover"), self._progress(report):
+                                self.state.known.workers = self.backend.train(prepared.spec(processes), processes.count)
                     self._say_how_it_ended()
                     self.state.save()
                 self._write_rest()
@@ -186,8 +188,8 @@ class RecoveryRun:
             self.reporter.say(f"written: step {best.step}, with the lowest held-out loss ({best.loss:.4f})")
 
     @contextmanager
-    def _progress(self) -> Iterator[None]:
-        """Show the steps of the training while the block lasts."""
+    def _progress(self, report: Follow) -> Iterator[None]:
+        """Show the steps of the training, and report them, while the block lasts."""
         over, store = threading.Event(), self.prepared.teacher_store
         with self.reporter.step("recover", self.prepared.steps) as step:
 
@@ -195,6 +197,7 @@ class RecoveryRun:
                 while True:
                     last = over.wait(POLL_SECONDS)
                     losses = self.losses.read()
+                    report(losses)
                     if store and not losses and not last:
                         step.describe(f"teacher {store.parts - len(store.missing())}/{store.parts}")
                     if losses and (loss := losses[-1]).step > step.done:

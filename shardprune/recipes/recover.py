@@ -171,8 +171,32 @@ class MeasuringFields(PerplexityFields, WindowFields):
     """Perplexity before and after, and its windows."""
 
 
+TRACKERS = {"tensorboard": "DIR", "wandb": "PROJECT", "mlflow": "EXPERIMENT"}
+
+
+class TrackedOutputFields(ModelOutputFields):
+    """Output of a training, and the tracker that shows it."""
+
+    title: ClassVar[str] = "Output"
+
+    track: str | None = optional("none", "Report steps to tensorboard:DIR, wandb:PROJECT or mlflow:EXPERIMENT")
+
+    @field_validator("track")
+    @classmethod
+    def _names_a_tracker(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        kind, _, place = value.partition(":")
+        if kind not in TRACKERS or not place:
+            forms = ", ".join(f"{kind}:{place}" for kind, place in TRACKERS.items())
+            raise InputError("track", f"{value!r} is no tracker; use one of {forms}")
+        if kind == "tensorboard":
+            check_survives_ray_job("track", place)
+        return value
+
+
 class RecoverRecipe(
-    LearningFields, DataFields, TeachingFields, ZeroFields, MeasuringFields, TrainerFields, ModelOutputFields
+    LearningFields, DataFields, TeachingFields, ZeroFields, MeasuringFields, TrainerFields, TrackedOutputFields
 ):
     """The recipe of `shardprune recover`."""
 

@@ -9,8 +9,6 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster.hierarchy import average
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from shardprune.solvers.expert_scores import ranked
@@ -39,6 +37,8 @@ def clusters(
         groups: runs of experts of the same length, from which a router chooses first; no cluster has experts of two.
         protected: experts that are alone in their clusters, as far as one more is left for the others of their group.
     """
+    from scipy.spatial.distance import squareform
+
     assert len(scores) % groups == 0, "groups of different sizes"
     assert count % groups == 0, "not the same number from each group"
     size, own = len(scores) // groups, count // groups
@@ -55,6 +55,9 @@ def clusters(
 
 def _joined(square: NDArray[np.float64], experts: list[int], count: int) -> Iterator[tuple[int, ...]]:
     """Yield so many clusters of some experts, each ascending; of all experts the distances are [experts, experts]."""
+    from scipy.cluster.hierarchy import average
+    from scipy.spatial.distance import squareform
+
     parts: dict[int, tuple[int, ...]] = {place: (expert,) for place, expert in enumerate(experts)}
     if count < len(experts):
         merges = average(squareform(square[np.ix_(experts, experts)], checks=False))

@@ -2,11 +2,13 @@
 
 import pytest
 from huggingface_hub import constants
+from transformers import AutoTokenizer
 
 from shardprune.errors import InputError, StorageError
 from tests.support.hub import TOKEN, running_hub
 from tests.support.running import run, search_run
 from tests.support.tiny import make_model, make_tokens, snapshot
+from tests.support.words import words_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,31 @@ def test_iterations_that_a_search_keeps_stay_here(folder, tmp_path, hub):
     search_run(folder, tmp_path / "mop", path="LG", remove=0.3, depth_rule="third-last", keep="1", push="someone/mop")
     assert not any("/" in name for name in hub.files["someone/mop"])
     assert "model.safetensors.index.json" in hub.files["someone/mop"]
+
+
+def test_all_templates_of_a_chat_arrive_and_load(folder, tmp_path, hub):
+    make_model(tmp_path / "chat", "llama-3.1")
+    tokenizer = words_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(tmp_path / "chat")
+    folders = tmp_path / "chat" / "additional_chat_templates"
+    (folders / "notes.txt").write_text("no template")
+    for push, made in (
+        ("someone/half", lambda **fields: run(folder, tmp_path / "half", tmp_path / "chat", sparsity=0.5, **fields)),
+        ("someone/mop", lambda **fields: search_run(folder, tmp_path / "mop", tmp_path / "chat", path="L", **fields)),
+    ):
+        made(push=push)
+        pushed, place = hub.files[push], tmp_path / "pulled" / push
+        assert {name for name in pushed if "/" in name} == {
+            f"additional_chat_templates/{name}.jinja" for name in ("rag", "tool_use")
+        }
+        for name, content in pushed.items():
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(content)
+        loaded = AutoTokenizer.from_pretrained(place)
+        assert loaded.chat_template == tokenizer.chat_template
+        said = [{"role": "user", "content": "one"}]
+        assert loaded.apply_chat_template(said, tools=[], chat_template="tool_use", tokenize=False) == "[]"
 
 
 def test_what_cannot_work_is_said_before_any_work(folder, tmp_path, hub, monkeypatch):

@@ -3,6 +3,7 @@
 pip install ctranslate2 gguf sentencepiece torchao    # or an environment that has them
 export LLAMA_CPP=...      # sources of llama.cpp: a checkout, or vendor/llama.cpp of llama-cpp-python's sdist
 export OPTIMUM_CLI=...    # optimum-cli of an environment with optimum-intel[openvino]
+export LLM_COMPRESSOR=... # Python of an environment with llmcompressor
 """
 
 import os
@@ -33,6 +34,14 @@ def optimum_cli() -> str:
     place = os.environ.get("OPTIMUM_CLI", "")
     if not os.access(place, os.X_OK):
         pytest.skip("OPTIMUM_CLI names no optimum-cli of an environment with optimum-intel[openvino]")
+    return place
+
+
+def llm_compressor() -> str:
+    """The interpreter that has llm-compressor; skips the test where there is none."""
+    place = os.environ.get("LLM_COMPRESSOR", "")
+    if not os.access(place, os.X_OK):
+        pytest.skip("LLM_COMPRESSOR names no Python of an environment with llmcompressor")
     return place
 
 

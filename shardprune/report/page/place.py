@@ -5,6 +5,7 @@ does not spend, and none spends before its work.
 """
 
 from shardprune.errors import first_line, without_credentials
+from shardprune.extras import check_extra
 from shardprune.report.progress import Reporter
 from shardprune.storage.folder import output_folder
 from shardprune.storage.locations import absolute
@@ -23,6 +24,7 @@ def leave_report(out: str, reporter: Reporter, new: bool = False) -> None:
     try:
         folder = output_folder(absolute(out))
         if new or reporter.events.recorded_any or not folder.is_file(FILE):
+            check_extra("report", "report")
             from shardprune.report.page.write import write_page
 
             write_page(folder.url)
