@@ -29,6 +29,7 @@ PANELS = (
     "DeepSpeed",
     "Calibration",
     "Perplexity",
+    "Answers about images",
     "Tasks",
     "Latency",
     "Evaluation",

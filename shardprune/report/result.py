@@ -274,11 +274,24 @@ class Latency(BaseModel):
     continuations: list[Continuation] = []
 
 
+class MeasuredAnswers(BaseModel):
+    """The perplexity of the answers in conversations about images: exp of the mean loss of their `tokens`. `sha256`
+    tells apart what was measured."""
+
+    value: Measurement
+    conversations: Positive
+    images: Count
+    tokens: Positive
+    length: Positive
+    sha256: str
+
+
 class Evaluation(BaseModel):
-    """What `shardprune evaluate` measured: perplexities by source, and tasks by name. `harness` is the version of
-    lm-eval, `engine` what answered it, both when tasks were evaluated last."""
+    """What `shardprune evaluate` measured: perplexities by source, those of answers, and tasks by name. `harness` is
+    the version of lm-eval, `engine` what answered it, both when tasks were evaluated last."""
 
     perplexity: dict[str, MeasuredPerplexity] = {}
+    answers: dict[str, MeasuredAnswers] = {}
     tasks: dict[str, TaskResult] = {}
     harness: str | None = None
     engine: str | None = None
