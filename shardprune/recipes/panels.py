@@ -22,6 +22,7 @@ PANELS = (
     "Structured pruning",
     "Mask rebuilding",
     "Improvement",
+    "Tuned candidates",
     "Kept iterations",
     "Training",
     "Data",

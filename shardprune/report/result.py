@@ -167,7 +167,8 @@ class NarrowedLayer(BaseModel):
 class Iteration(BaseModel):
     """One iteration of a path: `step` is L (the `layer` went, by its index in the original model), G (groups and
     neurons of every layer) or g (the same for what the request left); `shape` and the share of the parameters
-    `removed` are those after it; `scores` are the candidates', `folder` has it where it was kept."""
+    `removed` are those after it; `scores` are the candidates', where these were tuned before `untuned` those without
+    that; `folder` has it where it was kept."""
 
     iteration: int
     step: Literal["L", "G", "g"]
@@ -175,6 +176,7 @@ class Iteration(BaseModel):
     shape: Shape
     removed: float
     scores: dict[str, Measurement] = {}
+    untuned: dict[str, Measurement] | None = None
     folder: Annotated[str, Field(pattern=r"^iteration-\d+$")] | None = None
 
 

@@ -101,6 +101,7 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
         "generate",
         "structure",
         "search",
+        "tune",
         "train",
         "curves",
         "observe",
