@@ -8,6 +8,7 @@ from shardprune.errors import InputError
 PACKAGES = {
     "eval": ("lm_eval", "accelerate", "peft"),
     "experts": ("scipy",),
+    "images": ("PIL",),
     "mlflow": ("mlflow",),
     "recover": ("deepspeed", "tensorboardX"),
     "report": ("jinja2", "plotly"),

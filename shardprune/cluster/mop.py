@@ -23,6 +23,7 @@ from shardprune.model.structure.shape import Widths, reshaped
 from shardprune.report.progress import Step
 from shardprune.shard.current_layers import Saved
 from shardprune.shard.forward_worker import ForwardWorker
+from shardprune.shard.layers import Version
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.shard.narrowed_layers import NarrowedLayers
 from shardprune.shard.waves import split
@@ -108,12 +109,19 @@ class ModelOnWorkers:
         if self.replicas > 1:
             self.scorer(self.shortening).refer(step)
 
-    def write(self, folder: str, layers: Sequence[int]) -> None:
-        """Write the current layers into a folder, each at the position of its index in `layers`."""
+    def write(self, folder: str, layers: Sequence[int], version: Version = "dense") -> None:
+        """Write those of the current layers that are in `layers` into a folder, each at the position that it has there.
+
+        Args:
+            version: `narrowed` for the narrower candidate's.
+        """
         self._wait(
-            self.group.submit(shard, 0, MopWorker.write, folder, len(layers), layer, LayerRecord(layers.index(layer)))
+            self.narrowing.submit(
+                shard, 0, MopWorker.write, folder, len(layers), layer, LayerRecord(layers.index(layer)), version
+            )
             for shard, held in enumerate(self.placement)
             for layer in held
+            if layer in layers
         )
 
     # -- candidates -------------------------------------------------------------------------------------------

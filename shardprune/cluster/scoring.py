@@ -1,5 +1,6 @@
 """Scores of a model that lies on many workers: waves through all or some of its layers, and measures of the outputs."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,8 @@ from torch import Tensor
 from shardprune.cluster.group import Ref, ReplicaSubset, flow
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, in_flight, in_wave_order
+from shardprune.errors import SolverError
+from shardprune.model.structure.path import Letter
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Version
@@ -113,6 +116,18 @@ class CandidateScorer:
         )
         for _ in flow(self.team, refs, in_flight(self.layout)):
             step.advance()
+
+
+def best_letter(criterion: Criterion, scores: dict[str, float], iteration: int) -> Letter:
+    """Return the candidate of an iteration with the better score.
+
+    Raises:
+        SolverError: a score is not finite.
+    """
+    if not all(map(math.isfinite, scores.values())):
+        found = ", ".join(f"{letter}: {score:g}" for letter, score in scores.items())
+        raise SolverError(f"iteration {iteration}: candidates cannot be compared by {criterion}, which is {found}")
+    return "L" if better(criterion, scores["L"], scores["G"]) else "G"
 
 
 def better(criterion: Criterion, one: float, other: float) -> bool:

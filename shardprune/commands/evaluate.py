@@ -10,6 +10,7 @@ from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.commands.model_card import leave_card
 from shardprune.errors import InputError
+from shardprune.evaluation.answers import measure_answers, open_answers
 from shardprune.evaluation.record import Record
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.extras import check_extra
@@ -18,6 +19,7 @@ from shardprune.model.checks import check_seqlen
 from shardprune.model.opening import open_texts
 from shardprune.model.tokenizer import check_ends
 from shardprune.recipes.evaluate import EvaluateRecipe
+from shardprune.recovery.rows import Rows
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
@@ -46,11 +48,13 @@ def evaluate(recipe: EvaluateRecipe, reporter: Reporter | None = None) -> Evalua
             record = Record(model.checkpoint, recipe.out)
             earlier = record.made()
             windows = _windows(recipe, model)
+            answers = open_answers(recipe, model.opened)
             opened = _open_tasks(recipe, model)
             candidates = _open_candidates(recipe, model)
         with closing(model):
             evaluation = _Evaluation(recipe, model, record, clock)
             evaluation.measure_perplexities(windows)
+            evaluation.measure_answers(answers)
             if opened:
                 evaluation.evaluate_tasks(opened)
             if candidates:
@@ -76,6 +80,7 @@ def check_evaluation(recipe: EvaluateRecipe, backend: Backend, reporter: Reporte
     """
     model = ShardedModel(recipe.model, recipe, backend, reporter)
     _windows(recipe, model)
+    open_answers(recipe, model.opened)
     _open_tasks(recipe, model)
     _open_candidates(recipe, model)
 
@@ -96,6 +101,13 @@ class _Evaluation:
                 value=value, seqlen=tokens.shape[1], windows=len(tokens), tokens_sha256=tokens_hash(tokens)
             )
             self._keep(perplexity={**self.found.perplexity, source: measured})
+
+    def measure_answers(self, opened: dict[str, Rows]) -> None:
+        for source, rows in opened.items():
+            self.model.close()  # which leaves its memory to the model in this process
+            with self.clock.phase("answers"):
+                measured = measure_answers(self.recipe, self.model, rows)
+            self._keep(answers={**self.found.answers, source: measured})
 
     def evaluate_tasks(self, opened: list[Any]) -> None:
         from shardprune.evaluation.tasks import evaluate_tasks

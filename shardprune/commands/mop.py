@@ -1,6 +1,5 @@
 """The story of `shardprune mop`: iteration after iteration a layer goes, or every layer gets narrower."""
 
-import math
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
@@ -12,17 +11,18 @@ from shardprune.cluster.mop import ModelOnWorkers
 from shardprune.cluster.mop_training import Training, train_layers
 from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
-from shardprune.cluster.scoring import better
+from shardprune.cluster.scoring import best_letter
 from shardprune.commands.prepare_mop import prepare_mop
 from shardprune.commands.prepared import Prepared
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
-from shardprune.errors import InputError, SolverError
+from shardprune.commands.tuned_candidates import CandidateTuning
+from shardprune.errors import InputError
 from shardprune.model.saving import write_frame, write_index
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.path import Letter, State
 from shardprune.model.structure.path_plan import PathPlan
-from shardprune.model.structure.shape import changes, reshaped
+from shardprune.model.structure.shape import Widths, changes, reshaped
 from shardprune.recipes.mop import MopRecipe
 from shardprune.report.achieved import improvements_of, shape_of
 from shardprune.report.clock import Clock
@@ -33,6 +33,7 @@ from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion
 from shardprune.storage.journal import Journal
+from shardprune.storage.retrying import preflight
 
 SAVED = "layers-"  # how folders begin that hold the layers of the last iteration which changed them
 
@@ -55,6 +56,9 @@ def mop(recipe: MopRecipe, reporter: Reporter | None = None) -> Result:
             prepared, path_plan = prepare_mop(recipe, backend)
         run = MopRun(recipe, prepared, path_plan, backend, reporter, clock)
         run.check_kept()
+        if run.tuning and run.state.previous is None:
+            with preflight():
+                run.tuning.check()
         if done := run.state.done(reporter, lambda name: True):  # from the last iteration nothing leads back
             run.remove_saved()
         result = done or run.go()
@@ -82,6 +86,8 @@ class MopRun:
             prepared.journal, prepared.earlier, prepared.record(), prepared.evaluations, prepared.inputs
         )
         self.workers: list[dict[str, Any]] = []  # what each says of itself
+        self.tuning = CandidateTuning(recipe, prepared.placement.out, backend) if recipe.tune_candidates else None
+        self._continued = False
 
     def check_kept(self) -> None:
         """Check that no iteration is to be kept that is past and was not.
@@ -116,12 +122,20 @@ class MopRun:
 
     def _attempt(self, layout: Layout) -> None:
         """Measure, remove, measure again: whatever of it is not yet done."""
+        while not self._go_on(layout):
+            self._tune()
+
+    def _go_on(self, layout: Layout) -> bool:
+        """Go on until all is done, which returns True, or until candidates are written that are to be tuned."""
         with self.clock.phase("load"):
             group = self._start(layout)
         with closing(group):
             model = self._current(group, layout)
             where = self._where()
             while candidates := self.path_plan.candidates(where):
+                if self.tuning and where.iteration + 1 not in self.tuning.known:
+                    self._write_candidates(model, where, candidates, self.tuning)
+                    return False
                 where = self._iterate(model, where, candidates)
             if self.recipe.reconstruct and self.state.previous is None:
                 self._train(model, where)
@@ -129,6 +143,7 @@ class MopRun:
             if self.state.previous is None:
                 self._write(model, self.prepared.placement.out, written=self.recipe.reconstruct > 0)
             self.workers = usage(group, layout)
+        return True
 
     def _start(self, layout: Layout) -> Group:
         prepared = self.prepared
@@ -156,27 +171,57 @@ class MopRun:
             with self.clock.phase("search"), self.reporter.step("original", self._refer_parts(model)) as step:
                 model.refer(step)
         if self.state.known.path:
-            self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
+            if not self._continued:
+                self.reporter.say(f"{len(self.state.known.path)} iterations are finished already")
             layers = self._layers()
             model = ModelOnWorkers(group, shards, replicas, tokens, wave, layers, where.widths, scoring, skeleton)
             model.read(self._saved(where))
+        self._continued = True
         return model
+
+    def _write_candidates(
+        self, model: ModelOnWorkers, state: State, candidates: dict[Letter, State], tuning: CandidateTuning
+    ) -> None:
+        """Build the candidates of an iteration and write them as checkpoints, as far as they are not there."""
+        iteration = state.iteration + 1
+        built = {letter: after for letter, after in candidates.items() if not tuning.written(iteration, letter)}
+        label, parts = f"candidates of iteration {iteration}", self._parts(model, built, scored=False)
+        narrower = next((after for letter, after in built.items() if letter != "L"), None)
+        with self.clock.phase("search"), self.reporter.step(label, parts) as step:
+            rule = self.recipe.depth_rule if "L" in built else None
+            shorter, _ = model.candidates(rule, narrower.widths if narrower else None, None, step)
+            self._account(model)
+        for letter, after in built.items():
+            folder = self._folder(tuning.place(iteration, letter))
+            if letter == "L":
+                assert shorter is not None
+                layers = tuple(layer for layer in model.layers if layer != shorter.layer)
+                self._write(model, folder, layers=layers)
+            else:
+                self._write(model, folder, widths=after.widths)
+
+    def _tune(self) -> None:
+        """Tune and score the candidates that were written; no workers are there."""
+        assert self.tuning is not None
+        where = self._where()
+        candidates = list(self.path_plan.candidates(where))
+        self.tuning.tune(where.iteration + 1, candidates, self.prepared.calibration, self.reporter, self.clock)
 
     def _iterate(self, model: ModelOnWorkers, state: State, candidates: dict[Letter, State]) -> State:
         """Build and score candidates, adopt one, and record it."""
-        chosen = self.path_plan.choice(state, candidates)
-        built = candidates if self._criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
-        label, parts = f"iteration {state.iteration + 1}", self._parts(model, built)
+        chosen, criterion = self.path_plan.choice(state, candidates), self._criterion
+        tuned = self.tuning.known[state.iteration + 1] if self.tuning else None
+        if tuned:
+            chosen, criterion = chosen or best_letter("perplexity", tuned.after, state.iteration + 1), None
+        built = candidates if criterion else {letter: candidates[letter] for letter in (chosen,) if letter}
+        label, parts = f"iteration {state.iteration + 1}", self._parts(model, built, criterion is not None)
         with self.clock.phase("search"), self.reporter.step(label, parts) as step:
             rule = self.recipe.depth_rule if "L" in built else None
             narrower = next((after for letter, after in built.items() if letter != "L"), None)
-            shorter, scores = model.candidates(rule, narrower.widths if narrower else None, self._criterion, step)
+            shorter, scores = model.candidates(rule, narrower.widths if narrower else None, criterion, step)
             if chosen is None:
-                assert self._criterion is not None
-                if not all(map(math.isfinite, scores.values())):
-                    found = ", ".join(f"{letter}: {score:g}" for letter, score in scores.items())
-                    raise SolverError(f"{label}: candidates cannot be compared by {self._criterion}, which is {found}")
-                chosen = "L" if better(self._criterion, scores["L"], scores["G"]) else "G"
+                assert criterion is not None
+                chosen = best_letter(criterion, scores, state.iteration + 1)
             after = candidates[chosen]
             if chosen != "L":
                 model.adopt_narrower(after.widths)
@@ -189,7 +234,8 @@ class MopRun:
             layer=shorter.layer if shorter and chosen == "L" else None,
             shape=shape_of(reshaped(self.prepared.skeleton.config, after.widths, model.layers)),
             removed=self.path_plan.share(after),
-            scores=scores,
+            scores=tuned.after if tuned else scores,
+            untuned=tuned.before if tuned else None,
         )
         if self.path_plan.kept(state, after):
             entry.folder = f"iteration-{after.iteration:02d}"
@@ -233,6 +279,9 @@ class MopRun:
         for name in self.journal.folder.names():
             if name.startswith(SAVED) and name != self.state.known.saved:
                 self.journal.folder.remove_folder(name)
+        if self.tuning:
+            going = self.state.previous is None and bool(self.path_plan.candidates(self._where()))
+            self.tuning.remove(self._where().iteration + 1 if going else None)
 
     def _check_saved(self) -> None:
         """Check that the layers from which an attempt goes on are what was written.
@@ -334,9 +383,9 @@ class MopRun:
         done = {"removed": entry.removed}
         return done | ({"share": min(1.0, entry.removed / self.recipe.remove)} if self.recipe.remove else {})
 
-    def _parts(self, model: ModelOnWorkers, built: dict[Letter, State]) -> int:
+    def _parts(self, model: ModelOnWorkers, built: dict[Letter, State], scored: bool) -> int:
         """The number of parts that an iteration reports to its progress step."""
-        parts, scored, layers = 0, self._criterion is not None, len(model.layers)
+        parts, layers = 0, len(model.layers)
         for letter in built:
             if letter == "L":
                 passes = {"third-last": 0, "cosine": 1, "perplexity": layers}[self.recipe.depth_rule]
@@ -366,16 +415,24 @@ class MopRun:
             self._account(model)
             self.state.keep(source, when, value)
 
-    def _write(self, model: ModelOnWorkers, folder: str, written: bool = False) -> None:
-        """Write the current model as an ordinary checkpoint, its layers unless they are `written`."""
-        checkpoint, layers = self.prepared.checkpoint, model.layers
+    def _write(
+        self,
+        model: ModelOnWorkers,
+        folder: str,
+        written: bool = False,
+        layers: Sequence[int] | None = None,
+        widths: Widths | None = None,
+    ) -> None:
+        """Write the current model as an ordinary checkpoint, its layers unless they are `written`; or a candidate, with
+        fewer `layers` or other `widths`."""
+        checkpoint, layers = self.prepared.checkpoint, model.layers if layers is None else layers
         journal = Journal(folder, self.journal.fingerprint, len(layers), checkpoint.place)
         if not written:
-            model.write(folder, layers)
+            model.write(folder, layers, "dense" if widths is None else "narrowed")
         self._account(model)
         with self.clock.phase("write"):
             write_frame(checkpoint, self.prepared.skeleton, journal)
-            write_index(checkpoint, journal, changes(self.prepared.skeleton.config, model.widths, layers))
+            write_index(checkpoint, journal, changes(self.prepared.skeleton.config, widths or model.widths, layers))
         journal.folder.remove_partial()  # of workers that died while they wrote
 
 

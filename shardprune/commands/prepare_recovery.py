@@ -17,7 +17,7 @@ from shardprune.errors import InputError, without_credentials
 from shardprune.extras import PACKAGES, check_extra
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_rank, check_seqlen
-from shardprune.model.opening import open_model, open_texts
+from shardprune.model.opening import OpenedModel, open_model, open_texts
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.training.memory import Uncounted
 from shardprune.planning.training.need import paths_of_projections, stages_of, training_need
@@ -26,7 +26,9 @@ from shardprune.recovery.batches import Batches, Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.mixing import RowMixture, joined
+from shardprune.recovery.predictions import shows_images
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
+from shardprune.recovery.sight import check_vision, eyes_of
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.recovery.teacher_store import TeacherStore, check_top
 from shardprune.shard.memory import check_memory
@@ -37,7 +39,6 @@ from shardprune.storage.json_file import dump_json
 from shardprune.storage.locations import absolute, check_reachable
 from shardprune.storage.retrying import preflight
 from shardprune.storage.sources import is_tokens
-from shardprune.storage.windows import Tokenizer
 
 _logger = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Inputs:
     mixture: RowMixture | None
     evaluations: dict[str, Tensor]
     overrides: dict[str, Any]
+    vision: int = 0  # parameters of vision towers, of model and teacher
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -176,23 +178,46 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     check_compiler(recipe)
     if recipe.packing:
         check_packing(checkpoint.config.model_type)
-    learned, held_out, mixture = _load_data(recipe, opened.tokenizer, skeleton.config.vocab_size)
+    learned, held_out, mixture = _load_data(recipe, opened)
+    vision = _check_vision(recipe, checkpoint, teacher, learned) if shows_images(learned) else 0
     evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
-    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, mixture, evaluations, overrides)
+    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, mixture, evaluations, overrides, vision)
 
 
-def _load_data(recipe: DecidedRecipe, tokenizer: Tokenizer, vocabulary: int) -> tuple[Rows, Rows, RowMixture | None]:
+def _load_data(recipe: DecidedRecipe, opened: OpenedModel) -> tuple[Rows, Rows, RowMixture | None]:
     """Return the rows to learn from, the held-out share of every source, and the mixture where there are several.
 
     Raises:
         InputError: a source has no rows for one of them.
     """
-    options = recipe.length, recipe.packing, recipe.prompt_loss, vocabulary
-    pairs = [load_rows(part.source, tokenizer, *options).split(recipe.held_out, recipe.seed) for part in recipe.parts]
+    eyes = eyes_of(opened.checkpoint, recipe.images)
+    options = recipe.length, recipe.packing, recipe.prompt_loss, opened.skeleton.config.vocab_size, eyes
+    loaded = [load_rows(part.source, opened.tokenizer, *options) for part in recipe.parts]
+    if recipe.images is not None and not shows_images(*loaded):
+        raise InputError("images", f"{recipe.images!r} has no effect without conversations about images")
+    pairs = [rows.split(recipe.held_out, recipe.seed) for rows in loaded]
     if len(pairs) == 1:
         return *pairs[0], None
     mixture = RowMixture.of(recipe.parts, [len(learned) for learned, _ in pairs])
     return joined([learned for learned, _ in pairs]), joined([held_out for _, held_out in pairs]), mixture
+
+
+def _check_vision(recipe: DecidedRecipe, checkpoint: Checkpoint, teacher: Checkpoint | None, rows: Rows) -> int:
+    """Check that model and teacher see the images of rows, and have the same tokens for them; return the number of
+    parameters of what sees them.
+
+    Raises:
+        InputError: one does not.
+    """
+    assert rows.images is not None
+    for folder in {file.folder for file in rows.images.files}:
+        check_reachable("images", folder, recipe.backend)
+    parameters = check_vision(checkpoint, rows)
+    if teacher is None:
+        return parameters
+    if not teacher.has_tower:
+        raise InputError("teacher", f"{recipe.teacher} sees no images, which the data shows")
+    return parameters + check_vision(teacher, rows)
 
 
 @preflight()
@@ -229,7 +254,7 @@ def _need(inputs: Inputs) -> Need | None:
     """Return the memory of a process; None, and a remark in the log, where it cannot be counted."""
     longest = max(inputs.rows.longest, inputs.held_out.longest)
     try:
-        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher, longest)
+        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher, longest, inputs.vision)
     except Uncounted as error:
         _logger.warning("the memory of this training is not known before it starts: %s", error)
         return None

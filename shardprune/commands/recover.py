@@ -51,14 +51,20 @@ def recover(recipe: RecoverRecipe, reporter: Reporter | None = None) -> Result:
     reporter = reporter or Reporter()
     clock = Clock(reporter.events)
     with closing(backend_of(recipe)) as backend:
-        with clock.phase("plan"):
-            prepared = prepare_recovery(recipe, backend)
-        run = RecoveryRun(prepared, backend, reporter, clock)
-        result = run.state.done(reporter, run.is_trained) or run.go()
-    if os.path.isdir(run.training):
-        shutil.rmtree(run.training)
+        result = fine_tuned(recipe, backend, reporter, clock)
     if recipe.report:
         leave_report(recipe.out, reporter)
+    return result
+
+
+def fine_tuned(recipe: RecoverRecipe, backend: Backend, reporter: Reporter, clock: Clock) -> Result:
+    """Fine-tune a model on a backend; what `recover` does, but for the report."""
+    with clock.phase("plan"):
+        prepared = prepare_recovery(recipe, backend)
+    run = RecoveryRun(prepared, backend, reporter, clock)
+    result = run.state.done(reporter, run.is_trained) or run.go()
+    if os.path.isdir(run.training):
+        shutil.rmtree(run.training)
     return result
 
 

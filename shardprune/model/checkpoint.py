@@ -128,6 +128,11 @@ class Checkpoint:
         """The configuration of the language model, as transformers reads it."""
         return self._language_config
 
+    @property
+    def whole_config(self) -> PretrainedConfig:
+        """The configuration of the model that the language model is a part of, or its own."""
+        return self._whole_config
+
     @cached_property
     def _language_config(self) -> PretrainedConfig:
         return language_config(self._whole_config)

@@ -1,12 +1,12 @@
 """Models that transformers builds from a config, without memory for their parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
@@ -21,17 +21,41 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     Raises:
         InputError: transformers builds no model from the config.
     """
+
+    def build() -> PreTrainedModel:
+        settings = {
+            "dtype": dtype,
+            "attn_implementation": attention_of(config),
+            "experts_implementation": "eager",  # one expert after the other: others round differently
+        }
+        if config.model_type in WITHOUT_HEAD:
+            return causal_class(config)._from_config(config, **settings)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+
+    return _built(build, device)
+
+
+def empty_multimodal_model(
+    config: PretrainedConfig, language: PretrainedConfig, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Build the model of a config that sees images, as `empty_model` does; `language` is its language model's config.
+
+    Raises:
+        InputError: transformers builds no model from the config.
+    """
+
+    def build() -> PreTrainedModel:
+        settings = {"dtype": dtype, "attn_implementation": attention_of(language), "trust_remote_code": False}
+        return AutoModelForImageTextToText.from_config(config, **settings)
+
+    return _built(build, device)
+
+
+def _built(build: Callable[[], PreTrainedModel], device: torch.device) -> PreTrainedModel:
+    """Build a model with parameters on the meta device and buffers on `device`."""
     try:
         with _parameters_on_meta(), no_init_weights(), deferred_warnings():
-            settings = {
-                "dtype": dtype,
-                "attn_implementation": attention_of(config),
-                "experts_implementation": "eager",  # one expert after the other: others round differently
-            }
-            if config.model_type in WITHOUT_HEAD:
-                model = causal_class(config)._from_config(config, **settings)
-            else:
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
+            model = build()
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
         raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
     model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own

@@ -10,6 +10,7 @@ from shardprune.recipes.groups import (
     WAVE_TOKENS,
     WORKERS,
     AskedLayout,
+    Files,
     Sources,
     WorkerFields,
     check_survives_ray_job,
@@ -28,6 +29,27 @@ class PerplexityFields(Settings):
     )
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
     windows: int | None = optional("all", "Windows per source", ge=1)
+
+
+class AnswerFields(Settings):
+    """Answers about images."""
+
+    title: ClassVar[str] = "Answers about images"
+
+    answers: Files = Field(
+        (),
+        description="Conversations whose answers' perplexity is measured: FILE.json in LLaVA's form; repeatable",
+    )
+    images: str | None = optional("FILE's", "Directory or URL of their images")
+    answers_length: int = Field(2048, ge=2, description="Maximum tokens per conversation")
+
+    @field_validator("answers")
+    @classmethod
+    def _are_json(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for source in value:
+            if not source.endswith(".json"):
+                raise InputError("answers", f"{source!r} is no FILE.json of conversations")
+        return value
 
 
 class TaskFields(Settings):
@@ -104,19 +126,20 @@ class DestinationFields(Settings):
         return value
 
 
-class EvaluateRecipe(PerplexityFields, TaskFields, LatencyFields, ShardFields, DestinationFields):
+class EvaluateRecipe(PerplexityFields, AnswerFields, TaskFields, LatencyFields, ShardFields, DestinationFields):
     """The recipe of `shardprune evaluate`."""
 
     command: ClassVar[str] = "evaluate"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (PerplexityFields, TaskFields, LatencyFields)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PerplexityFields, AnswerFields, TaskFields, LatencyFields)
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
     @model_validator(mode="after")
     def _something_is_measured(self) -> "EvaluateRecipe":
-        if not self.perplexity and not self.tasks and not self.latency:
-            raise InputError("perplexity", "missing; give a source, tasks, or latency")
+        if not self.perplexity and not self.answers and not self.tasks and not self.latency:
+            raise InputError("perplexity", "missing; give a source, answers, tasks, or latency")
         self.needs("perplexity", bool(self.perplexity), "seqlen", "windows")
+        self.needs("answers", bool(self.answers), "images", "answers_length")
         self.needs("tasks", bool(self.tasks), "tasks_dir", "limit", "num_fewshot", "engine")
         self.needs("latency", self.latency, *(name for name in LatencyFields.model_fields if name != "latency"))
         self.needs("tasks_dir", self.tasks_dir is not None, "allow_task_code")

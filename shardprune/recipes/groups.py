@@ -78,6 +78,8 @@ TrainingMixture = Annotated[tuple[str, ...], BeforeValidator(_listed), _weighted
 OFFERED: list[str] = ["stdlib", *PAPERS]  # what a shell offers for a source of text, beside files
 # Sources of text: one, or several as a list.
 Sources = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_known)]
+# Files: one, or several as a list.
+Files = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
 # Globs over names: one, or several as a list.
 Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_listed)]
 

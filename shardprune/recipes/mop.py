@@ -10,9 +10,11 @@ from shardprune.model.structure.kept_iterations import parse_keep
 from shardprune.recipes.groups import CalibrationFields, ModelOutputFields, PerplexityFields, WidthFields, WorkerFields
 from shardprune.recipes.identity import shape_of
 from shardprune.recipes.improving import TrainingFields, check_samples
-from shardprune.recipes.settings import Settings
+from shardprune.recipes.recover import LORA_RATE
+from shardprune.recipes.settings import Settings, optional
 from shardprune.solvers.improving import Improving
 from shardprune.solvers.scoring import Criterion, Score, Scoring
+from shardprune.storage.sources import DATA_FORMS, is_data
 
 
 class PathFields(Settings):
@@ -70,6 +72,35 @@ class MopWidthFields(WidthFields):
     )
 
 
+class TuneFields(Settings):
+    """Fine-tuning of candidates before they are scored."""
+
+    title: ClassVar[str] = "Tuned candidates"
+
+    tune_candidates: int = Field(
+        0, ge=0, description="Steps of LoRA fine-tuning of each candidate before it is scored; 0: none"
+    )
+    tune_data: str | None = Field(None, description=f"Data source: {DATA_FORMS}")
+    tune_length: int = Field(512, ge=2, description="Maximum tokens per row")
+    tune_batch: int = Field(16, ge=1, le=1_000_000, description="Global batch size, in rows")
+    tune_learning_rate: float | None = optional(f"{LORA_RATE}", "Peak learning rate", gt=0)
+    tune_zero: int = Field(2, ge=0, le=3, description="ZeRO stage, as of recover")
+
+    @field_validator("tune_data")
+    @classmethod
+    def _tune_data_has_a_form(cls, value: str | None) -> str | None:
+        if value is not None and not is_data(value):
+            raise InputError("tune_data", f"{value!r} is no known source; use {DATA_FORMS}")
+        return value
+
+    @model_validator(mode="after")
+    def _tuning_has_data(self) -> "TuneFields":
+        self.needs("tune_candidates", self.tune_candidates > 0, *(set(TuneFields.model_fields) - {"tune_candidates"}))
+        if self.tune_candidates and self.tune_data is None:
+            raise InputError("tune_data", "missing; candidates are tuned on it")
+        return self
+
+
 class KeepFields(Settings):
     """Iterations to keep, and scores."""
 
@@ -96,6 +127,7 @@ class KeepFields(Settings):
 class MopRecipe(
     PathFields,
     MopWidthFields,
+    TuneFields,
     KeepFields,
     CalibrationFields,
     PerplexityFields,
@@ -106,7 +138,7 @@ class MopRecipe(
     """The recipe of `shardprune mop`."""
 
     command: ClassVar[str] = "mop"
-    shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields, TrainingFields)
+    shaping: ClassVar[tuple[type[Settings], ...]] = (PathFields, MopWidthFields, TuneFields, TrainingFields)
 
     model: str = Field(min_length=1, description="Checkpoint: directory, URL or hub name")
 
@@ -114,6 +146,10 @@ class MopRecipe(
     def _options_have_an_effect(self) -> "MopRecipe":
         self.needs("score outlier", self.score == "outlier", "outlier_m")
         self.needs("a path that is given or random", self.path is not None or self.criterion == "random", "scores")
+        if self.tune_candidates and self.scored_by != "perplexity":
+            raise InputError("criterion", f"{self.criterion!r} does not go with tune_candidates; use perplexity")
+        if self.tune_candidates and self.path is not None and not self.scores:
+            raise InputError("tune_candidates", "has no effect without scores")
         if self.reconstruct:
             check_samples(self.samples, "reconstruct")
         return self
@@ -131,7 +167,8 @@ class MopRecipe(
     def shape(self) -> dict[str, Any]:
         """Return what shapes the tensors, beside model and text."""
         drawn = {"seed": self.seed} if self.criterion == "random" else {}  # which draws the path
-        return shape_of(self, "reconstruct") | drawn
+        drawn |= {"seed": self.seed} if self.tune_candidates else {}  # and orders the rows
+        return shape_of(self, "reconstruct", *TuneFields.model_fields) | drawn
 
     @property
     def scoring(self) -> Scoring:

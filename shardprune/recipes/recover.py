@@ -88,6 +88,7 @@ class DataFields(Settings):
         description=f"Data source: {TRAINING.forms}; repeatable",
         json_schema_extra={"offered": ["alpaca", *OFFERED]},
     )
+    images: str | None = optional("DATA's", "Directory or URL of the images that conversations show")
     length: int = Field(512, ge=2, description="Maximum tokens per row")
     packing: bool = Field(False, description="Pack several examples per row, with attention kept separate")
     prompt_loss: bool = Field(False, description="Include prompts of instruction data in the loss")
@@ -209,7 +210,7 @@ class RecoverRecipe(
     @classmethod
     def identifying_fields(cls) -> set[str]:
         """The fields that say which training it is: the state of one stage of ZeRO is not that of another."""
-        shaping = {name for group in cls.shaping for name in group.model_fields} - {"micro_batch"}
+        shaping = {name for group in cls.shaping for name in group.model_fields} - {"micro_batch", "images"}
         return shaping | {"model", "zero", "offload", "precision", "deepspeed"}
 
     @model_validator(mode="before")

@@ -1,7 +1,8 @@
 """Training data: from a source to rows of tokens.
 
 FILE.json                     instructions in Alpaca's form: a JSON list of objects with the texts `instruction`,
-                              `input` (may be absent or empty) and `output`
+                              `input` (may be absent or empty) and `output`; or conversations about images in
+                              LLaVA's form (see `shardprune.recovery.conversations`)
 FILE.jsonl[:FIELD]            one object per line: without FIELD, instructions if the first line has an
                               `instruction`, else a document's text in `text`
 FILE.txt                      one text
@@ -25,6 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
+from shardprune.recovery.conversations import Conversations, Eyes, conversation, is_conversation
+from shardprune.recovery.row_images import ImageFile
 from shardprune.recovery.rows import Example, Rows, pack
 from shardprune.storage.json_file import parse_json
 from shardprune.storage.malformed import located
@@ -71,7 +74,13 @@ class Exchange(NamedTuple):
 
 
 def load_rows(
-    source: str, tokenizer: Tokenizer, length: int, packing: bool, prompt_loss: bool, vocabulary: int
+    source: str,
+    tokenizer: Tokenizer,
+    length: int,
+    packing: bool,
+    prompt_loss: bool,
+    vocabulary: int,
+    eyes: Eyes | None = None,
 ) -> Rows:
     """Load the rows of a source, each of at most `length` tokens, in the source's order unless packed.
 
@@ -83,17 +92,26 @@ def load_rows(
         packing: put several short examples into one row.
         prompt_loss: learn the tokens of prompts, too; those of documents and texts are always learned.
         vocabulary: the number of tokens of the model.
+        eyes: of a model that sees images; None: it sees none.
 
     Raises:
         InputError: the source has no known form, is missing, does not have the form that its name implies, or has
             nothing to learn; or the tokenizer does not fit. Names `data`.
     """
     check_data(source)
+    files: list[ImageFile] = []
     if is_tokens(source):
         examples = _stored(source, length, vocabulary)
     else:
         content = _read(source)
-        if isinstance(content, list):
+        if isinstance(content, Conversations):
+            if eyes is None:
+                raise InputError("data", f"{source!r} holds conversations about images, and the model sees none")
+            if packing:
+                raise InputError("packing", f"puts no conversations about images into one row, as in {source!r}")
+            made: Iterable[Example]
+            made, files = eyes.read(content, source, length, prompt_loss)
+        elif isinstance(content, list):
             made = _from_exchanges(source, content, tokenizer(), length, prompt_loss)
         else:
             made = _from_corpus(source, content, tokenizer(), length)
@@ -102,7 +120,7 @@ def load_rows(
             raise InputError("data", f"{source!r} has no tokens left to learn at length {length}; use a longer length")
     sizes = [len(example.tokens) for example in examples]
     groups = pack(sizes, length) if packing else [[index] for index in range(len(examples))]
-    rows = Rows.of([[examples[index] for index in group] for group in groups])
+    rows = Rows.of([[examples[index] for index in group] for group in groups], files)
     check_vocabulary(int(rows.tokens.max()), vocabulary, "data", repr(source))
     return rows
 
@@ -110,8 +128,8 @@ def load_rows(
 # -- what a source holds ----------------------------------------------------------------------------------
 
 
-def _read(source: str) -> list[Exchange] | Corpus:
-    """Read a source as instructions or as texts."""
+def _read(source: str) -> list[Exchange] | Conversations | Corpus:
+    """Read a source as instructions, as conversations, or as texts."""
     if source == "alpaca":
         return _hub_exchanges(source, ALPACA)
     if source.startswith("hf:") and (hub := parse_hub(source)).field == "alpaca":
@@ -129,7 +147,7 @@ def _read(source: str) -> list[Exchange] | Corpus:
     return replace(corpus, by_document=True) if source.startswith("hf:") else corpus
 
 
-def _json_exchanges(source: str) -> list[Exchange]:
+def _json_exchanges(source: str) -> list[Exchange] | Conversations:
     text = read_text("data", source)
     if not text.strip():
         raise InputError("data", f"{source!r} is empty")
@@ -137,6 +155,8 @@ def _json_exchanges(source: str) -> list[Exchange]:
         values = parse_json(text, limit=len(text))
     if not isinstance(values, list):
         raise InputError("data", f"{source!r} is no JSON list of objects with instruction, input and output")
+    if values and is_conversation(values[0]):
+        return Conversations(conversation(f"{source!r} row {number}", value) for number, value in enumerate(values, 1))
     return [_exchange(f"{source!r} row {number}", value) for number, value in enumerate(values, 1)]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import InputError
+from shardprune.recovery.row_images import joined_images
 from shardprune.recovery.rows import Rows, permutation
 from shardprune.storage.mixture import Part, order_of, shares_of
 
@@ -72,4 +73,5 @@ def joined(rows: Sequence[Rows]) -> Rows:
         torch.cat([part.learned for part in rows]),
         torch.cat([part.positions for part in rows]),
         torch.cat([torch.zeros(1, dtype=torch.int64), *starts]),
+        joined_images([(part.images, len(part)) for part in rows]),
     )

@@ -5,6 +5,8 @@ initialises weights that are partitioned already. Here no process ever holds mor
 partition.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,11 +14,14 @@ from transformers import PreTrainedModel
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.model.experts import Part, allocate, take_apart
-from shardprune.recovery.partitioning import Partitioning
+from shardprune.model.vision import Vision
+
+if TYPE_CHECKING:  # evaluations load a model without DeepSpeed
+    from shardprune.recovery.partitioning import Partitioning
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, partitioning: Partitioning | None
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, partitioning: "Partitioning | None"
 ) -> PreTrainedModel:
     """Load a causal language model with the checkpoint's weights, its experts taken apart; no parameter requires
     gradients.
@@ -50,3 +55,13 @@ def load_model(
     checkpoint.check_unchanged()
     model.config.use_cache = False
     return model
+
+
+def load_seeing(
+    checkpoint: Checkpoint, model: PreTrainedModel, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Load what sees images for a checkpoint's language model, and return both together, without the head.
+
+    Every process has a vision tower of its own, whole and frozen, that DeepSpeed does not know.
+    """
+    return Vision(checkpoint, dtype, device).load(model.base_model)

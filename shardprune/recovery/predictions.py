@@ -1,13 +1,45 @@
 """Batches of rows as a model's arguments and the places where it predicts, made ahead of their use."""
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from shardprune.recovery.rows import IGNORED, Rows
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.processor import Processor
+from shardprune.recovery.rows import IGNORED, Rows, needs_mask
+from shardprune.storage.images import read_image
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a model is given rows.
+
+    Attributes:
+        mask: as in `Rows.collate`.
+        pixels: makes of images what the model is given of them; None where it sees none.
+    """
+
+    mask: bool
+    pixels: Callable[[list[Any]], dict[str, Tensor]] | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, *rows: Rows | None) -> "Reading":
+        """Return how a checkpoint's model is given rows.
+
+        Raises:
+            InputError: its processor is gone.
+        """
+        pixels = Processor(checkpoint.folder).pixels if shows_images(*rows) else None
+        return cls(needs_mask(checkpoint.config.model_type), pixels)
+
+
+def shows_images(*rows: Rows | None) -> bool:
+    """Return whether any of the rows show images."""
+    return any(part is not None and part.images is not None for part in rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +57,12 @@ class PredictionBatch:
     targets: Tensor
 
     @classmethod
-    def of(cls, rows: Rows, chosen: Sequence[int], mask: bool) -> "PredictionBatch":
-        """Collate rows; `mask` as in `Rows.collate`."""
-        inputs = rows.collate(chosen, mask)
+    def of(cls, rows: Rows, chosen: Sequence[int], reading: "Reading") -> "PredictionBatch":
+        """Collate rows, and read the images that they show."""
+        inputs = rows.collate(chosen, reading.mask)
+        if rows.images is not None and (files := rows.images.of_rows(chosen)):
+            assert reading.pixels is not None
+            inputs |= reading.pixels([read_image(file.url, "data") for file in files])
         following = nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()
         places = (following != IGNORED).nonzero()[:, 0]
         return cls(inputs, places, following[places])
@@ -46,12 +81,12 @@ class PredictionBatch:
 
 
 def ahead(
-    rows: Rows, batches: Iterable[Sequence[int]], mask: bool, device: torch.device
+    rows: Rows, batches: Iterable[Sequence[int]], reading: Reading, device: torch.device
 ) -> Generator[PredictionBatch, None, None]:
     """Yield batches of rows on a device; a thread makes each while the one before it is in use."""
 
     def make(chosen: Sequence[int]) -> PredictionBatch:
-        batch = PredictionBatch.of(rows, chosen, mask)
+        batch = PredictionBatch.of(rows, chosen, reading)
         return batch.pinned() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1) as thread:

@@ -8,7 +8,7 @@ cache is given. OPT's code ignores the positions and gets the mask.
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,20 +16,25 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES
+from shardprune.recovery.row_images import ImageFile, RowImages
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
 
 IGNORED = -100  # label of tokens that are no targets
+TENSORS = ("tokens", "learned", "positions", "starts")  # of rows in a file
+OF_IMAGES, FILES = ("shown", "image_starts"), "images"  # and of their images; the files' names, a text beside them
 
 
 class Example(NamedTuple):
     """The tokens of one example, int32 [tokens], and whether each is a target of the loss, bool [tokens].
 
-    The first token is never a target, whatever `learned` says: nothing precedes it.
+    The first token is never a target, whatever `learned` says: nothing precedes it. `images` are those that it shows,
+    by their places in a list of files.
     """
 
     tokens: Tensor
     learned: Tensor
+    images: tuple[int, ...] = ()
 
 
 class Row(NamedTuple):
@@ -49,16 +54,18 @@ class Rows:
         learned: bool [total], whether the loss counts the prediction of this token.
         positions: int32 [total], restarting at 0 with every example of a row.
         starts: int64 [rows + 1], the start of each row, and the total at the end.
+        images: that the rows show; None where no row shows any.
     """
 
     tokens: Tensor
     learned: Tensor
     positions: Tensor
     starts: Tensor
+    images: RowImages | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[Sequence[Example]]) -> "Rows":
-        """Concatenate the examples of each group into a row."""
+    def of(cls, groups: Sequence[Sequence[Example]], files: Sequence[ImageFile] = ()) -> "Rows":
+        """Concatenate the examples of each group into a row; `files` are the images of all examples."""
         examples = [example for group in groups for example in group]
         sizes = [sum(len(example.tokens) for example in group) for group in groups]
         positions = [torch.arange(len(example.tokens), dtype=torch.int32) for example in examples]
@@ -67,6 +74,9 @@ class Rows:
             torch.cat([torch.empty(0, dtype=torch.bool), *(example.learned for example in examples)]),
             torch.cat([torch.empty(0, dtype=torch.int32), *positions]),
             torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
+            RowImages.of(files, [[one for example in group for one in example.images] for group in groups])
+            if files
+            else None,
         )
         rows.learned[rows.positions == 0] = False
         return rows
@@ -78,19 +88,29 @@ class Rows:
         Raises:
             InputError: the file is missing or damaged.
         """
-        entries, _ = read_header(folder, name)
-        return cls(**{field.name: read_tensor(folder, entries[field.name]) for field in fields(cls)})
+        entries, metadata = read_header(folder, name)
+        tensors = {key: read_tensor(folder, entry) for key, entry in entries.items()}
+        shown, starts = (tensors.pop(key, None) for key in OF_IMAGES)
+        images = None if shown is None or starts is None else RowImages.parsed(metadata[FILES], shown, starts)
+        return cls(tensors["tokens"], tensors["learned"], tensors["positions"], tensors["starts"], images)
 
     def save(self, folder: Folder, name: str) -> None:
         """Write the rows as a safetensors file, complete or not at all."""
-        write_tensors(folder, name, self._tensors(), {})
+        tensors = self._tensors()
+        if self.images is None:
+            write_tensors(folder, name, tensors, {})
+        else:
+            tensors |= dict(zip(OF_IMAGES, (self.images.shown, self.images.starts), strict=True))
+            write_tensors(folder, name, tensors, {FILES: self.images.as_text()})
 
     def digest(self) -> str:
-        """Return the SHA-256 of all tensors."""
+        """Return the SHA-256 of all tensors, and of what tells the images apart."""
         content = hashlib.sha256()
         for name, tensor in self._tensors().items():
             content.update(f"{name} {len(tensor)} ".encode())
             content.update(tensor.numpy().tobytes())
+        if self.images is not None:
+            content.update(self.images.digest().encode())
         return content.hexdigest()
 
     def __len__(self) -> int:
@@ -128,6 +148,7 @@ class Rows:
             torch.cat([self.learned[:0], *(row.learned for row in chosen)]),
             torch.cat([self.positions[:0], *(row.positions for row in chosen)]),
             torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0),
+            self.images and self.images.select(rows),
         )
 
     def split(self, held_out: float, seed: int) -> tuple["Rows", "Rows"]:
@@ -182,7 +203,7 @@ class Rows:
         return batch
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: getattr(self, name) for name in TENSORS}
 
 
 def permutation(count: int, purpose: str) -> Tensor:

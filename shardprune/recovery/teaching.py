@@ -13,10 +13,10 @@ from shardprune.errors import TrainingError
 from shardprune.model.checkpoint import reopened
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.distillation import Distillation, TopDistillation, WholeDistillation, largest
-from shardprune.recovery.model import load_model
+from shardprune.recovery.model import load_model, load_seeing
 from shardprune.recovery.partitioning import Partitioning, release
-from shardprune.recovery.predictions import PredictionBatch, ahead
-from shardprune.recovery.rows import needs_mask
+from shardprune.recovery.predictions import PredictionBatch, Reading, ahead
+from shardprune.recovery.rows import Rows
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.student import Teacher, cap_of
 from shardprune.recovery.teacher_store import TeacherStore
@@ -32,6 +32,7 @@ class LiveTeacher:
     """A teacher whose weights are in memory. All processes use it at the same time.
 
     Args:
+        rows: that it predicts for.
         partitioning: if ZeRO-3 shares the teacher out, too.
 
     Raises:
@@ -39,15 +40,21 @@ class LiveTeacher:
     """
 
     def __init__(
-        self, spec: TrainingSpec, device: torch.device, dtype: torch.dtype, partitioning: Partitioning | None
+        self,
+        spec: TrainingSpec,
+        rows: Rows,
+        device: torch.device,
+        dtype: torch.dtype,
+        partitioning: Partitioning | None,
     ) -> None:
         recipe = spec.recipe
         assert recipe.teacher is not None
         checkpoint = reopened(recipe.teacher, spec.inputs["teacher"], "teacher")
         model = load_model(checkpoint, device, dtype, partitioning)
-        self.masked, self.cap = needs_mask(model.config.model_type), cap_of(model.config)
+        self.reading, self.cap = Reading.of(checkpoint, rows), cap_of(model.config)
         self._recipe = recipe
-        self._model: Callable[[PredictionBatch], Tensor] = Teacher(model).eval().requires_grad_(False)
+        seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.pixels else None
+        self._model: Callable[[PredictionBatch], Tensor] = Teacher(model, seeing).eval().requires_grad_(False)
         self._engine: Any = None
         if partitioning is not None:
             config = {key: value for key, value in spec.config.items() if key != "optimizer"}
@@ -116,7 +123,7 @@ def _fill(
     own = shares[rank]
     # Every process runs as many passes: under ZeRO-3 each gathers weights from all.
     idle = max(map(len, shares)) - len(own)
-    batches = ahead(store.rows, [*(rows for _, rows in own), *[range(1)] * idle], teacher.masked, device)
+    batches = ahead(store.rows, [*(rows for _, rows in own), *[range(1)] * idle], teacher.reading, device)
     found: list[tuple[Tensor, Tensor]] = []
     for place, batch in enumerate(batches):
         logits = teacher.logits(batch)

@@ -22,12 +22,12 @@ from shardprune.recovery.best import Best
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.recovery.experts import keep_from_deepspeed
 from shardprune.recovery.loss_log import Loss, Losses
-from shardprune.recovery.model import load_model
+from shardprune.recovery.model import load_model, load_seeing
 from shardprune.recovery.operations import load_from_cache
 from shardprune.recovery.partitioning import Partitioning
 from shardprune.recovery.parts import PartClock
-from shardprune.recovery.predictions import PredictionBatch, ahead
-from shardprune.recovery.rows import Rows, needs_mask
+from shardprune.recovery.predictions import PredictionBatch, Reading, ahead
+from shardprune.recovery.rows import Rows
 from shardprune.recovery.schedule import learning_rate
 from shardprune.recovery.spec import HELD_OUT, ROWS, TrainingSpec
 from shardprune.recovery.student import Student
@@ -66,13 +66,15 @@ class Training:
         begun = time.monotonic()
         self.teacher = self._start_teacher(dtype, partitioning)
         self.teacher_seconds = time.monotonic() - begun
-        self.model = load_model(reopened(recipe.model, spec.inputs["model"]), device, dtype, partitioning)
-        self.masked = needs_mask(self.model.config.model_type)
+        checkpoint = reopened(recipe.model, spec.inputs["model"])
+        self.model = load_model(checkpoint, device, dtype, partitioning)
+        self.reading = Reading.of(checkpoint, rows, self.held_out)
         for module in choose_trained(self.model, recipe, spec.targets):
             if partitioning is not None:
                 partitioning.partition(module)
         keep_from_deepspeed(self.model)
-        self.engine = self._start_engine()
+        seeing = load_seeing(checkpoint, self.model, device, dtype) if self.reading.pixels else None
+        self.engine = self._start_engine(Student(self.model, seeing))
 
     def run(self) -> PreTrainedModel:
         """Train from the last checkpoint, or from the start.
@@ -85,7 +87,7 @@ class Training:
         if self.rank == 0:
             self.losses.mend()
         rows = (micro.rows for step in range(start, spec.steps) for micro in self._micro_batches(step))
-        with closing(ahead(self.batches.rows, rows, self.masked, self.device)) as upcoming:
+        with closing(ahead(self.batches.rows, rows, self.reading, self.device)) as upcoming:
             for step in range(start, spec.steps):
                 if self._stops(best):
                     break  # of a run that resumes when it had stopped
@@ -124,7 +126,7 @@ class Training:
         recipe, spec, device = self.recipe, self.spec, self.device
         if recipe.teacher is None:
             return None
-        load = partial(LiveTeacher, spec, device, dtype, partitioning)
+        load = partial(LiveTeacher, spec, self.batches.rows, device, dtype, partitioning)
         if recipe.teacher_top is None:
             return load()
         used = self.batches.used(spec.steps)
@@ -132,8 +134,7 @@ class Training:
         store_predictions(store, load, spec, device)
         return StoredTeacher(store, spec, device)
 
-    def _start_engine(self) -> deepspeed.DeepSpeedEngine:
-        student = Student(self.model)
+    def _start_engine(self, student: Student) -> deepspeed.DeepSpeedEngine:
         trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         try:
             with redirect_stdout(io.StringIO()):  # stage 1 prints about memory
@@ -209,7 +210,7 @@ class Training:
         # Every process runs as many passes: under ZeRO-3 each gathers weights from all.
         firsts = [first + self.rank * micro for first in range(0, len(rows), micro * self.processes)]
         chosen = [range(first, min(first + micro, len(rows))) or range(1) for first in firsts]
-        for first, batch in zip(firsts, ahead(rows, chosen, self.masked, self.device), strict=True):
+        for first, batch in zip(firsts, ahead(rows, chosen, self.reading, self.device), strict=True):
             loss = self.engine(batch)
             if first < len(rows):
                 total += loss

@@ -167,7 +167,8 @@ class NarrowedLayer(BaseModel):
 class Iteration(BaseModel):
     """One iteration of a path: `step` is L (the `layer` went, by its index in the original model), G (groups and
     neurons of every layer) or g (the same for what the request left); `shape` and the share of the parameters
-    `removed` are those after it; `scores` are the candidates', `folder` has it where it was kept."""
+    `removed` are those after it; `scores` are the candidates', where these were tuned before `untuned` those without
+    that; `folder` has it where it was kept."""
 
     iteration: int
     step: Literal["L", "G", "g"]
@@ -175,6 +176,7 @@ class Iteration(BaseModel):
     shape: Shape
     removed: float
     scores: dict[str, Measurement] = {}
+    untuned: dict[str, Measurement] | None = None
     folder: Annotated[str, Field(pattern=r"^iteration-\d+$")] | None = None
 
 
@@ -274,11 +276,24 @@ class Latency(BaseModel):
     continuations: list[Continuation] = []
 
 
+class MeasuredAnswers(BaseModel):
+    """The perplexity of the answers in conversations about images: exp of the mean loss of their `tokens`. `sha256`
+    tells apart what was measured."""
+
+    value: Measurement
+    conversations: Positive
+    images: Count
+    tokens: Positive
+    length: Positive
+    sha256: str
+
+
 class Evaluation(BaseModel):
-    """What `shardprune evaluate` measured: perplexities by source, and tasks by name. `harness` is the version of
-    lm-eval, `engine` what answered it, both when tasks were evaluated last."""
+    """What `shardprune evaluate` measured: perplexities by source, those of answers, and tasks by name. `harness` is
+    the version of lm-eval, `engine` what answered it, both when tasks were evaluated last."""
 
     perplexity: dict[str, MeasuredPerplexity] = {}
+    answers: dict[str, MeasuredAnswers] = {}
     tasks: dict[str, TaskResult] = {}
     harness: str | None = None
     engine: str | None = None

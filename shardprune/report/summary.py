@@ -101,6 +101,7 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
         "generate",
         "structure",
         "search",
+        "tune",
         "train",
         "curves",
         "observe",
@@ -108,6 +109,7 @@ def summary_rows(result: Result, attempts: int = 1) -> Iterator[Row]:
         "prune",
         "recover",
         "evaluate",
+        "answers",
         "total",
     ):
         if phase in result.seconds:
@@ -128,6 +130,15 @@ def evaluation_rows(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
     for source, measured in evaluation.perplexity.items():
         windows = f"{measured.windows:,} x {measured.seqlen:,}"
         yield source.rsplit("/", 1)[-1], "perplexity", f"{measured.value:.3f}", "", windows, ""
+    for source, answers in evaluation.answers.items():
+        yield (
+            source.rsplit("/", 1)[-1],
+            "perplexity of answers",
+            f"{answers.value:.3f}",
+            "",
+            f"{answers.conversations:,}",
+            "",
+        )
     for name, task in evaluation.tasks.items():
         for metric, found in task.metrics.items():
             stderr = "" if found.stderr is None else f"{found.stderr:.4f}"

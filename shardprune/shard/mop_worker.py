@@ -86,10 +86,11 @@ class MopWorker(ImprovingWorker):
         self.layers.put({index: self.narrowed.build(index, widths, parameters)})
 
     @verb("write", layer="index")
-    def write(self, folder: str, layers: int, index: int, record: LayerRecord) -> None:
-        """Write a current layer with its record, which has its index in a model of `layers` layers."""
+    def write(self, folder: str, layers: int, index: int, record: LayerRecord, version: Version = "dense") -> None:
+        """Write a current layer, or the narrowed one beside it, with its record, which has its index in a model of
+        `layers` layers."""
         journal = Journal(folder, self.spec.fingerprint, layers, self.checkpoint.place)
-        layer = self.layers.get(index, "dense")
+        layer = self._layer(index, version)
         # Tensors that memory holds exactly are written from there; norms may be stored wider than they compute.
         entries = {name: self.checkpoint.entries[name] for name in self.skeleton.layer_tensors(index)}
         exact = {name for name, entry in entries.items() if self.skeleton.dtype in (entry.dtype, torch.float32)}

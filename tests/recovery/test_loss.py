@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import shardprune.recovery.loss
 from shardprune.recovery.distillation import WholeDistillation
 from shardprune.recovery.loss import LossHead, loss_and_gradient
-from shardprune.recovery.predictions import PredictionBatch
+from shardprune.recovery.predictions import PredictionBatch, Reading
 from shardprune.recovery.rows import Example, Rows
 from shardprune.recovery.student import Student, Teacher, cap_of
 from tests.support.tiny import CONFIGS, make_model
@@ -169,7 +169,7 @@ def test_a_family_loses_the_same_as_in_transformers(family, tmp_path):
         total += float(output.loss) * int(predicted.sum()) if predicted.any() else 0.0
         count += int(predicted.sum())
         logits.append(output.logits[0, :-1][predicted])
-    batch = PredictionBatch.of(rows, range(3), mask=False)
+    batch = PredictionBatch.of(rows, range(3), Reading(mask=False))
     assert len(batch.targets) == count == rows.targets(range(3))
     with torch.no_grad():
         cap = cap_of(model.config)

@@ -1,5 +1,7 @@
 """What a process of a fine-tuning takes, for the check before any weight is read."""
 
+from dataclasses import replace
+
 import torch
 
 from shardprune.errors import InputError
@@ -33,8 +35,14 @@ def stages_of(zero: int | None, *skeletons: Skeleton) -> tuple[int, ...]:
     return (0, 1, 2) + (() if whole else (3,)) if zero is None else (zero,)
 
 
-def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int) -> Memory:
-    """Return the memory of one process of a fine-tuning whose longest row has `length` tokens."""
+def training_memory(
+    recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int, vision: int = 0
+) -> Memory:
+    """Return the memory of one process of a fine-tuning whose longest row has `length` tokens.
+
+    Args:
+        vision: parameters of vision towers, which every process has whole.
+    """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     sizes = sizes_of(
         skeleton.config,
@@ -48,16 +56,20 @@ def training_memory(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoi
     )
     accumulated = max(1, recipe.batch // (recipe.micro_batch * recipe.workers))
     stage = Stage(recipe.zero, recipe.offload, recipe.workers, accumulated, recipe.device == "cuda")
-    return memory_of_training(sizes, stage)
+    memory = memory_of_training(sizes, stage)
+    return replace(memory, device=replace(memory.device, weights=memory.device.weights + vision * dtype.itemsize))
 
 
-def training_need(recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int) -> Need:
+def training_need(
+    recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int, vision: int = 0
+) -> Need:
     """Return the need of one process of a fine-tuning at its peak, and options that lower it.
 
     Args:
         length: tokens of the longest row. Micro-batches are padded to their longest row, not to the recipe's length.
+        vision: parameters of vision towers.
     """
-    parts = training_memory(recipe, skeleton, teacher, length).device
+    parts = training_memory(recipe, skeleton, teacher, length, vision).device
     step = ", ".join(f"{name} {gigabytes(count)}" for name, count in vars(parts).items() if count >= LISTED)
     fewer = [
         option

@@ -34,8 +34,9 @@ def path_of_search(path: list[Iteration], recipe: dict[str, Any]) -> Plot | None
     drawn = figure(traces, xaxis={"title": "iteration: step, share removed", "type": "category"})
     drawn.update_xaxes(categoryorder="array", categoryarray=ticks)
     drawn.update_yaxes(title=f"score ({criterion})")
+    tuned = f" after {steps} steps of tuning" if (steps := recipe.get("tune_candidates")) else ""
     return Plot(
-        f"Path of the search (score: {criterion} on the calibration data)",
+        f"Path of the search (score: {criterion} on the calibration data{tuned})",
         drawn,
         "Each iteration can take a layer away (L) or make every layer narrower (G; g where less than a layer's worth "
         f"was left to remove). {_decision(recipe, criterion)} Under each iteration: what it became, and the share of "

@@ -1,0 +1,48 @@
+"""What a checkpoint's model needs to learn from rows that show images, checked before it is loaded."""
+
+from functools import cache
+
+import torch
+
+from shardprune.errors import InputError
+from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.config_file import in_one_line
+from shardprune.model.processor import Processor
+from shardprune.model.vision import META, Vision, check_seeing
+from shardprune.recovery.conversations import Eyes
+from shardprune.recovery.rows import Rows
+from shardprune.storage.images import blank_image
+
+
+def eyes_of(checkpoint: Checkpoint, folder: str | None) -> Eyes | None:
+    """Return what a checkpoint's model needs of conversations about images in a folder; None if it sees none."""
+
+    @cache
+    def processor() -> Processor:
+        check_seeing(checkpoint.whole_config, "data")
+        return Processor(checkpoint.folder)
+
+    return Eyes(processor, folder) if checkpoint.has_tower else None
+
+
+def check_vision(checkpoint: Checkpoint, rows: Rows) -> int:
+    """Check that a checkpoint's vision tower has a feature for every token that stands for an image in rows; return the
+    number of its parameters.
+
+    Raises:
+        InputError: it has not; names the folder's field.
+    """
+    assert rows.images is not None
+    vision, processor = Vision(checkpoint, torch.float32, META), Processor(checkpoint.folder)
+    row = next(row for row in range(len(rows)) if rows.images.row(row))
+    files = rows.images.of_rows([row])
+    tokens = int((rows.row(row).tokens == processor.image_id).sum())
+    try:
+        features = vision.features_on_meta(processor.pixels([blank_image(file.width, file.height) for file in files]))
+    except Exception as error:  # of settings that are not those of the model, in any class
+        reason = f"holds a processor whose images the model does not take: {in_one_line(error)}"
+        raise InputError(checkpoint.folder.field, f"{checkpoint.folder.url} {reason}") from error
+    if tokens != features:
+        reason = f"has {features} features of images for {tokens} tokens that its processor makes of them"
+        raise InputError(checkpoint.folder.field, f"{checkpoint.folder.url} {reason}; see its processor's settings")
+    return vision.parameters
