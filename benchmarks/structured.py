@@ -39,6 +39,7 @@ MOP = {
     "MoP, perplexity path": {"criterion": "perplexity"},
     "MoP, perplexity path, obs": {"criterion": "perplexity", "score": "obs"},
 }
+EXTREME = "MoP, only widths"  # of its paths; the other extreme, only layers, is depth by the third-last rule
 
 
 def run(values: dict) -> Result:
@@ -53,7 +54,8 @@ def plans(share: float, skeleton: Skeleton) -> dict[str, dict]:
     decoder = {"structured": share * skeleton.parameters() / weights}
     depth = {name: {**fields, "path": "L" * skeleton.layers, "remove": share} for name, fields in DEPTH.items()}
     width = {name: {**fields, **decoder} for name, fields in WIDTH.items()}
-    return depth | width | {name: {**fields, "remove": share} for name, fields in MOP.items()}
+    searched = MOP | {EXTREME: {"path": "G" * skeleton.layers}}
+    return depth | width | {name: {**fields, "remove": share} for name, fields in searched.items()}
 
 
 def seconds_to_generate(model: torch.nn.Module, tokens: int) -> float:
@@ -91,7 +93,9 @@ def main() -> None:
     parser.add_argument("--eval", default="stdlib")
     parser.add_argument("--eval-windows", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
-    parser.add_argument("--ways", nargs="*", default=[*DEPTH, *WIDTH, *MOP], help="names of rows (default: all)")
+    parser.add_argument(
+        "--ways", nargs="*", default=[*DEPTH, *WIDTH, *MOP], help=f"names of rows (default: all but {EXTREME})"
+    )
     parser.add_argument("--reconstruct", type=int, default=0, help="steps of rows with trained layers (default: none)")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=256)

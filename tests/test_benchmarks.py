@@ -65,8 +65,8 @@ SMALL = {
     ),
     "structured": (
         *("--shares", "0.1", "--samples", "8", "--seqlen", "64", "--eval-windows", "2", "--tokens", "4"),
-        *("--repeats", "1", "--jobs", "1", "--threads", "1", "--ways", "MoP, perplexity path", "--reconstruct", "1"),
-        *("--eval", "constraints.txt", *TEXT),
+        *("--repeats", "1", "--jobs", "1", "--threads", "1", "--ways", "MoP, only widths", "MoP, perplexity path"),
+        *("--reconstruct", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
     "training_memory": ("--hidden", "64", "--layers", "1", "low-rank, ZeRO 2"),
