@@ -54,7 +54,8 @@ pruned, but not removed.
 
 The experts of a mixture may be tensors of their own in the files, one for each part, or all of a layer in one tensor
 (`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert
-is a projection, read alone, and what is written has the layout of what was read.
+is a projection, read alone, and what is written has the layout of what was read. A convolution over queries, keys and
+values that lies in three tensors in the files (`kimi_linear`, `olmo_hybrid`) is read as one, and written as three.
 
 FP8 checkpoints, as DeepSeek-V3, MiniMax-M2 and the FP8 forms of Qwen3 ship them, are read as what they stand for: each
 weight times the scales of its blocks ([storage.md](storage.md#fp8-checkpoints)). Other quantised checkpoints (GPTQ,

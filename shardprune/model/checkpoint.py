@@ -24,6 +24,7 @@ from shardprune.model.stored_names import places_in_model
 from shardprune.model.ties import equal, tied_names
 from shardprune.model.tokenizer import load_tokenizer
 from shardprune.storage.folder import Folder
+from shardprune.storage.joined_tensors import JoinedEntry
 from shardprune.storage.json_file import dump_json, parse_model
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located, shown
@@ -253,7 +254,9 @@ class Checkpoint:
         entries = sorted(self.entries.items())
         digest.update(dump_json([(name, str(entry.dtype), entry.shape) for name, entry in entries]).encode())
         scales = [entry.scales for _, entry in entries if isinstance(entry, ScaledEntry)]
-        for sample in self.folder.read_ranges([_sample(entry) for entry in [*dict(entries).values(), *scales]]):
+        joined = [part for _, entry in entries if isinstance(entry, JoinedEntry) for part in entry.parts[1:]]
+        sampled = [*dict(entries).values(), *scales, *joined]
+        for sample in self.folder.read_ranges([_sample(entry) for entry in sampled]):
             digest.update(sample)
         return digest.hexdigest()
 

@@ -35,6 +35,7 @@ from shardprune.model.experts import mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
 from shardprune.model.left_dense import pruned_of
 from shardprune.model.stand_ins import Arguments, as_returned, standing_in
+from shardprune.model.stored_names import joins
 
 SEQLEN = 8  # tokens of the sequence on which a layer is run
 
@@ -75,7 +76,8 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 
 
 def _check_stored_as_they_are(model: PreTrainedModel, path: str) -> None:
-    """Check that transformers puts no parameter of the layers but those of experts together from other tensors.
+    """Check that transformers computes no parameter of the layers but those of experts from other tensors, unless it
+    puts them one below the other.
 
     Raises:
         InputError: it does; names the parameter and the tensors.
@@ -83,6 +85,8 @@ def _check_stored_as_they_are(model: PreTrainedModel, path: str) -> None:
     inside = [name for name in model.state_dict() if name.startswith(f"{path}.")]
     converters = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightConverter)]
     for one in converters:
+        if joins(one):
+            continue
         made = [name for name in inside if name.endswith(tuple(one.target_patterns))]
         if made:
             parts = ", ".join(one.source_patterns)

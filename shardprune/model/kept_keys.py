@@ -1,14 +1,15 @@
-"""Keys and values of the tokens that a shard has seen, kept for the tokens that follow."""
+"""What a shard keeps of the tokens that it has seen for those that follow: keys and values, and states of layers that
+have such (convolutions, linear attention, state spaces)."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 
 
 class KeptKeys(Cache):
-    """Keys and values of sequences that grow together, for all layers of a model of which some are here.
+    """Keys, values and states of sequences that grow together, for all layers of a model of which some are here.
 
     Memory for `length` tokens is taken when a layer sees the first one, so that nothing moves as sequences grow. Layers
     with sliding windows keep all tokens, too: their masks leave out what is too far.
@@ -22,16 +23,18 @@ class KeptKeys(Cache):
         super().__init__(layers=[_KeptLayer(self) for _ in range(layers)])
 
 
-class _KeptLayer(CacheLayerMixin):
-    """One layer's keys and values, [sequences, key heads, length, width] each."""
+class _KeptLayer(LinearAttentionLayer, CacheLayerMixin):
+    """One layer's keys and values, [sequences, key heads, length, width] each, and its states, as transformers keeps
+    them."""
 
     is_sliding = False
 
     def __init__(self, of: KeptKeys) -> None:
-        super().__init__()
+        CacheLayerMixin.__init__(self)
+        LinearAttentionLayer.__init__(self)
         self._of = of
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _take_room(self, key_states: Tensor, value_states: Tensor) -> None:
         room = [
             torch.empty(*states.shape[:2], self._of.length, states.shape[-1], dtype=states.dtype, device=states.device)
             for states in (key_states, value_states)
@@ -41,7 +44,7 @@ class _KeptLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            self._take_room(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
         start, end = self._of.seen, self._of.seen + key_states.shape[-2]

@@ -18,7 +18,7 @@ SENSITIVE: dict[str, str] = {
     r"(^|\.)(router|gate|wg)(\.(proj|wg|classifier))?$": "a router chooses experts",
     r"(^|\.)shared_expert_gate$": "the gate of shared experts",
     r"(^|\.)indexer(\.|$)": "an indexer chooses what attention sees",
-    r"(^|\.)(in_proj_(a|b|ba)|b_proj|f_a_proj|f_b_proj)$": "gates and decays of linear attention",
+    r"(^|\.)(in_proj_(a|b|ba)|a_proj|b_proj|f_a_proj|f_b_proj)$": "gates and decays of linear attention",
     r"(^|\.)dt_proj$": "step sizes of a state space",
     r"(^|\.)compressor\.gate_proj$": "a gate weighs the tokens that are compressed",
     r"(^|\.)o_a_proj$": "each group of its rows has inputs of its own",

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.empty_model import empty_model
 from shardprune.model.experts import STACKS, is_mixture, layout_of
+from shardprune.storage.joined_tensors import Joined
 from shardprune.storage.safetensors_file import Entry
 from shardprune.storage.stacks import Layout, Place, Slice
 
@@ -29,8 +30,8 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
     them.
 
     The tensors of experts, of which transformers makes one parameter, are the weights of their parts; where a file
-    holds that parameter as a whole, the parts are slices of it. Any other tensor that transformers converts, and does
-    not only rename, has no name in the model, and keeps its own.
+    holds that parameter as a whole, the parts are slices of it. Tensors that it joins to one parameter have one place.
+    Any other tensor that transformers converts, and does not only rename, has no name in the model, and keeps its own.
 
     Raises:
         InputError: transformers builds no model from the config.
@@ -48,6 +49,7 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     inside = model.state_dict()
     layouts = {path: layout_of(module) for path, module in model.named_modules() if is_mixture(module)}
+    joined: dict[str, dict[int, str]] = {}  # the stored names of parts of a parameter, by their number
     for name, entry in stored.items():
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, inside)
         path, _, leaf = renamed.rpartition(".")
@@ -56,8 +58,24 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
             yield from _slices(name, entry.shape, renamed, tuple(inside[renamed].shape), layouts[path], turned)
         elif renamed not in inside:
             yield Place(name), name
+        elif pattern is not None and joins(own := _converter_of(pattern, converters)):
+            joined.setdefault(renamed, {})[own.source_patterns.index(pattern)] = name
         else:
             yield Place(name), renamed if pattern is None else _part(name, renamed, pattern, converters) or name
+    for parameter, parts in joined.items():
+        names = tuple(parts[place] for place in sorted(parts))
+        alike = {(stored[name].dtype, stored[name].shape[1:]) for name in names}
+        if len(alike) == 1 and sum(stored[name].shape[0] for name in names) == inside[parameter].shape[0]:
+            rows = tuple(stored[name].shape[0] for name in names)
+            yield Place(names[0], joined=Joined(names, rows)), parameter
+        else:
+            yield from ((Place(name), name) for name in names)  # which are not that parameter
+
+
+def joins(converter: WeightConverter) -> bool:
+    """Return whether a converter puts a few tensors one below the other, and does nothing else."""
+    below = [type(one) is Concatenate and one.dim == 0 for one in converter.operations] == [True]
+    return below and not any("*" in pattern for pattern in converter.source_patterns)
 
 
 def _conversions_of_whole(config: PretrainedConfig) -> list[WeightTransform]:
@@ -94,9 +112,14 @@ def _slices(
             yield Place(name, own), f"{path}.{expert}.{part}.weight"
 
 
+def _converter_of(pattern: str, converters: list[WeightConverter]) -> WeightConverter:
+    """Return the converter that takes tensors whose names match a pattern of its."""
+    return next(one for one in converters if pattern in one.source_patterns)
+
+
 def _transposes(pattern: str, converters: list[WeightConverter]) -> bool:
     """Return whether a converter does nothing but transpose tensors that are the other way round."""
-    converter = next(one for one in converters if pattern in one.source_patterns)
+    converter = _converter_of(pattern, converters)
     return [type(operation) for operation in converter.operations] == [Transpose]
 
 
@@ -108,7 +131,7 @@ def _part(name: str, stack: str, pattern: str, converters: list[WeightConverter]
         pattern: of the converter that takes the tensor, with an asterisk for the number of the expert.
     """
     path, _, leaf = stack.rpartition(".")
-    converter = next(one for one in converters if pattern in one.source_patterns)
+    converter = _converter_of(pattern, converters)
     merging = [type(operation) for operation in converter.operations]
     plain = re.escape(pattern.replace(r"\.", "."))  # some patterns have their dots escaped, and others not
     parts, number = STACKS.get(leaf, ()), re.search(plain.replace(r"\*", r"(\d+)"), name)

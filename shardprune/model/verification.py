@@ -35,7 +35,7 @@ ATTENDING = frozenset(
 MIXING = frozenset(
     (
         *("bamba", "falcon_h1", "falcon_mamba", "gemma4_text", "granitemoehybrid", "jamba", "lfm2"),
-        *("lfm3", "mamba", "mamba2", "nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma"),
+        *("lfm3", "mamba", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next", "recurrent_gemma"),
     )
 )
 ROUTING = frozenset(
@@ -46,7 +46,9 @@ ROUTING = frozenset(
             "gpt_oss",
             "granitemoe",
             "hunyuan_v1_moe",
+            "kimi_linear",
             "lfm2_moe",
+            "minimax",
             "minimax_m2",
             "mixtral",
             "olmoe",
@@ -255,5 +257,5 @@ def _draw(model: nn.Module, generator: torch.Generator) -> _Drawn:
     for buffer in persistent_buffers(model).values():
         if buffer.is_floating_point():
             noise = torch.randn(buffer.shape, generator=generator).to(buffer.dtype)
-            buffer += noise / 10
+            buffer.copy_(buffer * (1 + noise / 10) if buffer.any() else noise / 10)  # a causal mask stays one
     return _Drawn({name: tensor.detach().clone() for name, tensor in named_tensors(model).items()})

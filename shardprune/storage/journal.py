@@ -17,6 +17,7 @@ from torch import Tensor
 from shardprune.errors import InputError
 from shardprune.storage.digests import parts_of, pieces_digest, stored_digest, tensor_digest
 from shardprune.storage.folder import PARTIAL, Folder, output_folder
+from shardprune.storage.joined_tensors import Joined
 from shardprune.storage.output_names import EVENTS, OWNER, RESULT, SELF_RECORD, SELF_TOKENS, STATE
 from shardprune.storage.owner import check_unowned
 from shardprune.storage.records import LayerRecord
@@ -251,15 +252,22 @@ class Journal:
         stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         whole: dict[str, str] = {}  # names of tensors by their names in the file
         stacks: dict[str, dict[str, Slice]] = {}
+        joined: dict[str, tuple[str, Joined]] = {}
         for name, (dtype, shape) in shapes.items():
             place = self._place(name)
-            if place.slice is None:
+            if place.joined is not None:
+                for part, own in place.joined.shapes(shape).items():
+                    joined[part], stored[part] = (name, place.joined), (dtype, own)
+            elif place.slice is None:
                 whole[place.name], stored[place.name] = name, (dtype, shape)
             else:
                 stacks.setdefault(place.name, {})[name] = place.slice
                 stored[place.name] = dtype, place.slice.shape
 
         def pieces(key: str) -> Iterable[Tensor]:
+            if key in joined:
+                name, own = joined[key]
+                return [own.part(key, tensor(name))]
             return [tensor(whole[key])] if key in whole else stack_matrices(stacks[key], stored[key][0], tensor)
 
         digests = {key: pieces_digest(pieces(key)) for key in stored}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shardprune.storage.folder import Folder
+from shardprune.storage.joined_tensors import JoinedEntry, JoinedTensor
 from shardprune.storage.safetensors_file import Entry, StoredTensor, read_elements, read_tensor
 
 BAND = 2**22  # elements that are multiplied at a time: what is in float32 stays small
@@ -110,6 +111,8 @@ def opened(folder: Folder, entry: Entry, plain: Callable[[Entry, str], StoredTen
     Args:
         plain: returns a tensor that is stored as it is read, by its location and its name.
     """
+    if isinstance(entry, JoinedEntry):
+        return JoinedTensor(folder, entry, tuple(map(plain, entry.parts, entry.names)))
     if not isinstance(entry, ScaledEntry):
         return plain(entry, name)
     return ScaledTensor(folder, entry, plain(entry.weight, name), plain(entry.scales, entry.scales_name))

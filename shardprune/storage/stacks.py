@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from shardprune.storage.joined_tensors import Joined
 from shardprune.storage.safetensors_file import Entry
 
 
@@ -50,18 +51,27 @@ class Slice:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a tensor in the files: a stored tensor's `name`, and the `slice` of it where it is not the whole."""
+    """The place of a tensor in the files: a stored tensor's `name`, and the `slice` of it where it is not the whole.
+    Where several stored tensors are `joined` to it, the name is that of the first one."""
 
     name: str
     slice: Slice | None = None
+    joined: Joined | None = None
 
     def __str__(self) -> str:
         if self.slice is None:
             return self.name
         return f"{self.name}[{self.slice.expert}] part {self.slice.place} of {self.slice.count}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The stored tensors that hold it, wholly or in part."""
+        return self.joined.names if self.joined else (self.name,)
+
     def entry(self, stored: Mapping[str, Entry]) -> Entry:
         """Return where the tensor is, by the entries of the stored ones."""
+        if self.joined is not None:
+            return self.joined.entry(stored)
         whole, own = stored[self.name], self.slice
         if own is None:
             return whole

@@ -100,6 +100,7 @@ MIXED: dict[str, dict[str, Any]] = {
         **{**_COMMON, "num_hidden_layers": 3, "head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8},
         **{"ssm_state_size": 8, "n_groups": 2, "layers_block_type": ["mamba", "attention", "mlp"]},
     },
+    "olmo_hybrid": {**_COMMON, **_LINEAR_ATTENTION, "linear_num_key_heads": 4},
     "qwen3_5_text": {**_COMMON, **_LINEAR_ATTENTION},
     "qwen3_next": {**_COMMON, **_LINEAR_ATTENTION, "num_experts": 0, "mlp_only_layers": [0, 1]},
     "recurrent_gemma": {
@@ -161,7 +162,15 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**MIXED["granitemoehybrid"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "hunyuan_v1_moe": {**_COMMON, "head_dim": 8, "num_experts": 4, "moe_topk": [2] * 2},
     "jamba": {**MIXED["jamba"], "num_experts": 4, "num_experts_per_tok": 2},
+    "kimi_linear": {
+        **{**_LATENT, **_ONE_GROUP, "num_experts": 4, "layer_types": ["linear_attention", "full_attention"]},
+        **{"linear_head_dim": 8, "linear_num_heads": 4},
+    },
     "lfm2_moe": {**_COMMON, **_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "minimax": {
+        **{**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8},
+        **{"layer_types": ["linear_attention", "full_attention"]},
+    },
     "minimax_m2": {**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mixtral": {**_COMMON, "num_local_experts": 4},
     "nemotron_h": {
@@ -180,23 +189,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         r"most weights of its layers are no weights of an nn\.Linear, such as attn\.c_attn\.weight \[32, 96\]",
     ),
-    "kimi_linear": (
-        {
-            **{**_LATENT, **_ONE_GROUP},
-            "linear_attn_config": {
-                **{"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 8},
-                "short_conv_kernel_size": 4,
-            },
-        },
-        r"self_attn\.conv1d\.weight is not stored as it is, transformers makes it from self_attn\.q_conv1d\.weight, ",
-    ),
     "llama4_text": (
         {**_COMMON, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
         r"no weights of an nn\.Linear, such as feed_forward\.experts\.gate_up_proj \[4, 32, 96\]",
-    ),
-    "olmo_hybrid": (
-        {**_COMMON, **_LINEAR_ATTENTION, "linear_num_key_heads": 4},
-        r"linear_attn\.conv1d\.weight is not stored as it is, transformers makes it from linear_attn\.q_conv1d\.",
     ),
 }
 
@@ -210,7 +205,8 @@ def make_architecture(folder: Path, model_type: str, values: dict[str, Any], **s
         parameter.data.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.1)
     for buffer in persistent_buffers(model).values():
         if buffer.is_floating_point():
-            buffer.add_(torch.randn(buffer.shape).to(buffer.dtype))
+            noise = torch.randn(buffer.shape).to(buffer.dtype)
+            buffer.copy_(buffer * (1 + noise / 4) if buffer.any() else noise)  # a causal mask stays one
         else:  # the experts of each token
             buffer.copy_(torch.rand(len(buffer), EXPERTS).argsort(-1)[:, : buffer.shape[1]])
     model.save_pretrained(folder, **saving)
