@@ -12,10 +12,10 @@ import argparse
 import tempfile
 import time
 
+from benchmarks.options import add_training, parser_of
 from shardprune import EvaluateRecipe, Recipe, RecoverRecipe, evaluate, prune, recover
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.commands.prepare_recovery import prepare_recovery
-from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
@@ -55,21 +55,12 @@ def measured(options: argparse.Namespace, model: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=bundled_model())
-    parser.add_argument("--calibration", default="stdlib")
-    parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--eval", default="stdlib")
-    parser.add_argument("--eval-windows", type=int)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--steps", type=int, default=96)
+    parser = parser_of(__doc__)
+    add_training(parser)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--every", type=int, default=16, help="steps between held-out losses")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--tops", type=int, nargs="*", default=[64, 256])
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sparse = f"{folder}/sparse"

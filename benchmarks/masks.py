@@ -9,14 +9,13 @@ before and after that. `--jobs` runs go at the same time, each in a process of i
 `--weights streamed` keeps one layer of a large model in memory.
 """
 
-import argparse
 import itertools
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from benchmarks.options import parser_of
 from shardprune import Recipe, prune
-from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
@@ -46,14 +45,8 @@ def row(result: Result) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=bundled_model())
-    parser.add_argument("--calibration", default="stdlib")
-    parser.add_argument("--eval", default="stdlib")
-    parser.add_argument("--eval-windows", type=int)
+    parser = parser_of(__doc__)
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--allocations", nargs="*", choices=ALLOCATIONS, default=ALLOCATIONS)
     parser.add_argument("--outlier-m", type=float, default=5.0)

@@ -13,8 +13,8 @@ import argparse
 import itertools
 import tempfile
 
+from benchmarks.options import add_training, parser_of
 from shardprune import MopRecipe, Recipe, RecoverRecipe, mop, prune, recover
-from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
 
@@ -57,23 +57,14 @@ def pruned(options: argparse.Namespace, folder: str) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
+    add_training(parser)
     parser.add_argument("--models", nargs="*", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--model", default=bundled_model())
-    parser.add_argument("--calibration", default="stdlib")
-    parser.add_argument("--data", default="stdlib")
-    parser.add_argument("--eval", default="stdlib")
-    parser.add_argument("--eval-windows", type=int)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--sparsity", type=float, default=0.7)
     parser.add_argument("--remove", type=float, default=0.3)
     parser.add_argument("--zero", type=int, nargs="*", default=[2, 3])
-    parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--rates", type=float, nargs=2, default=[2e-3, 5e-4], help="low-rank updates, all weights")
     parser.add_argument("--teacher-weights", type=float, nargs="*", default=[0.0, 1.0])
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--backend", default="ray")
     options = parser.parse_args()
     shared = {

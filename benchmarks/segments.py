@@ -6,25 +6,18 @@ Prunes the model once by exact propagation and once with each number of segments
 and prints a row of perplexities for each quality. The tensors do not depend on how many shards hold the segments.
 """
 
-import argparse
 import tempfile
 
+from benchmarks.options import parser_of
 from shardprune import Recipe, prune
-from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=bundled_model())
-    parser.add_argument("--calibration", default="stdlib")
-    parser.add_argument("--eval", default="stdlib")
-    parser.add_argument("--eval-windows", type=int)
+    parser = parser_of(__doc__, samples=64)
     parser.add_argument("--quality", nargs="+", default=["fast", "best"])
     parser.add_argument("--segments", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 

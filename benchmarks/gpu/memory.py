@@ -9,7 +9,8 @@ from benchmarks.gpu import layer
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
 from shardprune.cluster.layout import plan_layout
-from shardprune.planning.memory import Moment, Setup, WorkerMemory
+from shardprune.planning.memory import WorkerMemory
+from shardprune.planning.moments import Moment, Setup
 from shardprune.planning.workload import model_of, task_of
 from shardprune.shard.memory import ESTIMATE_ERROR, peak_bytes
 

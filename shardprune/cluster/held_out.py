@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.passes import in_wave_order
-from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.improving_worker import ImprovingWorker
 from shardprune.storage.records import ImprovementReport
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class HeldOut:
 
     def __init__(self, layer: LayerInWork) -> None:
         self._layer, self._held = layer, layer.held_out
-        self._norm = self._sum(PruneWorker.aim)
+        self._norm = self._sum(ImprovingWorker.aim)
         self.error = 0.0
         self.reports: list[ImprovementReport] = []
 
@@ -40,7 +40,7 @@ class HeldOut:
 
     def measure(self) -> None:
         """Learn the error anew, where the layer has changed by something else than a step."""
-        missed = self._sum(PruneWorker.miss)
+        missed = self._sum(ImprovingWorker.miss)
         self.error = missed / self._norm if self._norm > 0 else missed
 
     def improve(self, step: str, names: Sequence[str], change: Callable[[], T]) -> T | None:
@@ -52,12 +52,12 @@ class HeldOut:
             names: the projections that `change` changes.
         """
         layer, before = self._layer, self.error
-        layer.ask_all(PruneWorker.remember, tuple(names))
+        layer.ask_all(ImprovingWorker.remember, tuple(names))
         changed = change()
         self.measure()
         after, kept = self.error, self.error < before  # not where it is not a number
         if not kept:
-            layer.ask_all(PruneWorker.put_back)
+            layer.ask_all(ImprovingWorker.put_back)
             self.error = before
         self.reports.append(ImprovementReport(layer.layer, step, tuple(names), before, after, kept))
         return changed if kept else None

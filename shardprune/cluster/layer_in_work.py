@@ -9,7 +9,7 @@ from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, to_waves
 from shardprune.report.progress import Step
 from shardprune.shard.forward_worker import ForwardWorker, dense_stream
-from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.improving_worker import ImprovingWorker
 
 T = TypeVar("T")
 
@@ -100,9 +100,9 @@ class LayerInWork:
             return []
         replicas = range(self.layout.replicas)
         if ranks := self.group.ranks(self.shard, replicas):
-            return [self.ask(replica, PruneWorker.broadcast, names, ranks, ranks[source]) for replica in replicas]
-        weights = self.ask(source, PruneWorker.solved, names)
-        return [self.ask(replica, PruneWorker.install, weights) for replica in others]
+            return [self.ask(replica, ImprovingWorker.broadcast, names, ranks, ranks[source]) for replica in replicas]
+        weights = self.ask(source, ImprovingWorker.solved, names)
+        return [self.ask(replica, ImprovingWorker.install, weights) for replica in others]
 
     def over_waves(self, verb: Callable[..., T], *args: Any) -> dict[int, T]:
         """Call a verb for every kept wave and wait; return the results by the waves' indices."""

@@ -9,7 +9,7 @@ from shardprune.cluster.layer_in_work import LayerInWork
 from shardprune.cluster.passes import in_flight
 from shardprune.cluster.pending_work import PendingWork
 from shardprune.shard.forward_worker import ForwardWorker, dense_stream
-from shardprune.shard.prune_worker import PruneWorker
+from shardprune.shard.improving_worker import ImprovingWorker
 from shardprune.shard.reconstruction import Place, lent_stream
 from shardprune.solvers.training import windows_of_steps
 from shardprune.storage.records import LayerRecord
@@ -62,7 +62,7 @@ def train(layer: LayerInWork, names: tuple[str, ...], steps: int, norm: float) -
             rows.append(row)
     _lend(layer, lent)
     batches = [[places[window] for window in batch] for batch in drawn]
-    zeros = layer.ask(layer.turn, PruneWorker.reconstruct, batches, norm, names)
+    zeros = layer.ask(layer.turn, ImprovingWorker.reconstruct, batches, norm, names)
     layer.wait(layer.share(names, layer.turn))
     lending = lent_stream(layer.stream)
     for stream in (lending, dense_stream(lending)) if lent else ():
@@ -76,7 +76,7 @@ def _lend(layer: LayerInWork, lent: dict[int, list[int]]) -> None:
     replicas = {wave.index: wave.replica for wave in layer.waves.all}
 
     def move(stream: str, wave: int) -> Ref[None]:
-        hidden = group.submit(shard, replicas[wave], PruneWorker.lend, stream, wave, tuple(lent[wave]))
+        hidden = group.submit(shard, replicas[wave], ImprovingWorker.lend, stream, wave, tuple(lent[wave]))
         return group.submit(shard, layer.turn, ForwardWorker.put, kept[stream], wave, hidden)
 
     lending = lent_stream(layer.stream)

@@ -1,7 +1,7 @@
 """The second run of a composite, which zeroes weights in the model that the first run has removed structures from."""
 
 from shardprune.commands.fingerprint import fingerprint_of
-from shardprune.commands.prepare import Prepared
+from shardprune.commands.prepared import Prepared
 from shardprune.commands.state import RunState
 from shardprune.recipes.prune import PruneRecipe
 from shardprune.storage.journal import Journal

@@ -15,13 +15,14 @@ from shardprune.cluster.group import Backend, Group
 from shardprune.cluster.layout import Layout
 from shardprune.cluster.passes import Waves, digests, parts_of_pass, perplexity, usage
 from shardprune.cluster.restarts import Attempts
-from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.prepare import prepare
+from shardprune.commands.prepared import Prepared
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
 from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.saving import write_index
-from shardprune.planning.memory import state_of_training
+from shardprune.planning.workspaces import state_of_training
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.experts_result import Experts, ExpertsOfLayer, ExpertTraining

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from shardprune.cluster.layout import Layout
 from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.narrowing import narrowing_task
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import Task, model_of, task_of
@@ -15,7 +15,7 @@ from shardprune.shard.spec import Need
 from shardprune.solvers.pattern import Unstructured
 
 if TYPE_CHECKING:
-    from shardprune.commands.prepare import Prepared
+    from shardprune.commands.prepared import Prepared
 
 # A job with the largest statistics and workspace.
 STAND_IN = Zeroing("sparsegpt", Unstructured(), 0.5, "uniform", outlier_m=5.0, spread=0.08)

@@ -13,8 +13,8 @@ from shardprune.cluster.mop_training import Training, train_layers
 from shardprune.cluster.passes import account, digests, usage
 from shardprune.cluster.restarts import Attempts
 from shardprune.cluster.scoring import better
-from shardprune.commands.prepare import Prepared
 from shardprune.commands.prepare_mop import prepare_mop
+from shardprune.commands.prepared import Prepared
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs
 from shardprune.errors import InputError, SolverError

@@ -1,7 +1,8 @@
 """A run of `shardprune mop` that can start: what it needs, checked, and the plan of its path."""
 
 from shardprune.cluster.group import Backend
-from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.prepare import prepare
+from shardprune.commands.prepared import Prepared
 from shardprune.model.families import structures_of
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.alignment import aligned

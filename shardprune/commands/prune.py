@@ -13,7 +13,8 @@ from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
-from shardprune.commands.prepare import Prepared, prepare
+from shardprune.commands.prepare import prepare
+from shardprune.commands.prepared import Prepared
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
 from shardprune.model.allocation_file import AllocatedShare, AllocationFile, written

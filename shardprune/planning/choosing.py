@@ -9,7 +9,8 @@ from shardprune.cluster.layout import Propagation, plan_layout
 from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.hardware import HARDWARE, SPARE_HOST, Hardware
-from shardprune.planning.memory import Moment, Setup, largest, node_bytes, peaks_of, total_bytes
+from shardprune.planning.memory import largest, node_bytes, peaks_of
+from shardprune.planning.moments import Moment, Setup, total_bytes
 from shardprune.planning.narrowing import planned_tasks
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected, Phases

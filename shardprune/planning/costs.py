@@ -17,9 +17,10 @@ from shardprune.planning.cuts import (
     narrowing_seconds,
 )
 from shardprune.planning.hardware import KERNEL_SECONDS, Hardware
-from shardprune.planning.memory import Setup, state_of_training
+from shardprune.planning.moments import Setup
 from shardprune.planning.shapes import Input
 from shardprune.planning.workload import Task
+from shardprune.planning.workspaces import state_of_training
 from shardprune.shard.peers import PIECE_BYTES
 from shardprune.solvers.error_curves import LEVELS, ROWS
 from shardprune.solvers.improving import NOTHING

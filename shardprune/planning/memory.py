@@ -5,102 +5,26 @@ called `device`; a GPU worker also has its process on the `host`.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import replace
 
-from shardprune.cluster.layout import Layout
 from shardprune.cluster.object_store import store_bytes
 from shardprune.planning.cuts import activity_workspace, workspaces
+from shardprune.planning.moments import Moment, Setup, total_bytes
 from shardprune.planning.shapes import Input
+from shardprune.planning.worker_tensors import WorkerTensors
 from shardprune.planning.workload import Model, Task
+from shardprune.planning.workspaces import passing_for_gradients, passing_for_routers, solving, state_of_training
 from shardprune.shard.error_curves import LOGITS
-from shardprune.shard.ledger import CALLS_AHEAD
 from shardprune.solvers.error_curves import ROWS
 from shardprune.solvers.outliers import BLOCK as OUTLIER_BLOCK
 from shardprune.solvers.products import split_bytes
-from shardprune.solvers.selection import SORTED
-from shardprune.solvers.sparsegpt import SUMMED
 from shardprune.solvers.stack import BLOCK
-from shardprune.solvers.statistics import Kind
 from shardprune.solvers.training import STEP_TOKENS
 from shardprune.solvers.triangles import PANELS, lower_entries
 
-CPU_PROCESS = 440 * 10**6  # Python with torch and transformers before any weight is read; measured
-GPU_PROCESS = 3 * 10**9  # with CUDA's libraries; not measured
-# Waves on the device that are kept on the host: those that have come for the calls that are not done, the next one,
-# and images that go back.
-ON_THEIR_WAY = 2 * CALLS_AHEAD + 1
 
-
-@dataclass(frozen=True)
-class Bytes:
-    """The memory of a worker at one moment.
-
-    Attributes:
-        weights: layers, embedding and head.
-        activations: kept waves, and the temporaries of the current one.
-        statistics: sums over inputs.
-        workspace: temporaries of a solve.
-    """
-
-    process: int = 0
-    weights: int = 0
-    activations: int = 0
-    statistics: int = 0
-    workspace: int = 0
-
-    @property
-    def peak(self) -> int:
-        return sum(vars(self).values())
-
-
-@dataclass(frozen=True)
-class Moment:
-    """One step of a phase on one worker."""
-
-    phase: str
-    step: str
-    device: Bytes
-    host: Bytes
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The placement of weights and waves by the workers of a layout, which may be joined in a process group; those of a
-    GPU may keep float32 weights and moments of a training on the host (`trains_on_host`)."""
-
-    layout: Layout
-    streamed: bool
-    waves_on_host: bool
-    gpu: bool
-    joined: bool = False
-    chunks: int = 1  # of a layer's experts, whose sums are there one after the other
-    trains_on_host: bool = False
-
-    @property
-    def copies_sums(self) -> bool:
-        """Whether replicas send each other their sums as a whole: in a process group they go piece by piece."""
-        return self.layout.replicas > 1 and not self.joined
-
-
-def state_of_training(itemsize: int) -> int:
-    """Return the bytes that a trained weight takes between steps beside itself: two moments, and its float32 value
-    where it is computed with in another dtype."""
-    return 8 if itemsize == 4 else 12
-
-
-class WorkerMemory:
+class WorkerMemory(WorkerTensors):
     """The memory of a shard's worker with the most sequences while a layer is in work at which the task is seen."""
-
-    def __init__(self, task: Task, setup: Setup, shard: int) -> None:
-        self.task, self.setup, self.shard = task, setup, shard
-        self.model = task.model
-        self.layers = setup.layout.shards[shard]
-        self.first, self.last = shard == 0, shard == len(setup.layout.shards) - 1
-        self.sequences = -(-task.samples // setup.layout.replicas) + bool(task.held_out)
-        lane = setup.layout.lanes()[shard if len(setup.layout.segments) > 1 else 0]
-        self.segments = len(lane)
-        self.recorded = sum(1 for segment in lane if segment.start)
 
     def moments(self) -> Iterator[Moment]:
         """Yield all steps that can be a peak."""
@@ -242,7 +166,7 @@ class WorkerMemory:
             drawing = (2 * task.itemsize + 40) * min(LOGITS, task.seqlen * model.vocabulary)
             yield self._moment("curves", "labels", held, drawing + 2 * self._wave(), kept=kept)
         size = min(task.wave, self._curve_sequences())
-        yield self._moment("curves", "backward", weights, self._training(size), kept=kept)
+        yield self._moment("curves", "backward", weights, passing_for_gradients(task, size, self.setup.gpu), kept=kept)
         # Those of all experts at once, and of all tokens that enter their mixtures.
         sums = sum(4 * one.cols**2 for one in model.inputs)
         sums += sum(4 * cols**2 for cols in model.shape.commons(range(len(model.inputs))))
@@ -277,8 +201,9 @@ class WorkerMemory:
 
     def _solve_chunk(self, places: Sequence[int], weights: int, kept: int) -> Iterator[Moment]:
         """Yield the moments of pruning what reads some of a layer's inputs."""
+        task = self.task
         inputs = [self.model.inputs[place] for place in places]
-        common = sum(self._sums_of(cols, self.task.kind) for cols in self.model.shape.commons(places))
+        common = sum(self._sums_of(cols, task.kind) for cols in self.model.shape.commons(places))
         sums = sum(self._sums(one) for one in inputs) + common
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         known = set()
@@ -289,7 +214,7 @@ class WorkerMemory:
             left = inputs if self.setup.copies_sums else inputs[place:]
             held = sum(self._sums(other) for other in left)
             exchanged = self._sent(one) if self.setup.copies_sums else 0
-            for step, workspace in self._solve(one):
+            for step, workspace in solving(task, one, self.setup.gpu):
                 # Replicas' sums arrive one at a time as a copy, and are added up beside the worker's own.
                 copied = exchanged if self.setup.gpu and step == "merge" else 0
                 statistics = held + exchanged + (0 if self.setup.gpu or not exchanged else self._mapped(one, inputs))
@@ -343,7 +268,7 @@ class WorkerMemory:
                 4 * one.cols**2 + aims + 8 * one.largest,
                 kept,
             )
-            for step, workspace in self._solve(one):
+            for step, workspace in solving(task, one, self.setup.gpu):
                 # The factor serves both solutions.
                 yield self._moment(
                     "prune", f"{step} {label}", weights_held, 0, sums + exchanged, workspace + aims, kept=kept
@@ -364,182 +289,13 @@ class WorkerMemory:
         workspace = here + (1 + task.itemsize) * trained + 3 * 4 * largest
         size = min(task.samples - task.held_out, max(1, STEP_TOKENS // task.seqlen))
         lent = 2 * task.kept_bytes(task.samples - self.sequences) if self.setup.layout.replicas > 1 else 0
-        routers = all(one in self.model.shape.routers for one in inputs)
-        step, passing = ("train routers", self._training_routers(size)) if routers else ("train", self._training(size))
+        step, passing = "train", passing_for_gradients(task, size, self.setup.gpu)
+        if all(one in self.model.shape.routers for one in inputs):
+            step, passing = "train routers", passing_for_routers(task, size)
         return self._moment("prune", step, weights, passing, workspace=workspace, kept=kept + max(0, lent), away=away)
-
-    def _training(self, sequences: int) -> int:
-        """Return the bytes that a decoder layer's pass over a batch keeps for its gradients: what enters every product
-        and what an activation function or norm needs, the scores of attention where its gradient must be repeatable,
-        and the error in float32.
-        """
-        task, model = self.task, self.model
-        tokens = sequences * task.seqlen
-        inputs = sum(int(tokens * one.share) * (one.cols + 2 * sum(one.rows.values())) for one in model.inputs)
-        scores = 3 * model.heads * task.seqlen * tokens * 4 if self.setup.gpu or model.eager else 0
-        return task.itemsize * (inputs + 6 * tokens * model.hidden) + scores + 8 * tokens * model.hidden
-
-    def _training_routers(self, sequences: int) -> int:
-        """Return the bytes of a pass over a batch for the gradients of routers alone, which keeps what the experts of
-        every token give, beside the temporaries of a pass."""
-        task, model = self.task, self.model
-        tokens = sequences * task.seqlen
-        given = sum(int(tokens * one.share) for one in model.shape.maps if one.share < 1 and one.output)
-        kept = task.itemsize * model.hidden * (given + 6 * tokens) + 8 * tokens * model.hidden
-        return kept + model.forward_bytes(sequences, task.seqlen, task.itemsize)
-
-    # -- parts ------------------------------------------------------------------------------------------------
 
     def _observes(self) -> bool:
         return self.task.outliers or (len(self.setup.layout.segments) > 1 and self.model.layers > 1)
-
-    def _embed(self, phase: str, kept: int, again: bool = False) -> Iterator[Moment]:
-        """Yield the moments of a pass's start on the first shard; with `again` resident shards have the embedding
-        already.
-        """
-        weights = self._frame(embedding=True) + (0 if self.setup.streamed else self._held())
-        if self.setup.streamed or not again:
-            yield self._reading(phase, "embedding", weights, self.model.embedding)
-        yield self._moment(phase, "embed", weights, self._wave(), kept=kept)
-
-    def _reading(
-        self, phase: str, name: str, weights: int, elements: int, temporaries: int = 0, kept: int = 0
-    ) -> Moment:
-        """Return the moment of reading the embedding or the head, in the stored dtype beside the loaded `weights`."""
-        return self._moment(phase, f"read {name}", weights, temporaries, kept=kept, elements=elements)
-
-    def _solve(self, one: Input) -> Iterator[tuple[str, int]]:
-        """Yield the workspace of each step of solving the projections that read an input, without its sums."""
-        task = self.task
-        square, weights, rows = one.cols**2, one.largest, sum(one.rows.values())
-        dense = 4 * weights if task.itemsize != 4 else 0  # float32 layers are used as they are
-        narrow = 2 * weights if task.stored != 4 else 0  # in the stored dtype
-        yield "merge", 0
-        swept = 0
-        # Checks of the result: finite entries, zeros, and N:M groups counted in int32.
-        checking = (11 if task.grouped else 6) * weights
-        # float32 values and int64 places, which CUDA's sort has three times; its top-k of half the entries takes less.
-        sorting = (36 if self.setup.gpu else 12) * min(weights, SORTED)
-        choosing = (20 if self.setup.gpu else 4) * weights
-        effort = task.effort
-        # The factor; in the recursion half a matrix more. Products on CUDA split their operands.
-        split = split_bytes(square // 4 * (PANELS + 1) // PANELS) if self.setup.gpu else 0
-        held = 0
-        if effort.sweeps:
-            yield "factor", 6 * square + split
-            # Beside the factor, float32 columns and masks of all projections that read the input; then a block's scores
-            # and losses, or a part of the change.
-            swept = 4 * square + 5 * one.cols * rows
-            yield "sweep", swept + max(20 * BLOCK * rows, 4 * min(weights, SUMMED))
-            yield "check", swept + narrow + checking
-        elif effort.factors:
-            # The scaled Gram matrix, and what iterations go on from for all projections that read the input.
-            held = 4 * square + effort.states * one.cols * rows
-            yield "factor", held + 6 * square + split
-            # Beside the factor an iteration's result and two others; or scores and mask, and what chooses from them.
-            choosing_here = (sorting if task.grouped else choosing) + 9 * weights
-            yield "iterate", held + 4 * square + max(12 * weights, choosing_here)
-        elif not effort.sorts:
-            yield "select", dense + 4 * weights + (sorting if task.grouped else choosing)
-        else:
-            if effort.running:
-                sorting = ((36 if self.setup.gpu else 12) + effort.running) * weights
-            yield "select", dense + 4 * weights + sorting
-        if not effort.sweeps:
-            yield "check", held + dense + 5 * weights + narrow + checking
-        if effort.products:
-            # Conjugate gradients: the weight, its image, two directions, a product, on CUDA with split operands.
-            split = split_bytes(weights + square) if self.setup.gpu else 0
-            yield "fit", max(held, swept + 4 * square) + 4 * weights + 21 * weights + split
-        if task.errors:
-            # A panel of the dense weight's product with the Gram matrix, which a CPU also widens to float64, on CUDA
-            # with split operands. The change is another weight, unless the sweep knows what outputs lose.
-            split = split_bytes(weights + square // PANELS) if self.setup.gpu else 0
-            pruned = swept if effort.sweeps else 8 * weights
-            yield "error", pruned + dense + narrow + 12 * weights // PANELS + split
-
-    def _moment(
-        self,
-        phase: str,
-        step: str,
-        weights: int,
-        temporaries: int = 0,
-        statistics: int = 0,
-        workspace: int = 0,
-        kept: int = 0,
-        elements: int = 0,
-        away: int = 0,
-    ) -> Moment:
-        setup, task = self.setup, self.task
-        largest = elements or self.model.largest  # of one tensor that is being read, or a projection
-        reading, quantised = largest * task.stored, int(largest * task.quantised)
-        if not setup.gpu:
-            read = quantised + (reading if task.stored != task.itemsize else 0)
-            device = Bytes(CPU_PROCESS, weights + read, kept + temporaries, statistics, workspace)
-            return Moment(phase, step, device, Bytes())
-        kept_here, kept_there = (0, kept) if setup.waves_on_host else (kept, 0)
-        if setup.waves_on_host and temporaries:
-            temporaries += ON_THEIR_WAY * self._wave()
-        device = Bytes(0, weights + quantised, kept_here + temporaries, statistics, workspace)
-        shipped = statistics if setup.copies_sums else 0  # copies that are being sent to another replica
-        written = self._written() if phase == "prune" else 0
-        host = Bytes(GPU_PROCESS, reading + written, kept_there + 2 * self._wave(), shipped, away)
-        return Moment(phase, step, device, host)
-
-    def _layer(self) -> int:
-        return self.model.layer * self.task.itemsize
-
-    def _held(self) -> int:
-        """Return the bytes of the layers in memory: the shard's, or one and the next."""
-        sizes = [self.model.shapes[index].elements for index in self.layers]
-        if self.setup.streamed and len(sizes) > 1:
-            return max(map(sum, pairwise(sizes))) * self.task.itemsize
-        return sum(sizes) * self.task.itemsize
-
-    def _written(self) -> int:
-        """Return the bytes of the layer before the one in work, whose file is being written: its copy in the stored
-        dtype, or on a CPU that computes in it the layer itself, which resident weights have anyway.
-        """
-        setup, task = self.setup, self.task
-        if setup.gpu or task.stored != task.itemsize:
-            return self.model.layer * task.stored if len(self.layers) > 1 else 0
-        return self._layer() if setup.streamed and len(self.layers) > 2 else 0
-
-    def _frame(self, embedding: bool = False, head: bool = False) -> int:
-        model = self.model
-        elements = (embedding or (head and model.tied)) * model.embedding + (head and not model.tied) * model.head
-        return elements * self.task.itemsize
-
-    def _resident_frame(self) -> int:
-        """Return the bytes of the frame that stay on a resident shard after the first pass."""
-        judged = bool(self.task.passes[0]) or self.task.curves
-        return self._frame(embedding=self.first, head=self.last and judged)
-
-    def _wave(self) -> int:
-        return self.task.kept_bytes(min(self.task.wave, self.sequences))
-
-    def _forward(self) -> int:
-        return self.model.forward_bytes(min(self.task.wave, self.sequences), self.task.seqlen, self.task.itemsize)
-
-    def _mapped(self, one: Input, inputs: Sequence[Input]) -> int:
-        """Return the bytes of the object store mapped by a CPU worker that solves one of some inputs: the other
-        replicas' sums of that input, and its own of all others.
-        """
-        own = sum(self._sent(other) for other in inputs if other is not one)
-        return (self.setup.layout.replicas - 1) * self._sent(one) + own
-
-    def _sent(self, one: Input) -> int:
-        """Return the bytes of one input's float32 sums as replicas exchange them."""
-        kinds = 2 if self.task.improving.measured else 1
-        return 4 * kinds * lower_entries(one.cols) if self.task.kind_of(one) == "gram" else self._sums(one)
-
-    def _sums(self, one: Input) -> int:
-        """Return the bytes of one input's float32 sums, with those over held-out windows where these choose."""
-        return self._sums_of(one.cols, self.task.kind_of(one))
-
-    def _sums_of(self, cols: int, kind: Kind | None) -> int:
-        kinds = 2 if self.task.improving.measured else 1
-        return 0 if kind is None else 4 * kinds * cols ** (2 if kind == "gram" else 1)
 
 
 def peaks_of(task: Task, setup: Setup) -> dict[str, Moment]:
@@ -597,8 +353,3 @@ def _representative(task: Task, setup: Setup) -> Iterator[WorkerMemory]:
 def _label(one: Input) -> str:
     """Return a short name of an input: its projections'."""
     return "/".join(name.rpartition(".")[2].removesuffix("_proj") for name in one.rows)
-
-
-def total_bytes(moment: Moment) -> int:
-    """Return the memory of a worker at a moment, of device and host together."""
-    return moment.device.peak + moment.host.peak

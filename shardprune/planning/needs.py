@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from shardprune.planning.memory import Moment, Setup, of_shard
+from shardprune.planning.memory import of_shard
+from shardprune.planning.moments import Moment, Setup
 from shardprune.planning.narrowing import narrowing_task
 from shardprune.planning.workload import Task
 from shardprune.shard.spec import Need

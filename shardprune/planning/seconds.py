@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.shapes import Input
 from shardprune.planning.workload import Task
 from shardprune.shard.waves import waves_of

@@ -28,7 +28,8 @@ from shardprune.model.pruning_job import Shapes
 from shardprune.model.structure.shape import widths_of
 from shardprune.planning.costs import Costs
 from shardprune.planning.hardware import CALL_SECONDS, SUBMIT_SECONDS
-from shardprune.planning.simulated_worker import ROWS, Call, Worker
+from shardprune.planning.simulated_verbs import ROWS
+from shardprune.planning.simulated_worker import Call, Worker
 from shardprune.planning.workload import Model
 from shardprune.report.progress import Reporter
 from shardprune.shard.verbs import kind_of, layer_of

@@ -73,7 +73,7 @@ USUAL = (
     Usual("experts", "", 0.125, 1.01, 1.04),
     Usual("experts", "", 0.25, 1.02, 1.07),
     Usual("experts", "", 0.375, 1.04, 1.10),
-    Usual("experts", "", 0.5, 1.07, 1.13),
+    Usual("experts", "", 0.5, 1.06, 1.13),
 )
 
 

@@ -10,19 +10,16 @@ from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
 from shardprune.model.pruning_job import ExpertRemoval
 from shardprune.model.saving import write_tensors_of_layer
 from shardprune.shard.expert_tally import ExpertTally
-from shardprune.shard.forward_worker import ForwardWorker
-from shardprune.shard.held_out import HeldOut
+from shardprune.shard.improving_worker import ImprovingWorker
 from shardprune.shard.layers import Layers, Version
-from shardprune.shard.prune_worker import PruneWorker
-from shardprune.shard.reconstruction import Reconstruction
 from shardprune.shard.spec import WorkerSpec
-from shardprune.shard.verbs import of_part, verb
+from shardprune.shard.verbs import verb
 from shardprune.solvers.statistics import Summed
 from shardprune.storage.journal import Journal
 from shardprune.storage.records import KeptExperts, LayerRecord
 
 
-class ExpertWorker(ForwardWorker):
+class ExpertWorker(ImprovingWorker):
     """One replica of one shard, whose layers lose experts."""
 
     spec: WorkerSpec
@@ -33,8 +30,6 @@ class ExpertWorker(ForwardWorker):
         self._tallies: dict[int, list[Tensor]] = {}  # by layer, of one wave after the other
         self._outputs: dict[int, tuple[Tensor, int]] = {}  # by layer, where experts are merged
         self._cut: dict[int, nn.Module] = {}  # the layer in work with the experts that it keeps, where it is trained
-        self.held_out = HeldOut(self)
-        self.reconstruction = Reconstruction(self)
 
     def _open_layers(self) -> Layers:
         """The decoder layers of the shard, those that are finished from their files."""
@@ -122,16 +117,6 @@ class ExpertWorker(ForwardWorker):
         ]
 
     # -- training what a layer keeps -----------------------------------------------------------------------------
-
-    aim = of_part("held_out", HeldOut.aim)
-    miss = of_part("held_out", HeldOut.miss)
-    remember = of_part("held_out", HeldOut.remember)
-    put_back = of_part("held_out", HeldOut.put_back)
-    lend = of_part("reconstruction", Reconstruction.lend)
-    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
-    solved = PruneWorker.solved
-    install = PruneWorker.install
-    broadcast = PruneWorker.broadcast
 
     @verb("read", layer="index")
     def cut(self, index: int, experts: KeptExperts) -> None:

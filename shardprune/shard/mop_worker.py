@@ -10,13 +10,10 @@ from torch import Tensor, nn
 from shardprune.model.saving import write_layer
 from shardprune.model.structure.shape import Widths
 from shardprune.shard.current_layers import CurrentLayers, Saved, parameters_of
-from shardprune.shard.forward_worker import ForwardWorker
-from shardprune.shard.held_out import HeldOut
+from shardprune.shard.improving_worker import ImprovingWorker
 from shardprune.shard.layers import Version
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.peers import travels
-from shardprune.shard.prune_worker import PruneWorker
-from shardprune.shard.reconstruction import Reconstruction
 from shardprune.shard.spans import Spans
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.streams import to_device
@@ -29,7 +26,7 @@ Watched = Literal["nothing", "angles", "inputs"]
 REFERENCE = "reference"  # stream of the outputs of the original model's last layer
 
 
-class MopWorker(ForwardWorker):
+class MopWorker(ImprovingWorker):
     """One replica of one shard, whose layers may become narrower, be removed, or move to another shard."""
 
     spec: WorkerSpec
@@ -40,8 +37,6 @@ class MopWorker(ForwardWorker):
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self._angles: dict[int, dict[int, Tensor]] = {}
         self.spans = Spans(self)
-        self.held_out = HeldOut(self)
-        self.reconstruction = Reconstruction(self)
 
     def _open_layers(self) -> CurrentLayers:
         return CurrentLayers(self.skeleton, self.checkpoint)
@@ -173,15 +168,7 @@ class MopWorker(ForwardWorker):
     depart = of_part("spans", Spans.depart)
     carry = of_part("spans", Spans.carry)
     forget_original = of_part("spans", Spans.forget_original)
-    aim = of_part("spans", Spans.aim)
-    miss = of_part("held_out", HeldOut.miss)
-    remember = of_part("held_out", HeldOut.remember)
-    put_back = of_part("held_out", HeldOut.put_back)
-    lend = of_part("reconstruction", Reconstruction.lend)
-    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
-    solved = PruneWorker.solved
-    install = PruneWorker.install
-    broadcast = PruneWorker.broadcast
+    aim = of_part("spans", Spans.aim)  # type: ignore[arg-type]  # of several layers at once
 
     # -- accounts -----------------------------------------------------------------------------------------------
 

@@ -23,16 +23,13 @@ from shardprune.model.skeleton import projection_weight
 from shardprune.shard.blocks import Block, SquaredGradients
 from shardprune.shard.dense_weights import DenseWeights
 from shardprune.shard.error_curves import ErrorCurves
-from shardprune.shard.forward_worker import ForwardWorker
-from shardprune.shard.held_out import HeldOut
+from shardprune.shard.improving_worker import ImprovingWorker
 from shardprune.shard.layers import Layers
 from shardprune.shard.memory import check_memory
 from shardprune.shard.narrowed_layers import NarrowedLayers, skeleton_of_widths
 from shardprune.shard.projections import adopt_projection, prune_projections
-from shardprune.shard.reconstruction import Reconstruction
 from shardprune.shard.spec import WorkerSpec
 from shardprune.shard.stream_targets import StreamTargets
-from shardprune.shard.streams import to_host
 from shardprune.shard.verbs import of_part, verb
 from shardprune.shard.write_behind import WriteBehind
 from shardprune.solvers.allocation.allocation import Share
@@ -43,7 +40,7 @@ from shardprune.storage.journal import Journal
 from shardprune.storage.records import LayerRecord, LayerSizes, ProjectionReport
 
 
-class PruneWorker(ForwardWorker):
+class PruneWorker(ImprovingWorker):
     """One replica of one shard whose layers are pruned."""
 
     spec: WorkerSpec
@@ -57,9 +54,7 @@ class PruneWorker(ForwardWorker):
         self.all_tokens = isinstance(zeroing, Zeroing) and zeroing.all_tokens
         self.narrowed = NarrowedLayers(self, spec.job.scoring, spec.job.measure_error)
         self.dense = DenseWeights(self)
-        self.held_out = HeldOut(self)
         self.stream_targets = StreamTargets(self, self.dense, spec.job)
-        self.reconstruction = Reconstruction(self)
         self.error_curves = ErrorCurves(self)
         self._block: tuple[int, str, Block] | None = None  # that is being rebuilt
         self._files = WriteBehind(self.skeleton.device)
@@ -154,39 +149,11 @@ class PruneWorker(ForwardWorker):
             held_out[name] = statistics.held_out
         self.add_inputs(index, self.activations.get(stream, wave), held_out, self.all_tokens)
 
-    @verb("exchange", layer="index")
-    def solved(self, index: int, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Hand out solved projections, for the other replicas."""
-        layer = self.in_work(index)
-        return {name: to_host(projection_weight(layer, name)) for name in names}
-
-    @verb("exchange", layer="index")
-    def install(self, index: int, weights: dict[str, Tensor]) -> None:
-        """Put projections that another replica solved into the layer."""
-        layer = self.in_work(index)
-        for name, weight in weights.items():
-            projection_weight(layer, name).copy_(weight)
-
-    @verb("exchange", layer="index")
-    def broadcast(self, index: int, names: tuple[str, ...], ranks: Sequence[int], source: int) -> None:
-        """Put projections that the replica of rank `source` solved into the layer of those of all `ranks`, all of which
-        are in this call."""
-        assert self.peers is not None
-        layer = self.in_work(index)
-        for name in names:
-            self.peers.broadcast(projection_weight(layer, name), ranks, source)
-
-    # -- improving a layer --------------------------------------------------------------------------------------
+    # -- aiming at the dense stream ------------------------------------------------------------------------------
 
     keep_dense = of_part("stream_targets", StreamTargets.keep_dense)
     confront = of_part("stream_targets", StreamTargets.confront)
     correct = of_part("stream_targets", StreamTargets.correct)
-    lend = of_part("reconstruction", Reconstruction.lend)
-    reconstruct = of_part("reconstruction", Reconstruction.reconstruct)
-    aim = of_part("held_out", HeldOut.aim)
-    miss = of_part("held_out", HeldOut.miss)
-    remember = of_part("held_out", HeldOut.remember)
-    put_back = of_part("held_out", HeldOut.put_back)
 
     # -- rebuilding the masks of a solved layer, block by block ---------------------------------------------
 

@@ -16,7 +16,8 @@ from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.storage.journal import Journal
 from shardprune.storage.json_file import dump_json
 from shardprune.storage.sealed_json import sealed_fields, unsealed
-from tests.commands.test_experts import GROUPED, WAVE, load, material, mixtures_of, remove
+from tests.commands.expert_runs import GROUPED, WAVE, load, material, remove
+from tests.commands.test_experts import mixtures_of
 from tests.solvers.test_expert_merging import joined
 from tests.support.tiny import differing, load_tensors
 

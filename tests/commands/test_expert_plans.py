@@ -6,12 +6,12 @@ from shardprune import ExpertsRecipe, experts
 from shardprune.cluster.layout import plan_layout
 from shardprune.cluster.local_backend import LocalGroup
 from shardprune.planning.costs import Costs, Places
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.workload import planned_task, read_model, with_fewer_experts
 from shardprune.report.progress import Reporter
-from tests.commands.test_experts import SAMPLES, SEQLEN, WAVE, fields, material
+from tests.commands.expert_runs import SAMPLES, SEQLEN, WAVE, fields, material
 from tests.support.calls import counted
 
 KEPT = 3

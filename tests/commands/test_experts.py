@@ -1,71 +1,33 @@
 """Runs that remove experts, against transformers' own models."""
 
-import functools
 import json
 import re
-import shutil
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from shardprune import ExpertsRecipe, PipelineRecipe, experts, pipeline
-from shardprune.cli import main
+from shardprune import ExpertsRecipe, PipelineRecipe, pipeline
 from shardprune.commands.check import check
 from shardprune.errors import InputError
-from shardprune.model.expert_removal import FewerExperts
 from shardprune.model.experts import is_mixture
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.progress import Reporter
 from shardprune.report.summary import summary_rows
-from shardprune.shard.expert_worker import ExpertWorker
 from shardprune.shard.forward_worker import ForwardWorker
-from shardprune.storage.folder import Folder
+from tests.commands.expert_runs import COUNTS, GROUPED, SAMPLES, SEQLEN, WAVE, load, material, remove
 from tests.commands.test_architectures import perplexity
-from tests.support.architectures import MIXTURES, make_architecture
+from tests.support.architectures import MIXTURES
 from tests.support.entries import entries
-from tests.support.tiny import differing, load_tensors, make_model, make_tokens, snapshot
-
-SAMPLES, SEQLEN, WAVE = 12, 24, 4
-GROUPED = {"deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe"}  # of which each group keeps two, and has four
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-
-
-def fields(folder, out, model="model", **changed):
-    return {
-        **{"model": str(folder / model), "out": str(folder / out), "calibration": str(folder / "tokens.npy")},
-        **{"samples": SAMPLES, "seqlen": SEQLEN, "wave": WAVE, "backend": "local", "threads": 1, "report": False},
-        **changed,
-    }
-
-
-def remove(folder, out, model="model", **changed):
-    return experts(ExpertsRecipe.checked(fields(folder, out, model, **changed)), Reporter(quiet=True))
-
-
-def material(folder, model_type):
-    """A model of an architecture and a text; routers choose differently for different tokens."""
-    values = MIXTURES[model_type]
-    make_architecture(folder / "model", model_type, values | ({"n_routed_experts": 8} if model_type in GROUPED else {}))
-    make_tokens(folder / "tokens.npy")
-    return folder
+from tests.support.tiny import differing, load_tensors
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A folder with a Qwen3-MoE of six experts in both of its layers."""
     return material(tmp_path_factory.mktemp("mixture"), "qwen3_moe")
-
-
-def load(path):
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
-    )
-    assert not any(found.values()), found
-    return model.eval()
 
 
 def mixtures_of(model):
@@ -335,147 +297,6 @@ def test_a_pipeline_removes_experts_and_the_report_draws_them(mixture, tmp_path)
     assert list(lost_weight(direct.experts).figure.data[0].y) == [100 * layer.lost for layer in direct.experts.layers]
 
 
-# -- runs that are cut off ---------------------------------------------------------------------------------------------
-
-PHASES = {
-    "in the pass": (ForwardWorker, "discard", 2),
-    "between the layers of a streamed pass": (ForwardWorker, "propagate", 4),
-    "when the statistics are collected": (ExpertWorker, "tallies", 1),
-    "when the statistics are written": (Folder, "write_text", 0),
-    "before the first layer is written": (ExpertWorker, "write", 0),
-    "among the layers": (ExpertWorker, "write", 1),
-    "when a layer is finished": (ExpertWorker, "finish", 1),
-    "in the frame": (Folder, "write", None),
-    "behind a cut layer, propagated": (ExpertWorker, "tally", 4),
-    "between the statistics and the file of a layer, propagated": (ExpertWorker, "write", 1),
-    "in the training of a layer, trained": (ExpertWorker, "cut", 1),
-    "when the outputs are collected, merged": (ExpertWorker, "outputs", 1),
-    "among the averages of a layer, merged": (FewerExperts, "tensor", 30),
-}
-
-
-@pytest.mark.parametrize(
-    "phase",
-    entries(
-        list(PHASES),
-        "in the pass",
-        "when the statistics are written",
-        "before the first layer is written",
-        "when a layer is finished",
-        "between the statistics and the file of a layer, propagated",
-        "among the averages of a layer, merged",
-    ),
-)
-def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(phase, mixture, tmp_path, monkeypatch):
-    owner, name, calls = PHASES[phase]
-    changed = {"keep": 4, "eval": (str(mixture / "tokens.npy"),)}
-    changed |= {"weights": "streamed"} if "streamed" in phase else {}
-    changed |= {"propagate": "pruned"} if "propagated" in phase else {}
-    changed |= {"router_kd": 4, "reconstruct": 4} if "trained" in phase else {}
-    changed |= {"merge": True} if "merged" in phase else {}
-    kind = phase.partition(", ")[2]
-    plain = mixture / f"plain {kind}"
-    if not plain.exists():
-        remove(mixture, plain, **{name: changed[name] for name in changed if name != "weights"})
-    original, left = getattr(owner, name), calls
-
-    @functools.wraps(original)
-    def failing(self, *args, **keywords):
-        nonlocal left
-        if calls is None:
-            if str(args[0]).startswith("model-00001"):
-                raise KeyboardInterrupt
-        elif name != "write_text" or args[0] == "experts.json":
-            if left == 0:
-                raise KeyboardInterrupt
-            left -= 1
-        return original(self, *args, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, failing)
-        with pytest.raises(KeyboardInterrupt):
-            remove(mixture, tmp_path / "out", **changed)
-    assert not (tmp_path / "out" / "result.json").exists()
-    finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("model-*")}
-    observed = (tmp_path / "out" / "experts.json").exists()
-    with monkeypatch.context() as patch:
-        if observed and "propagated" not in phase:
-            patch.setattr(ExpertWorker, "tallies", None)  # no second pass
-        result = remove(mixture, tmp_path / "out", **changed)
-    assert differing(plain, tmp_path / "out") == []
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == finished
-    before = json.loads((plain / "result.json").read_text())
-    assert result.as_json()["experts"] == before["experts"]
-    assert (tmp_path / "out" / "experts.json").read_bytes() == (plain / "experts.json").read_bytes()
-    assert not [path for path in (tmp_path / "out").iterdir() if path.name == "run.json"]
-
-
-def test_a_finished_run_is_not_done_again_and_a_damaged_layer_is(mixture, tmp_path):
-    first = remove(mixture, tmp_path / "out", keep=4)
-    before = snapshot(tmp_path / "out")
-    assert remove(mixture, tmp_path / "out", keep=4, shards=2).experts == first.experts
-    assert snapshot(tmp_path / "out") == before
-    damaged = tmp_path / "out" / "model-00002-of-00003.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-4])
-    remove(mixture, tmp_path / "out", keep=4)
-    assert damaged.read_bytes() == before[damaged.name]
-    with pytest.raises(InputError, match="^out: .* holds another run"):
-        remove(mixture, tmp_path / "out", keep=3)
-
-
-# -- bad input ---------------------------------------------------------------------------------------------------------
-
-REFUSED = {
-    "remove: missing; give the share of experts to remove, or the number to keep": {},
-    "remove: 1.5 is not allowed; use a number above 0 and below 1": {"remove": 1.5},
-    "keep: 4 does not go with remove 0.5; give one of them": {"remove": 0.5, "keep": 4},
-    "multiple: 2 has no effect without remove": {"keep": 4, "multiple": 2},
-    "remove: 0.25 (a multiple of 8) keeps 8 of 6 experts, so that nothing would go; give a smaller --multiple": {
-        "remove": 0.25
-    },
-    "keep: 6 keeps 6 of 6 experts, so that nothing would go": {"keep": 6},
-    "keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2": {"keep": 1},
-    "has no effect without a pass: aimer looks at the weights alone": {"keep": 4, "score": "aimer"},
-    "merge: does not go with score aimer, which looks at no tokens; use another one": {
-        "keep": 4,
-        "score": "aimer",
-        "merge": True,
-        "calibration": ("c4",),
-    },
-    "samples: 4 is too few for router_kd, which holds out some; use at least 8": {
-        "keep": 4,
-        "samples": 4,
-        "router_kd": 2,
-    },
-    "score: 'best' is not allowed; use one of reap, frequency": {"keep": 4, "score": "best"},
-}
-
-
-@pytest.mark.parametrize("problem", REFUSED)
-def test_bad_input_is_refused_before_any_work(problem, mixture):
-    with pytest.raises(InputError) as found:
-        remove(mixture, "refused", **REFUSED[problem])
-    assert problem in str(found.value)
-    assert not (mixture / "refused").exists()
-
-
-def test_models_and_statistics_that_do_not_fit_are_refused(mixture, tmp_path):
-    make_model(tmp_path / "dense")
-    given = fields(mixture, tmp_path / "out", keep=2, model=str(tmp_path / "dense"))
-    with pytest.raises(InputError, match="^model: model_type 'llama' has no experts in its layers"):
-        experts(ExpertsRecipe.checked(given), Reporter(quiet=True))
-    other = material(tmp_path / "other", "olmoe")
-    remove(other, "out", keep=2)
-    text = {"calibration": ("c4",)}
-    for folder, problem in (
-        (other / "out", "^statistics: .*experts.json is of another model"),
-        (other / "model", "^statistics: .* holds no experts.json; give the output of `shardprune experts`"),
-    ):
-        with pytest.raises(InputError, match=problem):
-            remove(mixture, tmp_path / "out", keep=4, statistics=str(folder), **text)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("stacked", [False, True])
 def test_layers_that_predict_further_tokens_keep_the_experts_of_the_last_layer(stacked, tmp_path):
     folder = material(tmp_path, "qwen3_next")
@@ -507,26 +328,3 @@ def test_layers_that_predict_further_tokens_keep_the_experts_of_the_last_layer(s
             assert torch.equal(tensor, further[name])
     assert len(written) == len(further) - (0 if stacked else 3)  # the parts of one expert
     assert [verdict.faults for verdict in check(str(folder / "out"))] == [[]]
-
-
-def test_further_layers_with_other_experts_are_refused(mixture, tmp_path):
-    for name, shape in (
-        ("model.layers.2.mlp.experts.6.up_proj.weight", (16, 32)),  # the layers have six
-        ("model.layers.2.mlp.gate.weight", (8, 32)),
-        ("model.layers.2.moe.experts.0.w1.weight", (16, 32)),
-    ):
-        shutil.copytree(mixture / "model", tmp_path / "model", dirs_exist_ok=True)
-        tensors = load_file(mixture / "model" / "model.safetensors")
-        save_file({**tensors, name: torch.zeros(shape)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-        with pytest.raises(InputError, match=f"^model: .* holds {re.escape(name)}, of a layer that transformers does"):
-            remove(mixture, tmp_path / "out", model=str(tmp_path / "model"), keep=4)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_command_says_what_is_wrong_in_one_line_with_exit_code_2(mixture, capsys):
-    text = ("--calibration", str(mixture / "tokens.npy"), "--samples", "12", "--seqlen", "24", "--backend", "local")
-    with pytest.raises(SystemExit) as end:
-        main(["experts", str(mixture / "model"), "--out", str(mixture / "refused"), "--keep", "1", *text])
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("keep: 1 keeps 1 of 6 experts; at least 2 must stay, because a token gets 2")

@@ -8,7 +8,7 @@ from shardprune import Recipe, prune
 from shardprune.cluster.layout import plan_layout
 from shardprune.cluster.local_backend import LocalGroup
 from shardprune.planning.costs import Costs, Places
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.narrowing import planned_tasks, read_planned
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.simulation import SimulatedGroup, simulate

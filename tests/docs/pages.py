@@ -7,9 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
 
+import typer
 from markdown_it import MarkdownIt
 
+from shardprune.cli import app
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+OF_THE_REPOSITORY = re.compile(r"(benchmarks|cluster|dev|docs|jobs|ray_configs|shardprune|tests)/[\w./-]*[\w/]")
+PARSERS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 FILE_NAME = re.compile(r"`([\w./-]+\.\w+)`:$")
 COMMAND = r"(?P<command>(?:.*\\\n)*.+)"  # a backslash continues a line

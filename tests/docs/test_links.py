@@ -11,14 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import typer
 
-from shardprune.cli import app
-from tests.docs.pages import ROOT, Page
+from tests.docs.pages import OF_THE_REPOSITORY, PAGES, PARSERS, ROOT, Page
 
-COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-OF_THE_REPOSITORY = re.compile(r"(benchmarks|cluster|dev|docs|jobs|ray_configs|shardprune|tests)/[\w./-]*[\w/]")
 ARXIV = re.compile(r"arXiv[: ]+(\S+?)[\s,;:)\]]|arxiv\.org/\w+/([^\s)]+)", re.IGNORECASE)
 OF_OTHER_TOOLS = ("coming-from.md",)  # whose options stand there; tests/docs/test_coming_from.py tells ours apart
 # Options of other programs, in the text of pages about them; `_` is in none of ours.
@@ -90,14 +85,14 @@ def test_papers_have_numbers_of_arxiv(path):
 def options(command: str) -> frozenset[str]:
     """The options of a command of shardprune."""
     return frozenset(
-        option for parameter in COMMANDS[command].params for option in (*parameter.opts, *parameter.secondary_opts)
+        option for parameter in PARSERS[command].params for option in (*parameter.opts, *parameter.secondary_opts)
     ) | {"--help"}
 
 
 @cache
 def all_options() -> frozenset[str]:
     benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").rglob("*.py"))
-    own = frozenset().union(*(options(command) for command in COMMANDS))
+    own = frozenset().union(*(options(command) for command in PARSERS))
     return own | set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', benchmarks)) | {"--install-completion"}
 
 
@@ -110,12 +105,12 @@ def test_options_that_the_text_names_exist(path):
     for line, code in page.inline:
         words = code.split()
         named = [word.split("=")[0].strip("[]") for word in words if re.match(r"\[?--[a-z]", word)]
-        if words[:1] == ["shardprune"] and len(words) > 1 and words[1] in COMMANDS:
+        if words[:1] == ["shardprune"] and len(words) > 1 and words[1] in PARSERS:
             known = all_options() if "--" in words else options(words[1])
         elif words[:1] == ["shardprune"] and len(words) > 1 and not words[1].startswith("-"):
             wrong.append(f"{page.name}:{line}: {code}: no command {words[1]!r}")
             continue
-        elif named and (words[0].startswith(("-", "[")) or words[0] in COMMANDS):
+        elif named and (words[0].startswith(("-", "[")) or words[0] in PARSERS):
             known = all_options()
         else:
             continue

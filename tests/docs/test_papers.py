@@ -1,13 +1,12 @@
 """docs/papers.md cites what the code and the other pages name, and CITATION.cff is this version's."""
 
 import re
-from pathlib import Path
 
 import yaml
 
 import shardprune
+from tests.docs.pages import ROOT
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "papers.md"
 ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?!\d)")
 NAMING = re.compile(rf"ar[xX]iv\W+(?:abs/)?{ARXIV.pattern}")

@@ -1,7 +1,8 @@
 """The memory of a run that measures error curves, as a plan has it."""
 
 from shardprune.cluster.layout import plan_layout
-from shardprune.planning.memory import Setup, WorkerMemory
+from shardprune.planning.memory import WorkerMemory
+from shardprune.planning.moments import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import planned_task, read_model
 from tests.planning.material import CONFIGS

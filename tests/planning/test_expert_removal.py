@@ -14,7 +14,7 @@ from shardprune.errors import InputError
 from shardprune.model.expert_removal import COUNTS, mixture_of, with_experts
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.costs import Costs, Places
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected

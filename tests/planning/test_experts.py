@@ -7,7 +7,8 @@ from transformers import AutoConfig
 from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.choosing import choose
-from shardprune.planning.memory import Setup, WorkerMemory
+from shardprune.planning.memory import WorkerMemory
+from shardprune.planning.moments import Setup
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import model_of, planned_task, read_model

@@ -10,10 +10,12 @@ from benchmarks.streamed_memory import write_random
 from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.choosing import choose
-from shardprune.planning.memory import CPU_PROCESS, Setup, WorkerMemory, largest, total_bytes
+from shardprune.planning.memory import WorkerMemory, largest
+from shardprune.planning.moments import Setup, total_bytes
 from shardprune.planning.narrowing import planned_tasks, read_planned
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
+from shardprune.planning.worker_tensors import CPU_PROCESS
 from shardprune.planning.workload import planned_task, read_model
 from tests.planning.material import CONFIGS as SHAPES
 from tests.planning.material import forked_runs, make_llama, make_windows, peak_of_run

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from shardprune.cluster.layout import plan_layout
 from shardprune.model.skeleton import Skeleton
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.needs import needs
 from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.prune import PruneRecipe

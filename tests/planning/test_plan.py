@@ -15,7 +15,8 @@ from shardprune.planning.chart import LEGEND
 from shardprune.planning.choosing import choose, missing, remedies
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.hardware import HARDWARE
-from shardprune.planning.memory import Setup, WorkerMemory
+from shardprune.planning.memory import WorkerMemory
+from shardprune.planning.moments import Setup
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import Machine, PlanRecipe
 from shardprune.planning.workload import read_model, task_of

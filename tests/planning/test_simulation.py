@@ -8,10 +8,10 @@ import pytest
 from shardprune.cluster.layout import plan_layout
 from shardprune.planning.chart import IDLE, LINES, MARKS, WIDTH, idle_share, rows_of, timeline
 from shardprune.planning.costs import Costs, Places
-from shardprune.planning.memory import Setup
+from shardprune.planning.moments import Setup
 from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
-from shardprune.planning.simulated_worker import NOT_SIMULATED, ROWS
+from shardprune.planning.simulated_verbs import NOT_SIMULATED, ROWS
 from shardprune.planning.simulation import simulate
 from shardprune.planning.traffic import traffic_of
 from shardprune.planning.workload import planned_task, read_model

@@ -9,7 +9,8 @@ from shardprune.cluster.layout import plan_layout
 from shardprune.errors import InputError
 from shardprune.planning.costs import Costs, Places
 from shardprune.planning.cuts import cuts_of
-from shardprune.planning.memory import Setup, WorkerMemory
+from shardprune.planning.memory import WorkerMemory
+from shardprune.planning.moments import Setup
 from shardprune.planning.narrowing import planned_tasks, read_planned
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
