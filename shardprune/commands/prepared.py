@@ -10,30 +10,23 @@ from shardprune.cluster.object_store import store_bytes
 from shardprune.cluster.passes import Waves
 from shardprune.cluster.placement import Placement
 from shardprune.commands.calibration import CalibrationText
+from shardprune.commands.memory_needs import least_needs, usual_needs
 from shardprune.errors import without_credentials
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.expert_removal import FewerExperts
 from shardprune.model.expert_statistics import StatisticsFile
-from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Curves, PruningJob, Shapes, Shares, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.shape import Widths, changes, reshaped
-from shardprune.planning.moments import Setup
-from shardprune.planning.needs import needs
-from shardprune.planning.workload import model_of, task_of
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.report.result import CalibrationResult
-from shardprune.shard.spec import Need, WorkerSpec
+from shardprune.shard.spec import WorkerSpec
 from shardprune.solvers.error_curves import windows_of
 from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
-from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.triangles import lower_entries
 from shardprune.storage.journal import Earlier, Journal
 from shardprune.storage.windows import tokens_hash
-
-# A job with the largest statistics and workspace.
-STAND_IN = Zeroing("sparsegpt", Unstructured(), 0.5, "uniform", outlier_m=5.0, spread=0.08)
 
 
 @dataclass(frozen=True)
@@ -188,7 +181,7 @@ class Prepared:
             kept_bytes: what a worker keeps of the calibration waves.
         """
         placement = self.placement
-        least, usual, others = self._needs(layout, True), self._needs(layout, False), self._other_bytes
+        least, usual, others = least_needs(self, layout), usual_needs(self, layout), self._other_bytes
         states = {field: checkpoint.state() for field, checkpoint in self.inputs.items()}
         return [
             WorkerSpec(
@@ -202,7 +195,7 @@ class Prepared:
                 widths=self.widths,
                 activation_bytes=kept_bytes,
                 finished=frozenset(finished),
-                need=least[shard] if isinstance(self.job.zeroing, Zeroing) else None,
+                need=least[shard] if least else None,
                 other_bytes=usual[shard].bytes + others,
                 model=states["model"],
                 samples=self.recipe.samples - self.held_out,
@@ -266,32 +259,3 @@ class Prepared:
         if self.job.scoring:
             return self.layer_bytes
         return (4 + 2 * itemsize) * self.layer_bytes // itemsize if self.job.rebuilding else 0
-
-    def _needs(self, layout: Layout, trains_on_host: bool) -> list[Need]:
-        """Return what a worker of each shard cannot do without, kept waves not counted where they may be on the host;
-        jobs that zero no weights are taken for SparseGPT, whose statistics and factors they have.
-
-        Args:
-            trains_on_host: what a training needs between its steps is not counted, either.
-        """
-        placement, model = self.placement, self.placement.workers.model
-        zeroing = self.job.zeroing
-        if not isinstance(zeroing, Zeroing):
-            zeroing = STAND_IN
-        task = task_of(
-            model_of(self.skeleton, model, stored_dtype(self.checkpoint), self.checkpoint.bytes_of_fp8()),
-            zeroing,
-            errors=self.job.measure_error,
-            samples=self.recipe.samples,
-            seqlen=self.recipe.seqlen,
-            wave=self.wave,
-            sources=len(self.evaluations),
-            windows=max(map(len, self.evaluations.values()), default=0),
-            itemsize=placement.dtype.itemsize,
-            improving=self.job.improving,
-        )
-        workers = placement.workers
-        gpu, may_leave = workers.device == "cuda", workers.activations != "device"
-        joined = workers.exchange == "group" and layout.workers > 1
-        chunks = self.recipe.asked.chunks
-        return needs(task, Setup(layout, self.streamed, may_leave, gpu, joined, chunks, trains_on_host))

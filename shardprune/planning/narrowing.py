@@ -7,6 +7,8 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.workload import Model, Task, model_of, planned_task, read_model
 from shardprune.shard.narrowed_layers import skeleton_of_widths
 from shardprune.solvers.improving import Improving
+from shardprune.solvers.scoring import Scoring
+from shardprune.solvers.statistics import Kind
 
 
 def read_planned(recipe: PlanRecipe) -> Model:
@@ -35,13 +37,14 @@ def planned_tasks(recipe: PlanRecipe, model: Model) -> tuple[Task, ...]:
         return (task,)
     assert model.narrower is not None
     first = replace(
-        task,
-        kind="gram" if removal.scoring.needs_gram(recipe.measure_error) else "squares",
-        grouped=False,
-        outliers=False,
-        curves=False,
+        narrowing_task(task, removal.scoring),
         improving=Improving(reconstruction=0 if recipe.zeroes else recipe.reconstruct),
-        scoring=removal.scoring,
         judges_result=not recipe.zeroes,
     )
     return (first, replace(planned_task(recipe, model.narrower), judges_given=False)) if recipe.zeroes else (first,)
+
+
+def narrowing_task(task: Task, scoring: Scoring) -> Task:
+    """Return the task of removing structures in place of zeroing weights."""
+    kind: Kind = "gram" if scoring.needs_gram(task.errors) else "squares"
+    return replace(task, kind=kind, grouped=False, outliers=False, curves=False, scoring=scoring)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from shardprune.planning.memory import of_shard
 from shardprune.planning.moments import Moment, Setup
+from shardprune.planning.narrowing import narrowing_task
 from shardprune.planning.workload import Task
 from shardprune.shard.spec import Need
 from shardprune.solvers.methods import METHODS
@@ -18,11 +19,15 @@ def needs(task: Task, setup: Setup) -> list[Need]:
 def _need(task: Task, setup: Setup, shard: int) -> Need:
     worst = _worst(task, setup, shard)
     taken = worst.device.peak
-    others = {
-        "weights streamed": _worst(task, replace(setup, streamed=True), shard).device.peak,
-        "method wanda without measure_error": _worst(
-            replace(task, effort=METHODS["wanda"].effort, kind="squares", errors=False), setup, shard
-        ).device.peak,
+    others = {"weights streamed": _worst(task, replace(setup, streamed=True), shard).device.peak}
+    if task.scoring and task.model.narrower:
+        activity = replace(task.scoring, score="amp", correction=False)
+        sums = narrowing_task(replace(task, errors=False), activity)
+        others["score amp without correction and measure_error"] = _worst(sums, setup, shard).device.peak
+    else:
+        squares = replace(task, effort=METHODS["wanda"].effort, kind="squares", errors=False)
+        others["method wanda without measure_error"] = _worst(squares, setup, shard).device.peak
+    others |= {
         "wave 1": _worst(replace(task, wave=1), setup, shard).device.peak,
         "half the samples": _worst(replace(task, samples=max(1, task.samples // 2)), setup, shard).device.peak,
     }

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+import pytest
 import torch
 from transformers import LlamaConfig
 
@@ -43,11 +44,19 @@ def make_hollow_model(folder):
     return config
 
 
-def test_a_worker_that_cannot_have_enough_memory_says_so_at_once(tmp_path):
+@pytest.mark.parametrize(
+    ("what", "taken", "step", "helps"),
+    [
+        (("--sparsity", "0.5"), "14.", "check down", "method wanda without measure_error"),
+        (("--structured", "0.2"), "18.", "choose down", "score amp without correction and measure_error"),
+    ],
+    ids=["zeroing", "structured"],
+)
+def test_a_worker_that_cannot_have_enough_memory_says_so_at_once(what, taken, step, helps, tmp_path):
     make_hollow_model(tmp_path)
     windows = make_windows(tmp_path / "tokens.npy", 2, 16, 64)
     command = [sys.executable, "-m", "shardprune", "prune", str(tmp_path), "--out", str(tmp_path / "out")]
-    options = ["--sparsity", "0.5", "--calibration", windows, "--samples", "2", "--seqlen", "16", "--backend", "local"]
+    options = [*what, "--calibration", windows, "--samples", "2", "--seqlen", "16", "--backend", "local"]
     done = subprocess.run(
         [*command, *options, "--threads", "1"],
         capture_output=True,
@@ -57,9 +66,9 @@ def test_a_worker_that_cannot_have_enough_memory_says_so_at_once(tmp_path):
     )
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith("error: memory: a worker takes 14.")
-    assert "(prune, check down), and its cpu has 8.0 GB: " in line
-    assert "method wanda without measure_error takes " in line
+    assert line.startswith(f"error: memory: a worker takes {taken}")
+    assert f"(prune, {step}), and its cpu has 8.0 GB: " in line
+    assert f"{helps} takes " in line
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
