@@ -7,8 +7,8 @@
 
 Each scenario is one command on a tiny Llama, or on those of `--families`, run by each checkout in a process of its own.
 Compared are the SHA-256 of every tensor and config.json of every checkpoint that it made, and result.json, without what
-differs between two runs of the same code: seconds, hosts, peak memory, and the fingerprint, which a new version may
-define anew. Prints a table, one row a scenario and backend, and the names of what differs; the exit code is 1 where
+differs between two runs of the same code: seconds, rates, hosts, peak memory, and the fingerprint, which a new version
+may define anew. Prints a table, one row a scenario and backend, and the names of what differs; the exit code is 1 where
 anything does.
 
 Outputs stay below WORK in a folder that is named by the hash of a checkout's source: code that has not changed since is
@@ -68,7 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": COMMON,
 }
 # What two runs of the same code differ in, at any depth of result.json.
-VARYING = {"seconds", "fingerprint", "node", "peak_bytes", "busy_seconds"}
+VARYING = {"seconds", "fingerprint", "node", "peak_bytes", "busy_seconds", "tokens_per_second"}
 CALIBRATED = ("--calibration", "{inputs}/tokens.npy", "--samples", "12", "--seqlen", "24", "--wave", "4")
 MEASURED = ("--eval", "{inputs}/tokens.npy")
 PRUNE = ("prune", "{inputs}/model", *CALIBRATED, *MEASURED)
