@@ -60,7 +60,7 @@ USUAL = (
     Usual("sparsegpt, trained", "unstructured", 0.7, 1.11, 1.24),
     Usual("alps", "unstructured", 0.7, 1.13, 1.69),
     Usual("alps", "unstructured", 0.8, 1.30, 1.85),
-    Usual("alps, trained", "unstructured", 0.5, 1.02, 1.03),
+    Usual("alps, trained", "unstructured", 0.5, 1.02, 1.07),
     Usual("alps, trained", "unstructured", 0.6, 1.04, 1.06),
     Usual("alps, trained", "unstructured", 0.7, 1.09, 1.49),
     Usual("alps, trained", "unstructured", 0.8, 1.23, 1.37),
