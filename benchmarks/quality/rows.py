@@ -12,13 +12,12 @@ TRAINED: dict[str, Any] = {"reconstruct": 100}
 ALPS: dict[str, Any] = {"method": "alps"}
 OWL: dict[str, Any] = {"allocation": "owl"}
 FISHER: dict[str, Any] = {"allocation": "fisher"}
-DAMPED: dict[str, Any] = {"damping": "auto"}
 
 ROWS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     # each part alone
     **{f"SparseGPT, damping {value}": {"damping": value} for value in (0.03, 0.1, 0.3)},
-    "SparseGPT, damping auto": DAMPED,
+    "SparseGPT, damping auto": {"damping": "auto"},
     "Wanda": {"method": "wanda"},
     "OWL": OWL,
     "Fisher": FISHER,
@@ -31,7 +30,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "ALPS + Fisher": ALPS | FISHER,
     "OWL + stream targets": OWL | STREAM,
     "Fisher + stream targets": FISHER | STREAM,
-    "Fisher + damping auto": FISHER | DAMPED,
     "ALPS + stream targets": ALPS | STREAM,
     "ALPS + Fisher + stream targets": ALPS | FISHER | STREAM,
     "OWL + reconstruction": OWL | TRAINED,
@@ -45,6 +43,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "quality fast": {"quality": "fast", "targets": "auto"},
     "quality balanced": {"quality": "balanced", "targets": "auto"},
     "quality best": {"quality": "best", "targets": "auto"},
+    "quality best, damping 0.1": {"quality": "best", "targets": "auto", "damping": 0.1},
 }
 
 
