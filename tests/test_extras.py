@@ -1,6 +1,7 @@
 """The extras in pyproject.toml: each brings the packages that commands look for, `all` brings all, the core none."""
 
 import re
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
@@ -9,7 +10,6 @@ from packaging.requirements import Requirement
 
 from shardprune.extras import PACKAGES
 
-tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 NOT_IN_ALL = {"all", "mlflow", "test", "wandb"}

@@ -1,10 +1,9 @@
 """The dial between time and quality: a few settings, each of which stands for fields of a recipe."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ModelWrapValidatorHandler, model_validator
-from typing_extensions import Self
 
 from shardprune.recipes.improving import TrainingFields
 from shardprune.recipes.settings import Settings

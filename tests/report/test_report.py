@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import shutil
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 import pytest
@@ -110,7 +110,7 @@ def test_a_report_says_when_and_by_what_a_run_was_made(runs):
         "Python": platform.python_version(),
         **{name: version(name) for name in ("shardprune", "torch", "transformers", "ray")},
     }
-    date = datetime.fromtimestamp(last["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    date = datetime.fromtimestamp(last["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
     by = ", ".join(f"{name} {number}" for name, number in last["versions"].items())
     machine = f"{platform.system()} {platform.machine()} with {os.cpu_count()} CPUs"
     said = f"Started {date} with {by}; its driver ran on {machine}."

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
@@ -54,7 +54,7 @@ class FinishedRun:
         begun = next((event for event in reversed(self.events) if event["event"] == "run"), None)
         if begun is None:
             return []
-        date = datetime.fromtimestamp(begun["time"], timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        date = datetime.fromtimestamp(begun["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
         versions = ", ".join(f"{name} {version}" for name, version in begun.get("versions", {}).items())
         by = f" with {versions}" if versions else ""
         on = f"; its driver ran on {begun['machine']}" if "machine" in begun else ""
