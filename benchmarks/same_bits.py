@@ -31,7 +31,13 @@ import torch
 import yaml
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 BACKENDS = ("local", "ray")
 WORDS = ["<unk>", "<s>", "</s>", "one", "two", "three", "four", "five", "six", "seven"]
@@ -145,12 +151,11 @@ def make_inputs(folder: Path, family: str = "llama") -> None:
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.2)  # large enough for every layer to matter
     model.save_pretrained(folder / "model")
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    ).save_pretrained(folder / "model")
+    _write_tokenizer(folder / "model", models.WordLevel({word: index for index, word in enumerate(WORDS)}, "<unk>"))
+    if not AutoTokenizer.from_pretrained(folder / "model")(WORDS[-1]).input_ids:
+        # transformers has a tokenizer of bytes for this family, whatever the file says: it knows letters, and no words
+        letters = [*WORDS[:3], "\u0120", *sorted(set("".join(WORDS[3:])))]
+        _write_tokenizer(folder / "model", models.BPE({one: index for index, one in enumerate(letters)}, []))
 
     draw = np.random.default_rng(0)
     np.save(folder / "tokens.npy", draw.integers(0, VOCABULARY, (12, 24)))
@@ -174,6 +179,14 @@ def make_inputs(folder: Path, family: str = "llama") -> None:
     }
     (folder / "tasks" / "pairs.yaml").write_text(yaml.safe_dump(task))
     (folder / "made").touch()
+
+
+def _write_tokenizer(folder: Path, model: models.Model) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
 
 
 def _write_lines(file: Path, records: list[dict[str, str]]) -> None:

@@ -17,7 +17,7 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.state import RunState
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.companions import has_tokenizer
-from shardprune.model.draft import Draft, draft_of, kept_elements
+from shardprune.model.draft import Draft, draft_of, kept_elements, state_bytes
 from shardprune.model.opening import OpenedModel
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import check_class_writes
@@ -154,6 +154,7 @@ def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
             check_class_writes(skeleton.config)
             tokenizer = opened.tokenizer() if has_tokenizer(opened.checkpoint.folder) else None
             kept = seqlen * kept_elements(skeleton.config, skeleton.layers)
+            kept += state_bytes(skeleton, range(skeleton.layers)) // skeleton.dtype.itemsize
             own = draft_of(
                 skeleton,
                 tokenizer,

@@ -130,7 +130,7 @@ def _kinds(
 
     originals = [copy.copy(layer) for layer in layers]  # which have their own forward pass all the while
     stand_ins = [partial(pass_on, index) for index in range(len(layers))]
-    with _small_parts_blank(model, layers) as blank, torch.no_grad(), standing_in(layers, stand_ins):
+    with small_parts_blank(model, layers) as blank, torch.no_grad(), standing_in(layers, stand_ins):
         model.base_model(inputs_embeds=blank, use_cache=False, **frame_inputs(model, blank))
     if missing := [index for index, key in enumerate(own) if key not in found]:
         raise LookupError(f"the model does not call its layer {missing[0]}")
@@ -163,7 +163,7 @@ def _carried(model: PreTrainedModel, names: tuple[str, ...], passed: list[dict[s
 
 def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: Structures) -> tuple[LayerKind, Any]:
     """Return the kind of a layer, and its output on the meta device."""
-    calls, output, chosen = _run_on_meta(layer, hidden, arguments)
+    calls, output, chosen = run_layer_on_meta(layer, hidden, arguments)
     maps = tuple(tuple(dict.fromkeys(names)) for names in calls)
     called = {name for names in maps for name in names}
     inputs, kept = pruned_of(layer, maps, structures.rows.keys() | structures.columns.keys())
@@ -180,7 +180,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
 
 
 @contextmanager
-def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[Tensor]:
+def small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[Tensor]:
     """Make the small parts of a model's frame (learned positions, norms) zeros for as long as it runs without tokens;
     yield hidden states of zeros [1, SEQLEN, hidden] that enter it."""
     embedding = model.get_input_embeddings()
@@ -203,7 +203,9 @@ def _small_parts_blank(model: PreTrainedModel, layers: nn.ModuleList) -> Iterato
             module._parameters[leaf] = parameter
 
 
-def _run_on_meta(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[list[list[str]], Any, dict[str, int]]:
+def run_layer_on_meta(
+    layer: nn.Module, hidden: Tensor, arguments: Arguments
+) -> tuple[list[list[str]], Any, dict[str, int]]:
     """Run a layer on the meta device; return its linear maps in the order of their calls, those with the same input
     together, its output, and how many experts each of its mixtures lets a token pass through."""
     positional, keywords = tree_map_only(

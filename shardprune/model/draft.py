@@ -1,14 +1,17 @@
 """Drafts: what a text that a model writes is decided by, beside the model."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shardprune.errors import InputError
+from shardprune.model.derivation import run_layer_on_meta, small_parts_blank
+from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.sampling import draws
 
@@ -106,6 +109,26 @@ def kept_elements(config: PretrainedConfig, layers: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * layers * heads * width
+
+
+def state_bytes(skeleton: Skeleton, layers: Iterable[int]) -> int:
+    """Return the bytes of the states that some layers keep of one sequence beside keys and values, found out by a token
+    on the meta device."""
+    kept = KeptKeys(skeleton.layers, 1)
+    layers_of_model = skeleton.model.get_submodule(skeleton.family.layers)
+    assert isinstance(layers_of_model, nn.ModuleList)
+    with small_parts_blank(skeleton.model, layers_of_model):  # they may not be loaded yet
+        arguments = skeleton.next_arguments(1, kept)
+    token = torch.zeros(1, 1, skeleton.family.carried.hidden, dtype=skeleton.dtype)
+    found: dict[int, int] = {}  # by the layer's kind
+    total = 0
+    for index in layers:
+        kind = id(skeleton.family.kinds[index])
+        if kind not in found:
+            run_layer_on_meta(skeleton.blank(index), token, arguments[index])
+            found[kind] = kept.state_bytes(index)
+        total += found[kind]
+    return total
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -22,12 +22,20 @@ class KeptKeys(Cache):
         self.seen, self.length = 0, length
         super().__init__(layers=[_KeptLayer(self) for _ in range(layers)])
 
+    def state_bytes(self, layer: int) -> int:
+        """Return the bytes of one layer's states, which do not grow with the sequences."""
+        own = self.layers[layer]
+        assert isinstance(own, _KeptLayer)
+        states = [*own.conv_states.values(), *own.recurrent_states.values()]
+        return sum(state.nbytes for state in states if state is not None)
+
 
 class _KeptLayer(LinearAttentionLayer, CacheLayerMixin):
     """One layer's keys and values, [sequences, key heads, length, width] each, and its states, as transformers keeps
     them."""
 
     is_sliding = False
+    is_compileable = False  # else masks are made where attention needs none
 
     def __init__(self, of: KeptKeys) -> None:
         CacheLayerMixin.__init__(self)

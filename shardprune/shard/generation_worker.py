@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import SolverError
-from shardprune.model.draft import kept_elements
+from shardprune.model.draft import kept_elements, state_bytes
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.shard.device_room import device_room
 from shardprune.shard.forward_worker import ForwardWorker
@@ -25,8 +25,8 @@ SAMPLING_BYTES = 32  # for each logit of a batch: probabilities in two precision
 
 @dataclass(frozen=True)
 class Room:
-    """What a worker has room for: whole `batches` with their keys and values, beside the shard's layers where these
-    are `resident`. One batch takes `batch_bytes` of its `bytes`."""
+    """What a worker has room for: whole `batches` with their keys, values and states, beside the shard's layers where
+    these are `resident`. One batch takes `batch_bytes` of its `bytes`."""
 
     resident: bool
     batches: int
@@ -133,5 +133,5 @@ class GenerationWorker(ForwardWorker):
         batch = min(draft.batch, draft.sequences)
         held += SAMPLING_BYTES * batch * skeleton.config.vocab_size if id(head.weight) in frame else 0
         elements = draft.length * kept_elements(skeleton.config, len(spec.layers))
-        batch_bytes = batch * elements * skeleton.dtype.itemsize
+        batch_bytes = batch * (elements * skeleton.dtype.itemsize + state_bytes(skeleton, spec.layers))
         return Room(resident, max(0, there - held) // batch_bytes, batch_bytes, there)

@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.errors import InputError
 from shardprune.model.empty_model import attention_of
+from shardprune.model.verification import KEEPING_STATES
 from shardprune.report.result import read_result
 from shardprune.shard.generation_worker import GenerationWorker, Room
 from shardprune.storage import self_text
 from shardprune.storage.folder import Folder
-from tests.support.architectures import DENSE, make_architecture
+from tests.support.architectures import DENSE, MIXED, make_architecture
 from tests.support.running import rebuild_run, run, search_run
 from tests.support.tiny import CONFIGS, differing, make_model, snapshot
 
@@ -64,9 +65,9 @@ def test_every_family_writes_what_a_plain_generation_does(family, tmp_path):
     assert text(tmp_path / "o").tolist() == plain_text(tmp_path / "model").tolist()
 
 
-@pytest.mark.parametrize("model_type", DENSE)
+@pytest.mark.parametrize("model_type", [*DENSE, *sorted(KEEPING_STATES)])
 def test_other_architectures_do_so_too(model_type, tmp_path):
-    make_architecture(tmp_path / "model", model_type, DENSE[model_type])
+    make_architecture(tmp_path / "model", model_type, {**DENSE, **MIXED}[model_type])
     run(tmp_path, "o", **CHEAP, samples=3, seqlen=16, self_batch=2, shards=2)
     assert text(tmp_path / "o").tolist() == plain_text(tmp_path / "model", 3, 16, 2).tolist()
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError
-from shardprune.model.draft import draft_of, kept_elements
+from shardprune.model.draft import draft_of, kept_elements, state_bytes
 from shardprune.model.opening import open_model
 from shardprune.recipes.groups import KEPT_ELEMENTS, batch_of
+from tests.support.architectures import MIXED, make_architecture
 from tests.support.tiny import VOCABULARY, make_model
 from tests.support.words import WORDS, words_tokenizer
 
@@ -82,3 +84,23 @@ def test_batches_are_cut_without_a_look_at_the_workers(skeleton):
 )
 def test_a_batch_keeps_what_a_gpu_has_room_for(asked, kept, batch):
     assert batch_of(asked, kept) == batch
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5_text", "falcon_h1"])
+def test_states_take_what_transformers_keeps(model_type, tmp_path):
+    make_architecture(tmp_path / "model", model_type, MIXED[model_type])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    kept = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
+    states = [
+        sum(state.nbytes for of in (layer.conv_states, layer.recurrent_states) for state in of.values())
+        if hasattr(layer, "conv_states")
+        else 0
+        for layer in kept.layers
+    ]
+    opened = open_model(str(tmp_path / "model")).skeleton
+    assert [state_bytes(opened, [index]) for index in range(opened.layers)] == states
+    assert state_bytes(opened, range(opened.layers)) == sum(states) > 0
+
+
+def test_layers_with_attention_alone_keep_no_states(skeleton):
+    assert state_bytes(skeleton, range(skeleton.layers)) == 0
