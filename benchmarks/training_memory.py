@@ -135,7 +135,9 @@ def work(kind: str, folder: str, own: str, rank: int) -> None:
         Path(prepared.recipe.state).mkdir(parents=True, exist_ok=True)
         prepared.inputs.rows.save(Folder(prepared.recipe.state, "state"), FILE)
         build_what_is_used(recipe.offload, prepared.recipe.state, lambda _: None)
-    import deepspeed  # noqa: F401  before memory is looked at
+    # Before memory is looked at. DeepSpeed imports the second when it starts, and with it torch's compiler: 57 MB.
+    import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     store = dist.FileStore(f"{own}/store", recipe.workers or 1)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.workers or 1)

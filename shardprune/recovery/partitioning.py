@@ -9,6 +9,7 @@ from typing import Any  # of parameters to which DeepSpeed adds attributes
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.runtime.zero.partition_parameters import is_zero_param
 from torch import nn
 
@@ -50,6 +51,11 @@ class Partitioning:
         size = parameter.aligned_size() // parameter.ds_zero_partition_world_size
         start = min(size * parameter.ds_zero_partition_rank, parameter.numel())
         return start, min(start + size, parameter.numel())
+
+
+def forget_modules() -> None:
+    """Let DeepSpeed forget the modules of forward passes, whose engines' hooks hold all that these have."""
+    FWD_MODULE_STACK.clear()
 
 
 def release(model: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """One process of a training run under DeepSpeed: the model, the loop over steps, checkpoints and the loss log."""
 
+import gc
 import io
 import math
 import time
@@ -24,7 +25,7 @@ from shardprune.recovery.experts import keep_from_deepspeed
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.model import load_model, load_seeing
 from shardprune.recovery.operations import load_from_cache
-from shardprune.recovery.partitioning import Partitioning
+from shardprune.recovery.partitioning import Partitioning, forget_modules, release
 from shardprune.recovery.parts import PartClock
 from shardprune.recovery.predictions import PredictionBatch, Reading, ahead
 from shardprune.recovery.rows import Rows
@@ -110,6 +111,21 @@ class Training:
         if recipe.best and best.since:  # the last step is measured too
             self.checkpoints.load_best(self.engine, best)
         return self.model
+
+    def leave(self) -> None:
+        """Take everything out of memory: hooks of autograd, and DeepSpeed's stack of modules, hold engines on."""
+        self.engine.destroy()
+        if self.recipe.zero == 3:  # of which something in DeepSpeed keeps the engine for good
+            release(self.engine.module)
+            optimizer, self.engine.optimizer = self.engine.optimizer, None
+            optimizer.optimizer.state.clear()
+            optimizer.optimizer.param_groups.clear()
+            vars(optimizer).clear()
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.leave()
+        forget_modules()
+        del self.engine, self.model, self.teacher
+        gc.collect()  # an engine is a reference cycle
 
     def _log(self, record: Loss) -> None:
         if self.rank == 0:

@@ -54,8 +54,10 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         write_layers(model, family, checkpoint, journal, recipe.zero)
         if recipe.full:
             write_trained_frame(model, family, checkpoint, journal, recipe.zero)
+        stored = training.teacher_seconds if recipe.teacher_top else None
+        del model
+        training.leave()
     ended = time.monotonic()
-    stored = training.teacher_seconds if recipe.teacher_top else None
     return {
         "shard": 0,
         "replica": dist.get_rank(),
