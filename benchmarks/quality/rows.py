@@ -43,7 +43,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "quality fast": {"quality": "fast", "targets": "auto"},
     "quality balanced": {"quality": "balanced", "targets": "auto"},
     "quality best": {"quality": "best", "targets": "auto"},
-    "quality best, damping 0.1": {"quality": "best", "targets": "auto", "damping": 0.1},
+    "quality best, damping 0.01": {"quality": "best", "targets": "auto", "damping": 0.01},
 }
 
 

@@ -13,7 +13,7 @@ from shardprune.solvers.allocation.budget import HIGHEST
 EVERYWHERE: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"reconstruct": 50},
-    "best": {"method": "alps", "reconstruct": 100},
+    "best": {"method": "alps", "damping": 0.1, "reconstruct": 100},
 }
 # Beside that, where zeros may stand anywhere and are so many that it matters which projection gives up how much.
 UNSTRUCTURED: dict[str, dict[str, Any]] = {"best": {"allocation": "fisher"}}
@@ -26,6 +26,8 @@ def stands_for(values: Mapping[str, Any]) -> dict[str, Any]:
     quality, sparsity = values.get("quality", "fast"), values.get("sparsity")
     unstructured = values.get("pattern", "unstructured") == "unstructured"
     fields = dict(EVERYWHERE.get(quality, {}))
+    if values.get("method", fields.get("method")) != fields.get("method"):
+        fields.pop("damping", None)  # which was measured with the quality's own method
     if unstructured and sparsity is None:  # nothing becomes zero, but structures may go
         return {name: value for name, value in fields.items() if name in TrainingFields.model_fields}
     if unstructured and "allocation_file" not in values and _many(sparsity, values.get("structured")):

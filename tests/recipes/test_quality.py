@@ -7,7 +7,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.recipes.prune import PruneRecipe
 from tests.recipes.test_prune import RECIPES
 
-NAMES = ("method", "allocation", "reconstruct")
+NAMES = ("method", "allocation", "reconstruct", "damping")
 AT_70 = {"sparsity": 0.7}
 
 
@@ -18,27 +18,28 @@ def recipe(**fields) -> PruneRecipe:
 @pytest.mark.parametrize(
     ("fields", "stood_for"),
     [
-        (AT_70, ("sparsegpt", "uniform", 0)),
-        (AT_70 | {"quality": "fast"}, ("sparsegpt", "uniform", 0)),
-        (AT_70 | {"quality": "balanced"}, ("sparsegpt", "uniform", 50)),
-        (AT_70 | {"quality": "best"}, ("alps", "fisher", 100)),
-        ({"sparsity": 0.49, "quality": "best"}, ("alps", "uniform", 100)),
-        ({"sparsity": "0.5", "quality": "best"}, ("alps", "fisher", 100)),
-        ({"sparsity": 0.995, "quality": "best"}, ("alps", "uniform", 100)),
-        ({"pattern": "2:4", "quality": "best"}, ("alps", "uniform", 100)),
-        ({"pattern": "2:4", "sparsity": 0.5, "quality": "balanced"}, ("sparsegpt", "uniform", 50)),
-        ({"pattern": "mixed:8", "sparsity": 0.75, "quality": "best"}, ("alps", "owl", 100)),
-        (AT_70 | {"allocation_file": "a.json", "quality": "best"}, ("alps", "uniform", 100)),
+        (AT_70, ("sparsegpt", "uniform", 0, 0.01)),
+        (AT_70 | {"quality": "fast"}, ("sparsegpt", "uniform", 0, 0.01)),
+        (AT_70 | {"quality": "balanced"}, ("sparsegpt", "uniform", 50, 0.01)),
+        (AT_70 | {"quality": "best"}, ("alps", "fisher", 100, 0.1)),
+        ({"sparsity": 0.49, "quality": "best"}, ("alps", "uniform", 100, 0.1)),
+        ({"sparsity": "0.5", "quality": "best"}, ("alps", "fisher", 100, 0.1)),
+        ({"sparsity": 0.995, "quality": "best"}, ("alps", "uniform", 100, 0.1)),
+        ({"pattern": "2:4", "quality": "best"}, ("alps", "uniform", 100, 0.1)),
+        ({"pattern": "2:4", "sparsity": 0.5, "quality": "balanced"}, ("sparsegpt", "uniform", 50, 0.01)),
+        ({"pattern": "mixed:8", "sparsity": 0.75, "quality": "best"}, ("alps", "owl", 100, 0.1)),
+        (AT_70 | {"allocation_file": "a.json", "quality": "best"}, ("alps", "uniform", 100, 0.1)),
         # what is given wins
-        (AT_70 | {"quality": "best", "method": "wanda"}, ("wanda", "fisher", 100)),
-        (AT_70 | {"quality": "best", "reconstruct": 0, "allocation": "mosaic"}, ("alps", "mosaic", 0)),
-        (AT_70 | {"quality": "best", "rebuild": "barber"}, ("alps", "fisher", 100)),
+        (AT_70 | {"quality": "best", "method": "wanda"}, ("wanda", "fisher", 100, 0.01)),
+        (AT_70 | {"quality": "best", "reconstruct": 0, "allocation": "mosaic"}, ("alps", "mosaic", 0, 0.1)),
+        (AT_70 | {"quality": "best", "rebuild": "barber"}, ("alps", "fisher", 100, 0.1)),
+        (AT_70 | {"quality": "best", "damping": 0.03}, ("alps", "fisher", 100, 0.03)),
         # nothing becomes zero
-        ({"structured": 0.2, "quality": "best"}, ("sparsegpt", "uniform", 100)),
-        ({"structured": 0.2, "sparsity": 0.7, "quality": "best"}, ("alps", "fisher", 100)),
-        ({"structured": 0.4, "sparsity": 0.7, "quality": "best"}, ("alps", "fisher", 100)),  # half of what is left
-        ({"structured": 0.4, "sparsity": 0.69, "quality": "best"}, ("alps", "uniform", 100)),
-        ({"structured": 0.7, "sparsity": 0.7, "quality": "best"}, ("alps", "uniform", 100)),
+        ({"structured": 0.2, "quality": "best"}, ("sparsegpt", "uniform", 100, 0.01)),
+        ({"structured": 0.2, "sparsity": 0.7, "quality": "best"}, ("alps", "fisher", 100, 0.1)),
+        ({"structured": 0.4, "sparsity": 0.7, "quality": "best"}, ("alps", "fisher", 100, 0.1)),  # half of what is left
+        ({"structured": 0.4, "sparsity": 0.69, "quality": "best"}, ("alps", "uniform", 100, 0.1)),
+        ({"structured": 0.7, "sparsity": 0.7, "quality": "best"}, ("alps", "uniform", 100, 0.1)),
     ],
 )
 def test_a_quality_stands_for_fields(fields, stood_for):
@@ -56,7 +57,7 @@ def test_a_plan_without_a_sparsity_has_the_one_that_it_takes():
 def test_the_same_fields_are_the_same_run_whatever_stood_for_them():
     dialled = recipe(**AT_70, quality="best").shape()
     assert "quality" not in dialled
-    assert dialled == recipe(**AT_70, method="alps", allocation="fisher", reconstruct=100).shape()
+    assert dialled == recipe(**AT_70, method="alps", allocation="fisher", reconstruct=100, damping=0.1).shape()
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,8 @@ def test_the_same_fields_are_the_same_run_whatever_stood_for_them():
 )
 def test_the_recipes_of_the_repository_are_the_best(name, target, allocation):
     loaded = PruneRecipe.load(RECIPES / f"best-{name}.yaml", {"out": "o"})
-    assert (loaded.quality, loaded.method, loaded.allocation, loaded.reconstruct) == ("best", "alps", allocation, 100)
+    assert loaded.quality == "best"
+    assert tuple(getattr(loaded, name) for name in NAMES) == ("alps", allocation, 100, 0.1)
     assert (loaded.zeroing.target, loaded.pattern) == (target, "2:4" if name == "2of4" else "unstructured")
 
 
