@@ -1,5 +1,7 @@
 """Predicted memory against the measured peaks of real runs, and of real forward passes."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -79,8 +81,11 @@ def runs(tmp_path_factory):
             options = {"model": str(folder / model), "calibration": windows, **fields}
             if model.startswith("large vocabulary"):
                 options |= {"eval": (windows,), "eval_windows": 1}
-            found[name] = peak_of(folder / f"out {name}", options), options
-    return found
+            out = folder / f"out {name}"
+            found[name] = peak_of(out, options), options
+            shutil.rmtree(out)
+    yield found
+    shutil.rmtree(folder)  # a gigabyte
 
 
 @pytest.mark.parametrize("name", RUNS)
