@@ -1,13 +1,14 @@
 """The images that rows of tokens show."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from shardprune.storage.json_file import dump_json, parse_json
 
 
 class ImageFile(NamedTuple):
@@ -56,17 +57,17 @@ class RowImages:
     def digest(self) -> str:
         """Return the SHA-256 of the images' names and sizes, and of which row shows which; folders may move."""
         files = [(file.name, file.width, file.height) for file in self.files]
-        content = hashlib.sha256(json.dumps([files, self.shown.tolist(), self.starts.tolist()]).encode())
+        content = hashlib.sha256(dump_json([files, self.shown.tolist(), self.starts.tolist()]).encode())
         return content.hexdigest()
 
     def as_text(self) -> str:
         """Return the files as a text, which `parsed` reads."""
-        return json.dumps(self.files)
+        return dump_json(self.files)
 
     @classmethod
     def parsed(cls, files: str, shown: Tensor, starts: Tensor) -> "RowImages":
         """Return the images whose files are given as a text."""
-        return cls(tuple(ImageFile(*file) for file in json.loads(files)), shown, starts)
+        return cls(tuple(ImageFile(*file) for file in parse_json(files, len(files))), shown, starts)
 
     def row(self, row: int) -> list[int]:
         """Return the indices of the files that a row shows."""

@@ -3,7 +3,6 @@
 import pytest
 
 from shardprune.commands.check import check
-from shardprune.errors import InputError
 from shardprune.planning.costs import Costs
 from shardprune.planning.plan import plan
 from shardprune.planning.recipe import PlanRecipe
@@ -58,11 +57,6 @@ def test_the_run_says_what_stays_dense(folder, tmp_path, capsys):
     said = " ".join(capsys.readouterr().err.split())
     conv = {"falcon_h1": "mamba", "qwen3_5_text": "linear_attn"}[folder[1]]
     assert f"left dense: {conv}.conv1d (no weights of an nn.Linear)" in said
-
-
-def test_text_of_its_own_is_refused_where_states_are_kept(folder, tmp_path):
-    with pytest.raises(InputError, match="^calibration: 'self' is not possible: a small model of its class"):
-        run(folder[0], tmp_path / "out", calibration="self", sparsity=0.5)
 
 
 def test_plans_and_costs_are_the_sum_over_kinds(folder):

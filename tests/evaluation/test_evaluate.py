@@ -182,7 +182,7 @@ def test_an_adapter_is_not_applied_by_one_engine_alone(folder, damaged):
 
 
 BAD = {
-    "nothing": ((), "perplexity: missing; give a source, tasks, or latency"),
+    "nothing": ((), "perplexity: missing; give a source, answers, tasks, or latency"),
     "source": (("--perplexity", "x.csv"), "perplexity: 'x.csv' is no known source"),
     "no text": (("--perplexity", "{folder}/none.txt", "--seqlen", "24"), "perplexity: "),
     "seqlen": (("--perplexity", "{folder}/tokens.npy"), "seqlen: 2048 is more than the model's 64 positions"),
