@@ -1,10 +1,14 @@
-"""Rates of the operations that a layer's time is made of: products, Gram matrices, selections, copies."""
+"""Rates of the operations that a layer's time is made of: products, Gram matrices, selections, attention, copies."""
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
+from shardprune.shard.cuda import without_plans
 from shardprune.solvers.products import add_product
 from shardprune.solvers.selection import kth_value
 from shardprune.solvers.statistics import InputStatistics
@@ -16,6 +20,7 @@ def run(setting: Setting, rows: Rows) -> None:
     _products(setting, rows)
     _gram_matrices(setting, rows)
     _updates(setting, rows)
+    _attention(setting, rows)
     _copies(setting, rows)
 
 
@@ -65,6 +70,27 @@ def _updates(setting: Setting, rows: Rows) -> None:
     scores = columns[:128].reshape(-1)
     taken = setting.seconds(lambda: kth_value(scores, len(scores) // 2))
     rows.add(f"k-th value of {len(scores):,}", 1e3 * taken, "ms")
+
+
+def _attention(setting: Setting, rows: Rows) -> None:
+    """Measure attention whose length is another in each call: of one new token, and of whole sequences with their
+    gradients."""
+    heads, longest = setting.size(64, 2), setting.size(1024, 64)
+    for way, context in (("as PyTorch chooses", nullcontext), ("without cuDNN", without_plans)):
+        lengths = iter(range(longest, 0, -1))
+        keys = torch.randn(8, heads, longest, 128, device=setting.device).bfloat16()
+
+        def one_token(keys: Tensor = keys) -> None:
+            seen = keys[:, :, : next(lengths)]
+            scaled_dot_product_attention(keys[:, :, :1], seen, seen)
+
+        def sequences(keys: Tensor = keys) -> None:
+            whole = keys[:, :, : next(lengths)].requires_grad_()
+            scaled_dot_product_attention(whole, whole, whole, is_causal=True).sum().backward()
+
+        for label, work in (("one token", one_token), ("sequences and gradients", sequences)):
+            with context():
+                rows.add(f"attention of a new length, {label}, {way}", 1e3 * setting.seconds(work), "ms")
 
 
 def _copies(setting: Setting, rows: Rows) -> None:

@@ -121,7 +121,12 @@ def _decode(setting: Setting, models: Mapping[str, PreTrainedModel], rows: Rows)
 def _step(model: PreTrainedModel, tokens: Tensor) -> Work:
     cache = DynamicCache()
     model(tokens, past_key_values=cache)
-    return lambda: model(tokens[:, -1:], past_key_values=cache)
+
+    def step() -> None:
+        model(tokens[:, -1:], past_key_values=cache)
+        cache.crop(-1)  # cuDNN builds a plan for every new length, which the first model would pay for
+
+    return step
 
 
 def _hidden(model: PreTrainedModel, count: int) -> Tensor:

@@ -23,7 +23,7 @@ STEPS = {
     for step in (
         Step("facts", 15),
         Step("numerics", 25),
-        Step("suite", 110),
+        Step("suite", 120),
         Step("rates", 15),
         Step("layer", 65),
         Step("variants", 25),
@@ -32,8 +32,8 @@ STEPS = {
         Step("improving", 75),
         Step("memory", 35),
         Step("masked_update", 25),
-        Step("recovery", 20),
-        Step("semi_structured", 50),
+        Step("recovery", 25),
+        Step("semi_structured", 45),
     )
 }
 SECONDS = 9 * 60  # all limits together

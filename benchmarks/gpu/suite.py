@@ -1,6 +1,7 @@
-"""The tests with the marker `gpu`: those that need neither Ray nor DeepSpeed."""
+"""The tests with the marker `gpu`: those that need no Ray."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -15,8 +16,9 @@ TESTS = (
     "tests/commands/structured/test_width.py",
     "tests/commands/test_export.py",
     "tests/commands/test_on_a_gpu.py",
+    "tests/recovery/test_on_a_gpu.py",  # skipped without DeepSpeed
 )
-PROCESSES = 8  # each has a CUDA context of its own
+PROCESSES = 14  # each has a CUDA context of its own
 SMALL = ("tests/solvers/test_column_kernel.py",)
 
 
@@ -28,7 +30,12 @@ def run(setting: Setting, rows: Rows) -> None:
     words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-p", "no:timeout"]
     if importlib.util.find_spec("xdist") and not setting.small:
         words += ["--numprocesses", str(PROCESSES)]
-    done = subprocess.run([*words, *(SMALL if setting.small else TESTS)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, *(SMALL if setting.small else TESTS)],
+        env={**os.environ, "DS_ACCELERATOR": setting.device},
+        capture_output=True,
+        text=True,
+    )
     print(done.stdout, done.stderr)
     counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed|errors?)\b", done.stdout)}
     for word, count in counts.items():

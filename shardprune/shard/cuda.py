@@ -1,7 +1,9 @@
-"""Settings of CUDA in a process that computes on it: float32 stays float32, and how memory is allocated."""
+"""Settings of CUDA in a process that computes on it: float32 stays float32, how memory is allocated, and which
+attention kernel runs where every call has another length."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
@@ -53,3 +55,18 @@ def set_allocator() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = ALLOCATOR
+
+
+@contextmanager
+def without_plans() -> Iterator[None]:
+    """Run attention by kernels that take any length as it comes.
+
+    PyTorch prefers cuDNN's attention on Hopper and later, which builds a plan for every shape that is new to it: tens
+    of milliseconds, more than a whole step of one token through a shard.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

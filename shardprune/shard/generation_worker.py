@@ -9,6 +9,7 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.model.draft import kept_elements, state_bytes
 from shardprune.model.kept_keys import KeptKeys
+from shardprune.shard.cuda import without_plans
 from shardprune.shard.device_room import device_room
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Layers, LayerStore
@@ -111,9 +112,11 @@ class GenerationWorker(ForwardWorker):
         arguments = [self.skeleton.next_arguments(len(part), own) for part, own in zip(parts, kept, strict=True)]
         for index in self.spec.layers:
             layer = self.layers.get(index, "dense")
-            parts = tuple(
-                self.skeleton.forward_layer(layer, part, own[index]) for part, own in zip(parts, arguments, strict=True)
-            )
+            with without_plans():  # the keys are one longer each time
+                parts = tuple(
+                    self.skeleton.forward_layer(layer, part, own[index])
+                    for part, own in zip(parts, arguments, strict=True)
+                )
         return parts
 
     def _room(self, resident: bool) -> Room:

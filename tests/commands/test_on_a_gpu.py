@@ -5,20 +5,24 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from shardprune import ExpertsRecipe, experts
+from shardprune import EvaluateRecipe, ExpertsRecipe, evaluate, experts
 from shardprune.report.progress import Reporter
 from shardprune.shard.forward_worker import ForwardWorker
 from tests.commands.test_architectures import perplexity
 from tests.support.architectures import CARRYING, MIXED, MIXTURES, make_architecture
 from tests.support.fp8 import make_fp8
 from tests.support.running import run, search_run
+from tests.support.seeing import make_conversations, make_seeing
 from tests.support.tiny import GROUPED, differing, make_model, make_tokens
 from tests.support.towers import make_tower
 
 NEAR = 1e-2  # of the perplexity: at near-ties sums in another order choose other zeros
 CHOSEN = CARRYING | {
     name: table[name]
-    for table, names in ((MIXTURES, ("qwen3_moe", "deepseek_v3")), (MIXED, ("qwen3_5_text", "jamba")))
+    for table, names in (
+        (MIXTURES, ("qwen3_moe", "deepseek_v3", "kimi_linear", "minimax")),
+        (MIXED, ("qwen3_5_text", "jamba", "falcon_h1", "olmo_hybrid")),
+    )
     for name in names
 }
 CHOOSING = ("glm_moe_dsa", "deepseek_v4")
@@ -79,10 +83,37 @@ def agrees(folder, run, text, **fields):
         ("qwen3_moe", {"weights": "streamed", "expert_chunks": 2}),
         ("llama-3.1", TRAINED),
         ("gemma4_text", {"targets": "own", "reconstruct": 6}),
+        ("llama-3.1", {"quality": "best", "targets": "auto"}),
+        ("llama-3.1", {"damping": "auto"}),
     ],
 )
 def test_weights_that_are_removed_are_those_on_the_cpu(model_type, fields, tmp_path):
     agrees(tmp_path, run, make(tmp_path, model_type), sparsity=0.5, **fields)
+
+
+@pytest.mark.parametrize("model_type", ["llama-3.1", "qwen3_5_text", "falcon_h1"])
+def test_a_model_writes_its_own_text_as_on_the_cpu(model_type, tmp_path):
+    make(tmp_path, model_type)
+    written = {}
+    for out, device in (("first", "cuda"), ("second", "cuda"), ("here", "cpu")):
+        run(tmp_path, out, sparsity=0.5, calibration="self", device=device, dtype="float32")
+        written[out] = np.load(tmp_path / out / "self.npy")
+    assert differing(tmp_path / "first", tmp_path / "second") == []
+    assert (written["first"] == written["second"]).all()
+    # A draw next to a token's bound gives another one, and all that follow in its sequence.
+    assert (written["first"] == written["here"]).mean() > 0.9
+
+
+def test_answers_about_images_are_those_on_the_cpu(tmp_path):
+    make_seeing(tmp_path / "model")
+    answers = make_conversations(tmp_path)
+    found = {}
+    for device in ("cuda", "cpu"):
+        fields = {"model": str(tmp_path / "model"), "answers": answers, "images": str(tmp_path / "images")}
+        fields |= {"backend": "local", "threads": 1, "device": device, "dtype": "float32", "report": False}
+        (measured,) = evaluate(EvaluateRecipe.checked(fields), Reporter(quiet=True)).evaluation.answers.values()
+        found[device] = measured.value
+    assert found["cuda"] == pytest.approx(found["cpu"], rel=1e-4)
 
 
 @pytest.mark.parametrize("path", ["L", "G"])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from shardprune.cluster.defaults import device_of
 from shardprune.cluster.group import Slots
 from shardprune.errors import InputError
-from shardprune.shard.cuda import ALLOCATOR, check_tf32, keep_float32, set_allocator
+from shardprune.shard.cuda import ALLOCATOR, check_tf32, keep_float32, set_allocator, without_plans
 from shardprune.shard.device_errors import context_is_dead, is_out_of_memory
 
 GPUS = Slots(cpus=4, gpus=2, cpus_of_a_node=4)
@@ -41,6 +42,19 @@ def test_float32_is_kept_whatever_the_environment_has_switched_on():
     environment = {**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False", "False", "highest"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cudnn_takes_part_in_attention_again_as_before(before):
+    found = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with suppress(ZeroDivisionError), without_plans():
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            raise ZeroDivisionError
+        assert torch.backends.cuda.cudnn_sdp_enabled() is before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(found)
 
 
 @pytest.mark.parametrize(
