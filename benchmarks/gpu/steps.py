@@ -25,7 +25,7 @@ STEPS = {
         Step("numerics", 25),
         Step("suite", 120),
         Step("rates", 15),
-        Step("layer", 65),
+        Step("layer", 60),
         Step("variants", 25),
         Step("profile", 35),
         Step("whole_run", 35),
