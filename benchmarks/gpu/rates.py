@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
-from shardprune.shard.cuda import without_plans
+from shardprune.shard.cuda import without_cudnn_attention
 from shardprune.solvers.products import add_product
 from shardprune.solvers.selection import kth_value
 from shardprune.solvers.statistics import InputStatistics
@@ -76,7 +76,7 @@ def _attention(setting: Setting, rows: Rows) -> None:
     """Measure attention whose length is another in each call: of one new token, and of whole sequences with their
     gradients."""
     heads, longest = setting.size(64, 2), setting.size(1024, 64)
-    for way, context in (("as PyTorch chooses", nullcontext), ("without cuDNN", without_plans)):
+    for way, context in (("as PyTorch chooses", nullcontext), ("without cuDNN", without_cudnn_attention)):
         lengths = iter(range(longest, 0, -1))
         keys = torch.randn(8, heads, longest, 128, device=setting.device).bfloat16()
 

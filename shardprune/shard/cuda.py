@@ -58,7 +58,7 @@ def set_allocator() -> None:
 
 
 @contextmanager
-def without_plans() -> Iterator[None]:
+def without_cudnn_attention() -> Iterator[None]:
     """Run attention by kernels that take any length as it comes.
 
     PyTorch prefers cuDNN's attention on Hopper and later, which builds a plan for every shape that is new to it: tens

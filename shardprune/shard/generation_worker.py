@@ -9,7 +9,7 @@ from torch import Tensor
 from shardprune.errors import SolverError
 from shardprune.model.draft import kept_elements, state_bytes
 from shardprune.model.kept_keys import KeptKeys
-from shardprune.shard.cuda import without_plans
+from shardprune.shard.cuda import without_cudnn_attention
 from shardprune.shard.device_room import device_room
 from shardprune.shard.forward_worker import ForwardWorker
 from shardprune.shard.layers import Layers, LayerStore
@@ -112,7 +112,7 @@ class GenerationWorker(ForwardWorker):
         arguments = [self.skeleton.next_arguments(len(part), own) for part, own in zip(parts, kept, strict=True)]
         for index in self.spec.layers:
             layer = self.layers.get(index, "dense")
-            with without_plans():  # the keys are one longer each time
+            with without_cudnn_attention():  # the keys are one longer each time
                 parts = tuple(
                     self.skeleton.forward_layer(layer, part, own[index])
                     for part, own in zip(parts, arguments, strict=True)

@@ -11,7 +11,7 @@ import torch
 from shardprune.cluster.defaults import device_of
 from shardprune.cluster.group import Slots
 from shardprune.errors import InputError
-from shardprune.shard.cuda import ALLOCATOR, check_tf32, keep_float32, set_allocator, without_plans
+from shardprune.shard.cuda import ALLOCATOR, check_tf32, keep_float32, set_allocator, without_cudnn_attention
 from shardprune.shard.device_errors import context_is_dead, is_out_of_memory
 
 GPUS = Slots(cpus=4, gpus=2, cpus_of_a_node=4)
@@ -49,7 +49,7 @@ def test_cudnn_takes_part_in_attention_again_as_before(before):
     found = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(before)
     try:
-        with suppress(ZeroDivisionError), without_plans():
+        with suppress(ZeroDivisionError), without_cudnn_attention():
             assert not torch.backends.cuda.cudnn_sdp_enabled()
             raise ZeroDivisionError
         assert torch.backends.cuda.cudnn_sdp_enabled() is before
