@@ -270,6 +270,7 @@ SEARCHES = {
 
 PIPELINES = {
     "pipeline-mop-llama-3-8b-30": {"mop": "mop-llama-3-8b-30", "recover": "recover-mop"},
+    "pipeline-mop-llama-3-8b-each": {"recover": "recover-mop"},
     "pipeline-sparsegpt-llama-3-70b-2of4": {},
 }
 
@@ -315,6 +316,16 @@ def test_pipelines_are_the_recipes_of_their_steps(name):
         assert section == alone
     assert loaded.section("evaluate").tasks == ("zeroshot",)
     assert "GiB" in (RECIPES / f"{name}.yaml").read_text()
+
+
+def test_the_pipeline_for_each_keeps_the_published_shares_of_a_whole_path():
+    loaded = PipelineRecipe.load(RECIPES / "pipeline-mop-llama-3-8b-each.yaml", {"out": "o"})
+    search, shorter = loaded.section("mop"), MopRecipe.load(RECIPES / "mop-llama-3-8b-40.yaml", {"out": "o"})
+    assert loaded.each
+    assert search.path == PATHS[0]
+    assert search.keep == ",".join(str(SEARCHES[f"mop-llama-3-8b-{share}"][1]) for share in (20, 30, 40))
+    apart = {"path", "keep", "eval", "out", "model"}
+    assert search.model_dump(exclude=apart) == shorter.model_dump(exclude=apart)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
