@@ -138,7 +138,7 @@ def test_a_plan_says_what_sees_images(config, capsys):
     with pytest.raises(SystemExit) as done:
         main(["plan-recovery", config, *words])
     assert done.value.code == 0
-    said = f"2 images a row, each 576 of its tokens; what sees them has {parameters_of_llava():,} parameters"
+    said = f"images a row: 2, each 576 of its tokens; what sees them has {parameters_of_llava():,} parameters"
     assert said in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["plan-recovery", config, *words, "--json"])

@@ -28,7 +28,7 @@ def show(plan: TrainingPlan, console: Console) -> None:
         )
     if plan.tower is not None:
         lines.append(
-            f"{recipe.images_per_row} images a row, each {plan.tower.tokens} of its tokens; what sees them has "
+            f"images a row: {recipe.images_per_row}, each {plan.tower.tokens} of its tokens; what sees them has "
             f"{plan.tower.parameters:,} parameters, frozen and whole in every process"
         )
     for line in lines:
