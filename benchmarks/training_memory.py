@@ -2,8 +2,9 @@
 
     python -m benchmarks.training_memory [KIND ...]
 
-prints the table of docs/recovery.md. The model has 34 million parameters (136 MB in float32). Measured is what the
-first process takes beyond what it had before it loaded the model, its libraries included.
+prints the table of docs/recovery.md. The model has 34 million parameters (136 MB in float32), and
+what sees images beside it 26 million. Measured is what the first process takes beyond what it had before it loaded the
+model, its libraries included.
 """
 
 import argparse
@@ -17,9 +18,18 @@ from pathlib import Path
 from typing import Any
 
 ROWS, LENGTH = 16, 256
+VOCABULARY = 8000
+SIDE, PATCH = 112, 14  # pixels of an image and of a patch: 64 tokens
 COMMON: dict[str, Any] = {"length": LENGTH, "batch": 4, "micro_batch": 2, "steps": 2, "threads": 1, "precision": "fp32"}
 # glibc gives freed tensors of a megabyte or more back at once, so that what is resident is what is alive.
 VARIABLES = {"DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+# Images first, then the text of a turn.
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' ' }}"
+    "{% for c in m['content'] if c['type'] == 'image' %}{{ '<image> ' }}{% endfor %}"
+    "{% for c in m['content'] if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+)
 # Kinds of training: options of `recover` beside those.
 KINDS: dict[str, dict[str, Any]] = {
     "full, ZeRO 0": {"full": True, "zero": 0},
@@ -37,6 +47,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "full, ZeRO 2, two processes": {"full": True, "zero": 2, "workers": 2},
     "full, ZeRO 3, two processes": {"full": True, "zero": 3, "workers": 2},
     "low-rank, ZeRO 3, teacher, two processes": {"zero": 3, "workers": 2, "teacher": True},
+    "low-rank, ZeRO 2, images": {"zero": 2, "images": True},
+    "full, ZeRO 2, images": {"full": True, "zero": 2, "images": True},
+    "low-rank, ZeRO 2, images, stored teacher": {"zero": 2, "images": True, "teacher": True, "teacher_top": 64},
+    "low-rank, ZeRO 3, images, teacher, two processes": {"zero": 3, "workers": 2, "images": True, "teacher": True},
 }
 
 
@@ -50,7 +64,10 @@ def main() -> None:
     print("| training | predicted MB | measured MB | predicted / measured |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), options.hidden, options.layers)
-        for kind in options.kinds or KINDS:
+        kinds = options.kinds or [*KINDS]
+        if any(KINDS[kind].get("images") for kind in kinds):
+            make_seeing(Path(folder), options.hidden, options.layers)
+        for kind in kinds:
             predicted, measured = measure(kind, folder)
             print(f"| {kind} | {predicted / 1e6:.0f} | {measured / 1e6:.0f} | {predicted / measured:.2f} |", flush=True)
 
@@ -59,24 +76,83 @@ def make_model(folder: Path, hidden: int, layers: int) -> None:
     """Write a Llama with random weights, half of its projections' zero, and rows of random tokens."""
     import numpy as np
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=hidden * 11 // 4,
-        num_attention_heads=8,
-        vocab_size=8000,
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(_language(hidden, layers))
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("proj.weight"):
                 weight[weight.abs() < weight.abs().median()] = 0
     model.save_pretrained(folder / "model")
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (ROWS, LENGTH))
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, LENGTH))
     np.save(folder / "rows.npy", tokens.astype(np.int64))
+
+
+def make_seeing(folder: Path, hidden: int, layers: int) -> None:
+    """Write a LLaVA with such a language model and a tower of its width and depth, and conversations about an image
+    each, longer than a row."""
+    import torch
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    torch.manual_seed(0)
+    tower = CLIPVisionConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=4 * hidden,
+        num_attention_heads=8,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    config = LlavaConfig(vision_config=tower, text_config=_language(hidden, layers), image_token_index=VOCABULARY - 1)
+    LlavaForConditionalGeneration(config).save_pretrained(folder / "seeing")
+    words = [f"w{number}" for number in range(VOCABULARY - 4)]
+    vocabulary = {word: place for place, word in enumerate(["<unk>", "<s>", "</s>", *words, "<image>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    LlavaProcessor(
+        CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            unk_token="<unk>",
+            bos_token="<s>",
+            eos_token="</s>",
+            additional_special_tokens=["<image>"],
+        ),
+        patch_size=PATCH,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder / "seeing")
+    (folder / "images").mkdir()
+    rows = []
+    for number in range(ROWS):
+        Image.new("RGB", (SIDE, SIDE), (number, 0, 0)).save(folder / "images" / f"{number}.png")
+        turns = [("human", "<image>\n w0"), ("gpt", " ".join(words[number : number + LENGTH]))]
+        conversation = [{"from": speaker, "value": text} for speaker, text in turns]
+        rows.append({"image": f"{number}.png", "conversations": conversation})
+    (folder / "conversations.json").write_text(json.dumps(rows))
+
+
+def _language(hidden: int, layers: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=hidden * 11 // 4,
+        num_attention_heads=8,
+        vocab_size=VOCABULARY,
+    )
 
 
 def measure(kind: str, folder: str) -> tuple[int, int]:
@@ -116,11 +192,15 @@ def work(kind: str, folder: str, own: str, rank: int) -> None:
 
     torch.set_num_threads(1)
     options, out = dict(KINDS[kind]), f"{own}/out"
+    seen = options.pop("images", False)
+    model = f"{folder}/seeing" if seen else f"{folder}/model"
+    if seen:
+        options["images"] = f"{folder}/images"
     if options.pop("teacher", False):
-        options["teacher"] = f"{folder}/model"
+        options["teacher"] = model
     values = {
-        "model": f"{folder}/model",
-        "data": f"{folder}/rows.npy",
+        "model": model,
+        "data": f"{folder}/conversations.json" if seen else f"{folder}/rows.npy",
         "out": out,
         "backend": "ray",
         **COMMON,
@@ -129,7 +209,8 @@ def work(kind: str, folder: str, own: str, rank: int) -> None:
     recipe = RecoverRecipe.checked(values)
     prepared = prepare_recovery(recipe, LocalBackend())
     inputs = prepared.inputs
-    predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, inputs.rows.longest).device.peak
+    rows = inputs.rows.longest, inputs.images
+    predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, *rows).device.peak
     spec = prepared.spec(prepared.processes)
     if rank == 0:
         Path(prepared.recipe.state).mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ SMALL = {
         *("--reconstruct", "1", "--eval", "constraints.txt", *TEXT),
     ),
     "solver": ("--rows", "64", "--cols", "256", "--repeats", "1"),
-    "training_memory": ("--hidden", "64", "--layers", "1", "low-rank, ZeRO 2"),
+    "training_memory": ("--hidden", "64", "--layers", "1", "low-rank, ZeRO 2, images"),
     "writing_behind": ("--hidden", "32", "--layers", "2", "--samples", "2", "--seqlen", "16", "--repeats", "1"),
     "streamed_memory": ("--gigabytes", "0.1", "--samples", "2", "--seqlen", "32", "--backend", "local"),
 }
@@ -94,7 +94,7 @@ PRINTED = {
     "structured": "| 0.1 | MoP, perplexity path, trained |",
     "solver": "masks agree",
     "streamed_memory": "peak",
-    "training_memory": "| low-rank, ZeRO 2 |",
+    "training_memory": "| low-rank, ZeRO 2, images |",
     "writing_behind": "| behind |",
 }
 

@@ -21,9 +21,10 @@ from shardprune.solvers.pattern import NM, parse_pattern
 from shardprune.storage.folder import Folder
 from shardprune.storage.malformed import Malformed
 from shardprune.storage.manifest import manifest_faults
-from shardprune.storage.output_names import RESULT, STATE, run_folders
+from shardprune.storage.output_names import RESULT, STATE
 from shardprune.storage.records import LayerRecord, ProjectionReport
 from shardprune.storage.retrying import preflight
+from shardprune.storage.run_folders import run_folders
 from shardprune.storage.safetensors_file import Entry, StoredTensor
 from shardprune.storage.seals import BrokenSeal, NoSeal, read_sealed
 from shardprune.storage.tensor_facts import TensorFacts
@@ -59,8 +60,7 @@ def check(out: str) -> list[Verdict]:
     Raises:
         InputError: the folder holds no run that makes a model, or cannot be read.
     """
-    folders = [Folder(url, "out") for url in run_folders(out)]
-    runs = [folder for folder in folders if folder.is_file(RESULT) or folder.is_file(STATE)]
+    runs = [folder for folder in run_folders(out) if folder.is_file(RESULT) or folder.is_file(STATE)]
     if not runs:
         raise InputError("out", f"{out!r} holds no run that makes a model; give the output directory of one")
     return [_verdict(folder) for folder in runs]

@@ -23,7 +23,7 @@ from shardprune.recipes.settings import Settings
 from shardprune.report.result import Result
 from shardprune.report.summary import EVALUATION_HEADINGS, evaluation_rows, summary_rows, what_was_done
 from shardprune.storage.folder import Folder
-from shardprune.storage.output_names import CARD
+from shardprune.storage.output_names import CARD, run_of
 from shardprune.storage.relative_paths import LOCAL
 from shardprune.storage.yaml_file import dump_yaml, parse_yaml
 
@@ -147,6 +147,8 @@ def _base_of(model: str) -> dict[str, Any]:
     own = {"base_model": model} if HUB_NAME.fullmatch(model) and not os.path.isdir(model) else {}
     try:
         folder = Folder(locate(model), "model")
+        if not own and not folder.is_file(CARD):
+            folder = Folder(locate(run_of(model)), "model")
         front = FRONT.match(folder.read_text(CARD)) if folder.is_file(CARD) else None
         held = parse_yaml(front[1].encode()) if front else {}
     except (InputError, StorageError, ValueError):  # the card is for readers: one that cannot be read says nothing

@@ -33,6 +33,7 @@ from shardprune.shard.current_layers import Saved
 from shardprune.shard.mop_worker import MopWorker
 from shardprune.solvers.scoring import Criterion
 from shardprune.storage.journal import Journal
+from shardprune.storage.output_names import kept_folder
 from shardprune.storage.retrying import preflight
 
 SAVED = "layers-"  # how folders begin that hold the layers of the last iteration which changed them
@@ -238,7 +239,7 @@ class MopRun:
             untuned=tuned.before if tuned else None,
         )
         if self.path_plan.kept(state, after):
-            entry.folder = f"iteration-{after.iteration:02d}"
+            entry.folder = kept_folder(after.iteration)
             self._write(model, self._folder(entry.folder))
         self._record(model, entry)
         self.reporter.events.emit("iteration", iteration=entry.iteration, step=entry.step, **self._progress(entry))

@@ -1,6 +1,7 @@
 """The story of `shardprune pipeline`: a model is pruned, healed and judged as one job.
 
-Every step that makes a model has a folder of its own and resumes as it does alone.
+Every step that makes a model has a folder of its own and resumes as it does alone. After a search
+(`mop`) the later steps may be carried out for every iteration that it kept, too.
 """
 
 from contextlib import closing
@@ -20,7 +21,7 @@ from shardprune.recipes.commands import COMMANDS
 from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.mop import MopRecipe
-from shardprune.recipes.pipeline import PipelineRecipe
+from shardprune.recipes.pipeline import EACH, PipelineRecipe
 from shardprune.recipes.prune import PruneRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.page.place import leave_report
@@ -31,16 +32,14 @@ from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import located
-from shardprune.storage.output_names import RESULT
+from shardprune.storage.output_names import PIPELINE, RESULT
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.retrying import preflight
 
-STATE = "pipeline.json"
-
 
 def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[str, Result | EvaluationResult]:
-    """Carry out all steps of a recipe, of which those that are finished do nothing; the results of all but an
-    evaluation that was done before.
+    """Carry out all steps of a recipe, of which those that are finished do nothing; the results of all but
+    evaluations that were done before, by the names of the steps, for a kept iteration with its folder behind it.
 
     Raises:
         InputError: something in a step cannot work; no step has started then.
@@ -53,20 +52,33 @@ def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[s
         progress.folder.check_writable()
         _check_ahead(recipe, reporter)
     progress.save()
-    results = {}
-    for step in recipe.steps:
-        section = recipe.section(step)
-        if isinstance(section, EvaluateRecipe) and progress.evaluated == _asked(section):
-            reporter.say(f"{step} is done already")
-            continue
-        reporter.say(f"step {step}")
-        results[step] = COMMANDS[step].story(section, reporter)
-        if isinstance(section, EvaluateRecipe):
-            progress.evaluated = _asked(section)
-            progress.save()
+    first, *later = recipe.steps
+    reporter.say(f"step {first}")
+    made = COMMANDS[first].story(recipe.section(first), reporter)
+    results: dict[str, Result | EvaluationResult] = {first: made}
+    for kept in (*_kept(recipe, made), None):
+        for step in later:
+            section, name = recipe.section(step, kept), f"{step} {kept}" if kept else step
+            if isinstance(section, EvaluateRecipe) and progress.evaluated.get(kept) == _asked(section):
+                reporter.say(f"{name} is done already")
+                continue
+            reporter.say(f"step {name}")
+            results[name] = COMMANDS[step].story(section, reporter)
+            if isinstance(section, EvaluateRecipe):
+                progress.evaluated[kept] = _asked(section)
+                progress.save()
     if recipe.report:
-        leave_report(recipe.out, reporter, new="evaluate" in results)
+        evaluated = any(isinstance(result, EvaluationResult) for result in results.values())
+        leave_report(recipe.out, reporter, new=evaluated)
     return results
+
+
+def _kept(recipe: PipelineRecipe, made: Result) -> list[str]:
+    """Return the folders of the kept iterations for which later steps are carried out: not of the last one where the
+    model at the end is the same."""
+    path = (made.structure.path if made.structure else None) or []
+    trained = path and made.recipe.get("reconstruct")
+    return [entry.folder for entry in (path if trained else path[:-1]) if entry.folder] if recipe.each else []
 
 
 def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
@@ -101,12 +113,14 @@ class _PipelineFile(BaseModel):
     model: str
     steps: list[str]
     evaluated: dict[str, Any] | None
+    evaluated_kept: dict[str, dict[str, Any]] = {}
     recipe: dict[str, Any]
 
 
 class _Progress:
-    """The progress of a pipeline in its output: its recipe, and the evaluation that was done. The other steps know
-    themselves whether they are finished, and whether they are the same as before.
+    """The progress of a pipeline in its output: its recipe, and the evaluations that were done, by the folder of a kept
+    iteration, and by None of the model at the end. The other steps know themselves whether they are finished, and
+    whether they are the same as before.
 
     Raises:
         InputError: it holds something else, or may not be resumed.
@@ -115,20 +129,22 @@ class _Progress:
     def __init__(self, recipe: PipelineRecipe) -> None:
         self.folder = output_folder(recipe.out)
         self.recipe = recipe
-        self.evaluated: dict[str, Any] | None = None
+        self.evaluated: dict[str | None, dict[str, Any]] = {}
         names = lasting_names(self.folder)
         if not names:
             return
-        if STATE not in names:
+        if PIPELINE not in names:
             held = "a run" if RESULT in names else "something else"
             raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
-        with located("out", f"{recipe.out}/{STATE}"):
-            state = fitting(absolute_paths(self.folder.read_json(STATE), self.folder.url), _PipelineFile)
+        with located("out", f"{recipe.out}/{PIPELINE}"):
+            state = fitting(absolute_paths(self.folder.read_json(PIPELINE), self.folder.url), _PipelineFile)
         if (state.model, state.steps) != (self._model, list(recipe.steps)):
             raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
         if not recipe.resume:
             raise InputError("out", f"{recipe.out} holds this pipeline already; resume it or choose an empty directory")
-        self.evaluated = state.evaluated
+        self.evaluated.update(state.evaluated_kept)
+        if state.evaluated:
+            self.evaluated[None] = state.evaluated
 
     @property
     def _model(self) -> str:
@@ -139,10 +155,16 @@ class _Progress:
         state = _PipelineFile(
             model=self._model,
             steps=list(self.recipe.steps),
-            evaluated=self.evaluated,
-            recipe=self.recipe.record() | {step: self.recipe.section(step).record() for step in self.recipe.steps},
+            evaluated=self.evaluated.get(None),
+            evaluated_kept={kept: asked for kept, asked in self.evaluated.items() if kept is not None},
+            recipe=self.recipe.record() | {step: self._section(step) for step in self.recipe.steps},
         )
-        self.folder.write_json(STATE, relative_paths(state.model_dump(mode="json"), self.folder.url))
+        self.folder.write_json(PIPELINE, relative_paths(state.model_dump(mode="json"), self.folder.url))
+
+    def _section(self, step: str) -> dict[str, Any]:
+        """Return the fields of a step, and what a section says beside them."""
+        fields = self.recipe.section(step).record()
+        return fields | ({EACH: True} if step == "mop" and self.recipe.each else {})
 
 
 def _asked(recipe: EvaluateRecipe) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.opening import OpenedModel, open_model, open_texts
 from shardprune.model.skeleton import Skeleton
-from shardprune.planning.training.memory import Uncounted
+from shardprune.planning.training.images import Images
 from shardprune.planning.training.need import paths_of_projections, stages_of, training_need
+from shardprune.planning.training.passes import Uncounted
 from shardprune.recipes.recover import RecoverRecipe, check_stage
 from shardprune.recovery.batches import Batches, Processes, micro_batch_of
 from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
@@ -60,12 +61,20 @@ class Inputs:
     mixture: RowMixture | None
     evaluations: dict[str, Tensor]
     overrides: dict[str, Any]
-    vision: int = 0  # parameters of vision towers, of model and teacher
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The checkpoints that are read, by the recipe's fields that name them."""
         return {"model": self.checkpoint} | ({"teacher": self.teacher} if self.teacher else {})
+
+    @property
+    def images(self) -> Images | None:
+        """The images that rows show; None where the model sees none."""
+        shown = [rows.images for rows in (self.rows, self.held_out) if rows.images is not None]
+        if not shown:
+            return None
+        teacher = self.teacher.whole_config if self.teacher else None
+        return Images(max(images.most for images in shown), self.checkpoint.whole_config, teacher)
 
 
 @dataclass(frozen=True)
@@ -179,9 +188,10 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     if recipe.packing:
         check_packing(checkpoint.config.model_type)
     learned, held_out, mixture = _load_data(recipe, opened)
-    vision = _check_vision(recipe, checkpoint, teacher, learned) if shows_images(learned) else 0
+    if shows_images(learned):
+        _check_vision(recipe, checkpoint, teacher, learned)
     evaluations = open_texts(recipe.eval, opened, recipe.seqlen, recipe.eval_windows)
-    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, mixture, evaluations, overrides, vision)
+    return Inputs(recipe, checkpoint, skeleton, teacher, learned, held_out, mixture, evaluations, overrides)
 
 
 def _load_data(recipe: DecidedRecipe, opened: OpenedModel) -> tuple[Rows, Rows, RowMixture | None]:
@@ -202,9 +212,8 @@ def _load_data(recipe: DecidedRecipe, opened: OpenedModel) -> tuple[Rows, Rows, 
     return joined([learned for learned, _ in pairs]), joined([held_out for _, held_out in pairs]), mixture
 
 
-def _check_vision(recipe: DecidedRecipe, checkpoint: Checkpoint, teacher: Checkpoint | None, rows: Rows) -> int:
-    """Check that model and teacher see the images of rows, and have the same tokens for them; return the number of
-    parameters of what sees them.
+def _check_vision(recipe: DecidedRecipe, checkpoint: Checkpoint, teacher: Checkpoint | None, rows: Rows) -> None:
+    """Check that model and teacher see the images of rows, and have the same tokens for them.
 
     Raises:
         InputError: one does not.
@@ -212,12 +221,12 @@ def _check_vision(recipe: DecidedRecipe, checkpoint: Checkpoint, teacher: Checkp
     assert rows.images is not None
     for folder in {file.folder for file in rows.images.files}:
         check_reachable("images", folder, recipe.backend)
-    parameters = check_vision(checkpoint, rows)
+    check_vision(checkpoint, rows)
     if teacher is None:
-        return parameters
+        return
     if not teacher.has_tower:
         raise InputError("teacher", f"{recipe.teacher} sees no images, which the data shows")
-    return parameters + check_vision(teacher, rows)
+    check_vision(teacher, rows)
 
 
 @preflight()
@@ -254,7 +263,7 @@ def _need(inputs: Inputs) -> Need | None:
     """Return the memory of a process; None, and a remark in the log, where it cannot be counted."""
     longest = max(inputs.rows.longest, inputs.held_out.longest)
     try:
-        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher, longest, inputs.vision)
+        return training_need(inputs.recipe, inputs.skeleton, inputs.teacher, longest, inputs.images)
     except Uncounted as error:
         _logger.warning("the memory of this training is not known before it starts: %s", error)
         return None

@@ -32,6 +32,7 @@ from shardprune.recipes.evaluate import LatencyFields
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Continuation, Latency, ModelWeights, Rate, Speed
 from shardprune.storage.journal import recorded_recipe
+from shardprune.storage.output_names import run_of
 
 THIS, BESIDE = "pruned", "dense"
 PROMPTS = (
@@ -81,7 +82,7 @@ def original_of(out: str) -> str | None:
     """Return the model from which a line of runs that ends in an output began; None where that is not known, or not
     there any more."""
     found, seen = None, {out}
-    while (model := recorded_recipe(out).get("model")) and isinstance(model, str) and model not in seen:
+    while (model := _given_to(out)) and isinstance(model, str) and model not in seen:
         if model.startswith(("/", "~")) and not os.path.isdir(model):
             break
         found = out = model
@@ -89,6 +90,11 @@ def original_of(out: str) -> str | None:
         if not os.path.isdir(model) and "://" not in model:  # a name of the hub, where no run writes
             break
     return found
+
+
+def _given_to(out: str) -> Any:
+    """Return the model that was given to the run which made the one in a folder."""
+    return (recorded_recipe(out) or recorded_recipe(run_of(out))).get("model")
 
 
 def measure(recipe: LatencyFields, candidates: Candidates, model: ShardedModel, reporter: Reporter) -> Latency:

@@ -4,7 +4,6 @@ transformers' own class of the whole model runs both, and its language model is 
 features take the places of their tokens, as that class has it. The tower's weights are read and never written.
 """
 
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,28 +35,31 @@ def check_seeing(config: PretrainedConfig, field: str) -> None:
         )
 
 
+def image_shape(config: PretrainedConfig) -> tuple[int, int, int]:
+    """Return the channels, height and width of an image as a model's vision tower takes it."""
+    vision = config.vision_config
+    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+    return vision.num_channels, height, width
+
+
 class Vision:
-    """The vision tower and the projector of a checkpoint, without values until they are loaded.
+    """The vision tower and the projector of a config, without values.
 
-    Attributes:
-        tensors: names in the checkpoint of its parameters and persistent buffers, by their names in the whole model.
-
-    Raises:
-        InputError: the checkpoint lacks one of its tensors.
+    Args:
+        config: of the whole model.
+        language: of its language model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
-        config = checkpoint.whole_config
-        self._model = empty_multimodal_model(config, checkpoint.config, dtype, device).eval().requires_grad_(False)
+    def __init__(
+        self, config: PretrainedConfig, language: PretrainedConfig, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._model = empty_multimodal_model(config, language, dtype, device).eval().requires_grad_(False)
         self._place = _language_model(self._model)
-        self.tensors = self._stored_names()
 
-    @cached_property
+    @property
     def parameters(self) -> int:
         """The number of parameters."""
-        values = dict(self._model.named_parameters())
-        return sum(values[name].numel() for name in self.tensors if name in values)
+        return sum(value.numel() for name, value in self._model.named_parameters() if self._sees(name))
 
     def features_on_meta(self, inputs: dict[str, Tensor]) -> int:
         """Return the number of features that images have, of a model whose device is the meta device.
@@ -68,6 +70,32 @@ class Vision:
         given = {name: tensor.to(META) for name, tensor in inputs.items()}
         output = self._model.base_model.get_image_features(**given, return_dict=True)
         return sum(len(features) for features in output.pooler_output)
+
+    def around(self, language: nn.Module) -> PreTrainedModel:
+        """Return the model without its head, whose language model is the one given."""
+        parent, _, name = self._place.rpartition(".")
+        setattr(self._model.get_submodule(parent), name, language)
+        return self._model.base_model
+
+    def _sees(self, name: str) -> bool:
+        """Return whether a tensor of the whole model, by its name there, is one of the tower or the projector."""
+        return not name.startswith((f"{self._place}.", "lm_head."))
+
+
+class StoredVision(Vision):
+    """The vision tower and the projector of a checkpoint, without values until they are loaded.
+
+    Attributes:
+        tensors: names in the checkpoint of its parameters and persistent buffers, by their names in the whole model.
+
+    Raises:
+        InputError: the checkpoint lacks one of its tensors.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(checkpoint.whole_config, checkpoint.config, dtype, device)
+        self._checkpoint, self._dtype, self._device = checkpoint, dtype, device
+        self.tensors = self._stored_names()
 
     def load(self, language: nn.Module) -> PreTrainedModel:
         """Read the weights; return the model without its head, whose language model is the one given."""
@@ -80,9 +108,7 @@ class Vision:
             else:
                 module._parameters[leaf] = nn.Parameter(value.to(self._device, self._dtype), requires_grad=False)
         self._checkpoint.check_unchanged(self.tensors.values())
-        parent, _, name = self._place.rpartition(".")
-        setattr(self._model.get_submodule(parent), name, language)
-        return self._model.base_model
+        return self.around(language)
 
     def _stored_names(self) -> dict[str, str]:
         transforms = get_model_conversion_mapping(self._model)
@@ -93,7 +119,7 @@ class Vision:
             rename_source_key(name, renamings, converters, self._model.base_model_prefix, inside)[0]: name
             for name in self._checkpoint.entries
         }
-        wanted = [name for name in inside if not name.startswith((f"{self._place}.", "lm_head."))]
+        wanted = [name for name in inside if self._sees(name)]
         if missing := [name for name in wanted if name not in found]:
             checkpoint = self._checkpoint.folder
             raise InputError(checkpoint.field, f"{checkpoint.url} holds no tensor {missing[0]}")

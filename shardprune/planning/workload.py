@@ -9,16 +9,13 @@ from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
 from shardprune.model.carried import further_embedding
-from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
-from shardprune.model.config_file import CONFIG, language_config, parse_config
 from shardprune.model.empty_model import attention_of
 from shardprune.model.expert_removal import kept_experts, mixture_of, routers_of, with_experts
-from shardprune.model.fp8 import quantisation_of
-from shardprune.model.opening import stored_dtype
 from shardprune.model.pruning_job import Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import check_class
+from shardprune.planning.described_model import read_description
 from shardprune.planning.recipe import PlanRecipe, ScoreSource
 from shardprune.planning.shapes import Input, LayerShape
 from shardprune.solvers.error_curves import windows_of
@@ -27,9 +24,6 @@ from shardprune.solvers.methods import Effort
 from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.scoring import Scoring
 from shardprune.solvers.statistics import Kind
-from shardprune.storage.folder import Folder
-from shardprune.storage.json_file import parse_json
-from shardprune.storage.whole_files import read_file
 
 EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about WikiText-2's test text
 
@@ -150,7 +144,7 @@ def read_model(name: str, ignore: Sequence[str] = ()) -> Model:
     Raises:
         InputError: there is no such config, or models of its class cannot be pruned.
     """
-    found = _read(name)
+    found = read_description(name)
     skeleton = Skeleton(found.config, "cpu", found.dtype, ignore)
     check_class(found.config)
     model = model_of(skeleton, name, found.dtype, found.in_files)
@@ -421,45 +415,6 @@ def task_of(
         curves=zeroing.measures,
         all_tokens=zeroing.all_tokens,
     )
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """What is known of the weights of a model: the `dtype` in which they are read, and the mean bytes of one in the
-    files, if these are there; or that they will be FP8."""
-
-    config: PretrainedConfig
-    dtype: torch.dtype
-    in_files: float | None = None
-    expected_fp8: bool = False
-
-
-def read_config(name: str, field: str = "model") -> PretrainedConfig:
-    """Read the config of a model, which a field of a recipe names.
-
-    Raises:
-        InputError: there is none.
-    """
-    return _read(name, field).config
-
-
-def _read(name: str, field: str = "model") -> _Stored:
-    """Read a config and the dtype of the weights: the stored one, or without weights the config's."""
-    if name.endswith(".json"):
-        return _parsed(read_file(name, field), name, field)
-    url = locate(place_of(name))
-    folder = Folder(url, field)
-    weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
-    if not weights and folder.is_file(CONFIG):
-        return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}", field)
-    checkpoint = Checkpoint(name, field)
-    return _Stored(checkpoint.config, stored_dtype(checkpoint), checkpoint.bytes_of_fp8())
-
-
-def _parsed(content: bytes, name: str, field: str) -> _Stored:
-    config = language_config(parse_config(content, name, field))
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return _Stored(config, dtype, expected_fp8=quantisation_of(parse_json(content), name, field) is not None)
 
 
 def _expected_in_files(model: Model) -> float:

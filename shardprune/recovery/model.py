@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.model.experts import Part, allocate, take_apart
-from shardprune.model.vision import Vision
+from shardprune.model.vision import StoredVision
 
 if TYPE_CHECKING:  # evaluations load a model without DeepSpeed
     from shardprune.recovery.partitioning import Partitioning
@@ -64,4 +64,4 @@ def load_seeing(
 
     Every process has a vision tower of its own, whole and frozen, that DeepSpeed does not know.
     """
-    return Vision(checkpoint, dtype, device).load(model.base_model)
+    return StoredVision(checkpoint, dtype, device).load(model.base_model)

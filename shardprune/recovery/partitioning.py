@@ -59,12 +59,12 @@ def forget_modules() -> None:
 
 
 def release(model: nn.Module) -> None:
-    """Free the memory of a partitioned model's parameters, which are of no use any more.
+    """Free the memory of the parameters of a partitioned model, or one around it, which are of no use any more.
 
     DeepSpeed keeps models whose engines are destroyed: in the stack of modules in a forward pass, which begins with
     each engine's, and among the keys of a cache.
     """
     parameters: Iterator[Any] = model.parameters()
     for parameter in parameters:
-        for held in (parameter, parameter.ds_tensor):
+        for held in (parameter, parameter.ds_tensor) if is_zero_param(parameter) else (parameter,):
             held.data = torch.empty(0, device=held.device, dtype=held.dtype)

@@ -38,6 +38,11 @@ class RowImages:
     shown: Tensor
     starts: Tensor
 
+    @property
+    def most(self) -> int:
+        """The most images that a row shows."""
+        return max(self.starts.diff().tolist(), default=0)
+
     @classmethod
     def of(cls, files: Sequence[ImageFile], rows: Sequence[Sequence[int]]) -> "RowImages":
         """Return the images of rows, each given by the indices of its files."""

@@ -8,7 +8,7 @@ from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.config_file import in_one_line
 from shardprune.model.processor import Processor
-from shardprune.model.vision import META, Vision, check_seeing
+from shardprune.model.vision import META, StoredVision, check_seeing
 from shardprune.recovery.conversations import Eyes
 from shardprune.recovery.rows import Rows
 from shardprune.storage.images import blank_image
@@ -25,15 +25,14 @@ def eyes_of(checkpoint: Checkpoint, folder: str | None) -> Eyes | None:
     return Eyes(processor, folder) if checkpoint.has_tower else None
 
 
-def check_vision(checkpoint: Checkpoint, rows: Rows) -> int:
-    """Check that a checkpoint's vision tower has a feature for every token that stands for an image in rows; return the
-    number of its parameters.
+def check_vision(checkpoint: Checkpoint, rows: Rows) -> None:
+    """Check that a checkpoint's vision tower has a feature for every token that stands for an image in rows.
 
     Raises:
         InputError: it has not; names the folder's field.
     """
     assert rows.images is not None
-    vision, processor = Vision(checkpoint, torch.float32, META), Processor(checkpoint.folder)
+    vision, processor = StoredVision(checkpoint, torch.float32, META), Processor(checkpoint.folder)
     row = next(row for row in range(len(rows)) if rows.images.row(row))
     files = rows.images.of_rows([row])
     tokens = int((rows.row(row).tokens == processor.image_id).sum())
@@ -45,4 +44,3 @@ def check_vision(checkpoint: Checkpoint, rows: Rows) -> int:
     if tokens != features:
         reason = f"has {features} features of images for {tokens} tokens that its processor makes of them"
         raise InputError(checkpoint.folder.field, f"{checkpoint.folder.url} {reason}; see its processor's settings")
-    return vision.parameters

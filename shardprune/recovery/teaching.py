@@ -53,8 +53,8 @@ class LiveTeacher:
         model = load_model(checkpoint, device, dtype, partitioning)
         self.reading, self.cap = Reading.of(checkpoint, rows), cap_of(model.config)
         self._recipe = recipe
-        seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.pixels else None
-        self._model: Callable[[PredictionBatch], Tensor] = Teacher(model, seeing).eval().requires_grad_(False)
+        self._seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.pixels else None
+        self._model: Callable[[PredictionBatch], Tensor] = Teacher(model, self._seeing).eval().requires_grad_(False)
         self._engine: Any = None
         if partitioning is not None:
             config = {key: value for key, value in spec.config.items() if key != "optimizer"}
@@ -74,7 +74,9 @@ class LiveTeacher:
         if self._engine is not None:
             self._engine.destroy()
             release(self._engine.module)
-        del self._model, self._engine
+            if self._seeing is not None:
+                release(self._seeing)
+        del self._model, self._engine, self._seeing
         gc.collect()  # an engine is a reference cycle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

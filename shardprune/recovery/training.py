@@ -74,8 +74,8 @@ class Training:
             if partitioning is not None:
                 partitioning.partition(module)
         keep_from_deepspeed(self.model)
-        seeing = load_seeing(checkpoint, self.model, device, dtype) if self.reading.pixels else None
-        self.engine = self._start_engine(Student(self.model, seeing))
+        self.seeing = load_seeing(checkpoint, self.model, device, dtype) if self.reading.pixels else None
+        self.engine = self._start_engine(Student(self.model, self.seeing))
 
     def run(self) -> PreTrainedModel:
         """Train from the last checkpoint, or from the start.
@@ -117,6 +117,8 @@ class Training:
         self.engine.destroy()
         if self.recipe.zero == 3:  # of which something in DeepSpeed keeps the engine for good
             release(self.engine.module)
+            if self.seeing is not None:
+                release(self.seeing)
             optimizer, self.engine.optimizer = self.engine.optimizer, None
             optimizer.optimizer.state.clear()
             optimizer.optimizer.param_groups.clear()
@@ -124,7 +126,7 @@ class Training:
         if isinstance(self.teacher, LiveTeacher):
             self.teacher.leave()
         forget_modules()
-        del self.engine, self.model, self.teacher
+        del self.engine, self.model, self.seeing, self.teacher
         gc.collect()  # an engine is a reference cycle
 
     def _log(self, record: Loss) -> None:

@@ -9,9 +9,8 @@ from shardprune.errors import InputError
 from shardprune.report.event_kinds import LATEST
 from shardprune.report.events import HEARTBEAT_SECONDS, REWRITE_SECONDS, read_events
 from shardprune.report.progress import clock_time
-from shardprune.storage.folder import Folder
-from shardprune.storage.output_names import run_folders
 from shardprune.storage.retrying import preflight
+from shardprune.storage.run_folders import run_folders
 
 SILENCE_SECONDS = 3 * HEARTBEAT_SECONDS + REWRITE_SECONDS  # without events, after which a run counts as dead
 ENDS = ("done", "stopped", "failed")
@@ -85,8 +84,7 @@ def status_of(out: str, now: float | None = None) -> list[Status]:
     Raises:
         InputError: it holds none.
     """
-    folders = [Folder(url, "out") for url in run_folders(out)]
-    read = [(folder, read_events(folder)) for folder in folders]
+    read = [(folder, read_events(folder)) for folder in run_folders(out)]
     found = [(folder, events) for folder, events in read if any(event["event"] == "run" for event in events)]
     if not found:
         raise InputError("out", f"{out!r} holds no events of a run; give the output directory of one")

@@ -1,11 +1,9 @@
 """Candidates that are tuned before they are scored: as `recover` tunes them, and thrown away."""
 
-import json
 import os
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import numpy as np
 import pytest
 
 from shardprune import RecoverRecipe, recover
@@ -13,28 +11,13 @@ from shardprune.errors import InputError
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.report.progress import Reporter
 from tests.support.running import search_run as search
-from tests.support.tiny import GROUPED, differing, make_model, make_tokens
-from tests.support.words import WORDS, words_tokenizer
-
-DOCUMENTS = "documents.jsonl"
-SHARE = 0.3  # two iterations
-TUNED = {"tune_candidates": 3, "tune_length": 12, "tune_batch": 4, "tune_learning_rate": 1e-2, "seed": 5}
+from tests.support.tiny import differing
+from tests.support.tuned import DOCUMENTS, SHARE, make_material, tuned_search
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tuned")
-    make_model(folder / "model", "llama-3.1", configs=GROUPED)
-    words_tokenizer().save_pretrained(folder / "model")
-    make_tokens(folder / "tokens.npy")
-    draw = np.random.default_rng(1)
-    lines = [json.dumps({"text": " ".join(draw.choice(WORDS[3:], 8))}) for _ in range(24)]
-    (folder / DOCUMENTS).write_text("\n".join(lines))
-    return folder
-
-
-def tuned_search(folder, out, **fields):
-    return search(folder, out, **{"remove": SHARE, "tune_data": str(folder / DOCUMENTS), **TUNED, **fields})
+    return make_material(tmp_path_factory.mktemp("tuned"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from shardprune.cluster.local_backend import LocalBackend
@@ -15,11 +14,9 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.experts import Stack
 from shardprune.planning.training import memory, passes
 from shardprune.planning.training.need import training_memory
-from shardprune.planning.training.passes import LiveBytes
 from shardprune.planning.training.plan import plan_training
 from shardprune.planning.training.recipe import TrainingPlanRecipe
-from shardprune.recovery.spec import ROWS
-from shardprune.storage.folder import Folder
+from tests.planning.alive import measured
 from tests.recovery.trainings import checked, make_sparse
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.tiny import CONFIGS, VOCABULARY
@@ -48,32 +45,6 @@ def wide(tmp_path_factory):
     rows = np.random.default_rng(0).integers(0, VOCABULARY, (8, 32))
     np.save(folder / "rows.npy", rows.astype(np.int64))
     return folder
-
-
-class Measured(LiveBytes):
-    """The most bytes of real tensors alive at a time."""
-
-    def _count(self, storage):
-        if storage.device.type != "meta":
-            super()._count(storage)
-
-
-def measured(prepared) -> int:
-    """The most bytes of tensors that are made while a training runs in this process, the model included."""
-    import deepspeed  # noqa: F401
-
-    from shardprune.recovery.training import Training
-    from shardprune.recovery.worker import _prepare, alone
-
-    spec = prepared.spec(prepared.processes)
-    # Buckets as large as what they hold: of larger ones only the used pages take memory.
-    spec.config["zero_optimization"]["reduce_bucket_size"] = prepared.parameters_trained + 1000
-    Path(spec.recipe.state).mkdir(parents=True, exist_ok=True)
-    prepared.inputs.rows.save(Folder(spec.recipe.state, "state"), ROWS)
-    with alone("cpu"), Measured() as live:
-        _prepare(spec, torch.device("cpu"))
-        Training(spec, torch.device("cpu")).run()
-    return max(live.highest.values())
 
 
 KINDS = {

@@ -270,6 +270,8 @@ SEARCHES = {
 
 PIPELINES = {
     "pipeline-mop-llama-3-8b-30": {"mop": "mop-llama-3-8b-30", "recover": "recover-mop"},
+    "pipeline-mop-llama-2-7b-each": {"recover": "recover-mop"},
+    "pipeline-mop-llama-3-8b-each": {"recover": "recover-mop"},
     "pipeline-sparsegpt-llama-3-70b-2of4": {},
 }
 
@@ -315,6 +317,19 @@ def test_pipelines_are_the_recipes_of_their_steps(name):
         assert section == alone
     assert loaded.section("evaluate").tasks == ("zeroshot",)
     assert "GiB" in (RECIPES / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize("model", ["mop-llama-2-7b", "mop-llama-3-8b"])
+def test_pipelines_for_each_keep_the_published_shares_of_a_whole_path(model):
+    loaded = PipelineRecipe.load(RECIPES / f"pipeline-{model}-each.yaml", {"out": "o"})
+    search, shorter = loaded.section("mop"), MopRecipe.load(RECIPES / f"{model}-40.yaml", {"out": "o"})
+    assert loaded.each
+    assert search.path == PATHS[0]
+    assert search.keep == ",".join(str(SEARCHES[f"{model}-{share}"][1]) for share in (20, 30, 40))
+    assert loaded.model == shorter.model
+    apart = {"path", "keep", "eval", "out", "model"}
+    assert search.model_dump(exclude=apart) == shorter.model_dump(exclude=apart)
+    path_plan_of(search, Skeleton(SEARCHES[f"{model}-20"][0], "cpu")).check()  # the model has room for it
 
 
 @pytest.mark.parametrize("name", SEARCHES)

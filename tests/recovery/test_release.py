@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.recovery.trainings import train
+from tests.support.seeing import make_conversations, make_seeing
 
 
 def tensor_bytes() -> int:
@@ -35,3 +36,13 @@ def test_a_training_leaves_no_tensors(folder, zero, way, tmp_path):
     before = tensor_bytes()
     train(folder, tmp_path / "second", zero=zero, steps=1, **way)
     assert tensor_bytes() - before < 10_000  # a layer has 60,000
+
+
+def test_towers_that_see_images_go_too(folder, tmp_path):
+    """Of a student and its teacher: DeepSpeed does not know them, but keeps what does."""
+    model, data = make_seeing(tmp_path / "model"), make_conversations(tmp_path)
+    way = {"model": model, "teacher": model, "data": data, "images": str(tmp_path / "images"), "length": 64}
+    train(folder, tmp_path / "first", zero=3, steps=1, **way)
+    before = tensor_bytes()
+    train(folder, tmp_path / "second", zero=3, steps=1, **way)
+    assert tensor_bytes() - before < 5_000  # a tower has 23,000

@@ -20,9 +20,10 @@ TEMPLATE = (
 SIZES = [(8, 8), (12, 8), (9, 16), (20, 11)]
 
 
-def make_seeing(folder: Path, **saving) -> str:
-    """Save a tiny random LLaVA of 4 tokens an image, and its processor."""
-    make_llava(folder, **saving)
+def make_seeing(folder: Path, vision: dict | None = None, **making) -> str:
+    """Save a tiny random LLaVA, of 4 tokens an image unless fields of its tower say otherwise, and its processor."""
+    make_llava(folder, vision=vision, **making)
+    side = (vision or {}).get("image_size", 8)
     vocabulary = {word: place for place, word in enumerate(WORDS)} | {"<image>": VOCABULARY - 1}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -31,7 +32,7 @@ def make_seeing(folder: Path, **saving) -> str:
         **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
         additional_special_tokens=["<image>"],
     )
-    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     LlavaProcessor(
         images,
         tokenizer,

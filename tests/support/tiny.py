@@ -80,15 +80,14 @@ def make_model(
     return _save_random(model, folder, dtype, **saving)
 
 
-def make_llava(folder: Path, **saving) -> str:
-    """Save a tiny random LLaVA whose language tower is a Llama."""
+def make_llava(folder: Path, text: dict = GROUPED["llama"][1], vision: dict | None = None, **saving) -> str:
+    """Save a tiny random LLaVA whose language tower is a Llama, by fields of the towers' configs."""
     torch.manual_seed(0)
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-    )
+    tower = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower |= {"image_size": 8, "patch_size": 4, **(vision or {})}
     config = transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=transformers.LlamaConfig(**GROUPED["llama"][1]),
+        vision_config=transformers.CLIPVisionConfig(**tower),
+        text_config=transformers.LlamaConfig(**text),
         image_token_index=VOCABULARY - 1,
         image_seq_length=4,
     )

@@ -12,7 +12,8 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError, first_line
 from shardprune.model.empty_model import empty_model
 from shardprune.model.experts import take_apart
-from shardprune.planning.training.passes import META, Passes, count_forward, count_passes, meta_batch
+from shardprune.planning.training.images import Images, Tower, meta_pixels, tower_of, with_sight
+from shardprune.planning.training.passes import META, Passes, Uncounted, count_forward, count_passes, meta_batch
 from shardprune.recovery.distillation import (
     STORED,
     TOKENS,
@@ -32,10 +33,6 @@ SUBGROUP = 1_000_000_000  # elements that its optimizer updates at a time
 FLOAT32 = 4  # bytes
 
 
-class Uncounted(Exception):
-    """A model's code looks at values, and cannot run where there are none."""
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Numbers of elements of what a training holds, and the bytes of what passes through.
@@ -51,6 +48,10 @@ class Sizes:
         teaching: bytes of the teacher's forward pass, and of choosing its largest predictions where those are stored.
         logits: bytes of the teacher's predictions, which are there while the student learns.
         itemsize: bytes of a weight in training.
+        tower: elements of the vision tower and the projector, which every process has whole; 0 without images.
+        teacher_tower: those of the teacher, live or storing.
+        pixels: bytes of a micro-batch's images.
+        seeing: operations of the towers for a micro-batch, as far as they run while the student learns.
     """
 
     weights: int
@@ -63,6 +64,10 @@ class Sizes:
     teaching: int
     logits: int
     itemsize: int
+    tower: int = 0
+    teacher_tower: int = 0
+    pixels: int = 0
+    seeing: int = 0
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,7 @@ def sizes_of(
     dtype: torch.dtype,
     rows: int,
     length: int,
+    images: Images | None = None,
 ) -> Sizes:
     """Count a training's elements, and the memory of a micro-batch of full rows, on the meta device.
 
@@ -138,6 +144,7 @@ def sizes_of(
         targets: paths of the linear maps that are trained, or whose zeros are kept.
         top: predictions of the teacher that are stored of each place; None if it is asked while the student learns.
         rows: of a micro-batch, of so many tokens (`length`) each.
+        images: that the rows show; None without any.
 
     Raises:
         Uncounted: the model's code cannot run on the meta device.
@@ -145,11 +152,11 @@ def sizes_of(
     learning = tuple(getattr(recipe, name) for name in ("full", "keep_sparsity", "lora_rank", "dropout", "recompute"))
     reentrant = recipe.recompute and recipe.zero == 3
     models = config.to_json_string(), teacher.to_json_string() if teacher else None
-    key = (models, top, targets, learning, reentrant, dtype, rows, length)
+    key = (models, top, targets, learning, reentrant, dtype, rows, length, images and images.key)
     if key not in _counted:
         try:
-            _counted[key] = _count(config, targets, teacher, top, recipe, dtype, rows, length)
-        except InputError:
+            _counted[key] = _count(config, targets, teacher, top, recipe, dtype, rows, length, images)
+        except (InputError, Uncounted):
             raise
         except Exception as error:  # code that looks at values fails in any way where there are none
             raise Uncounted(first_line(error)) from error
@@ -165,34 +172,47 @@ def _count(
     dtype: torch.dtype,
     rows: int,
     length: int,
+    images: Images | None,
 ) -> Sizes:
     model = empty_model(config, dtype, META).requires_grad_(False)
     take_apart(model)
     model.config.use_cache = False
     for _ in choose_trained(model, recipe, targets):
         pass
-    student, batch = Student(model), meta_batch(rows, length, rows * (length - 1))
+    tower = tower_of(images.model) if images else None
+    places, pixels = rows * (length - 1), None
+    if images and tower and images.per_row:  # tokens that stand for images are not predicted
+        places = rows * (length - max(1, images.per_row * tower.tokens))
+        pixels = meta_pixels(images.model, rows * images.per_row)
+    seeing = with_sight(images.model, model, dtype) if images else None
+    student, batch = Student(model, seeing), meta_batch(rows, length, places, pixels)
     parameters = list({id(parameter): parameter for parameter in student.parameters()}.values())
     trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]
     distillation: Distillation | None = None
     taught = teaching = logits = 0
+    other_tower: Tower | None = None
     if teacher is not None:
         other = empty_model(teacher, dtype, META).requires_grad_(False)
         take_apart(other)
         other.config.use_cache = False
         taught = sum(parameter.numel() for parameter in other.parameters())
-        places = rows * (length - 1)
+        other_seeing = None
+        if images and images.teacher:
+            other_tower = tower_of(images.teacher)
+            other_seeing = with_sight(images.teacher, other, dtype)
         if top is None:
             given = torch.empty(places, teacher.vocab_size, dtype=dtype, device=META)
             logits = given.numel() * dtype.itemsize
-            teaching = count_forward(Teacher(other), batch)
+            teaching = count_forward(Teacher(other, other_seeing), batch, seeing=other_seeing)
             distillation = WholeDistillation(given, None, temperature=2.0, weight=0.5)
         else:
             logits = places * bytes_per_prediction(top)
-            teaching = count_forward(Teacher(other), batch, partial(largest, cap=None, temperature=2.0, top=top))
+            chosen = partial(largest, cap=None, temperature=2.0, top=top)
+            teaching = count_forward(Teacher(other, other_seeing), batch, chosen, other_seeing)
             tokens = torch.empty(places, top, dtype=TOKENS, device=META)
             chances = torch.empty(places, top + 1, dtype=STORED, device=META)
             distillation = TopDistillation(tokens, chances, temperature=2.0, weight=0.5)
+    towers = (tower, other_tower if top is None else None)
     return Sizes(
         weights=sum(parameter.numel() for parameter in parameters),
         trained=sum(trained),
@@ -200,10 +220,14 @@ def _count(
         largest_trained=max(trained),
         teacher=taught if top is None else 0,
         storing=0 if top is None else taught,
-        passes=count_passes(student, batch, distillation),
+        passes=count_passes(student, batch, distillation, seeing),
         teaching=teaching,
         logits=logits,
         itemsize=dtype.itemsize,
+        tower=tower.parameters if tower else 0,
+        teacher_tower=other_tower.parameters if other_tower else 0,
+        pixels=0 if pixels is None else pixels.nbytes,
+        seeing=sum(one.operations for one in towers if one) * rows * (images.per_row if images else 0),
     )
 
 
@@ -212,12 +236,12 @@ def memory_of_training(sizes: Sizes, stage: Stage) -> Memory:
     teacher stores its predictions before the training."""
     kept, apart = _kept(sizes, stage), _offloaded(sizes, stage)
     growing, there = _gradients(sizes, stage)
-    teaching = 0 if sizes.storing else sizes.teaching - sizes.logits
+    teaching, images = 0 if sizes.storing else sizes.teaching - sizes.logits, _images(sizes, stage)
     going = max(int(sizes.passes.peak(growing)), teaching)
     activations = min(sizes.passes.kept, going)
     before, after = int(there * sizes.trained), int((growing + there) * sizes.trained)
-    in_pass = Parts(**kept, gradients=before, activations=activations, workspace=going - activations)
-    in_step = Parts(**kept, gradients=after, workspace=_of_step(sizes, stage))
+    in_pass = Parts(**kept, gradients=before, activations=activations, workspace=going - activations + images)
+    in_step = Parts(**kept, gradients=after, workspace=_of_step(sizes, stage) + images)
     before_it, apart_before = _storing(sizes, stage)
     device = max(in_pass, in_step, before_it, key=lambda parts: parts.peak)
     if stage.gpu:
@@ -236,7 +260,7 @@ def _kept(sizes: Sizes, stage: Stage) -> dict[str, int]:
     here = not (zero == 3 and stage.offload and stage.gpu)  # not in the host's memory
     states = 3 if zero else 2  # float32 tensors of the size of the trained part
     return {
-        "weights": item * (here * sizes.weights // share + gathered),
+        "weights": item * (here * sizes.weights // share + gathered + sizes.tower),
         "optimizer": 0 if stage.offload else states * FLOAT32 * sizes.trained // (count if zero else 1),
         "teacher": _teacher(sizes, stage, sizes.teacher) + sizes.logits,
         "buckets": _buckets(sizes, stage),
@@ -250,10 +274,12 @@ def _gathered(sizes: Sizes, stage: Stage, weights: int) -> int:
 
 
 def _teacher(sizes: Sizes, stage: Stage, weights: int) -> int:
-    """Return the bytes of a teacher's weights on the device."""
+    """Return the bytes of a teacher's weights on the device, its vision tower included."""
+    if not weights:
+        return 0
     share = stage.processes if stage.zero == 3 else 1
     here = not (stage.zero == 3 and stage.offload and stage.gpu)
-    return sizes.itemsize * (here * weights // share + _gathered(sizes, stage, weights))
+    return sizes.itemsize * (here * weights // share + _gathered(sizes, stage, weights) + sizes.teacher_tower)
 
 
 def _storing(sizes: Sizes, stage: Stage) -> tuple[Parts, Parts]:
@@ -263,7 +289,12 @@ def _storing(sizes: Sizes, stage: Stage) -> tuple[Parts, Parts]:
         return Parts(), Parts()
     host = stage.zero == 3 and stage.offload and stage.gpu
     apart = Parts(teacher=sizes.itemsize * sizes.storing // stage.processes if host else 0)
-    return Parts(teacher=_teacher(sizes, stage, sizes.storing), workspace=sizes.teaching), apart
+    return Parts(teacher=_teacher(sizes, stage, sizes.storing), workspace=sizes.teaching + _images(sizes, stage)), apart
+
+
+def _images(sizes: Sizes, stage: Stage) -> int:
+    """Return the bytes of images on the device: those in use, and on CPUs those of the next micro-batch beside them."""
+    return sizes.pixels * (1 if stage.gpu else 2)
 
 
 def _buckets(sizes: Sizes, stage: Stage) -> int:

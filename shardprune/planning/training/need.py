@@ -1,12 +1,11 @@
 """What a process of a fine-tuning takes, for the check before any weight is read."""
 
-from dataclasses import replace
-
 import torch
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
+from shardprune.planning.training.images import Images
 from shardprune.planning.training.memory import Memory, Stage, memory_of_training, sizes_of
 from shardprune.recovery.spec import DecidedRecipe
 from shardprune.shard.spec import Need
@@ -36,12 +35,12 @@ def stages_of(zero: int | None, *skeletons: Skeleton) -> tuple[int, ...]:
 
 
 def training_memory(
-    recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int, vision: int = 0
+    recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int, images: Images | None = None
 ) -> Memory:
     """Return the memory of one process of a fine-tuning whose longest row has `length` tokens.
 
     Args:
-        vision: parameters of vision towers, which every process has whole.
+        images: that the rows show; None without any.
     """
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     sizes = sizes_of(
@@ -53,23 +52,23 @@ def training_memory(
         dtype,
         recipe.micro_batch,
         length,
+        images,
     )
     accumulated = max(1, recipe.batch // (recipe.micro_batch * recipe.workers))
     stage = Stage(recipe.zero, recipe.offload, recipe.workers, accumulated, recipe.device == "cuda")
-    memory = memory_of_training(sizes, stage)
-    return replace(memory, device=replace(memory.device, weights=memory.device.weights + vision * dtype.itemsize))
+    return memory_of_training(sizes, stage)
 
 
 def training_need(
-    recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int, vision: int = 0
+    recipe: DecidedRecipe, skeleton: Skeleton, teacher: Checkpoint | None, length: int, images: Images | None = None
 ) -> Need:
     """Return the need of one process of a fine-tuning at its peak, and options that lower it.
 
     Args:
         length: tokens of the longest row. Micro-batches are padded to their longest row, not to the recipe's length.
-        vision: parameters of vision towers.
+        images: that the rows show; None without any.
     """
-    parts = training_memory(recipe, skeleton, teacher, length, vision).device
+    parts = training_memory(recipe, skeleton, teacher, length, images).device
     step = ", ".join(f"{name} {gigabytes(count)}" for name, count in vars(parts).items() if count >= LISTED)
     fewer = [
         option

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from shardprune.model.experts import Expert, mixtures
 from shardprune.recovery.loss import Distillation
@@ -24,6 +24,10 @@ from shardprune.recovery.predictions import PredictionBatch
 
 META = torch.device("meta")
 FEW = 16  # experts of a layer that are run at least, if it has as many
+
+
+class Uncounted(Exception):
+    """A model's code looks at values, and cannot run where there are none."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +141,13 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
     return _FusedAttention.apply(query, key, value)
 
 
+def _places_of_images(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+    """Return the mask of the tokens that stand for images, as a multimodal model does that then counts them."""
+    return (input_ids == 0).unsqueeze(-1)
+
+
 @contextmanager
-def _as_on_a_device(model: nn.Module) -> Iterator[None]:
+def _as_on_a_device(model: nn.Module, seeing: PreTrainedModel | None) -> Iterator[None]:
     """Let transformers' code run on meta tensors as on those of a device, whose values it may look at."""
     with (
         ExitStack() as routed,
@@ -148,24 +157,40 @@ def _as_on_a_device(model: nn.Module) -> Iterator[None]:
         for mixture in mixtures(model).values():
             even = partial(_evenly, mixture, mixture.forward)
             routed.enter_context(patch.dict(mixture.__dict__, {"forward": even}))
+        if seeing is not None:
+            routed.enter_context(patch.dict(seeing.__dict__, {"get_placeholder_mask": _places_of_images}))
         yield
 
 
-def count_passes(student: nn.Module, batch: PredictionBatch, distillation: Distillation | None) -> Passes:
+def _held_before(model: nn.Module, seeing: PreTrainedModel | None, batch: PredictionBatch) -> Iterator[Tensor]:
+    """Yield what is in memory before a pass."""
+    for module in (model, seeing) if seeing is not None else (model,):
+        yield from module.parameters()
+        yield from module.buffers()
+    yield from (*batch.inputs.values(), batch.places, batch.targets)
+
+
+def count_passes(
+    student: nn.Module,
+    batch: PredictionBatch,
+    distillation: Distillation | None,
+    seeing: PreTrainedModel | None = None,
+) -> Passes:
     """Count the memory of a training's forward and backward pass over a micro-batch.
 
     Args:
         student: with parameters on the meta device.
+        seeing: the multimodal model around it, which is no module of it; None without one.
     """
     live = LiveBytes()
-    live.exclude(iter([*student.parameters(), *student.buffers(), *batch.inputs.values(), batch.places, batch.targets]))
+    live.exclude(_held_before(student, seeing, batch))
     hooks = [
         parameter.register_post_accumulate_grad_hook(live.gradient)
         for parameter in student.parameters()
         if parameter.requires_grad
     ]
     student.train()
-    with _as_on_a_device(student), live:
+    with _as_on_a_device(student, seeing), live:
         loss = student(batch, distillation)
         kept = live.bytes
         loss.backward()
@@ -174,20 +199,27 @@ def count_passes(student: nn.Module, batch: PredictionBatch, distillation: Disti
     return Passes(kept, tuple(Moment(activations, number) for number, activations in live.highest.items()))
 
 
-def count_forward(model: nn.Module, batch: PredictionBatch, finish: Callable[[Tensor], Any] | None = None) -> int:
-    """Return the most bytes that a forward pass without gradients takes, and what is done with its result."""
+def count_forward(
+    model: nn.Module,
+    batch: PredictionBatch,
+    finish: Callable[[Tensor], Any] | None = None,
+    seeing: PreTrainedModel | None = None,
+) -> int:
+    """Return the most bytes that a forward pass without gradients takes, and what is done with its result; `seeing` as
+    in `count_passes`."""
     live = LiveBytes()
-    live.exclude(iter([*model.parameters(), *model.buffers(), *batch.inputs.values(), batch.places, batch.targets]))
+    live.exclude(_held_before(model, seeing, batch))
     model.eval()
-    with torch.no_grad(), _as_on_a_device(model), live:
+    with torch.no_grad(), _as_on_a_device(model, seeing), live:
         result = model(batch)
         finished = finish(result) if finish else None
     del result, finished
     return max(live.highest.values())
 
 
-def meta_batch(rows: int, length: int, predictions: int) -> PredictionBatch:
-    """Return a batch of full rows without values."""
+def meta_batch(rows: int, length: int, predictions: int, pixels: Tensor | None = None) -> PredictionBatch:
+    """Return a batch of full rows without values, and of the images that they show."""
     ids = torch.empty(rows, length, dtype=torch.int64, device=META)
     places = torch.empty(predictions, dtype=torch.int64, device=META)
-    return PredictionBatch({"input_ids": ids, "position_ids": ids.clone()}, places, places.clone())
+    inputs = {"input_ids": ids, "position_ids": ids.clone()} | ({} if pixels is None else {"pixel_values": pixels})
+    return PredictionBatch(inputs, places, places.clone())

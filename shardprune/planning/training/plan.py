@@ -1,6 +1,7 @@
 """The plan of a fine-tuning: memory, traffic and seconds of every way to share it out, and which of them fit."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,12 +11,15 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
+from shardprune.model.vision import SEEING
+from shardprune.planning.described_model import DescribedModel, read_description
 from shardprune.planning.hardware import SPARE_HOST, Hardware
-from shardprune.planning.training.memory import Memory, Sizes, Stage, Uncounted, memory_of_training, sizes_of
+from shardprune.planning.training.images import Images, Tower, tower_of
+from shardprune.planning.training.memory import Memory, Sizes, Stage, memory_of_training, sizes_of
 from shardprune.planning.training.need import paths_of_projections, stages_of
+from shardprune.planning.training.passes import Uncounted
 from shardprune.planning.training.recipe import TrainingPlanRecipe
 from shardprune.planning.training.seconds import Work, work_of
-from shardprune.planning.workload import read_config
 from shardprune.recovery.batches import micro_batch_of
 from shardprune.recovery.teacher_store import bytes_per_prediction, check_top
 from shardprune.shard.device_room import device_room
@@ -80,13 +84,18 @@ class Way:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The result of `shardprune plan-recovery`: a way each for those that the recipe leaves open."""
+    """The result of `shardprune plan-recovery`: a way each for those that the recipe leaves open.
+
+    Attributes:
+        tower: that sees the images of rows; None without images.
+    """
 
     recipe: TrainingPlanRecipe
     parameters: int
     trained: int
     micro_batch: int
     ways: list[Way]
+    tower: Tower | None = None
 
     @property
     def teacher_bytes(self) -> int | None:
@@ -112,6 +121,7 @@ class TrainingPlan:
             "parameters_trained": self.trained,
             "micro_batch": self.micro_batch,
             "teacher_bytes_per_token": self.teacher_bytes,
+            "tower": asdict(self.tower) if self.tower else None,
             "fits": self.fits,
             "chosen": self.chosen.options if self.chosen else None,
             "ways": [way.as_json() for way in self.ways],
@@ -126,8 +136,9 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         InputError: the model or the teacher cannot be read, they predict different tokens, or `recover` does not train
             such a model, rows of such a length, or updates of such a rank.
     """
-    config = read_config(recipe.model)
-    teacher = read_config(recipe.teacher, "teacher") if recipe.teacher else None
+    described = read_description(recipe.model)
+    of_teacher = read_description(recipe.teacher, "teacher") if recipe.teacher else None
+    config, teacher = described.config, of_teacher.config if of_teacher else None
     if teacher is not None and teacher.vocab_size != config.vocab_size:
         raise InputError(
             "teacher", f"{recipe.teacher} predicts {teacher.vocab_size} tokens, the model {config.vocab_size}"
@@ -141,12 +152,14 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
     teaching = _skeleton_of_teacher(teacher, recipe.length) if teacher else None
     stages = stages_of(recipe.zero, *(one for one in (skeleton, teaching) if one))
     micro = recipe.micro_batch or micro_batch_of(recipe.batch, recipe.processes, recipe.length)
+    images = _images(recipe, described, of_teacher)
+    tower = _tower(recipe, images) if images else None
     ways, trained = [], 0
     for stage, recompute in _ways(recipe, micro, stages):
-        sizes = _sizes(recipe, skeleton, teacher, micro, recompute, stage.zero)
+        sizes = _sizes(recipe, skeleton, teacher, images, micro, recompute, stage.zero)
         trained = sizes.trained
         ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
-    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways)
+    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower)
 
 
 def _skeleton_of_teacher(config: PretrainedConfig, length: int) -> Skeleton:
@@ -161,6 +174,47 @@ def _skeleton_of_teacher(config: PretrainedConfig, length: int) -> Skeleton:
         raise InputError("teacher", error.problem) from error
     check_seqlen(length, skeleton, "teacher")
     return skeleton
+
+
+def _images(recipe: TrainingPlanRecipe, model: DescribedModel, teacher: DescribedModel | None) -> Images | None:
+    """Return the images of a recipe's rows, if they show any.
+
+    Raises:
+        InputError: the model or the teacher does not see them.
+    """
+    if recipe.images is None:
+        return None
+    if model.whole.model_type not in SEEING:
+        reason = f"model_type {model.whole.model_type!r} is not trained on images, only {', '.join(SEEING)}"
+        raise InputError("images", reason)
+    if teacher is not None and teacher.whole.model_type not in SEEING:
+        raise InputError("teacher", f"{recipe.teacher} sees no images, which the rows show")
+    return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None)
+
+
+def _tower(recipe: TrainingPlanRecipe, images: Images) -> Tower:
+    """Return what sees the images of rows.
+
+    Raises:
+        InputError: rows have no room for their images.
+    """
+    with _planned(recipe):
+        tower = tower_of(images.model)
+    shown = images.per_row * tower.tokens
+    if shown >= recipe.length:
+        reason = f"{recipe.length} has no room for images of {shown} tokens"
+        raise InputError("length", f"{reason}; use more than these, or fewer images_per_row")
+    return tower
+
+
+@contextmanager
+def _planned(recipe: TrainingPlanRecipe) -> Iterator[None]:
+    """Name the model where its memory cannot be counted."""
+    try:
+        yield
+    except Uncounted as error:
+        reason = f"a training of {recipe.model} is not planned: its code looks at values ({error})"
+        raise InputError("model", reason) from error
 
 
 def _ways(recipe: TrainingPlanRecipe, micro: int, stages: Sequence[int]) -> Iterator[tuple[Stage, bool]]:
@@ -179,6 +233,7 @@ def _sizes(
     recipe: TrainingPlanRecipe,
     skeleton: Skeleton,
     teacher: PretrainedConfig | None,
+    images: Images | None,
     micro: int,
     recompute: bool,
     zero: int,
@@ -186,12 +241,9 @@ def _sizes(
     options = recipe.full, recipe.keep_sparsity, recipe.lora_rank, recipe.lora_alpha, recipe.dropout, recipe.seed
     learned = Learned(*options, zero=zero, recompute=recompute)
     dtype = torch.bfloat16 if recipe.bf16 else torch.float32
-    options_of_rows = learned, dtype, micro, recipe.length
-    try:
-        return sizes_of(skeleton.config, paths_of_projections(skeleton), teacher, recipe.teacher_top, *options_of_rows)
-    except Uncounted as error:
-        reason = f"a training of {recipe.model} is not planned: its code looks at values ({error})"
-        raise InputError("model", reason) from error
+    with _planned(recipe):
+        models = skeleton.config, paths_of_projections(skeleton), teacher
+        return sizes_of(*models, recipe.teacher_top, learned, dtype, micro, recipe.length, images)
 
 
 def _way(

@@ -28,6 +28,8 @@ class TrainedFields(Settings):
     teacher_top: int | None = Field(
         None, ge=1, description="Store the teacher's K largest predictions of each token before the training"
     )
+    images: str | None = Field(None, description="Images that rows show, as of recover; none is read")
+    images_per_row: int = Field(1, ge=1, le=1000, description="Images that a row shows")
     seed: int = Field(0, description="Random seed, which changes no size")
 
     @property
@@ -39,6 +41,7 @@ class TrainedFields(Settings):
     def _low_rank_options_have_an_effect(self) -> "TrainedFields":
         self.needs("low-rank updates (no --full)", not self.full, "lora_rank", "lora_alpha", "lora_dropout")
         self.needs("teacher", self.teacher is not None, "teacher_top")
+        self.needs("images", self.images is not None, "images_per_row")
         return self
 
 

@@ -43,9 +43,11 @@ def work_of(
     stage: Stage,
     recompute: bool,
 ) -> Work:
-    """Return the work of a step of a training, with a teacher's forward pass if there is one."""
+    """Return the work of a step of a training, with the forward passes of a teacher and of vision towers if there are
+    any."""
     tokens = recipe.batch * recipe.length
     operations = tokens * _operations_per_token(recipe, skeleton, teacher, recompute)
+    operations += sizes.seeing * stage.processes * stage.accumulated  # forward only: what sees images is frozen
     sent = _sent(sizes, stage, recompute)
     moved = _moved(sizes, stage)
     rate = row.products if recipe.bf16 or not row.gpu else row.large

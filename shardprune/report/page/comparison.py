@@ -10,7 +10,7 @@ from shardprune.report.page.finished_run import FinishedRun
 from shardprune.report.page.plot import COLORS, SYMBOLS, Plot, figure
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.report.summary import what_was_done
-from shardprune.storage.output_names import PRUNED, RECOVERED
+from shardprune.storage.output_names import PRUNED, RECOVERED, is_of_kept
 
 HEADINGS = (
     *("", "run", "method", "text"),
@@ -73,7 +73,7 @@ def names_of(folders: Iterable[str]) -> dict[str, str]:
     names = {}
     for folder, own in parts.items():
         others = [of for other, of in parts.items() if other != folder]
-        count = 2 if own[-1] in (PRUNED, RECOVERED) else 1
+        count = 2 if own[-1] in (PRUNED, RECOVERED) or is_of_kept(own[-1]) else 1
         while count < len(own) and any(of[-count:] == own[-count:] for of in others):
             count += 1
         names[folder] = "/".join(own[-count:]).lstrip("/")
@@ -84,12 +84,18 @@ def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
     """Return the models that runs made, and the originals that they started from.
 
     Args:
-        runs: one, or the steps of a pipeline, in order.
+        runs: one, or the steps of a pipeline, in order; those of iterations that mop kept are each a line of their own.
         names: labels of their outputs.
 
     Raises:
         InputError: a run was only an evaluation.
     """
+    kept = [[run] for run in runs if is_of_kept(run.folder)]
+    lines = [[run for run in runs if not is_of_kept(run.folder)], *kept]
+    return [point for line in lines if line for point in _points_of_line(line, names)]
+
+
+def _points_of_line(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
     points = []
     lineage = _lineage(runs)
     for run in runs:

@@ -14,8 +14,9 @@ from shardprune.report.status import status_of
 from shardprune.storage.folder import Folder
 from shardprune.storage.locations import READ_ONLY
 from shardprune.storage.malformed import Malformed
-from shardprune.storage.output_names import RESULT, STATE, run_folders
+from shardprune.storage.output_names import RESULT, STATE, run_of
 from shardprune.storage.relative_paths import absolute_paths
+from shardprune.storage.run_folders import run_folders
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class FinishedRun:
         if given.startswith(READ_ONLY) or (not given.startswith("/") and "://" not in given):
             return None  # a name of the hub, or one whose folder is not known
         folder = Folder(given, "model")
+        if not folder.is_file(RESULT):
+            folder = Folder(run_of(given), "model")
         try:
             found = _finished(folder) if folder.is_file(RESULT) else None
         except InputError:  # another program's file
@@ -88,8 +91,7 @@ def finished_runs(out: str) -> list[FinishedRun]:
     Raises:
         InputError: none is finished, or the result of one cannot be read.
     """
-    folders = [Folder(url, "out") for url in run_folders(out)]
-    found = [_finished(folder) for folder in folders if folder.is_file(RESULT)]
+    found = [_finished(folder) for folder in run_folders(out) if folder.is_file(RESULT)]
     if not found:
         raise InputError("out", f"{out!r} holds no finished run; `shardprune status` says where one stands")
     return found
@@ -97,7 +99,7 @@ def finished_runs(out: str) -> list[FinishedRun]:
 
 def unfinished_runs(out: str) -> list[str]:
     """Return the runs in an output that are not finished, each by its name and how far it is."""
-    begun = [folder.url for url in run_folders(out) if _begun(folder := Folder(url, "out"))]
+    begun = [folder.url for folder in run_folders(out) if _begun(folder)]
     states: dict[str, str] = {}
     with suppress(InputError):  # none has events
         states = {status.folder: status.in_short() for status in status_of(out)} if begun else {}
@@ -106,7 +108,7 @@ def unfinished_runs(out: str) -> list[str]:
 
 def all_unfinished(out: str) -> bool:
     """Return whether an output holds runs, none of which is finished."""
-    folders = [Folder(url, "out") for url in run_folders(out)]
+    folders = run_folders(out)
     return any(map(_begun, folders)) and not any(folder.is_file(RESULT) for folder in folders)
 
 
