@@ -11,7 +11,7 @@ from shardprune.errors import InputError
 from shardprune.model.carried import further_embedding
 from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
 from shardprune.model.checks import check_seqlen
-from shardprune.model.config_file import CONFIG, language_config, parse_config
+from shardprune.model.config_file import CONFIG, config_fields, language_config, parse_config
 from shardprune.model.empty_model import attention_of
 from shardprune.model.expert_removal import kept_experts, mixture_of, routers_of, with_experts
 from shardprune.model.fp8 import quantisation_of
@@ -28,7 +28,6 @@ from shardprune.solvers.pattern import Unstructured
 from shardprune.solvers.scoring import Scoring
 from shardprune.solvers.statistics import Kind
 from shardprune.storage.folder import Folder
-from shardprune.storage.json_file import parse_json
 from shardprune.storage.whole_files import read_file
 
 EVALUATED_TOKENS = 300_000  # assumed tokens of a source without a limit: about WikiText-2's test text
@@ -459,7 +458,7 @@ def _read(name: str, field: str = "model") -> _Stored:
 def _parsed(content: bytes, name: str, field: str) -> _Stored:
     config = language_config(parse_config(content, name, field))
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    return _Stored(config, dtype, expected_fp8=quantisation_of(parse_json(content), name, field) is not None)
+    return _Stored(config, dtype, expected_fp8=quantisation_of(config_fields(content), name, field) is not None)
 
 
 def _expected_in_files(model: Model) -> float:
