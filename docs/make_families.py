@@ -73,8 +73,8 @@ Of multimodal models, the language tower is pruned, if it is one of these, and a
 Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen2-VL and
 2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`), Qwen3.5 and its mixtures
 (`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is that of the whole model.
-Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, the tests run the language tower alone. Experts that
-lie transposed in the files (`qwen3_vl_moe`) stay so.
+Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, they run the language tower alone where that is not
+installed. Experts that lie transposed in the files (`qwen3_vl_moe`) stay so.
 
 """
 TABLE = """\
