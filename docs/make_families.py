@@ -15,7 +15,13 @@ from transformers import AutoConfig
 from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES, LayerKind, Structures
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.verification import difference_layer_by_layer
+from shardprune.model.verification import (
+    ATTENDING,
+    KEEPING_STATES,
+    ROUNDING,
+    difference_layer_by_layer,
+    difference_token_by_token,
+)
 from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
 from tests.support.towers import TOWERS
@@ -44,13 +50,15 @@ line. Where most of a layer is no `nn.Linear`, the command ends with a line that
   know which heads and neurons the rows and columns of the weights are, which no class says: see
   [extending.md](extending.md).
 - **packing**: `recover --packing`.
+- **text**: `--calibration self`, text that the model itself writes. `yes`: token by token, with what is kept of earlier
+  tokens, the logits are those of a text as a whole, also where two texts grow in turn (of Gemma 4 E they are not).
+  RecurrentGemma keeps states inside its modules, where such texts would share them.
 
 Layers may pass more than hidden states to those behind them: several streams of them (Gemma 3n, DeepSeek-V4), inputs of
 each layer's own (Gemma 3n; Gemma 4 E, of the class `gemma4_text`), keys and values that later layers use, too (the
 same), indices of the tokens that attention chose (GLM-5, `glm_moe_dsa`), the tokens, by which a table chooses experts
 (DeepSeek-V4). All of it travels with the hidden states from shard to shard, so that a wave is larger; the plan counts
-it. Such models do not write a calibration text of their own (`--calibration self`). Experts that a table chooses are
-pruned, but not removed.
+it. Experts that a table chooses are pruned, but not removed.
 
 The experts of a mixture may be tensors of their own in the files, one for each part, or all of a layer in one tensor
 (`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert
@@ -65,13 +73,13 @@ Of multimodal models, the language tower is pruned, if it is one of these, and a
 Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen2-VL and
 2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`), Qwen3.5 and its mixtures
 (`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is that of the whole model.
-Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, the tests run the language tower alone. Experts that
-lie transposed in the files (`qwen3_vl_moe`) stay so.
+Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, they run the language tower alone where that is not
+installed. Experts that lie transposed in the files (`qwen3_vl_moe`) stay so.
 
 """
 TABLE = """\
-| `model_type` | weights | structures | packing | projections of a layer, by kind; those with the same input together |
-|---|---|---|---|---|
+| `model_type` | weights | structures | packing | text | projections of a layer by kind, those of one input together |
+|---|---|---|---|---|---|
 """
 REFUSALS = """
 ## Refused
@@ -102,8 +110,8 @@ def _row(name: str, config: transformers.PretrainedConfig) -> str:
     structures = FAMILIES.get(name)
     kinds = {kind.inputs: kind for kind in Skeleton(config, "cpu").family.kinds}
     groups = " / ".join(_groups(kind) for kind in kinds.values())
-    cells = [f"`{name}`", "differs" if difference else "yes", _structures(structures), _packing(structures), groups]
-    return f"| {' | '.join(cells)} |\n"
+    works = "differs" if difference else "yes", _structures(structures), _packing(structures), _text(config)
+    return f"| {' | '.join([f'`{name}`', *works, groups])} |\n"
 
 
 def _groups(kind: LayerKind) -> str:
@@ -122,6 +130,16 @@ def _structures(structures: Structures | None) -> str:
 
 def _packing(structures: Structures | None) -> str:
     return "yes" if structures and structures.packing else "no"
+
+
+def _text(config: transformers.PretrainedConfig) -> str:
+    if config.model_type in ATTENDING | KEEPING_STATES:  # of which the tests compare whole texts
+        return "yes"
+    try:
+        differences = [difference_token_by_token(config, in_turn) for in_turn in (False, True)]
+    except Exception:  # the model's own code, in a way for which it is not made
+        return "no"
+    return "yes" if all(difference < ROUNDING for difference in differences) else "no"
 
 
 def _refusal(name: str, values: dict[str, Any]) -> str:

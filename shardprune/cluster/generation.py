@@ -49,7 +49,7 @@ def write(group: Group, layout: Layout, draft: Draft, written: int, step: Step) 
         written: sequences that are written already, in whole batches.
 
     Raises:
-        InputError: a worker has no room for the keys and values of one batch.
+        InputError: a worker has no room for what layers keep of one batch.
         SolverError: the model's logits are not finite.
     """
     room = _room(group, layout)
@@ -71,8 +71,9 @@ def _room(group: Group, layout: Layout) -> Room:
     if not least.batches:
         raise InputError(
             "self_batch",
-            f"the keys and values of a batch of sequences take {gigabytes(least.batch_bytes)} of a worker, which has "
-            f"{gigabytes(least.bytes)} for them and its layers; use a smaller batch, more shards, or self:OUT",
+            f"the keys, values and states of a batch of sequences take {gigabytes(least.batch_bytes)} of a worker, "
+            f"which has {gigabytes(least.bytes)} for them and its layers; "
+            "use a smaller batch, more shards, or self:OUT",
         )
     return Room(least.resident, min(room.batches for room in rooms), least.batch_bytes, least.bytes)
 

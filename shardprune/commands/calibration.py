@@ -17,7 +17,7 @@ from shardprune.cluster.restarts import Attempts
 from shardprune.commands.state import RunState
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.companions import has_tokenizer
-from shardprune.model.draft import Draft, draft_of, kept_elements, state_bytes
+from shardprune.model.draft import Draft, Kept, draft_of, kept_by
 from shardprune.model.opening import OpenedModel
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import check_class_writes
@@ -153,8 +153,7 @@ def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
         if part.is_written:
             check_class_writes(skeleton.config)
             tokenizer = opened.tokenizer() if has_tokenizer(opened.checkpoint.folder) else None
-            kept = seqlen * kept_elements(skeleton.config, skeleton.layers)
-            kept += state_bytes(skeleton, range(skeleton.layers)) // skeleton.dtype.itemsize
+            kept = sum(kept_by(skeleton, range(skeleton.layers)), Kept()).bytes_of(seqlen, skeleton.dtype)
             own = draft_of(
                 skeleton,
                 tokenizer,
@@ -162,7 +161,7 @@ def text_of(recipe: CalibrationFields, opened: OpenedModel) -> CalibrationText:
                 seqlen=seqlen,
                 seed=recipe.seed,
                 temperature=recipe.self_temperature,
-                batch=batch_of(recipe.self_batch, kept),
+                batch=batch_of(recipe.self_batch, kept // skeleton.dtype.itemsize),
                 beginning=recipe.self_bos,
             )
             draft = place, own

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from shardprune.errors import InputError, StorageError
 from shardprune.model.auto_class import CAUSAL, auto_class_of
 from shardprune.model.checkpoint import locate
-from shardprune.model.config_file import CONFIG
+from shardprune.model.config_file import raw_config
 from shardprune.printable import printable
 from shardprune.recipes.commands import RECIPES
 from shardprune.recipes.groups import HUB_NAME
@@ -42,7 +42,7 @@ def leave_card(folder: Folder, result: Result, previous: Result | None = None) -
         StorageError: storage cannot be written.
     """
     base = _base_of(result.recipe["model"])
-    auto_class = auto_class_of(str(folder.read_json(CONFIG).get("model_type")))
+    auto_class = auto_class_of(str(raw_config(folder).get("model_type")))
     text = card(result, base, auto_class)
     if folder.is_file(CARD):
         held = folder.read_bytes(CARD)

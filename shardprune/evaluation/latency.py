@@ -25,8 +25,9 @@ from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.auto_class import auto_class_of
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.companions import has_tokenizer
-from shardprune.model.config_file import CONFIG
+from shardprune.model.config_file import raw_config
 from shardprune.model.empty_model import attention_of
+from shardprune.model.kept_keys import going_on, kept_argument
 from shardprune.model.opening import open_model
 from shardprune.recipes.evaluate import LatencyFields
 from shardprune.report.progress import Reporter
@@ -149,7 +150,7 @@ def loading_of(checkpoint: Checkpoint) -> dict[str, Any]:
     other checkpoints."""
     if checkpoint.fp8 is None:
         return {}
-    quantisation = AutoQuantizationConfig.from_dict(checkpoint.folder.read_json(CONFIG)["quantization_config"])
+    quantisation = AutoQuantizationConfig.from_dict(raw_config(checkpoint.folder)["quantization_config"])
     quantisation.dequantize = True
     return {"quantization_config": quantisation}
 
@@ -191,10 +192,16 @@ def _answer(model: Any, tokens: Tensor, count: int) -> tuple[float, float]:
     output = model(tokens, use_cache=True, logits_to_keep=1)
     newest = output.logits[:, -1:].argmax(-1)
     between = _now(tokens)
-    for _ in range(count):
-        output = model(newest, past_key_values=output.past_key_values, use_cache=True)
+    for place in range(count):
+        output = _next(model, newest, output, tokens.shape[1] + place)
         newest = output.logits[:, -1:].argmax(-1)
     return between - started, _now(tokens) - between
+
+
+def _next(model: Any, newest: Tensor, output: Any, seen: int) -> Any:
+    """Return a model's output for the tokens after `seen` others, the last of which gave an output."""
+    kept = output[kept_argument(model)]
+    return model(newest, **going_on(model, kept, seen, newest.device))
 
 
 def _now(tokens: Tensor) -> float:
@@ -230,10 +237,10 @@ def _continuations(
 def _written(model: Any, tokens: Tensor) -> list[int]:
     """Return the tokens of greedy decoding, whatever the model's own settings of generation are."""
     output, written = model(tokens, use_cache=True), []
-    for _ in range(WRITTEN):
+    for place in range(WRITTEN):
         newest = output.logits[:, -1:].argmax(-1)
         written.append(int(newest))
-        output = model(newest, past_key_values=output.past_key_values, use_cache=True)
+        output = _next(model, newest, output, tokens.shape[1] + place)
     return written
 
 

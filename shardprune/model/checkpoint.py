@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from shardprune.errors import InputChanged, InputError
 from shardprune.model.companions import check_companion, companions
-from shardprune.model.config_file import CONFIG, language_config, parse_config
+from shardprune.model.config_file import CONFIG, language_config, parse_config, raw_config
 from shardprune.model.families import TOWER_LAYOUTS, TOWERS
 from shardprune.model.fp8 import Fp8Weights, quantisation_of, written_dtype
 from shardprune.model.sources import Source, SourceState, SourceTensor
@@ -90,7 +90,7 @@ class Checkpoint:
     def _fp8(self, dtype: torch.dtype | None) -> Fp8Weights | None:
         """Return how FP8 weights are read, where the checkpoint has them."""
         place, field = f"{self.folder.url}/{CONFIG}", self.folder.field
-        config = quantisation_of(self.folder.read_json(CONFIG), place, field)
+        config = quantisation_of(raw_config(self.folder), place, field)
         if config is None:
             return None
         return Fp8Weights(config, dtype or written_dtype(self.config.dtype), self.folder.url, field)

@@ -1,9 +1,9 @@
 """The file config.json of a checkpoint: its sizes are checked before transformers reads it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import transformers
 from pydantic import BaseModel, BeforeValidator, Field
@@ -19,7 +19,8 @@ from shardprune.errors import InputError
 from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.families import TOWERS
 from shardprune.model.fp8 import quantisation_of
-from shardprune.storage.json_file import parse_json, parse_model
+from shardprune.storage.folder import Folder
+from shardprune.storage.json_file import dump_json, fitting, parse_json
 from shardprune.storage.local_copies import local_copies
 from shardprune.storage.malformed import located
 
@@ -67,6 +68,32 @@ class _File(_Sizes):
     vision_config: _Sizes | None = None
 
 
+def config_fields(content: bytes) -> dict[str, Any]:
+    """Return the fields of the content of a config.json.
+
+    Some numbers are infinite, as limits of time steps (Mamba), which Python and so transformers write as no JSON has
+    them.
+
+    Raises:
+        Malformed: it is no JSON otherwise.
+    """
+    return cast(dict[str, Any], parse_json(content, infinities=True))
+
+
+def raw_config(folder: Folder) -> dict[str, Any]:
+    """Return the fields of a checkpoint's config.json as they are in the file.
+
+    Raises:
+        Malformed: see `config_fields`.
+    """
+    return cast(dict[str, Any], folder.read_json(CONFIG, infinities=True))
+
+
+def config_text(fields: Mapping[str, Any]) -> str:
+    """Return the content of a config.json with some fields, which `config_fields` reads again."""
+    return dump_json(fields, indent=1, infinities=True) + "\n"
+
+
 def parse_config(content: bytes, place: str, field: str = "model") -> PretrainedConfig:
     """Parse the content of a config.json.
 
@@ -79,8 +106,9 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
         InputError: transformers has no causal language model of it, or reads no config from it; names `field`.
     """
     with located(field, place):
-        model_type = parse_model(content, _File).model_type
-        fp8 = quantisation_of(parse_json(content), place, field)
+        fields = config_fields(content)
+        model_type = fitting(fields, _File).model_type
+        fp8 = quantisation_of(fields, place, field)
     _check_type(model_type, field)
     with local_copies({CONFIG: content}) as local, deferred_warnings():
         try:

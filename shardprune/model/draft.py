@@ -104,31 +104,39 @@ def draft_of(
     return Draft(sequences, seqlen, seed, temperature, batch, dropped, bos, vocabulary, special)
 
 
-def kept_elements(config: PretrainedConfig, layers: int) -> int:
-    """Return the numbers of elements of the keys and values of one token in some layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * layers * heads * width
+@dataclass(frozen=True)
+class Kept:
+    """What layers keep of one sequence: `elements` of keys and values of each token, and `states` in bytes (of
+    convolutions, linear attention, state spaces), which do not grow."""
+
+    elements: int = 0
+    states: int = 0
+
+    def __add__(self, other: "Kept") -> "Kept":
+        return Kept(self.elements + other.elements, self.states + other.states)
+
+    def bytes_of(self, length: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a sequence of `length` tokens."""
+        return length * self.elements * dtype.itemsize + self.states
 
 
-def state_bytes(skeleton: Skeleton, layers: Iterable[int]) -> int:
-    """Return the bytes of the states that some layers keep of one sequence beside keys and values, found out by a token
-    on the meta device."""
+def kept_by(skeleton: Skeleton, layers: Iterable[int]) -> list[Kept]:
+    """Return what each of some layers keeps, in the skeleton's dtype: found out by a token on the meta device."""
     kept = KeptKeys(skeleton.layers, 1)
     layers_of_model = skeleton.model.get_submodule(skeleton.family.layers)
     assert isinstance(layers_of_model, nn.ModuleList)
     with small_parts_blank(skeleton.model, layers_of_model):  # they may not be loaded yet
         arguments = skeleton.next_arguments(1, kept)
     token = torch.zeros(1, 1, skeleton.family.carried.hidden, dtype=skeleton.dtype)
-    found: dict[int, int] = {}  # by the layer's kind
-    total = 0
+    found: dict[int, Kept] = {}  # by the layer's kind
+    listed = []
     for index in layers:
         kind = id(skeleton.family.kinds[index])
         if kind not in found:
             run_layer_on_meta(skeleton.blank(index), token, arguments[index])
-            found[kind] = kept.state_bytes(index)
-        total += found[kind]
-    return total
+            found[kind] = Kept(kept.elements(index), kept.state_bytes(index))
+        listed.append(found[kind])
+    return listed
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> int | None:

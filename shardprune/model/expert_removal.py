@@ -16,13 +16,19 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
-from shardprune.model.config_file import CONFIG, language_config, parse_config, with_changes
+from shardprune.model.config_file import (
+    CONFIG,
+    config_text,
+    language_config,
+    parse_config,
+    raw_config,
+    with_changes,
+)
 from shardprune.model.expert_averages import average, rows_of
 from shardprune.model.fp8 import DTYPES, names_of_scales
 from shardprune.model.pruning_job import ExpertRemoval, PruningJob
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.expert_scores import kept_of
-from shardprune.storage.json_file import dump_json
 from shardprune.storage.records import KeptExperts
 from shardprune.storage.stacks import Place
 
@@ -189,13 +195,13 @@ class FewerExperts:
         self.stored = checkpoint.as_stored()
         self.changes = self._changes()
         content = with_changes(
-            checkpoint.folder.read_json(CONFIG),
+            raw_config(checkpoint.folder),
             self.changes,
             tower=checkpoint.has_tower,
             untied=checkpoint.own_head,
         )
         place = f"{checkpoint.folder.url}/{CONFIG} with {kept} experts"
-        config = language_config(parse_config(dump_json(content).encode(), place))
+        config = language_config(parse_config(config_text(content).encode(), place))
         self.reduced = Skeleton(config, skeleton.device, skeleton.dtype)
         found = mixture_of(self.reduced)
         if found.experts != kept or found.layers != mixture.layers:
@@ -220,7 +226,7 @@ class FewerExperts:
 
     def _changes(self) -> dict[str, Any]:
         """Return the new values of all fields of the file that say how many experts there are."""
-        raw = self.checkpoint.folder.read_json(CONFIG)
+        raw = raw_config(self.checkpoint.folder)
         language = raw["text_config"] if self.checkpoint.has_tower else raw
         own = self.skeleton.config.to_dict()  # where the file leaves the number to the class
         named = language if any(name in language for name in COUNTS) else own

@@ -8,7 +8,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from shardprune.errors import InputError
 from shardprune.model.companions import GENERATION
-from shardprune.model.config_file import CONFIG, in_one_line, parse_config
+from shardprune.model.config_file import CONFIG, in_one_line, parse_config, raw_config
 from shardprune.model.exports import open_export, open_weights
 from shardprune.model.families import TOWERS
 from shardprune.model.fp8 import Fp8Weights, quantisation_of, written_dtype
@@ -42,7 +42,7 @@ def load_exported(
     config = parse_config(folder.read_bytes(CONFIG), where, "place")
     classes = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if config.model_type in TOWERS else MODEL_FOR_CAUSAL_LM_MAPPING
     state = {name: file.tensor(name) for file in weights.values() for name in file.record.tensors}
-    if quantisation := quantisation_of(folder.read_json(CONFIG), where, "place"):
+    if quantisation := quantisation_of(raw_config(folder), where, "place"):
         state = Fp8Weights(quantisation, written_dtype(config.dtype), folder.url, "place").products(state)
     settings = {"dtype": "auto", **settings}
     try:

@@ -1,11 +1,37 @@
 """What a shard keeps of the tokens that it has seen for those that follow: keys and values, and states of layers that
 have such (convolutions, linear attention, state spaces)."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+
+ARGUMENT, ARGUMENT_OF_STATES = "past_key_values", "cache_params"  # the latter of models without any attention
+POSITIONS = "position_ids"
+
+
+def kept_argument(model: nn.Module) -> str:
+    """Return the name of the argument of a model that is what is kept of earlier tokens; its output has the same."""
+    return ARGUMENT_OF_STATES if ARGUMENT_OF_STATES in _parameters(type(model).forward) else ARGUMENT
+
+
+def going_on(model: nn.Module, kept: Any, seen: int, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of a model for one token after `seen` others of which it has what is `kept`.
+
+    As where transformers generates, the model is told the position: some (Bamba) do not look it up in what is kept.
+    """
+    takes = POSITIONS in _parameters(type(model).forward)
+    position = {POSITIONS: torch.full((1, 1), seen, device=device)} if takes else {}
+    return {kept_argument(model): kept, "use_cache": True, **position}
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 class KeptKeys(Cache):
@@ -21,6 +47,11 @@ class KeptKeys(Cache):
     def __init__(self, layers: int, length: int) -> None:
         self.seen, self.length = 0, length
         super().__init__(layers=[_KeptLayer(self) for _ in range(layers)])
+
+    def elements(self, layer: int) -> int:
+        """Return the number of elements of one layer's keys and values."""
+        own = self.layers[layer]
+        return sum(kept.numel() for kept in (own.keys, own.values) if kept is not None)
 
     def state_bytes(self, layer: int) -> int:
         """Return the bytes of one layer's states, which do not grow with the sequences."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from shardprune.errors import InputError, StorageError
 from shardprune.model.checkpoint import INDEX, Checkpoint
-from shardprune.model.config_file import CONFIG, with_changes
+from shardprune.model.config_file import CONFIG, config_text, raw_config, with_changes
 from shardprune.model.families import Family
 from shardprune.model.skeleton import Skeleton
 from shardprune.storage.journal import Journal
@@ -58,10 +58,10 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
     )
     for name in checkpoint.companions():
         if name == CONFIG and (changes or checkpoint.own_head or checkpoint.fp8):
-            raw = checkpoint.folder.read_json(CONFIG)
+            raw = raw_config(checkpoint.folder)
             dtype = str(checkpoint.fp8.dtype).removeprefix("torch.") if checkpoint.fp8 else None
             changed = with_changes(raw, changes, tower=checkpoint.has_tower, untied=checkpoint.own_head, dtype=dtype)
-            journal.folder.write_json(CONFIG, changed)
+            journal.folder.write_text(CONFIG, config_text(changed))
         else:
             journal.folder.write_bytes(name, checkpoint.folder.read_bytes(name))
 

@@ -21,7 +21,7 @@ from shardprune.model.carried import OWN, frame_inputs, further_embedding
 from shardprune.model.derivation import family_of_model
 from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buffers
 from shardprune.model.experts import Part, allocate, take_apart
-from shardprune.model.kept_keys import KeptKeys
+from shardprune.model.kept_keys import KeptKeys, going_on
 from shardprune.model.left_dense import ignoring
 from shardprune.model.stand_ins import Arguments, Recorder, StandIn, returning, standing_in
 
@@ -232,7 +232,7 @@ class Skeleton:
         recorders = [Recorder(kind.returned) for kind in self.family.kinds]
         tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
-            self.model.base_model(input_ids=tokens, past_key_values=kept, use_cache=kept is not None)
+            self.model.base_model(input_ids=tokens, **self._keeping(kept))
         hidden, carried = recorders[0].hidden, self.family.carried
         assert hidden is not None
         own = [one.arguments.carried_by(carried, 0).keywords[OWN] for one in recorders] if carried.own else []
@@ -257,9 +257,13 @@ class Skeleton:
         width = self.model.get_input_embeddings().embedding_dim
         blank = torch.zeros(batch, seqlen, width, dtype=self.dtype, device=self.device)
         with standing_in(self._places, stand_ins):
-            return model(
-                inputs_embeds=blank, past_key_values=kept, use_cache=kept is not None, **frame_inputs(self.model, blank)
-            )
+            return model(inputs_embeds=blank, **self._keeping(kept), **frame_inputs(self.model, blank))
+
+    def _keeping(self, kept: KeptKeys | None) -> dict[str, Any]:
+        """The arguments of a model that say what is kept."""
+        if kept is None:
+            return {"use_cache": False}
+        return going_on(self.model.base_model, kept, kept.seen, self.device)
 
     def _replace(self, parameter: nn.Parameter, tensor: Tensor) -> None:
         """Replace a parameter wherever it is registered: a tied one is in two modules."""

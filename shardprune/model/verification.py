@@ -5,7 +5,7 @@ arguments may depend on the tokens. A model of the class, small and with random 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -19,7 +19,6 @@ from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.model.experts import named_tensors
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
-from shardprune.storage.json_file import parse_json
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests. All layers of the first
 # are attention with an MLP, and keep keys and values of earlier tokens alone; those of `ROUTING` have experts, those of
@@ -58,7 +57,12 @@ ROUTING = frozenset(
 )
 CARRYING = frozenset(("deepseek_v4", "gemma3n_text", "gemma4_text", "glm_moe_dsa"))
 # Of those, layers keep states beside keys and values, and the tests let them write text, too.
-KEEPING_STATES = frozenset(("falcon_h1", "granitemoehybrid", "lfm2", "olmo_hybrid", "qwen3_5_text"))
+KEEPING_STATES = frozenset(
+    (
+        *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm3", "mamba", "mamba2"),
+        *("nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next"),
+    )
+)
 CHECKED = ATTENDING | MIXING | ROUTING | CARRYING | WITHOUT_HEAD
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
@@ -74,14 +78,26 @@ def check_class(config: PretrainedConfig) -> None:
         InputError: this one does not; says how it differs.
     """
     if config.model_type not in CHECKED:
-        _check(config.to_json_string(use_diff=False))
+        _check(_Content.of(config))
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A config that equals every other one of the same content."""
+
+    text: str
+    config: PretrainedConfig = field(compare=False)
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "_Content":
+        return cls(config.to_json_string(use_diff=False), config)
 
 
 @cache
-def _check(content: str) -> None:
+def _check(content: _Content) -> None:
     """Check a class once in a process, by the content of its config."""
     try:
-        difference = difference_layer_by_layer(small_config(AutoConfig.for_model(**parse_json(content))))
+        difference = difference_layer_by_layer(small_config(content.config))
     except InputError:
         raise
     except Exception as error:  # the model's own code, in a way for which it is not made
@@ -200,18 +216,21 @@ def check_class_writes(config: PretrainedConfig) -> None:
         InputError: this one does not; says by how much.
     """
     if config.model_type not in ATTENDING | KEEPING_STATES:
-        _check_writes(config.to_json_string(use_diff=False))
+        _check_writes(_Content.of(config))
 
 
 @cache
-def _check_writes(content: str) -> None:
+def _check_writes(content: _Content) -> None:
     """Check a class once in a process, by the content of its config."""
     try:
-        difference = difference_token_by_token(small_config(AutoConfig.for_model(**parse_json(content))))
+        small = small_config(content.config)
+        alone, in_turn = difference_token_by_token(small), difference_token_by_token(small, in_turn=True)
     except Exception as error:  # the model's own code, in a way for which it is not made
         raise _no_writer(f"fails: {in_one_line(error)}") from error
-    if not difference < ROUNDING:
-        raise _no_writer(f"gives other logits than for a text as a whole, by up to {difference:.2g}")
+    if not alone < ROUNDING:
+        raise _no_writer(f"gives other logits than for a text as a whole, by up to {alone:.2g}")
+    if not in_turn < ROUNDING:
+        raise _no_writer("keeps what it has seen in its layers, where two texts that grow in turn share it")
 
 
 def _no_writer(reason: str) -> InputError:
@@ -220,9 +239,13 @@ def _no_writer(reason: str) -> InputError:
 
 
 @torch.no_grad()
-def difference_token_by_token(config: PretrainedConfig) -> float:
+def difference_token_by_token(config: PretrainedConfig, in_turn: bool = False) -> float:
     """Return the largest difference between the logits of a random model for tokens as a whole, and one after the
-    other, as a share of the largest logit."""
+    other, as a share of the largest logit.
+
+    Args:
+        in_turn: the sequences are batches of their own, each of which goes one token further in turn.
+    """
     generator = torch.Generator().manual_seed(0)
     whole = empty_model(config, torch.float32, torch.device("cpu")).eval().requires_grad_(False)
     drawn = _draw(whole, generator)
@@ -233,14 +256,19 @@ def difference_token_by_token(config: PretrainedConfig) -> float:
     layers = [
         skeleton.build_layer(index, ((name, drawn.read(name)) for name in own)) for index, own in enumerate(names)
     ]
-    kept, logits = KeptKeys(skeleton.layers, SEQLEN), []
+    batches = tokens.split(1 if in_turn else SEQUENCES)
+    kept = [KeptKeys(skeleton.layers, SEQLEN) for _ in batches]
+    logits = []
     for position in range(SEQLEN):
-        kept.seen = position
-        hidden = skeleton.embed(tokens[:, position : position + 1], kept)
-        arguments = skeleton.next_arguments(SEQUENCES, kept)
-        for layer, own in zip(layers, arguments, strict=True):
-            hidden = skeleton.forward_layer(layer, hidden, own)
-        logits.append(skeleton.logits(hidden))
+        latest = []
+        for batch, seen in zip(batches, kept, strict=True):
+            seen.seen = position
+            hidden = skeleton.embed(batch[:, position : position + 1], seen)
+            arguments = skeleton.next_arguments(len(batch), seen)
+            for layer, own in zip(layers, arguments, strict=True):
+                hidden = skeleton.forward_layer(layer, hidden, own)
+            latest.append(skeleton.logits(hidden))
+        logits.append(torch.cat(latest))
     expected = whole(input_ids=tokens, use_cache=False).logits
     return float((torch.cat(logits, 1) - expected).abs().max() / expected.abs().max())
 

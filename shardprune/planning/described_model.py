@@ -6,11 +6,10 @@ import torch
 from transformers import PretrainedConfig
 
 from shardprune.model.checkpoint import INDEX, SINGLE, Checkpoint, locate, place_of
-from shardprune.model.config_file import CONFIG, language_config, parse_config
+from shardprune.model.config_file import CONFIG, config_fields, language_config, parse_config
 from shardprune.model.fp8 import quantisation_of
 from shardprune.model.opening import stored_dtype
 from shardprune.storage.folder import Folder
-from shardprune.storage.json_file import parse_json
 from shardprune.storage.whole_files import read_file
 
 
@@ -56,5 +55,5 @@ def _parsed(content: bytes, name: str, field: str) -> DescribedModel:
     whole = parse_config(content, name, field)
     config = language_config(whole)
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
-    fp8 = quantisation_of(parse_json(content), name, field) is not None
+    fp8 = quantisation_of(config_fields(content), name, field) is not None
     return DescribedModel(config, whole, dtype, expected_fp8=fp8)

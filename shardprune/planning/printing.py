@@ -116,7 +116,7 @@ def _line_of_writing(writing: Writing) -> str:
     return (
         f"writes calibration text first: {writing.sequences} sequences in batches of {writing.batch} on {shards} x"
         f" {replicas} (shards x replicas), {layers}; of a worker {gigabytes(writing.held)} of weights,"
-        f" {gigabytes(writing.room.batch_bytes)} of keys and values for each batch under way; expected:"
+        f" {gigabytes(writing.room.batch_bytes)} of keys, values and states for each batch under way; expected:"
         f" {duration(writing.seconds)}"
     )
 

@@ -1,4 +1,4 @@
-"""The worker that writes text: sequences grow token by token, and their keys and values stay where the layers are."""
+"""The worker that writes text: sequences grow token by token, and what is kept of them stays where the layers are."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shardprune.errors import SolverError
-from shardprune.model.draft import kept_elements, state_bytes
+from shardprune.model.draft import Kept, kept_by
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.shard.cuda import without_cudnn_attention
 from shardprune.shard.device_room import device_room
@@ -88,7 +88,7 @@ class GenerationWorker(ForwardWorker):
 
     @verb("exchange")
     def forget(self, wave: Wave) -> None:
-        """Free the keys and values of a wave."""
+        """Free what is kept of a wave."""
         self._kept.pop(wave.index, None)
         self._draws.pop(wave.index, None)
 
@@ -135,6 +135,6 @@ class GenerationWorker(ForwardWorker):
         held = (held + sum(frame.values())) * skeleton.dtype.itemsize
         batch = min(draft.batch, draft.sequences)
         held += SAMPLING_BYTES * batch * skeleton.config.vocab_size if id(head.weight) in frame else 0
-        elements = draft.length * kept_elements(skeleton.config, len(spec.layers))
-        batch_bytes = batch * (elements * skeleton.dtype.itemsize + state_bytes(skeleton, spec.layers))
+        kept = sum(kept_by(skeleton, spec.layers), Kept())
+        batch_bytes = max(1, batch * kept.bytes_of(draft.length, skeleton.dtype))  # of MLPs alone, nothing
         return Room(resident, max(0, there - held) // batch_bytes, batch_bytes, there)

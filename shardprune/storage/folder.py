@@ -174,18 +174,19 @@ class Folder:
         """
         return decode(self.read_bytes(name))
 
-    def read_json(self, name: str, limit: int = LIMIT) -> Any:
+    def read_json(self, name: str, limit: int = LIMIT, *, infinities: bool = False) -> Any:
         """Return the value in a file.
 
         Args:
             limit: largest size in bytes.
+            infinities: see `parse_json`.
 
         Raises:
             Malformed: it is larger, or `parse_json` refuses it.
         """
         if (size := self.size(name) or 0) > limit:
             raise Malformed(f"is too large for JSON here: {size:,} bytes, at most {limit:,}")
-        return parse_json(self.read_bytes(name), limit)
+        return parse_json(self.read_bytes(name), limit, infinities=infinities)
 
     # -- writing ----------------------------------------------------------------------------------------------
 

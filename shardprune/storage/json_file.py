@@ -31,22 +31,23 @@ Measurement = Annotated[float, BeforeValidator(_not_finite)]
 MaybeMeasurement = Annotated[float | None, BeforeValidator(_not_finite)]
 
 
-def parse_json(content: bytes | str, limit: int = LIMIT) -> Any:
+def parse_json(content: bytes | str, limit: int = LIMIT, *, infinities: bool = False) -> Any:
     """Return the value of a JSON document, with or without a byte-order mark.
 
     Args:
         limit: largest size in bytes, or in characters of a text.
+        infinities: take the numbers `Infinity` and `-Infinity`, which are no JSON, but which Python writes.
 
     Raises:
-        Malformed: it is larger or no JSON, is nested deeper than 200, holds a number that is not finite, half a
-            surrogate pair, or a name twice in one object.
+        Malformed: it is larger or no JSON, is nested deeper than 200, holds another number that is not finite,
+            half a surrogate pair, or a name twice in one object.
     """
     if len(content) > limit:
         raise Malformed(f"is too large for JSON here: {len(content):,} bytes, at most {limit:,}")
     text = decode(content) if isinstance(content, bytes) else content
     try:
-        from_json(text, allow_inf_nan=False)
-        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite)
+        from_json(text, allow_inf_nan=infinities)
+        return json.loads(text, object_pairs_hook=_unique, parse_float=_finite, parse_constant=_infinite)
     except Malformed:
         raise
     except ValueError as error:
@@ -67,6 +68,12 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise Malformed(f"holds a number that is too large: {shown(digits)}")
     return value
+
+
+def _infinite(word: str) -> float:
+    if word == "NaN":
+        raise Malformed("is not JSON: it holds NaN")
+    return float(word)
 
 
 def parse_model(content: bytes | str, shape: type[T], limit: int = LIMIT) -> T:
@@ -109,15 +116,23 @@ def _problem(error: ValidationError) -> str:
     return f"{held} as {place}; {reason}" if place else f"{held}; {reason}"
 
 
-def dump_json(value: Any, *, indent: int | None = None, compact: bool = False, sort_keys: bool = False) -> str:
+def dump_json(
+    value: Any,
+    *,
+    indent: int | None = None,
+    compact: bool = False,
+    sort_keys: bool = False,
+    infinities: bool = False,
+) -> str:
     """Return a value as JSON. Numbers that are not finite become null, since JSON has no word for them.
 
     Args:
         compact: no spaces between the items.
+        infinities: write them as `parse_json` takes them where it is asked to.
     """
     separators = (",", ":") if compact else None
     try:
-        return json.dumps(value, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=False)
+        return json.dumps(value, indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=infinities)
     except ValueError:
         return json.dumps(
             _without_nan(value), indent=indent, separators=separators, sort_keys=sort_keys, allow_nan=False

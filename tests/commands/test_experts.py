@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from shardprune import ExpertsRecipe, PipelineRecipe, pipeline
 from shardprune.commands.check import check
@@ -21,6 +22,7 @@ from tests.commands.expert_runs import COUNTS, GROUPED, SAMPLES, SEQLEN, WAVE, l
 from tests.commands.test_architectures import perplexity
 from tests.support.architectures import MIXTURES
 from tests.support.entries import entries
+from tests.support.infinities import FORMS, with_infinities
 from tests.support.tiny import differing, load_tensors
 
 
@@ -328,3 +330,15 @@ def test_layers_that_predict_further_tokens_keep_the_experts_of_the_last_layer(s
             assert torch.equal(tensor, further[name])
     assert len(written) == len(further) - (0 if stacked else 3)  # the parts of one expert
     assert [verdict.faults for verdict in check(str(folder / "out"))] == [[]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_infinite_numbers_of_the_config_stay(form, tmp_path):
+    folder = material(tmp_path, "nemotron_h")
+    file = folder / "model" / "config.json"
+    file.write_text(with_infinities(AutoConfig.from_pretrained(folder / "model"), form))
+    limits = json.loads(file.read_text())["time_step_limit"]
+    remove(folder, "out", keep=2)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["n_routed_experts"], written["time_step_limit"]) == (2, limits)
+    assert [*load(tmp_path / "out").config.time_step_limit] == [0.0, float("inf")]

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.errors import InputError
 from shardprune.model.empty_model import attention_of
+from shardprune.model.kept_keys import kept_argument
 from shardprune.model.verification import KEEPING_STATES
 from shardprune.report.result import read_result
 from shardprune.shard.generation_worker import GenerationWorker, Room
@@ -41,15 +42,17 @@ def plain_text(folder, sequences=12, seqlen=24, batch=BATCH, temperature=1.0, se
             for sequence in range(sequences)
         ]
     )
-    written = []
+    keeps, written = kept_argument(model), []
     for start in range(0, sequences, batch):
         own = draws[start : start + batch]
         tokens = torch.tensor([[ordinary[int(draw * len(ordinary))]] for draw in own[:, 0]])
         past, latest = None, tokens
+        told = model.config.model_type == "bamba"  # transformers' own generation tells it its positions
         for position in range(1, length):
             with torch.no_grad():
-                output = model(input_ids=latest, past_key_values=past, use_cache=True)
-            past = output.past_key_values
+                positions = {"position_ids": torch.tensor([[position - 1]])} if told else {}
+                output = model(input_ids=latest, use_cache=True, **{keeps: past}, **positions)
+            past = output[keeps]
             cumulative = (output.logits[:, -1] / temperature).softmax(-1).double().cumsum(-1).numpy()
             at = [[int((row <= draw).sum())] for row, draw in zip(cumulative, own[:, position], strict=True)]
             latest = torch.tensor(at)
@@ -103,7 +106,7 @@ def test_streamed_layers_are_read_once_for_all_batches_that_fit(folder, written,
 
 def test_a_worker_without_room_for_one_batch_is_told_so_before_anything_is_done(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(GenerationWorker, "_room", lambda self, resident: Room(resident, 0, 9 * 10**9, 10**9))
-    with pytest.raises(InputError, match=r"^self_batch: the keys and values .* 9\.0 GB .* which has 1\.0 GB .*; use a"):
+    with pytest.raises(InputError, match=r"^self_batch: the keys, values .* 9\.0 GB .* which has 1\.0 GB .*; use a"):
         run(folder, tmp_path / "o", **CHEAP)
     assert not (tmp_path / "o").exists() or not any((tmp_path / "o").iterdir())
 

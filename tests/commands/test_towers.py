@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from shardprune.model.skeleton import Skeleton
 from tests.support.architectures import CARRYING, make_architecture
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors, make_tokens
-from tests.support.towers import TOWERS, make_tower
+from tests.support.towers import OF_TIMM, TOWERS, make_tower
 
 
 @torch.no_grad()
@@ -32,7 +33,10 @@ def perplexity(path, tokens):
     return float(cross_entropy(logits.flatten(0, 1).double(), tokens[:, 1:].flatten()).exp())
 
 
-@pytest.mark.parametrize("model_type", TOWERS)
+timm = pytest.mark.skipif(find_spec("timm") is None, reason="needs timm, which needs torchvision")
+
+
+@pytest.mark.parametrize("model_type", [*TOWERS, *(pytest.param(one, marks=timm) for one in OF_TIMM)])
 def test_the_language_tower_alone_is_pruned(model_type, tmp_path):
     dense = make_tower(tmp_path / "model", model_type)
     words = np.random.default_rng(0).integers(0, 60, (12, 24))  # none that stands for an image

@@ -5,12 +5,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from shardprune.errors import InputError
 from shardprune.evaluation import latency
 from shardprune.evaluation.latency import THIS, original_of
 from tests.evaluation.material import evaluated, make_readable
+from tests.support.architectures import MIXED
 from tests.support.running import run
 from tests.support.tiny import make_model, make_tokens
 
@@ -86,6 +87,19 @@ def test_continuations_are_those_of_transformers(folder, measured):
             for _ in range(latency.WRITTEN):
                 tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
             assert getattr(text, written) == tokenizer.decode(tokens[0, -latency.WRITTEN :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["bamba", "lfm2", "mamba2"])
+def test_models_that_keep_states_go_on_from_these(model_type):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **MIXED[model_type])).eval()
+    tokens = torch.randint(2, 60, (1, 5))
+    written = tokens
+    for _ in range(latency.WRITTEN):
+        written = torch.cat([written, model(written, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert latency._written(model, tokens) == written[0, 5:].tolist()
+    assert all(seconds > 0 for seconds in latency._answer(model, tokens, 2))
 
 
 def test_it_stands_in_the_result_the_card_and_the_report(folder, measured):

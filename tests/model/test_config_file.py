@@ -1,16 +1,22 @@
 """Configs as they come: what is wrong with them is one line, found before anything is built from them."""
 
 import json
+import math
 
 import pytest
+import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from shardprune.cli import main
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.checks import check_seqlen
-from shardprune.model.config_file import parse_config
+from shardprune.model.config_file import config_fields, config_text, parse_config, raw_config, with_changes
 from shardprune.model.skeleton import Skeleton
+from shardprune.storage.folder import Folder
+from tests.support.architectures import MIXED, make_architecture
+from tests.support.infinities import FORMS, INFINITE, with_infinities
 from tests.support.tiny import CONFIGS, make_model
 
 LLAMA = {"model_type": "llama", **CONFIGS["llama"][1]}
@@ -114,3 +120,31 @@ def test_an_error_names_the_field_that_gave_the_checkpoint(tmp_path):
     transformers.T5Config(num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="^sparse: model_type 't5' has no causal language model"):
         Checkpoint(str(tmp_path), "sparse")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model_type", INFINITE)
+def test_infinite_numbers_are_read_as_transformers_reads_them(model_type, form):
+    text = with_infinities(AutoConfig.for_model(model_type, **MIXED[model_type]), form)
+    assert [*parse_config(text.encode(), "x").time_step_limit] == [0.0, math.inf]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_infinite_numbers_of_a_config_that_changes_stay(form, tmp_path):
+    make_architecture(tmp_path, "mamba2", MIXED["mamba2"])
+    file = tmp_path / "config.json"
+    file.write_text(with_infinities(AutoConfig.from_pretrained(tmp_path), form))
+    fields = raw_config(Folder(str(tmp_path), "model"))
+    assert fields == config_fields(file.read_bytes())
+    file.write_text(config_text(with_changes(fields, {"chunk_size": 8}, tower=False, untied=False)))
+    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(loading.values())
+    assert [*model.config.time_step_limit] == [0.0, math.inf]
+    assert model.config.chunk_size == 8
+    assert bool(model(torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("word", ["hidden_size", "num_hidden_layers"])
+def test_an_infinite_size_is_refused(word):
+    with pytest.raises(InputError, match=rf"^model: x/config.json holds inf as {word}; use a valid integer$"):
+        parse_config(json.dumps({**LLAMA, word: math.inf}).encode(), "x/config.json")

@@ -5,10 +5,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from shardprune.errors import InputError
-from shardprune.model.draft import draft_of, kept_elements, state_bytes
+from shardprune.model.draft import Kept, draft_of, kept_by
+from shardprune.model.kept_keys import kept_argument
 from shardprune.model.opening import open_model
 from shardprune.recipes.groups import KEPT_ELEMENTS, batch_of
-from tests.support.architectures import MIXED, make_architecture
+from tests.support.architectures import DENSE, MIXED, MIXTURES, make_architecture
 from tests.support.tiny import VOCABULARY, make_model
 from tests.support.words import WORDS, words_tokenizer
 
@@ -75,7 +76,6 @@ def test_as_many_tokens_are_dropped_as_the_model_has_positions_for(skeleton, seq
 
 def test_batches_are_cut_without_a_look_at_the_workers(skeleton):
     assert drafted(skeleton).batches == [range(16), range(16, 32), range(32, 40)]
-    assert kept_elements(skeleton.config, skeleton.layers) == 2 * 4 * 2 * 8  # keys and values, layers, heads, width
 
 
 @pytest.mark.parametrize(
@@ -86,21 +86,22 @@ def test_a_batch_keeps_what_a_gpu_has_room_for(asked, kept, batch):
     assert batch_of(asked, kept) == batch
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_5_text", "falcon_h1"])
-def test_states_take_what_transformers_keeps(model_type, tmp_path):
-    make_architecture(tmp_path / "model", model_type, MIXED[model_type])
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "falcon_h1", "gemma", "mamba2", "nemotron_h", "qwen3_5_text"])
+def test_layers_keep_what_transformers_keeps(model_type, tmp_path):
+    make_architecture(tmp_path / "model", model_type, {**MIXTURES, **DENSE, **MIXED}[model_type])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    kept = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
-    states = [
-        sum(state.nbytes for of in (layer.conv_states, layer.recurrent_states) for state in of.values())
-        if hasattr(layer, "conv_states")
-        else 0
-        for layer in kept.layers
-    ]
+    layers = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True)[kept_argument(model)].layers
+    expected = []
+    for layer in layers:
+        keys = [tensor.numel() for name in ("keys", "values") if (tensor := getattr(layer, name, None)) is not None]
+        held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+        expected.append(Kept(sum(keys), sum(state.nbytes for state in held if state is not None)))
     opened = open_model(str(tmp_path / "model")).skeleton
-    assert [state_bytes(opened, [index]) for index in range(opened.layers)] == states
-    assert state_bytes(opened, range(opened.layers)) == sum(states) > 0
+    assert kept_by(opened, range(opened.layers)) == expected
+    assert kept_by(opened, [1]) == expected[1:2]
 
 
-def test_layers_with_attention_alone_keep_no_states(skeleton):
-    assert state_bytes(skeleton, range(skeleton.layers)) == 0
+def test_plain_attention_keeps_keys_and_values_alone(skeleton):
+    kept = kept_by(skeleton, range(skeleton.layers))
+    assert kept == [Kept(2 * 2 * 8, 0)] * 4  # keys and values, heads, width
+    assert sum(kept, Kept(0, 5)).bytes_of(10, torch.bfloat16) == 10 * 4 * 32 * 2 + 5

@@ -7,9 +7,11 @@ from transformers.models.stablelm import modeling_stablelm
 
 from shardprune.errors import InputError
 from shardprune.model import verification
+from shardprune.model.config_file import parse_config
 from shardprune.model.opening import open_model
 from shardprune.model.verification import check_class, check_class_writes, difference_layer_by_layer, small_config
-from tests.support.architectures import DENSE, make_architecture
+from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, make_architecture
+from tests.support.infinities import FORMS, INFINITE, with_infinities
 from tests.support.running import run
 from tests.support.tiny import CONFIGS
 
@@ -19,6 +21,7 @@ def unchecked(monkeypatch):
     """As if no test had ever run a class."""
     monkeypatch.setattr(verification, "CHECKED", frozenset())
     monkeypatch.setattr(verification, "ATTENDING", frozenset())
+    monkeypatch.setattr(verification, "KEEPING_STATES", frozenset())
     verification._check.cache_clear()
     verification._check_writes.cache_clear()
     yield
@@ -60,6 +63,32 @@ def test_a_layer_that_reads_what_its_arguments_do_not_say_is_refused(unchecked, 
 def test_a_class_that_runs_token_by_token_passes(unchecked, model_type):
     values = DENSE.get(model_type) or CONFIGS["opt-350m"][1]
     check_class_writes(AutoConfig.for_model(model_type, **values))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("model_type", INFINITE)
+def test_a_class_with_infinite_numbers_in_its_config_passes(unchecked, model_type, form):
+    config = parse_config(with_infinities(AutoConfig.for_model(model_type, **MIXED[model_type]), form).encode(), "x")
+    assert [*small_config(config).time_step_limit] == [0.0, float("inf")]
+    check_class(config)
+    check_class_writes(config)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mixtral"])
+def test_a_class_without_attention_or_with_experts_writes(unchecked, model_type):
+    check_class_writes(AutoConfig.for_model(model_type, **{**MIXED, **MIXTURES}[model_type]))
+
+
+def test_a_class_that_keeps_states_in_its_layers_does_not_write(unchecked):
+    reason = "keeps what it has seen in its layers, where two texts that grow in turn share it; give a text"
+    with pytest.raises(InputError, match=f"^calibration: .* run token by token, {reason}$"):
+        check_class_writes(AutoConfig.for_model("recurrent_gemma", **MIXED["recurrent_gemma"]))
+
+
+@pytest.mark.parametrize("model_type", CARRYING)
+def test_a_class_that_carries_state_from_layer_to_layer_does_not_write(unchecked, model_type):
+    with pytest.raises(InputError, match="^calibration: 'self' is not possible: .*; give a text$"):
+        check_class_writes(AutoConfig.for_model(model_type, **CARRYING[model_type]))
 
 
 def test_a_layer_that_keeps_nothing_of_earlier_tokens_does_not_write(unchecked, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
+from transformers import AutoConfig, Mamba2Config
 
 from shardprune.cli import main
 from shardprune.cluster.layout import plan_layout
@@ -21,9 +22,12 @@ from shardprune.planning.plan import plan
 from shardprune.planning.recipe import Machine, PlanRecipe
 from shardprune.planning.workload import read_model, task_of
 from shardprune.recipes.prune import PruneRecipe
+from shardprune.shard.generation_worker import GenerationWorker
 from shardprune.solvers.methods import METHODS, Effort
 from shardprune.solvers.pattern import Unstructured
 from tests.planning.material import CONFIGS
+from tests.support.architectures import CARRYING, MIXED, make_architecture
+from tests.support.running import run
 from tests.support.tiny import make_model
 
 SMALL = {"hardware": "rtx4090", "gpu_memory": "24GB"}
@@ -359,12 +363,51 @@ def test_a_plan_says_where_every_token_takes_a_reading_of_the_layers():
     assert smaller.writing.seconds < writing.seconds / 10
 
 
+@pytest.mark.parametrize("model_type", ["lfm2", "mamba2", "nemotron_h"])
+def test_what_layers_keep_is_planned_as_workers_find_it(model_type, tmp_path, monkeypatch):
+    rooms, found = [], GenerationWorker._room
+
+    def noted(self, resident):
+        rooms.append(found(self, resident).batch_bytes)
+        return found(self, resident)
+
+    monkeypatch.setattr(GenerationWorker, "_room", noted)
+    make_architecture(tmp_path / "model", model_type, MIXED[model_type])
+    fields = {"calibration": "self", "samples": 3, "seqlen": 16, "self_batch": 2, "shards": 2}
+    run(tmp_path, "o", method="magnitude", sparsity=0.5, measure_error=False, **fields)
+    values = {"model": str(tmp_path / "model"), "propagation": "exact", "hardware": "cpu", "gpus": 2, **fields}
+    (one,) = plan(PlanRecipe.checked(values)).plans
+    assert one.writing.batch == 2
+    assert one.writing.room.batch_bytes == max(rooms) > 0
+
+
+def test_states_of_mamba_2_by_hand(tmp_path):
+    """Of 2.7B in bfloat16 on one GPU: 64 layers keep four inputs of a convolution, and states in float32."""
+    sizes = {"hidden_size": 2560, "num_heads": 80, "head_dim": 64, "state_size": 128, "n_groups": 1, "conv_kernel": 4}
+    Mamba2Config(**sizes, num_hidden_layers=64, vocab_size=50288, dtype="bfloat16").save_pretrained(tmp_path)
+    fields = {"model": str(tmp_path / "config.json"), "propagation": "exact", "calibration": "self"}
+    states = 64 * (2 * 4 * (5120 + 2 * 128) + 4 * 80 * 64 * 128)
+    (one,) = plan(PlanRecipe.checked(fields)).plans
+    assert (one.writing.batch, one.writing.room.batch_bytes) == (32, 32 * states)
+    assert one.writing.seconds > 2055 * 2 * 32 * states / one.candidate.row.memory  # read, and written
+    (one,) = plan(PlanRecipe.checked({**fields, "dtype": "float32"})).plans
+    assert one.writing.room.batch_bytes == 32 * (states + 64 * 2 * 4 * (5120 + 2 * 128))
+
+
+def test_a_class_that_does_not_write_is_not_planned_to(tmp_path):
+    AutoConfig.for_model("gemma3n_text", **CARRYING["gemma3n_text"]).save_pretrained(tmp_path)
+    fields = {"model": str(tmp_path / "config.json"), "propagation": "exact", "seqlen": 16}
+    plan(PlanRecipe.checked(fields))
+    with pytest.raises(InputError, match="^calibration: 'self' is not possible: .*; give a text$"):
+        plan(PlanRecipe.checked({**fields, "calibration": "self"}))
+
+
 def test_a_batch_that_fits_on_no_worker_is_missing():
     values = {"model": config("70b"), "propagation": "exact", "calibration": ["c4", "self:3"], "self_batch": 256}
     (one,) = plan(PlanRecipe.checked({**values, "samples": 512, **SMALL})).plans
     assert not one.fits
     assert one.writing.sequences == 384
-    assert "writing calibration text, a batch of 256 sequences: keys and values 172" in one.missing
+    assert "writing calibration text, a batch of 256 sequences: keys, values and states 172" in one.missing
     assert "a smaller --self-batch" in one.helps
 
 

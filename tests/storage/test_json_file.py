@@ -49,6 +49,28 @@ def test_what_is_no_json(content, reason):
         parse_json(content)
 
 
+def test_infinite_numbers_where_they_are_asked_for():
+    value = {"a": [0.0, math.inf], "b": -math.inf}
+    text = dump_json(value, infinities=True)
+    assert text == json.dumps(value)
+    assert parse_json(text, infinities=True) == parse_json(text.encode(), infinities=True) == value
+    with pytest.raises(Malformed, match="^is not JSON: "):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[NaN]", "is not JSON: it holds NaN"),
+        (b"[1e999]", "holds a number that is too large"),
+        (b"[inf]", "is not JSON"),
+    ],
+)
+def test_infinite_numbers_are_no_others(content, reason):
+    with pytest.raises(Malformed, match=f"^{reason}"):
+        parse_json(content, infinities=True)
+
+
 def test_the_place_and_the_field_of_an_error():
     with pytest.raises(InputError, match="^data: 'x.jsonl' line 3 is not JSON: trailing comma"):  # noqa: SIM117
         with located("data", "'x.jsonl' line 3"):

@@ -189,6 +189,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         r"most weights of its layers are no weights of an nn\.Linear, such as attn\.c_attn\.weight \[32, 96\]",
     ),
+    "longcat_flash": (  # each of its layers holds two attentions, and experts that have no weights
+        {
+            **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4},
+            **{"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "q_lora_rank": 16, "kv_lora_rank": 8},
+            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "moe_topk": 2},
+            **{"zero_expert_num": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1},
+        },
+        "LongcatFlashForCausalLM has no list of 4 decoder layers",
+    ),
     "llama4_text": (
         {**_COMMON, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
         r"no weights of an nn\.Linear, such as feed_forward\.experts\.gate_up_proj \[4, 32, 96\]",

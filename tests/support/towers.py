@@ -88,11 +88,27 @@ TOWERS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Whose vision tower is a model of the package timm, one that it has for tests.
+OF_TIMM: dict[str, dict[str, Any]] = {
+    "gemma3n": {
+        "text_config": {**CARRYING["gemma3n_text"], "model_type": "gemma3n_text"},
+        "vision_config": {"architecture": "test_byobnet", "hidden_size": 256, "vocab_size": 1, "vocab_offset": 62},
+        "audio_config": {
+            **{"hidden_size": 16, "input_feat_size": 16, "conf_num_attention_heads": 2, "conf_num_hidden_layers": 1},
+            **{"sscp_conv_channel_size": [4, 2], "vocab_size": 1, "vocab_offset": _TAKEN},
+        },
+        **{"image_token_id": 62, "boi_token_id": 61, "eoi_token_id": 61},
+        **{"audio_token_id": _TAKEN, "boa_token_id": 60, "eoa_token_id": 60},
+    },
+}
+
 
 def make_tower(folder: Path, model_type: str, **saving: Any) -> str:
     """Save a tiny random multimodal model whose layers and persistent buffers all matter."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **TOWERS[model_type]))
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(model_type, **{**TOWERS, **OF_TIMM}[model_type])
+    )
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape)
         parameter.data.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.1)
