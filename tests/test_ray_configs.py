@@ -22,6 +22,7 @@ from ray.runtime_env.runtime_env import RuntimeEnvConfig
 from ray.scripts.scripts import start
 
 import shardprune
+from tests.docs.pages import Page
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "ray_configs"
@@ -148,6 +149,22 @@ def test_nodes_install_what_was_copied_or_the_same_version(name, tmp_path):
         done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout == f"{tmp_path}/shardprune install --constraint constraints.txt {given}\n"
         (tmp_path / "shardprune" / "pyproject.toml").touch()
+
+
+def test_ec2_and_ray_would_take_the_interfaces_that_the_page_shows():
+    pytest.importorskip("boto3", reason="needs boto3")
+    import botocore.session
+    from botocore.validate import ParamValidator
+    from ray.autoscaler._private.aws.config import _configure_from_network_interfaces
+
+    (text,) = (block.text for block in Page.read(REPOSITORY / "docs/clusters.md").blocks if "Interfaces:" in block.text)
+    config = read("aws")
+    node = config["available_node_types"]["gpus"]["node_config"]
+    node.update(yaml.safe_load(text))
+    taken = _configure_from_network_interfaces(loaded(config))["available_node_types"]["gpus"]["node_config"]
+    assert taken["SubnetIds"] == ["YOUR-SUBNET"] * len(node["NetworkInterfaces"])
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    assert ParamValidator().validate({**node, "MinCount": 1, "MaxCount": 1}, shape).generate_report() == ""
 
 
 # -- machines over ssh -------------------------------------------------------------------------------------------------
