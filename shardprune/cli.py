@@ -28,6 +28,7 @@ from shardprune.recipes.export import ExportRecipe
 from shardprune.recipes.imports import uncollected
 from shardprune.recipes.options import completion, given, recipe_of, with_fields, with_options
 from shardprune.recipes.settings import Settings
+from shardprune.recipes.supplied_files import supplied_files
 from shardprune.standard_streams import lost_text, without_libraries
 from shardprune.storage.json_file import dump_json
 
@@ -65,10 +66,25 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+def _print_files(asked: bool) -> None:
+    if asked:
+        print(printable(str(supplied_files())))
+        raise typer.Exit
+
+
 @app.callback()
 def _commands(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version", callback=_print_version, is_eager=True)
+    ] = False,
+    files: Annotated[
+        bool,
+        typer.Option(
+            "--files",
+            help="Print the directory of recipes, jobs, and files for Ray and Slurm",
+            callback=_print_files,
+            is_eager=True,
+        ),
     ] = False,
 ) -> None:
     pass

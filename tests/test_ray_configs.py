@@ -21,6 +21,9 @@ from ray.runtime_env import RuntimeEnv
 from ray.runtime_env.runtime_env import RuntimeEnvConfig
 from ray.scripts.scripts import start
 
+import shardprune
+from tests.docs.pages import Page
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDER = REPOSITORY / "ray_configs"
 CLUSTERS = ("aws", "gcp")
@@ -129,6 +132,39 @@ def test_commands_of_nodes_are_commands(name):
     assert len(started) == 2
     for options in started:
         start.make_context("start", shlex.split(options))  # raises where one is unknown
+
+
+@pytest.mark.parametrize("name", [*CLUSTERS, "on-premise"])
+def test_nodes_install_what_was_copied_or_the_same_version(name, tmp_path):
+    """The commands run with a pip that prints its last word."""
+    (command,) = (command for command in loaded(read(name))["setup_commands"] if "pyproject.toml" in command)
+    for folder in ("shardprune", "bin", "shardprune-env/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for pip in (tmp_path / "bin" / "pip", tmp_path / "shardprune-env" / "bin" / "pip"):
+        pip.write_text('#!/bin/sh\necho "$PWD $*"\n')
+        pip.chmod(0o755)
+    environment = {"HOME": str(tmp_path), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    extras = "eval,experts,recover,report"
+    for given in (f"shardprune[{extras}]=={shardprune.__version__}", f".[{extras}]"):
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout == f"{tmp_path}/shardprune install --constraint constraints.txt {given}\n"
+        (tmp_path / "shardprune" / "pyproject.toml").touch()
+
+
+def test_ec2_and_ray_would_take_the_interfaces_that_the_page_shows():
+    pytest.importorskip("boto3", reason="needs boto3")
+    import botocore.session
+    from botocore.validate import ParamValidator
+    from ray.autoscaler._private.aws.config import _configure_from_network_interfaces
+
+    (text,) = (block.text for block in Page.read(REPOSITORY / "docs/clusters.md").blocks if "Interfaces:" in block.text)
+    config = read("aws")
+    node = config["available_node_types"]["gpus"]["node_config"]
+    node.update(yaml.safe_load(text))
+    taken = _configure_from_network_interfaces(loaded(config))["available_node_types"]["gpus"]["node_config"]
+    assert taken["SubnetIds"] == ["YOUR-SUBNET"] * len(node["NetworkInterfaces"])
+    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    assert ParamValidator().validate({**node, "MinCount": 1, "MaxCount": 1}, shape).generate_report() == ""
 
 
 # -- machines over ssh -------------------------------------------------------------------------------------------------

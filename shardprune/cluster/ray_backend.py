@@ -19,6 +19,8 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 # A submitted job's own runtime environment may set what WORKER_ENV passes on, which Ray refuses otherwise.
 os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+# Under `uv run` Ray would upload the working directory, models and all, and start uv for every worker.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 # A worker imports all of this before anything else.
 with uncollected():

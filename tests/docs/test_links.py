@@ -18,7 +18,7 @@ ARXIV = re.compile(r"arXiv[: ]+(\S+?)[\s,;:)\]]|arxiv\.org/\w+/([^\s)]+)", re.IG
 OF_OTHER_TOOLS = ("coming-from.md",)  # whose options stand there; tests/docs/test_coming_from.py tells ours apart
 # Options of other programs, in the text of pages about them; `_` is in none of ours.
 FOREIGN = re.compile(
-    r"--\w+_\w*.*|--(exclusive|no-kill|gres|constraint|requeue|signal|num-cpus|generate|batch-size|name|no-name)"
+    r"--\w+_\w*.*|--(exclusive|no-kill|gres|constraint|requeue|signal|num-cpus|generate|batch-size|name|no-name|nv)"
 )
 
 

@@ -72,9 +72,15 @@ class Head:
             assert time.monotonic() < deadline, self._log.read_text()
             time.sleep(0.2)
 
-    def submit(self, *command: str, wait: bool = True, name: str | None = None) -> "subprocess.Popen[str]":
+    def submit(
+        self,
+        *command: str,
+        wait: bool = True,
+        name: str | None = None,
+        environment: str | Path = "ray_configs/runtime_env.yaml",
+    ) -> "subprocess.Popen[str]":
         """Submit a command with the repository as its working directory."""
-        options = ["--working-dir=.", "--runtime-env=ray_configs/runtime_env.yaml"]
+        options = ["--working-dir=.", f"--runtime-env={environment}"]
         options += [] if wait else ["--no-wait"]
         options += [f"--submission-id={name}"] if name else []
         return self.job("submit", *options, "--", *command)

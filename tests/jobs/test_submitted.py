@@ -1,6 +1,8 @@
 """Jobs on a standing cluster, submitted as users submit them."""
 
+import sysconfig
 import time
+import venv
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import yaml
 from shardprune import Recipe, prune
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
-from tests.jobs.head import Head, head, is_told_to_stop
+from tests.jobs.head import REPOSITORY, Head, head, is_told_to_stop
 from tests.support.tiny import differing, make_tokens
 
 RECIPE = {
@@ -33,6 +35,13 @@ for here, file, flag in (look(), ray.get(ray.remote(look).remote())):
 print("submitted", flush=True)
 ray.shutdown()
 os.execvp("python", ["python", "-m", *sys.argv[1:]])
+"""
+# Which Python runs a driver and a worker; connected as a run is.
+WHERE = """
+import ray, sys
+from shardprune.cluster.ray_backend import RayBackend
+RayBackend(None, patience=60.0).slots()
+print("ran in", sys.prefix, ray.get(ray.remote(lambda: sys.prefix).remote()), flush=True)
 """
 
 
@@ -88,6 +97,19 @@ def test_a_stopped_job_keeps_its_layers_and_the_next_one_goes_on(cluster: Head, 
     alone = Recipe.load(folder / "good.yaml", {"out": str(folder / "local"), "backend": "local"})
     prune(alone, Reporter(quiet=True))
     assert differing(out, folder / "local") == []
+
+
+@pytest.mark.long
+def test_workers_run_in_the_python_that_the_runtime_environment_names(cluster: Head, tmp_path: Path):
+    venv.create(tmp_path / "env", with_pip=False)
+    (packages,) = tmp_path.glob("env/lib/python*/site-packages")
+    (packages / "packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = str(tmp_path / "env" / "bin" / "python")
+    environment = yaml.safe_load((REPOSITORY / "ray_configs" / "runtime_env.yaml").read_text())
+    (tmp_path / "env.yaml").write_text(yaml.safe_dump({**environment, "py_executable": python}))
+    submitted = cluster.submit(python, "-c", WHERE, environment=tmp_path / "env.yaml")
+    output, _ = submitted.communicate()
+    assert f"ran in {tmp_path / 'env'} {tmp_path / 'env'}" in output
 
 
 def layers(out: Path) -> dict[str, int]:

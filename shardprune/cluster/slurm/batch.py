@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 
+from shardprune.cluster.slurm.container import MOUNT, MOUNT_FORMS, Container
 from shardprune.cluster.slurm.node import LONGEST_TMP
 from shardprune.errors import InputError
 from shardprune.recipes.commands import COMMANDS
@@ -98,10 +99,43 @@ class Environment(Settings):
     setup: tuple[str, ...] = Field(
         (), description="Shell line to run first, such as 'source /opt/env/bin/activate'; repeatable"
     )
+    container: str | None = optional("none", "Image to run in: apptainer:IMAGE or pyxis:IMAGE")
+    mount: tuple[str, ...] = Field(
+        (), description="Directory that the container sees, as DIR or DIR:INSIDE; repeatable"
+    )
+
+    @field_validator("container")
+    @classmethod
+    def _container_has_a_form(cls, value: str | None) -> str | None:
+        if value is not None:
+            Container.parse(value)
+        return value
+
+    @field_validator("mount")
+    @classmethod
+    def _mounts_parse(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for mount in value:
+            if not MOUNT.fullmatch(mount):
+                raise ValueError(f"{mount!r} is no mount; {MOUNT_FORMS}")
+        return value
+
+    @model_validator(mode="after")
+    def _mounts_have_a_container(self) -> "Environment":
+        self.needs("container", self.container is not None, "mount")
+        return self
 
 
 class BatchJob(Nodes, Queue, Environment):
     """A job that runs one command of shardprune on a Ray cluster of its own."""
+
+    @model_validator(mode="after")
+    def _one_container(self) -> "BatchJob":
+        for option in self.sbatch:
+            if self.container and option.startswith("--container"):
+                raise InputError("container", f"{self.container!r} and {option!r} exclude each other; use one of them")
+        if self.container:
+            _check_seen_inside("tmp", self.tmp)
+        return self
 
     @model_validator(mode="after")
     def _each_on_a_line(self) -> "BatchJob":
@@ -120,6 +154,8 @@ class BatchJob(Nodes, Queue, Environment):
         for word in command:
             _check_line("overrides", word)
         _check_line("working directory", str(folder))
+        if self.container:
+            _check_seen_inside("working directory", str(folder))
         head = ("Written by `shardprune slurm`; docs/slurm.md explains it. Submit it again to go on after a failure.",)
         # Without lines that set up an environment it is the one that writes the script.
         python = "python" if self.setup else shlex.quote(sys.executable)
@@ -145,7 +181,8 @@ class BatchJob(Nodes, Queue, Environment):
             "open-mode": "append",
             "signal": f"B:USR1@{self.notice}",
             "requeue": True,  # when its first node is lost
-            "no-kill": True,  # when another one is: the command goes on without it
+            # When another one is: the command goes on without it. Inside a container nobody could tell them apart.
+            "no-kill": None if self.container else True,
         }
         options = [_option(name, value) for name, value in wants.items() if value is not None]
         own = {
@@ -154,8 +191,10 @@ class BatchJob(Nodes, Queue, Environment):
             "max-requeues": self.max_requeues,
             "object-store": self.object_store and int(self.object_store * 2**30),
             "tmp": self.tmp,
+            "container": self.container,
         }
         words = [_option(name, value) for name, value in own.items() if value is not None]
+        words += [_option("mount", mount) for mount in self.mount]
         lines = [
             "#!/bin/bash",
             *(f"# {line}".rstrip() for line in head),
@@ -193,6 +232,16 @@ def _check_line(field: str, text: str) -> None:
     """
     if found := CONTROL.search(text):
         raise InputError(field, f"{text!r} holds {found[0]!r}; use text of one line, without control characters")
+
+
+def _check_seen_inside(field: str, folder: str) -> None:
+    """Check that a directory can be a mount of a container, in whose words a comma and a colon have a meaning.
+
+    Raises:
+        InputError: it holds one.
+    """
+    if found := re.search("[,:]", folder):
+        raise InputError(field, f"{folder!r} holds {found[0]!r}; a directory that a container sees has none")
 
 
 def _option(name: str, value: Any) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from shardprune.cluster.slurm.container import Container
 from shardprune.cluster.slurm.node import TOKEN
 from shardprune.cluster.slurm.processes import Ended, Event, Line, Mailbox, Process, Signalled, Step
 from shardprune.cluster.slurm.queueing import allocated_nodes, requeue
@@ -41,8 +42,12 @@ class Job:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.folder = os.getcwd()
+        mounts = [self.folder, options.tmp, *options.mount]
+        self.container = Container.parse(options.container, mounts) if options.container else None
         self.id = os.environ["SLURM_JOB_ID"]
         self.head_node = os.environ["SLURMD_NODENAME"]
+        self.on_head = ["--nodes=1", "--ntasks=1", f"--nodelist={self.head_node}"]
         self.nodes = allocated_nodes()
         self.restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         # Variables of another cluster, which the submitting shell may use.
@@ -51,6 +56,8 @@ class Job:
             "SLURM_EXPORT_ENV": "ALL",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # 0 keeps a cluster on loopback
             "PYTHONUNBUFFERED": "1",
+            # A home that a container sees holds packages for another Python.
+            **({"PYTHONNOUSERSITE": "1"} if self.container else {}),
         }
         self.events: Mailbox = SimpleQueue()
         self.steps: list[Step] = []
@@ -82,7 +89,7 @@ class Job:
             CannotStart: the head did not start, or too many of the other nodes did not.
         """
         token = secrets.token_hex(32)
-        head = self._step(["--nodes=1", "--ntasks=1", f"--nodelist={self.head_node}"], token)
+        head = self._step(self.on_head, token)
         deadline = time.monotonic() + START_SECONDS
         joined = self._joined(head, 1, deadline)
         if not joined:
@@ -103,14 +110,22 @@ class Job:
         """Start Ray's nodes on some nodes of the job."""
         store = self.options.object_store
         shared = [
-            f"--first={self.head_node}",
+            *([] if self.container else [f"--first={self.head_node}"]),
             f"--tmp={self.options.tmp}",
             *([f"--object-store={store}"] if store else []),
         ]
-        command = [sys.executable, "-m", "shardprune.cluster.slurm.node", *shared, *arguments]
-        step = Step(where, command, token, self.events, self.environment)
+        words = self._inside(where, "shardprune.cluster.slurm.node", *shared, *arguments)
+        step = Step(*words, token, self.events, self.environment)
         self.steps.append(step)
         return step
+
+    def _inside(self, where: list[str], module: str, *arguments: str) -> tuple[list[str], list[str]]:
+        """Return options and command of a step that runs a module, in the container if there is one."""
+        if not self.container:
+            return where, [sys.executable, "-m", module, *arguments]
+        gpus = bool(os.environ.get("SLURM_GPUS_ON_NODE"))
+        command = self.container.around(["python", "-m", module, *arguments], self.folder, gpus)
+        return [*where, *self.container.srun_options(self.folder)], command
 
     def _joined(self, step: Step, nodes: int, deadline: float) -> list[dict[str, Any]]:
         """Return the messages of a step's nodes that have joined the cluster before the deadline."""
@@ -130,7 +145,12 @@ class Job:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / TOKEN),
         }
-        self.driver = Process([sys.executable, "-m", "shardprune", *self.options.command], self.events, environment)
+        command = self.options.command
+        if self.container:
+            words = self._inside(self.on_head, "shardprune.cluster.slurm.driver", *command)
+            self.driver = Step(*words, "", self.events, environment, heard=False)
+        else:
+            self.driver = Process([sys.executable, "-m", "shardprune", *command], self.events, environment)
         while self.driver.running:
             event = self._next()
             if isinstance(event, Ended) and event.process is self.steps[0]:
@@ -181,7 +201,7 @@ class Job:
 
     def _stop_ray(self) -> None:
         for step in reversed(self.steps):
-            step.close()
+            step.terminate()
         self._until(lambda: not any(step.running for step in self.steps), STOP_SECONDS)
         for step in self.steps:
             step.kill()
@@ -206,12 +226,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-requeues", type=int, default=50, help="maximum number of requeues")
     parser.add_argument("--object-store", type=int, help="bytes of each node's object store")
     parser.add_argument("--tmp", default="/tmp", help="directory of every node for Ray's files")
+    parser.add_argument("--container", help="image of the processes, apptainer:IMAGE or pyxis:IMAGE")
+    parser.add_argument("--mount", action="append", default=[], help="directory that is seen inside; repeatable")
     parser.add_argument("command", nargs="+", help="a command of shardprune and its options, after --")
     options = parser.parse_args(arguments)
     if missing := [name for name in VARIABLES if name not in os.environ]:
         say(f"error: {missing[0]} is not set: this is the process of a job that `shardprune slurm` has written")
         return 2
-    return Job(options).run()
+    try:
+        job = Job(options)
+    except ValueError as error:
+        say(f"error: container: {options.container!r} is not allowed; {error}")
+        return 2
+    return job.run()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ directory of the node that only its user can read. All ports are chosen by the k
 users' clusters, can share a node.
 
 A node that outlives the job's first one, and with it the command, requeues the job: Slurm does not, because it was told
-not to end the job when it loses a node.
+not to end the job when it loses a node. In a container it was not told so, as Slurm's commands are missing there.
 """
 
 import argparse
@@ -60,7 +60,9 @@ LONGEST_TMP = 107 - LONGEST_SOCKET - LONGEST_NAME
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shardprune.cluster.slurm.node", description=__doc__)
     parser.add_argument("--address", help="host:port of the cluster's head (default: be the head)")
-    parser.add_argument("--first", required=True, help="name of the job's first node")
+    parser.add_argument(
+        "--first", help="the job's first node, whose loss requeues the job (default: Slurm sees to that)"
+    )
     parser.add_argument("--tmp", default="/tmp", help="directory of the node for Ray's files")
     parser.add_argument("--object-store", type=int, help="bytes of the object store")
     options = parser.parse_args(arguments)
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         _end_children()
         _remove(folder)
-    if orphan:
+    if orphan and options.first:
         _watch(options.first, happened)
     return code
 

@@ -42,13 +42,28 @@ Mailbox = SimpleQueue[Event]  # its `put` may be called by a signal handler duri
 
 
 class Process:
-    """A process whose end is an event."""
+    """A process whose end is an event.
 
-    def __init__(self, command: Sequence[str], events: Mailbox, environment: Mapping[str, str], piped: bool = False):
+    Args:
+        told: it has a pipe as standard input.
+        heard: the lines that it writes are events; otherwise it writes where this process does.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        events: Mailbox,
+        environment: Mapping[str, str],
+        told: bool = False,
+        heard: bool = False,
+    ) -> None:
         self._events = events
-        pipe = subprocess.PIPE if piped else None
         self._process = subprocess.Popen(
-            command, stdin=pipe or subprocess.DEVNULL, stdout=pipe, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE if told else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if heard else None,
+            text=True,
+            env=environment,
         )
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -78,8 +93,7 @@ class Process:
 class Step(Process):
     """One process on each of some nodes of the job.
 
-    They receive a first line of input, and the line END when they are to end. Their output arrives as events, line by
-    line.
+    They receive a first line of input, and the line END when they are to end: a signal to srun would kill them at once.
     """
 
     def __init__(
@@ -89,8 +103,9 @@ class Step(Process):
         line: str,
         events: Mailbox,
         environment: Mapping[str, str],
+        heard: bool = True,
     ) -> None:
-        super().__init__(["srun", *SHARING, *ENDURING, *where, *command], events, environment, piped=True)
+        super().__init__(["srun", *SHARING, *ENDURING, *where, *command], events, environment, told=True, heard=heard)
         self._write(line)
 
     def _write(self, line: str) -> None:
@@ -99,6 +114,5 @@ class Step(Process):
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
 
-    def close(self) -> None:
-        """Tell the processes to end."""
+    def terminate(self) -> None:
         self._write(END)

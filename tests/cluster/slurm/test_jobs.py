@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -170,6 +170,35 @@ def hold(layers: dict[Job, int]) -> None:
         time.sleep(0.01)
 
 
+# Take the place of a container's program: they write down what they are told, and run what is to run inside.
+STAND_INS = {
+    "apptainer": """#!/bin/sh
+echo "$SLURM_STEP_ID $*" >>"${0%/*}/seen.log"
+while [ "$1" != image.sif ]; do shift; done
+shift
+exec "$@"
+""",
+    "srun": f"""#!/bin/sh
+for word in "$@"; do
+  shift
+  case "$word" in
+    --container-*) echo "$word" >>"${{0%/*}}/seen.log" ;;
+    *) set -- "$@" "$word" ;;
+  esac
+done
+exec {shutil.which("srun")} "$@"
+""",
+}
+
+
+def standing_in(sandbox: Sandbox, folder: Path, program: str) -> list[str]:
+    """Write a program into the directory `bin`; the words before a command that finds it there, and our Python."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / program).write_text(STAND_INS[program])
+    (folder / "bin" / program).chmod(0o755)
+    return ["env", f"PATH={folder / 'bin'}:{Path(sys.executable).parent}:{sandbox.environment['PATH']}"]
+
+
 def test_a_job_prunes_on_two_nodes_while_another_ends_with_the_code_of_its_command(sandbox, folder, undisturbed):
     script = str(ROOT / "cluster" / "slurm" / "shardprune.sbatch")
     python = f"PATH={Path(sys.executable).parent}:{sandbox.environment['PATH']}"
@@ -177,7 +206,16 @@ def test_a_job_prunes_on_two_nodes_while_another_ends_with_the_code_of_its_comma
     job = Job(sandbox, folder, "out", "env", python, "sbatch", *asked)
     (folder / "bad.yaml").write_text("model: m\nout: out\nsparsity: 0.5\n")
     words = ["--cpus-per-node", "1", "--object-store", "0.2", "--time", "10", "--script", "bad.sbatch", "--submit"]
-    command = [sys.executable, "-m", "shardprune", "slurm", "bad.yaml", *words, "--sbatch=--hold"]
+    words += ["--container", "apptainer:image.sif", "--sbatch=--hold"]
+    command = [
+        *standing_in(sandbox, folder, "apptainer"),
+        sys.executable,
+        "-m",
+        "shardprune",
+        "slurm",
+        "bad.yaml",
+        *words,
+    ]
     bad = Job(sandbox, folder, "out", *command)
     (folder / "bad.yaml").write_text("model: m\nout: out\nsparsity: 1.5\n")  # which would not have been submitted
     sandbox.client("scontrol", "release", bad.number)
@@ -185,6 +223,10 @@ def test_a_job_prunes_on_two_nodes_while_another_ends_with_the_code_of_its_comma
     until("the end of the one that cannot work", lambda: bad.state == "FAILED", bad.log)
     assert bad.exit_code == "2:0"
     assert "error: sparsity: 1.5 is not allowed" in bad.log()
+    head, driver = (folder / "bin" / "seen.log").read_text().splitlines()
+    inside = f"exec --bind={folder} --bind=/tmp --pwd={folder} image.sif python -m shardprune.cluster.slurm"
+    assert head.startswith(f"0 {inside}.node --tmp=/tmp")
+    assert driver.startswith(f"1 {inside}.driver prune --recipe {folder / 'bad.yaml'}")
     job.wait("the end", lambda: job.state == "COMPLETED")
     assert job.exit_code == "0:0"
     assert len(job.nodes()) == 2
@@ -192,14 +234,17 @@ def test_a_job_prunes_on_two_nodes_while_another_ends_with_the_code_of_its_comma
     assert left_over(sandbox) == ""
 
 
-def submitted(sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int) -> Job:
+def submitted(
+    sandbox: Sandbox, folder: Path, out: str, tmp: Path, nodes: int, before: Sequence[str] = (), *further: str
+) -> Job:
     """A job that takes one of the two CPUs of each node, for one shard."""
     asked = {"nodes": nodes, "min-nodes": 2, "cpus-per-node": 1, "object-store": 0.2, "time": 10, "notice": 60}
     words = ["--submit", *(f"--{name}={value}" for name, value in asked.items())]
-    words += ["--tmp", str(tmp), "--job-name", out, "--script", f"{out}.sbatch"]
+    words += ["--tmp", str(tmp), "--job-name", out, "--script", f"{out}.sbatch", *further]
     longer = [f"--{name}={value}" for name, value in LONGER.items()]
     overrides = ["--", "--out", out, "--shards", str(nodes), *longer]
-    return Job(sandbox, folder, out, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, *overrides)
+    command = [*before, sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words, *overrides]
+    return Job(sandbox, folder, out, *command)
 
 
 @pytest.mark.long
@@ -231,3 +276,24 @@ def test_jobs_share_nodes_and_outlive_what_goes_wrong(sandbox, folder, tmp, undi
     (lost,) = tmp.iterdir()  # nobody could clean up there
     assert lost.name == f"sp-{job.number}-{zlib.crc32(b'node3'):08x}"
     shutil.rmtree(lost)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("form", "program"), [("apptainer", "apptainer"), ("pyxis", "srun")])
+def test_a_job_in_a_container_stops_at_its_notice_and_goes_on(sandbox, folder, tmp, undisturbed, form, program):
+    before = standing_in(sandbox, folder, program)
+    job = submitted(sandbox, folder, "out", tmp, 2, before, "--container", f"{form}:image.sif", "--mount=/opt:/opt:ro")
+    hold({job: 1})
+    sandbox.client("scancel", "--signal=USR1", "--batch", job.number)
+    until("the signal", lambda: "told to stop by SIGUSR1" in job.log(), job.log)
+    job.release()
+    local = undisturbed(**LONGER)
+    job.wait("the end", lambda: job.state == "COMPLETED")
+    assert (job.exit_code, job.restarts) == ("0:0", "1"), job.log()
+    assert "stopped by SIGTERM" in job.log()
+    assert job.nodes() == {"node1", "node2"}
+    assert differing(job.out, local) == []
+    seen = (folder / "bin" / "seen.log").read_text()
+    assert seen.count("image.sif") == 6  # the head, the other node and the command, twice
+    assert seen.count("/opt:/opt:ro") == 6
+    assert left_over(sandbox) == ""

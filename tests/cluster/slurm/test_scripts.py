@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from shardprune.cli import main
 from shardprune.cluster.slurm import job
 from shardprune.cluster.slurm.batch import BatchJob, standing_script
+from shardprune.cluster.slurm.processes import ENDURING, SHARING
 from shardprune.recipes.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -94,6 +96,68 @@ def test_a_part_of_each_node_is_shared_with_other_jobs():
     assert "--exclusive" not in script
 
 
+# By the form of a container: its name, what srun is given for it, and what srun runs a module of Python with.
+CONTAINERS = {
+    "apptainer": (
+        "apptainer:/images/shard prune.sif",
+        [],
+        [
+            *("apptainer", "exec", "--nv", "--bind={folder}", "--bind=/tmp", "--bind=/data", "--bind=/a:/b:ro"),
+            *("--pwd={folder}", "/images/shard prune.sif"),
+        ],
+    ),
+    "pyxis": (
+        "pyxis:ghcr.io#lab/shardprune:0.1.0",
+        [
+            "--container-image=ghcr.io#lab/shardprune:0.1.0",
+            "--container-mounts={folder}:{folder},/tmp:/tmp,/data:/data,/a:/b:ro",
+            "--container-workdir={folder}",
+        ],
+        [],
+    ),
+}
+# Takes the place of srun, writes down its words, and then says what a step says and ends when a step does.
+SRUN = """#!/bin/sh
+{ printf '%s\\n' "$@"; echo; } >>srun.log
+case "$*" in *slurm.driver*) exit 7;; esac
+read token
+echo '{"node": "n1", "address": "n1:1", "folder": "/tmp/sp-1"}'
+read end
+"""
+
+
+@pytest.mark.parametrize("form", CONTAINERS)
+def test_steps_run_in_the_container_that_a_script_asks_for(form, tmp_path):
+    text, of_srun, before = CONTAINERS[form]
+    asked = BatchJob.checked({"container": text, "mount": ("/data", "/a:/b:ro"), "gpus_per_node": 1})
+    script = asked.script(["prune", "m"], tmp_path)
+    assert "#SBATCH --requeue\n" in script
+    assert "--no-kill" not in script  # inside, nobody could requeue the job
+    for name, program in {"srun": SRUN, "scontrol": "#!/bin/sh\necho n1\n"}.items():
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "n1", "SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_ON_NODE": "1"}
+    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 7, done.stderr
+    steps = [step.splitlines() for step in (tmp_path / "srun.log").read_text().rstrip("\n").split("\n\n")]
+    start = [*SHARING, *ENDURING, "--nodes=1", "--ntasks=1", "--nodelist=n1", *of_srun, *before, "python", "-m"]
+    start = [word.replace("{folder}", str(tmp_path)) for word in start]
+    assert steps == [
+        [*start, "shardprune.cluster.slurm.node", "--tmp=/tmp"],
+        [*start, "shardprune.cluster.slurm.driver", "prune", "m"],
+    ]
+
+
+def test_a_job_whose_container_cannot_be_says_so(monkeypatch, capsys):
+    for name in job.VARIABLES:
+        monkeypatch.setenv(name, "1")
+    assert job.main(["--container", "docker://x", "--", "prune", "m"]) == 2
+    assert "error: container: 'docker://x' is not allowed; use apptainer:IMAGE or" in capsys.readouterr().err
+
+
 def test_lists_of_a_recipe_count_where_no_option_replaces_them(recipe, capsys):
     recipe.write_text("perplexity: [wikitext2, ptb]\n")
     assert run("r.yaml", "--", "m") == 0
@@ -148,6 +212,29 @@ WRONG = {
     "too little time": (PRUNE, ["--time", "3"], "time: '3' leaves no time before the notice, 120 s before the limit"),
     "no room for sockets": (PRUNE, ["--tmp", LONG], f"tmp: '{LONG}' is not allowed; use an absolute path of at most"),
     "no option of sbatch": (PRUNE, ["--sbatch", "qos=x"], "sbatch: ['qos=x'] is not allowed; 'qos=x' is no option"),
+    "no form of a container": (
+        PRUNE,
+        ["--container", "docker://x"],
+        "container: 'docker://x' is not allowed; use apptainer:IMAGE or pyxis:IMAGE",
+    ),
+    "no image": (PRUNE, ["--container", "pyxis:"], "container: 'pyxis:' is not allowed; use apptainer:IMAGE or"),
+    "two containers": (
+        PRUNE,
+        ["--container", "apptainer:x.sif", "--sbatch", "--container-image=x"],
+        "container: 'apptainer:x.sif' and '--container-image=x' exclude each other; use one of them",
+    ),
+    "no mount": (
+        PRUNE,
+        ["--container", "pyxis:x", "--mount", "data"],
+        "mount: ['data'] is not allowed; 'data' is no mount; use /DIR, /DIR:/INSIDE or",
+    ),
+    "two mounts in one": (PRUNE, ["--container", "pyxis:x", "--mount", "/a,/b"], "mount: ['/a,/b'] is not allowed"),
+    "a mount of no container": (PRUNE, ["--mount", "/data"], "mount: ('/data',) has no effect without container"),
+    "no directory of a container": (
+        PRUNE,
+        ["--container", "pyxis:x", "--tmp", "/a:b"],
+        "tmp: '/a:b' holds ':'; a directory that a container sees has none",
+    ),
     "printed and submitted": (PRUNE, ["--script", "-", "--submit"], "script: '-' is printed, not submitted"),
     "two lines": (PRUNE, ["--job-name", LINES], f"job_name: {LINES!r} holds '\\n'; use text of one line"),
     "two lines to run first": (PRUNE, ["--setup", "a\rb"], "setup: 'a\\rb' holds '\\r'; use text of one line"),
@@ -183,6 +270,31 @@ def test_a_machine_without_slurm(recipe, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     assert run("r.yaml", "--submit") == 2
     assert capsys.readouterr().err == "error: submit: sbatch is not installed here; 'r.sbatch' is written\n"
+
+
+ALONE = """
+import sys
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+there = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+
+def find_spec(name, *more):
+    spec = find(name, *more)
+    installed = spec and "site-packages" in (spec.origin or "site-packages")
+    return None if installed and name.partition(".")[0] not in there else spec
+
+PathFinder.find_spec = staticmethod(find_spec)
+from shardprune.cluster.slurm import job
+print(job.main(["--", "prune", "m"]))
+"""
+
+
+def test_the_process_of_a_job_needs_pydantic_alone():
+    """It runs outside of the container, where little else may be installed."""
+    environment = {name: value for name, value in os.environ.items() if name not in job.VARIABLES}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_the_process_of_a_job_outside_of_slurm_says_so(monkeypatch, capsys):
