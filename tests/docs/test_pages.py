@@ -104,7 +104,10 @@ def follow(page: Page, tiny: Path) -> None:
     names = {"__name__": "__main__"}
     for block in page.blocks:
         if block.language == "yaml" and block.runs:  # a command may stand before its recipe
-            Path(block.file or "RECIPE.yaml").write_text(block.text)
+            file = Path(block.file or "RECIPE.yaml")
+            # Folders of the repository are links here.
+            assert file.resolve().is_relative_to(Path().resolve()), f"{page.name}:{block.line}: writes to {file}"
+            file.write_text(block.text)
     for block in page.blocks:
         place = f"{page.name}:{block.line}"
         assert block.language, f"{place}: a fence without a language; use text for what is none"
