@@ -13,17 +13,7 @@ import torch
 
 from tests.recovery.test_images import plain_loss
 from tests.recovery.test_training import UPDATES, WAYS
-from tests.recovery.trainings import (
-    SHALLOW,
-    checked,
-    furthest,
-    losses,
-    make_documents,
-    make_sparse,
-    plain_training,
-    same_zeros,
-    train,
-)
+from tests.recovery.trainings import checked, furthest, losses, make_material, plain_training, same_zeros, train
 from tests.support.running import search_run
 from tests.support.seeing import make_conversations, make_seeing
 from tests.support.tiny import GROUPED, differing, make_model, make_tokens
@@ -45,12 +35,7 @@ def card():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recovery")
-    make_sparse(folder / "sparse", configs=SHALLOW)
-    make_model(folder / "dense", configs=SHALLOW)
-    words_tokenizer().save_pretrained(folder / "dense")
-    make_documents(folder / "documents.jsonl")
-    return folder
+    return make_material(tmp_path_factory.mktemp("recovery"))
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,15 @@ def make_documents(file: Path, count: int = 21) -> str:
     return str(file)
 
 
+def make_material(folder: Path) -> Path:
+    """A sparse and a dense model, and documents."""
+    make_sparse(folder / "sparse", configs=SHALLOW)
+    make_model(folder / "dense", configs=SHALLOW)
+    words_tokenizer().save_pretrained(folder / "dense")
+    make_documents(folder / "documents.jsonl")
+    return folder
+
+
 def checked(folder, out, **fields) -> RecoverRecipe:
     """A recipe of ten steps over the documents."""
     values = {
