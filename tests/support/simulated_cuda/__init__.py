@@ -15,7 +15,6 @@ not run.
 """
 
 import gc
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.support.environment import same_environment
 from tests.support.simulated_cuda.counts import Counts, Total
 from tests.support.simulated_cuda.driver import driver
 from tests.support.simulated_cuda.guard import COMPILER, load_guard
@@ -53,7 +53,7 @@ def simulated_cuda(memory: int = H100_BYTES) -> Iterator[SimulatedGpu]:
             run(thread)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ))  # a worker sets its allocator
+        stack.enter_context(same_environment())  # a worker sets its allocator
         stack.enter_context(mock.patch.object(threading.Thread, "run", run_there))
         stack.enter_context(driver(GPU))
         stack.enter_context(interpreted_kernels(GPU))
