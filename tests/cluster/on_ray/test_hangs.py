@@ -18,6 +18,7 @@ from shardprune.storage.folder import Folder
 from tests.cluster.on_ray.material import bundled, search
 from tests.failures.listening import Heard, Moment
 from tests.support.clusters import PATIENCE, processes_of
+from tests.support.entries import entries
 from tests.support.tiny import differing
 
 QUIET = Reporter(quiet=True)
@@ -74,7 +75,7 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize("exchange", HANGS)
+@pytest.mark.parametrize("exchange", entries(HANGS.keys(), "store"))
 def test_a_stopped_worker_is_replaced(ray, undisturbed, exchange, tmp_path):
     processes = []
     moment = Moment("prune", 0.4, lambda: processes.append(stopped("PruneActor")))
