@@ -221,6 +221,7 @@ def test_the_driver_dies(recipe, cluster: Nodes, undisturbed, when, tmp_path):
     check(tmp_path / "o", result, undisturbed(**PARALLEL))
 
 
+@pytest.mark.long  # tests/storage/test_runs.py shows it in one process
 def test_the_storage_goes_away_in_every_phase(recipe, cluster: Nodes, s3: S3, undisturbed, tmp_path):
     s3.clear()
     seconds = dict.fromkeys(MOMENTS, 1.0) | {"prune": 4.0}

@@ -84,6 +84,7 @@ def test_a_lost_worker_is_replaced(ray, recipe, local, number):
         assert re.search(rf"{named} has given no sign of life", said)
 
 
+@pytest.mark.long
 def test_a_stopped_worker_ends_an_evaluation_that_may_not_restart(ray, recipe):
     reporter = Sending(signal.SIGSTOP)
     with pytest.raises(WorkerLost, match=r"worker 0.0 \(process \d+ on .*\) has given no sign of life for"):
