@@ -21,6 +21,11 @@ def parser_of(document: str | None, samples: int = 32) -> argparse.ArgumentParse
 def add_training(parser: argparse.ArgumentParser) -> None:
     """Add the options of a sparse model and of what it is fine-tuned on."""
     parser.add_argument("--sparsity", type=float, default=0.7)
+    add_data(parser)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the options of what a model is fine-tuned on."""
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)

@@ -38,6 +38,11 @@ SMALL = {
         *("--samples", "2", "--seqlen", "64", "--random-samples", "2", "--random-seqlen", "32"),
         *("--hidden", "128", "--layers", "1", "--threads", "1", "--repeats", "1"),
     ),
+    "paths": (
+        *("--steps", "1", "--tune", "1", "--samples", "8", "--seqlen", "64", "--eval-windows", "2", "--jobs", "1"),
+        *("--remove", "0.1", "--ways", "random", "tuned", "--seeds", "0", "--data", "constraints.txt"),
+        *("--eval", "constraints.txt", *TEXT),
+    ),
     "propagation": (
         *("--samples", "2", "--seqlen", "64", "--workers", "2", "--repeats", "1"),
         *("--backend", "local", "--eval", "constraints.txt", *TEXT),
@@ -83,6 +88,7 @@ PRINTED = {
     "experts": "| reap, merged |",
     "launches": "planned for an H200",
     "peers": "before the first layer",
+    "paths": "| tuned |",
     "propagation": "prune step",
     "masks": "| sparsegpt | mosaic |",
     "quality": "| OWL |",
@@ -102,6 +108,7 @@ PRINTED = {
 TAKE_ANY_MODEL = (
     "distillation",
     "masks",
+    "paths",
     "propagation",
     "rebuilding",
     "recovery",
