@@ -113,7 +113,7 @@ class _Evaluation:
         from shardprune.evaluation.tasks import evaluate_tasks
 
         with self.clock.phase("tasks"):
-            results = evaluate_tasks(self._answering(), opened, self.recipe)
+            results = evaluate_tasks(self._answering(opened), opened, self.recipe)
         tasks = {**self.found.tasks, **results}
         self._keep(tasks=tasks, harness=version("lm-eval"), engine=self.recipe.engine)
 
@@ -138,13 +138,14 @@ class _Evaluation:
             restarts=self.model.restarts,
         )
 
-    def _answering(self) -> "LM":
+    def _answering(self, opened: list[Any]) -> "LM":
         """Return the model that answers the tasks: the shards, or lm-eval's own."""
         if self.recipe.engine == "hf":
+            from shardprune.evaluation.tasks import showing
             from shardprune.evaluation.whole import whole_model
 
             self.model.close()  # which leaves its memory to the model in this process
-            return whole_model(self.model)
+            return whole_model(self.model, seeing=bool(showing(opened)))
         from shardprune.evaluation.harness import ShardedLM
 
         return ShardedLM(self.model)
@@ -180,12 +181,14 @@ def _open_tasks(recipe: EvaluateRecipe, model: ShardedModel) -> list[Any]:
         return []
     check_extra("eval", "tasks")
     try:
-        from shardprune.evaluation.tasks import load_tasks, writes
+        from shardprune.evaluation.tasks import load_tasks, showing, writes
     except ImportError as error:
         raise InputError("tasks", f"lm-eval cannot be imported: {error}") from error
     if recipe.engine == "hf" and model.checkpoint.folder.is_file(ADAPTER):
         where = model.checkpoint.folder.url
         raise InputError("engine", f"'hf' would apply the adapter in {where}, which shards do not; use shards")
     tasks = load_tasks(recipe)
+    if (names := showing(tasks)) and not model.checkpoint.has_tower:
+        raise InputError("tasks", f"{names[0]!r} shows images, and the model sees none")
     check_ends(model.opened.tokenizer(), "model", writes=writes(tasks))
     return tasks

@@ -203,6 +203,11 @@ def writes(tasks: Sequence[Task | Group]) -> bool:
     return any(task.OUTPUT_TYPE not in SCORED for task in _leaves(tasks))
 
 
+def showing(tasks: Sequence[Task | Group]) -> list[str]:
+    """Return the names of the tasks that show images."""
+    return [task.task_name for task in _leaves(tasks) if getattr(task, "MULTIMODAL", False)]
+
+
 def _leaves(items: Sequence[Task | Group]) -> list[Task]:
     return [task for item in items for task in (item.get_all_tasks() if isinstance(item, Group) else [item])]
 
@@ -226,15 +231,31 @@ def _check_answerable(task: Task, engine: str) -> None:
     """Check that an engine can answer a task.
 
     Raises:
-        InputError: the task needs more than log-likelihoods of text.
+        InputError: the task needs more than the engine does.
     """
     name = task.task_name
     if getattr(task, "MULTIMODAL", False):
-        raise InputError("tasks", f"{name!r} shows images or plays sounds; use a task of text alone")
+        _check_images(task, engine)
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError("tasks", f"{name!r} runs code that the model writes, which is not done here; use lm_eval")
     if engine == "shards" and task.OUTPUT_TYPE not in SCORED:
         raise InputError("tasks", f"{name!r} lets the model write text, which shards do not do; use --engine hf")
+
+
+def _check_images(task: Task, engine: str) -> None:
+    """Check that an engine can answer a task that shows more than text.
+
+    Raises:
+        InputError: it cannot.
+    """
+    name = task.task_name
+    if task.get_config("doc_to_audio"):
+        raise InputError("tasks", f"{name!r} plays sounds; use a task of texts and images")
+    if engine == "shards":
+        raise InputError("tasks", f"{name!r} shows images, which shards do not see; use --engine hf")
+    if task.OUTPUT_TYPE != "generate_until":
+        wanted = "use one of output type generate_until, or --answers"
+        raise InputError("tasks", f"{name!r} scores given answers about images, which lm-eval does not do; {wanted}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""lm-eval's own Hugging Face model, whole in this process, which can also generate text."""
+"""lm-eval's own Hugging Face models, whole in this process, which can also generate text, and see images."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from lm_eval.models import huggingface
+from lm_eval.models import hf_vlms, huggingface
+from lm_eval.models.hf_vlms import HFMultimodalLM
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -65,15 +66,31 @@ class WholeModel(_CheckedLM):
                 def update(self, count: float | None = 1) -> None:
                     step.advance(int(count or 0))
 
-            own, huggingface.tqdm = huggingface.tqdm, Bar
+            modules = huggingface, hf_vlms
+            own = [module.tqdm for module in modules]
+            for module in modules:
+                module.tqdm = Bar
             try:
                 yield
             finally:
-                huggingface.tqdm = own
+                for module, bar in zip(modules, own, strict=True):
+                    module.tqdm = bar
 
 
-def whole_model(model: ShardedModel) -> LM:
+class SeeingModel(WholeModel, HFMultimodalLM):
+    """lm-eval's model that writes about images; what shows none goes the way of its model of text."""
+
+    def tok_batch_multimodal_encode(self, *args: Any, **kwargs: Any) -> Any:
+        encoding = super().tok_batch_multimodal_encode(*args, **kwargs)
+        self._check(int(encoding["input_ids"].max()))
+        return encoding
+
+
+def whole_model(model: ShardedModel, seeing: bool = False) -> LM:
     """Load lm-eval's Hugging Face model of a checkpoint, with the device, dtype and attention that shards would use.
+
+    Args:
+        seeing: the one for tasks that show images.
 
     Raises:
         InputError: transformers cannot load it from its location, or would not run it as the shards do.
@@ -84,7 +101,7 @@ def whole_model(model: ShardedModel) -> LM:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     try:
-        return WholeModel(
+        return (SeeingModel if seeing else WholeModel)(
             model.reporter,
             pretrained=model.checkpoint.folder.url.removeprefix("hf://"),
             dtype=str(model.skeleton.dtype).removeprefix("torch."),
