@@ -69,6 +69,11 @@ class Slots:
         """Return how many workers fit: one per GPU, or one per CPU."""
         return self.gpus if device == "cuda" else self.cpus
 
+    def share(self, ways: int) -> "Slots":
+        """Return the slots of each of so many pieces of work that share them evenly."""
+        # Also of the largest node's CPUs: workers with more threads than that may find no place at the same time.
+        return Slots(self.cpus // ways, self.gpus // ways, max(1, self.cpus_of_a_node // ways))
+
 
 def this_machine() -> Slots:
     """Return the slots of the machine that this process runs on."""
@@ -81,6 +86,7 @@ class Backend(Protocol):
     """A source of workers."""
 
     replaces: bool  # whether others can take the place of lost workers
+    concurrent: bool  # whether pieces of work can share its slots
 
     def slots(self) -> Slots:
         """Return the slots for workers.
@@ -113,6 +119,15 @@ class Backend(Protocol):
 
     def settle(self) -> Slots:
         """Wait, after a worker was lost, until every dead node is known; return the slots that are left."""
+
+    def in_shares(self, calls: Sequence[Callable[["Backend"], T]]) -> list[T]:
+        """Make calls at the same time, each with a backend that has an equal share of the slots; return their results.
+
+        Only where it is `concurrent`. Calls and results are sent to other processes and back.
+
+        Raises:
+            WorkerLost: the process of a call died.
+        """
 
     def close(self) -> None: ...
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from shardprune.cluster.group import Group, Ref, Slots, this_machine
+from shardprune.cluster.group import Backend, Group, Ref, Slots, this_machine
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import alone, train_worker
 from shardprune.shard.forward_worker import ForwardWorker
@@ -46,6 +46,7 @@ class LocalBackend:
     """This process on this machine."""
 
     replaces = False
+    concurrent = False
 
     def slots(self) -> Slots:
         machine = this_machine()
@@ -64,6 +65,9 @@ class LocalBackend:
 
     def settle(self) -> Slots:
         raise AssertionError("a worker of this process cannot be replaced")
+
+    def in_shares(self, calls: Sequence[Callable[[Backend], T]]) -> list[T]:
+        raise AssertionError("this process does one thing at a time")
 
     def close(self) -> None:
         pass

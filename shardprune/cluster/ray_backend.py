@@ -7,6 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from shardprune.recipes.imports import uncollected
@@ -39,7 +40,7 @@ with uncollected():
         PlacementGroupSchedulingStrategy,
     )
 
-    from shardprune.cluster.group import Group, Ref, Slots, this_machine
+    from shardprune.cluster.group import Backend, Group, Ref, Slots, this_machine
     from shardprune.cluster.patience import Patience, sign_seconds
     from shardprune.cluster.ray_exchange import Exchange, Held, JoiningActor
     from shardprune.cluster.ray_metrics import metrics
@@ -130,6 +131,7 @@ class RayBackend:
     """A Ray cluster: the one at `address` or RAY_ADDRESS, else one of this machine's own that ends with the run."""
 
     replaces = True
+    concurrent = True
 
     def __init__(self, address: str | None, patience: float) -> None:
         self._address = address or os.environ.get("RAY_ADDRESS")
@@ -170,6 +172,12 @@ class RayBackend:
 
     def settle(self) -> Slots:
         return settled_slots()
+
+    def in_shares(self, calls: Sequence[Callable[[Backend], T]]) -> list[T]:
+        from shardprune.cluster.ray_sharing import in_shares
+
+        self._connect()
+        return in_shares(calls, partial(RayBackend, None, self._patience))
 
     def close(self) -> None:
         if self._connected_here:

@@ -292,14 +292,14 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
             "device": device,
             "workers": workers,
             "micro_batch": recipe.micro_batch or micro_batch_of(recipe.batch, workers, recipe.length),
-            "threads": _recorded_threads(out) or recipe.threads or threads_of(slots, workers),
+            "threads": recorded_threads(out) or recipe.threads or threads_of(slots, workers),
             "precision": precision,
             "evaluate_every": recipe.evaluate_every or recipe.checkpoint_every,
         }
     )
 
 
-def _recorded_threads(out: str) -> int | None:
+def recorded_threads(out: str) -> int | None:
     """Return the threads with which the training in an output began; another number adds in another order."""
     threads = recorded_recipe(out).get("threads")
     return threads if isinstance(threads, int) and threads > 0 else None

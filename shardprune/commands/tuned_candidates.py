@@ -6,11 +6,13 @@ that is cut off goes on with the candidate, and the step, at which it was.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from shardprune.cluster.defaults import device_of
 from shardprune.cluster.group import Backend
-from shardprune.commands.prepare_recovery import open_inputs
+from shardprune.commands.prepare_recovery import open_inputs, recorded_threads
 from shardprune.commands.recover import fine_tuned
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import INDEX
@@ -20,6 +22,7 @@ from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.clock import Clock
 from shardprune.report.progress import Reporter
+from shardprune.report.result import Result
 from shardprune.storage.folder import Folder
 from shardprune.storage.npy_file import npy_bytes
 
@@ -68,14 +71,12 @@ class CandidateTuning:
     def tune(self, iteration: int, letters: list[Letter], windows: Tensor, reporter: Reporter, clock: Clock) -> None:
         """Tune and score the candidates of an iteration, which are written."""
         self._folder.write_bytes(WINDOWS, npy_bytes(windows.numpy()))
+        reporter.say(f"iteration {iteration}: tuning {' and '.join(letters)}")
+        with clock.phase("tune"):
+            results = self._trained([f"{self._out}/{self.place(iteration, letter)}" for letter in letters])
         before: dict[str, float] = {}
         after: dict[str, float] = {}
-        for letter in letters:
-            model = f"{self._out}/{self.place(iteration, letter)}"
-            reporter.say(f"iteration {iteration}: tuning the candidate {letter}")
-            recipe = self._settings(model, f"{model}-tuned", (f"{self._out}/{WINDOWS}",))
-            with clock.phase("tune"):
-                result = fine_tuned(recipe, self._backend, Reporter(quiet=True), Clock(Reporter(quiet=True).events))
+        for letter, result in zip(letters, results, strict=True):
             (measured,) = result.perplexity.values()
             assert measured.before is not None
             assert measured.after is not None
@@ -83,12 +84,37 @@ class CandidateTuning:
             before[key], after[key] = measured.before, measured.after
         self.known[iteration] = TunedScores(before, after)
 
+    def _trained(self, models: list[str]) -> list[Result]:
+        """Train candidates: at the same time on a share of the slots each, if there is room; else one after another."""
+        trainings = [partial(_train, self._settings_of(model)) for model in models]
+        if len(models) > 1 and self._all_fit(models):
+            return self._backend.in_shares(trainings)
+        return [train(self._backend) for train in trainings]
+
+    def _all_fit(self, models: list[str]) -> bool:
+        """Return whether the backend has room for all trainings at the same time."""
+        recipe, slots = self._recipe, self._backend.slots()
+        share = slots.share(len(models))
+        if not self._backend.concurrent or recipe.tune_zero == 3:  # its share of GPUs may not hold the model
+            return False
+        if device_of(recipe.device, slots) == "cuda":
+            return share.gpus > 0
+        # What is begun goes on with the threads that it had.
+        recorded = [recorded_threads(self._settings_of(model).out) for model in models]
+        return max(recipe.threads or 1, *(threads or 1 for threads in recorded)) <= min(
+            share.cpus, share.cpus_of_a_node
+        )
+
     def remove(self, iteration: int | None = None) -> None:
         """Remove all that is there, but for that of an iteration."""
         kept = () if iteration is None else (f"{FOLDERS}{iteration:02d}-", WINDOWS)
         for name in self._folder.names():
             if name.startswith(FOLDERS) and not name.startswith(kept):
                 (self._folder.remove if name == WINDOWS else self._folder.remove_folder)(name)
+
+    def _settings_of(self, model: str) -> RecoverRecipe:
+        """Return the recipe of a candidate's training."""
+        return self._settings(model, f"{model}-tuned", (f"{self._out}/{WINDOWS}",))
 
     def _settings(self, model: str, out: str, evaluations: tuple[str, ...]) -> RecoverRecipe:
         recipe = self._recipe
@@ -108,3 +134,7 @@ class CandidateTuning:
             "report": False,
         }
         return RecoverRecipe.checked({name: value for name, value in values.items() if value is not None})
+
+
+def _train(recipe: RecoverRecipe, backend: Backend) -> Result:
+    return fine_tuned(recipe, backend, Reporter(quiet=True), Clock(Reporter(quiet=True).events))

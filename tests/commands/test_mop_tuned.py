@@ -7,12 +7,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 
 from shardprune import RecoverRecipe, recover
+from shardprune.cluster.group import Slots
+from shardprune.cluster.local_backend import LocalBackend
+from shardprune.cluster.ray_backend import RayBackend
+from shardprune.commands.tuned_candidates import CandidateTuning
 from shardprune.errors import InputError
 from shardprune.recovery.checkpoints import Checkpoints
 from shardprune.report.progress import Reporter
 from tests.support.running import search_run as search
 from tests.support.tiny import differing
-from tests.support.tuned import DOCUMENTS, SHARE, make_material, tuned_search
+from tests.support.tuned import DOCUMENTS, SHARE, make_material, tuned_recipe, tuned_search
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,34 @@ def test_a_search_that_is_cut_off_while_it_tunes_goes_on(folder, found, count, m
     assert written
     candidates = sum(len(entry.scores) for entry in found.structure.path)
     assert len(trained) == candidates - count  # the one whose last step was saved is not trained again
+
+
+@pytest.mark.parametrize(
+    ("cpus", "fields", "fit"),
+    [
+        (2, {"threads": None}, True),
+        (1, {"threads": None}, False),
+        (4, {"threads": 2}, True),
+        (4, {"threads": 3}, False),
+        (4, {"tune_zero": 3}, False),
+        (4, {"backend": "local"}, False),
+    ],
+)
+def test_candidates_are_tuned_at_the_same_time_where_each_has_its_share(folder, cpus, fields, fit, tmp_path):
+    recipe = tuned_recipe(folder, tmp_path / "o", **{"backend": "ray", **fields})
+
+    class Machine(RayBackend if recipe.backend == "ray" else LocalBackend):
+        def slots(self):
+            return Slots(cpus, 0, cpus)
+
+    backend = Machine(None, 1.0) if recipe.backend == "ray" else Machine()
+    tuning = CandidateTuning(recipe, str(tmp_path / "o"), backend)
+    assert tuning._all_fit([str(tmp_path / "o" / "candidate-01-L"), str(tmp_path / "o" / "candidate-01-G")]) is fit
+
+
+def test_a_share_of_slots_has_room_beside_the_others():
+    assert Slots(16, 8, 8).share(2) == Slots(8, 4, 4)
+    assert Slots(3, 3, 1).share(2) == Slots(1, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,12 @@ def rebuild_run(folder, out, sparse, model="model", **fields):
 
 def search_run(folder, out, model="model", **fields):
     """Search over a tiny model in this process, quietly."""
-    return mop(MopRecipe.checked(_values(folder, out, model, fields)), Reporter(quiet=True))
+    return mop(search_recipe(folder, out, model, **fields), Reporter(quiet=True))
+
+
+def search_recipe(folder, out, model="model", **fields):
+    """The recipe of such a search."""
+    return MopRecipe.checked(_values(folder, out, model, fields))
 
 
 def _values(folder, out, model, fields):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.support.running import search_run
+from tests.support.running import search_recipe, search_run
 from tests.support.tiny import GROUPED, make_model, make_tokens
 from tests.support.words import WORDS, words_tokenizer
 
@@ -26,4 +26,12 @@ def make_material(folder: Path) -> Path:
 
 
 def tuned_search(folder, out, **fields):
-    return search_run(folder, out, **{"remove": SHARE, "tune_data": str(folder / DOCUMENTS), **TUNED, **fields})
+    return search_run(folder, out, **_fields(folder, fields))
+
+
+def tuned_recipe(folder, out, **fields):
+    return search_recipe(folder, out, **_fields(folder, fields))
+
+
+def _fields(folder, fields):
+    return {"remove": SHARE, "tune_data": str(folder / DOCUMENTS), **TUNED, **fields}
