@@ -16,11 +16,12 @@ import psutil
 import pytest
 import yaml
 
-from shardprune import Recipe, prune
+from shardprune import Recipe, RecoverRecipe, prune, recover
 from shardprune.cluster.slurm.node import LONGEST_TMP
 from shardprune.recipes.demo import bundled_model
 from shardprune.report.progress import Reporter
 from tests.cluster.slurm.sandbox import Sandbox, why_not
+from tests.recovery.trainings import make_material, same_zeros
 from tests.support.tiny import differing, make_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -297,3 +298,58 @@ def test_a_job_in_a_container_stops_at_its_notice_and_goes_on(sandbox, folder, t
     assert seen.count("image.sif") == 6  # the head, the other node and the command, twice
     assert seen.count("/opt:/opt:ro") == 6
     assert left_over(sandbox) == ""
+
+
+TRAINING = {
+    "model": "sparse",
+    "out": "out",
+    "data": "documents.jsonl",
+    "length": 16,
+    "batch": 8,
+    "micro_batch": 2,
+    "steps": 400,
+    "checkpoint_every": 20,
+    "workers": 2,
+    "threads": 1,
+    "zero": 3,
+    "full": True,
+    "keep_sparsity": True,
+    "offload": True,
+}
+
+
+@pytest.mark.long
+def test_a_training_on_two_nodes_outlives_one(sandbox, folder, tmp):
+    """Under ZeRO-3, with the optimizer in the nodes' memory. The last of these tests, as the node stays away."""
+    make_material(folder)
+    (folder / "r.yaml").write_text(yaml.safe_dump(TRAINING))
+    asked = {"nodes": 2, "min-nodes": 1, "cpus-per-node": 1, "object-store": 0.2, "time": 10}
+    words = ["--submit", *(f"--{name}={value}" for name, value in asked.items()), "--tmp", str(tmp)]
+    job = Job(sandbox, folder, "out", sys.executable, "-m", "shardprune", "slurm", "r.yaml", *words)
+    checkpoint = job.out / "training" / "latest"
+    job.wait("the first checkpoint", checkpoint.exists)
+    assert job.node_list == "node[1-2]"
+    sandbox.kill_node("node2")
+    reached = checkpoint.read_text()
+    job.wait("the end", lambda: job.state == "COMPLETED")
+    assert "going on with what is left" in job.log()
+    result = json.loads((job.out / "result.json").read_text())
+    losses = [one["loss"] for one in result["recovery"]["losses"]]
+    assert reached != "step400"
+    assert (result["restarts"], job.nodes()) == (1, {"node1"})
+    here = {name: str(folder / TRAINING[name]) for name in ("model", "data")}
+    values = {
+        **TRAINING,
+        **here,
+        "out": str(folder / "alone"),
+        "workers": 1,
+        "zero": 0,
+        "offload": False,
+        "backend": "local",
+    }
+    alone = recover(RecoverRecipe.checked(values), Reporter(quiet=True))
+    assert losses == pytest.approx([one.loss for one in alone.recovery.losses], abs=1e-4)
+    assert same_zeros(folder / "sparse", job.out)
+    assert left_over(sandbox) == ""
+    for lost in tmp.iterdir():  # nobody could clean up there
+        shutil.rmtree(lost)
