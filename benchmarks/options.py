@@ -1,6 +1,7 @@
 """Options that measurements of pruned models share."""
 
 import argparse
+from typing import Any
 
 from shardprune.recipes.demo import bundled_model
 
@@ -25,7 +26,13 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the options of what a model is fine-tuned on."""
+    """Add the options of what a model is fine-tuned on, of which `training_fields` makes fields of a recipe."""
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--steps", type=int, default=96)
     parser.add_argument("--threads", type=int, default=1)
+
+
+def training_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of a fine-tuning with windows as long as those that are measured."""
+    names = ("data", "eval", "eval_windows", "seqlen", "steps", "threads")
+    return {name: getattr(options, name) for name in names} | {"length": options.seqlen}

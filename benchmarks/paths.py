@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from benchmarks.options import add_data, parser_of
+from benchmarks.options import add_data, parser_of, training_fields
 from shardprune import MopRecipe, RecoverRecipe, mop, recover
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.report.progress import Reporter
@@ -68,18 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     shared = {name: getattr(options, name) for name in ("model", "calibration", "samples", "seqlen", "threads")}
     shared |= {"backend": "local", "remove": options.remove, "report": False}
-    training = {
-        "data": options.data,
-        "eval": options.eval,
-        "eval_windows": options.eval_windows,
-        "seqlen": options.seqlen,
-        "length": options.seqlen,
-        "steps": options.steps,
-        "learning_rate": options.rate,
-        "threads": options.threads,
-        "backend": "local",
-        "report": False,
-    }
+    training = training_fields(options) | {"learning_rate": options.rate, "backend": "local", "report": False}
     print("| way | path | removed | before | after | seconds of the search | of the training |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

@@ -13,7 +13,7 @@ import argparse
 import itertools
 import tempfile
 
-from benchmarks.options import add_training, parser_of
+from benchmarks.options import add_training, parser_of, training_fields
 from shardprune import MopRecipe, Recipe, RecoverRecipe, mop, prune, recover
 from shardprune.report.progress import Reporter
 from shardprune.report.result import Result
@@ -67,17 +67,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--backend", default="ray")
     options = parser.parse_args()
-    shared = {
-        "data": options.data,
-        "eval": options.eval,
-        "eval_windows": options.eval_windows,
-        "seqlen": options.seqlen,
-        "length": options.seqlen,
-        "steps": options.steps,
-        "workers": options.workers,
-        "threads": options.threads,
-        "backend": options.backend,
-    }
+    shared = training_fields(options) | {"workers": options.workers, "backend": options.backend}
     print("| model | trained | teacher | ZeRO | before | after | seconds | zeros before | after | where one was |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
