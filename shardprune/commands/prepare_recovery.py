@@ -32,6 +32,7 @@ from shardprune.recovery.rows import Rows, check_packing, needs_mask
 from shardprune.recovery.sight import check_vision, eyes_of
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.recovery.teacher_store import TeacherStore, check_top
+from shardprune.report.tracking import check_tracker
 from shardprune.shard.memory import check_memory
 from shardprune.shard.spec import Need
 from shardprune.storage.folder import Folder
@@ -172,6 +173,8 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
         if url:
             check_reachable(field, url, recipe.backend)
+    if recipe.track:
+        check_tracker(recipe.track, recipe.out)
     check_output(recipe.out, recipe.resume)  # before models and texts are read, which may be downloads
     opened = open_model(recipe.model)
     checkpoint, skeleton = opened.checkpoint, opened.skeleton

@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
@@ -83,8 +83,7 @@ class RecoveryRun:
 
     def go(self) -> Result:
         """Carry out the run in its output, and return its result."""
-        prepared = self.prepared
-        with self.state.running(self.reporter, command=self.recipe.command):
+        with self.state.running(self.reporter, command=self.recipe.command), self._tracked() as report:
             self._measure("before", self.recipe.model)
             if self.state.previous is None:
                 self._say_what_is_lost()
@@ -93,16 +92,7 @@ class RecoveryRun:
                 if self.state.resumed:
                     self.journal.remove_damaged(self.reporter.say)
                 if not self._trained():
-                    self._share_inputs()
-                    if self.recipe.device == "cpu":  # on GPUs, which other machines have, each worker does
-                        build_what_is_used(self.recipe.offload, self.training, self.reporter.say)
-                    room = min(self.backend.room(self.recipe.device), prepared.processes.count)
-                    with tracked(self.recipe, self.journal.fingerprint, self.losses, self.reporter) as report:
-                        for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
-                            with attempt as processes, self.clock.phase("recover"), self._progress(report):
-                                self.state.known.workers = self.backend.train(prepared.spec(processes), processes.count)
-                    self._say_how_it_ended()
-                    self.state.save()
+                    self._train(report)
                 self._write_rest()
             self._measure("after", self.recipe.out)
             return self._finish()
@@ -113,6 +103,25 @@ class RecoveryRun:
         """Return whether a file of the output comes from the training, which cannot be made again."""
         frame = {self.journal.frame_file} if self.recipe.full else set()
         return file in frame | {self.journal.layer_file(layer) for layer in range(self.journal.layers)}
+
+    def _tracked(self) -> AbstractContextManager[Follow]:
+        """Open the tracker, if there is one and something to train, before anything is measured: it may refuse."""
+        if self.state.previous is not None:
+            return nullcontext(lambda known: None)
+        return tracked(self.recipe, self.journal.fingerprint, self.losses, self.reporter)
+
+    def _train(self, report: Follow) -> None:
+        """Train all layers, in as many attempts as it takes."""
+        prepared = self.prepared
+        self._share_inputs()
+        if self.recipe.device == "cpu":  # on GPUs, which other machines have, each worker does
+            build_what_is_used(self.recipe.offload, self.training, self.reporter.say)
+        room = min(self.backend.room(self.recipe.device), prepared.processes.count)
+        for attempt in self._attempts(prepared.processes.shrunk_to(int(room))):
+            with attempt as processes, self.clock.phase("recover"), self._progress(report):
+                self.state.known.workers = self.backend.train(prepared.spec(processes), processes.count)
+        self._say_how_it_ended()
+        self.state.save()
 
     def _trained(self) -> bool:
         """Whether all layers are trained and written."""

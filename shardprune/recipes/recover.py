@@ -191,6 +191,8 @@ class TrackedOutputFields(ModelOutputFields):
         if kind not in TRACKERS or not place:
             forms = ", ".join(f"{kind}:{place}" for kind, place in TRACKERS.items())
             raise InputError("track", f"{value!r} is no tracker; use one of {forms}")
+        if kind == "tensorboard" and "://" in place:
+            raise InputError("track", f"{value!r} is a URL; use a directory of the machine that the driver runs on")
         if kind == "tensorboard":
             check_survives_ray_job("track", place)
         return value

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from shardprune.errors import InputError, first_line
+from shardprune.storage.folder import Folder
 
 KEY = "shardprune.run"  # tag of an MLflow run: the training that it shows
 
@@ -20,6 +21,26 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def check_tracker(track: str, out: str) -> None:
+    """Check, as far as that opens nothing, that the tracker of a training can be opened.
+
+    Raises:
+        InputError: TensorBoard's folder cannot be written.
+    """
+    kind, _, place = track.partition(":")
+    if kind == "tensorboard":
+        Folder(_board(place, out), "track").check_writable()
+
+
+def _board(place: str, out: str) -> str:
+    """Return the folder of a run of TensorBoard."""
+    return os.path.join(place, _name(out))
+
+
+def _name(out: str) -> str:
+    return os.path.basename(out.rstrip("/"))
 
 
 def open_tracker(track: str, out: str, fingerprint: str, settings: Mapping[str, Any]) -> Tracker:
@@ -35,10 +56,10 @@ def open_tracker(track: str, out: str, fingerprint: str, settings: Mapping[str, 
         InputError: the tracker refuses it, for example because a key is missing.
     """
     kind, _, place = track.partition(":")
-    name, key = os.path.basename(out.rstrip("/")), hashlib.sha256(f"{fingerprint} {out}".encode()).hexdigest()[:16]
+    name, key = _name(out), hashlib.sha256(f"{fingerprint} {out}".encode()).hexdigest()[:16]
     try:
         if kind == "tensorboard":
-            return _TensorBoard(os.path.join(place, name))
+            return _TensorBoard(_board(place, out))
         shown = {field: value for field, value in settings.items() if value is not None}
         return _WandB(place, name, key, shown) if kind == "wandb" else _MLflow(place, name, key, shown)
     except Exception as error:  # each has errors of its own, of files and of the network

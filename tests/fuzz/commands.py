@@ -136,6 +136,10 @@ COMMANDS = {
     "recover": Command(
         ("recover", "pruned", "--out", "out", "--data", "documents.jsonl", *TRAINING), ("pruned", *TEXTS)
     ),
+    "recover, watched": Command(
+        ("recover", "pruned", "--out", "out", "--data", "tokens.npy", *TRAINING, "--track", "tensorboard:logs"),
+        ("pruned", "tokens.npy"),
+    ),
     "recover on text": Command(
         ("recover", "pruned", "--out", "out", "--data", "text.txt", *TRAINING), ("pruned", *TEXTS)
     ),

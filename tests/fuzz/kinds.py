@@ -170,6 +170,9 @@ def _special_file(material: Path, folder: Path, draw: random.Random) -> Input:
     return Input(list(command.words), command)
 
 
+TRACKED = "tensorboard:logs"
+
+
 def _odd_name(material: Path, folder: Path, draw: random.Random) -> Input:
     """An odd name or URL in the place of a model, an output or a text."""
     name = draw.choice(
@@ -180,6 +183,7 @@ def _odd_name(material: Path, folder: Path, draw: random.Random) -> Input:
             "mop",
             "rebuild",
             "recover",
+            "recover, watched",
             "status",
             "report",
             "compare",
@@ -201,6 +205,7 @@ def _odd_name(material: Path, folder: Path, draw: random.Random) -> Input:
         "prune.yaml",
         "job.yaml",
         "c.html",
+        TRACKED,
     }
     at = draw.choice([at for at, word in enumerate(words) if word in known])
     odd_name = draw.choice(ODD_NAMES)
@@ -210,7 +215,7 @@ def _odd_name(material: Path, folder: Path, draw: random.Random) -> Input:
     if draw.random() < 0.15 and possible and (folder / words[at]).exists() and not os.path.lexists(folder / odd_name):
         # A file that is there, under an odd name.
         (folder / words[at]).rename(folder / odd_name)
-    words[at] = odd_name
+    words[at] = f"{TRACKED.partition(':')[0]}:{odd_name}" if words[at] == TRACKED else odd_name
     return Input(words, Command(command.words, command.needs))
 
 

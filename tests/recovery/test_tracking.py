@@ -52,11 +52,32 @@ def test_tensorboard_gets_every_step(folder, tmp_path):
     assert plain.fingerprint == result.fingerprint
 
 
-def test_a_tracker_that_cannot_be_opened_is_one_line(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("boards", "boards/o cannot be written: .*File exists"),
+        ("s3://bucket/boards", "'tensorboard:s3://bucket/boards' is a URL; use a directory of the machine"),
+    ],
+)
+def test_a_folder_that_tensorboard_cannot_have_is_refused_before_anything_is_written(folder, place, message, tmp_path):
     (tmp_path / "boards").mkdir()
     (tmp_path / "boards" / "o").write_text("in the way")
-    with pytest.raises(InputError, match=r"^track: 'tensorboard:.*boards' cannot be opened: .*Not a directory"):
-        train(folder, tmp_path / "o", lora_rank=4, track=f"tensorboard:{tmp_path}/boards")
+    place = place if "://" in place else tmp_path / place
+    with pytest.raises(InputError, match=f"^track: .*{message}"):
+        train(folder, tmp_path / "o", lora_rank=4, track=f"tensorboard:{place}")
+    assert [path.name for path in tmp_path.iterdir()] == ["boards"]
+
+
+def test_a_tracker_that_refuses_is_one_line_before_anything_is_measured(folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise InputError("track", "'wandb:p' cannot be opened: no key")
+
+    monkeypatch.setattr("shardprune.commands.tracking.open_tracker", refuse)
+    said = io.StringIO()
+    where = {"eval": str(folder / "documents.jsonl"), "seqlen": 16, "reporter": Reporter(Console(file=said, width=300))}
+    with pytest.raises(InputError, match="^track: 'wandb:p' cannot be opened: no key$"):
+        train(folder, tmp_path / "o", lora_rank=4, track=f"tensorboard:{tmp_path}/boards", **where)
+    assert "perplexity" not in said.getvalue()
 
 
 def test_a_tracker_that_fails_is_said_once_and_the_training_goes_on(folder, tmp_path, monkeypatch):
