@@ -58,6 +58,8 @@ def _built(build: Callable[[], PreTrainedModel], device: torch.device) -> PreTra
             model = build()
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
         raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
+    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"  # Llama 4 says that its text model is elsewhere
     model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
     for module in model.modules():
         for name, buffer in module._buffers.items():

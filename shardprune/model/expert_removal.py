@@ -35,6 +35,7 @@ from shardprune.storage.stacks import Place
 # The names that configs have for the number of experts; some have two, and every reader looks at its own.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+ZERO = "zero_expert_num"  # of experts that pass tokens on as they are
 LEAST_OF_GROUP = 2  # a router scores a group by its best two experts
 
 
@@ -91,7 +92,8 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
     """Return the experts of a model.
 
     Raises:
-        InputError: it has none, its layers differ in their number, or a table chooses among them.
+        InputError: it has none, its layers differ in their number, or a table chooses among them; tokens may be routed
+            to experts without weights, too.
     """
     found: dict[int, str] = {}
     counts: dict[int, int] = {}
@@ -110,6 +112,9 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
         stated = ", ".join(f"{count} in layer {layer}" for layer, count in sorted(counts.items())[:4])
         raise InputError(field, f"layers have different numbers of experts ({stated}), which are not cut yet")
     config = skeleton.config
+    if without := getattr(config, ZERO, None):
+        reason = f"routers choose among {without} experts without weights, too ({ZERO}), and cannot be cut yet"
+        raise InputError(field, reason)
     per_token = next((value for name in PER_TOKEN if (value := _largest(getattr(config, name, None)))), None)
     if per_token is None:
         raise InputError(field, f"its config does not say how many experts a token gets ({', '.join(PER_TOKEN)})")

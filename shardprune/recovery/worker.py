@@ -49,8 +49,9 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         model = training.run()
         trained = time.monotonic()
         checkpoint = reopened(recipe.model, spec.inputs["model"])
-        family = Skeleton(checkpoint.config, "cpu").family
-        journal = Journal(recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.place)
+        skeleton = Skeleton(checkpoint.config, "cpu")
+        family = skeleton.family
+        journal = Journal(recipe.out, spec.fingerprint, skeleton.layers, checkpoint.place)
         write_layers(model, family, checkpoint, journal, recipe.zero)
         if recipe.full:
             write_trained_frame(model, family, checkpoint, journal, recipe.zero)
