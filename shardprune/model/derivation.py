@@ -31,7 +31,7 @@ from shardprune.model.carried import (
     parameters_of,
 )
 from shardprune.model.config_file import in_one_line
-from shardprune.model.experts import mixtures, run_on_meta
+from shardprune.model.experts import idle_experts, mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
 from shardprune.model.left_dense import pruned_of
 from shardprune.model.stand_ins import Arguments, as_returned, standing_in
@@ -176,6 +176,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
         inputs=inputs,
         attention=_attention(layer, called),
         mixtures=chosen,
+        idle=max((idle_experts(layer.get_submodule(path)) for path in chosen), default=0),
         structures=structures,
         returned=len(output) if isinstance(output, tuple) else 0,
         kept=kept,

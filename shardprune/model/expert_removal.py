@@ -25,6 +25,7 @@ from shardprune.model.config_file import (
     with_changes,
 )
 from shardprune.model.expert_averages import average, rows_of
+from shardprune.model.experts import IDLE
 from shardprune.model.fp8 import DTYPES, names_of_scales
 from shardprune.model.pruning_job import ExpertRemoval, PruningJob
 from shardprune.model.skeleton import Skeleton
@@ -35,7 +36,6 @@ from shardprune.storage.stacks import Place
 # The names that configs have for the number of experts; some have two, and every reader looks at its own.
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-ZERO = "zero_expert_num"  # of experts that pass tokens on as they are
 LEAST_OF_GROUP = 2  # a router scores a group by its best two experts
 
 
@@ -112,8 +112,8 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
         stated = ", ".join(f"{count} in layer {layer}" for layer, count in sorted(counts.items())[:4])
         raise InputError(field, f"layers have different numbers of experts ({stated}), which are not cut yet")
     config = skeleton.config
-    if without := getattr(config, ZERO, None):
-        reason = f"routers choose among {without} experts without weights, too ({ZERO}), and cannot be cut yet"
+    if idle := getattr(config, IDLE, None):
+        reason = f"routers choose among {idle} experts without weights, too ({IDLE}), and cannot be cut yet"
         raise InputError(field, reason)
     per_token = next((value for name in PER_TOKEN if (value := _largest(getattr(config, name, None)))), None)
     if per_token is None:

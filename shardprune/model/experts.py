@@ -23,6 +23,7 @@ UNDECLARED = {
     "Llama4TextExperts": Layout(transposed=True, interleaved=False),
     "LongcatFlashExperts": Layout(transposed=False, interleaved=False),
 }
+IDLE = "zero_expert_num"  # of experts without weights, which pass tokens on as they are, in configs and their classes
 PRODUCTS = (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul)
 
 
@@ -185,6 +186,11 @@ def is_mixture(module: nn.Module) -> bool:
 def experts_of(mixture: nn.Module) -> int:
     """Return the number of experts that have weights."""
     return len(mixture.get_parameter(DOWN))
+
+
+def idle_experts(mixture: nn.Module) -> int:
+    """Return the number of experts without weights."""
+    return getattr(mixture, IDLE, None) or 0
 
 
 def layout_of(mixture: nn.Module) -> Layout:

@@ -59,6 +59,7 @@ class LayerKind:
         attention: maps of the attention; all others are the MLP's.
         mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`), with the number
             of experts that each token passes through.
+        idle: experts without weights that the routers of each mixture choose among, too.
         structures: of the weights, where they are known.
         returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
             them alone.
@@ -69,6 +70,7 @@ class LayerKind:
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
     mixtures: dict[str, int] = field(default_factory=dict)
+    idle: int = 0
     structures: Structures = NO_STRUCTURES
     returned: int = 0
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class LayerKind:
     def share_of_tokens(self, name: str) -> float:
         """Return the share of all tokens that a linear map sees, where routers treat experts alike."""
         path = self.mixture_of(name)
-        return 1.0 if path is None else self.mixtures[path] / self.experts[path]
+        return 1.0 if path is None else self.mixtures[path] / (self.experts[path] + self.idle)
 
     def chunks(self, count: int) -> tuple[tuple[int, ...], ...]:
         """Return the places of the inputs of a layer in at most `count` chunks, which may be solved one after the
