@@ -45,7 +45,8 @@ line. Where most of a layer is no `nn.Linear`, the command ends with a line that
 
 - **weights**: `prune`, `rebuild`, `evaluate`, and `recover` without `--packing` (mixtures of experts with `--zero` 0 to
   2). `yes`: the logits are equal to the bit; in the tests, each runs through `prune`, its perplexity before and after
-  is that of transformers on the same windows, and what is written loads without a missing or unexpected tensor.
+  is that of transformers on the same windows, and what is written loads without a missing or unexpected tensor. `to
+  rounding`: the same, but for logits that differ by less than 1e-5 (of Llama 4, see below).
 - **structures**: `--structured`, `mop` and `--targets stream`; `neurons` where no attention head can go. They need to
   know which heads and neurons the rows and columns of the weights are, which no class says: see
   [extending.md](extending.md).
@@ -61,26 +62,34 @@ same), indices of the tokens that attention chose (GLM-5, `glm_moe_dsa`), the to
 it. Experts that a table chooses are pruned, but not removed.
 
 The experts of a mixture may be tensors of their own in the files, one for each part, or all of a layer in one tensor
-(`gpt_oss`, transposed and with the rows of gate and up in turn; `granitemoe`, `gemma4_text`): each part of each expert
-is a projection, read alone, and what is written has the layout of what was read. A convolution over queries, keys and
-values that lies in three tensors in the files (`kimi_linear`, `olmo_hybrid`) is read as one, and written as three.
+(`gpt_oss`, transposed and with the rows of gate and up in turn; `llama4_text`, transposed; `granitemoe`,
+`gemma4_text`): each part of each expert is a projection, read alone, and what is written has the layout of what was
+read. A convolution over queries, keys and values that lies in three tensors in the files (`kimi_linear`, `olmo_hybrid`)
+is read as one, and written as three.
+
+The class of Llama 4 hands every token to every expert, times zero where the router does not send it there. Here an
+expert gets the tokens that are sent to it alone, times the router's weight as there, so that it multiplies fewer at
+once, and rounds differently. A layer of LongCat-Flash has two attentions and, beside its experts, two MLPs, and its
+routers choose among experts that have no weights, too, and pass tokens on as they are: these stay, and what a file has
+for them is copied. `--expert-tokens all` and `shardprune experts` refuse it.
 
 FP8 checkpoints, as DeepSeek-V3, MiniMax-M2 and the FP8 forms of Qwen3 ship them, are read as what they stand for: each
 weight times the scales of its blocks ([storage.md](storage.md#fp8-checkpoints)). Other quantised checkpoints (GPTQ,
 AWQ, MXFP4, compressed-tensors) are refused in one line: give the one from which they were made.
 
 Of multimodal models, the language tower is pruned, if it is one of these, and all else is copied byte by byte: of
-Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), LLaVA (`llava`), Mistral Small 3 (`mistral3`), Qwen2-VL and
-2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`), Qwen3.5 and its mixtures
-(`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is that of the whole model.
-Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, they run the language tower alone where that is not
-installed. Experts that lie transposed in the files (`qwen3_vl_moe`) stay so.
+Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), Llama 4 (`llama4`), LLaVA (`llava`), Mistral Small 3
+(`mistral3`), Qwen2-VL and 2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`),
+Qwen3.5 and its mixtures (`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is
+that of the whole model. Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, they run the language tower
+alone where that is not installed. Experts that lie transposed in the files (`qwen3_vl_moe`) stay so.
 
 """
 TABLE = """\
 | `model_type` | weights | structures | packing | text | projections of a layer by kind, those of one input together |
 |---|---|---|---|---|---|
 """
+NEARLY = 1e-5  # of logits near 1, in float32
 REFUSALS = """
 ## Refused
 
@@ -110,7 +119,8 @@ def _row(name: str, config: transformers.PretrainedConfig) -> str:
     structures = FAMILIES.get(name)
     kinds = {kind.inputs: kind for kind in Skeleton(config, "cpu").family.kinds}
     groups = " / ".join(_groups(kind) for kind in kinds.values())
-    works = "differs" if difference else "yes", _structures(structures), _packing(structures), _text(config)
+    same = "yes" if not difference else "to rounding" if difference < NEARLY else "differs"
+    works = same, _structures(structures), _packing(structures), _text(config)
     return f"| {' | '.join([f'`{name}`', *works, groups])} |\n"
 
 

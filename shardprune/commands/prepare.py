@@ -20,6 +20,7 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
+from shardprune.model.experts import IDLE
 from shardprune.model.families import FAMILIES, structures_of
 from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.opening import open_checkpoint, open_model, open_texts
@@ -90,8 +91,12 @@ def prepare(
     mixture = any(kind.mixtures for kind in skeleton.family.kinds)
     if asked.chunks > 1 and not mixture:
         raise InputError("expert_chunks", f"{asked.chunks} has no effect: the model has no experts; leave it out")
-    if isinstance(job.zeroing, Zeroing) and job.zeroing.all_tokens and not mixture:
-        raise InputError("expert_tokens", "'all' has no effect: the model has no experts; leave it out")
+    if isinstance(job.zeroing, Zeroing) and job.zeroing.all_tokens:
+        if not mixture:
+            raise InputError("expert_tokens", "'all' has no effect: the model has no experts; leave it out")
+        if getattr(skeleton.config, IDLE, None):
+            reason = f"transformers' code of {skeleton.config.model_type} sends no token to one expert alone"
+            raise InputError("expert_tokens", f"'all' is not possible: {reason}; use routed")
     if job.improving.stream_targets:
         if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
             recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known

@@ -31,7 +31,7 @@ from shardprune.model.carried import (
     parameters_of,
 )
 from shardprune.model.config_file import in_one_line
-from shardprune.model.experts import mixtures, run_on_meta
+from shardprune.model.experts import idle_experts, mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
 from shardprune.model.left_dense import pruned_of
 from shardprune.model.stand_ins import Arguments, as_returned, standing_in
@@ -64,14 +64,18 @@ def _refused(reason: str) -> InputError:
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Return the list of a model's decoder layers and its path."""
-    count = model.config.get_text_config().num_hidden_layers
-    decoder = model.get_decoder()
-    for path, module in model.named_modules():
-        if not path or not isinstance(module, nn.ModuleList) or len(module) != count:
-            continue
-        inside = any(module is part for part in decoder.modules())
-        if inside and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
-            return path, module
+    config = model.config.get_text_config()
+    count = config.num_hidden_layers
+    inside = {id(part) for part in model.get_decoder().modules()}
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if path and id(module) in inside and isinstance(module, nn.ModuleList)
+    ]
+    for own in (count, getattr(config, "num_layers", count)):  # of LongCat's layers, each has two attentions
+        for path, module in lists:
+            if len(module) == own and all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+                return path, module
     raise _refused(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
@@ -172,6 +176,7 @@ def _kind(layer: nn.Module, hidden: Tensor, arguments: Arguments, structures: St
         inputs=inputs,
         attention=_attention(layer, called),
         mixtures=chosen,
+        idle=max((idle_experts(layer.get_submodule(path)) for path in chosen), default=0),
         structures=structures,
         returned=len(output) if isinstance(output, tuple) else 0,
         kept=kept,
@@ -238,8 +243,11 @@ def run_layer_on_meta(
 
 
 def _attention(layer: nn.Module, maps: Collection[str]) -> frozenset[str]:
-    """Return the linear maps of the parts of a layer that take an attention mask."""
+    """Return the linear maps of the parts of a layer that take an attention mask; a list of parts is one."""
     masked = {
-        name for name, part in layer.named_children() if "attention_mask" in inspect.signature(part.forward).parameters
+        name
+        for name, part in layer.named_children()
+        for one in (part if isinstance(part, nn.ModuleList) else (part,))
+        if "attention_mask" in inspect.signature(one.forward).parameters
     }
     return frozenset(name for name in maps if name.split(".")[0] in masked)

@@ -122,7 +122,7 @@ class Kept:
 
 def kept_by(skeleton: Skeleton, layers: Iterable[int]) -> list[Kept]:
     """Return what each of some layers keeps, in the skeleton's dtype: found out by a token on the meta device."""
-    kept = KeptKeys(skeleton.layers, 1)
+    kept = KeptKeys(skeleton.layers, 1, skeleton.attentions)
     layers_of_model = skeleton.model.get_submodule(skeleton.family.layers)
     assert isinstance(layers_of_model, nn.ModuleList)
     with small_parts_blank(skeleton.model, layers_of_model):  # they may not be loaded yet

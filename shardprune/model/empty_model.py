@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
@@ -13,6 +15,8 @@ from transformers.initialization import no_init_weights
 from shardprune.errors import InputError
 from shardprune.model.causal_class import WITHOUT_HEAD, causal_class
 from shardprune.model.config_file import deferred_warnings, in_one_line
+
+LARGE = 2**28  # elements that no buffer has
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -54,10 +58,12 @@ def empty_multimodal_model(
 def _built(build: Callable[[], PreTrainedModel], device: torch.device) -> PreTrainedModel:
     """Build a model with parameters on the meta device and buffers on `device`."""
     try:
-        with _parameters_on_meta(), no_init_weights(), deferred_warnings():
+        with _parameters_on_meta(), _LargeOnMeta(), no_init_weights(), deferred_warnings():
             model = build()
     except Exception as error:  # a bad config fails anywhere in the model's code, with any error
         raise InputError("model", f"its config.json makes no model: {in_one_line(error)}") from error
+    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"  # Llama 4 says that its text model is elsewhere
     model.tie_weights()  # not inside the context, which gives every assignment a parameter of its own
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -78,6 +84,19 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes what is too large for a buffer on the meta device at once: all experts of a layer may be larger than the
+    memory, and zeros are written (Llama 4)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        settings = kwargs or {}
+        if function in (torch.empty, torch.zeros) and settings.get("device") is None:
+            made = function(*args, **{**settings, "device": "meta"})
+            if made.numel() >= LARGE:
+                return made
+        return function(*args, **settings)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ from shardprune.model.config_file import (
     with_changes,
 )
 from shardprune.model.expert_averages import average, rows_of
+from shardprune.model.experts import IDLE
 from shardprune.model.fp8 import DTYPES, names_of_scales
 from shardprune.model.pruning_job import ExpertRemoval, PruningJob
 from shardprune.model.skeleton import Skeleton
@@ -91,7 +92,8 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
     """Return the experts of a model.
 
     Raises:
-        InputError: it has none, its layers differ in their number, or a table chooses among them.
+        InputError: it has none, its layers differ in their number, or a table chooses among them; tokens may be routed
+            to experts without weights, too.
     """
     found: dict[int, str] = {}
     counts: dict[int, int] = {}
@@ -110,6 +112,9 @@ def mixture_of(skeleton: Skeleton, field: str = "model") -> Mixture:
         stated = ", ".join(f"{count} in layer {layer}" for layer, count in sorted(counts.items())[:4])
         raise InputError(field, f"layers have different numbers of experts ({stated}), which are not cut yet")
     config = skeleton.config
+    if idle := getattr(config, IDLE, None):
+        reason = f"routers choose among {idle} experts without weights, too ({IDLE}), and cannot be cut yet"
+        raise InputError(field, reason)
     per_token = next((value for name in PER_TOKEN if (value := _largest(getattr(config, name, None)))), None)
     if per_token is None:
         raise InputError(field, f"its config does not say how many experts a token gets ({', '.join(PER_TOKEN)})")

@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shardprune.model.scaled_experts import route_tokens
 from shardprune.storage.stacks import Layout
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 STACKS: dict[str, tuple[str, ...]] = {"gate_up_proj": (GATE, UP), "up_proj": (UP,), "down_proj": (DOWN,)}  # their parts
+# Classes of experts that transformers does not declare as such, with the layout of their matrices.
+UNDECLARED = {
+    "Llama4TextExperts": Layout(transposed=True, interleaved=False),
+    "LongcatFlashExperts": Layout(transposed=False, interleaved=False),
+}
+IDLE = "zero_expert_num"  # of experts without weights, which pass tokens on as they are, in configs and their classes
 PRODUCTS = (nn.functional.linear, Tensor.matmul, Tensor.__matmul__, torch.matmul)
 
 
@@ -146,14 +153,19 @@ def _is_view(weight: Tensor, view: Tensor) -> bool:
 
 
 def take_apart(model: nn.Module) -> None:
-    """Give the experts of an empty model's layers a linear map for each of their parts."""
+    """Give the experts of an empty model's layers a linear map for each of their parts.
+
+    Matrices behind those of the experts, which LongCat has for experts that pass tokens on as they are, and never uses,
+    are no part of the model any more.
+    """
+    route_tokens(model)
     for module in list(model.modules()):
         if not is_mixture(module):
             continue
-        stacks = {}
+        stacks, count = {}, experts_of(module)
         for name, names in STACKS.items():
             if name in module._parameters:
-                values = module.get_parameter(name)
+                values = module.get_parameter(name)[:count]
                 stacks[name] = Stack(values, names, layout_of(module))
                 del module._parameters[name]
                 setattr(module, name, stacks[name])
@@ -166,12 +178,25 @@ def take_apart(model: nn.Module) -> None:
 def is_mixture(module: nn.Module) -> bool:
     """Return whether a module holds the experts of a layer in parameters that they share, as transformers declares
     them."""
-    known = all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate"))
+    declared = all(hasattr(module, name) for name in ("is_transposed", "is_concatenated", "has_gate"))
+    known = declared or type(module).__name__ in UNDECLARED
     return known and module._parameters.get("down_proj") is not None
+
+
+def experts_of(mixture: nn.Module) -> int:
+    """Return the number of experts that have weights."""
+    return len(mixture.get_parameter(DOWN))
+
+
+def idle_experts(mixture: nn.Module) -> int:
+    """Return the number of experts without weights."""
+    return getattr(mixture, IDLE, None) or 0
 
 
 def layout_of(mixture: nn.Module) -> Layout:
     """Return the layout of a mixture's matrices."""
+    if (known := UNDECLARED.get(type(mixture).__name__)) is not None:
+        return known
     return Layout(transposed=bool(mixture.is_transposed), interleaved=not mixture.is_concatenated)
 
 
@@ -217,7 +242,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
             for name, names in STACKS.items():
                 if (values := tensors.pop(f"{path}.{name}", None)) is None:
                     continue
-                for expert, matrix in enumerate(values):
+                for expert, matrix in enumerate(values[: experts_of(module)]):
                     weights = layout_of(module).parts(matrix, len(names))
                     for part, weight in zip(names, weights, strict=True):
                         tensors[f"{path}.{expert}.{part}.weight"] = weight

@@ -59,6 +59,7 @@ class LayerKind:
         attention: maps of the attention; all others are the MLP's.
         mixtures: paths of mixtures of experts, whose parts are projections (`mlp.experts.3.gate_proj`), with the number
             of experts that each token passes through.
+        idle: experts without weights that the routers of each mixture choose among, too.
         structures: of the weights, where they are known.
         returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
             them alone.
@@ -69,6 +70,7 @@ class LayerKind:
     inputs: tuple[tuple[str, ...], ...]
     attention: frozenset[str]
     mixtures: dict[str, int] = field(default_factory=dict)
+    idle: int = 0
     structures: Structures = NO_STRUCTURES
     returned: int = 0
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -99,7 +101,7 @@ class LayerKind:
     def share_of_tokens(self, name: str) -> float:
         """Return the share of all tokens that a linear map sees, where routers treat experts alike."""
         path = self.mixture_of(name)
-        return 1.0 if path is None else self.mixtures[path] / self.experts[path]
+        return 1.0 if path is None else self.mixtures[path] / (self.experts[path] + self.idle)
 
     def chunks(self, count: int) -> tuple[tuple[int, ...], ...]:
         """Return the places of the inputs of a layer in at most `count` chunks, which may be solved one after the
@@ -123,7 +125,8 @@ class LayerKind:
     @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """The projections of attention and MLP, in the order of the forward pass. Where several mixers are attention
-        side by side, each is a block under its own name; so is what a layer has beside both."""
+        side by side, each is a block under its own name; so is what a layer has beside both, and each of the attentions
+        and MLPs of a layer that has a list of them."""
         blocks: dict[str, list[str]] = {}
         for name in self.projections:
             blocks.setdefault(self._block_of(name), []).append(name)
@@ -141,10 +144,15 @@ class LayerKind:
 
     def _block_of(self, name: str) -> str:
         """Return the block of a linear map."""
+        place = self._part_of(name)
         if name not in self.attention:
-            return BESIDE.get(name.split(".")[0], "mlp")
-        mixers = {one.split(".")[0] for one in self.attention}
-        return "attention" if len(mixers) == 1 else name.split(".")[0]
+            return place if "." in place else BESIDE.get(place, "mlp")
+        return "attention" if len({self._part_of(one) for one in self.attention}) == 1 else place
+
+    def _part_of(self, name: str) -> str:
+        """Return the part of a layer that a linear map is in, with its number where it is one of a list."""
+        first, second, *_ = (*name.split("."), "")
+        return f"{first}.{second}" if second.isdigit() and self.mixture_of(name) is None else first
 
 
 def _expert(name: str, mixture: str) -> int:
@@ -212,8 +220,8 @@ FAMILIES: dict[str, Structures] = {
 # Multimodal models whose language tower is a causal language model of its own, with the same logits for text alone.
 TOWERS = frozenset(
     (
-        *("gemma3", "gemma3n", "gemma4", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_5"),
-        *("qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+        *("gemma3", "gemma3n", "gemma4", "internvl", "llama4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl"),
+        *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
     )
 )
 # Each layout that their checkpoints have maps the prefixes of the tower's stored tensors to those of that model.

@@ -4,7 +4,7 @@ have such (convolutions, linear attention, state spaces)."""
 import inspect
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,23 +42,30 @@ class KeptKeys(Cache):
 
     `seen` is the number of tokens that have passed, which the owner counts: it holds for layers that are elsewhere, and
     while a token is on its way through the layers.
+
+    Args:
+        attentions: of each layer, which keep keys and values of their own.
     """
 
-    def __init__(self, layers: int, length: int) -> None:
-        self.seen, self.length = 0, length
-        super().__init__(layers=[_KeptLayer(self) for _ in range(layers)])
+    def __init__(self, layers: int, length: int, attentions: int = 1) -> None:
+        self.seen, self.length, self._attentions = 0, length, attentions
+        super().__init__(layers=[_KeptLayer(self) for _ in range(layers * attentions)])
 
     def elements(self, layer: int) -> int:
         """Return the number of elements of one layer's keys and values."""
-        own = self.layers[layer]
-        return sum(kept.numel() for kept in (own.keys, own.values) if kept is not None)
+        return sum(kept.numel() for own in self._of(layer) for kept in (own.keys, own.values) if kept is not None)
 
     def state_bytes(self, layer: int) -> int:
         """Return the bytes of one layer's states, which do not grow with the sequences."""
-        own = self.layers[layer]
-        assert isinstance(own, _KeptLayer)
-        states = [*own.conv_states.values(), *own.recurrent_states.values()]
+        states = [
+            state for own in self._of(layer) for state in (*own.conv_states.values(), *own.recurrent_states.values())
+        ]
         return sum(state.nbytes for state in states if state is not None)
+
+    def _of(self, layer: int) -> "list[_KeptLayer]":
+        """Return what the attentions of one layer keep."""
+        first = layer * self._attentions
+        return cast("list[_KeptLayer]", self.layers[first : first + self._attentions])
 
 
 class _KeptLayer(LinearAttentionLayer, CacheLayerMixin):

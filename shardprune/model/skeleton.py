@@ -82,6 +82,11 @@ class Skeleton:
         return len(self._blanks)
 
     @property
+    def attentions(self) -> int:
+        """The number of attentions of each layer, by the layers that the config counts."""
+        return max(1, self.config.num_hidden_layers // self.layers)
+
+    @property
     def has_experts(self) -> bool:
         """Whether any layer is a mixture of experts."""
         return any(kind.mixtures for kind in self.family.kinds)

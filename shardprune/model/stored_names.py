@@ -17,9 +17,10 @@ from transformers.core_model_loading import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from shardprune.errors import InputError
 from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.empty_model import empty_model
-from shardprune.model.experts import STACKS, is_mixture, layout_of
+from shardprune.model.experts import STACKS, experts_of, is_mixture, layout_of
 from shardprune.storage.joined_tensors import Joined
 from shardprune.storage.safetensors_file import Entry
 from shardprune.storage.stacks import Layout, Place, Slice
@@ -34,7 +35,7 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
     Any other tensor that transformers converts, and does not only rename, has no name in the model, and keeps its own.
 
     Raises:
-        InputError: transformers builds no model from the config.
+        InputError: transformers builds no model from the config, or such a whole is of more experts than have weights.
     """
     classes = [mapping.get(type(config), None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING)]
     known = [config.model_type, *(one.__name__ for one in classes if one)]
@@ -48,14 +49,19 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
     renamings = [one for one in transforms if not isinstance(one, WeightConverter)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
     inside = model.state_dict()
-    layouts = {path: layout_of(module) for path, module in model.named_modules() if is_mixture(module)}
+    mixtures = {path: module for path, module in model.named_modules() if is_mixture(module)}
     joined: dict[str, dict[int, str]] = {}  # the stored names of parts of a parameter, by their number
     for name, entry in stored.items():
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, inside)
         path, _, leaf = renamed.rpartition(".")
-        if renamed in inside and path in layouts and leaf in STACKS and len(entry.shape) == 3:
+        if renamed in inside and path in mixtures and leaf in STACKS and len(entry.shape) == 3:
+            if entry.shape[0] > experts_of(mixtures[path]):  # LongCat's, not as its own files have them
+                reason = "holds matrices of experts that have no weights; save each expert's tensors by themselves"
+                raise InputError("model", f"tensor {name} {[*entry.shape]} {reason}")
             turned = pattern is not None and _transposes(pattern, converters)
-            yield from _slices(name, entry.shape, renamed, tuple(inside[renamed].shape), layouts[path], turned)
+            yield from _slices(
+                name, entry.shape, renamed, tuple(inside[renamed].shape), layout_of(mixtures[path]), turned
+            )
         elif renamed not in inside:
             yield Place(name), name
         elif pattern is not None and joins(own := _converter_of(pattern, converters)):

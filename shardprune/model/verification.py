@@ -16,6 +16,7 @@ from shardprune.errors import InputError
 from shardprune.model.causal_class import WITHOUT_HEAD
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
+from shardprune.model.expert_removal import COUNTS, LEAST_OF_GROUP, PER_TOKEN
 from shardprune.model.experts import named_tensors
 from shardprune.model.kept_keys import KeptKeys
 from shardprune.model.skeleton import Skeleton
@@ -47,6 +48,8 @@ ROUTING = frozenset(
             "hunyuan_v1_moe",
             "kimi_linear",
             "lfm2_moe",
+            "llama4_text",
+            "longcat_flash",
             "minimax",
             "minimax_m2",
             "mixtral",
@@ -68,6 +71,8 @@ SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
 ROUNDING = 1e-4  # of logits in float32, as a share of the largest
 DENSE_BEFORE_EXPERTS = "first_k_dense_replace"  # number of the first layers, which have no experts
+WITH_EXPERTS = "moe_layers"  # numbers of the layers that have some
+FEW, NARROW = 2, 256  # experts, for each that a token gets; neurons of one of them
 LARGEST = 2**28  # parameters of a model that is made for the check
 
 
@@ -114,18 +119,23 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of a model of the same class and features, but few and narrow layers.
 
     Kept is one layer of each kind that the config's lists tell apart, and the last one; the width of a head; the number
-    of query heads per key/value head.
+    of query heads per key/value head. Where that is still large, few and narrow experts are kept.
 
     Raises:
         InputError: the class takes no such config.
     """
     layers = config.num_hidden_layers
+    sparse = getattr(config, WITH_EXPERTS, None)
     lists = {
         name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers
     }
+    if sparse is not None:
+        lists[WITH_EXPERTS] = [index in sparse for index in range(layers)]
     kinds = [repr([value[index] for value in lists.values()]) for index in range(layers)]
     kept = sorted({kinds.index(kind) for kind in kinds} | {0, layers - 1})
     values = config.to_dict() | {name: [value[index] for index in kept] for name, value in lists.items()}
+    if sparse is not None:
+        values[WITH_EXPERTS] = [place for place, index in enumerate(kept) if index in sparse]
     for name, value in values.items():
         if name.endswith("_token_id") and not (isinstance(value, int) and value < VOCABULARY):
             values[name] = None
@@ -140,16 +150,19 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
             raise ValueError(f"it has {size} parameters")
         return made
 
-    few = {"num_hidden_layers": len(kept), "vocab_size": min(config.vocab_size, VOCABULARY)}
+    attentions = layers // (getattr(config, "num_layers", None) or layers) or 1  # of a layer, which the config counts
+    few = {"num_hidden_layers": len(kept) * attentions, "vocab_size": min(config.vocab_size, VOCABULARY)}
     if getattr(config, DENSE_BEFORE_EXPERTS, 0):
         few[DENSE_BEFORE_EXPERTS] = 1
-    try:
-        return with_fields({**few, **_narrow(config)})
-    except Exception:  # a class that relates its sizes in a way of its own keeps them
+    for experts in (dict[str, int](), _few_experts(config)):
         try:
-            return with_fields(few)
-        except Exception as error:
-            raise _refused(f"cannot be made: {in_one_line(error)}") from error
+            return with_fields({**few, **_narrow(config), **experts})
+        except Exception:  # a class that relates its sizes in a way of its own keeps them
+            continue
+    try:
+        return with_fields(few)
+    except Exception as error:
+        raise _refused(f"cannot be made: {in_one_line(error)}") from error
 
 
 def _narrow(config: PretrainedConfig) -> dict[str, int]:
@@ -162,6 +175,18 @@ def _narrow(config: PretrainedConfig) -> dict[str, int]:
     fields["hidden_size"] = fields["num_attention_heads"] * dim
     if isinstance(width := getattr(config, "intermediate_size", None), int):
         fields["intermediate_size"] = min(width, 2 * fields["hidden_size"])
+    return fields
+
+
+def _few_experts(config: PretrainedConfig) -> dict[str, int]:
+    """Return smaller numbers of experts and of their neurons, where a config says how many there are."""
+    fields = {}
+    groups = getattr(config, "n_group", None) or 1
+    for name in (name for name in COUNTS if isinstance(getattr(config, name, None), int)):
+        chosen = next((value for own in PER_TOKEN if isinstance(value := getattr(config, own, None), int)), 1)
+        fields[name] = min(getattr(config, name), groups * max(LEAST_OF_GROUP, -(-FEW * chosen // groups)))
+    if isinstance(width := getattr(config, "moe_intermediate_size", None), int):
+        fields["moe_intermediate_size"] = min(width, NARROW)
     return fields
 
 
@@ -257,7 +282,7 @@ def difference_token_by_token(config: PretrainedConfig, in_turn: bool = False) -
         skeleton.build_layer(index, ((name, drawn.read(name)) for name in own)) for index, own in enumerate(names)
     ]
     batches = tokens.split(1 if in_turn else SEQUENCES)
-    kept = [KeptKeys(skeleton.layers, SEQLEN) for _ in batches]
+    kept = [KeptKeys(skeleton.layers, SEQLEN, skeleton.attentions) for _ in batches]
     logits = []
     for position in range(SEQLEN):
         latest = []

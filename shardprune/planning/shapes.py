@@ -48,7 +48,7 @@ class LayerShape:
         maps: the inputs of all linear maps, pruned or not.
         elements: parameters.
         matrices: those of them that have two or more dimensions.
-        attends: some of the layer is attention.
+        attends: attentions of the layer; 0 where nothing of it is attention.
         kind: the modules.
         routers: the inputs of the maps that score experts, of a model that has lost some of these.
     """
@@ -57,7 +57,7 @@ class LayerShape:
     maps: tuple[Input, ...]
     elements: int
     matrices: int
-    attends: bool
+    attends: int
     kind: LayerKind
     routers: tuple[Input, ...] = ()
 

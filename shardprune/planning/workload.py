@@ -229,7 +229,7 @@ def _shapes(skeleton: Skeleton) -> tuple[LayerShape, ...]:
                 maps=_inputs(skeleton, index, kind.maps),
                 elements=sum(math.prod(size) for size in sizes),
                 matrices=sum(math.prod(size) for size in sizes if len(size) > 1),
-                attends=bool(kind.attention),
+                attends=skeleton.attentions if kind.attention else 0,
                 kind=kind,
             )
     return tuple(known[id(kind)] for kind in skeleton.family.kinds)

@@ -49,11 +49,11 @@ def train_worker(spec: TrainingSpec, device: torch.device) -> dict[str, Any]:
         model = training.run()
         trained = time.monotonic()
         checkpoint = reopened(recipe.model, spec.inputs["model"])
-        family = Skeleton(checkpoint.config, "cpu").family
-        journal = Journal(recipe.out, spec.fingerprint, checkpoint.config.num_hidden_layers, checkpoint.place)
-        write_layers(model, family, checkpoint, journal, recipe.zero)
+        skeleton = Skeleton(checkpoint.config, "cpu")
+        journal = Journal(recipe.out, spec.fingerprint, skeleton.layers, checkpoint.place)
+        write_layers(model, skeleton.family, checkpoint, journal, recipe.zero)
         if recipe.full:
-            write_trained_frame(model, family, checkpoint, journal, recipe.zero)
+            write_trained_frame(model, skeleton, checkpoint, journal, recipe.zero)
         stored = training.teacher_seconds if recipe.teacher_top else None
         del model
         training.leave()

@@ -17,6 +17,7 @@ from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import persistent_buffers
 from shardprune.model.families import Family
 from shardprune.model.saving import overflow, write_tensors_of_layer
+from shardprune.model.skeleton import Skeleton
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.experts import kept_weights
 from shardprune.recovery.lowrank import UPDATES, LowRankLinear
@@ -43,15 +44,15 @@ def write_layers(model: PreTrainedModel, family: Family, checkpoint: Checkpoint,
 
 
 def write_trained_frame(
-    model: PreTrainedModel, family: Family, checkpoint: Checkpoint, journal: Journal, zero: int
+    model: PreTrainedModel, skeleton: Skeleton, checkpoint: Checkpoint, journal: Journal, zero: int
 ) -> None:
-    """Write the frame: everything beside the layers, trained or not. All processes call together.
+    """Write the frame: everything beside the model's layers, trained or not. All processes call together.
 
     Raises:
         TrainingError: a trained tensor overflows the dtype in which it is stored; nothing is written.
     """
-    inside = f"{family.layers}."
-    names = [name for name in checkpoint.entries if not name.startswith(inside)]
+    inside = {name for index in range(skeleton.layers) for name in skeleton.layer_tensors(index)}
+    names = [name for name in checkpoint.entries if name not in inside]
     parameters = {name: value for name, value in model.named_parameters(remove_duplicate=False) if name in names}
     frame: dict[str, Tensor] = {}
     for name, parameter in parameters.items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shardprune.model.experts import DOWN, Expert, Part
+from shardprune.model.scaled_experts import scales_inputs
 from shardprune.shard.all_tokens import all_to
 from shardprune.solvers.expert_scores import ExpertStatistics
 
@@ -32,6 +33,7 @@ class ExpertTally:
 
     def __init__(self, mixture: nn.Module, everywhere: bool = False) -> None:
         self._mixture, self._everywhere = mixture, everywhere
+        self._scaled = scales_inputs(mixture)
         self._experts = {int(name): one for name, one in mixture.named_children() if isinstance(one, Expert)}
         self._routing: tuple[Tensor, Tensor] | None = None
         self._found: list[tuple[int, Tensor]] = []  # of each expert that got tokens, its column
@@ -87,7 +89,8 @@ class ExpertTally:
         self.entered += tokens
 
     def _add(self, expert: int, output: Tensor) -> None:
-        """Add the outputs [count, hidden] of one expert, before their weights, in the order of its tokens."""
+        """Add the outputs [count, hidden] of one expert, before their weights, in the order of its tokens. Where the
+        weights are in its inputs, they are in its outputs already."""
         if self._routing is None:  # every expert is computed for every token
             return
         index, weights = self._routing
@@ -97,12 +100,13 @@ class ExpertTally:
             output = output + bias[expert]
         weight, wide = weights[token, place].double(), output.float()
         norm = torch.linalg.vector_norm(wide, dim=-1).double()
+        product = norm if self._scaled else weight * norm
         largest = wide.abs().max().double() if wide.numel() else norm.new_zeros(())
         count = norm.new_tensor(len(token))
         self._found.append(
             (
                 expert,
-                torch.stack([count, weight.sum(), norm.sum(), (weight * norm).sum(), norm.square().sum(), largest]),
+                torch.stack([count, weight.sum(), norm.sum(), product.sum(), norm.square().sum(), largest]),
             )
         )
 

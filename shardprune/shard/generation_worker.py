@@ -102,7 +102,8 @@ class GenerationWorker(ForwardWorker):
         """
         parts = incoming.to(self.skeleton.device).split(self.spec.draft.batch)
         if wave.index not in self._kept:
-            self._kept[wave.index] = [KeptKeys(self.skeleton.layers, self.spec.draft.length) for _ in parts]
+            skeleton, length = self.skeleton, self.spec.draft.length
+            self._kept[wave.index] = [KeptKeys(skeleton.layers, length, skeleton.attentions) for _ in parts]
         kept = self._kept[wave.index]
         for own in kept:
             own.seen = position

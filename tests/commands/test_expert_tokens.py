@@ -46,6 +46,15 @@ def test_what_it_does_not_go_with_is_refused(mixture, fields, message):
     assert not (mixture / "refused").exists()
 
 
+def test_a_class_whose_code_takes_no_token_with_one_expert(tmp_path):
+    make_architecture(tmp_path / "model", "longcat_flash", MIXTURES["longcat_flash"])
+    make_tokens(tmp_path / "tokens.npy")
+    reason = "transformers' code of longcat_flash sends no token to one expert alone; use routed"
+    with pytest.raises(InputError, match=f"^expert_tokens: 'all' is not possible: {reason}$"):
+        run(tmp_path, "refused", **ALL)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_model_without_experts(tmp_path):
     make_model(tmp_path / "model", "llama-3.1")
     make_tokens(tmp_path / "tokens.npy")

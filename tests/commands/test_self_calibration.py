@@ -17,7 +17,7 @@ from shardprune.report.result import read_result
 from shardprune.shard.generation_worker import GenerationWorker, Room
 from shardprune.storage import self_text
 from shardprune.storage.folder import Folder
-from tests.support.architectures import DENSE, MIXED, make_architecture
+from tests.support.architectures import DENSE, MIXED, MIXTURES, make_architecture
 from tests.support.running import rebuild_run, run, search_run
 from tests.support.tiny import CONFIGS, differing, make_model, snapshot
 
@@ -68,9 +68,9 @@ def test_every_family_writes_what_a_plain_generation_does(family, tmp_path):
     assert text(tmp_path / "o").tolist() == plain_text(tmp_path / "model").tolist()
 
 
-@pytest.mark.parametrize("model_type", [*DENSE, *sorted(KEEPING_STATES)])
+@pytest.mark.parametrize("model_type", [*DENSE, *sorted(KEEPING_STATES), "llama4_text", "longcat_flash"])
 def test_other_architectures_do_so_too(model_type, tmp_path):
-    make_architecture(tmp_path / "model", model_type, {**DENSE, **MIXED}[model_type])
+    make_architecture(tmp_path / "model", model_type, {**MIXTURES, **DENSE, **MIXED}[model_type])
     run(tmp_path, "o", **CHEAP, samples=3, seqlen=16, self_batch=2, shards=2)
     assert text(tmp_path / "o").tolist() == plain_text(tmp_path / "model", 3, 16, 2).tolist()
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.checks import check_tensors
-from shardprune.model.empty_model import attention_of, persistent_buffers
+from shardprune.model.empty_model import attention_of, empty_model, persistent_buffers
 from shardprune.model.families import FAMILIES
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import CHECKED
@@ -101,3 +101,13 @@ def test_others_are_refused_with_the_reason(model_type):
 def test_checked_classes_are_those_that_the_tests_run():
     parts = {TOWERS[name]["text_config"]["model_type"] for name in TOWERS}
     assert {*CARRYING, *DENSE, *MIXED, *MIXTURES, *FAMILIES} | parts == CHECKED
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "longcat_flash"])
+def test_experts_that_no_memory_holds_are_built_without_values(model_type):
+    """One class fills them with zeros, and the other does not."""
+    values = {**MIXTURES[model_type], "hidden_size": 8192, "num_local_experts": 2**20, "n_routed_experts": 2**20}
+    model = empty_model(AutoConfig.for_model(model_type, **values), torch.float32, torch.device("cpu"))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    assert sum(parameter.numel() for parameter in model.parameters()) > 2**39

@@ -16,6 +16,10 @@ from shardprune.model.skeleton import Skeleton, projection_weight
 from shardprune.model.verification import difference_layer_by_layer, small_config
 from tests.support.architectures import MIXTURES, VOCABULARY, make_architecture
 
+ROUNDING = {
+    "llama4_text"
+}  # whose class multiplies all tokens at once, zeros for those that are not routed to an expert
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -39,12 +43,14 @@ def test_layer_by_layer_equals_the_whole_model(model_type, tmp_path):
             assert torch.equal(own, tensors[name])
             assert own.dtype == tensors[name].dtype
         hidden = skeleton.forward_layer(layer, hidden, skeleton.layer_arguments(index, *tokens.shape))
-    assert torch.equal(skeleton.logits(hidden), whole(tokens).logits)
+    logits, expected = skeleton.logits(hidden), whole(tokens).logits
+    assert torch.equal(logits, expected) or (model_type in ROUNDING and torch.allclose(logits, expected, atol=1e-5))
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_a_random_model_is_the_same_layer_by_layer(model_type):
-    assert difference_layer_by_layer(AutoConfig.for_model(model_type, **MIXTURES[model_type])) == 0
+    difference = difference_layer_by_layer(AutoConfig.for_model(model_type, **MIXTURES[model_type]))
+    assert difference <= (1e-5 if model_type in ROUNDING else 0)
 
 
 @pytest.fixture

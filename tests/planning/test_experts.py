@@ -70,11 +70,13 @@ def test_a_gpu_that_is_too_small_gets_chunks(deepseek):
     assert whole.seconds.prune < chosen.seconds.prune  # passes over the layer
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma4_text", "hunyuan_v1_moe"])
+@pytest.mark.parametrize(
+    "model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3", "gemma4_text", "hunyuan_v1_moe", "longcat_flash"]
+)
 def test_the_share_of_an_expert_is_that_of_the_config(model_type):
     skeleton = Skeleton(AutoConfig.for_model(model_type, **MIXTURES[model_type]), "cpu")
     model = model_of(skeleton, model_type, torch.float32)
-    experts = {"qwen3_moe": 6}.get(model_type, 4)
+    experts = {"qwen3_moe": 6, "longcat_flash": 4 + 2}.get(model_type, 4)  # two without weights
     assert {one.share for one in model.shapes[-1].inputs} == {1.0, 2 / experts}
 
 

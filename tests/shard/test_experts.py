@@ -6,6 +6,7 @@ from torch.nn.functional import linear, silu
 from transformers import AutoConfig
 
 from shardprune.model.pruning_job import PruningJob, Zeroing
+from shardprune.model.skeleton import Skeleton
 from shardprune.shard.prune_worker import PruneWorker
 from shardprune.shard.spec import WorkerSettings, WorkerSpec
 from shardprune.solvers.pattern import parse_pattern
@@ -16,7 +17,7 @@ EXPERTS, CHOSEN = 6, 2
 
 def worker_of(folder, model_type: str = "qwen3_moe", **fields):
     path = make_architecture(folder / "model", model_type, MIXTURES[model_type])
-    layers = AutoConfig.from_pretrained(path).num_hidden_layers
+    layers = Skeleton(AutoConfig.from_pretrained(path), "cpu").layers
     values = {"outlier_m": 5.0, "spread": 0.08, **fields}
     zeroing = Zeroing("sparsegpt", parse_pattern("unstructured"), 0.5, "uniform", **values)
     settings = WorkerSettings(path, "cpu", "float32", 1, False, "auto")
@@ -73,7 +74,7 @@ def test_an_expert_without_tokens_counts_sequences(worker):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("model_type", [name for name in MIXTURES if name != "longcat_flash"])
 def test_all_tokens_add_to_every_expert_and_change_no_output(tmp_path, model_type):
     """Every class's own code takes a router's answer that sends all tokens to one expert."""
     routed, worker = worker_of(tmp_path / "a", model_type), worker_of(tmp_path / "b", model_type, all_tokens=True)

@@ -167,6 +167,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
         **{"linear_head_dim": 8, "linear_num_heads": 4},
     },
     "lfm2_moe": {**_COMMON, **_EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "llama4_text": {  # chunks of attention, no positions in the last layer, no experts in the first
+        **{**_COMMON, "num_hidden_layers": 3, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 40},
+        **{"no_rope_layers": [1, 1, 0], "attention_chunk_size": 8, "floor_scale": 8, "moe_layers": [1, 2]},
+    },
+    "longcat_flash": {  # two attentions and three MLPs in each layer, and experts that have no weights
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4},
+        **{"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "q_lora_rank": 16, "kv_lora_rank": 8},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 4, "n_routed_experts": 4},
+        **{"moe_topk": 2, "zero_expert_num": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1},
+    },
     "minimax": {
         **{**_COMMON, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 8},
         **{"layer_types": ["linear_attention", "full_attention"]},
@@ -188,19 +198,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt2": (
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
         r"most weights of its layers are no weights of an nn\.Linear, such as attn\.c_attn\.weight \[32, 96\]",
-    ),
-    "longcat_flash": (  # each of its layers holds two attentions, and experts that have no weights
-        {
-            **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4},
-            **{"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "q_lora_rank": 16, "kv_lora_rank": 8},
-            **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "moe_topk": 2},
-            **{"zero_expert_num": 2, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 1},
-        },
-        "LongcatFlashForCausalLM has no list of 4 decoder layers",
-    ),
-    "llama4_text": (
-        {**_COMMON, "num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8},
-        r"no weights of an nn\.Linear, such as feed_forward\.experts\.gate_up_proj \[4, 32, 96\]",
     ),
 }
 

@@ -48,6 +48,14 @@ TOWERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION, "image_size": [16, 16], "patch_size": [4, 4]},
         "image_token_id": _TAKEN,
     },
+    "llama4": {
+        "text_config": {**MIXTURES["llama4_text"], "model_type": "llama4_text"},
+        "vision_config": {
+            **{**_VISION, "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24},
+            "model_type": "llama4_vision_model",
+        },
+        "image_token_index": _TAKEN,
+    },
     "mistral3": {
         "text_config": {**DENSE["ministral3"], "model_type": "ministral3"},
         "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 16},
