@@ -107,12 +107,6 @@ def test_an_installation_leaves_nothing_but_the_repository(instructions):
         assert "rm -r build *.egg-info" in (command.strip() for command in commands)
 
 
-def test_the_copy_that_jobs_import_is_compiled(instructions):
-    """Each process would do it again: the folder is root's, and they are not."""
-    (*_, last) = of(instructions, "RUN")
-    assert last.split("&&")[-1].split() == ["python", "-m", "compileall", "-q", "jobs", "shardprune"]
-
-
 def test_gpus_are_seen_by_those_who_ask_for_them(instructions):
     """Without these variables Enroot shows none; with them Kubernetes may show all to a pod that asks for none."""
     settings = dict(word.split("=") for argument in of(instructions, "ENV") for word in argument.split())
@@ -123,3 +117,11 @@ def test_gpus_are_seen_by_those_who_ask_for_them(instructions):
         (container,) = group["template"]["spec"]["containers"]
         hidden = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container.get("env", [])
         assert hidden == ("nvidia.com/gpu" not in container["resources"]["limits"])
+
+
+def test_arguments_of_a_build_that_are_shown_come_before_what_uses_them(instructions):
+    text = (REPOSITORY / "cluster/docker/Dockerfile").read_text() + (REPOSITORY / "docs/clusters.md").read_text()
+    shown = set(re.findall(r"--build-arg (\w+)=", text))
+    assert shown == set(of(instructions, "ARG")) == {"PIP_EXTRA_INDEX_URL"}
+    first = next(at for at, (name, words) in enumerate(instructions) if name == "RUN" and "pip install" in words)
+    assert all(at < first for at, (name, _) in enumerate(instructions) if name == "ARG")
