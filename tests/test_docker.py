@@ -44,7 +44,8 @@ def reaches(name: str) -> bool:
 def test_the_base_is_pinned_and_the_process_is_not_roots(instructions):
     (base,) = of(instructions, "FROM")
     assert re.fullmatch(r"python:3\.1[1-3]\.\d+-slim-\w+", base)
-    assert of(instructions, "USER") == ["shardprune"]
+    (uid,) = re.findall(r"useradd .*--uid (\d+) shardprune", " ".join(of(instructions, "RUN")))
+    assert of(instructions, "USER") == [uid], "of a name Kubernetes cannot tell that it is not root's"
     names = [name for name, _ in instructions]
     assert "RUN" not in names[names.index("USER") :]
 
@@ -96,3 +97,31 @@ def test_tags_of_our_image_are_the_version():
     texts = [path.read_text() for path in (*FOLDER.glob("*.yaml"), *REPOSITORY.glob("cluster/**/*")) if path.is_file()]
     tags = {tag for text in texts for tag in re.findall(r"shardprune:([\w.]+)", text)}
     assert tags == {shardprune.__version__}
+
+
+def test_an_installation_leaves_nothing_but_the_repository(instructions):
+    """pip builds in the folder of the sources."""
+    installed = [run.split("&&") for run in of(instructions, "RUN") if re.search(r"pip install .*\s'?\.", run)]
+    assert len(installed) == 2
+    for commands in installed:
+        assert "rm -r build *.egg-info" in (command.strip() for command in commands)
+
+
+def test_gpus_are_seen_by_those_who_ask_for_them(instructions):
+    """Without these variables Enroot shows none; with them Kubernetes may show all to a pod that asks for none."""
+    settings = dict(word.split("=") for argument in of(instructions, "ENV") for word in argument.split())
+    assert settings["NVIDIA_VISIBLE_DEVICES"] == "all"
+    assert {"compute", "utility"} <= set(settings["NVIDIA_DRIVER_CAPABILITIES"].split(","))
+    cluster = read("kuberay-rayjob")["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        hidden = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container.get("env", [])
+        assert hidden == ("nvidia.com/gpu" not in container["resources"]["limits"])
+
+
+def test_arguments_of_a_build_that_are_shown_come_before_what_uses_them(instructions):
+    text = (REPOSITORY / "cluster/docker/Dockerfile").read_text() + (REPOSITORY / "docs/clusters.md").read_text()
+    shown = set(re.findall(r"--build-arg (\w+)=", text))
+    assert shown == set(of(instructions, "ARG")) == {"PIP_EXTRA_INDEX_URL"}
+    first = next(at for at, (name, words) in enumerate(instructions) if name == "RUN" and "pip install" in words)
+    assert all(at < first for at, (name, _) in enumerate(instructions) if name == "ARG")

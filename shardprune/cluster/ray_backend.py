@@ -201,6 +201,11 @@ class RayBackend:
             if not self._address:
                 raise
             raise InputError("address", f"no Ray cluster answers at {self._address!r}: {first_line(error)}") from error
+        except OSError as error:  # Ray's own cluster has a token, in the home
+            if not error.filename:
+                raise
+            why = f"Ray cannot write {error.filename!r} ({error.strerror}); set HOME to a directory that can be written"
+            raise InputError("backend", why) from error
         self._connected_here = True
 
 

@@ -180,12 +180,16 @@ def _imported(name: str, file: Path) -> ModuleType:
 
 
 def _built_for(accelerator: str) -> str:
-    """Return the name of what code that is compiled here works with."""
+    """Return the name of what code that is compiled here works with.
+
+    A home may be shared with a container, whose C library can be older than the machine's.
+    """
     features = platform.processor()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if re.match(r"(flags|Features)\s*:", line)), features)
-    facts = [accelerator, platform.machine(), features, *(os.environ.get(name, "") for name in VARIABLES)]
+    settings = (os.environ.get(name, "") for name in VARIABLES)
+    facts = [accelerator, platform.machine(), features, *platform.libc_ver(), *settings]
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:12]
     return f"deepspeed-{version('deepspeed')}-torch-{version('torch')}-{sys.implementation.cache_tag}-{digest}"
 

@@ -122,6 +122,15 @@ def test_a_home_that_cannot_be_written_leaves_the_state_of_the_training(tmp_path
     assert Cache.of(str(tmp_path / "state"), "cpu").folder == tmp_path / "state" / "operations"
 
 
+def test_a_container_does_not_use_what_its_machine_has_built(tmp_path, monkeypatch):
+    """They share a home, not a C library."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    outside = Cache.of("", "cpu").folder
+    assert Cache.of("", "cpu").folder == outside
+    monkeypatch.setattr(os, "confstr", lambda name: {"CS_GNU_LIBC_VERSION": "glibc 2.17"}[name])
+    assert Cache.of("", "cpu").folder != outside
+
+
 @pytest.mark.timeout(1200)  # on a busy machine the compiler takes minutes
 def test_deepspeed_loads_from_the_cache_past_the_lock_of_a_dead_build(tmp_path, monkeypatch):
     """The lock lies where torch would build, and torch would wait for it for ever."""
