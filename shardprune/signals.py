@@ -32,7 +32,6 @@ class _Signals:
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
         self.first_at = 0.0
-        self.handled = False
         self.groups: set[int] = set()
         self.others_lost = sys.unraisablehook
 
@@ -69,7 +68,7 @@ def stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
         yield
         return
-    _signals.first, _signals.handled = None, True
+    _signals.first = None
     before: dict[signal.Signals, Any] = {number: signal.getsignal(number) for number in NAMES}
     _signals.others_lost, sys.unraisablehook = sys.unraisablehook, _signals.receive_again
     for number, handler in before.items():
@@ -84,7 +83,7 @@ def stoppable() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         sys.unraisablehook = _signals.others_lost
-        first, _signals.first, _signals.handled = _signals.first, None, False
+        first, _signals.first = _signals.first, None
     if first is not None:  # whatever exception Ray or another library turned it into
         raise Stopped(first)
 
@@ -92,11 +91,6 @@ def stoppable() -> Iterator[None]:
 def stopping() -> bool:
     """Return whether a signal has stopped this process, which is closing down."""
     return _signals.first is not None
-
-
-def handling() -> bool:
-    """Return whether this process is `stoppable`."""
-    return _signals.handled
 
 
 def end_at_once(number: int, _frame: FrameType | None = None) -> None:

@@ -30,6 +30,7 @@ with uncollected():
         ActorUnavailableError,
         NodeDiedError,
         ObjectLostError,
+        OutOfMemoryError,
         RayActorError,
         RayTaskError,
         WorkerCrashedError,
@@ -43,6 +44,7 @@ with uncollected():
     from shardprune.cluster.group import Backend, Group, Ref, Slots, this_machine
     from shardprune.cluster.patience import Patience, sign_seconds
     from shardprune.cluster.ray_exchange import Exchange, Held, JoiningActor
+    from shardprune.cluster.ray_leftovers import free_leftovers
     from shardprune.cluster.ray_metrics import metrics
     from shardprune.cluster.ray_signs import Board, kill
     from shardprune.errors import InputError, WorkerLost, first_line
@@ -63,7 +65,8 @@ with uncollected():
 warnings.filterwarnings("ignore", message="Zero-copy tensor serialization is enabled")
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
-LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+# The last one is the end of a process that Ray kills because its machine has no memory left.
+LOST = (RayActorError, ActorUnavailableError, ObjectLostError, NodeDiedError, WorkerCrashedError, OutOfMemoryError)
 CONNECT_SECONDS = 10.0
 PLACEMENT_SECONDS = 120.0
 PLACEMENT_POLL_SECONDS = 2.0  # between two looks at the nodes meanwhile
@@ -291,6 +294,7 @@ class RayGroup:
         """Wait until the cluster has freed what the workers need."""
         deadline = time.monotonic() + PLACEMENT_SECONDS
         while not self._placement.wait(PLACEMENT_POLL_SECONDS):
+            free_leftovers()
             if cluster_slots().workers(device) < workers:
                 raise WorkerLost("a node died before workers were placed")
             if time.monotonic() > deadline:

@@ -4,10 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from shardprune.cluster.group import Backend, Group, Slots
+from shardprune.cluster.ray_backend import LOST
 from shardprune.errors import WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.shard.forward_worker import ForwardWorker
@@ -67,7 +68,7 @@ def in_shares(calls: Sequence[Callable[[Backend], T]], backend: Callable[[], Bac
         return [ray.get(ref) for ref in refs]
     except RayTaskError as error:
         raise error.cause or error from error
-    except (WorkerCrashedError, OutOfMemoryError) as error:
+    except LOST as error:
         raise WorkerLost(first_line(error)) from error
     finally:
         for ref in refs:

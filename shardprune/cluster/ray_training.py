@@ -7,7 +7,7 @@ Checkpoints go to shared storage without Ray: reports to Ray just before a worke
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,13 +18,14 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 
 from shardprune.cluster.patience import Patience, sign_seconds
+from shardprune.cluster.ray_leftovers import free_leftovers
 from shardprune.cluster.ray_signs import Board, kill
 from shardprune.errors import InputError, StorageError, TrainingError, WorkerLost, first_line
 from shardprune.recovery.spec import TrainingSpec
 from shardprune.recovery.worker import train_worker
 from shardprune.shard.device_errors import context_is_dead
 from shardprune.shard.signs import Calls
-from shardprune.signals import handlers_kept, handling
+from shardprune.signals import handlers_kept
 from shardprune.storage.folder import Folder
 
 # After which a collective that no process died of fails: a link hangs. Ray reports a dead process much sooner.
@@ -85,8 +86,8 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int, patience: float) -
     )
     watch = _Watch(board, workers, patience)
     try:
-        # Ray Train has a handler of its own for Ctrl-C, which neither ends the run nor says so.
-        with handlers_kept() if handling() else nullcontext(), _environment(HEALTH, f"{patience:g}"), watch:
+        # Ray Train has a handler of its own for Ctrl-C, which neither ends the run nor says so, and leaves it behind.
+        with handlers_kept(), _environment(HEALTH, f"{patience:g}"), watch:
             trainer.fit()
     except TrainingFailedError as error:
         if watch.lost:
@@ -105,7 +106,8 @@ def train_on_ray(spec: TrainingSpec, workers: int, cpus: int, patience: float) -
 
 
 class _Watch:
-    """A thread that looks at the signs of the workers, and kills one that hangs: that ends the training."""
+    """A thread that looks at the signs of the workers, and kills one that hangs: that ends the training. It also frees
+    the slots of an attempt before, for which this one may wait."""
 
     def __init__(self, board: Board, workers: int, patience: float) -> None:
         self.lost: WorkerLost | None = None
@@ -124,6 +126,7 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._over.wait(self._patience.between_looks):
+            free_leftovers()
             try:
                 self._patience.look()
             except WorkerLost as error:

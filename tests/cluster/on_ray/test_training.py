@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ray.train import get_context
 
 from shardprune.cluster import ray_training
+from shardprune.cluster.ray_leftovers import free_leftovers
 from shardprune.cluster.ray_training import _ends_an_attempt
 from shardprune.errors import InputError
 from shardprune.recovery.training import Training
@@ -71,7 +72,9 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint(ray, folder, al
 
     killer = threading.Thread(target=kill)
     killer.start()
+    handler = signal.getsignal(signal.SIGINT)
     result = recover(checked(folder, tmp_path / "o", zero=3, workers=2, patience=PATIENCE, **FULL), QUIET)
+    assert signal.getsignal(signal.SIGINT) is handler  # Ray Train's own would ignore Ctrl-C from then on
     killer.join()
     assert killed
     assert killed[0] != f"step{FULL['steps']}"
@@ -110,6 +113,11 @@ def test_a_training_whose_director_dies_is_started_again(ray, folder, tmp_path):
         killer.join()
     assert len(killed) == 1
     assert (result.restarts, len(result.recovery.losses)) == (1, 40)
+    free_leftovers()  # Ray keeps the slots of what the director had placed
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources().get("CPU") == 4
 
 
 @pytest.mark.long
