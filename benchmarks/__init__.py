@@ -9,6 +9,7 @@ gpu              checks and measurements on one GPU, in one command (`make gpu`)
 layer_70b        one layer of Llama-70B shape on one GPU, step by step
 launches         what one layer asks of a GPU, counted on a simulated one, and the seconds that this makes
 masks            perplexity of methods, allocations and rebuilt masks
+packed_attention attention of packed rows by examples, beside the mask of tokens by tokens
 paths            ways to choose MoP's path, each fine-tuned afterwards
 peers            SparseGPT of llm-compressor and ours in turn; the floor that the operations give
 propagation      parallel propagation against exact: seconds and perplexity

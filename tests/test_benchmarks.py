@@ -56,6 +56,7 @@ SMALL = {
         *("--samples", "2", "--seqlen", "16", "--eval-windows", "2", "--settings", "0.5", "2:4"),
         *("--only", "*/OWL", "*/0.5/Wanda", "--case", "bundled", "constraints.txt", "own=self"),
     ),
+    "packed_attention": ("--length", "64", "--examples", "16", "--hidden", "128", "--layers", "1", "--rounds", "1"),
     "real_widths": ("qwen3-235b", "--scale", "16", "--experts", "4", "--samples", "2", "--seqlen", "16"),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1", *TEXT),
     "recovery": (
@@ -88,6 +89,7 @@ PRINTED = {
     "experts": "| reap, merged |",
     "launches": "planned for an H200",
     "peers": "before the first layer",
+    "packed_attention": "| 16 |",
     "paths": "| tuned |",
     "propagation": "prune step",
     "masks": "| sparsegpt | mosaic |",

@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
+from shardprune.recovery.packed_attention import BOUNDS, attend, bounds_of
 from shardprune.shard.cuda import without_cudnn_attention
 from shardprune.solvers.products import add_product
 from shardprune.solvers.selection import kth_value
@@ -21,6 +22,7 @@ def run(setting: Setting, rows: Rows) -> None:
     _gram_matrices(setting, rows)
     _updates(setting, rows)
     _attention(setting, rows)
+    _packed_attention(setting, rows)
     _copies(setting, rows)
 
 
@@ -91,6 +93,32 @@ def _attention(setting: Setting, rows: Rows) -> None:
         for label, work in (("one token", one_token), ("sequences and gradients", sequences)):
             with context():
                 rows.add(f"attention of a new length, {label}, {way}", 1e3 * setting.seconds(work), "ms")
+
+
+def _packed_attention(setting: Setting, rows: Rows) -> None:
+    """Measure attention of two rows that hold 16 examples each, with gradients: by a mask, and by examples."""
+    heads, length = setting.size(64, 4), setting.size(2048, 64)
+    position_ids = torch.arange(length, device=setting.device).remainder(length // 16).expand(2, -1)
+    bounds, examples = bounds_of(position_ids), (position_ids == 0).cumsum(1)
+    mask = (examples[:, :, None] == examples[:, None, :]).tril()[:, None]
+    query, key, value = (
+        torch.randn(2, count, length, 128, device=setting.device).bfloat16().requires_grad_()
+        for count in (heads, heads // 4, heads // 4)
+    )
+
+    def masked() -> Tensor:
+        repeated = (one.repeat_interleave(4, 1) for one in (key, value))  # as transformers does under a mask
+        return scaled_dot_product_attention(query, *repeated, mask).transpose(1, 2)
+
+    def by_examples() -> Tensor:
+        return attend(torch.nn.Identity(), query, key, value, None, **{BOUNDS: bounds})[0]
+
+    for label, work in (("by mask", masked), ("by examples", by_examples)):
+        taken = setting.seconds(lambda work=work: work().sum().backward())
+        rows.add(f"attention of packed rows and gradients, {label}", 1e3 * taken, "ms")
+    expected, found = masked().float(), by_examples().float()
+    distance = float((found - expected).norm() / expected.norm())
+    rows.add("attention of packed rows, distance of the two", distance, ok=distance < 0.02)
 
 
 def _copies(setting: Setting, rows: Rows) -> None:

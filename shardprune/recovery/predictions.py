@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.processor import Processor
+from shardprune.recovery.packed_attention import BOUNDS, bounds_of
 from shardprune.recovery.rows import IGNORED, Rows, needs_mask
 from shardprune.storage.images import read_image
 
@@ -20,10 +21,12 @@ class Reading:
 
     Attributes:
         mask: as in `Rows.collate`.
+        bounds: whether it is told where examples begin, for rows are packed; see `bounds_of`.
         pixels: makes of images what the model is given of them; None where it sees none.
     """
 
     mask: bool
+    bounds: bool = False
     pixels: Callable[[list[Any]], dict[str, Tensor]] | None = None
 
     @classmethod
@@ -34,7 +37,9 @@ class Reading:
             InputError: its processor is gone.
         """
         pixels = Processor(checkpoint.folder).pixels if shows_images(*rows) else None
-        return cls(needs_mask(checkpoint.config.model_type), pixels)
+        mask = needs_mask(checkpoint.config.model_type)
+        packed = any(part is not None and part.packed for part in rows)
+        return cls(mask, packed and not mask, pixels)
 
 
 def shows_images(*rows: Rows | None) -> bool:
@@ -60,6 +65,8 @@ class PredictionBatch:
     def of(cls, rows: Rows, chosen: Sequence[int], reading: "Reading") -> "PredictionBatch":
         """Collate rows, and read the images that they show."""
         inputs = rows.collate(chosen, reading.mask)
+        if reading.bounds:
+            inputs[BOUNDS] = bounds_of(inputs["position_ids"])
         if rows.images is not None and (files := rows.images.of_rows(chosen)):
             assert reading.pixels is not None
             inputs |= reading.pixels([read_image(file.url, "data") for file in files])

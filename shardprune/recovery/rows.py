@@ -1,8 +1,9 @@
 """Rows of tokens for training, and the packing of examples into rows.
 
-A packed row holds several examples, one after another, and positions restart at 0 with each. transformers recognises
-such rows by their positions and lets no token attend to another example's, as long as neither an attention mask nor a
-cache is given. OPT's code ignores the positions and gets the mask.
+A packed row holds several examples, one after another, and positions restart at 0 with each. No token attends to
+another example's: a model attends by examples (packed_attention.py) or, where it cannot, transformers recognises such
+rows by their positions and makes a mask, as long as neither a mask nor a cache is given. OPT's code ignores the
+positions and gets the mask.
 """
 
 import hashlib
@@ -120,6 +121,11 @@ class Rows:
     def longest(self) -> int:
         """The tokens of the longest row; 0 without rows."""
         return int(self.starts.diff().max()) if len(self) else 0
+
+    @property
+    def packed(self) -> bool:
+        """Whether some row holds more than one example."""
+        return int((self.positions == 0).sum()) > len(self)
 
     def row(self, index: int) -> Row:
         """Return row `index`, counted from 0."""

@@ -14,6 +14,7 @@ from shardprune.model.checkpoint import reopened
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.distillation import Distillation, TopDistillation, WholeDistillation, largest
 from shardprune.recovery.model import load_model, load_seeing
+from shardprune.recovery.packed_attention import attend_by_example
 from shardprune.recovery.partitioning import Partitioning, release
 from shardprune.recovery.predictions import PredictionBatch, Reading, ahead
 from shardprune.recovery.rows import Rows
@@ -52,6 +53,8 @@ class LiveTeacher:
         checkpoint = reopened(recipe.teacher, spec.inputs["teacher"], "teacher")
         model = load_model(checkpoint, device, dtype, partitioning)
         self.reading, self.cap = Reading.of(checkpoint, rows), cap_of(model.config)
+        if self.reading.bounds:
+            attend_by_example(model, device)
         self._recipe = recipe
         self._seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.pixels else None
         self._model: Callable[[PredictionBatch], Tensor] = Teacher(model, self._seeing).eval().requires_grad_(False)

@@ -25,6 +25,7 @@ from shardprune.recovery.experts import keep_from_deepspeed
 from shardprune.recovery.loss_log import Loss, Losses
 from shardprune.recovery.model import load_model, load_seeing
 from shardprune.recovery.operations import load_from_cache
+from shardprune.recovery.packed_attention import attend_by_example
 from shardprune.recovery.partitioning import Partitioning, forget_modules, release
 from shardprune.recovery.parts import PartClock
 from shardprune.recovery.predictions import PredictionBatch, Reading, ahead
@@ -70,6 +71,8 @@ class Training:
         checkpoint = reopened(recipe.model, spec.inputs["model"])
         self.model = load_model(checkpoint, device, dtype, partitioning)
         self.reading = Reading.of(checkpoint, rows, self.held_out)
+        if self.reading.bounds:
+            attend_by_example(self.model, device)
         for module in choose_trained(self.model, recipe, spec.targets):
             if partitioning is not None:
                 partitioning.partition(module)
