@@ -4,6 +4,8 @@ trainings need."""
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.simulated_cuda import needs_simulated_cuda
 
 ABSENT = ("ray", "deepspeed", "datasets", "lm_eval", "plotly", "jinja2", "accelerate", "peft", "scipy", "tensorboardX")
@@ -39,6 +41,7 @@ def test_the_command_line_prunes(folder, tmp_path):
 
 
 @needs_simulated_cuda
+@pytest.mark.long
 def test_the_command_line_prunes_on_a_gpu(folder, tmp_path):
     program = f"""
 from tests.support.simulated_cuda import simulated_cuda

@@ -126,13 +126,13 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._over.wait(self._patience.between_looks):
-            free_leftovers()
             try:
                 self._patience.look()
             except WorkerLost as error:
                 self.lost = error
                 kill(self._patience.hanging)
                 return
+            free_leftovers()
 
 
 @contextmanager

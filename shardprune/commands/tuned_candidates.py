@@ -101,9 +101,8 @@ class CandidateTuning:
             return share.gpus > 0
         # What is begun goes on with the threads that it had.
         recorded = [recorded_threads(self._settings_of(model).out) for model in models]
-        return max(recipe.threads or 1, *(threads or 1 for threads in recorded)) <= min(
-            share.cpus, share.cpus_of_a_node
-        )
+        threads = max(recipe.threads or 1, *(one or 1 for one in recorded))
+        return threads <= min(share.cpus, share.cpus_of_a_node)
 
     def remove(self, iteration: int | None = None) -> None:
         """Remove all that is there, but for that of an iteration."""

@@ -130,10 +130,10 @@ LONG = {**PARALLEL, **LARGER}
 BARBER = {**PARALLEL, "rebuild": "barber", "rebuild_threshold": 0.1}
 IMPROVED = {**PARALLEL, "weights": "streamed", "targets": "stream", "reconstruct": 4}
 LOSSES = [
-    ("actor", "prune", BARBER),
     ("node", "prune", IMPROVED),
 ]
 MORE_LOSSES = [
+    ("actor", "prune", BARBER),
     ("node", "evaluate", LONG),
     ("actor", "observe", LONG),
     ("actor", "evaluate", LONG),
@@ -165,7 +165,8 @@ def test_workers_die(recipe, cluster: Nodes, undisturbed, victim, when, fields, 
     assert len(written) == 9
 
 
-@pytest.mark.parametrize("victim", ["actor", pytest.param("node", marks=pytest.mark.long)])
+@pytest.mark.long  # tests/storage/test_runs.py shows it in one process
+@pytest.mark.parametrize("victim", ["actor", "node"])
 def test_workers_die_in_the_middle_of_an_upload(recipe, cluster: Nodes, s3: S3, undisturbed, victim, tmp_path):
     """The storage has the request for a layer's file, and what would have sent it is gone."""
     out = f"runs/{victim}"

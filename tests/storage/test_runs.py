@@ -10,6 +10,7 @@ from shardprune.cli import main
 from shardprune.errors import StorageError
 from shardprune.storage.retrying import ENVIRONMENT
 from tests.evaluation.material import evaluated
+from tests.support.entries import entries
 from tests.support.running import run, search_run
 from tests.support.tiny import differing
 
@@ -66,10 +67,12 @@ def away_in_every_phase(faults):
     faults.down_at("PUT .*/out/config.json", 1)
 
 
+FAULTS = {fault.__name__: fault for fault in (everything_fails_once, away_in_every_phase, busy_for_longer)}
+
+
 @pytest.mark.parametrize(
     "fault",
-    [everything_fails_once, away_in_every_phase, pytest.param(busy_for_longer, marks=pytest.mark.long)],
-    ids=lambda fault: fault.__name__,
+    entries(FAULTS, "everything_fails_once", "busy_for_longer"),
 )
 def test_a_run_gets_over_it(plain, s3, bucket, remote, local, tmp_path, fault):
     fault(s3.faults)

@@ -22,7 +22,6 @@ from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.report.summary import (
     EVALUATION_HEADINGS,
     REMOVED_OR_ZERO,
-    ZERO_OF_REST,
     evaluation_rows,
     remark_on_numbers,
     summary_rows,
@@ -117,7 +116,7 @@ def _section(run: FinishedRun) -> Section:
     plots = [plot for plot in plots_of(result) if plot]
     return Section(
         ", ".join((result.command, *what_was_done(result))),
-        [*_facts(run, result), *_costs(run)],
+        _facts(run, result),
         grids,
         [*plots, *_work(run)],
         [*_remarks(result), *run.circumstances],
@@ -128,33 +127,38 @@ def _section(run: FinishedRun) -> Section:
 
 
 def _facts(run: FinishedRun, result: Result) -> list[tuple[str, str]]:
+    """Return what the table of what was counted and measured does not say."""
     facts = [("model", run.model), ("output", run.name)]
-    if result.sparsity and result.recovery:  # recover has no target
-        facts.append(("sparsity", f"{result.sparsity.before:.2%} → {result.sparsity.achieved:.2%}"))
-    elif result.sparsity:
+    if result.sparsity and not result.recovery:  # recover has no target
         name = "sparsity" if result.sparsity.left_zero is None else REMOVED_OR_ZERO
         facts.append((f"{name}: target", f"{result.sparsity.target:.2%}"))
-        facts.append((f"{name}: achieved", f"{result.sparsity.achieved:.4%}"))
-        if result.sparsity.left_zero is not None:
-            facts.append((ZERO_OF_REST, f"{result.sparsity.left_zero:.4%}"))
     elif result.structure and result.recipe.get("remove") is not None:
         facts.append(("parameters to remove: target", f"{result.recipe['remove']:.2%}"))
     if result.model.removed:
-        facts.append(("parameters removed: achieved", f"{result.model.removed:.4%}"))
-    for source, measured in result.perplexity.items():
-        after = "-" if measured.after is None else f"{measured.after:.3f}"
-        facts.append((f"perplexity, {source.rsplit('/', 1)[-1]}", f"{measured.before:.3f} → {after}"))
+        facts.append(("parameters removed", f"{result.model.removed:.4%}"))
+    if run.attempts > 1:
+        facts.append(_time(run))
+    if (nodes := _nodes(run)) > 1:
+        facts.append(("nodes", str(nodes)))
     return facts
 
 
 def _costs(run: FinishedRun) -> list[tuple[str, str]]:
-    result = run.result
-    nodes = len({worker.node for worker in result.workers})
+    """Return what an evaluation took, which has no such table."""
+    nodes = _nodes(run)
     return [
-        ("time" if run.attempts == 1 else f"time, {run.attempts} attempts", f"{run.seconds:,.1f} s"),
-        ("workers", f"{len(result.workers)} on {nodes} node{'s' if nodes != 1 else ''}"),
-        ("restarts", str(result.restarts)),
+        _time(run),
+        ("workers", f"{len(run.result.workers)} on {nodes} node{'s' if nodes != 1 else ''}"),
+        ("restarts", str(run.result.restarts)),
     ]
+
+
+def _time(run: FinishedRun) -> tuple[str, str]:
+    return "time" if run.attempts == 1 else f"time, {run.attempts} attempts", f"{run.seconds:,.1f} s"
+
+
+def _nodes(run: FinishedRun) -> int:
+    return len({worker.node for worker in run.result.workers})
 
 
 def _evaluation_grids(evaluation: Evaluation) -> Iterator[Grid]:

@@ -48,6 +48,7 @@ def test_shards_and_replicas_equal_one_process_with_the_same_layout(ray, folder,
     assert files[0] == files[1]
 
 
+@pytest.mark.long
 def test_workers_die_in_the_pass_over_an_fp8_model_and_while_layers_are_written(ray, folder, tmp_path):
     fp8, _ = make_fp8(folder / "model")
     local = experts(recipe(folder, tmp_path / "local", model=fp8, backend="local"), QUIET)

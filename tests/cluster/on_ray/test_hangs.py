@@ -127,6 +127,7 @@ def test_a_worker_in_a_deadlock_costs_a_search_one_iteration(ray, undisturbed, t
     assert differing(undisturbed("search"), tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_a_worker_that_stops_while_it_starts_is_replaced(ray, tmp_path, monkeypatch):
     def stop(group, actor) -> None:
         pid = ray.get(actor.__ray_call__.remote(lambda worker: os.getpid()))

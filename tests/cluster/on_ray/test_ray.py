@@ -253,6 +253,7 @@ def test_a_killed_worker_costs_a_search_one_iteration(ray, tmp_path):
     assert differing(tmp_path / "local", tmp_path / "o") == []
 
 
+@pytest.mark.long
 def test_a_worker_dies_while_the_model_writes_its_text(ray, folder, tmp_path):
     fields = {"calibration": "self", "self_batch": 3, "shards": 2, "targets": "own"}
     prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
