@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from shardprune.errors import InputError
 from shardprune.model.families import FAMILIES, LayerKind, Structures
+from shardprune.model.left_dense import NOT_RUN
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.verification import (
     ATTENDING,
@@ -80,9 +81,14 @@ AWQ, MXFP4, compressed-tensors) are refused in one line: give the one from which
 Of multimodal models, the language tower is pruned, if it is one of these, and all else is copied byte by byte: of
 Gemma 3 and 4 (`gemma3`, `gemma4`), InternVL (`internvl`), Llama 4 (`llama4`), LLaVA (`llava`), Mistral Small 3
 (`mistral3`), Qwen2-VL and 2.5-VL (`qwen2_vl`, `qwen2_5_vl`), Qwen3-VL and its mixtures (`qwen3_vl`, `qwen3_vl_moe`),
-Qwen3.5 and its mixtures (`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the tests, perplexity before and after is
-that of the whole model. Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, they run the language tower
-alone where that is not installed. Experts that lie transposed in the files (`qwen3_vl_moe`) stay so.
+Qwen3.5 and its mixtures (`qwen3_5`, `qwen3_5_moe`), Llama 3.2 Vision (`mllama`). Calibration is text; in the tests,
+perplexity before and after is that of the whole model. Of Gemma 3n (`gemma3n`), whose vision tower needs the package
+timm, they run the language tower alone where that is not installed. Experts that lie transposed in the files
+(`qwen3_vl_moe`) stay so.
+
+Llama 3.2 Vision has layers whose attention is to images alone, one in five. For text, it passes them by: they are not
+pruned, do nothing in calibration and perplexity, and no part of a target is theirs; the run and the plan say how many
+there are. `recover` trains low-rank updates of the other layers; it refuses `--full`.
 
 """
 TABLE = """\
@@ -126,6 +132,8 @@ def _row(name: str, config: transformers.PretrainedConfig) -> str:
 
 def _groups(kind: LayerKind) -> str:
     """Return the inputs of a kind of layers; all experts of a mixture are alike."""
+    if not kind.runs:
+        return NOT_RUN
     inputs = dict.fromkeys(
         tuple(re.sub(r"\.experts\.\d+\.", ".experts.*.", one) for one in group) for group in kind.inputs
     )

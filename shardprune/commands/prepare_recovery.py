@@ -16,7 +16,7 @@ from shardprune.commands.state import ZeroCount, run_file
 from shardprune.errors import InputError, without_credentials
 from shardprune.extras import PACKAGES, check_extra
 from shardprune.model.checkpoint import Checkpoint, place_of
-from shardprune.model.checks import check_rank, check_seqlen
+from shardprune.model.checks import check_full, check_rank, check_seqlen
 from shardprune.model.opening import OpenedModel, open_model, open_texts
 from shardprune.model.skeleton import Skeleton
 from shardprune.planning.training.images import Images
@@ -182,7 +182,9 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     check_seqlen(recipe.length, skeleton, "length")
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
-    if not recipe.full:
+    if recipe.full:
+        check_full(skeleton)
+    else:
         check_rank(recipe.lora_rank, skeleton)
     teacher = _open_teacher(recipe, recipe.teacher, checkpoint) if recipe.teacher else None
     # What was started goes on with the workers that there are.

@@ -3,7 +3,8 @@
 The text parts of some multimodal models (Qwen2.5-VL, Qwen3-VL) have no causal language model of their own in
 transformers; the head is a part of the whole model's class. On text alone, that class passes nothing but the embedded
 tokens and the attention mask on to the text model, which makes the positions in three dimensions itself, and adds no
-visual features between its layers. So the text model with that head gives the same logits.
+visual features between its layers. So the text model with that head gives the same logits. The class of that of Llama
+3.2 Vision is there, but transformers knows it by the config of the whole model alone.
 """
 
 from functools import cache
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 WITHOUT_HEAD = frozenset(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"))
+BY_WHOLE = {"mllama_text_model": "mllama"}  # types of text parts, and of the whole whose config has their class
+TEXT_PARTS = WITHOUT_HEAD | BY_WHOLE.keys()  # that transformers' automatic class does not build
 
 
 def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -26,6 +29,8 @@ def causal_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     if config.model_type in WITHOUT_HEAD:
         return _with_head(type(config))  # type: ignore[arg-type]  # a class is hashable
+    if whole := BY_WHOLE.get(config.model_type):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[whole]]
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 

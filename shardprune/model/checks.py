@@ -4,6 +4,7 @@ import torch
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.left_dense import NOT_RUN
 from shardprune.model.skeleton import Skeleton
 from shardprune.solvers.pattern import NM, Unstructured, parse_pattern
 
@@ -97,3 +98,14 @@ def check_rank(rank: int, skeleton: Skeleton) -> None:
     )
     if rank > largest:
         raise InputError("lora_rank", f"{rank} is more than any projection has rows or columns; use at most {largest}")
+
+
+def check_full(skeleton: Skeleton) -> None:
+    """Check that text trains all weights of a model.
+
+    Raises:
+        InputError: some of its layers are not run for text.
+    """
+    if resting := sum(not kind.runs for kind in skeleton.family.kinds):
+        reason = f"text does not train all weights: {resting} of {skeleton.layers} layers are {NOT_RUN}"
+        raise InputError("full", f"{reason}; leave it out, low-rank updates train the others")

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from shardprune.errors import InputError
-from shardprune.model.causal_class import WITHOUT_HEAD
+from shardprune.model.causal_class import TEXT_PARTS
 from shardprune.model.families import TOWERS
 from shardprune.model.fp8 import quantisation_of
 from shardprune.storage.folder import Folder
@@ -120,7 +120,7 @@ def parse_config(content: bytes, place: str, field: str = "model") -> Pretrained
     if fp8:
         del config.quantization_config
     if model_type in TOWERS:
-        if (language := language_config(config).model_type) not in WITHOUT_HEAD:
+        if (language := language_config(config).model_type) not in TEXT_PARTS:
             _check_type(language, field)
     elif _has_other_parts(config):
         raise _other_parts(model_type, field)
@@ -181,7 +181,7 @@ def language_config(config: PretrainedConfig) -> PretrainedConfig:
     if config.model_type not in TOWERS:
         return config
     language = config.get_text_config()
-    language.tie_word_embeddings = config.tie_word_embeddings
+    language.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # some have no such field (Llama 3.2)
     return language
 
 

@@ -33,7 +33,7 @@ from shardprune.model.carried import (
 from shardprune.model.config_file import in_one_line
 from shardprune.model.experts import idle_experts, mixtures, run_on_meta
 from shardprune.model.families import FAMILIES, NO_STRUCTURES, Family, LayerKind, Structures
-from shardprune.model.left_dense import pruned_of
+from shardprune.model.left_dense import not_run, pruned_of
 from shardprune.model.stand_ins import Arguments, as_returned, standing_in
 from shardprune.model.stored_names import joins
 
@@ -104,11 +104,11 @@ def _kinds(
     which share keys and values in the same way, are of one kind.
 
     The model calls its layers one after the other. The first one of each kind is run on the meta device then, with what
-    the model passes to it.
+    the model passes to it. Layers that it does not call, for there are no images, do nothing for text.
     """
     found: dict[Any, LayerKind] = {}
     names = parameters_of(layers[0])
-    passed: list[dict[str, Any]] = []  # to each layer, by name
+    passed: dict[int, dict[str, Any]] = {}  # to each layer that is called, by name
     chosen: list[Any] = []  # by the last layer that was run
     own = [
         (
@@ -123,9 +123,11 @@ def _kinds(
         hidden, arguments = Arguments.split(positional, keywords)
         if TOKENS in names:
             arguments.keywords[TOKENS] = torch.zeros(1, SEQLEN, dtype=torch.long, device=hidden.device)
-        passed.append(
-            {names[0]: hidden, **dict(zip(names[1:], arguments.positional, strict=False)), **arguments.keywords}
-        )
+        passed[index] = {
+            names[0]: hidden,
+            **dict(zip(names[1:], arguments.positional, strict=False)),
+            **arguments.keywords,
+        }
         if own[index] not in found:
             found[own[index]], output = _kind(originals[index], hidden, arguments, structures)
             chosen[:] = output[1:] if CHOSEN in names else []
@@ -136,9 +138,14 @@ def _kinds(
     stand_ins = [partial(pass_on, index) for index in range(len(layers))]
     with small_parts_blank(model, layers) as blank, torch.no_grad(), standing_in(layers, stand_ins):
         model.base_model(inputs_embeds=blank, use_cache=False, **frame_inputs(model, blank))
-    if missing := [index for index, key in enumerate(own) if key not in found]:
-        raise LookupError(f"the model does not call its layer {missing[0]}")
-    return tuple(found[key] for key in own), _carried(model, names, passed)
+    if not passed:
+        raise LookupError("the model calls none of its layers")
+    carried = _carried(model, names, list(passed.values()))
+    resting = [index for index in range(len(layers)) if index not in passed]
+    if resting and not carried.stateless:  # of which a layer may have to pass something on
+        raise LookupError(f"the model does not call its layer {resting[0]}")
+    idle = {own[index]: not_run(layers[index]) for index in resting}
+    return tuple((found if index in passed else idle)[key] for index, key in enumerate(own)), carried
 
 
 def _sharing(layer: nn.Module) -> tuple[Any, ...]:

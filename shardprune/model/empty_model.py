@@ -13,7 +13,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from shardprune.errors import InputError
-from shardprune.model.causal_class import WITHOUT_HEAD, causal_class
+from shardprune.model.causal_class import TEXT_PARTS, causal_class
 from shardprune.model.config_file import deferred_warnings, in_one_line
 
 LARGE = 2**28  # elements that no buffer has
@@ -32,7 +32,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
             "attn_implementation": attention_of(config),
             "experts_implementation": "eager",  # one expert after the other: others round differently
         }
-        if config.model_type in WITHOUT_HEAD:
+        if config.model_type in TEXT_PARTS:
             return causal_class(config)._from_config(config, **settings)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **settings)
 

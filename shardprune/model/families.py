@@ -64,6 +64,8 @@ class LayerKind:
         returned: length of the tuple that a layer returns, of which its hidden states are the first; 0 where it returns
             them alone.
         kept: parameters with two or more dimensions that are no projections, by the reason why they stay as they are.
+        runs: whether the model runs the layers for text. Others pass on what they get, and stay as they are: they have
+            no maps, and so no projections.
     """
 
     maps: tuple[tuple[str, ...], ...]
@@ -74,6 +76,7 @@ class LayerKind:
     structures: Structures = NO_STRUCTURES
     returned: int = 0
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    runs: bool = True
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -220,8 +223,8 @@ FAMILIES: dict[str, Structures] = {
 # Multimodal models whose language tower is a causal language model of its own, with the same logits for text alone.
 TOWERS = frozenset(
     (
-        *("gemma3", "gemma3n", "gemma4", "internvl", "llama4", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl"),
-        *("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
+        *("gemma3", "gemma3n", "gemma4", "internvl", "llama4", "llava", "mistral3", "mllama", "qwen2_vl"),
+        *("qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
     )
 )
 # Each layout that their checkpoints have maps the prefixes of the tower's stored tensors to those of that model.

@@ -26,6 +26,7 @@ SENSITIVE: dict[str, str] = {
 NOT_A_MAP = "no weights of an nn.Linear"
 NOT_CALLED = "linear maps that are not called as modules"
 IGNORED = "ignored"
+NOT_RUN = "not run for text"
 SMALL = f"fewer than {SMALLEST} rows or columns"
 
 
@@ -64,6 +65,12 @@ def pruned_of(
     return tuple(filter(None, groups)), {reason: tuple(names) for reason, names in kept.items()}
 
 
+def not_run(layer: nn.Module) -> LayerKind:
+    """Return the kind of a layer that a model does not run for text."""
+    names = tuple(name for name, parameter in layer.named_parameters() if parameter.dim() > 1)
+    return LayerKind(maps=(), inputs=(), attention=frozenset(), kept={NOT_RUN: names}, runs=False)
+
+
 def ignoring(family: Family, patterns: Sequence[str]) -> Family:
     """Return decoder layers of which some projections are none.
 
@@ -91,7 +98,8 @@ def ignoring(family: Family, patterns: Sequence[str]) -> Family:
             kept = {**kind.kept, IGNORED: tuple(f"{name}.weight" for name in ignored)} if ignored else kind.kept
             known[key] = replace(kind, inputs=tuple(filter(None, groups)), kept=kept)
         kinds.append(known[key])
-    example = f"{family.layers}.0.{family.kinds[0].projections[0]}"
+    layer, name = next((index, kind.projections[0]) for index, kind in enumerate(family.kinds) if kind.projections)
+    example = f"{family.layers}.{layer}.{name}"
     if missing := [one for one in patterns if one not in used]:
         raise InputError("ignore", f"{missing[0]!r} matches no projection; their names are such as {example}")
     if not any(kind.inputs for kind in kinds):
@@ -105,8 +113,11 @@ def left_dense(kinds: Sequence[LayerKind]) -> str | None:
     for kind in kinds:
         for reason, kept in kind.kept.items():
             names.setdefault(reason, {}).update(dict.fromkeys(name.removesuffix(".weight") for name in kept))
-    names.pop(IGNORED, None)
+    for reason in (IGNORED, NOT_RUN):  # of which there may be many
+        names.pop(reason, None)
     parts = [f"{', '.join(kept)} ({reason})" for reason, kept in names.items()]
+    if resting := sum(not kind.runs for kind in kinds):
+        parts.append(f"{resting} of {len(kinds)} layers ({NOT_RUN})")
     ignored, pruned = ([len(some) for some in counts] for counts in zip(*map(_counts, kinds), strict=True))
     if sum(ignored):
         parts.append(f"{sum(ignored)} of {sum(ignored) + sum(pruned)} projections (ignored; the target is the others')")

@@ -23,7 +23,7 @@ from shardprune.model.empty_model import dtypes_of, empty_model, persistent_buff
 from shardprune.model.experts import Part, allocate, take_apart
 from shardprune.model.kept_keys import KeptKeys, going_on
 from shardprune.model.left_dense import ignoring
-from shardprune.model.stand_ins import Arguments, Recorder, StandIn, returning, standing_in
+from shardprune.model.stand_ins import Arguments, Recorder, StandIn, passing_on, returning, standing_in
 
 SHAPES = 8  # wave shapes whose layer arguments are cached: masks take memory
 
@@ -72,6 +72,9 @@ class Skeleton:
         self._places = [copy.copy(blank) for blank in self._blanks]
         for index, place in enumerate(self._places):
             listed[index] = place
+        for blank, kind in zip(self._blanks, self.family.kinds, strict=True):
+            if not kind.runs:
+                blank.__dict__["forward"] = passing_on
         self._inside = f"{self.family.layers}."
         self._dtypes = dtypes_of(self.model, self.dtype)
         self._unread = {name for name in persistent_buffers(self.model) if not name.startswith(self._inside)}
@@ -238,8 +241,8 @@ class Skeleton:
         tokens = tokens.to(self.device)
         with standing_in(self._places, recorders):
             self.model.base_model(input_ids=tokens, **self._keeping(kept))
-        hidden, carried = recorders[0].hidden, self.family.carried
-        assert hidden is not None
+        carried = self.family.carried
+        hidden = next(one.hidden for one in recorders if one.hidden is not None)  # not all layers may run
         own = [one.arguments.carried_by(carried, 0).keywords[OWN] for one in recorders] if carried.own else []
         return carried.wave(hidden, own, tokens)
 

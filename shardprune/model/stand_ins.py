@@ -99,6 +99,11 @@ def returning(hidden: Tensor, returned: int) -> StandIn:
     return lambda *_positional, **_keywords: as_returned(hidden, returned)
 
 
+def passing_on(hidden: Tensor, *_positional: Any, **_keywords: Any) -> Tensor:
+    """Stand in for a layer that the model does not run."""
+    return hidden
+
+
 def as_returned(hidden: Tensor, returned: int) -> Any:
     """Return hidden states as a layer does: alone, or as the first of a tuple of a length."""
     return (hidden, *[None] * (returned - 1)) if returned else hidden

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from shardprune.errors import InputError
-from shardprune.model.causal_class import WITHOUT_HEAD
+from shardprune.model.causal_class import TEXT_PARTS
 from shardprune.model.config_file import deferred_warnings, in_one_line
 from shardprune.model.empty_model import empty_model, persistent_buffers
 from shardprune.model.expert_removal import COUNTS, LEAST_OF_GROUP, PER_TOKEN
@@ -23,7 +23,7 @@ from shardprune.model.skeleton import Skeleton
 
 # Classes whose tiny models pass the check, and a whole run beside transformers, in the tests. All layers of the first
 # are attention with an MLP, and keep keys and values of earlier tokens alone; those of `ROUTING` have experts, those of
-# `CARRYING` pass more than hidden states on; those `WITHOUT_HEAD` run as parts of their multimodal models.
+# `CARRYING` pass more than hidden states on; those of `TEXT_PARTS` run as parts of their multimodal models.
 ATTENDING = frozenset(
     (
         *("apertus", "arcee", "bloom", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "gemma", "gemma2"),
@@ -66,12 +66,12 @@ KEEPING_STATES = frozenset(
         *("nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_next"),
     )
 )
-CHECKED = ATTENDING | MIXING | ROUTING | CARRYING | WITHOUT_HEAD
+CHECKED = ATTENDING | MIXING | ROUTING | CARRYING | TEXT_PARTS
 SEQUENCES, SEQLEN = 2, 24
 VOCABULARY = 256
 ROUNDING = 1e-4  # of logits in float32, as a share of the largest
 DENSE_BEFORE_EXPERTS = "first_k_dense_replace"  # number of the first layers, which have no experts
-WITH_EXPERTS = "moe_layers"  # numbers of the layers that have some
+NUMBERED = ("moe_layers", "cross_attention_layers")  # numbers of the layers of a kind: with experts, or for images
 FEW, NARROW = 2, 256  # experts, for each that a token gets; neurons of one of them
 LARGEST = 2**28  # parameters of a model that is made for the check
 
@@ -125,17 +125,16 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         InputError: the class takes no such config.
     """
     layers = config.num_hidden_layers
-    sparse = getattr(config, WITH_EXPERTS, None)
+    numbered = {name: numbers for name in NUMBERED if (numbers := getattr(config, name, None)) is not None}
     lists = {
         name: value for name, value in config.to_dict().items() if isinstance(value, list) and len(value) == layers
     }
-    if sparse is not None:
-        lists[WITH_EXPERTS] = [index in sparse for index in range(layers)]
+    lists |= {name: [index in numbers for index in range(layers)] for name, numbers in numbered.items()}
     kinds = [repr([value[index] for value in lists.values()]) for index in range(layers)]
     kept = sorted({kinds.index(kind) for kind in kinds} | {0, layers - 1})
     values = config.to_dict() | {name: [value[index] for index in kept] for name, value in lists.items()}
-    if sparse is not None:
-        values[WITH_EXPERTS] = [place for place, index in enumerate(kept) if index in sparse]
+    for name, numbers in numbered.items():
+        values[name] = [place for place, index in enumerate(kept) if index in numbers]
     for name, value in values.items():
         if name.endswith("_token_id") and not (isinstance(value, int) and value < VOCABULARY):
             values[name] = None

@@ -64,6 +64,8 @@ class LayerShape:
     @cached_property
     def multiplied(self) -> int:
         """Elements of the matrices that a token is multiplied with."""
+        if not self.kind.runs:
+            return 0
         return self.matrices - round(sum((1 - one.share) * one.weights for one in self.maps))
 
     @cached_property

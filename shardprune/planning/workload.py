@@ -110,8 +110,11 @@ class Model:
         In the MLP: the outputs of its first projections, one of them through the activation function, their product,
         the residual stream and its norm. In attention: the norm, queries, keys and values with their rotated copies;
         eager attention holds its scores twice, and for 16-bit dtypes a float32 copy. Counted in the layers of
-        transformers 5. Mixers other than attention are taken for it by what their maps give.
+        transformers 5. Mixers other than attention are taken for it by what their maps give. Layers that do not
+        run take none.
         """
+        if not self.shape.kind.runs:
+            return 0
         tokens = sequences * seqlen
         if len(self.shape.maps) < 2:
             return tokens * itemsize * (2 * self.hidden + sum(sum(one.rows.values()) for one in self.shape.maps))
@@ -199,7 +202,7 @@ def model_of(skeleton: Skeleton, name: str, stored: torch.dtype, in_files: float
         keys=(getattr(config, "num_key_value_heads", None) or heads) * width,
         heads=heads,
         eager=attention_of(config) == "eager",
-        shape=max(shapes, key=lambda shape: shape.elements),
+        shape=max(shapes, key=lambda shape: (shape.kind.runs, shape.elements)),
         shapes=shapes,
         embedding=embedding.numel() + (0 if further is None else further.numel()),
         head=head.numel(),

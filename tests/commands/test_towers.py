@@ -62,7 +62,7 @@ def test_the_language_tower_alone_is_pruned(model_type, tmp_path):
     assert zeros / weights == result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "qwen2_5_vl", "qwen3_5_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("model_type", ["gemma3", "mllama", "qwen2_5_vl", "qwen3_5_moe", "qwen3_vl_moe"])
 def test_layouts_and_shards_make_no_difference(model_type, tmp_path):
     make_tokens(tmp_path / "tokens.npy")
     make_tower(tmp_path / "first", model_type)

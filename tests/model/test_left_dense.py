@@ -5,7 +5,7 @@ from torch import nn
 
 from shardprune.errors import InputError
 from shardprune.model.families import Family, LayerKind
-from shardprune.model.left_dense import IGNORED, ignoring, left_dense, pruned_of
+from shardprune.model.left_dense import IGNORED, ignoring, left_dense, not_run, pruned_of
 
 
 def layer_of(**modules):
@@ -93,3 +93,17 @@ def test_layers_with_the_same_projections_ignored_are_of_one_kind():
     assert first.maps == (("q", "k"), ("o",))
     assert left_dense(kinds) == "left dense: 6 of 9 projections (ignored; the target is the others')"
     assert left_dense(family().kinds) is None
+
+
+def test_layers_that_are_not_run_are_counted_and_have_no_projections():
+    kind = not_run(layer_of(cross__q=linear(), mlp__up=linear()))
+    assert (kind.runs, kind.projections, kind.blocks, kind.chunks(2)) == (False, (), {}, ((),))
+    assert list(kind.kept.values()) == [("cross.q.weight", "mlp.up.weight")]
+    kinds = (kind, *family().kinds)
+    assert left_dense(kinds) == "left dense: 1 of 4 layers (not run for text)"
+    ignored = ignoring(Family("model.layers", kinds), ("*.k",)).kinds
+    expected = "left dense: 1 of 4 layers (not run for text); 3 of 9 projections (ignored; the target is the others')"
+    assert left_dense(ignored) == expected
+    assert ignored[0] == kind
+    with pytest.raises(InputError, match=r"names are such as model\.layers\.1\.q$"):
+        ignoring(Family("model.layers", kinds), ("*.up",))

@@ -3,8 +3,9 @@
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.skeleton import Skeleton
@@ -13,6 +14,7 @@ from shardprune.recovery.loss_log import Loss, Losses, own_parts, parts_of
 from shardprune.report.progress import Reporter
 from shardprune.report.summary import summary_rows
 from tests.recovery.trainings import train
+from tests.support.towers import make_tower
 
 
 def test_a_result_says_where_the_seconds_went(folder, tmp_path):
@@ -74,6 +76,19 @@ def test_operations_of_a_forward_pass_are_those_that_are_counted(folder):
     assert forward_operations(skeleton, 16) == pytest.approx(counted - causal + vectors, rel=1e-6)
     assert operations_of_model(skeleton, 16, full=True, masked=False) == 3 * forward_operations(skeleton, 16)
     assert operations_of_model(skeleton, 16, full=False, masked=False) == 2 * forward_operations(skeleton, 16)
+
+
+def test_operations_of_layers_that_are_not_run_do_not_count(tmp_path):
+    checkpoint = Checkpoint(make_tower(tmp_path, "mllama"))
+    skeleton = Skeleton(checkpoint.config, "cpu")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.arange(16)[None], use_cache=False)
+    counted, run = counter.get_total_flops() / 16, [model.model.language_model.layers[index] for index in (0, 2)]
+    causal = 2 * 2 * 2 * 16 * checkpoint.config.hidden_size / 2
+    vectors = [p for layer in run for p in layer.parameters() if p.dim() < 2] + [model.model.language_model.norm.weight]
+    expected = counted - causal + 2 * sum(p.numel() for p in vectors)
+    assert forward_operations(skeleton, 16) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(

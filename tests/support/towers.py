@@ -61,6 +61,17 @@ TOWERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 16},
         "image_token_index": _TAKEN,
     },
+    "mllama": {  # of whose layers two attend to images
+        "text_config": {
+            **{**DENSE["apertus"], "num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
+            "model_type": "mllama_text_model",
+        },
+        "vision_config": {
+            **{**_VISION, "attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 32},
+            "intermediate_layers_indices": [0],
+        },
+        "image_token_index": VOCABULARY,  # a row of the input embedding beyond those of the head
+    },
     "qwen3_5": {
         "text_config": {**MIXED["qwen3_5_text"], "model_type": "qwen3_5_text"},
         "vision_config": _QWEN_VISION,

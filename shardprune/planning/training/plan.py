@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
-from shardprune.model.checks import check_rank, check_seqlen
+from shardprune.model.checks import check_full, check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.vision import SEEING
 from shardprune.planning.described_model import DescribedModel, read_description
@@ -147,7 +147,9 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         check_top(recipe.teacher_top, config.vocab_size)
     skeleton = Skeleton(config, "cpu")
     check_seqlen(recipe.length, skeleton, "length")
-    if not recipe.full:
+    if recipe.full:
+        check_full(skeleton)
+    else:
         check_rank(recipe.lora_rank, skeleton)
     teaching = _skeleton_of_teacher(teacher, recipe.length) if teacher else None
     stages = stages_of(recipe.zero, *(one for one in (skeleton, teaching) if one))

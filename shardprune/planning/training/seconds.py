@@ -94,9 +94,11 @@ def forward_operations(skeleton: Skeleton, length: int) -> int:
 
 
 def _passed_by(skeleton: Skeleton) -> int:
-    """Return the number of weights of experts that a token does not pass through."""
+    """Return the number of weights of experts, and of layers that do not run, that a token does not pass through."""
     passed = 0.0
     for index, kind in enumerate(skeleton.family.kinds):
+        if not kind.runs:
+            passed += sum(math.prod(shape) for shape in skeleton.layer_tensors(index).values())
         for name in (name for names in kind.maps for name in names if kind.mixture_of(name)):
             passed += math.prod(skeleton.map_shape(index, name)) * (1 - kind.share_of_tokens(name))
     return round(passed)
@@ -104,7 +106,7 @@ def _passed_by(skeleton: Skeleton) -> int:
 
 def _attention(skeleton: Skeleton, length: int) -> int:
     """Return the multiplications for a token of causal attention, those of scores and of values."""
-    return skeleton.layers * length * skeleton.config.hidden_size
+    return sum(kind.runs for kind in skeleton.family.kinds) * length * skeleton.config.hidden_size
 
 
 def rate_of_gpu(name: str, bf16: bool) -> float | None:
