@@ -116,7 +116,7 @@ def _packed_attention(setting: Setting, rows: Rows) -> None:
     for label, work in (("by mask", masked), ("by examples", by_examples)):
         taken = setting.seconds(lambda work=work: work().sum().backward())
         rows.add(f"attention of packed rows and gradients, {label}", 1e3 * taken, "ms")
-    expected, found = masked().float(), by_examples().float()
+    expected, found = masked().detach().float(), by_examples().detach().float()
     distance = float((found - expected).norm() / expected.norm())
     rows.add("attention of packed rows, distance of the two", distance, ok=distance < 0.02)
 

@@ -137,7 +137,8 @@ def small_config(config: PretrainedConfig) -> PretrainedConfig:
         values[name] = [place for place, index in enumerate(kept) if index in numbers]
     for name, value in values.items():
         if name.endswith("_token_id") and not (isinstance(value, int) and value < VOCABULARY):
-            values[name] = None
+            # Some classes want a first token (Llama 3.2 Vision); one for padding would blank a row of the embedding.
+            values[name] = 0 if isinstance(value, int) and name == "bos_token_id" else None
     names = config.attribute_map
 
     def with_fields(fields: dict[str, int]) -> PretrainedConfig:

@@ -123,9 +123,8 @@ def test_the_kernel_gives_what_each_example_alone_does(window, groups, width):
     settings = {"scaling": width**-0.5, "sliding_window": window}
     results = []
     for tensors in (plain, ours):
-        (output, _) = packed_attention.attend(
-            None, *tensors, None, **settings, **{BOUNDS: bounds.to(tensors[0].device)}
-        )
+        told = {**settings, BOUNDS: bounds.to(tensors[0].device)}
+        output, _ = packed_attention.attend(torch.nn.Identity(), *tensors, None, **told)
         (output * weights.to(output.device)).sum().backward()
         results.append([output, *(one.grad for one in tensors)])
     for expected, found in zip(*results, strict=True):
