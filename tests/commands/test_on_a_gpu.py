@@ -20,13 +20,13 @@ NEAR = 1e-2  # of the perplexity: at near-ties sums in another order choose othe
 CHOSEN = CARRYING | {
     name: table[name]
     for table, names in (
-        (MIXTURES, ("qwen3_moe", "deepseek_v3", "kimi_linear", "minimax")),
+        (MIXTURES, ("qwen3_moe", "deepseek_v3", "kimi_linear", "llama4_text", "longcat_flash", "minimax")),
         (MIXED, ("qwen3_5_text", "jamba", "falcon_h1", "olmo_hybrid")),
     )
     for name in names
 }
 CHOOSING = ("glm_moe_dsa", "deepseek_v4")
-TOWER = "qwen3_vl"
+TOWERS = ("qwen3_vl", "mllama")
 TRAINED = {"targets": "stream", "reconstruct": 6}
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,7 @@ def card():
 
 def make(folder, model_type):
     try:
-        if model_type == TOWER:
+        if model_type in TOWERS:
             make_tower(folder / "model", model_type)
         elif model_type in CHOSEN:
             make_architecture(folder / "model", model_type, CHOSEN[model_type])
@@ -77,7 +77,7 @@ def agrees(folder, run, text, **fields):
 @pytest.mark.parametrize(
     ("model_type", "fields"),
     [
-        *((name, {}) for name in (*CHOSEN, TOWER)),
+        *((name, {}) for name in (*CHOSEN, *TOWERS)),
         ("qwen3_moe", {"allocation": "fisher"}),
         ("qwen3_moe", {"expert_tokens": "all"}),
         ("qwen3_moe", {"weights": "streamed", "expert_chunks": 2}),
