@@ -113,11 +113,15 @@ class LayerKind:
         What an expert sees does not depend on the weights of another, but on those of the attention before it.
         """
         chunks: list[list[int]] = [[] for _ in range(count)]
-        for place, names in enumerate(self.inputs):
-            path = self.mixture_of(names[0])
-            own = count - 1 if path is None else _expert(names[0], path) * count // self.experts[path]
-            chunks[own].append(place)
+        for place, expert in enumerate(self._experts_of_inputs):
+            chunks[count - 1 if expert is None else expert[0] * count // expert[1]].append(place)
         return tuple(tuple(places) for places in chunks if places) or ((),)
+
+    @cached_property
+    def _experts_of_inputs(self) -> tuple[tuple[int, int] | None, ...]:
+        """The number of the expert that reads each input, and of the experts of its mixture; None: no expert does."""
+        firsts = [(name, self.mixture_of(name)) for name in self.input_names]
+        return tuple(None if path is None else (_expert(name, path), self.experts[path]) for name, path in firsts)
 
     @property
     def outputs(self) -> tuple[str, ...]:

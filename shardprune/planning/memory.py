@@ -196,14 +196,20 @@ class WorkerMemory(WorkerTensors):
         if improving.stream_targets:
             yield from self._aim(weights, kept)
             return
+        known = set()  # of many experts' chunks most are alike
         for places in self.model.shape.kind.chunks(self.setup.chunks):
-            yield from self._solve_chunk(places, weights, kept)
+            inputs, commons = [self.model.inputs[place] for place in places], self.model.shape.commons(places)
+            alike = tuple(commons), tuple((one.size, task.kind_of(one)) for one in inputs)
+            if alike not in known:
+                known.add(alike)
+                yield from self._solve_chunk(inputs, commons, weights, kept)
 
-    def _solve_chunk(self, places: Sequence[int], weights: int, kept: int) -> Iterator[Moment]:
-        """Yield the moments of pruning what reads some of a layer's inputs."""
+    def _solve_chunk(
+        self, inputs: Sequence[Input], commons: Sequence[int], weights: int, kept: int
+    ) -> Iterator[Moment]:
+        """Yield the moments of pruning what reads some of a layer's inputs; `commons` as `LayerShape.commons`."""
         task = self.task
-        inputs = [self.model.inputs[place] for place in places]
-        common = sum(self._sums_of(cols, task.kind) for cols in self.model.shape.commons(places))
+        common = sum(self._sums_of(cols, task.kind) for cols in commons)
         sums = sum(self._sums(one) for one in inputs) + common
         yield self._moment("prune", "accumulate", weights, self._forward(), sums, kept=kept)
         known = set()
@@ -316,8 +322,7 @@ def largest(task: Task, setup: Setup) -> tuple[Moment, Moment]:
 
 def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     """Return the memory of a node with `workers` workers: their processes and the object store."""
-    _, host = largest(task, setup)
-    device, _ = largest(task, setup)
+    device, host = largest(task, setup)
     own = host.host.peak if setup.gpu else device.device.peak
     kinds = 2 if task.improving.measured else 1  # with sums over held-out windows
     store = 0

@@ -3,6 +3,8 @@
 A symmetric matrix is given by its lower triangle; what lies above it may be anything.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,7 @@ def lower_panels(matrix: Tensor) -> list[Tensor]:
     return [matrix[panel.start :, panel] for panel in panels(len(matrix), matrix.device)]
 
 
+@cache  # plans of mixtures ask for the same few sizes millions of times
 def lower_entries(size: int) -> int:
     """Return the number of entries of the `lower_panels` of a square matrix on CUDA; on a CPU there are no more."""
     return sum((size - panel.start) * (panel.stop - panel.start) for panel in panels(size, torch.device("cuda")))
