@@ -22,6 +22,7 @@ from shardprune.model.verification import (
     difference_layer_by_layer,
     difference_token_by_token,
 )
+from shardprune.model.vision import SEEING
 from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
 from tests.support.towers import TOWERS
@@ -84,6 +85,9 @@ Qwen3.5 and its mixtures (`qwen3_5`, `qwen3_5_moe`). Calibration is text; in the
 that of the whole model. Of Gemma 3n (`gemma3n`), whose vision tower needs the package timm, they run the language tower
 alone where that is not installed. Experts that lie transposed in the files (`qwen3_vl_moe`) stay so.
 
+[Images with conversations](recovery.md#conversations-about-images) train and measure {seeing}: in the tests, the loss
+of each conversation is that of transformers' class and processor of the whole model, before and after a training.
+
 """
 TABLE = """\
 | `model_type` | weights | structures | packing | text | projections of a layer by kind, those of one input together |
@@ -106,7 +110,7 @@ def page() -> str:
     configs = {name: AutoConfig.for_model(**{**values, "model_type": name}) for name, values in others} | ours
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
-    return HEAD + TABLE + rows + REFUSALS + refusals
+    return HEAD.replace("{seeing}", ", ".join(f"`{name}`" for name in SEEING)) + TABLE + rows + REFUSALS + refusals
 
 
 def _config(name: str) -> transformers.PretrainedConfig:

@@ -29,7 +29,7 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.mixing import RowMixture, joined
 from shardprune.recovery.predictions import shows_images
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
-from shardprune.recovery.sight import check_vision, eyes_of
+from shardprune.recovery.sight import check_vision, eyes_of, most_shown
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.recovery.teacher_store import TeacherStore, check_top
 from shardprune.report.tracking import check_tracker
@@ -75,7 +75,8 @@ class Inputs:
         if not shown:
             return None
         teacher = self.teacher.whole_config if self.teacher else None
-        return Images(max(images.most for images in shown), self.checkpoint.whole_config, teacher)
+        most = most_shown(self.checkpoint, self.rows, self.held_out)
+        return Images(max(images.most for images in shown), self.checkpoint.whole_config, teacher, most)
 
 
 @dataclass(frozen=True)

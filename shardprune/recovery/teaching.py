@@ -53,7 +53,7 @@ class LiveTeacher:
         model = load_model(checkpoint, device, dtype, partitioning)
         self.reading, self.cap = Reading.of(checkpoint, rows), cap_of(model.config)
         self._recipe = recipe
-        self._seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.pixels else None
+        self._seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.processor else None
         self._model: Callable[[PredictionBatch], Tensor] = Teacher(model, self._seeing).eval().requires_grad_(False)
         self._engine: Any = None
         if partitioning is not None:

@@ -14,7 +14,7 @@ from shardprune.planning.training.plan import plan_training
 from shardprune.planning.training.recipe import TrainingPlanRecipe
 from tests.planning.alive import measured
 from tests.recovery.trainings import checked
-from tests.support.seeing import make_seeing
+from tests.support.seeing import make_seeing, make_seeing_family
 from tests.support.tiny import GROUPED
 
 TEXT = {
@@ -58,6 +58,10 @@ def test_tensors_take_the_memory_that_is_predicted(wide, kind, tmp_path):
     shape = {"length": LENGTH, "batch": 4, "micro_batch": 2, "steps": 2, "checkpoint_every": 9, "learning_rate": 1e-3}
     fields = {"model": model, "data": str(wide / "rows.json"), "images": str(wide / "images"), **shape, **options}
     prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields), LocalBackend())
+    check_prediction(prepared)
+
+
+def check_prediction(prepared):
     inputs = prepared.inputs
     assert inputs.rows.longest == LENGTH
     models = prepared.recipe, inputs.skeleton, inputs.teacher, LENGTH
@@ -65,6 +69,29 @@ def test_tensors_take_the_memory_that_is_predicted(wide, kind, tmp_path):
     assert predicted == pytest.approx(measured(prepared), rel=0.1)
     assert predicted > 1.15 * training_memory(*models).device.peak
     assert prepared.need.bytes == predicted  # which is looked at before any weight is read
+
+
+def wide_family(wide, model_type):
+    """The model of a family with parts of such sizes, whose processor makes several tokens of an image."""
+    text = {name: value for name, value in TEXT.items() if name in WIDTHS}
+    make_seeing_family(wide / model_type, model_type, text=text, vision=VISION)
+    return str(wide / model_type)
+
+
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", *(pytest.param(name, marks=pytest.mark.long) for name in ("internvl", "mistral3"))]
+)
+def test_the_memory_of_other_families_is_predicted(wide, model_type, tmp_path):
+    if model_type == "mistral3":
+        pytest.importorskip("torchvision", reason="its processor needs it")
+    model = wide_family(wide, model_type)
+    shape = {"length": LENGTH, "batch": 4, "micro_batch": 2, "steps": 2, "checkpoint_every": 9, "learning_rate": 1e-3}
+    fields = {"model": model, "data": str(wide / "rows.json"), "images": str(wide / "images"), **shape}
+    prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields, zero=1, lora_rank=8), LocalBackend())
+    check_prediction(prepared)
 
 
 DEPTH = 3  # layers of the tower, of which LLaVA-1.5 has 24
@@ -152,7 +179,10 @@ def test_a_plan_says_what_sees_images(config, capsys):
         ({"images_per_row": 2}, "images_per_row: 2 has no effect without images$"),
         ({"images": "i", "length": 576}, "length: 576 has no room for images of 576 tokens; use more than these"),
         ({"images": "i", "images_per_row": 2}, "length: 1024 has no room for images of 1152 tokens"),
-        ({"images": "i", "model": "blind.json"}, "images: model_type 'llama' is not trained on images, only llava$"),
+        (
+            {"images": "i", "model": "blind.json"},
+            "images: model_type 'llama' is not trained on images, only gemma3, .*llava, .*$",
+        ),
         ({"images": "i", "teacher": "blind.json"}, "teacher: blind.json sees no images, which the rows show$"),
     ],
 )

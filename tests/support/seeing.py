@@ -1,13 +1,18 @@
-"""A tiny LLaVA with a processor, images, and conversations about them."""
+"""Tiny models that see, with their processors, images, and conversations about them."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
 
 from tests.support.tiny import VOCABULARY, make_llava
+from tests.support.towers import make_tower
 
 WORDS = ["<unk>", "<s>", "</s>", "USER", "ASSISTANT", ":", "what", "?", "red", "green", "blue", "and", "dark", "light"]
 # The texts of LLaVA-1.5's template in transformers' conversion: images first, a space behind every text.
@@ -42,6 +47,70 @@ def make_seeing(folder: Path, vision: dict | None = None, **making) -> str:
         chat_template=TEMPLATE,
     ).save_pretrained(folder)
     return str(folder)
+
+
+# Of the other families: their names for tokens, from the last of the vocabulary on, as their configs have them.
+TOKENS = {
+    "gemma3": {"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"},
+    "internvl": {
+        **{"context_image_token": "<image>", "start_image_token": "<start>", "end_image_token": "<end>"},
+        "video_token": "<video>",
+    },
+    "mistral3": {"image_token": "<image>", "image_break_token": "<break>", "image_end_token": "<end>"},
+}
+LINES = ("\n", "\n\n", "\n\n\n", "\n\n\n\n")
+TILE = 16  # pixels of a side of an image, or of a part of it
+
+
+def make_seeing_family(folder: Path, model_type: str, **parts: dict) -> str:
+    """Save a tiny random model of a family other than LLaVA's, and its processor. Lines that end are tokens of their
+    tokenizer, so that those around an image may become one."""
+    make_tower(folder, model_type, **parts)
+    names = TOKENS[model_type]
+    _processor(model_type, _tokenizer(names), names).save_pretrained(folder)
+    return str(folder)
+
+
+def _tokenizer(names: dict[str, str]) -> PreTrainedTokenizerFast:
+    words = [*WORDS, *LINES]
+    special = {token: VOCABULARY - place for place, token in enumerate(names.values(), start=1)}
+    vocabulary = {word: place for place, word in enumerate(words)} | special
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split(Regex("\n+|[?:]"), "isolated")]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+        extra_special_tokens=names,
+    )
+
+
+def _processor(model_type: str, tokenizer: PreTrainedTokenizerFast, names: dict[str, str]) -> ProcessorMixin:
+    square = {"height": TILE, "width": TILE}
+    if model_type == "gemma3":
+        images = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
+        shown = {"chat_template": TEMPLATE.replace("<image>", "<start>"), "image_seq_length": 4}
+        return transformers.Gemma3Processor(images, tokenizer, **shown)
+    if model_type == "internvl":
+        images = GotOcr2ImageProcessorPil(size=square, max_patches=2)
+        shown = {"chat_template": TEMPLATE, "image_seq_length": 4}
+        return without_videos(transformers.InternVLProcessor)(images, tokenizer, **shown)
+    images = PixtralImageProcessorPil(size={"longest_edge": TILE}, patch_size=2)
+    sizes = {"patch_size": 2, "spatial_merge_size": 2}
+    return transformers.PixtralProcessor(images, tokenizer, chat_template=TEMPLATE, **sizes, **names)
+
+
+def without_videos(family: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """A family's class of processors without the part that reads videos, which needs torchvision."""
+    kept = [name for name in family.get_attributes() if name != "video_processor"]
+    return type(family.__name__, (family,), {"get_attributes": classmethod(lambda _: kept)})
+
+
+def family_processor(folder: Path) -> ProcessorMixin:
+    """The processor of a checkpoint's family, by its own class."""
+    name = json.loads((Path(folder) / "processor_config.json").read_text())["processor_class"]
+    return without_videos(getattr(transformers, name)).from_pretrained(folder)
 
 
 def make_conversations(folder: Path, count: int = 12) -> str:

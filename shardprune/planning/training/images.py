@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from shardprune.errors import first_line
 from shardprune.model.config_file import language_config
-from shardprune.model.vision import META, Vision, image_shape
+from shardprune.model.meta_device import META, without_values
+from shardprune.model.vision import Arguments, Vision, image_shape
 from shardprune.planning.training.passes import Uncounted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Images:
     """The images of a training's rows.
 
@@ -20,16 +22,31 @@ class Images:
         per_row: images that a row shows at most; with 0 the tower is in memory, but none is seen.
         model: whole config of the trained model.
         teacher: whole config of the teacher; None without one.
+        shown: what the model is given of the images of the row with the most of them; None: each is a square of the
+            size for which its tower is made.
     """
 
     per_row: int
     model: PretrainedConfig
     teacher: PretrainedConfig | None = None
+    shown: dict[str, Tensor] | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What sizes depend on, to be compared."""
-        return self.per_row, self.model.to_json_string(), self.teacher.to_json_string() if self.teacher else None
+        shown = [(name, tensor.shape, _values(tensor)) for name, tensor in (self.shown or {}).items()]
+        models = self.model.to_json_string(), self.teacher.to_json_string() if self.teacher else None
+        return self.per_row, models, tuple(shown)
+
+    def of_row(self, config: PretrainedConfig) -> dict[str, Tensor]:
+        """Return what a model of a whole config is given of a row's images."""
+        if self.shown is not None:
+            return without_values(self.shown)
+        return repeated(square(config), self.per_row)
+
+
+def _values(tensor: Tensor) -> object:
+    return None if tensor.is_floating_point() else str(tensor.tolist())
 
 
 @dataclass(frozen=True)
@@ -38,8 +55,8 @@ class Tower:
 
     Attributes:
         parameters: all frozen, and whole in every process.
-        tokens: of a row that stand for an image.
-        operations: multiplications and additions for an image.
+        tokens: of a row that stand for images.
+        operations: multiplications and additions for these images.
     """
 
     parameters: int
@@ -47,8 +64,11 @@ class Tower:
     operations: int
 
 
-def tower_of(config: PretrainedConfig) -> Tower:
-    """Count the tower of a whole config, for an image on the meta device.
+def tower_of(config: PretrainedConfig, inputs: dict[str, Tensor]) -> Tower:
+    """Count the tower of a whole config.
+
+    Args:
+        inputs: what it is given of images, on the meta device.
 
     Raises:
         Uncounted: the model's code cannot run there.
@@ -56,15 +76,41 @@ def tower_of(config: PretrainedConfig) -> Tower:
     try:
         vision = Vision(config, language_config(config), torch.float32, META)
         with FlopCounterMode(display=False) as counter:
-            tokens = vision.features_on_meta({"pixel_values": meta_pixels(config, 1)})
+            tokens = vision.features_on_meta(inputs) if inputs else 0
     except Exception as error:  # code that looks at values fails in any way where there are none
         raise Uncounted(first_line(error)) from error
     return Tower(vision.parameters, tokens, counter.get_total_flops())
 
 
-def meta_pixels(config: PretrainedConfig, count: int) -> torch.Tensor:
-    """Return the pixels of images as processors make them, without values."""
-    return torch.empty(count, *image_shape(config), dtype=torch.float32, device=META)
+def square(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return what a model is given of an image of the size for which its tower is made, pixels without values."""
+    channels, height, width = image_shape(config)
+    made = {"pixel_values": torch.empty(1, channels, height, width, dtype=torch.float32, device=META)}
+    if "image_sizes" in Arguments.of(config.vision_config).of_images:
+        made["image_sizes"] = torch.tensor([[height, width]])
+    return made
+
+
+def repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
+    """Return what a model is given of the same images several times."""
+    return {name: torch.cat([tensor] * times) for name, tensor in inputs.items()} if times else {}
+
+
+def completed(
+    config: PretrainedConfig, inputs: dict[str, Tensor], of_row: dict[str, Tensor], tokens: int
+) -> dict[str, Tensor]:
+    """Return the arguments of a model's forward pass on rows that show images, as `Processor.completed` does.
+
+    Args:
+        inputs: of rows without images.
+        of_row: what the model is given of each row's images.
+        tokens: of a row that stand for them; here these are its first.
+    """
+    arguments, (rows, length) = Arguments.of(config), inputs["input_ids"].shape
+    given = inputs | repeated(of_row, rows)
+    if arguments.types:
+        given[arguments.types] = (torch.arange(length) < tokens).long().repeat(rows, 1)
+    return given
 
 
 def with_sight(config: PretrainedConfig, language: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

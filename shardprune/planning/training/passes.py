@@ -15,14 +15,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, masking_utils
 
 from shardprune.model.experts import Expert, mixtures
+from shardprune.model.meta_device import META, on_meta
 from shardprune.recovery.loss import Distillation
 from shardprune.recovery.predictions import PredictionBatch
 
-META = torch.device("meta")
 FEW = 16  # experts of a layer that are run at least, if it has as many
 
 
@@ -37,13 +37,6 @@ class Moment:
 
     activations: int
     gradients: int
-
-
-def _on_one_device(arguments: Any) -> Any:
-    """Return an operation's arguments, indices of tokens without values where the tokens have none."""
-    if len({leaf.device for leaf in tree_iter(arguments) if isinstance(leaf, Tensor)}) < 2:
-        return arguments
-    return tree_map_only(Tensor, lambda tensor: tensor.to(META), arguments)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():  # an expert's matrix looks at products of the model's code alone
-            result = func(*_on_one_device(args), **_on_one_device(kwargs or {}))
+            result = on_meta(func, args, kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -217,9 +210,13 @@ def count_forward(
     return max(live.highest.values())
 
 
-def meta_batch(rows: int, length: int, predictions: int, pixels: Tensor | None = None) -> PredictionBatch:
-    """Return a batch of full rows without values, and of the images that they show."""
+def meta_inputs(rows: int, length: int) -> dict[str, Tensor]:
+    """Return the arguments of a model's forward pass on full rows, without values."""
     ids = torch.empty(rows, length, dtype=torch.int64, device=META)
+    return {"input_ids": ids, "position_ids": ids.clone()}
+
+
+def meta_batch(inputs: dict[str, Tensor], predictions: int) -> PredictionBatch:
+    """Return a batch with so many predictions."""
     places = torch.empty(predictions, dtype=torch.int64, device=META)
-    inputs = {"input_ids": ids, "position_ids": ids.clone()} | ({} if pixels is None else {"pixel_values": pixels})
     return PredictionBatch(inputs, places, places.clone())

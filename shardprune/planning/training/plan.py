@@ -11,10 +11,10 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.vision import SEEING
+from shardprune.model.vision import SEEING, image_shape
 from shardprune.planning.described_model import DescribedModel, read_description
 from shardprune.planning.hardware import SPARE_HOST, Hardware
-from shardprune.planning.training.images import Images, Tower, tower_of
+from shardprune.planning.training.images import Images, Tower, square, tower_of
 from shardprune.planning.training.memory import Memory, Sizes, Stage, memory_of_training, sizes_of
 from shardprune.planning.training.need import paths_of_projections, stages_of
 from shardprune.planning.training.passes import Uncounted
@@ -87,7 +87,8 @@ class TrainingPlan:
     """The result of `shardprune plan-recovery`: a way each for those that the recipe leaves open.
 
     Attributes:
-        tower: that sees the images of rows; None without images.
+        tower: that sees the images of rows, its tokens and operations those of one; None without images.
+        image_size: width and height of the images.
     """
 
     recipe: TrainingPlanRecipe
@@ -96,6 +97,7 @@ class TrainingPlan:
     micro_batch: int
     ways: list[Way]
     tower: Tower | None = None
+    image_size: tuple[int, int] | None = None
 
     @property
     def teacher_bytes(self) -> int | None:
@@ -122,6 +124,7 @@ class TrainingPlan:
             "micro_batch": self.micro_batch,
             "teacher_bytes_per_token": self.teacher_bytes,
             "tower": asdict(self.tower) if self.tower else None,
+            "image_size": self.image_size,
             "fits": self.fits,
             "chosen": self.chosen.options if self.chosen else None,
             "ways": [way.as_json() for way in self.ways],
@@ -159,7 +162,8 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         sizes = _sizes(recipe, skeleton, teacher, images, micro, recompute, stage.zero)
         trained = sizes.trained
         ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
-    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower)
+    size = image_shape(images.model)[:0:-1] if images else None
+    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower, size)
 
 
 def _skeleton_of_teacher(config: PretrainedConfig, length: int) -> Skeleton:
@@ -199,7 +203,7 @@ def _tower(recipe: TrainingPlanRecipe, images: Images) -> Tower:
         InputError: rows have no room for their images.
     """
     with _planned(recipe):
-        tower = tower_of(images.model)
+        tower = tower_of(images.model, square(images.model))
     shown = images.per_row * tower.tokens
     if shown >= recipe.length:
         reason = f"{recipe.length} has no room for images of {shown} tokens"
