@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 META = torch.device("meta")
 COPY = torch.ops.aten._to_copy.default
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
 def on_meta(operation: Any, args: Any, kwargs: Any) -> Any:
@@ -20,9 +21,20 @@ def on_meta(operation: Any, args: Any, kwargs: Any) -> Any:
     kwargs = kwargs or {}
     if operation is COPY and _has_integers(args[0]) and kwargs.get("device") == META:
         kwargs = {**kwargs, "device": args[0].device}
+    if operation in INDEXING:  # of meta tensors by masks, how many are chosen is in the masks' values
+        args = (args[0], _places(args[1]), *args[2:])
     if len({leaf.device for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)}) > 1:
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(META), (args, kwargs))
     return operation(*args, **kwargs)
+
+
+def _places(indices: Any) -> list[Any]:
+    """Return the indices of an operation, those that are masks with values as the places of what they choose."""
+    places: list[Any] = []
+    for index in indices:
+        mask = isinstance(index, Tensor) and index.dtype == torch.bool and not index.is_meta
+        places += index.nonzero(as_tuple=True) if mask else [index]
+    return places
 
 
 def without_values(inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,18 @@ from shardprune.model.meta_device import OnMeta, without_values
 
 # Models that learn from images. Whatever else a class is given because of them is in the signature of its forward pass.
 # Of others, images are not all that the class puts before its language model, or that model runs otherwise here.
-SEEING = ("gemma3", "internvl", "llava", "mistral3")
+SEEING = (
+    "gemma3",
+    "internvl",
+    "llava",
+    "mistral3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
 # The arguments by which a class learns which tokens stand for images.
 TYPES = ("mm_token_type_ids", "token_type_ids")
 
@@ -64,10 +75,13 @@ class Arguments:
         return cls(of_images, types, not hasattr(model_class, "get_rope_index"))
 
 
-def image_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Return the channels, height and width of an image as a model's vision tower takes it."""
+def image_shape(config: PretrainedConfig) -> tuple[int, int, int] | None:
+    """Return the channels, height and width of an image as a model's vision tower takes it; None if of any size."""
     vision = config.vision_config
-    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size,) * 2 if isinstance(size, int) else size
     return vision.num_channels, height, width
 
 
@@ -90,15 +104,16 @@ class Vision:
         """The number of parameters."""
         return sum(value.numel() for name, value in self._model.named_parameters() if self._sees(name))
 
-    def features_on_meta(self, inputs: dict[str, Tensor]) -> int:
-        """Return the number of features that images have, of a model whose device is the meta device.
+    def features_on_meta(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Return the number of features of each image, or of each part of one that the tower sees alone, of a model
+        whose device is the meta device.
 
         Args:
             inputs: what the processor makes of the images.
         """
         with OnMeta():
             output = self._model.base_model.get_image_features(**without_values(inputs), return_dict=True)
-        return sum(len(features) for features in output.pooler_output)
+        return [len(features) for features in output.pooler_output]
 
     def around(self, language: nn.Module) -> PreTrainedModel:
         """Return the model without its head, whose language model is the one given."""

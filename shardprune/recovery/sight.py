@@ -40,7 +40,8 @@ def check_vision(checkpoint: Checkpoint, rows: Rows) -> None:
     files = rows.images.of_rows([row])
     tokens = int((rows.row(row).tokens == processor.image_id).sum())
     try:
-        features = vision.features_on_meta(processor.pixels([blank_image(file.width, file.height) for file in files]))
+        blank = [blank_image(file.width, file.height) for file in files]
+        features = sum(vision.features_on_meta(processor.pixels(blank)))
     except Exception as error:  # of settings that are not those of the model, in any class
         reason = f"holds a processor whose images the model does not take: {in_one_line(error)}"
         raise InputError(checkpoint.folder.field, f"{checkpoint.folder.url} {reason}") from error

@@ -14,8 +14,9 @@ from shardprune.planning.training.plan import plan_training
 from shardprune.planning.training.recipe import TrainingPlanRecipe
 from tests.planning.alive import measured
 from tests.recovery.trainings import checked
-from tests.support.seeing import make_seeing, make_seeing_family
+from tests.support.seeing import QWEN, make_seeing, make_seeing_family
 from tests.support.tiny import GROUPED
+from tests.support.towers import TOWERS
 
 TEXT = {
     **GROUPED["llama"][1],
@@ -74,15 +75,17 @@ def check_prediction(prepared):
 def wide_family(wide, model_type):
     """The model of a family with parts of such sizes, whose processor makes several tokens of an image."""
     text = {name: value for name, value in TEXT.items() if name in WIDTHS}
-    make_seeing_family(wide / model_type, model_type, text=text, vision=VISION)
+    sees = {"depth": 3, "num_heads": 4, "out_hidden_size": 256, **VISION} if model_type in QWEN else VISION
+    make_seeing_family(wide / model_type, model_type, text=text, vision=sees)
     return str(wide / model_type)
 
 
+FURTHER = ("internvl", "mistral3", "qwen3_5")
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gemma3", *(pytest.param(name, marks=pytest.mark.long) for name in ("internvl", "mistral3"))]
+    "model_type", ["gemma3", "qwen3_vl", *(pytest.param(name, marks=pytest.mark.long) for name in FURTHER)]
 )
 def test_the_memory_of_other_families_is_predicted(wide, model_type, tmp_path):
     if model_type == "mistral3":
@@ -183,6 +186,10 @@ def test_a_plan_says_what_sees_images(config, capsys):
             {"images": "i", "model": "blind.json"},
             "images: model_type 'llama' is not trained on images, only gemma3, .*llava, .*$",
         ),
+        (
+            {"images": "i", "model": "any.json", "length": 64},
+            "images: model_type 'qwen3_vl' sees images as large as they are, which no plan knows; recover counts",
+        ),
         ({"images": "i", "teacher": "blind.json"}, "teacher: blind.json sees no images, which the rows show$"),
     ],
 )
@@ -190,5 +197,6 @@ def test_what_sees_no_images_is_refused(config, fields, reason, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     blind = {**LLAVA["text_config"], "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "blind.json").write_text(json.dumps(blind))
+    (tmp_path / "any.json").write_text(json.dumps({"model_type": "qwen3_vl", **TOWERS["qwen3_vl"]}))
     with pytest.raises(InputError, match=f"^{reason}"):
         planned(config, **fields)

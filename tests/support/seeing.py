@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoConfig, CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.support.tiny import VOCABULARY, make_llava
 from tests.support.towers import make_tower
@@ -58,6 +61,12 @@ TOKENS = {
     },
     "mistral3": {"image_token": "<image>", "image_break_token": "<break>", "image_end_token": "<end>"},
 }
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+_OF_QWEN = {
+    **{"image_token": "<image>", "video_token": "<video>"},
+    **{"vision_start_token": "<start>", "vision_end_token": "<end>"},
+}
+TOKENS |= dict.fromkeys(QWEN, _OF_QWEN)
 LINES = ("\n", "\n\n", "\n\n\n", "\n\n\n\n")
 TILE = 16  # pixels of a side of an image, or of a part of it
 
@@ -67,7 +76,7 @@ def make_seeing_family(folder: Path, model_type: str, **parts: dict) -> str:
     tokenizer, so that those around an image may become one."""
     make_tower(folder, model_type, **parts)
     names = TOKENS[model_type]
-    _processor(model_type, _tokenizer(names), names).save_pretrained(folder)
+    _processor(folder, model_type, _tokenizer(names), names).save_pretrained(folder)
     return str(folder)
 
 
@@ -79,14 +88,18 @@ def _tokenizer(names: dict[str, str]) -> PreTrainedTokenizerFast:
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(" +"), "removed"), pre_tokenizers.Split(Regex("\n+|[?:]"), "isolated")]
     )
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=made,
         **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
         extra_special_tokens=names,
     )
+    tokenizer.add_tokens(words)  # which stay where a family's own class makes the rest anew (Qwen3.5)
+    return tokenizer
 
 
-def _processor(model_type: str, tokenizer: PreTrainedTokenizerFast, names: dict[str, str]) -> ProcessorMixin:
+def _processor(
+    folder: Path, model_type: str, tokenizer: PreTrainedTokenizerFast, names: dict[str, str]
+) -> ProcessorMixin:
     square = {"height": TILE, "width": TILE}
     if model_type == "gemma3":
         images = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
@@ -96,6 +109,14 @@ def _processor(model_type: str, tokenizer: PreTrainedTokenizerFast, names: dict[
         images = GotOcr2ImageProcessorPil(size=square, max_patches=2)
         shown = {"chat_template": TEMPLATE, "image_seq_length": 4}
         return without_videos(transformers.InternVLProcessor)(images, tokenizer, **shown)
+    if model_type in QWEN:
+        patch = AutoConfig.from_pretrained(folder).vision_config.patch_size
+        sizes = {"shortest_edge": (4 * patch) ** 2, "longest_edge": 6 * (2 * patch) ** 2}  # 4 to 6 tokens
+        images = Qwen2VLImageProcessorPil(size=sizes, patch_size=patch, merge_size=2, temporal_patch_size=2)
+        family = PROCESSOR_MAPPING[CONFIG_MAPPING[model_type]]
+        return without_videos(family)(
+            images, tokenizer, chat_template=TEMPLATE.replace("<image>", "<start><image><end>")
+        )
     images = PixtralImageProcessorPil(size={"longest_edge": TILE}, patch_size=2)
     sizes = {"patch_size": 2, "spatial_merge_size": 2}
     return transformers.PixtralProcessor(images, tokenizer, chat_template=TEMPLATE, **sizes, **names)

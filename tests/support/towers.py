@@ -81,7 +81,7 @@ TOWERS: dict[str, dict[str, Any]] = {
             **{**_QWEN_TEXT, "model_type": "qwen2_5_vl_text", "use_sliding_window": True, "sliding_window": 8},
             **{"max_window_layers": 1},
         },
-        "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 8},
+        "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 56},
         **_QWEN_TOKENS,
     },
     "qwen3_vl": {

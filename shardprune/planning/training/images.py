@@ -1,5 +1,6 @@
 """The images that rows of a training show, and the frozen vision tower that sees them, by their configs alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,13 +56,21 @@ class Tower:
 
     Attributes:
         parameters: all frozen, and whole in every process.
-        tokens: of a row that stand for images.
+        features: of each image, or of each part of one that it sees alone.
         operations: multiplications and additions for these images.
     """
 
     parameters: int
-    tokens: int
+    features: tuple[int, ...]
     operations: int
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that stand for these images."""
+        return sum(self.features)
+
+    def as_json(self) -> dict[str, int]:
+        return {"parameters": self.parameters, "tokens": self.tokens, "operations": self.operations}
 
 
 def tower_of(config: PretrainedConfig, inputs: dict[str, Tensor]) -> Tower:
@@ -76,15 +85,22 @@ def tower_of(config: PretrainedConfig, inputs: dict[str, Tensor]) -> Tower:
     try:
         vision = Vision(config, language_config(config), torch.float32, META)
         with FlopCounterMode(display=False) as counter:
-            tokens = vision.features_on_meta(inputs) if inputs else 0
+            features = vision.features_on_meta(inputs) if inputs else []
     except Exception as error:  # code that looks at values fails in any way where there are none
         raise Uncounted(first_line(error)) from error
-    return Tower(vision.parameters, tokens, counter.get_total_flops())
+    return Tower(vision.parameters, tuple(features), counter.get_total_flops())
 
 
 def square(config: PretrainedConfig) -> dict[str, Tensor]:
-    """Return what a model is given of an image of the size for which its tower is made, pixels without values."""
-    channels, height, width = image_shape(config)
+    """Return what a model is given of an image of the size for which its tower is made, pixels without values.
+
+    Raises:
+        Uncounted: it is made for no size.
+    """
+    shape = image_shape(config)
+    if shape is None:
+        raise Uncounted("images are as large as they are")
+    channels, height, width = shape
     made = {"pixel_values": torch.empty(1, channels, height, width, dtype=torch.float32, device=META)}
     if "image_sizes" in Arguments.of(config.vision_config).of_images:
         made["image_sizes"] = torch.tensor([[height, width]])
@@ -97,19 +113,28 @@ def repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:
 
 
 def completed(
-    config: PretrainedConfig, inputs: dict[str, Tensor], of_row: dict[str, Tensor], tokens: int
+    config: PretrainedConfig, inputs: dict[str, Tensor], of_row: dict[str, Tensor], features: Sequence[int]
 ) -> dict[str, Tensor]:
     """Return the arguments of a model's forward pass on rows that show images, as `Processor.completed` does.
+
+    The tokens have values: a model's code looks at where they stand for images.
 
     Args:
         inputs: of rows without images.
         of_row: what the model is given of each row's images.
-        tokens: of a row that stand for them; here these are its first.
+        features: of each of them, which here are as many tokens at the beginning of a row, with another one between
+            images if there is room.
     """
     arguments, (rows, length) = Arguments.of(config), inputs["input_ids"].shape
-    given = inputs | repeated(of_row, rows)
+    between = int(sum(features) + len(features) <= length)
+    shown = [place for count in features for place in [True] * count + [False] * between][:length]
+    types = torch.tensor([shown + [False] * (length - len(shown))] * rows).long()
+    ids = torch.where(types.bool(), config.image_token_id, (config.image_token_id == 0) * 1)
+    given = {**inputs, "input_ids": ids} | repeated(of_row, rows)
+    if not arguments.positions:
+        del given["position_ids"]
     if arguments.types:
-        given[arguments.types] = (torch.arange(length) < tokens).long().repeat(rows, 1)
+        given[arguments.types] = types
     return given
 
 

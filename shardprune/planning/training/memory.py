@@ -192,7 +192,7 @@ def _count(
     places, inputs = rows * (length - 1), meta_inputs(rows, length)
     if images and tower and of_row:  # tokens that stand for images are not predicted
         places = rows * (length - max(1, tower.tokens))
-        inputs = completed(images.model, inputs, of_row, tower.tokens)
+        inputs = completed(images.model, inputs, of_row, tower.features)
     seeing = with_sight(images.model, model, dtype) if images else None
     student, batch = Student(model, seeing), meta_batch(inputs, places)
     parameters = list({id(parameter): parameter for parameter in student.parameters()}.values())

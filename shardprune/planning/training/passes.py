@@ -134,13 +134,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
     return _FusedAttention.apply(query, key, value)
 
 
-def _places_of_images(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """Return the mask of the tokens that stand for images, as a multimodal model does that then counts them."""
-    return (input_ids == 0).unsqueeze(-1)
-
-
 @contextmanager
-def _as_on_a_device(model: nn.Module, seeing: PreTrainedModel | None) -> Iterator[None]:
+def _as_on_a_device(model: nn.Module) -> Iterator[None]:
     """Let transformers' code run on meta tensors as on those of a device, whose values it may look at."""
     with (
         ExitStack() as routed,
@@ -150,8 +145,6 @@ def _as_on_a_device(model: nn.Module, seeing: PreTrainedModel | None) -> Iterato
         for mixture in mixtures(model).values():
             even = partial(_evenly, mixture, mixture.forward)
             routed.enter_context(patch.dict(mixture.__dict__, {"forward": even}))
-        if seeing is not None:
-            routed.enter_context(patch.dict(seeing.__dict__, {"get_placeholder_mask": _places_of_images}))
         yield
 
 
@@ -183,7 +176,7 @@ def count_passes(
         if parameter.requires_grad
     ]
     student.train()
-    with _as_on_a_device(student, seeing), live:
+    with _as_on_a_device(student), live:
         loss = student(batch, distillation)
         kept = live.bytes
         loss.backward()
@@ -203,7 +196,7 @@ def count_forward(
     live = LiveBytes()
     live.exclude(_held_before(model, seeing, batch))
     model.eval()
-    with torch.no_grad(), _as_on_a_device(model, seeing), live:
+    with torch.no_grad(), _as_on_a_device(model), live:
         result = model(batch)
         finished = finish(result) if finish else None
     del result, finished

@@ -123,7 +123,7 @@ class TrainingPlan:
             "parameters_trained": self.trained,
             "micro_batch": self.micro_batch,
             "teacher_bytes_per_token": self.teacher_bytes,
-            "tower": asdict(self.tower) if self.tower else None,
+            "tower": self.tower.as_json() if self.tower else None,
             "image_size": self.image_size,
             "fits": self.fits,
             "chosen": self.chosen.options if self.chosen else None,
@@ -162,7 +162,8 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         sizes = _sizes(recipe, skeleton, teacher, images, micro, recompute, stage.zero)
         trained = sizes.trained
         ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
-    size = image_shape(images.model)[:0:-1] if images else None
+    shape = image_shape(images.model) if images else None
+    size = (shape[2], shape[1]) if shape else None
     return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower, size)
 
 
@@ -191,6 +192,9 @@ def _images(recipe: TrainingPlanRecipe, model: DescribedModel, teacher: Describe
     if model.whole.model_type not in SEEING:
         reason = f"model_type {model.whole.model_type!r} is not trained on images, only {', '.join(SEEING)}"
         raise InputError("images", reason)
+    if image_shape(model.whole) is None:
+        reason = f"model_type {model.whole.model_type!r} sees images as large as they are, which no plan knows"
+        raise InputError("images", f"{reason}; recover counts those of its data before it loads a weight")
     if teacher is not None and teacher.whole.model_type not in SEEING:
         raise InputError("teacher", f"{recipe.teacher} sees no images, which the rows show")
     return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None)
