@@ -17,6 +17,8 @@ from shardprune.storage.folder import Folder
 from shardprune.storage.images import blank_image
 from shardprune.storage.local_copies import local_copies
 
+QUIETLY = {"verbose": False}  # the tokenizer would say that this text is longer than the model's rows
+
 
 class ImageText(NamedTuple):
     """What stands for an image in a text that is tokenised.
@@ -86,7 +88,8 @@ class Processor:
 
     def pixels(self, images: list[Any]) -> dict[str, Tensor]:
         """Return what a model is given of images, beside their tokens."""
-        made = self._processor(text=[self.image_token * len(images)], images=images, return_tensors="pt")
+        text = [self.image_token * len(images)]
+        made = self._processor(text=text, images=images, return_tensors="pt", text_kwargs=QUIETLY)
         return {name: tensor for name, tensor in made.items() if name in self._arguments.of_images}
 
     def completed(self, inputs: dict[str, Tensor], images: list[Any]) -> dict[str, Tensor]:
@@ -115,6 +118,7 @@ class Processor:
                 text=[self.image_token],
                 images=[blank_image(width, height)],
                 return_text_replacement_offsets=True,
+                text_kwargs=QUIETLY,
             )
             ((replaced,),) = made["text_replacement_offsets"]
         except Exception as error:  # of settings that are not those of the model, in any class

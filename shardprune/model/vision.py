@@ -51,6 +51,22 @@ def check_seeing(config: PretrainedConfig, field: str) -> None:
         )
 
 
+def check_same_sight(teacher: PretrainedConfig, config: PretrainedConfig, name: str) -> None:
+    """Check that a teacher is given images as the model is whose rows it sees, too.
+
+    Args:
+        name: of the teacher, for the error.
+
+    Raises:
+        InputError: it sees none, or is another model.
+    """
+    if teacher.model_type not in SEEING:
+        raise InputError("teacher", f"{name} sees no images, which the rows show")
+    if teacher.model_type != config.model_type:
+        kinds = f"model_type {teacher.model_type!r}, the model of {config.model_type!r}"
+        raise InputError("teacher", f"{name} is of {kinds}: they are given images in different ways")
+
+
 @dataclass(frozen=True)
 class Arguments:
     """What the class of a model that sees images is given because of them.

@@ -190,6 +190,10 @@ def test_a_plan_says_what_sees_images(config, capsys):
             {"images": "i", "model": "any.json", "length": 64},
             "images: model_type 'qwen3_vl' sees images as large as they are, which no plan knows; recover counts",
         ),
+        (
+            {"images": "i", "teacher": "other.json"},
+            "teacher: other.json is of model_type 'gemma3', the model of 'llava': they are given images in different",
+        ),
         ({"images": "i", "teacher": "blind.json"}, "teacher: blind.json sees no images, which the rows show$"),
     ],
 )
@@ -197,6 +201,9 @@ def test_what_sees_no_images_is_refused(config, fields, reason, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     blind = {**LLAVA["text_config"], "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "blind.json").write_text(json.dumps(blind))
+    text = {**TOWERS["gemma3"]["text_config"], "vocab_size": 32064, "max_position_embeddings": 4096}
+    other = {**TOWERS["gemma3"], "model_type": "gemma3", "text_config": text}
+    (tmp_path / "other.json").write_text(json.dumps(other))
     (tmp_path / "any.json").write_text(json.dumps({"model_type": "qwen3_vl", **TOWERS["qwen3_vl"]}))
     with pytest.raises(InputError, match=f"^{reason}"):
         planned(config, **fields)

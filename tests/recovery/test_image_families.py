@@ -14,11 +14,13 @@ from transformers import AutoModelForImageTextToText
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
+from shardprune.model.processor import Processor
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.model import load_model, load_seeing
 from shardprune.recovery.predictions import PredictionBatch, Reading
 from shardprune.recovery.sight import check_vision, eyes_of
 from shardprune.recovery.student import Student
+from shardprune.storage.images import blank_image
 from tests.evaluation.material import evaluated
 from tests.recovery.trainings import furthest, losses, train
 from tests.support.seeing import QWEN, TOKENS, WORDS, family_processor, make_conversations, make_seeing_family
@@ -168,6 +170,22 @@ def test_a_processor_that_needs_torchvision_is_named_without_it(seen, tmp_path):
     message = r"^model: .*/.* holds no processor that loads: .*\b[Tt]orchvision\b"
     with pytest.raises(InputError, match=message):
         rows_of(Checkpoint(str(tmp_path)), seen("gemma3"))
+
+
+def test_a_teacher_that_is_given_images_otherwise_is_refused(folder, seen, tmp_path):
+    message = "^teacher: .* is of model_type 'qwen3_vl', the model of 'qwen2_5_vl': they are given images in different ways$"
+    with pytest.raises(InputError, match=message):
+        train(folder, tmp_path / "o", **seen("qwen2_5_vl"), teacher=seen("qwen3_vl")["model"])
+    assert not (tmp_path / "o").exists()
+
+
+def test_long_texts_of_images_are_not_warned_of(seen, caplog):
+    checkpoint = Checkpoint(seen("gemma3")["model"])
+    processor = Processor(checkpoint.folder, checkpoint.whole_config)
+    processor.tokenizer.model_max_length = 8
+    assert len(processor.pixels([blank_image(8, 8)] * 4)["pixel_values"]) == 4
+    assert processor.image_text(8, 8).runs == (4,)
+    assert "longer than" not in caplog.text
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError
 from shardprune.model.checks import check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.vision import SEEING, image_shape
+from shardprune.model.vision import SEEING, check_same_sight, image_shape
 from shardprune.planning.described_model import DescribedModel, read_description
 from shardprune.planning.hardware import SPARE_HOST, Hardware
 from shardprune.planning.training.images import Images, Tower, square, tower_of
@@ -195,8 +195,8 @@ def _images(recipe: TrainingPlanRecipe, model: DescribedModel, teacher: Describe
     if image_shape(model.whole) is None:
         reason = f"model_type {model.whole.model_type!r} sees images as large as they are, which no plan knows"
         raise InputError("images", f"{reason}; recover counts those of its data before it loads a weight")
-    if teacher is not None and teacher.whole.model_type not in SEEING:
-        raise InputError("teacher", f"{recipe.teacher} sees no images, which the rows show")
+    if teacher is not None:
+        check_same_sight(teacher.whole, model.whole, str(recipe.teacher))
     return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None)
 
 
