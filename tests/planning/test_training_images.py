@@ -4,11 +4,15 @@ import json
 
 import pytest
 from PIL import Image
+from transformers import AutoConfig
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from shardprune.cli import main
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.commands.prepare_recovery import prepare_recovery
 from shardprune.errors import InputError
+from shardprune.planning.training.images import as_large
 from shardprune.planning.training.need import training_memory
 from shardprune.planning.training.plan import plan_training
 from shardprune.planning.training.recipe import TrainingPlanRecipe
@@ -176,9 +180,52 @@ def test_a_plan_says_what_sees_images(config, capsys):
     assert tower == {"parameters": parameters_of_llava(), "tokens": PATCHES, "operations": operations_of_llava()}
 
 
+@pytest.mark.parametrize("size", [(1280, 720), (333, 500)])
+def test_sizes_are_those_of_the_processors(size):
+    config = AutoConfig.for_model("mistral3")
+    merged = config.vision_config.patch_size * config.spatial_merge_size
+    pixtral = PixtralImageProcessorPil(size={"longest_edge": config.vision_config.image_size}, patch_size=merged)
+    for other, processor in ((config, pixtral), (AutoConfig.for_model("qwen2_5_vl"), Qwen2VLImageProcessorPil())):
+        made = processor(images=[Image.new("RGB", size)], return_tensors="pt")
+        image = as_large(other, *size)
+        assert image["pixel_values"].shape == made["pixel_values"].shape
+        assert image.keys() == made.keys()
+        assert all(image[name].tolist() == made[name].tolist() for name in image if name != "pixel_values")
+
+
+QWEN_SHAPE = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16}
+PIXTRAL_SHAPE = {"patch_size": 4, "image_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "vision", "size", "tokens"),
+    [
+        ("qwen3_vl", QWEN_SHAPE, "1280x720", 40 * 22),  # of 32 x 32 pixels: 22.5 of them are 22
+        ("qwen3_vl", QWEN_SHAPE, "9x40", 1),
+        ("mistral3", PIXTRAL_SHAPE, "20x17", 3 * 3),  # of 8 x 8 pixels, what is begun counts
+        ("mistral3", PIXTRAL_SHAPE, "256x128", 8 * 4),  # no side is longer than 64
+        ("mistral3", PIXTRAL_SHAPE, None, 8 * 8),
+    ],
+)
+def test_an_image_has_the_tokens_of_its_size(model_type, vision, size, tokens, tmp_path):
+    fields = TOWERS[model_type]
+    text = {**fields["text_config"], "max_position_embeddings": 4096}
+    parts = {"text_config": text, "vision_config": {**fields["vision_config"], **vision}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **fields, **parts}))
+    chosen = {"images": "i", "length": 2048, "zero": 2} | ({"image_size": size} if size else {})
+    plan = planned(str(tmp_path / "config.json"), **chosen)
+    assert plan.tower.tokens == tokens
+    assert plan.image_size == tuple(map(int, (size or "64x64").split("x")))
+    blind = planned(str(tmp_path / "config.json"), length=2048, zero=2)
+    assert plan.chosen.work.operations - blind.chosen.work.operations == 8 * plan.tower.operations
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
+        ({"image_size": "9x9"}, "image_size: '9x9' has no effect without images$"),
+        ({"images": "i", "image_size": "9"}, "image_size: '9' is no WIDTHxHEIGHT of at most five digits each, as "),
+        ({"images": "i", "image_size": "9x9"}, "image_size: is not for model_type 'llava', whose processor decides"),
         ({"images_per_row": 2}, "images_per_row: 2 has no effect without images$"),
         ({"images": "i", "length": 576}, "length: 576 has no room for images of 576 tokens; use more than these"),
         ({"images": "i", "images_per_row": 2}, "length: 1024 has no room for images of 1152 tokens"),
@@ -188,7 +235,7 @@ def test_a_plan_says_what_sees_images(config, capsys):
         ),
         (
             {"images": "i", "model": "any.json", "length": 64},
-            "images: model_type 'qwen3_vl' sees images as large as they are, which no plan knows; recover counts",
+            "image_size: has to be said, as 1280x720: model_type 'qwen3_vl' sees images as large as they are$",
         ),
         (
             {"images": "i", "teacher": "other.json"},

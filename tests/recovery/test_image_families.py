@@ -173,7 +173,9 @@ def test_a_processor_that_needs_torchvision_is_named_without_it(seen, tmp_path):
 
 
 def test_a_teacher_that_is_given_images_otherwise_is_refused(folder, seen, tmp_path):
-    message = "^teacher: .* is of model_type 'qwen3_vl', the model of 'qwen2_5_vl': they are given images in different ways$"
+    message = (
+        "^teacher: .* is of model_type 'qwen3_vl', the model of 'qwen2_5_vl': they are given images in different ways$"
+    )
     with pytest.raises(InputError, match=message):
         train(folder, tmp_path / "o", **seen("qwen2_5_vl"), teacher=seen("qwen3_vl")["model"])
     assert not (tmp_path / "o").exists()

@@ -23,8 +23,8 @@ class Images:
         per_row: images that a row shows at most; with 0 the tower is in memory, but none is seen.
         model: whole config of the trained model.
         teacher: whole config of the teacher; None without one.
-        shown: what the model is given of the images of the row with the most of them; None: each is a square of the
-            size for which its tower is made.
+        shown: what the model is given of the images of a row with the most of them; None: each is a square of the size
+            for which its tower is made.
     """
 
     per_row: int
@@ -105,6 +105,25 @@ def square(config: PretrainedConfig) -> dict[str, Tensor]:
     if "image_sizes" in Arguments.of(config.vision_config).of_images:
         made["image_sizes"] = torch.tensor([[height, width]])
     return made
+
+
+def as_large(config: PretrainedConfig, width: int, height: int) -> dict[str, Tensor] | None:
+    """Return what a model is given of an image of so many pixels, in whole patches; None if its tokens do not depend on
+    them, or on what its processor alone knows (InternVL's parts)."""
+    vision = config.vision_config
+    if "image_grid_thw" in Arguments.of(config).of_images:  # Qwen
+        merged, size = vision.spatial_merge_size, vision.patch_size
+        rows, columns = (max(1, round(side / (size * merged))) * merged for side in (height, width))
+        values = vision.in_channels * vision.temporal_patch_size * size * size
+        patches = torch.empty(rows * columns, values, dtype=torch.float32, device=META)
+        return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, rows, columns]])}
+    if "image_sizes" in Arguments.of(vision).of_images:  # Pixtral
+        size = vision.patch_size * getattr(config, "spatial_merge_size", 1)
+        fewer = max(1, width / vision.image_size, height / vision.image_size)
+        high, wide = (-(-int(side / fewer) // size) * size for side in (height, width))
+        pixels = torch.empty(1, vision.num_channels, high, wide, dtype=torch.float32, device=META)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[high, wide]])}
+    return None
 
 
 def repeated(inputs: dict[str, Tensor], times: int) -> dict[str, Tensor]:

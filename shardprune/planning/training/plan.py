@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
@@ -14,7 +15,7 @@ from shardprune.model.skeleton import Skeleton
 from shardprune.model.vision import SEEING, check_same_sight, image_shape
 from shardprune.planning.described_model import DescribedModel, read_description
 from shardprune.planning.hardware import SPARE_HOST, Hardware
-from shardprune.planning.training.images import Images, Tower, square, tower_of
+from shardprune.planning.training.images import Images, Tower, as_large, repeated, square, tower_of
 from shardprune.planning.training.memory import Memory, Sizes, Stage, memory_of_training, sizes_of
 from shardprune.planning.training.need import paths_of_projections, stages_of
 from shardprune.planning.training.passes import Uncounted
@@ -163,7 +164,7 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         trained = sizes.trained
         ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
     shape = image_shape(images.model) if images else None
-    size = (shape[2], shape[1]) if shape else None
+    size = recipe.pixels or ((shape[2], shape[1]) if shape else None)
     return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower, size)
 
 
@@ -192,12 +193,28 @@ def _images(recipe: TrainingPlanRecipe, model: DescribedModel, teacher: Describe
     if model.whole.model_type not in SEEING:
         reason = f"model_type {model.whole.model_type!r} is not trained on images, only {', '.join(SEEING)}"
         raise InputError("images", reason)
-    if image_shape(model.whole) is None:
-        reason = f"model_type {model.whole.model_type!r} sees images as large as they are, which no plan knows"
-        raise InputError("images", f"{reason}; recover counts those of its data before it loads a weight")
     if teacher is not None:
         check_same_sight(teacher.whole, model.whole, str(recipe.teacher))
-    return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None)
+    image = _image(recipe, model.whole)
+    shown = None if image is None else repeated(image, recipe.images_per_row)
+    return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None, shown)
+
+
+def _image(recipe: TrainingPlanRecipe, config: PretrainedConfig) -> dict[str, Tensor] | None:
+    """Return what the model is given of an image of the recipe's size; None if the recipe has none.
+
+    Raises:
+        InputError: the model's images have no such size, or it has to be said.
+    """
+    kind = f"model_type {config.model_type!r}"
+    if recipe.pixels is None:
+        if image_shape(config) is None:
+            raise InputError("image_size", f"has to be said, as 1280x720: {kind} sees images as large as they are")
+        return None
+    image = as_large(config, *recipe.pixels)
+    if image is None:
+        raise InputError("image_size", f"is not for {kind}, whose processor decides the size of images")
+    return image
 
 
 def _tower(recipe: TrainingPlanRecipe, images: Images) -> Tower:
@@ -207,7 +224,7 @@ def _tower(recipe: TrainingPlanRecipe, images: Images) -> Tower:
         InputError: rows have no room for their images.
     """
     with _planned(recipe):
-        tower = tower_of(images.model, square(images.model))
+        tower = tower_of(images.model, _image(recipe, images.model) or square(images.model))
     shown = images.per_row * tower.tokens
     if shown >= recipe.length:
         reason = f"{recipe.length} has no room for images of {shown} tokens"
