@@ -23,6 +23,7 @@ from shardprune.model.verification import (
     difference_layer_by_layer,
     difference_token_by_token,
 )
+from shardprune.model.vision import SEEING
 from tests.support.architectures import CARRYING, DENSE, MIXED, MIXTURES, REFUSED
 from tests.support.tiny import CONFIGS
 from tests.support.towers import TOWERS
@@ -90,6 +91,9 @@ Llama 3.2 Vision has layers whose attention is to images alone, one in five. For
 pruned, do nothing in calibration and perplexity, and no part of a target is theirs; the run and the plan say how many
 there are. `recover` trains low-rank updates of the other layers; it refuses `--full`.
 
+[Images with conversations](recovery.md#conversations-about-images) train and measure {seeing}: in the tests, the loss
+of each conversation is that of transformers' class and processor of the whole model, before and after a training.
+
 """
 TABLE = """\
 | `model_type` | weights | structures | packing | text | projections of a layer by kind, those of one input together |
@@ -112,7 +116,7 @@ def page() -> str:
     configs = {name: AutoConfig.for_model(**{**values, "model_type": name}) for name, values in others} | ours
     rows = "".join(_row(name, configs[name]) for name in sorted(configs))
     refusals = "".join(_refusal(name, values) for name, (values, _) in sorted(REFUSED.items()))
-    return HEAD + TABLE + rows + REFUSALS + refusals
+    return HEAD.replace("{seeing}", ", ".join(f"`{name}`" for name in SEEING)) + TABLE + rows + REFUSALS + refusals
 
 
 def _config(name: str) -> transformers.PretrainedConfig:

@@ -19,6 +19,7 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_full, check_rank, check_seqlen
 from shardprune.model.opening import OpenedModel, open_model, open_texts
 from shardprune.model.skeleton import Skeleton
+from shardprune.model.vision import check_same_sight
 from shardprune.planning.training.images import Images
 from shardprune.planning.training.need import paths_of_projections, stages_of, training_need
 from shardprune.planning.training.passes import Uncounted
@@ -29,7 +30,7 @@ from shardprune.recovery.examples import load_rows
 from shardprune.recovery.mixing import RowMixture, joined
 from shardprune.recovery.predictions import shows_images
 from shardprune.recovery.rows import Rows, check_packing, needs_mask
-from shardprune.recovery.sight import check_vision, eyes_of
+from shardprune.recovery.sight import check_vision, eyes_of, most_shown
 from shardprune.recovery.spec import DecidedRecipe, TrainingSpec
 from shardprune.recovery.teacher_store import TeacherStore, check_top
 from shardprune.report.tracking import check_tracker
@@ -75,7 +76,8 @@ class Inputs:
         if not shown:
             return None
         teacher = self.teacher.whole_config if self.teacher else None
-        return Images(max(images.most for images in shown), self.checkpoint.whole_config, teacher)
+        most = most_shown(self.checkpoint, self.rows, self.held_out)
+        return Images(max(images.most for images in shown), self.checkpoint.whole_config, teacher, most)
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def _load_data(recipe: DecidedRecipe, opened: OpenedModel) -> tuple[Rows, Rows, 
 
 
 def _check_vision(recipe: DecidedRecipe, checkpoint: Checkpoint, teacher: Checkpoint | None, rows: Rows) -> None:
-    """Check that model and teacher see the images of rows, and have the same tokens for them.
+    """Check that model and teacher see the images of rows in the same way, and have the same tokens for them.
 
     Raises:
         InputError: one does not.
@@ -229,8 +231,7 @@ def _check_vision(recipe: DecidedRecipe, checkpoint: Checkpoint, teacher: Checkp
     check_vision(checkpoint, rows)
     if teacher is None:
         return
-    if not teacher.has_tower:
-        raise InputError("teacher", f"{recipe.teacher} sees no images, which the data shows")
+    check_same_sight(teacher.whole_config, checkpoint.whole_config, str(recipe.teacher))
     check_vision(teacher, rows)
 
 

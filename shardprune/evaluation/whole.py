@@ -80,6 +80,12 @@ class WholeModel(_CheckedLM):
 class SeeingModel(WholeModel, HFMultimodalLM):
     """lm-eval's model that writes about images; what shows none goes the way of its model of text."""
 
+    def __init__(self, reporter: Reporter, **settings: Any) -> None:
+        super().__init__(reporter, **settings)
+        # lm-eval takes the token of a feature, for which some processors do not look in a text (Gemma 3).
+        if token := getattr(self.processor, "image_token", None):
+            self.image_token: str = token
+
     def tok_batch_multimodal_encode(self, *args: Any, **kwargs: Any) -> Any:
         encoding = super().tok_batch_multimodal_encode(*args, **kwargs)
         self._check(int(encoding["input_ids"].max()))

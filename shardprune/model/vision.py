@@ -4,6 +4,8 @@ transformers' own class of the whole model runs both, and its language model is 
 features take the places of their tokens, as that class has it. The tower's weights are read and never written.
 """
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,15 +13,29 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.empty_model import empty_multimodal_model, persistent_buffers
+from shardprune.model.meta_device import OnMeta, without_values
 
-# Models whose class needs nothing but the tokens and the pixels: others are told of positions in three dimensions, of
-# tokens that see those behind them, or hand features on between layers.
-SEEING = ("llava",)
-META = torch.device("meta")
+# Models that learn from images. Whatever else a class is given because of them is in the signature of its forward pass.
+# Of others, images are not all that the class puts before its language model, or that model runs otherwise here.
+SEEING = (
+    "gemma3",
+    "internvl",
+    "llava",
+    "mistral3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "qwen3_5",
+    "qwen3_5_moe",
+)
+# The arguments by which a class learns which tokens stand for images.
+TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 def check_seeing(config: PretrainedConfig, field: str) -> None:
@@ -35,10 +51,53 @@ def check_seeing(config: PretrainedConfig, field: str) -> None:
         )
 
 
-def image_shape(config: PretrainedConfig) -> tuple[int, int, int]:
-    """Return the channels, height and width of an image as a model's vision tower takes it."""
+def check_same_sight(teacher: PretrainedConfig, config: PretrainedConfig, name: str) -> None:
+    """Check that a teacher is given images as the model is whose rows it sees, too.
+
+    Args:
+        name: of the teacher, for the error.
+
+    Raises:
+        InputError: it sees none, or is another model.
+    """
+    if teacher.model_type not in SEEING:
+        raise InputError("teacher", f"{name} sees no images, which the rows show")
+    if teacher.model_type != config.model_type:
+        kinds = f"model_type {teacher.model_type!r}, the model of {config.model_type!r}"
+        raise InputError("teacher", f"{name} is of {kinds}: they are given images in different ways")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the class of a model that sees images is given because of them.
+
+    Attributes:
+        of_images: names of its arguments; those of them that the processor makes of images are given.
+        types: the one that says which tokens stand for images; None where it has none.
+        positions: it is given positions. Classes with positions in three dimensions make their own of the images.
+    """
+
+    of_images: frozenset[str]
+    types: str | None
+    positions: bool
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Arguments":
+        """Return those of the class of a config, by its forward pass."""
+        model_class = MODEL_MAPPING[type(config)]
+        names = frozenset(inspect.signature(model_class.forward).parameters)
+        types = next((name for name in TYPES if name in names), None)
+        of_images = names - {"self", "input_ids", "attention_mask", "position_ids", "labels", *TYPES}
+        return cls(of_images, types, not hasattr(model_class, "get_rope_index"))
+
+
+def image_shape(config: PretrainedConfig) -> tuple[int, int, int] | None:
+    """Return the channels, height and width of an image as a model's vision tower takes it; None if of any size."""
     vision = config.vision_config
-    height, width = (vision.image_size,) * 2 if isinstance(vision.image_size, int) else vision.image_size
+    size = getattr(vision, "image_size", None)
+    if size is None:
+        return None
+    height, width = (size,) * 2 if isinstance(size, int) else size
     return vision.num_channels, height, width
 
 
@@ -61,15 +120,16 @@ class Vision:
         """The number of parameters."""
         return sum(value.numel() for name, value in self._model.named_parameters() if self._sees(name))
 
-    def features_on_meta(self, inputs: dict[str, Tensor]) -> int:
-        """Return the number of features that images have, of a model whose device is the meta device.
+    def features_on_meta(self, inputs: dict[str, Tensor]) -> list[int]:
+        """Return the number of features of each image, or of each part of one that the tower sees alone, of a model
+        whose device is the meta device.
 
         Args:
             inputs: what the processor makes of the images.
         """
-        given = {name: tensor.to(META) for name, tensor in inputs.items()}
-        output = self._model.base_model.get_image_features(**given, return_dict=True)
-        return sum(len(features) for features in output.pooler_output)
+        with OnMeta():
+            output = self._model.base_model.get_image_features(**without_values(inputs), return_dict=True)
+        return [len(features) for features in output.pooler_output]
 
     def around(self, language: nn.Module) -> PreTrainedModel:
         """Return the model without its head, whose language model is the one given."""

@@ -7,7 +7,6 @@ stands for the next of them. The checkpoint's own chat template makes a text of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from shardprune.errors import InputError
 from shardprune.extras import check_extra
-from shardprune.model.processor import Processor
+from shardprune.model.processor import ImageText, Processor
 from shardprune.recovery.row_images import ImageFile
 from shardprune.recovery.rows import Example
 from shardprune.storage.images import image_sizes
@@ -117,17 +116,17 @@ class Eyes:
         made = []
         for one in conversations:
             shown = [places[name] for name in one.images]
-            blocks = [torch.tensor(processor.block(*sizes[place])) for place in shown]
-            tokens, learned, fits = _tokens(one, processor, blocks, length, prompt_loss, source)
+            images = [processor.image_text(*sizes[place]) for place in shown]
+            tokens, learned, fits = _tokens(one, processor, images, length, prompt_loss, source)
             made.append(Example(tokens, learned, tuple(shown[:fits])))
         return made, files
 
 
 def _tokens(
-    one: Conversation, processor: Processor, blocks: list[Tensor], length: int, prompt_loss: bool, source: str
+    one: Conversation, processor: Processor, images: list[ImageText], length: int, prompt_loss: bool, source: str
 ) -> tuple[Tensor, Tensor, int]:
     """Return the tokens of a conversation, whether each is learned, and how many of its images they show."""
-    text, answers = _shown(one, processor)
+    text, answers, places = _with_images(one, processor, images)
     tokenizer = processor.tokenizer
     beginning = tokenizer.bos_token
     encoded = tokenise(
@@ -145,33 +144,54 @@ def _tokens(
     bounds = torch.tensor(encoded["offset_mapping"])
     learned = torch.full(ids.shape, prompt_loss)
     for start, end in answers:
-        learned |= (bounds[:, 1] > start) & (bounds[:, 0] < end)
+        learned |= _within(bounds, start, end)
+    runs, marks = [run for image in images for run in image.runs], ids == processor.image_id
+    if int(marks.sum()) != len(runs):
+        token = tokenizer.convert_ids_to_tokens(processor.image_id)
+        raise InputError("data", f"{one.where} says {token}, which stands for an image; leave it out")
+    repeats = torch.ones_like(ids)
+    repeats[marks] = torch.tensor(runs, dtype=ids.dtype)
+    ends = repeats.cumsum(0)
+    size, fits = length, len(images)
+    for number, (start, end) in enumerate(places):
+        inside = _within(bounds, start, end).nonzero()[:, 0]
+        learned[inside] = False
+        if number < fits and ends[inside[-1]] > length:
+            size, fits = int(ends[inside[0]] - repeats[inside[0]]), number
+    ids, learned = ids.repeat_interleave(repeats), learned.repeat_interleave(repeats)
     ending = tokenizer.eos_token_id
     if ending is not None and ids[-1] != ending:
         ids, learned = torch.cat([ids, torch.tensor([ending])]), torch.cat([learned, torch.tensor([True])])
-    marks = (ids == processor.image_id).nonzero()[:, 0].tolist()
-    if len(marks) != len(blocks):
-        reason = f"{one.where} shows {len(marks)} images by the checkpoint's chat template, and has {len(blocks)}"
+    return ids[:size].int(), learned[:size], fits
+
+
+def _within(bounds: Tensor, start: int, end: int) -> Tensor:
+    """Return whether tokens, by their places in a text, have characters of a part of it, bool [tokens]."""
+    return (bounds[:, 1] > start) & (bounds[:, 0] < end)
+
+
+Span = tuple[int, int]  # the first character of a part of a text, and its end
+
+
+def _with_images(
+    one: Conversation, processor: Processor, images: list[ImageText]
+) -> tuple[str, list[Span], list[Span]]:
+    """Return a conversation as it is tokenised, with the places of its answers and of its images."""
+    shown, answers = _shown(one, processor)
+    pieces = shown.split(processor.image_token)
+    if len(pieces) - 1 != len(images):
+        reason = f"{one.where} shows {len(pieces) - 1} images by the checkpoint's chat template, and has {len(images)}"
         raise InputError("data", reason)
-    tokens: list[Tensor] = []
-    counted: list[Tensor] = []
-    size = 0
-    for number, (start, stop) in enumerate(pairwise([-1, *marks, len(ids)])):
-        if number:  # the image before this stretch of text
-            block = blocks[number - 1]
-            if size + len(block) > length:
-                return *_row(tokens, counted, length), number - 1
-            tokens.append(block)
-            counted.append(torch.zeros(len(block), dtype=torch.bool))
-            size += len(block)
-        tokens.append(ids[start + 1 : stop])
-        counted.append(learned[start + 1 : stop])
-        size += stop - start - 1
-    return *_row(tokens, counted, length), len(blocks)
-
-
-def _row(tokens: list[Tensor], learned: list[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    return torch.cat(tokens)[:length].int(), torch.cat(learned)[:length]
+    text, passed = pieces[0], len(pieces[0])
+    places: list[Span] = []
+    moved = [(0, 0)]  # from which character on, and by how many
+    for image, piece in zip(images, pieces[1:], strict=True):
+        places.append((len(text), len(text) + len(image.text)))
+        text, passed = text + image.text, passed + len(processor.image_token)
+        moved.append((passed, len(text) - passed))
+        text, passed = text + piece, passed + len(piece)
+    by = [max(one for one in moved if one[0] <= start)[1] for start, _ in answers]
+    return text, [(start + more, end + more) for (start, end), more in zip(answers, by, strict=True)], places
 
 
 def _shown(one: Conversation, processor: Processor) -> tuple[str, list[tuple[int, int]]]:

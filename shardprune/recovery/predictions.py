@@ -1,9 +1,8 @@
 """Batches of rows as a model's arguments and the places where it predicts, made ahead of their use."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +21,12 @@ class Reading:
     Attributes:
         mask: as in `Rows.collate`.
         bounds: whether it is told where examples begin, for rows are packed; see `bounds_of`.
-        pixels: makes of images what the model is given of them; None where it sees none.
+        processor: makes of images what the model is given of them; None where it sees none.
     """
 
     mask: bool
     bounds: bool = False
-    pixels: Callable[[list[Any]], dict[str, Tensor]] | None = None
+    processor: Processor | None = None
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, *rows: Rows | None) -> "Reading":
@@ -36,10 +35,10 @@ class Reading:
         Raises:
             InputError: its processor is gone.
         """
-        pixels = Processor(checkpoint.folder).pixels if shows_images(*rows) else None
-        mask = needs_mask(checkpoint.config.model_type)
+        mask, seeing = needs_mask(checkpoint.config.model_type), shows_images(*rows)
         packed = any(part is not None and part.packed for part in rows)
-        return cls(mask, packed and not mask, pixels)
+        processor = Processor(checkpoint.folder, checkpoint.whole_config) if seeing else None
+        return cls(mask, packed and not mask, processor)
 
 
 def shows_images(*rows: Rows | None) -> bool:
@@ -67,10 +66,10 @@ class PredictionBatch:
         inputs = rows.collate(chosen, reading.mask)
         if reading.bounds:
             inputs[BOUNDS] = bounds_of(inputs["position_ids"])
-        if rows.images is not None and (files := rows.images.of_rows(chosen)):
-            assert reading.pixels is not None
-            inputs |= reading.pixels([read_image(file.url, "data") for file in files])
         following = nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORED).flatten()
+        if reading.processor is not None:
+            files = rows.images.of_rows(chosen) if rows.images is not None else []
+            inputs = reading.processor.completed(inputs, [read_image(file.url, "data") for file in files])
         places = (following != IGNORED).nonzero()[:, 0]
         return cls(inputs, places, following[places])
 

@@ -138,7 +138,11 @@ class Rows:
 
     def targets_of_each(self) -> Tensor:
         """Count the targets of the loss in every row, int64 [rows]."""
-        before = torch.cat([torch.zeros(1, dtype=torch.int64), self.learned.cumsum(0)])
+        return self.counts_of_each(self.learned)
+
+    def counts_of_each(self, chosen: Tensor) -> Tensor:
+        """Count the tokens of every row that are chosen, bool [total], int64 [rows]."""
+        before = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.cumsum(0)])
         return before[self.starts].diff()
 
     def size(self, rows: Sequence[int]) -> int:

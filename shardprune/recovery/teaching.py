@@ -56,7 +56,7 @@ class LiveTeacher:
         if self.reading.bounds:
             attend_by_example(model, device)
         self._recipe = recipe
-        self._seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.pixels else None
+        self._seeing = load_seeing(checkpoint, model, device, dtype) if self.reading.processor else None
         self._model: Callable[[PredictionBatch], Tensor] = Teacher(model, self._seeing).eval().requires_grad_(False)
         self._engine: Any = None
         if partitioning is not None:

@@ -77,7 +77,7 @@ class Training:
             if partitioning is not None:
                 partitioning.partition(module)
         keep_from_deepspeed(self.model)
-        self.seeing = load_seeing(checkpoint, self.model, device, dtype) if self.reading.pixels else None
+        self.seeing = load_seeing(checkpoint, self.model, device, dtype) if self.reading.processor else None
         self.engine = self._start_engine(Student(self.model, self.seeing))
 
     def run(self) -> PreTrainedModel:

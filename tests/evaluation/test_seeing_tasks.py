@@ -7,11 +7,11 @@ from datasets import Dataset
 from datasets import Image as Images
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shardprune.errors import InputError
 from tests.evaluation.material import evaluated, make_readable, write_task
-from tests.support.seeing import WORDS, make_conversations, make_seeing
+from tests.support.seeing import WORDS, make_conversations, make_seeing, make_seeing_family
 
 QUESTION = "USER : <image> what ? ASSISTANT :"
 TASK = {
@@ -32,6 +32,11 @@ def seen(tmp_path_factory):
     """A model that sees, and a task whose expected answers are the model's own for all documents but the first."""
     folder = tmp_path_factory.mktemp("seen")
     make_seeing(folder / "model")
+    return make_task(folder)
+
+
+def make_task(folder):
+    """Make the task for the model in a folder, whose words are then colours."""
     say_colours(folder / "model" / "model.safetensors")
     make_conversations(folder)
     images = [str(folder / "images" / f"{number}.png") for number in range(6)]
@@ -46,8 +51,9 @@ def seen(tmp_path_factory):
 def say_colours(file):
     """Leave only words of colours in the head, as other tokens are no text, and let what is seen count for more."""
     tensors = load_file(file)
+    head = "lm_head.weight" if any("lm_head" in name for name in tensors) else ".embed_tokens.weight"
     for name, tensor in tensors.items():
-        if name.endswith("lm_head.weight"):
+        if name.endswith(head):
             tensor[: WORDS.index("red")] = 0
             tensor[len(WORDS) :] = 0
         if "projector" in name:
@@ -64,8 +70,9 @@ def write(place, folder, **fields):
 @torch.no_grad()
 def written(model, image) -> str:
     processor = AutoProcessor.from_pretrained(model)
-    loaded = LlavaForConditionalGeneration.from_pretrained(model).eval()
-    inputs = processor(text=QUESTION, images=Image.open(image), return_tensors="pt")
+    loaded = AutoModelForImageTextToText.from_pretrained(model).eval()
+    question = QUESTION.replace("<image>", processor.image_token)
+    inputs = processor(text=question, images=Image.open(image), return_tensors="pt")
     tokens = loaded.generate(**inputs, max_new_tokens=3, do_sample=False)
     return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -76,6 +83,13 @@ def test_answers_are_those_of_transformers(seen, wave):
     found = result.evaluation.tasks["colours"]
     assert found.metrics["exact_match"].value == pytest.approx(5 / 6)
     assert found.samples == 6
+
+
+def test_a_processor_may_look_for_another_token_than_that_of_a_feature(tmp_path):
+    make_seeing_family(tmp_path / "model", "gemma3")
+    make_task(tmp_path)
+    result = evaluated(tmp_path / "model", tasks="colours", tasks_dir=str(tmp_path / "tasks"), engine="hf")
+    assert result.evaluation.tasks["colours"].metrics["exact_match"].value == pytest.approx(5 / 6)
 
 
 def test_a_task_of_text_is_answered_beside_it(seen, tmp_path):

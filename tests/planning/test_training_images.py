@@ -4,18 +4,23 @@ import json
 
 import pytest
 from PIL import Image
+from transformers import AutoConfig
+from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from shardprune.cli import main
 from shardprune.cluster.local_backend import LocalBackend
 from shardprune.commands.prepare_recovery import prepare_recovery
 from shardprune.errors import InputError
+from shardprune.planning.training.images import as_large
 from shardprune.planning.training.need import training_memory
 from shardprune.planning.training.plan import plan_training
 from shardprune.planning.training.recipe import TrainingPlanRecipe
 from tests.planning.alive import measured
 from tests.recovery.trainings import checked
-from tests.support.seeing import make_seeing
+from tests.support.seeing import QWEN, make_seeing, make_seeing_family
 from tests.support.tiny import GROUPED
+from tests.support.towers import TOWERS
 
 TEXT = {
     **GROUPED["llama"][1],
@@ -58,6 +63,10 @@ def test_tensors_take_the_memory_that_is_predicted(wide, kind, tmp_path):
     shape = {"length": LENGTH, "batch": 4, "micro_batch": 2, "steps": 2, "checkpoint_every": 9, "learning_rate": 1e-3}
     fields = {"model": model, "data": str(wide / "rows.json"), "images": str(wide / "images"), **shape, **options}
     prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields), LocalBackend())
+    check_prediction(prepared)
+
+
+def check_prediction(prepared):
     inputs = prepared.inputs
     assert inputs.rows.longest == LENGTH
     models = prepared.recipe, inputs.skeleton, inputs.teacher, LENGTH
@@ -65,6 +74,31 @@ def test_tensors_take_the_memory_that_is_predicted(wide, kind, tmp_path):
     assert predicted == pytest.approx(measured(prepared), rel=0.1)
     assert predicted > 1.15 * training_memory(*models).device.peak
     assert prepared.need.bytes == predicted  # which is looked at before any weight is read
+
+
+def wide_family(wide, model_type):
+    """The model of a family with parts of such sizes, whose processor makes several tokens of an image."""
+    text = {name: value for name, value in TEXT.items() if name in WIDTHS}
+    sees = {"depth": 3, "num_heads": 4, "out_hidden_size": 256, **VISION} if model_type in QWEN else VISION
+    make_seeing_family(wide / model_type, model_type, text=text, vision=sees)
+    return str(wide / model_type)
+
+
+FURTHER = ("internvl", "mistral3", "qwen3_5")
+WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3", "qwen3_vl", *(pytest.param(name, marks=pytest.mark.long) for name in FURTHER)]
+)
+def test_the_memory_of_other_families_is_predicted(wide, model_type, tmp_path):
+    if model_type == "mistral3":
+        pytest.importorskip("torchvision", reason="its processor needs it")
+    model = wide_family(wide, model_type)
+    shape = {"length": LENGTH, "batch": 4, "micro_batch": 2, "steps": 2, "checkpoint_every": 9, "learning_rate": 1e-3}
+    fields = {"model": model, "data": str(wide / "rows.json"), "images": str(wide / "images"), **shape}
+    prepared = prepare_recovery(checked(wide, tmp_path / "o", **fields, zero=1, lora_rank=8), LocalBackend())
+    check_prediction(prepared)
 
 
 DEPTH = 3  # layers of the tower, of which LLaVA-1.5 has 24
@@ -146,13 +180,67 @@ def test_a_plan_says_what_sees_images(config, capsys):
     assert tower == {"parameters": parameters_of_llava(), "tokens": PATCHES, "operations": operations_of_llava()}
 
 
+@pytest.mark.parametrize("size", [(1280, 720), (333, 500)])
+def test_sizes_are_those_of_the_processors(size):
+    config = AutoConfig.for_model("mistral3")
+    merged = config.vision_config.patch_size * config.spatial_merge_size
+    pixtral = PixtralImageProcessorPil(size={"longest_edge": config.vision_config.image_size}, patch_size=merged)
+    for other, processor in ((config, pixtral), (AutoConfig.for_model("qwen2_5_vl"), Qwen2VLImageProcessorPil())):
+        made = processor(images=[Image.new("RGB", size)], return_tensors="pt")
+        image = as_large(other, *size)
+        assert image["pixel_values"].shape == made["pixel_values"].shape
+        assert image.keys() == made.keys()
+        assert all(image[name].tolist() == made[name].tolist() for name in image if name != "pixel_values")
+
+
+QWEN_SHAPE = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16}
+PIXTRAL_SHAPE = {"patch_size": 4, "image_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "vision", "size", "tokens"),
+    [
+        ("qwen3_vl", QWEN_SHAPE, "1280x720", 40 * 22),  # of 32 x 32 pixels: 22.5 of them are 22
+        ("qwen3_vl", QWEN_SHAPE, "9x40", 1),
+        ("mistral3", PIXTRAL_SHAPE, "20x17", 3 * 3),  # of 8 x 8 pixels, what is begun counts
+        ("mistral3", PIXTRAL_SHAPE, "256x128", 8 * 4),  # no side is longer than 64
+        ("mistral3", PIXTRAL_SHAPE, None, 8 * 8),
+    ],
+)
+def test_an_image_has_the_tokens_of_its_size(model_type, vision, size, tokens, tmp_path):
+    fields = TOWERS[model_type]
+    text = {**fields["text_config"], "max_position_embeddings": 4096}
+    parts = {"text_config": text, "vision_config": {**fields["vision_config"], **vision}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **fields, **parts}))
+    chosen = {"images": "i", "length": 2048, "zero": 2} | ({"image_size": size} if size else {})
+    plan = planned(str(tmp_path / "config.json"), **chosen)
+    assert plan.tower.tokens == tokens
+    assert plan.image_size == tuple(map(int, (size or "64x64").split("x")))
+    blind = planned(str(tmp_path / "config.json"), length=2048, zero=2)
+    assert plan.chosen.work.operations - blind.chosen.work.operations == 8 * plan.tower.operations
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
+        ({"image_size": "9x9"}, "image_size: '9x9' has no effect without images$"),
+        ({"images": "i", "image_size": "9"}, "image_size: '9' is no WIDTHxHEIGHT of at most five digits each, as "),
+        ({"images": "i", "image_size": "9x9"}, "image_size: is not for model_type 'llava', whose processor decides"),
         ({"images_per_row": 2}, "images_per_row: 2 has no effect without images$"),
         ({"images": "i", "length": 576}, "length: 576 has no room for images of 576 tokens; use more than these"),
         ({"images": "i", "images_per_row": 2}, "length: 1024 has no room for images of 1152 tokens"),
-        ({"images": "i", "model": "blind.json"}, "images: model_type 'llama' is not trained on images, only llava$"),
+        (
+            {"images": "i", "model": "blind.json"},
+            "images: model_type 'llama' is not trained on images, only gemma3, .*llava, .*$",
+        ),
+        (
+            {"images": "i", "model": "any.json", "length": 64},
+            "image_size: has to be said, as 1280x720: model_type 'qwen3_vl' sees images as large as they are$",
+        ),
+        (
+            {"images": "i", "teacher": "other.json"},
+            "teacher: other.json is of model_type 'gemma3', the model of 'llava': they are given images in different",
+        ),
         ({"images": "i", "teacher": "blind.json"}, "teacher: blind.json sees no images, which the rows show$"),
     ],
 )
@@ -160,5 +248,9 @@ def test_what_sees_no_images_is_refused(config, fields, reason, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     blind = {**LLAVA["text_config"], "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "blind.json").write_text(json.dumps(blind))
+    text = {**TOWERS["gemma3"]["text_config"], "vocab_size": 32064, "max_position_embeddings": 4096}
+    other = {**TOWERS["gemma3"], "model_type": "gemma3", "text_config": text}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    (tmp_path / "any.json").write_text(json.dumps({"model_type": "qwen3_vl", **TOWERS["qwen3_vl"]}))
     with pytest.raises(InputError, match=f"^{reason}"):
         planned(config, **fields)

@@ -58,7 +58,7 @@ TOWERS: dict[str, dict[str, Any]] = {
     },
     "mistral3": {
         "text_config": {**DENSE["ministral3"], "model_type": "ministral3"},
-        "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 16},
+        "vision_config": {**_VISION, "model_type": "pixtral", "image_size": 16, "patch_size": 2},
         "image_token_index": _TAKEN,
     },
     "mllama": {  # of whose layers two attend to images
@@ -92,7 +92,7 @@ TOWERS: dict[str, dict[str, Any]] = {
             **{**_QWEN_TEXT, "model_type": "qwen2_5_vl_text", "use_sliding_window": True, "sliding_window": 8},
             **{"max_window_layers": 1},
         },
-        "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 8},
+        "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1], "window_size": 56},
         **_QWEN_TOKENS,
     },
     "qwen3_vl": {
@@ -122,12 +122,20 @@ OF_TIMM: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tower(folder: Path, model_type: str, **saving: Any) -> str:
-    """Save a tiny random multimodal model whose layers and persistent buffers all matter."""
+def make_tower(
+    folder: Path,
+    model_type: str,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+    **saving: Any,
+) -> str:
+    """Save a tiny random multimodal model whose layers and persistent buffers all matter, by further fields of its
+    parts' configs."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(
-        AutoConfig.for_model(model_type, **{**TOWERS, **OF_TIMM}[model_type])
-    )
+    fields = {**TOWERS, **OF_TIMM}[model_type]
+    parts = {"text_config": text or {}, "vision_config": vision or {}}
+    config = fields | {name: {**fields[name], **more} for name, more in parts.items()}
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(model_type, **config))
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape)
         parameter.data.copy_(noise * 0.3 if parameter.dim() > 1 else parameter + noise * 0.1)

@@ -12,8 +12,16 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError, first_line
 from shardprune.model.empty_model import empty_model
 from shardprune.model.experts import take_apart
-from shardprune.planning.training.images import Images, Tower, meta_pixels, tower_of, with_sight
-from shardprune.planning.training.passes import META, Passes, Uncounted, count_forward, count_passes, meta_batch
+from shardprune.planning.training.images import Images, Tower, completed, tower_of, with_sight
+from shardprune.planning.training.passes import (
+    META,
+    Passes,
+    Uncounted,
+    count_forward,
+    count_passes,
+    meta_batch,
+    meta_inputs,
+)
 from shardprune.recovery.distillation import (
     STORED,
     TOKENS,
@@ -50,7 +58,7 @@ class Sizes:
         itemsize: bytes of a weight in training.
         tower: elements of the vision tower and the projector, which every process has whole; 0 without images.
         teacher_tower: those of the teacher, live or storing.
-        pixels: bytes of a micro-batch's images.
+        pixels: bytes of what the model is given of a micro-batch's images.
         seeing: operations of the towers for a micro-batch, as far as they run while the student learns.
     """
 
@@ -179,13 +187,14 @@ def _count(
     model.config.use_cache = False
     for _ in choose_trained(model, recipe, targets):
         pass
-    tower = tower_of(images.model) if images else None
-    places, pixels = rows * (length - 1), None
-    if images and tower and images.per_row:  # tokens that stand for images are not predicted
-        places = rows * (length - max(1, images.per_row * tower.tokens))
-        pixels = meta_pixels(images.model, rows * images.per_row)
+    of_row = images.of_row(images.model) if images else {}
+    tower = tower_of(images.model, of_row) if images else None
+    places, inputs = rows * (length - 1), meta_inputs(rows, length)
+    if images and tower and of_row:  # tokens that stand for images are not predicted
+        places = rows * (length - max(1, tower.tokens))
+        inputs = completed(images.model, inputs, of_row, tower.features)
     seeing = with_sight(images.model, model, dtype) if images else None
-    student, batch = Student(model, seeing), meta_batch(rows, length, places, pixels)
+    student, batch = Student(model, seeing), meta_batch(inputs, places)
     parameters = list({id(parameter): parameter for parameter in student.parameters()}.values())
     trained = [parameter.numel() for parameter in parameters if parameter.requires_grad]
     distillation: Distillation | None = None
@@ -198,7 +207,7 @@ def _count(
         taught = sum(parameter.numel() for parameter in other.parameters())
         other_seeing = None
         if images and images.teacher:
-            other_tower = tower_of(images.teacher)
+            other_tower = tower_of(images.teacher, images.of_row(images.teacher))
             other_seeing = with_sight(images.teacher, other, dtype)
         if top is None:
             given = torch.empty(places, teacher.vocab_size, dtype=dtype, device=META)
@@ -226,8 +235,8 @@ def _count(
         itemsize=dtype.itemsize,
         tower=tower.parameters if tower else 0,
         teacher_tower=other_tower.parameters if other_tower else 0,
-        pixels=0 if pixels is None else pixels.nbytes,
-        seeing=sum(one.operations for one in towers if one) * rows * (images.per_row if images else 0),
+        pixels=rows * sum(tensor.nbytes for tensor in of_row.values()),
+        seeing=sum(one.operations for one in towers if one) * rows,
     )
 
 

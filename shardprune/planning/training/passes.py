@@ -15,14 +15,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, masking_utils
 
 from shardprune.model.experts import Expert, mixtures
+from shardprune.model.meta_device import META, on_meta
 from shardprune.recovery.loss import Distillation
 from shardprune.recovery.predictions import PredictionBatch
 
-META = torch.device("meta")
 FEW = 16  # experts of a layer that are run at least, if it has as many
 
 
@@ -37,13 +37,6 @@ class Moment:
 
     activations: int
     gradients: int
-
-
-def _on_one_device(arguments: Any) -> Any:
-    """Return an operation's arguments, indices of tokens without values where the tokens have none."""
-    if len({leaf.device for leaf in tree_iter(arguments) if isinstance(leaf, Tensor)}) < 2:
-        return arguments
-    return tree_map_only(Tensor, lambda tensor: tensor.to(META), arguments)
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():  # an expert's matrix looks at products of the model's code alone
-            result = func(*_on_one_device(args), **_on_one_device(kwargs or {}))
+            result = on_meta(func, args, kwargs)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
@@ -141,13 +134,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
     return _FusedAttention.apply(query, key, value)
 
 
-def _places_of_images(input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-    """Return the mask of the tokens that stand for images, as a multimodal model does that then counts them."""
-    return (input_ids == 0).unsqueeze(-1)
-
-
 @contextmanager
-def _as_on_a_device(model: nn.Module, seeing: PreTrainedModel | None) -> Iterator[None]:
+def _as_on_a_device(model: nn.Module) -> Iterator[None]:
     """Let transformers' code run on meta tensors as on those of a device, whose values it may look at."""
     with (
         ExitStack() as routed,
@@ -157,8 +145,6 @@ def _as_on_a_device(model: nn.Module, seeing: PreTrainedModel | None) -> Iterato
         for mixture in mixtures(model).values():
             even = partial(_evenly, mixture, mixture.forward)
             routed.enter_context(patch.dict(mixture.__dict__, {"forward": even}))
-        if seeing is not None:
-            routed.enter_context(patch.dict(seeing.__dict__, {"get_placeholder_mask": _places_of_images}))
         yield
 
 
@@ -190,7 +176,7 @@ def count_passes(
         if parameter.requires_grad
     ]
     student.train()
-    with _as_on_a_device(student, seeing), live:
+    with _as_on_a_device(student), live:
         loss = student(batch, distillation)
         kept = live.bytes
         loss.backward()
@@ -210,16 +196,20 @@ def count_forward(
     live = LiveBytes()
     live.exclude(_held_before(model, seeing, batch))
     model.eval()
-    with torch.no_grad(), _as_on_a_device(model, seeing), live:
+    with torch.no_grad(), _as_on_a_device(model), live:
         result = model(batch)
         finished = finish(result) if finish else None
     del result, finished
     return max(live.highest.values())
 
 
-def meta_batch(rows: int, length: int, predictions: int, pixels: Tensor | None = None) -> PredictionBatch:
-    """Return a batch of full rows without values, and of the images that they show."""
+def meta_inputs(rows: int, length: int) -> dict[str, Tensor]:
+    """Return the arguments of a model's forward pass on full rows, without values."""
     ids = torch.empty(rows, length, dtype=torch.int64, device=META)
+    return {"input_ids": ids, "position_ids": ids.clone()}
+
+
+def meta_batch(inputs: dict[str, Tensor], predictions: int) -> PredictionBatch:
+    """Return a batch with so many predictions."""
     places = torch.empty(predictions, dtype=torch.int64, device=META)
-    inputs = {"input_ids": ids, "position_ids": ids.clone()} | ({} if pixels is None else {"pixel_values": pixels})
     return PredictionBatch(inputs, places, places.clone())

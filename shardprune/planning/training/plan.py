@@ -6,15 +6,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
 from shardprune.model.checks import check_full, check_rank, check_seqlen
 from shardprune.model.skeleton import Skeleton
-from shardprune.model.vision import SEEING
+from shardprune.model.vision import SEEING, check_same_sight, image_shape
 from shardprune.planning.described_model import DescribedModel, read_description
 from shardprune.planning.hardware import SPARE_HOST, Hardware
-from shardprune.planning.training.images import Images, Tower, tower_of
+from shardprune.planning.training.images import Images, Tower, as_large, repeated, square, tower_of
 from shardprune.planning.training.memory import Memory, Sizes, Stage, memory_of_training, sizes_of
 from shardprune.planning.training.need import paths_of_projections, stages_of
 from shardprune.planning.training.passes import Uncounted
@@ -87,7 +88,8 @@ class TrainingPlan:
     """The result of `shardprune plan-recovery`: a way each for those that the recipe leaves open.
 
     Attributes:
-        tower: that sees the images of rows; None without images.
+        tower: that sees the images of rows, its tokens and operations those of one; None without images.
+        image_size: width and height of the images.
     """
 
     recipe: TrainingPlanRecipe
@@ -96,6 +98,7 @@ class TrainingPlan:
     micro_batch: int
     ways: list[Way]
     tower: Tower | None = None
+    image_size: tuple[int, int] | None = None
 
     @property
     def teacher_bytes(self) -> int | None:
@@ -121,7 +124,8 @@ class TrainingPlan:
             "parameters_trained": self.trained,
             "micro_batch": self.micro_batch,
             "teacher_bytes_per_token": self.teacher_bytes,
-            "tower": asdict(self.tower) if self.tower else None,
+            "tower": self.tower.as_json() if self.tower else None,
+            "image_size": self.image_size,
             "fits": self.fits,
             "chosen": self.chosen.options if self.chosen else None,
             "ways": [way.as_json() for way in self.ways],
@@ -161,7 +165,9 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         sizes = _sizes(recipe, skeleton, teacher, images, micro, recompute, stage.zero)
         trained = sizes.trained
         ways.append(_way(recipe, recipe.row, skeleton, teaching, sizes, stage, recompute))
-    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower)
+    shape = image_shape(images.model) if images else None
+    size = recipe.pixels or ((shape[2], shape[1]) if shape else None)
+    return TrainingPlan(recipe, skeleton.parameters(), trained, micro, ways, tower, size)
 
 
 def _skeleton_of_teacher(config: PretrainedConfig, length: int) -> Skeleton:
@@ -189,9 +195,28 @@ def _images(recipe: TrainingPlanRecipe, model: DescribedModel, teacher: Describe
     if model.whole.model_type not in SEEING:
         reason = f"model_type {model.whole.model_type!r} is not trained on images, only {', '.join(SEEING)}"
         raise InputError("images", reason)
-    if teacher is not None and teacher.whole.model_type not in SEEING:
-        raise InputError("teacher", f"{recipe.teacher} sees no images, which the rows show")
-    return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None)
+    if teacher is not None:
+        check_same_sight(teacher.whole, model.whole, str(recipe.teacher))
+    image = _image(recipe, model.whole)
+    shown = None if image is None else repeated(image, recipe.images_per_row)
+    return Images(recipe.images_per_row, model.whole, teacher.whole if teacher else None, shown)
+
+
+def _image(recipe: TrainingPlanRecipe, config: PretrainedConfig) -> dict[str, Tensor] | None:
+    """Return what the model is given of an image of the recipe's size; None if the recipe has none.
+
+    Raises:
+        InputError: the model's images have no such size, or it has to be said.
+    """
+    kind = f"model_type {config.model_type!r}"
+    if recipe.pixels is None:
+        if image_shape(config) is None:
+            raise InputError("image_size", f"has to be said, as 1280x720: {kind} sees images as large as they are")
+        return None
+    image = as_large(config, *recipe.pixels)
+    if image is None:
+        raise InputError("image_size", f"is not for {kind}, whose processor decides the size of images")
+    return image
 
 
 def _tower(recipe: TrainingPlanRecipe, images: Images) -> Tower:
@@ -201,7 +226,7 @@ def _tower(recipe: TrainingPlanRecipe, images: Images) -> Tower:
         InputError: rows have no room for their images.
     """
     with _planned(recipe):
-        tower = tower_of(images.model)
+        tower = tower_of(images.model, _image(recipe, images.model) or square(images.model))
     shown = images.per_row * tower.tokens
     if shown >= recipe.length:
         reason = f"{recipe.length} has no room for images of {shown} tokens"

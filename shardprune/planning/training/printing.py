@@ -26,10 +26,11 @@ def show(plan: TrainingPlan, console: Console) -> None:
             f"the teacher's {recipe.teacher_top} largest predictions are stored before, {plan.teacher_bytes:,} bytes a "
             "token, and it is not there while the student learns"
         )
-    if plan.tower is not None:
+    if plan.tower is not None and plan.image_size is not None:
         lines.append(
             f"images a row: {recipe.images_per_row}, each {plan.tower.tokens} of its tokens; what sees them has "
-            f"{plan.tower.parameters:,} parameters, frozen and whole in every process"
+            f"{plan.tower.parameters:,} parameters, frozen and whole in every process; an image has "
+            f"{' x '.join(map(str, plan.image_size))} pixels"
         )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

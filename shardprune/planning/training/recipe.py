@@ -1,8 +1,9 @@
 """The recipe of `shardprune plan-recovery`: a run of `shardprune recover`, and the machines."""
 
+import re
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shardprune.errors import InputError
 from shardprune.planning.recipe import Machine
@@ -30,7 +31,25 @@ class TrainedFields(Settings):
     )
     images: str | None = Field(None, description="Images that rows show, as of recover; none is read")
     images_per_row: int = Field(1, ge=1, le=1000, description="Images that a row shows")
+    image_size: str | None = optional(
+        "the image_size of the model's config", "Pixels of an image, WIDTHxHEIGHT, where its tokens depend on them"
+    )
     seed: int = Field(0, description="Random seed, which changes no size")
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """Width and height of an image, if they are said."""
+        if self.image_size is None:
+            return None
+        width, _, height = self.image_size.partition("x")
+        return int(width), int(height)
+
+    @field_validator("image_size")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value, re.ASCII):
+            raise InputError("image_size", f"{value!r} is no WIDTHxHEIGHT of at most five digits each, as 1280x720")
+        return value
 
     @property
     def dropout(self) -> float:
@@ -41,7 +60,7 @@ class TrainedFields(Settings):
     def _low_rank_options_have_an_effect(self) -> "TrainedFields":
         self.needs("low-rank updates (no --full)", not self.full, "lora_rank", "lora_alpha", "lora_dropout")
         self.needs("teacher", self.teacher is not None, "teacher_top")
-        self.needs("images", self.images is not None, "images_per_row")
+        self.needs("images", self.images is not None, "images_per_row", "image_size")
         return self
 
 
