@@ -2,7 +2,7 @@
 
 A mask of rows of L tokens takes L^2 bytes a row, and attention computes all that it hides: for examples of l tokens,
 L / l times what they need. Here the examples of a batch are told apart by their first tokens: a GPU takes all of them
-in one kernel (FlashAttention, arXiv 2307.08691, as torch has it), a CPU one after the other.
+in one kernel (FlashAttention, as torch has it), a CPU one after the other.
 """
 
 import inspect
