@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +165,25 @@ def measure(kind: str, folder: str) -> tuple[int, int]:
         for rank in range(count):
             variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
             environment = {**os.environ, **variables, "LOCAL_WORLD_SIZE": str(count), **VARIABLES}
-            processes.append(
-                subprocess.Popen([*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            )
-        answers = [process.communicate() for process in processes]
-    for process, (_, errors) in zip(processes, answers, strict=True):
-        if process.returncode:
-            raise SystemExit(errors.decode()[-3000:])
-    found = json.loads(answers[0][0].splitlines()[-1])
+            with Path(own, f"said-{rank}").open("wb") as said, Path(own, f"errors-{rank}").open("wb") as errors:
+                processes.append(subprocess.Popen([*command, str(rank)], env=environment, stdout=said, stderr=errors))
+        failed = _first_to_fail(processes)
+        if failed is not None:
+            raise SystemExit(Path(own, f"errors-{failed}").read_text()[-3000:])
+        found = json.loads(Path(own, "said-0").read_text().splitlines()[-1])
     return found["predicted"], found["measured"]
+
+
+def _first_to_fail(processes: list["subprocess.Popen[bytes]"]) -> int | None:
+    """Wait for processes; return the first that fails, for which the others would wait and are killed."""
+    while any(process.poll() is None for process in processes):
+        if failed := [rank for rank, process in enumerate(processes) if process.returncode]:
+            for process in processes:
+                process.kill()
+                process.wait()
+            return failed[0]
+        time.sleep(0.1)
+    return next((rank for rank, process in enumerate(processes) if process.returncode), None)
 
 
 def work(kind: str, folder: str, own: str, rank: int) -> None:
@@ -212,6 +223,9 @@ def work(kind: str, folder: str, own: str, rank: int) -> None:
     rows = inputs.rows.longest, inputs.images
     predicted = training_memory(prepared.recipe, inputs.skeleton, inputs.teacher, *rows).device.peak
     spec = prepared.spec(prepared.processes)
+    store = dist.FileStore(f"{own}/store", recipe.workers or 1)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.workers or 1)
+    dist.barrier()  # what is begun is prepared in another way
     if rank == 0:
         Path(prepared.recipe.state).mkdir(parents=True, exist_ok=True)
         prepared.inputs.rows.save(Folder(prepared.recipe.state, "state"), FILE)
@@ -220,8 +234,6 @@ def work(kind: str, folder: str, own: str, rank: int) -> None:
     import deepspeed
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    store = dist.FileStore(f"{own}/store", recipe.workers or 1)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=recipe.workers or 1)
     dist.barrier()
     del prepared
     gc.collect()
