@@ -11,7 +11,7 @@ from shardprune.recovery import packed_attention
 from shardprune.recovery.packed_attention import BOUNDS, attend_by_example, bounds_of
 from shardprune.recovery.rows import Rows, pack
 from tests.recovery.test_rows import random_examples
-from tests.recovery.trainings import train
+from tests.recovery.trainings import losses, train
 from tests.support.tiny import CONFIGS, make_model
 
 CPU = torch.device("cpu")
@@ -101,10 +101,12 @@ def test_packed_rows_of_a_training_attend_by_examples(folder, teacher, tmp_path)
     with patch.object(packed_attention, "attend", wraps=packed_attention.attend) as attended:
         train(folder, tmp_path / "alone", steps=1, **fields)
         assert not attended.called
-        train(folder, tmp_path / "packed", steps=1, packing=True, **fields)
+        packed = train(folder, tmp_path / "packed", steps=2, packing=True, **fields)
     layers = AutoConfig.from_pretrained(folder / "sparse").num_hidden_layers
     assert attended.call_count % layers == 0
     assert attended.call_count > layers * teacher
+    again = train(folder, tmp_path / "again", steps=2, packing=True, recompute=True, **fields)
+    assert losses(again) == losses(packed)
 
 
 @pytest.mark.gpu
