@@ -33,7 +33,7 @@ LEARNING = {
     **{"schedule": "constant", "lora_rank": 8, "lora_alpha": 16, "lora_dropout": 0.0},
 }
 SEES = re.compile("visual|vision|projector")
-REPEATING = {"qwen2_vl", "qwen3_vl_moe", "qwen3_5_moe"}  # what others show
+REPEATING = {"qwen2_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"}  # what others show
 FAMILIES = [pytest.param(name, marks=[pytest.mark.long] * (name in REPEATING)) for name in sorted(TOKENS)]
 
 

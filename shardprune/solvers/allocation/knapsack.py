@@ -15,6 +15,7 @@ from shardprune.solvers.allocation.budget import meet
 
 STEP = 0.01  # of sparsities that are compared
 HALVINGS = 100
+ROUNDING = 1e-12  # of a mean sparsity
 
 Curve = Sequence[tuple[float, float]]  # levels of sparsity, ascending, each with the error there
 
@@ -68,6 +69,6 @@ def _nearer(below: np.ndarray, above: np.ndarray, share: np.ndarray, target: flo
     long as the mean stays below the target."""
     found = below.copy()
     for place in np.flatnonzero(above > below):
-        if share @ found + share[place] * (above[place] - found[place]) <= target:
+        if share @ found + share[place] * (above[place] - found[place]) <= target + ROUNDING:
             found[place] = above[place]
     return found
