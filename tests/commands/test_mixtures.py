@@ -22,11 +22,18 @@ from shardprune.solvers.sparsegpt import prune_together
 from shardprune.solvers.statistics import PRIOR_TOKENS, InputStatistics
 from tests.commands.test_architectures import perplexity
 from tests.support.architectures import MIXTURES, make_architecture
+from tests.support.entries import entries
 from tests.support.running import run
 from tests.support.tiny import differing, load_tensors, make_tokens
 
+# What others show, by their layers and the names of their tensors.
+ALIKE = (
+    *("deepseek_v2", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "jamba", "minimax_m2"),
+    *("qwen2_moe", "qwen3_5_moe_text"),
+)
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+
+@pytest.mark.parametrize("model_type", entries(list(MIXTURES), *ALIKE))
 def test_a_run_equals_transformers_before_and_after(model_type, tmp_path):
     dense = make_architecture(tmp_path / "model", model_type, MIXTURES[model_type])
     tokens = torch.from_numpy(np.load(make_tokens(tmp_path / "tokens.npy")))

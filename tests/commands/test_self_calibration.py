@@ -18,6 +18,7 @@ from shardprune.shard.generation_worker import GenerationWorker, Room
 from shardprune.storage import self_text
 from shardprune.storage.folder import Folder
 from tests.support.architectures import DENSE, MIXED, MIXTURES, make_architecture
+from tests.support.entries import entries
 from tests.support.running import rebuild_run, run, search_run
 from tests.support.tiny import CONFIGS, differing, make_model, snapshot
 
@@ -61,7 +62,7 @@ def plain_text(folder, sequences=12, seqlen=24, batch=BATCH, temperature=1.0, se
     return torch.cat(written).numpy()
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", entries(list(CONFIGS), "mistral", "phi3", "opt-350m", "qwen2"))
 def test_every_family_writes_what_a_plain_generation_does(family, tmp_path):
     make_model(tmp_path / "model", family)
     run(tmp_path, "o", **CHEAP, self_batch=BATCH, shards=3)

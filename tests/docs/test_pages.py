@@ -33,6 +33,7 @@ from tests.support.words import WORDS, words_tokenizer
 
 # test_extending.py runs extending.md on a copy of the package; reference.md has the examples of the help.
 ELSEWHERE = ("extending.md", "reference.md")
+SLOW = ("70b-one-node.md", "coming-from.md", "experts.md", "planning.md")
 TEXT = " ".join(WORDS[3:] * 10)
 ROW = {"text": TEXT, "sentence": TEXT, "instruction": "one two", "input": "", "output": "three four five"}
 SMALL = {"backend": "local", "device": "cpu", "threads": 1, "report": False, "samples": 8, "seqlen": 24}
@@ -143,7 +144,15 @@ def run(place: str, words: list[str], shown: str, tiny: Path) -> None:
         assert "".join(part.split()) in "".join(said.getvalue().split()), f"{place}: prints else:\n{said.getvalue()}"
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if path.name not in ELSEWHERE], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.long] * (path.name in SLOW))
+        for path in PAGES
+        if path.name not in ELSEWHERE
+    ],
+    ids=lambda path: path.name,
+)
 def test_what_a_page_shows_runs(path, tiny):
     follow(Page.read(path), tiny)
 

@@ -127,6 +127,7 @@ def words(folder, out, model) -> list[str]:
 COMMON = ("--backend=local", "--threads=1", "--no-report")
 
 
+@pytest.mark.long  # tests/storage/test_owner.py shows it without two commands
 def test_the_same_command_twice_at_once_is_refused(folder, model, undisturbed, forked, tmp_path, capsys):
     out = tmp_path / "o"
     before: dict[str, bytes] = {}

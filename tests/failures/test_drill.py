@@ -194,7 +194,7 @@ def run_of(asked: Recipe, errors: Path) -> Iterator[tuple[int, TextIO, TextIO]]:
         yield int(heard.readline()), heard, answers
 
 
-@pytest.mark.parametrize("when", entries(list(MOMENTS), "plan", "observe", "evaluate"))
+@pytest.mark.parametrize("when", entries(list(MOMENTS), "plan", "observe", "evaluate", "write"))
 def test_the_driver_dies(recipe, cluster: Nodes, undisturbed, when, tmp_path):
     # One of them has a cluster of its own, which must end with it.
     asked = recipe(tmp_path / "o", address=None if when == "prune" else cluster.address, **PARALLEL)

@@ -48,7 +48,10 @@ def make_hollow_model(folder):
     ("what", "taken", "step", "helps"),
     [
         (("--sparsity", "0.5"), "14.", "check down", "method wanda without measure_error"),
-        (("--structured", "0.2"), "18.", "choose down", "score amp without correction and measure_error"),
+        pytest.param(
+            *(("--structured", "0.2"), "18.", "choose down", "score amp without correction and measure_error"),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["zeroing", "structured"],
 )

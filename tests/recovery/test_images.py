@@ -157,7 +157,8 @@ def test_a_llava_learns_answers_and_its_tower_stays(folder, seen, prefix, tmp_pa
         assert (tmp_path / "o" / name).read_bytes() == (model / name).read_bytes()
 
 
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [2, 3])
 def test_two_processes_learn_the_same(folder, seen, pair, zero, tmp_path):
     _, fields = seen
     way = {"full": True, "recompute": True} if zero == 3 else {**PUBLISHED, "lora_dropout": 0.0}

@@ -125,7 +125,12 @@ def test_a_line_of_losses_that_was_cut_off_does_no_harm(folder, undisturbed, tmp
 
 
 # These and the next are half of what there is, so that the tests end in time; each stage goes both ways.
-@pytest.mark.parametrize(("way", "zero"), [("full", 1), ("full", 2), ("low-rank", 3)])
+MORE = [pytest.param(*one, marks=pytest.mark.long) for one in (("full", 0), ("low-rank", 1), ("low-rank", 2))]
+
+
+@pytest.mark.parametrize(
+    ("way", "zero"), [("full", 1), ("full", 2), pytest.param("low-rank", 3, marks=pytest.mark.long)]
+)
 def test_one_process_goes_on_where_two_were(folder, pair, undisturbed, way, zero, tmp_path):
     pair.cut_after = 2
     try:
@@ -136,7 +141,7 @@ def test_one_process_goes_on_where_two_were(folder, pair, undisturbed, way, zero
     goes_on(undisturbed(way, zero), train(folder, tmp_path / "o", zero=zero, **WAYS[way]), tmp_path / "o")
 
 
-@pytest.mark.parametrize(("way", "zero"), [("full", 0), ("low-rank", 1), ("low-rank", 2), ("full", 3)])
+@pytest.mark.parametrize(("way", "zero"), [*MORE, ("full", 3)])
 def test_two_processes_go_on_where_one_was(folder, pair, undisturbed, way, zero, tmp_path):
     with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
         train(folder, tmp_path / "o", zero=zero, **WAYS[way])

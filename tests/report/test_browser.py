@@ -81,7 +81,7 @@ def shot(page, name):
     page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
 
-@pytest.mark.parametrize("name", entries(list(PAGES), "wanda"))
+@pytest.mark.parametrize("name", entries(list(PAGES), "wanda", "rebuilt", "composite", "interrupted"))
 def test_every_plot_is_there(browser, runs, name):
     page = opened(browser, runs.folder / name / "report.html")
     assert tuple(page.locator("figure h3").all_inner_texts()) == PAGES[name]

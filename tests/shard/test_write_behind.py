@@ -177,6 +177,7 @@ run(folder, out, sparsity=0.5)
 """
 
 
+@pytest.mark.long
 def test_a_run_killed_between_a_layers_write_and_its_file_does_that_layer_again(folder, tmp_path):
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "o")]

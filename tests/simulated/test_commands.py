@@ -9,6 +9,7 @@ from shardprune.cli import main
 from shardprune.report.progress import Reporter
 from tests.simulated.agreement import check_same
 from tests.simulated.bounds import TOLERANCE
+from tests.support.entries import entries
 from tests.support.simulated_cuda import needs_simulated_cuda, simulated_cuda
 
 pytestmark = needs_simulated_cuda
@@ -59,7 +60,19 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    entries(
+        list(RUNS),
+        "resident, evaluated",
+        "outliers of replicas",
+        "replicas' sums",
+        "structures by AMP",
+        "structures and zeros",
+        "dense stream, waves on the host",
+        "Mosaic",
+    ),
+)
 def test_prune(folder, tmp_path, name):
     changed = {key: str(folder / "tokens.npy") if value is EVALUATED else value for key, value in RUNS[name].items()}
     if "eval" in changed:

@@ -1,11 +1,14 @@
 """Experts removed from and to object storage."""
 
+import pytest
+
 from shardprune import ExpertsRecipe, experts
 from shardprune.report.progress import Reporter
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.tiny import differing, make_tokens
 
 
+@pytest.mark.long
 def test_a_run_on_object_storage_and_another_from_its_statistics(s3, bucket, tmp_path):
     make_architecture(tmp_path / "model", "qwen3_moe", MIXTURES["qwen3_moe"])
     make_tokens(tmp_path / "tokens.npy")

@@ -35,7 +35,7 @@ TRAINED = {"propagate": "pruned", "router_kd": 3, "reconstruct": 3}
 
 @pytest.mark.parametrize(
     ("exchange", "fields"),
-    [("store", {}), pytest.param("store", TRAINED, marks=pytest.mark.long), ("group", TRAINED)],
+    [*(pytest.param("store", fields, marks=pytest.mark.long) for fields in ({}, TRAINED)), ("group", TRAINED)],
 )
 def test_shards_and_replicas_equal_one_process_with_the_same_layout(ray, folder, exchange, fields, tmp_path):
     layout = {"shards": 2, "replicas": 2, **fields}

@@ -108,6 +108,7 @@ def stand_still(_group, actor) -> None:
     ray.get(actor.__ray_call__.remote(hang))
 
 
+@pytest.mark.long
 def test_a_worker_in_a_deadlock_is_replaced(ray, undisturbed, tmp_path, monkeypatch):
     before(monkeypatch, "solve", stand_still, 2)
     result = prune(bundled(tmp_path / "o", patience=PATIENCE), QUIET)

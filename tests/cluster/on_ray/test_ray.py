@@ -110,6 +110,10 @@ SCENARIOS = {
         "narrower, streamed",
         "on text of its own",
         "replicas of a pattern without a Hessian",
+        "parallel, more segments than shards, streamed",
+        "narrower, then sparse, on replicas",
+        "outliers and masks rebuilt, replicas",
+        "dense stream, trained",
     ),
 )
 def test_scenarios_equal_one_process_with_the_same_layout(ray, folder, fields, tmp_path):
@@ -147,7 +151,9 @@ JOINED = {
 }
 
 
-@pytest.mark.parametrize("fields", entries(JOINED, "shards and replicas"))
+@pytest.mark.parametrize(
+    "fields", entries(JOINED, "shards and replicas", "error curves, replicas, more than inputs", "on text of its own")
+)
 def test_a_process_group_gives_the_same_bits(ray, folder, fields, tmp_path):
     local = prune(recipe(folder, tmp_path / "local", backend="local", **fields), QUIET)
     joined = prune(recipe(folder, tmp_path / "ray", exchange="group", **fields), QUIET)
@@ -190,7 +196,16 @@ def search_recipe(folder, out, **fields) -> MopRecipe:
     return MopRecipe.checked({**values, "model": str(folder / "llama"), "remove": 0.5, "keep": "1", **fields})
 
 
-@pytest.mark.parametrize("fields", entries(SEARCHES, "shards and replicas", "every layer tried"))
+@pytest.mark.parametrize(
+    "fields",
+    entries(
+        SEARCHES,
+        "shards and replicas",
+        "every layer tried",
+        "replicas in a process group",
+        "candidates one behind the other on shards",
+    ),
+)
 def test_searches_equal_one_process(ray, folder, fields, tmp_path):
     alone = {**fields, "shards": 1, "backend": "local", "exchange": "auto"}
     local = mop(search_recipe(folder, tmp_path / "local", **alone), QUIET)
