@@ -22,7 +22,8 @@ def found(folder):
 
 
 class Trainings(threading.Thread):
-    """A thread that looks until two processes train at the same time, and calls `then` with them."""
+    """A thread that looks until two processes train at the same time, and calls `then` with them. Those of an earlier
+    search end first."""
 
     def __init__(self, then) -> None:
         super().__init__(daemon=True)
@@ -38,6 +39,10 @@ class Trainings(threading.Thread):
                 return
 
     def __enter__(self):
+        deadline = time.monotonic() + 60
+        while processes_of("RayTrainWorker"):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         self.start()
         return self
 
@@ -76,7 +81,7 @@ def test_trainings_end_with_the_search_that_is_stopped(ray, folder, found, tmp_p
     def stop(_processes) -> None:
         signal.pthread_kill(main, signal.SIGINT)
 
-    with Trainings(stop) as trainings, pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), Trainings(stop) as trainings:
         tuned_search(folder, tmp_path / "ray", shards=2, backend="ray")
     assert trainings.seen
     deadline = time.monotonic() + 30
