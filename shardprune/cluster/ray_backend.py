@@ -377,8 +377,6 @@ def settled_slots() -> Slots:
             if _answered(probes.pop(node)):
                 answered.add(node)
         if alive <= answered:
-            for probe in probes.values():  # of nodes that are dead
-                ray.cancel(probe, force=True)
             return cluster_slots()
         if time.monotonic() > deadline:
             raise WorkerLost(f"a node neither answers nor is declared dead after {DEATH_SECONDS:g} s")

@@ -52,7 +52,9 @@ class Share:
 def in_shares(calls: Sequence[Callable[[Backend], T]], backend: Callable[[], Backend]) -> list[T]:
     """Make calls at the same time; return their results, or raise the first error when all are over.
 
-    Each is a task of Ray on this node and not a thread, which a signal could not end: what it has started ends with it.
+    Each is made by an actor of its own on this node and not by a thread, which a signal could not end: what it has
+    started ends with it. It is not a task either: Ray ends the driver where a task comes to its end while it is
+    cancelled ("Tried to complete task that was not pending"), and an actor can be killed at any time.
 
     Args:
         backend: that makes the backend of the connected cluster in another process.
@@ -61,9 +63,10 @@ def in_shares(calls: Sequence[Callable[[Backend], T]], backend: Callable[[], Bac
         WorkerLost: the process of a call died.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0)(_call).options(scheduling_strategy=here)
-    refs = [task.remote(call, backend, len(calls)) for call in calls]
+    actor = ray.remote(num_cpus=0)(_Caller).options(scheduling_strategy=here)
+    callers = [actor.remote() for _ in calls]
     try:
+        refs = [caller.make.remote(call, backend, len(calls)) for caller, call in zip(callers, calls, strict=True)]
         ray.wait(refs, num_returns=len(refs))
         return [ray.get(ref) for ref in refs]
     except RayTaskError as error:
@@ -71,9 +74,12 @@ def in_shares(calls: Sequence[Callable[[Backend], T]], backend: Callable[[], Bac
     except LOST as error:
         raise WorkerLost(first_line(error)) from error
     finally:
-        for ref in refs:
-            ray.cancel(ref, force=True)
+        for caller in callers:
+            ray.kill(caller)
 
 
-def _call(call: Callable[[Backend], T], backend: Callable[[], Backend], ways: int) -> T:
-    return call(Share(backend(), ways))
+class _Caller:
+    """A process that makes one of the calls."""
+
+    def make(self, call: Callable[[Backend], T], backend: Callable[[], Backend], ways: int) -> T:
+        return call(Share(backend(), ways))
