@@ -102,6 +102,7 @@ def test_ctrl_c_in_the_middle_of_pruning(backend, undisturbed, tmp_path):
     assert differing(undisturbed, out) == []
 
 
+@pytest.mark.long
 def test_sigterm_while_ray_starts(tmp_path):
     out = tmp_path / "o"
     terminal = Terminal(*words("prune", {**PRUNE, "out": out, "backend": "ray"}, "model"), cwd=tmp_path)

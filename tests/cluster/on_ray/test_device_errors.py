@@ -45,7 +45,8 @@ def failing_actor(marker, error: type[RuntimeError], text: str) -> type:
     return PruneActor
 
 
-@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("shards", [1, 2])
 def test_a_worker_without_its_gpu_is_replaced(ray, folder, undisturbed, tmp_path, monkeypatch, shards):
     text = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
     actor = failing_actor(tmp_path / "failed", torch.AcceleratorError, text)
