@@ -38,6 +38,18 @@ def test_the_map_of_sparsity_counts_the_zeros_that_were_written(runs):
     assert found == {}
 
 
+def test_the_map_of_a_narrower_model_counts_the_weights_that_are_left(runs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(runs.folder / "composite", out)
+    result = json.loads((out / "result.json").read_text())
+    layers = result["sparsity"]["layers"]
+    layers[0]["achieved"] += 0.01  # where it is the same everywhere there is no map
+    (out / "result.json").write_text(json.dumps(result))
+    write_report(str(out))
+    (trace,) = figures(page_of(out))["Sparsity by layer and projection (% of the weights left)"]["data"]
+    assert [row[0] for row in trace["z"]] == [100 * layer["achieved"] for layer in layers]
+
+
 def test_the_other_plots_have_the_result_s_numbers(runs):
     page = figures(page_of(runs.folder / "owl"))
     result = runs.results["owl"]
@@ -76,8 +88,6 @@ def test_the_summary_says_what_was_achieved(runs):
     rows = dict(re.findall(r'<td>([^<]*)</td><td class="number">[^<]*</td><td class="number">([^<]*)</td>', page))
     assert rows["zero, of the weights that are left"] == f"{left:.4f}"
     assert rows["removed or zero, of the original&#39;s weights"] == f"{result.sparsity.achieved:.4f}"
-    (trace,) = figures(page)["Sparsity by layer and projection (% of the weights left)"]["data"]
-    assert [row[0] for row in trace["z"]] == [100 * layer.achieved for layer in result.sparsity.layers]
     assert rows["seconds, total"] == f"{result.seconds['total']:,.1f}"
     assert f"{result.sparsity.target:.2%}" in said
     assert f"<dt>parameters removed</dt><dd>{result.model.removed:.4%}</dd>" in page
@@ -204,7 +214,10 @@ def test_what_is_not_there_is_said(runs):
     page = page_of(runs.folder / "wanda")
     assert "Output errors were not measured (--no-measure-error)." in page
     assert "Outlier ratios were not measured: allocation uniform does not need them" in page
-    assert "were not measured" not in page_of(runs.folder / "owl")
+    assert "Sparsity has no map: it is 50.0% in every layer and projection." in page
+    owl = page_of(runs.folder / "owl")
+    assert "were not measured" not in owl
+    assert "has no map" not in owl
     interrupted = page_of(runs.folder / "interrupted")
     assert "<dt>time, 2 attempts</dt>" in interrupted
     assert "<td>seconds, total of the last attempt</td>" in interrupted

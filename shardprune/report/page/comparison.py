@@ -177,11 +177,14 @@ def _measured(result: Result) -> list[tuple[Text, float]]:
 
 
 def comparisons(points: list[Point]) -> list[Plot]:
-    """Return two plots per text: perplexity against compression and against seconds."""
+    """Return two plots per text that several models were measured on: perplexity against compression, and against
+    seconds."""
     plots = []
     names = list(dict.fromkeys(point.name for point in points))
     for text in dict.fromkeys(point.text for point in points):
         own = list(dict.fromkeys(point for point in points if point.text == text))
+        if len(own) < 2:
+            continue
         plots.append(
             Plot(
                 f"Perplexity on {text.name} against compression (% of the original's parameters)",

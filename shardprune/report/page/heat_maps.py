@@ -9,20 +9,30 @@ from shardprune.report.result import LayerResult, ProjectionResult, Sparsity
 
 ROW_HEIGHT = 22  # pixels; high enough for the number in a cell
 FRAME_HEIGHT = 120  # pixels for the axes' labels
+ZEROS = ".1f"  # the digits of a percentage of zeros
 WHOLE = "layer"  # the column of all projections of a layer together
 
 Value = Callable[[LayerResult | ProjectionResult], float | None]
 
 
-def sparsity_map(sparsity: Sparsity) -> Plot:
-    """Plot the percentage of zeros of each projection, counted on the written tensors."""
+def even_sparsity(sparsity: Sparsity) -> str | None:
+    """Return the percentage of zeros that every layer and projection has, in a map's digits; None if they differ."""
+    entries: list[LayerResult | ProjectionResult] = [*sparsity.layers, *sparsity.projections]
+    shown = {f"{100 * entry.achieved:{ZEROS}}" for entry in entries}
+    return shown.pop() if len(shown) == 1 else None
+
+
+def sparsity_map(sparsity: Sparsity) -> Plot | None:
+    """Plot the percentage of zeros of each projection, counted on the written tensors; None if all are alike."""
+    if even_sparsity(sparsity):
+        return None
     return _heat_map(
         sparsity,
         lambda entry: 100 * entry.achieved,
         f"Sparsity by layer and projection (% of {'weights' if sparsity.left_zero is None else 'the weights left'})",
         "Each cell is the percentage of zeros of one projection, counted on the weights that were written; the first "
         "column is that of the whole layer.",
-        "%{z:.1f}",
+        f"%{{z:{ZEROS}}}",
         span=5.0,
     )
 

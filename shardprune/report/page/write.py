@@ -8,7 +8,7 @@ from shardprune.report.page.comparison import HEADINGS, NUMBERS, comparison_rows
 from shardprune.report.page.comparison_data import as_csv, as_json, is_generated
 from shardprune.report.page.experts_map import experts_map, lost_weight
 from shardprune.report.page.finished_run import FinishedRun, all_unfinished, finished_runs, unfinished_runs
-from shardprune.report.page.heat_maps import outlier_map, sparsity_map
+from shardprune.report.page.heat_maps import even_sparsity, outlier_map, sparsity_map
 from shardprune.report.page.history import History
 from shardprune.report.page.memory import memory_of_workers
 from shardprune.report.page.mop_path import path_of_search
@@ -208,6 +208,8 @@ def _remarks(result: Result) -> list[str]:
     """Return the reasons why parts of a report are missing."""
     remarks = _remark_on_numbers(result)
     zeroed: dict[str, Any] = result.recipe if "method" in result.recipe and result.sparsity else {}
+    if result.sparsity and result.sparsity.projections and (alike := even_sparsity(result.sparsity)):
+        remarks.append(f"Sparsity has no map: it is {alike}% in every layer and projection.")
     if zeroed and result.sparsity and result.sparsity.projections:
         if all(layer.outliers is None for layer in result.sparsity.layers):
             remarks.append(
