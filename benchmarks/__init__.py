@@ -1,6 +1,6 @@
 """Measurements, each printed as a table of a page of docs/: `python -m benchmarks.NAME --help`.
 
-clients           outputs of every kind in transformers, CTranslate2, OpenVINO and torchao: sizes, logits, CPU time
+clients           outputs of every kind in transformers, vLLM, CTranslate2, OpenVINO, llama.cpp: sizes, logits, CPU time
 digests           what the digests of tensors and the stamps of files take of a run
 distillation      stored predictions of a teacher beside a live one: losses, perplexity, CPU seconds and bytes
 expert_memory     peak memory of a worker that removes experts, beside the plan

@@ -2,10 +2,11 @@
 
     python -m benchmarks.clients [--python ctranslate2=ENV/bin/python] [--converter openvino=ENV/bin/optimum-cli]
 
-Formats: transformers (the output itself), torchao (int8), ctranslate2, openvino, and gguf in llama.cpp (xllamacpp),
-each in a process of the environment that `--python` names (default: this one) after `shardprune export` with the
-program that `--converter` names. One whose engine is not installed is skipped with a line. The models are random ones
-in float32; their tokenizer is the bundled model's, which llama.cpp does not know: gguf needs another `--tokenizer`.
+Formats: transformers and vllm (the output itself), torchao (int8), ctranslate2, openvino, and gguf in llama.cpp
+(xllamacpp), each in a process of the environment that `--python` names (default: this one) after `shardprune export`
+with the program that `--converter` names. One whose engine is not installed is skipped with a line. The models are
+random ones in float32; their tokenizer is the bundled model's, which llama.cpp does not know: gguf needs another
+`--tokenizer`.
 
 `log p` is the largest difference from transformers in a logarithm of a probability after the prompt, over the
 vocabulary; `tokens` those of the ones written greedily that are transformers', CPU time that of one thread for each of
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.clients.engine import ENGINES
+from benchmarks.clients.engine import ENGINES, OF_CHECKPOINTS
 from benchmarks.clients.models import KINDS, make_outputs
 from shardprune import ExportRecipe, export
 from shardprune.errors import RunError
@@ -52,7 +53,7 @@ def main() -> None:
         for kind, place in outputs.items():
             exact: dict[str, Any] = {}
             for engine in present:
-                made = place if engine == "transformers" else Path(folder, engine, place.name)
+                made = place if engine in OF_CHECKPOINTS else Path(folder, engine, place.name)
                 try:
                     if made != place:
                         _export(place, made, engine, converters.get(engine))

@@ -2,9 +2,8 @@
 
     python benchmarks/clients/engine.py ENGINE PLACE TOKENS NEW
 
-reads TOKENS (JSON) and prints JSON in its last line: the logits of the last one [vocabulary] or
-their logarithms of probabilities, the NEW tokens that it
-writes greedily, and the CPU seconds of writing them with one thread.
+reads TOKENS (JSON) and prints JSON in its last line: the logits of the last one [vocabulary] or their logarithms of
+probabilities, the NEW tokens that it writes greedily, and the CPU seconds of writing them with one thread.
 """
 
 import importlib.util
@@ -122,9 +121,34 @@ def of_llama_cpp(place: str) -> Model:
     return logits, write
 
 
-# By format of an export: the package of its engine, and the loader of a model.
+def of_vllm(place: str) -> Model:
+    here = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    os.environ.update(here)
+    from vllm import LLM, SamplingParams
+
+    model = LLM(place, dtype="float32", max_model_len=1024, max_logprobs=-1, enforce_eager=True)
+
+    def complete(tokens: Tokens, new: int, likeliest: int | None) -> object:
+        asked = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, logprobs=likeliest, detokenize=False)
+        (found,) = model.generate({"prompt_token_ids": tokens}, asked, use_tqdm=False)
+        return found.outputs[0]
+
+    def logits(tokens: Tokens) -> Logits:
+        (found,) = complete(tokens, 1, -1).logprobs
+        return [found[token].logprob for token in range(len(found))]
+
+    def write(tokens: Tokens, new: int) -> Tokens:
+        return list(complete(tokens, new, None).token_ids)
+
+    return logits, write
+
+
+# What reads an output as it is.
+OF_CHECKPOINTS = ("transformers", "vllm")
+# By that or the format of an export: the package of the engine, and the loader of a model.
 ENGINES = {
     "transformers": ("transformers", of_transformers),
+    "vllm": ("vllm", of_vllm),
     "torchao": ("torchao", of_transformers),
     "ctranslate2": ("ctranslate2", of_ctranslate2),
     "openvino": ("openvino", of_openvino),
