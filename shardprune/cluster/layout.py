@@ -50,21 +50,29 @@ class Layout:
 
 
 def plan_layout(
-    layers: int, samples: int, propagation: Propagation, shards: int, replicas: int, segments: int | None
+    layers: int,
+    samples: int,
+    propagation: Propagation,
+    shards: int,
+    replicas: int,
+    segments: int | None,
+    held_out: int = 0,
 ) -> Layout:
     """Build the layout of a run.
 
     Args:
         shards, replicas: as asked for or chosen for the machine.
         segments: of the run that is resumed, as asked for, or None.
+        held_out: of the samples, which add to no sums.
 
     Raises:
-        InputError: there are more shards than layers or segments, or more replicas than samples.
+        InputError: there are more shards than layers or segments, or more replicas than samples that add to sums.
     """
     if shards > layers:
         raise InputError("shards", f"{shards} is more than the model's {layers} layers")
-    if replicas > samples:
-        raise InputError("replicas", f"{replicas} is more than the {samples} samples")
+    if replicas > samples - held_out:
+        kept = f"{samples - held_out} of {samples} samples that are not held out" if held_out else f"{samples} samples"
+        raise InputError("replicas", f"{replicas} is more than the {kept}")
     if propagation == "exact":
         if segments not in (None, 1):
             raise InputError("segments", f"{segments} needs propagation parallel; exact propagation has one segment")

@@ -94,10 +94,11 @@ def place_run(
         fitting = slots.workers(device) // (asked.replicas or 1)
         shards = max(1, min(skeleton.layers, segments or skeleton.layers, fitting))
     spare = slots.gpus // shards if device == "cuda" and not parallel else 1
-    replicas = asked.replicas or max(1, min(spare, recipe.samples))
+    held_out = recipe.job().improving.held_out(recipe.samples)
+    replicas = asked.replicas or max(1, min(spare, recipe.samples - held_out))
     if parallel and asked.shards and segments and not asked.segments:
         shards = min(shards, segments)  # goes on with the segments of its start
-    layout = plan_layout(skeleton.layers, recipe.samples, asked.propagation, shards, replicas, segments)
+    layout = plan_layout(skeleton.layers, recipe.samples, asked.propagation, shards, replicas, segments, held_out)
     # Another number of threads adds in another order: a run keeps the one that it began with.
     threads = recorded.threads or recipe.threads or threads_of(slots, layout.workers)
     workers = worker_settings(recipe, model, device, skeleton.dtype, threads)

@@ -85,7 +85,7 @@ class CalibrationText:
     """
 
     def __init__(self, counts: list[int], read: dict[int, Tensor], draft: tuple[int, Draft] | None) -> None:
-        self._counts, self._read, self._draft = counts, read, draft
+        self.counts, self._read, self._draft = counts, read, draft
         self.writing: Writing | None = None  # where the model writes a part
         self._written: Tensor | None = None
 
@@ -96,16 +96,16 @@ class CalibrationText:
         if self._draft:
             assert self._written is not None, "the model has not written its part"
             parts[self._draft[0]] = self._written
-        if not self._counts:
+        if not self.counts:
             return torch.empty(0, 0, dtype=torch.int64)
-        return torch.stack([parts[part][window] for part, window in order_of(self._counts)])
+        return torch.stack([parts[part][window] for part, window in order_of(self.counts)])
 
     def identity(self) -> dict[str, Any]:
         """Return what tells runs apart by their text, which need not be written for that."""
         if self._draft is None:
             return {"tokens": tokens_hash(self.windows)}
         read = {str(place): tokens_hash(windows) for place, windows in sorted(self._read.items())}
-        return {"tokens": read, "windows": self._counts, "written": self._draft[1].record()}
+        return {"tokens": read, "windows": self.counts, "written": self._draft[1].record()}
 
     def written_by(
         self, checkpoint: Checkpoint, skeleton: Skeleton, settings: WorkerSettings, layout: Layout, out: str

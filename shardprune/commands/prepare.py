@@ -20,19 +20,16 @@ from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_seqlen, check_sparse
 from shardprune.model.expert_removal import FewerExperts, fewer_experts_of
 from shardprune.model.expert_statistics import StatisticsFile, read_statistics
-from shardprune.model.experts import IDLE
-from shardprune.model.families import FAMILIES, structures_of
 from shardprune.model.further_layers import FurtherLayers
 from shardprune.model.opening import open_checkpoint, open_model, open_texts
 from shardprune.model.pruning_job import Adopted, PruningJob, WidthRemoval, Zeroing
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.removal import widths_left
 from shardprune.recipes.experts import ExpertsRecipe
+from shardprune.recipes.fitting import fitted
 from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.solvers.allocation.allocation import Sparsities
-from shardprune.solvers.allocation.mixed import nonzeros_in_all
 from shardprune.solvers.expert_scores import needs_pass
-from shardprune.solvers.pattern import Mixed
 from shardprune.storage.folder import Folder
 from shardprune.storage.journal import Journal, check_output
 from shardprune.storage.locations import absolute, check_reachable
@@ -77,32 +74,23 @@ def prepare(
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     if getattr(recipe, "reads_text", True) or recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
-    asked = recipe.asked
+    recipe = fitted(recipe, skeleton)
+    job, asked = recipe.job(), recipe.asked
     # Before anything is read that takes time: shards and replicas that the machine is to choose are one here.
     plan_layout(
-        skeleton.layers, recipe.samples, asked.propagation, asked.shards or 1, asked.replicas or 1, asked.segments
+        skeleton.layers,
+        recipe.samples,
+        asked.propagation,
+        asked.shards or 1,
+        asked.replicas or 1,
+        asked.segments,
+        job.improving.held_out(recipe.samples),
     )
-    _check_mixed(job, skeleton)
     fewer = fewer_experts_of(job, checkpoint, skeleton)
     if fewer:
         FurtherLayers(fewer)  # which it checks
         _check_copied(recipe, checkpoint)
     statistics = _given_statistics(recipe, checkpoint, fewer)
-    mixture = any(kind.mixtures for kind in skeleton.family.kinds)
-    if asked.chunks > 1 and not mixture:
-        raise InputError("expert_chunks", f"{asked.chunks} has no effect: the model has no experts; leave it out")
-    if isinstance(job.zeroing, Zeroing) and job.zeroing.all_tokens:
-        if not mixture:
-            raise InputError("expert_tokens", "'all' has no effect: the model has no experts; leave it out")
-        if getattr(skeleton.config, IDLE, None):
-            reason = f"transformers' code of {skeleton.config.model_type} sends no token to one expert alone"
-            raise InputError("expert_tokens", f"'all' is not possible: {reason}; use routed")
-    if job.improving.stream_targets:
-        if getattr(recipe, "targets", None) == "auto" and skeleton.config.model_type not in FAMILIES:
-            recipe = recipe.model_copy(update={"targets": "own"})  # as its outputs in the stream are not known
-            job = recipe.job()
-        else:
-            structures_of(skeleton.config.model_type, "targets")
     widths = widths_left(job.removal, skeleton) if isinstance(job.removal, WidthRemoval) else None
     job, given = _with_given(recipe, job, skeleton)
     sparse = None
@@ -193,26 +181,3 @@ def _check_copied(recipe: LayerRecipe, checkpoint: Checkpoint) -> None:
         if checkpoint.fp8 and (value := getattr(recipe, field, None)):
             reason = "changes the weights of experts, and these are FP8, which are only copied"
             raise InputError(field, f"{value!r} {reason}; leave it out, or give the model from which they were made")
-
-
-def _check_mixed(job: PruningJob, skeleton: Skeleton) -> None:
-    """Check that N of M can have the target as their mean over the layers, in whole groups.
-
-    Raises:
-        InputError: M does not divide the inputs of a projection, or no N has the target as its mean.
-    """
-    zeroing = job.zeroing
-    if not isinstance(zeroing, Zeroing) or not isinstance(zeroing.pattern, Mixed):
-        return
-    inputs = {
-        name: cols for index in range(skeleton.layers) for name, (_, cols) in skeleton.projection_shapes(index).items()
-    }
-    for name, cols in inputs.items():
-        if cols % zeroing.pattern.m:
-            raise InputError("pattern", f"{zeroing.pattern} does not fit {name}, which has {cols} inputs")
-    try:
-        layers = sum(1 for kind in skeleton.family.kinds if kind.inputs)
-        nonzeros_in_all(zeroing.target, layers, zeroing.pattern.m)
-    except ValueError as error:
-        reason = f"{zeroing.target} does not fit the pattern {zeroing.pattern}: {error}"
-        raise InputError("sparsity", reason) from error

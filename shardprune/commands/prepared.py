@@ -22,10 +22,10 @@ from shardprune.recipes.layer_recipe import LayerRecipe
 from shardprune.report.result import CalibrationResult
 from shardprune.shard.spec import WorkerSpec
 from shardprune.solvers.error_curves import windows_of
-from shardprune.solvers.improving import held_out_last
 from shardprune.solvers.outliers import Outliers
 from shardprune.solvers.triangles import lower_entries
 from shardprune.storage.journal import Earlier, Journal
+from shardprune.storage.mixture import held_out_last
 from shardprune.storage.windows import tokens_hash
 
 
@@ -88,15 +88,18 @@ class Prepared:
 
     def calibration_waves(self, replicas: int) -> Waves:
         """Return the calibration windows as waves over so many replicas."""
-        samples, held_out = self.recipe.samples, self.held_out
-        windows = self.calibration[held_out_last(samples, held_out)] if held_out else self.calibration
+        held_out = self.held_out
+        windows = self.calibration[held_out_last(self.text.counts, held_out)] if held_out else self.calibration
         return Waves(windows, replicas, self.wave, held_out)
 
     def curve_waves(self, replicas: int) -> Waves:
         """Return the windows on which error curves are measured as waves; none of them is held out."""
-        windows = self.calibration_waves(replicas).tokens
-        count = windows_of(self.recipe.samples - self.held_out, self.recipe.seqlen)
-        return Waves(windows[:count], replicas, self.wave)
+        return Waves(self.calibration_waves(replicas).tokens[: self.curve_windows], replicas, self.wave)
+
+    @property
+    def curve_windows(self) -> int:
+        """The number of windows on which error curves are measured."""
+        return windows_of(self.recipe.samples - self.held_out, self.recipe.seqlen)
 
     @property
     def shapes(self) -> Shapes:
@@ -221,7 +224,7 @@ class Prepared:
         float32."""
         if not self.job.measures:
             return 0
-        sequences = -(-len(self.curve_waves(1).tokens) // layout.replicas)
+        sequences = -(-self.curve_windows // layout.replicas)
         wide = len(max(layout.shards, key=len)) * self.placement.dtype.itemsize + 4
         seqlen = self.recipe.seqlen
         return sequences * seqlen * self.skeleton.wave_columns(seqlen) * wide

@@ -130,6 +130,11 @@ class LayerKind:
         return tuple(name for name in self.projections if name in self.structures.columns)
 
     @property
+    def output_maps(self) -> tuple[str, ...]:
+        """The linear maps whose outputs the residual stream gets, pruned or not, likewise."""
+        return tuple(name for names in self.maps for name in names if name in self.structures.columns)
+
+    @property
     def blocks(self) -> dict[str, tuple[str, ...]]:
         """The projections of attention and MLP, in the order of the forward pass. Where several mixers are attention
         side by side, each is a block under its own name; so is what a layer has beside both, and each of the attentions

@@ -111,12 +111,13 @@ def candidates(recipe: PlanRecipe, model: Model, propagation: Propagation) -> It
     least, most = 1, min(model.layers, workers)
     if propagation == "parallel":
         least, most = (1, min(most, recipe.segments)) if recipe.segments else (2, most)
+    sharing = recipe.samples - max(task.held_out for task in tasks)
     asked = (recipe.shards or 1) * (recipe.replicas or 1)
     if asked > workers:
         field = "shards" if recipe.shards else "replicas"
         raise InputError(field, f"{asked} workers need as many GPUs; the machines have {workers}")
     for count in [recipe.shards] if recipe.shards else _counts(least, most):
-        for replicas in [recipe.replicas] if recipe.replicas else _counts(1, min(workers // count, recipe.samples)):
+        for replicas in [recipe.replicas] if recipe.replicas else _counts(1, min(workers // count, sharing)):
             if count * replicas <= workers:
                 yield from _held(recipe, model, propagation, tasks, row, count, replicas)
 
@@ -138,7 +139,8 @@ def _held(
     """Yield the candidates of one layout: weights resident or streamed, waves, and what a training needs between steps,
     on device or host."""
     segments = recipe.segments if propagation == "parallel" else None
-    layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments)
+    held_out = max(task.held_out for task in tasks)
+    layout = plan_layout(model.layers, recipe.samples, propagation, shards, replicas, segments, held_out)
     joined = exchange_of(recipe.exchange, "ray", "cuda" if row.gpu else "cpu") == "group"
     for weights in ("resident", "streamed") if recipe.weights == "auto" else (recipe.weights,):
         places = ("device", "host") if recipe.activations == "auto" and row.gpu else (recipe.activations,)
@@ -245,10 +247,11 @@ def remedies(recipe: PlanRecipe, model: Model, propagation: Propagation, nearest
         changes["a layout of its own choice (no --shards, no --replicas)"] = {"shards": None, "replicas": None}
     for nodes in (2, 4, 8, 16):
         changes[f"--nodes {nodes * recipe.nodes}"] = {"nodes": nodes * recipe.nodes}
-    least = LEAST_SAMPLES if any(task.held_out for task in nearest.tasks) else 1
     for part in (2, 4, 8):
-        if recipe.samples // part >= least:
-            changes[f"--samples {recipe.samples // part}"] = {"samples": recipe.samples // part}
+        fewer = recipe.samples // part
+        held_out = max(task.improving.held_out(fewer) for task in nearest.tasks)
+        if fewer >= (LEAST_SAMPLES if held_out else 1) and fewer - held_out >= (recipe.replicas or 1):
+            changes[f"--samples {fewer}"] = {"samples": fewer}
     if nearest.task.wave > 1:
         changes["--wave 1"] = {"wave": 1}
     zeroes = recipe.removal is None and recipe.zeroes

@@ -14,6 +14,7 @@ from shardprune.planning.simulation import SimulatedGroup, simulate
 from shardprune.planning.traffic import Traffic, traffic_of
 from shardprune.planning.workload import Model, with_fewer_experts
 from shardprune.planning.writing import Writing, writing_of
+from shardprune.recipes.fitting import fitted
 from shardprune.storage.retrying import preflight
 
 PROPAGATIONS: tuple[Propagation, ...] = ("exact", "parallel")
@@ -158,10 +159,11 @@ def plan(recipe: PlanRecipe, simulated: bool = False) -> PlanResult:
         simulated: include the growth of the simulated time.
 
     Raises:
-        InputError: the model cannot be read, or the recipe asks for an impossible layout, or for experts or structures
-            that the model cannot give.
+        InputError: the model cannot be read, a field of the recipe does not go with it, or the recipe asks for an
+            impossible layout, or for experts or structures that the model cannot give.
     """
     model = with_fewer_experts(read_planned(recipe), recipe)
+    recipe = fitted(recipe, model.skeleton)
     asked = PROPAGATIONS if recipe.propagation == "both" else (recipe.propagation,)
     if model.fewer:  # layers are copied behind one pass over the dense model
         asked = ("exact",)

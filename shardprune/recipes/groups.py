@@ -134,7 +134,7 @@ class CalibrationFields(Settings):
     seed: int = Field(0, description="Random seed for drawing windows")
     wave: int | None = optional(f"{WAVE_TOKENS} / seqlen", "Windows per micro-batch", ge=1)
     self_temperature: float = Field(
-        1.0, gt=0, le=100, description="Temperature of sampling (calibration self, drawn with the seed)"
+        1.0, ge=0.001, le=100, description="Temperature of sampling (calibration self, drawn with the seed)"
     )
     self_bos: bool = Field(
         False,

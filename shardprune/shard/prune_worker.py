@@ -109,8 +109,9 @@ class PruneWorker(ImprovingWorker):
         else:
             assert isinstance(zeroing, Zeroing)
             measured = self.spec.job.measure_error and not rebuilding  # else by `measure`, after rebuilding
+            towards_stream = self.spec.job.improving.stream_targets
             damping, tokens = zeroing.damping, None
-            if statistics and (tokens := statistics.tokens) is not None and names[0].endswith(f".{DOWN}"):
+            if statistics and (tokens := statistics.tokens_in_all) is not None and names[0].endswith(f".{DOWN}"):
                 damping = statistics.least_damping(damping) if damping != "auto" else damping
             method = METHODS[zeroing.method]
             reports = prune_projections(
@@ -123,7 +124,7 @@ class PruneWorker(ImprovingWorker):
                 restore,
                 measured,
                 index,
-                zeroing.refit,
+                zeroing.refit and not towards_stream,  # else `correct` fits, and both are judged as one step
                 damping,
             )
             if tokens is not None:

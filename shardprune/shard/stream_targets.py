@@ -121,8 +121,8 @@ class StreamTargets:
 
     def _tap(self, index: int, group: int, hidden: Tensor, weights: dict[str, Tensor], to_the_end: bool) -> Taps:
         kind, reader = self._kind(index), self._reader(index, group)
-        place = kind.projections.index(reader)
-        outputs = [name for name in kind.outputs if kind.projections.index(name) <= place]
+        maps = [name for names in kind.maps for name in names]
+        outputs = [name for name in kind.output_maps if maps.index(name) <= maps.index(reader)]
         layer = self._worker.layers.get(index, "dense")
         arguments = self._skeleton.layer_arguments(index, *hidden.shape[:2])
         return tap(layer, weights, hidden, arguments, reader, outputs, to_the_end)

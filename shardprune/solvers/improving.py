@@ -5,7 +5,6 @@ A step that is meant to improve a layer is kept only if the layer's output comes
 it has not seen.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 LEAST_SAMPLES = 8  # calibration windows: half of them may be held out
@@ -33,10 +32,3 @@ class Improving:
 
 
 NOTHING = Improving()
-
-
-def held_out_last(samples: int, held_out: int) -> Sequence[int]:
-    """Return an order of the calibration windows in which those held out are the last: windows at equal distances, so
-    that every source of a mixture has its share of them."""
-    held = {(2 * place + 1) * samples // (2 * held_out) for place in range(held_out)}
-    return [*(place for place in range(samples) if place not in held), *sorted(held)]

@@ -66,6 +66,7 @@ class InputStatistics(Summed):
     samples: int = 0
     held_out: "InputStatistics | None" = None
     counted: Tensor | None = None
+    _settled: Tensor | None = field(default=None, repr=False)  # what `settle` has added to the diagonal, float32 []
     _factors: dict[float, Factor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -110,6 +111,12 @@ class InputStatistics(Summed):
         """The number of tokens behind the sums, where it was counted."""
         return None if self.counted is None else int(self.counted)
 
+    @property
+    def tokens_in_all(self) -> int | None:
+        """The same with those of held-out sequences, of which the last solution is, too."""
+        held_out = self.held_out.tokens if self.held_out else None
+        return None if self.tokens is None else self.tokens + (held_out or 0)
+
     def add_prior(self, common: "InputStatistics", tokens: int) -> None:
         """Add as much of what enters a mixture as `PRIOR_TOKENS` tokens have on average: an expert that sees few tokens
         is pruned by those that it might have seen.
@@ -124,12 +131,14 @@ class InputStatistics(Summed):
 
     def settle(self) -> None:
         """Have all inputs count alike where none was ever other than zero: nothing is known of them then."""
-        diagonal = self.sums.diagonal() if self.kind == "gram" else self.sums
-        diagonal += (diagonal == 0).all().to(diagonal.dtype) * max(1, self.samples)
+        diagonal = self._diagonal
+        self._settled = (diagonal == 0).all().to(diagonal.dtype) * max(1, self.samples)
+        diagonal += self._settled
 
     def least_damping(self, damping: float) -> float:
         """Return the damping of an expert's input: more where it saw few tokens and has no prior."""
-        few = self.tokens is not None and self.tokens < 2 * self.sums.shape[0]
+        seen = self.tokens_in_all
+        few = seen is not None and seen < 2 * self.sums.shape[0]
         return max(damping, FEW_TOKENS_DAMPING) if few else damping
 
     @property
@@ -141,7 +150,7 @@ class InputStatistics(Summed):
     @property
     def mean_squares(self) -> Tensor:
         """s = 1/N sum over tokens of x^2, float32 [cols]."""
-        return (self.sums.diagonal() if self.kind == "gram" else self.sums) / max(1, self.samples)
+        return self._diagonal / max(1, self.samples)
 
     @property
     def finite(self) -> bool:
@@ -165,12 +174,22 @@ class InputStatistics(Summed):
         return self._factors[damping]
 
     def take_in_held_out(self) -> None:
-        """Add the sums over held-out sequences to the others, once they have judged. `samples`, of which no solution
-        depends but by the scale of H, stays what it is."""
+        """Add the sums over held-out sequences to the others, once they have judged, and settle the whole anew.
+        `samples`, of which no solution depends but by the scale of H, stays what it is."""
         assert self.held_out is not None
+        if self._settled is not None:
+            self._diagonal.sub_(self._settled)
         self.sums += self.held_out.sums if self.kind == "gram" else self.held_out.sums.diagonal()
+        if self.counted is not None and self.held_out.counted is not None:
+            self.counted += self.held_out.counted
         self.held_out = None
+        self.settle()
         self.forget_factors()
+
+    @property
+    def _diagonal(self) -> Tensor:
+        """The diagonal of X^T X, float32 [cols], as a view."""
+        return self.sums.diagonal() if self.kind == "gram" else self.sums
 
     def forget_factors(self) -> None:
         """Give up the factors, each of which is as large as the sums."""

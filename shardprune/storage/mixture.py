@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from shardprune.errors import InputError
+from shardprune.storage.locations import absolute
 from shardprune.storage.sources import DATA_FORMS, FORMS, is_data, is_source
 
 SELF = "self"  # the source that is what the model itself writes; followed by :OUT, what it has written for that run
@@ -67,7 +68,7 @@ def parse_parts(texts: Sequence[str], kind: Kind = CALIBRATION) -> tuple[Part, .
     for place, part in enumerate(parts):
         if not part.weight:
             raise InputError(kind.field, f"{texts[place]!r} weighs nothing; use a weight above 0")
-        if any(part.source == other.source for other in parts[:place]):
+        if any(absolute(part.source) == absolute(other.source) for other in parts[:place]):
             raise InputError(kind.field, f"{part.source!r} is given twice; give each source once, with its weight")
     return parts
 
@@ -103,6 +104,21 @@ def order_of(counts: Sequence[int]) -> list[tuple[int, int]]:
         ((2 * window + 1) / (2 * count), part, window) for part, count in enumerate(counts) for window in range(count)
     ]
     return [(part, window) for _, part, window in sorted(places)]
+
+
+def held_out_last(counts: Sequence[int], held_out: int) -> list[int]:
+    """Return an order of the windows in which those held out are the last: of every part its share, at equal distances
+    among the part's."""
+    places: list[list[int]] = [[] for _ in counts]
+    for place, (part, _) in enumerate(order_of(counts)):
+        places[part].append(place)
+    shares = shares_of([Fraction(count) for count in counts], held_out)
+    held = {
+        of_part[(2 * window + 1) * len(of_part) // (2 * share)]
+        for of_part, share in zip(places, shares, strict=True)
+        for window in range(share)
+    }
+    return [*(place for place in range(sum(counts)) if place not in held), *sorted(held)]
 
 
 def _parse(text: str, kind: Kind) -> Part:

@@ -40,6 +40,7 @@ def test_losing_workers_keeps_the_segments():
     [
         ((4, 16, "exact", 5, 1, None), "shards: 5 is more than the model's 4 layers"),
         ((4, 2, "exact", 1, 3, None), "replicas: 3 is more than the 2 samples"),
+        ((4, 8, "exact", 1, 5, None, 4), "replicas: 5 is more than the 4 of 8 samples that are not held out"),
         ((4, 16, "exact", 1, 1, 2), "segments: 2 needs propagation parallel"),
         ((4, 16, "parallel", 1, 1, 5), "segments: 5 is more than the model's 4 layers"),
         ((4, 16, "parallel", 3, 1, 2), "segments: 2 is fewer than the 3 shards"),

@@ -62,8 +62,8 @@ class Plain:
         before, _, dense = self.through(self.dense, index, held)
         return float((output - dense).double().square().sum() / (dense - before).double().square().sum())
 
-    def prune(self, index, sparsity: float) -> None:
-        for group in GROUPS:
+    def prune(self, index, sparsity: float, groups=GROUPS) -> None:
+        for group in groups:
             calibrating = slice(0, len(self.stream[self.dense]) - self.held_out)
             _, dense, dense_output = self.through(self.dense, index, calibrating)
             _, seen, output = self.through(self.sparse, index, calibrating)
@@ -103,14 +103,16 @@ class Plain:
 
 
 @torch.no_grad()
-def test_a_run_equals_the_plain_formulation(folder, tmp_path):
-    result = run(folder, tmp_path / "o", samples=12, **STREAM)
+@pytest.mark.parametrize("ignored", [(), ("o",)], ids=["all", "o_proj ignored"])
+def test_a_run_equals_the_plain_formulation(folder, ignored, tmp_path):
+    ignore = tuple(f"*.{name}_proj" for name in ignored)
+    result = run(folder, tmp_path / "o", samples=12, ignore=ignore, **STREAM)
     tokens = torch.from_numpy(np.load(folder / "tokens.npy"))
     held = [1, 4, 7, 10]  # four of twelve at equal distances
     order = [place for place in range(12) if place not in held] + held
     plain = Plain(str(folder / "model"), tokens[order], 4)
     for index in range(4):
-        plain.prune(index, 0.6)
+        plain.prune(index, 0.6, [group for group in GROUPS if group != ignored])
     reports = result.sparsity.improvements
     assert [report.kept for report in reports] == [kept for _, _, kept in plain.errors]
     assert {report.kept for report in reports} == {True, False}
@@ -123,6 +125,22 @@ def test_a_run_equals_the_plain_formulation(folder, tmp_path):
             assert torch.allclose(written[name], weight, atol=2e-3), name
     assert result.calibration.held_out == 4
     assert result.sparsity.achieved == pytest.approx(0.6, abs=1e-4)
+
+
+def test_a_refit_is_judged_with_the_correction_it_belongs_to(folder, tmp_path):
+    """Windows this short have too few tokens to fit as many weights as there are."""
+    result = run(folder, tmp_path / "o", samples=8, seqlen=4, refit=True, calibration=short(folder, tmp_path), **STREAM)
+    fitted = {(report.layer, report.name): report.refit_steps for report in result.sparsity.projections}
+    kept = {}
+    for step in result.sparsity.improvements:
+        kept |= {(step.layer, name): step.kept for name in step.projections}
+    assert set(kept.values()) == {True, False}
+    assert {place: steps is not None for place, steps in fitted.items()} == kept
+
+
+def short(folder, tmp_path):
+    np.save(tmp_path / "short.npy", np.load(folder / "tokens.npy")[:8, :4])
+    return str(tmp_path / "short.npy")
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +273,18 @@ def test_replicas_lend_their_windows(folder, tmp_path):
         assert torch.allclose(weight, other[name], atol=1e-4), name
     kept = [[report.kept for report in result.sparsity.improvements] for result in (alone, together)]
     assert kept[0] == kept[1]
+
+
+def test_as_many_replicas_as_windows_that_are_not_held_out(folder, tmp_path):
+    """Half of them have no window that is held out."""
+    fields = {"sparsity": 0.6, "refit": True, "damping": "auto", "reconstruct": 2, "samples": 12}
+    one, eight = (run(folder, tmp_path / f"{replicas}", replicas=replicas, **fields) for replicas in (1, 8))
+    assert one.calibration.held_out == eight.calibration.held_out == 4
+    assert [found.achieved for found in one.sparsity.projections] == [
+        found.achieved for found in eight.sparsity.projections
+    ]
+    for alone, shared in zip(one.sparsity.improvements, eight.sparsity.improvements, strict=True):
+        assert shared.error_after == pytest.approx(alone.error_after, rel=0.05)
 
 
 def test_a_run_cut_off_after_training_goes_on_to_the_same_bits(folder, trained, dies_at_layer, tmp_path):

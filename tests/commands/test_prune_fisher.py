@@ -33,6 +33,16 @@ def single(folder, tmp_path_factory):
     return out, run(folder, out, **FISHER)
 
 
+def test_perplexity_is_added_to_a_run_that_wrote_its_own_text(folder, tmp_path):
+    fields = {**FISHER, "calibration": "self", "samples": 8}
+    run(folder, tmp_path / "o", **fields)
+    before = load_tensors(tmp_path / "o")
+    result = run(folder, tmp_path / "o", **fields, eval=(str(folder / "tokens.npy"),))
+    assert [measured.windows for measured in result.perplexity.values()] == [12]
+    after = load_tensors(tmp_path / "o")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 def content(out):
     return json.loads((out / "allocation.json").read_text())
 

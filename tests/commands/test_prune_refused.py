@@ -18,6 +18,11 @@ from tests.support.tiny import differing, snapshot
     [
         ({"samples": 13}, "samples: 13 is more than the 12 rows"),
         ({"replicas": 13}, "replicas: 13 is more than the 12 samples"),
+        (
+            {"replicas": 9, "reconstruct": 1},
+            "replicas: 9 is more than the 8 of 12 samples that are not held out",
+        ),
+        ({"replicas": 9, "refit": True}, "replicas: 9 is more than the 8 of 12 samples that are not held out"),
         ({"shards": 5}, "shards: 5 is more than the model's 4 layers"),
         ({"seqlen": 65}, "seqlen: 65 is more than the model's 64 positions"),
         ({"device": "cuda"}, "device: 'cuda' needs a GPU"),
@@ -26,6 +31,7 @@ from tests.support.tiny import differing, snapshot
         ({"model": "foo://x"}, "model: 'foo://x' cannot be opened: "),
         ({"calibration": "foo://x.txt"}, "calibration: 'foo://x.txt' cannot be opened: "),
         ({"calibration": "foo://x.npy"}, "calibration: 'foo://x.npy' cannot be opened: "),
+        ({"calibration": "self", "self_temperature": 1e-4}, "self_temperature: .* greater than or equal to 0.001"),
         ({"calibration": "/"}, "calibration: '/' is no known source"),
         ({"calibration": "/no/such.txt"}, "calibration: '/no/such.txt' does not exist"),
         ({"eval": "/no/such.txt"}, "eval: '/no/such.txt' does not exist"),

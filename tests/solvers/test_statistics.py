@@ -150,6 +150,24 @@ def test_tokens_are_counted_over_replicas(device):
     assert InputStatistics.empty("squares", 12, device).tokens is None
 
 
+@pytest.mark.parametrize("kind", ["gram", "squares"])
+@pytest.mark.parametrize("held_out", [0, 30])
+def test_an_input_known_from_held_out_windows_alone_is_what_they_say(kind, held_out, device):
+    x = torch.randn(2, held_out // 2, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    statistics = InputStatistics.empty(kind, 12, device, counting=True)
+    statistics.samples = 7
+    statistics.held_out = InputStatistics.empty("gram", 12, device, counting=True)
+    statistics.held_out.add(x, 2)
+    statistics.settle()
+    assert (statistics.tokens, statistics.tokens_in_all) == (0, held_out)
+    statistics.take_in_held_out()
+    assert (statistics.tokens, statistics.tokens_in_all) == (held_out, held_out)
+    tokens = x.flatten(0, 1)
+    expected = tokens.t() @ tokens if held_out else 7 * torch.eye(12, device=device)
+    found = statistics.gram if kind == "gram" else statistics.sums
+    assert torch.allclose(found, expected if kind == "gram" else expected.diagonal(), atol=1e-4)
+
+
 def test_few_tokens_are_damped_more(device):
     statistics = InputStatistics.empty("gram", 12, device, counting=True)
     statistics.add(torch.ones(23, 12, device=device), 1)

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
-from shardprune.solvers.improving import Improving, held_out_last
+from shardprune.solvers.improving import Improving
 from shardprune.solvers.statistics import InputStatistics
 from shardprune.solvers.stream_targets import RIDGE, Differences, aimed
+from shardprune.storage.mixture import held_out_last, order_of
 
 
 def nearest(dense, inputs, target, ridge):
@@ -68,10 +69,28 @@ def test_differences_of_replicas_add_up_in_their_order():
 def test_a_tenth_of_the_windows_at_equal_distances_is_held_out(samples, held_out):
     assert Improving(stream_targets=True).held_out(samples) == held_out
     assert Improving().held_out(samples) == 0
-    order = held_out_last(samples, held_out)
+    order = held_out_last([samples], held_out)
     assert sorted(order) == list(range(samples))
     calibrating, held = order[:-held_out], order[-held_out:]
     assert calibrating == sorted(calibrating)
     distances = {after - before for before, after in itertools.pairwise(held)}
     assert max(distances) - min(distances) <= 1
     assert abs(held[0] - (samples - 1 - held[-1])) <= 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "held_out", "shares"),
+    [
+        ((4, 4), 4, [2, 2]),
+        ((16, 16), 4, [2, 2]),
+        ((4, 12), 4, [1, 3]),
+        ((40, 40, 40), 12, [4, 4, 4]),
+        ((25, 75), 10, [3, 7]),
+    ],
+)
+def test_every_part_of_a_mixture_has_its_share_of_the_windows_held_out(counts, held_out, shares):
+    order = held_out_last(counts, held_out)
+    assert sorted(order) == list(range(sum(counts)))
+    parts = [part for part, _ in order_of(counts)]
+    held = [parts[place] for place in order[-held_out:]]
+    assert [held.count(part) for part in range(len(counts))] == shares

@@ -37,6 +37,7 @@ def test_a_number_after_a_source_is_its_weight(text, source, weight):
         (["c4:-1"], "'c4:-1' is no known source"),
         (["c4", "self:0"], "'self:0' weighs nothing; use a weight above 0"),
         (["c4:1", "c4:2"], "'c4' is given twice"),
+        (["a.txt", "./a.txt:2"], "'./a.txt' is given twice"),
     ],
 )
 def test_other_mixtures_are_refused(texts, reason):

@@ -36,7 +36,7 @@ def share_out(
     levels = np.array([level for level, _ in curves[places[0]]])
     if not levels[0] <= target <= levels[-1]:
         raise ValueError(f"curves from {levels[0]:g} to {levels[-1]:g} say nothing of a sparsity of {target:g}")
-    grid = np.linspace(levels[0], levels[-1], 1 + round((levels[-1] - levels[0]) / STEP))
+    grid = np.linspace(levels[0], levels[-1], 1 + max(1, round((levels[-1] - levels[0]) / STEP)))
     sizes = np.array([weights[place] for place in places], dtype=np.float64)
     smallest = np.finfo(np.float64).tiny
     errors = np.stack(
@@ -53,12 +53,16 @@ def share_out(
         return grid[np.argmin(errors - price * sizes[:, None] * grid, axis=1)]
 
     share = sizes / sizes.sum()
+
+    def too_few(price: float) -> bool:
+        return share @ chosen(price) < target - ROUNDING  # the highest level alone may be below it by its last bit
+
     low, high = 0.0, 1.0
-    while share @ chosen(high) < target:
+    while too_few(high):
         high *= 2
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if share @ chosen(middle) < target else (low, middle)
+        low, high = (middle, high) if too_few(middle) else (low, middle)
     # What a step of the grid is too much is given back evenly, so that the mean is the target.
     found = meet(_nearer(chosen(low), chosen(high), share, target), sizes.tolist(), target)
     return {place: float(sparsity) for place, sparsity in zip(places, found, strict=True)}

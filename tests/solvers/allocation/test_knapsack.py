@@ -49,6 +49,24 @@ def test_the_ends_of_the_curves_can_be_asked_for(target):
     assert list(found.values()) == pytest.approx([target] * 2, abs=1e-9)
 
 
+def test_the_highest_level_is_found_whatever_the_last_bit_of_a_mean():
+    """Shares of all weights may add up to less than 1, so that no price makes their mean as high as asked for."""
+    sizes = [589824, 589824, 1769472, 1769472, 7, 11]
+    for count in range(1, 60):
+        weights = {(layer, str(place)): size for layer in range(count) for place, size in enumerate(sizes)}
+        found = share_out({place: exponential(1, 5 + place[0] % 3) for place in weights}, weights, 0.9)
+        assert sum(found[place] * size for place, size in weights.items()) == pytest.approx(
+            0.9 * sum(weights.values()), rel=1e-9
+        )
+
+
+def test_levels_may_be_nearer_than_the_sparsities_that_are_compared():
+    weights = {(0, "a"): 10, (0, "b"): 30}
+    curves = {place: [(0.498, 0.1), (0.502, 0.2)] for place in weights}
+    found = share_out(curves, weights, 0.5)
+    assert sum(found[place] * size for place, size in weights.items()) == pytest.approx(0.5 * 40, abs=1e-9)
+
+
 def test_a_projection_that_loses_nothing_gives_up_most():
     weights = {(0, "a"): 10, (0, "b"): 10}
     found = share_out({(0, "a"): [(level, 0.0) for level in LEVELS], (0, "b"): exponential(1, 9)}, weights, 0.7)
