@@ -16,6 +16,7 @@ propagation       parallel propagation against exact: seconds and perplexity
 quality           every part of what is done to the weights that stay, alone and together, by sparsity and text
 real_widths       one layer at the width of a large model through the command, its peak memory beside the plan
 rebuilding        what outlier ratios and rebuilt masks cost beside pruning
+reconstruction    other ways to train the weights that layers keep, beside that of `--reconstruct`
 recovery          perplexity before and after fine-tuning, and the zeros that stay
 same_bits         outputs of two checkouts of the code, compared to the bit
 searching         a MoP search on one worker and on several

@@ -59,6 +59,10 @@ SMALL = {
     "packed_attention": ("--length", "64", "--examples", "16", "--hidden", "128", "--layers", "1", "--rounds", "1"),
     "real_widths": ("qwen3-235b", "--scale", "16", "--experts", "4", "--samples", "2", "--seqlen", "16"),
     "rebuilding": ("--samples", "2", "--seqlen", "64", "--repeats", "1", *TEXT),
+    "reconstruction": (
+        *("--ways", "norms, too", "attention and MLP apart", "two layers together", "masks that move, 20 %"),
+        *("--samples", "2", "--seqlen", "32", "--eval-windows", "2", "--eval", "constraints.txt", *TEXT),
+    ),
     "recovery": (
         *("--steps", "1", "--samples", "2", "--seqlen", "64", "--eval-windows", "2", "--zero", "1", "--workers", "1"),
         *("--backend", "local", "--remove", "0.1", "--data", "constraints.txt", "--eval", "constraints.txt"),
@@ -96,6 +100,7 @@ PRINTED = {
     "quality": "| OWL |",
     "real_widths": "measured peak",
     "rebuilding": "| owl |",
+    "reconstruction": "| masks that move, 20 % |",
     "recovery": "| MoP | all weights | 1 | 1 |",
     "searching": "| obs, corrected |",
     "segments": "| fast |",
@@ -113,6 +118,7 @@ TAKE_ANY_MODEL = (
     "paths",
     "propagation",
     "rebuilding",
+    "reconstruction",
     "recovery",
     "searching",
     "segments",
