@@ -294,9 +294,10 @@ def report(
     from shardprune.report.page.write import write_comparison, write_report
 
     if compare:
-        place, unfinished = write_comparison(outs, file or "comparison.html")
-        for name in unfinished:
-            print(printable(f"not finished: {name}"), file=sys.stderr)
+        place, unfinished, unmeasured = write_comparison(outs, file or "comparison.html")
+        for reason, names in (("not finished", unfinished), ("no perplexity (--eval)", unmeasured)):
+            for name in names:
+                print(printable(f"{reason}: {name}"), file=sys.stderr)
         places = [place]
     else:
         places = [write_report(out) for out in outs]

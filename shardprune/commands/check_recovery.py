@@ -32,14 +32,19 @@ def check_state(recipe: DecidedRecipe, claim: str) -> None:
     state, out = (os.path.realpath(path) for path in (recipe.state, recipe.out))
     if "://" not in recipe.out and os.path.commonpath((state, out)) == state:
         raise InputError("state", f"{recipe.state} holds the output, and it is removed at the end; choose another")
-    folder = Folder(recipe.state, "state")
-    with located("state", f"{recipe.state}/{CLAIM}"):
-        claimed = folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
+    folder, claimed = Folder(recipe.state, "state"), claim_of(recipe.state)
     names = [name for name in folder.names() if not PARTIAL.fullmatch(name)]
     if claimed != claim and names:
         held = "is not empty" if claimed is None else "holds another training"
         raise InputError("state", f"{recipe.state} {held}; choose an empty directory")
     folder.check_writable()
+
+
+def claim_of(state: str) -> str | None:
+    """Return the text that says whose a directory of training checkpoints is; None where nothing does."""
+    folder = Folder(state, "state")
+    with located("state", f"{state}/{CLAIM}"):
+        return folder.read_text(CLAIM) if folder.is_file(CLAIM) else None
 
 
 def check_room_for_teacher(store: TeacherStore, state: str) -> None:

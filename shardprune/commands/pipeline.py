@@ -26,12 +26,12 @@ from shardprune.recipes.prune import PruneRecipe
 from shardprune.recipes.recover import RecoverRecipe
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import EvaluationResult, Result
+from shardprune.report.result import EvaluationResult, Result, read_result
 from shardprune.storage.folder import output_folder
 from shardprune.storage.journal import lasting_names
 from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
-from shardprune.storage.malformed import located
+from shardprune.storage.malformed import Malformed, located
 from shardprune.storage.output_names import PIPELINE, RESULT
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 from shardprune.storage.retrying import preflight
@@ -59,7 +59,7 @@ def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[s
     for kept in (*_kept(recipe, made), None):
         for step in later:
             section, name = recipe.section(step, kept), f"{step} {kept}" if kept else step
-            if isinstance(section, EvaluateRecipe) and progress.evaluated.get(kept) == _asked(section):
+            if isinstance(section, EvaluateRecipe) and progress.is_evaluated(kept, section):
                 reporter.say(f"{name} is done already")
                 continue
             reporter.say(f"step {name}")
@@ -145,6 +145,16 @@ class _Progress:
         self.evaluated.update(state.evaluated_kept)
         if state.evaluated:
             self.evaluated[None] = state.evaluated
+
+    def is_evaluated(self, kept: str | None, section: EvaluateRecipe) -> bool:
+        """Return whether an evaluation was done, and of the model that is there: one that was made anew since holds
+        none."""
+        if self.evaluated.get(kept) != _asked(section):
+            return False
+        try:
+            return bool(read_result(output_folder(section.model)).evaluation)
+        except (InputError, Malformed):
+            return False
 
     @property
     def _model(self) -> str:

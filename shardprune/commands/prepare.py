@@ -2,6 +2,7 @@
 written here."""
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
@@ -74,18 +75,8 @@ def prepare(
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     if getattr(recipe, "reads_text", True) or recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
-    recipe = fitted(recipe, skeleton)
+    recipe = settled(recipe, skeleton)  # before anything is read that takes time
     job, asked = recipe.job(), recipe.asked
-    # Before anything is read that takes time: shards and replicas that the machine is to choose are one here.
-    plan_layout(
-        skeleton.layers,
-        recipe.samples,
-        asked.propagation,
-        asked.shards or 1,
-        asked.replicas or 1,
-        asked.segments,
-        job.improving.held_out(recipe.samples),
-    )
     fewer = fewer_experts_of(job, checkpoint, skeleton)
     if fewer:
         FurtherLayers(fewer)  # which it checks
@@ -134,6 +125,23 @@ def prepare(
         fewer=fewer,
         statistics=statistics,
     )
+
+
+R = TypeVar("R", bound=LayerRecipe)
+
+
+def settled(recipe: R, skeleton: Skeleton) -> R:
+    """Return a recipe with what its model decides. Its layout is possible, as far as it is asked for: shards and
+    replicas that the machine is to choose are one here.
+
+    Raises:
+        InputError: a field does not go with the model.
+    """
+    recipe = fitted(recipe, skeleton)
+    asked, held_out = recipe.asked, recipe.job().improving.held_out(recipe.samples)
+    shards, replicas = asked.shards or 1, asked.replicas or 1
+    plan_layout(skeleton.layers, recipe.samples, asked.propagation, shards, replicas, asked.segments, held_out)
+    return recipe
 
 
 def _given_statistics(recipe: LayerRecipe, checkpoint: Checkpoint, fewer: FewerExperts | None) -> StatisticsFile | None:

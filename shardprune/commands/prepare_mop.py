@@ -10,7 +10,7 @@ from shardprune.model.structure.budget import Budget
 from shardprune.model.structure.kept_iterations import KeptIterations, parse_keep
 from shardprune.model.structure.path import State
 from shardprune.model.structure.path_plan import PathPlan
-from shardprune.model.structure.shape import costs_of, possible_groups, widths_of
+from shardprune.model.structure.shape import costs_of, heads_of, possible_groups, widths_of
 from shardprune.recipes.mop import MopRecipe
 
 
@@ -36,7 +36,8 @@ def path_plan_of(recipe: MopRecipe, skeleton: Skeleton) -> PathPlan:
     groups = (widths.groups,) if recipe.mlp_only else possible_groups(config)
     costs = costs_of(config, tensors)
     iteration = costs.layer(widths) / skeleton.layers  # of parameters that go from each layer
-    budget = aligned(Budget(costs, groups), widths, iteration, recipe.neuron_multiple, recipe.tensor_parallel)
+    queries, parallel = heads_of(config).queries, recipe.tensor_parallel
+    budget = aligned(Budget(costs, groups), widths, queries, iteration, recipe.neuron_multiple, parallel)
     return PathPlan(
         start=State(skeleton.layers, widths, budget),
         parameters=parameters,

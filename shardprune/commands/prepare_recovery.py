@@ -25,7 +25,7 @@ from shardprune.planning.training.need import paths_of_projections, stages_of, t
 from shardprune.planning.training.passes import Uncounted
 from shardprune.recipes.recover import RecoverRecipe, check_stage
 from shardprune.recovery.batches import Batches, Processes, micro_batch_of
-from shardprune.recovery.deepspeed_config import deepspeed_config, read_overrides
+from shardprune.recovery.deepspeed_config import check_keeps_zeros, deepspeed_config, read_overrides
 from shardprune.recovery.examples import load_rows
 from shardprune.recovery.mixing import RowMixture, joined
 from shardprune.recovery.predictions import shows_images
@@ -171,6 +171,8 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     if tracker in PACKAGES:  # TensorBoard's writer is one of those that a training needs
         check_extra(tracker, "track")
     overrides = read_overrides(asked.deepspeed) if asked.deepspeed else {}
+    if asked.deepspeed and asked.full and asked.keep_sparsity:
+        check_keeps_zeros(asked.deepspeed, overrides)
     recipe = _decide(asked, backend.slots())
     for field, url in (("model", recipe.model), ("teacher", recipe.teacher), ("out", recipe.out)):
         if url:
@@ -282,7 +284,7 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
     fitting = [count for count in range(1, max(1, slots.gpus) + 1) if recipe.batch % (count * micro) == 0]
     workers = recipe.workers or (fitting[-1] if device == "cuda" and recipe.backend == "ray" else 1)
     out = absolute(recipe.out)
-    state = absolute(recipe.state) if recipe.state else f"{out}/{STATE}"
+    state = _state_of(recipe, out)
     if "://" in state:
         wanted = "a directory that all nodes see, because DeepSpeed writes no URLs"
         raise InputError("state", f"{recipe.state or out!r} is a URL; use {wanted}")
@@ -303,6 +305,20 @@ def _decide(recipe: RecoverRecipe, slots: Slots) -> DecidedRecipe:
             "evaluate_every": recipe.evaluate_every or recipe.checkpoint_every,
         }
     )
+
+
+def _state_of(recipe: RecoverRecipe, out: str) -> str:
+    """Return the directory of training checkpoints: where the recipe names none, that in which an earlier attempt has
+    left some."""
+    recorded = recorded_recipe(out)
+    known = recorded.get("state")
+    left = isinstance(known, str) and known != f"{recorded.get('out')}/{STATE}" and os.path.isdir(known)
+    if recipe.state is None:
+        return str(known) if left else f"{out}/{STATE}"
+    state = absolute(recipe.state)
+    if left and os.path.realpath(str(known)) != os.path.realpath(state):
+        _logger.warning("the checkpoints of an earlier attempt are in %s, and %s is used instead", known, state)
+    return state
 
 
 def recorded_threads(out: str) -> int | None:

@@ -33,11 +33,11 @@ from shardprune.storage.windows import tokens_hash
 class Base:
     """The model from which a first run has removed structures, where a second one zeroes weights of what remains.
 
-    `weights` are those of its projections; `fingerprint` is the first run's.
+    `shapes` are those of its projections, none of them ignored; `fingerprint` is the first run's.
     """
 
     model: str
-    weights: int
+    shapes: Shapes
     parameters: int
     fingerprint: str
 
@@ -118,8 +118,16 @@ class Prepared:
 
     @property
     def removed(self) -> float:
-        """The fraction of the base's weights that its model no longer has."""
-        return 1 - self.weights / self.base.weights if self.base else 0.0
+        """The fraction of the base's weights that its model no longer has, of the projections that are pruned."""
+        return 1 - self.weights / self.weights_before
+
+    @property
+    def weights_before(self) -> int:
+        """The number of weights that these projections have in the model before all runs."""
+        if self.base is None:
+            return self.weights
+        sizes = [{name: rows * cols for name, (rows, cols) in layer.items()} for layer in self.base.shapes]
+        return sum(size[name] for size, own in zip(sizes, self.shapes, strict=True) for name in own)
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -140,7 +148,7 @@ class Prepared:
 
     def as_base(self) -> Base:
         """Return this run as the first of two."""
-        return Base(self.placement.workers.model, self.weights, self.skeleton.parameters(), self.journal.fingerprint)
+        return Base(self.placement.workers.model, self.shapes, self.skeleton.parameters(), self.journal.fingerprint)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of the event `run`."""

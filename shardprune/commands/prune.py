@@ -13,7 +13,7 @@ from shardprune.cluster.pending_work import PendingWork
 from shardprune.cluster.pruning import prune_segments
 from shardprune.cluster.restarts import Attempts
 from shardprune.commands.composite import claim_output, second_recipe
-from shardprune.commands.prepare import prepare
+from shardprune.commands.prepare import prepare, settled
 from shardprune.commands.prepared import Prepared
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs, with_peaks_of
@@ -28,6 +28,7 @@ from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
 from shardprune.report.result import ModelSize, Result, Sparsity, Structure
 from shardprune.shard.layers import Version
+from shardprune.shard.narrowed_layers import skeleton_of_widths
 from shardprune.solvers.error_curves import levels_around
 from shardprune.solvers.methods import Effort
 from shardprune.storage.locations import absolute
@@ -77,7 +78,10 @@ def prepare_first(recipe: PruneRecipe, backend: Backend) -> Prepared:
     if not recipe.zeroes:
         return prepare(recipe.structures, backend)
     out = absolute(recipe.out)
-    return prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
+    first = prepare(recipe.structures.model_copy(update={"out": f"{out}/{NARROWED}"}), backend, claimed=out)
+    assert first.widths is not None
+    settled(recipe, skeleton_of_widths(first.skeleton, first.widths, recipe.ignore))  # of which the second run is
+    return first
 
 
 @pushed
@@ -355,8 +359,8 @@ class PruningRun:
         )
 
     def _sparsity(self, records: list[LayerRecord]) -> Sparsity:
-        base = self.prepared.base
-        sparsity = sparsity_of(records, self.prepared.job.target, base.weights if base else None)
+        prepared = self.prepared
+        sparsity = sparsity_of(records, prepared.job.target, prepared.weights_before if prepared.base else None)
         if self.narrowed is None or self.narrowed.sparsity is None:
             return sparsity
         return sparsity.model_copy(update={"before": self.narrowed.sparsity.before})  # of the model before both runs

@@ -5,16 +5,17 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from pathlib import Path
 
 from shardprune.cluster.backends import backend_of
 from shardprune.cluster.group import Backend
 from shardprune.cluster.restarts import Attempts
-from shardprune.commands.check_recovery import CLAIM
+from shardprune.commands.check_recovery import CLAIM, claim_of
 from shardprune.commands.prepare_recovery import PreparedRecovery, is_sparse, prepare_recovery
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs_of_measuring
 from shardprune.commands.tracking import Follow, tracked
-from shardprune.errors import without_credentials
+from shardprune.errors import first_line, without_credentials
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
 from shardprune.planning.training.seconds import operations_of_model, rate_of_gpu
@@ -63,8 +64,7 @@ def fine_tuned(recipe: RecoverRecipe, backend: Backend, reporter: Reporter, cloc
         prepared = prepare_recovery(recipe, backend)
     run = RecoveryRun(prepared, backend, reporter, clock)
     result = run.state.done(reporter, run.is_trained) or run.go()
-    if os.path.isdir(run.training):
-        shutil.rmtree(run.training)
+    run.remove_checkpoints()
     return result
 
 
@@ -96,6 +96,18 @@ class RecoveryRun:
                 self._write_rest()
             self._measure("after", self.recipe.out)
             return self._finish()
+
+    def remove_checkpoints(self) -> None:
+        """Remove the training's state, of which nothing is needed any more, if it is this training's: where this one
+        was finished before, the recipe may name any directory. A link stays, and what it leads to is emptied."""
+        if not os.path.isdir(self.training) or claim_of(self.training) != self.prepared.claim:
+            return
+        linked = os.path.islink(self.training)
+        try:
+            for path in Path(self.training).iterdir() if linked else [Path(self.training)]:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            self.reporter.say(f"{self.training} could not be removed: {first_line(error)}")
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
@@ -234,7 +246,8 @@ class RecoveryRun:
 
     def _finish(self) -> Result:
         """Write the result, last of all."""
-        state, previous = self.state, self.state.previous
+        state = self.state
+        previous = state.previous or state.reopened  # whose training is over: its record is there alone
         records = [record for _, record in sorted(self.journal.finished().items())]
         parameters = self.prepared.skeleton.parameters()
         seconds, workers = self._costs()
@@ -298,8 +311,8 @@ class RecoveryRun:
     def _costs(self) -> tuple[dict[str, float], list[WorkerResult]]:
         """Return what the run took by phase, and who did it."""
         workers = self.state.known.workers
-        if self.state.previous:
-            return costs_of_measuring(self.clock, self.state.previous)
+        if previous := self.state.previous or self.state.reopened:
+            return costs_of_measuring(self.clock, previous)
         seconds = self.clock.total()
         for phase in ("load", "teacher", "train"):
             if workers and phase in workers[0]["seconds"]:

@@ -95,6 +95,7 @@ class RunState:
     ) -> None:
         self.journal = journal
         self.previous: Result | None = None  # of an earlier run, to which this one may only add measurements
+        self.reopened: Result | None = None  # of a finished run some of whose files are made again
         self.resumed = bool(earlier)
         self._evaluations = evaluations
         if earlier.result is not None:
@@ -191,7 +192,7 @@ class RunState:
         """Make a finished run one that goes on, without the files that are not what they were."""
         folder, layers = self.journal.folder, {self.journal.layer_file(layer) for layer in range(self.journal.layers)}
         folder.check_writable()
-        self.previous = None
+        self.previous, self.reopened = None, self.previous
         if not layers.isdisjoint(faults):
             for measured in self.known.perplexity.values():
                 measured.after = None

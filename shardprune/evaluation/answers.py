@@ -1,7 +1,5 @@
 """The perplexity of answers about images: the model is whole in this process, and its vision tower with it."""
 
-import math
-
 import torch
 
 from shardprune.errors import InputError, without_credentials
@@ -15,6 +13,7 @@ from shardprune.recovery.rows import Rows
 from shardprune.recovery.sight import check_vision, eyes_of
 from shardprune.recovery.student import Student
 from shardprune.report.result import MeasuredAnswers
+from shardprune.shard.likelihoods import perplexity_of
 
 
 def open_answers(recipe: AnswerFields, opened: OpenedModel) -> dict[str, Rows]:
@@ -59,7 +58,7 @@ def measure_answers(recipe: AnswerFields, model: ShardedModel, rows: Rows) -> Me
     assert rows.images is not None
     tokens = rows.targets(range(len(rows)))
     return MeasuredAnswers(
-        value=math.exp(float(total) / tokens),
+        value=perplexity_of(float(total) / tokens),
         conversations=len(rows),
         images=len(rows.images.shown),
         tokens=tokens,

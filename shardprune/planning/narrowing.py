@@ -21,8 +21,12 @@ def read_planned(recipe: PlanRecipe) -> Model:
     if removal is None:
         return read_model(recipe.model, recipe.ignore)
     model = read_model(recipe.model)  # structures are whole: those of a projection that is to stay dense go as well
-    left = skeleton_of_widths(model.skeleton, widths_left(removal, model.skeleton), recipe.ignore)
-    return replace(model, narrower=model_of(left, model.name, model.stored))
+    widths = widths_left(removal, model.skeleton)
+    narrower, zeroed = (
+        model_of(skeleton_of_widths(model.skeleton, widths, ignore), model.name, model.stored)
+        for ignore in ((), recipe.ignore)
+    )
+    return replace(model, narrower=narrower, zeroed=zeroed)
 
 
 def planned_tasks(recipe: PlanRecipe, model: Model) -> tuple[Task, ...]:
@@ -35,13 +39,13 @@ def planned_tasks(recipe: PlanRecipe, model: Model) -> tuple[Task, ...]:
     removal, task = recipe.width_removal(recipe.outlier_m), planned_task(recipe, model)
     if removal is None:
         return (task,)
-    assert model.narrower is not None
+    assert model.zeroed is not None
     first = replace(
         narrowing_task(task, removal.scoring),
         improving=Improving(reconstruction=0 if recipe.zeroes else recipe.reconstruct),
         judges_result=not recipe.zeroes,
     )
-    return (first, replace(planned_task(recipe, model.narrower), judges_given=False)) if recipe.zeroes else (first,)
+    return (first, replace(planned_task(recipe, model.zeroed), judges_given=False)) if recipe.zeroes else (first,)
 
 
 def narrowing_task(task: Task, scoring: Scoring) -> Task:

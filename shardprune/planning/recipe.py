@@ -216,14 +216,17 @@ class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):
             value = getattr(self, field)
             if field not in ("sparsity", "reconstruct") and value != type(self).model_fields[field].default:
                 raise InputError(field, f"{value!r} {NOTHING_IS_ZEROED}")
-        trained = self.router_kd + self.reconstruct
-        if trained:
+        if self.router_kd or self.reconstruct:
             check_samples(self.samples, "router_kd" if self.router_kd else "reconstruct")
-        reads_text = self.expert_scores == "pass" or trained > 0
-        self.needs("a pass: expert_scores are there already", reads_text, "calibration")
+        self.needs("a pass: expert_scores are there already", self.reads_text, "calibration")
         if self.propagation == "parallel":
             raise InputError("propagation", "'parallel' does not go with experts that are removed; leave it out")
         return self
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the run reads calibration text."""
+        return self.removal is None or self.expert_scores == "pass" or self.router_kd + self.reconstruct > 0
 
     def record(self) -> dict[str, Any]:
         """All fields as plain values, which make the same recipe again."""

@@ -42,6 +42,7 @@ class Model:
         in_files: mean bytes of a weight in the files of the checkpoint; fewer than `stored` has if these are FP8.
         fewer: the model with the experts that stay, where a run removes some and does nothing else.
         narrower: the model with the structures that stay, where a run removes some.
+        zeroed: that model again, without the projections that are ignored when its weights become zero.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Model:
     skeleton: Skeleton
     fewer: "Model | None" = None
     narrower: "Model | None" = None
+    zeroed: "Model | None" = None
 
     def at(self, index: int) -> "Model":
         """Return the model as seen at a layer."""
@@ -365,7 +367,8 @@ def planned_task(recipe: PlanRecipe, model: Model) -> Task:
     Raises:
         InputError: the model does not take sequences of that length.
     """
-    check_seqlen(recipe.seqlen, model.skeleton)
+    if recipe.reads_text or recipe.eval:
+        check_seqlen(recipe.seqlen, model.skeleton)
     narrow = recipe.dtype == "auto" and recipe.row.gpu
     task = task_of(
         model,

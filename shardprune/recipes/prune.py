@@ -260,7 +260,8 @@ class PruningFields(StructuredFields):
     def _structure_fits(self) -> "PruningFields":
         self.needs("structured", self.structured is not None, *WidthFields.model_fields)
         self.needs(
-            "a sparsity or a pattern N:M", self.zeroes, "method", "allocation", "refit", "damping", "expert_tokens"
+            *("a sparsity or a pattern N:M", self.zeroes),
+            *("method", "allocation", "refit", "damping", "expert_tokens", "ignore"),
         )
         if self.structured is None:
             return self
@@ -360,6 +361,7 @@ class PruneRecipe(ZeroingFields, ExpertFields, ModelOutputFields):
             raise InputError(
                 "expert_chunks", f"{self.expert_chunks} does not go with rebuild, which keeps the sums of a whole layer"
             )
+        self.needs("a sparsity or a pattern N:M", self.zeroes, "expert_chunks")
         self.needs("keep_corrected: rebuild barber puts the dense weights back", not replaced, "refit")
         return self
 

@@ -8,6 +8,7 @@ from shardprune.storage.malformed import located, shown
 from shardprune.storage.whole_files import read_file
 
 ADAM = "AdamW"
+MIXING = "muon", "onebitadam", "onebitlamb", "zerooneadam"  # optimizers that move a weight by the gradients of others
 # Settings that the training loop relies on and that the recipe determines.
 OURS = {
     ("train_batch_size",): "batch",
@@ -89,6 +90,18 @@ def read_overrides(file: str) -> dict[str, Any]:
         if _has(values, path):
             raise InputError("deepspeed", f"{file!r} sets {'.'.join(path)}, which the recipe says; use {field}")
     return values
+
+
+def check_keeps_zeros(file: str, overrides: dict[str, Any]) -> None:
+    """Check that the optimizer of the user's settings leaves a weight without a gradient where it is.
+
+    Raises:
+        InputError: it mixes the entries of a tensor.
+    """
+    kind = overrides.get("optimizer", {}).get("type")
+    if str(kind).lower() in MIXING:
+        reason = "which moves weights that have no gradient, so that zeros are lost"
+        raise InputError("deepspeed", f"{file!r} sets optimizer.type {kind}, {reason}; use AdamW, or no keep_sparsity")
 
 
 def _has(values: Any, path: tuple[str, ...]) -> bool:

@@ -64,14 +64,17 @@ def _speeds(latency: Latency) -> tuple[list[str], bool]:
 
 
 def _change(measured: Perplexity) -> float:
-    """Return perplexity after / perplexity before; infinite where one of them is not finite."""
+    """Return perplexity after / perplexity before; infinite where the one after is not finite, 0 where the other is
+    not."""
     before, after = measured.before, measured.after
     assert after is not None
-    return after / before if math.isfinite(after) and math.isfinite(before) and before > 0 else math.inf
+    if not math.isfinite(after) or before <= 0:
+        return math.inf
+    return after / before if math.isfinite(before) else 0.0
 
 
 def _perplexity(source: str, measured: Perplexity, change: float) -> str:
-    times = f" ({change:.2f} times)" if math.isfinite(change) else ""
+    times = f" ({change:.2f} times)" if 0 < change < math.inf else ""
     return f"perplexity on {source.rsplit('/', 1)[-1]} {measured.before:.3f} → {measured.after:.3f}{times}"
 
 
@@ -80,7 +83,7 @@ def _judged(change: float, result: Result) -> str:
     more; nothing where docs/quality.md has no figures for the way of pruning."""
     way = way_of(result)
     row = usual_loss(way) if way else None
-    if way is None or row is None or not math.isfinite(change):
+    if way is None or row is None or not 0 < change < math.inf:
         return ""
     usual, near = f"{row.least:.2f} to {row.most:.2f} times", row.is_near(way.share)
     if change > row.most * NO_DIFFERENCE:

@@ -40,6 +40,7 @@ def inputs(folder):
     }
     for name, content in settings.items():
         (folder / f"{name}.ds").write_text(json.dumps(content))
+    (folder / "muon.ds").write_text(json.dumps({"optimizer": {"type": "Muon"}}))
     (folder / "occupied").mkdir()
     (folder / "occupied" / "thesis.txt").write_text("chapter one")
     return folder
@@ -80,6 +81,11 @@ WRONG = {
         "deepspeed",
         "does not work: .*overlap_com",
         {"deepspeed": "{}/misspelt.ds"},
+    ),
+    "an optimizer that loses zeros": (
+        "deepspeed",
+        "sets optimizer.type Muon, which moves weights",
+        {"deepspeed": "{}/muon.ds", "full": True, "keep_sparsity": True},
     ),
     "nothing to offload": ("offload", "no effect without zero 1, 2 or 3", {"offload": True, "zero": 0}),
     "a stage without bf16": ("zero", "0 does not go with bf16; use 1", {"zero": 0, "precision": "bf16"}),

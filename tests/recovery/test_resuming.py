@@ -156,3 +156,51 @@ def goes_on(undisturbed, result, out):
     assert len(held_out[0]) == 3
     assert furthest(out, reference) < 1e-5
     assert result.sparsity == expected.sparsity
+
+
+BRIEF = {"steps": 2, "lora_rank": 2, "batch": 4}
+
+
+def test_a_finished_training_leaves_what_it_has_not_written(folder, tmp_path):
+    """Files of the user's, the checkpoints of another training, and the directory around the output."""
+    train(folder, tmp_path / "around" / "o", **BRIEF)
+    mine, another = tmp_path / "mine", tmp_path / "another"
+    for place, content in ((mine / "thesis.txt", "chapter one"), (another / "fingerprint", "another's")):
+        place.parent.mkdir()
+        place.write_text(content)
+    for state in (mine, another, tmp_path / "around"):
+        train(folder, tmp_path / "around" / "o", state=str(state), **BRIEF)
+    assert (mine / "thesis.txt").read_text() == "chapter one"
+    assert (another / "fingerprint").read_text() == "another's"
+    assert (tmp_path / "around" / "o" / "result.json").is_file()
+
+
+def test_checkpoints_behind_a_link_are_removed_and_the_link_stays(folder, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "state").symlink_to(tmp_path / "scratch")
+    train(folder, tmp_path / "o", state=str(tmp_path / "state"), **BRIEF)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    assert (tmp_path / "state").is_symlink()
+
+
+def test_a_training_goes_on_from_the_state_that_its_first_attempt_named(folder, undisturbed, tmp_path):
+    state, way = tmp_path / "scratch", WAYS["low-rank"]
+    with cut_off(*CUTS["between two checkpoints"]), pytest.raises(KeyboardInterrupt):
+        train(folder, tmp_path / "o", state=str(state), **way)
+    steps: list[int] = []
+    append = Losses.append
+    with patch.object(Losses, "append", lambda self, loss: (steps.append(loss.step), append(self, loss))[1]):
+        result = train(folder, tmp_path / "o", **way)
+    assert sorted(set(steps)) == [3, 4, 5]
+    assert result.recovery.losses == undisturbed("low-rank")[1].recovery.losses
+    assert not state.exists()
+
+
+def test_files_that_are_made_again_leave_the_record_of_the_training(folder, tmp_path):
+    before = train(folder, tmp_path / "o", **BRIEF)
+    (tmp_path / "o" / "tokenizer_config.json").unlink()
+    after = train(folder, tmp_path / "o", **BRIEF)
+    assert (tmp_path / "o" / "tokenizer_config.json").is_file()
+    assert (after.recovery, after.throughput) == (before.recovery, before.throughput)
+    assert len(after.recovery.losses) == 2
+    assert after.workers == before.workers

@@ -84,6 +84,11 @@ class PathPlan:
             if not ends:
                 self._end(preferring("L", self.request))  # raises the reason
         shortest = min(ends, key=lambda state: state.iteration)
+        if self.request is not None and not shortest.removed:
+            step, asked = self.start.slack / self.parameters, self.request / self.parameters
+            least = f"{self.start.budget.multiple} neurons of every layer, {step:.2g}"
+            reason = f"{asked:.2g} removes nothing: the least that goes is {least}"
+            raise InputError("remove", f"{reason}; use more, or a smaller neuron_multiple")
         if any(iteration > shortest.iteration for iteration in self.keeping.iterations):
             last = max(self.keeping.iterations)
             raise InputError("keep", f"{last} is beyond the last iteration, which is {shortest.iteration}")

@@ -55,9 +55,9 @@ def write_page(out: str) -> None:
 
 
 @preflight()
-def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
+def write_comparison(outs: list[str], file: str) -> tuple[str, list[str], list[str]]:
     """Write a page that compares the perplexities of several outputs, and its numbers beside it as JSON and CSV; return
-    its location, and what it lacks: the runs that are not finished.
+    its location, and what it lacks: the runs that are not finished, and those without a perplexity.
 
     Raises:
         InputError: there are fewer than two, one holds no run that made a model, none is finished, the file or
@@ -74,6 +74,8 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
         lacking = f"; not finished: {', '.join(unfinished)}" if unfinished else ""
         reason = "none of the runs measured a perplexity; give --eval, or `shardprune evaluate`"
         raise InputError("compare", f"{reason}{lacking}")
+    there = {point.name for point in points}
+    unmeasured = [names[run.folder] for of_one in runs for run in of_one if names[run.folder] not in there]
     grid = Grid(HEADINGS, comparison_rows(points), NUMBERS, sortable=True)
     place = absolute(file)
     where, _, name = place.rpartition("/")
@@ -90,12 +92,14 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str]]:
             raise InputError("file", f"{file!r}: {reason}")
     remarks = [f"The same numbers, unrounded, lie beside this page: {', '.join(data)}."]
     remarks += [f"Not finished, and therefore not on this page: {', '.join(unfinished)}."] if unfinished else []
+    if unmeasured:
+        remarks.append(f"Without a perplexity (--eval), and therefore not on this page: {', '.join(unmeasured)}.")
     section = Section("Perplexity, compression, time", grids=[grid], plots=comparisons(points), remarks=remarks)
     page = render(f"{len(outs)} runs compared", [section])
     for beside, text in data.items():
         folder.write_text(beside, text)
     folder.write_text(name, page)
-    return place, unfinished
+    return place, unfinished, unmeasured
 
 
 def _title(runs: list[FinishedRun]) -> str:

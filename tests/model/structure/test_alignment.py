@@ -47,6 +47,18 @@ def test_the_largest_multiple_that_rounds_little(sizes, share, parallel):
     assert found.groups % parallel == 0 or parallel % found.groups == 0
 
 
+QWEN_7B = {"hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4}
+
+
+def test_query_heads_and_given_multiples_divide_over_the_devices():
+    assert narrowed(QWEN_7B, 0.6, parallel=2).groups == 2
+    assert narrowed(QWEN_7B, 0.6, parallel=4).groups == 4  # of 2 the 14 heads would not
+    assert narrowed(QWEN_7B, 0.3, multiple=1, parallel=4).neurons % 4 == 0
+    assert narrowed(QWEN_7B, 0.3, multiple=6, parallel=4).neurons % 12 == 0
+    with pytest.raises(InputError, match="^tensor_parallel: 8 is not allowed"):
+        narrowed(QWEN_7B, 0.3, parallel=8)
+
+
 def test_never_below_32_unless_asked():
     assert narrowed(SMALL, 0.03) == Widths(4, 480)
     assert narrowed(SMALL, 0.03, multiple=1).neurons % 32
