@@ -15,7 +15,7 @@ from shardprune.commands.prepare_recovery import PreparedRecovery, is_sparse, pr
 from shardprune.commands.pushing import pushed
 from shardprune.commands.state import RunState, When, costs_of_measuring
 from shardprune.commands.tracking import Follow, tracked
-from shardprune.errors import first_line, without_credentials
+from shardprune.errors import InputError, first_line, without_credentials
 from shardprune.evaluation.sharded import ShardedModel
 from shardprune.model.saving import write_frame, write_index
 from shardprune.planning.training.seconds import operations_of_model, rate_of_gpu
@@ -100,7 +100,7 @@ class RecoveryRun:
     def remove_checkpoints(self) -> None:
         """Remove the training's state, of which nothing is needed any more, if it is this training's: where this one
         was finished before, the recipe may name any directory. A link stays, and what it leads to is emptied."""
-        if not os.path.isdir(self.training) or claim_of(self.training) != self.prepared.claim:
+        if not os.path.isdir(self.training) or not self._is_claimed():
             return
         linked = os.path.islink(self.training)
         try:
@@ -108,6 +108,13 @@ class RecoveryRun:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except OSError as error:
             self.reporter.say(f"{self.training} could not be removed: {first_line(error)}")
+
+    def _is_claimed(self) -> bool:
+        """Whether the training's state says that it is this training's."""
+        try:
+            return claim_of(self.training) == self.prepared.claim
+        except InputError:  # what is there cannot be read
+            return False
 
     # -- the steps ----------------------------------------------------------------------------------------------
 
