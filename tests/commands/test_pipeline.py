@@ -1,6 +1,7 @@
 """Several steps as one job, in this process: the same as the steps alone, resumed where it was cut off."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -89,6 +90,17 @@ def test_it_resumes_at_the_step_that_was_cut_off(folder, whole, tmp_path, monkey
     assert (tmp_path / "o" / "pruned").exists() is (cut_off != "prune")
     assert tuple(carry_out(folder, tmp_path / "o")) == STEPS
     assert differing(whole[0] / "recovered", tmp_path / "o" / "recovered") == []
+
+
+def test_a_model_that_was_made_anew_is_evaluated_anew(folder, tmp_path):
+    carry_out(folder, tmp_path / "o")
+    shutil.rmtree(tmp_path / "o" / "recovered")
+    again = carry_out(folder, tmp_path / "o", recover={"steps": 3})
+    kept = json.loads((tmp_path / "o" / "recovered" / "result.json").read_text())
+    (written,), (found,) = (
+        entry.values() for entry in (kept["evaluation"]["perplexity"], again["evaluate"].evaluation.perplexity)
+    )
+    assert written["value"] == found.value
 
 
 def test_mop_instead_of_prune_and_no_recovery(folder, tmp_path):

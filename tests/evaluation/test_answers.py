@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from shardprune.errors import InputError
@@ -65,6 +67,16 @@ def test_answers_are_those_of_transformers_before_and_after_pruning(seen, tmp_pa
     for row in plain:
         Image.new("RGB", (9, 9), (0, 90, 250)).save(tmp_path / "images" / row["image"])
     assert measure(seen / "model", file, tmp_path / "images").value != pytest.approx(values[0], rel=3e-3)
+
+
+def test_answers_of_a_ruined_model_have_an_infinite_perplexity(seen, tmp_path):
+    shutil.copytree(seen / "model", tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    (head,) = [name for name in tensors if name.endswith("lm_head.weight")]
+    tensors[head] *= 1e6
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert measure(tmp_path / "model", seen / "conversations.json", seen / "images").value == math.inf
 
 
 def test_several_images_and_turns_are_measured_and_written(seen, tmp_path):

@@ -220,6 +220,13 @@ def test_a_page_and_its_json_say_the_same(mixture, capsys):
     assert again.removal is not None
 
 
+def test_experts_that_go_by_their_weights_need_no_windows(mixture):
+    fields = {"model": mixture, "keep_experts": 12, "seqlen": 1_000_000, "hardware": "cpu"}
+    assert plan(PlanRecipe.checked({**fields, "expert_scores": "weights"})).plans
+    with pytest.raises(InputError, match="^seqlen: 1000000 is more than the model's"):
+        plan(PlanRecipe.checked(fields))
+
+
 @pytest.mark.parametrize(
     ("fields", "field", "problem"),
     [

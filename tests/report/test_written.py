@@ -166,6 +166,19 @@ def test_a_comparison_names_what_is_not_finished(runs, tmp_path, dies_at_layer, 
         write_comparison([str(tmp_path / "cut"), str(tmp_path / "cut") + "/"], str(tmp_path / "y.html"))
 
 
+def test_a_comparison_names_what_has_no_perplexity(runs, tmp_path, capsys):
+    run(runs.folder, tmp_path / "unmeasured", sparsity=0.5, method="magnitude")
+    outs = [str(runs.folder / "owl"), str(tmp_path / "unmeasured"), str(runs.folder / "mop")]
+    with pytest.raises(SystemExit) as end:
+        main(["report", "--compare", *outs, "--file", f"{tmp_path}/x.html"])
+    assert end.value.code == 0
+    assert capsys.readouterr().err == "no perplexity (--eval): unmeasured\n"
+    assert (
+        "Without a perplexity (--eval), and therefore not on this page: unmeasured."
+        in (tmp_path / "x.html").read_text()
+    )
+
+
 def test_a_comparison_has_its_numbers_beside_it(runs, tmp_path):
     outs = [str(runs.folder / name) for name in ("owl", "mop")]
     for _ in range(2):  # the second time over the first one's files
