@@ -94,6 +94,7 @@ def test_an_iteration_larger_than_a_layer_s_mlp_is_a_path_or_a_line(tmp_path):
     shape = {**values, "num_hidden_layers": 2, "intermediate_size": 24}
     make_model(tmp_path / "model", "llama-3.1", configs={"llama-3.1": (kind, shape)})
     skeleton = open_model(str(tmp_path / "model")).skeleton
-    recipe = MopRecipe.checked({"model": "m", "out": "o", "calibration": "c4", "path": "GG"})
+    values = {"model": "m", "out": "o", "calibration": "c4", "mlp_only": True}
+    path_plan_of(MopRecipe.checked({**values, "remove": 0.2}), skeleton).check()
     with pytest.raises(InputError, match="^path: "):
-        path_plan_of(recipe, skeleton).check()
+        path_plan_of(MopRecipe.checked({**values, "path": "GGG"}), skeleton).check()
