@@ -5,6 +5,7 @@ import re
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.implementations.data import DataFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -41,6 +42,8 @@ def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
         raise InputError(field, f"{url!r} needs a package that is not installed: {hint}") from error
     except Exception as error:  # constructors of file systems are given what they may not take
         raise InputError(field, f"{url!r} cannot be opened: {first_line(error)}") from error
+    if isinstance(fs, DataFileSystem):
+        raise InputError(field, f"{url!r} is data itself; give where files lie")
     if isinstance(fs, LocalFileSystem) and len(os.fsencode(root)) >= LONGEST:
         raise InputError(field, f"{url!r} is too long for a path: at most {LONGEST - 1:,} bytes")
     if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):

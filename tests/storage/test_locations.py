@@ -48,3 +48,11 @@ def test_what_looks_like_a_key_and_is_none():
     assert file_system("s3://bucket/a@b:c/d", "model")[1] == "bucket/a@b:c/d"
     assert file_system("s3://bucket/x?versionId=3", "model")[1].startswith("bucket/x")
     assert file_system("hf://group/name@main", "model")[1].startswith("group/name@main")
+
+
+@pytest.mark.parametrize("url", ["data:,x", "data:text/plain;base64,eA=="])
+def test_a_url_that_is_its_own_data_is_no_place(url, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["status", url])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: out: {url!r} is data itself; give where files lie\n"
