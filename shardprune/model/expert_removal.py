@@ -65,7 +65,8 @@ class Mixture:
         """
         found = f"{asked} keeps {kept} of {self.experts} experts"
         if kept >= self.experts:
-            helps = "; give a smaller --multiple" if field == "remove" else ""
+            smaller = {"remove": "--multiple", "remove_experts": "--expert-multiple"}  # of a run, and of a plan
+            helps = f"; give a smaller {smaller[field]}" if field in smaller else ""
             raise InputError(field, f"{found}, so that nothing would go{helps}")
         if kept < self.fewest:
             reason = f"a token gets {self.per_token}"

@@ -144,6 +144,11 @@ class RemovedExperts(Settings):
     keep_experts: int | None = Field(
         None, ge=1, description="Plan `experts` instead of `prune`: number of experts that each layer keeps"
     )
+    expert_multiple: int = Field(
+        ExpertFields.model_fields["multiple"].default,
+        ge=1,
+        description="With remove_experts: round the experts that stay to a multiple",
+    )
     merge_experts: bool = Field(False, description="With fewer experts: those whose outputs are alike are merged")
     expert_scores: ScoreSource = Field(
         "pass", description="With fewer experts: scores are from a pass, given statistics, or weights (aimer)"
@@ -163,6 +168,7 @@ class RemovedExperts(Settings):
         asked = share is not None or number is not None
         fields = "merge_experts", "expert_scores", "propagate_experts", "router_kd"
         self.needs("remove_experts or keep_experts", asked, *fields)
+        self.needs("remove_experts", share is not None, "expert_multiple")
         self.needs("a pass", self.expert_scores == "pass", "propagate_experts")
         if self.merge_experts and self.expert_scores == "weights":
             raise InputError("merge_experts", "does not go with expert_scores weights, which need no tokens")
@@ -174,8 +180,8 @@ class RemovedExperts(Settings):
         zero."""
         if self.remove_experts is None and self.keep_experts is None:
             return None
-        score, multiple = (ExpertFields.model_fields[name].default for name in ("score", "multiple"))
-        return ExpertRemoval(score, self.remove_experts, self.keep_experts, multiple, True, self.merge_experts)
+        score, amounts = ExpertFields.model_fields["score"].default, (self.remove_experts, self.keep_experts)
+        return ExpertRemoval(score, *amounts, self.expert_multiple, True, self.merge_experts)
 
 
 class PlanRecipe(Machine, Choices, RemovedExperts, ZeroingFields):

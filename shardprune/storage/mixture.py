@@ -108,11 +108,15 @@ def order_of(counts: Sequence[int]) -> list[tuple[int, int]]:
 
 def held_out_last(counts: Sequence[int], held_out: int) -> list[int]:
     """Return an order of the windows in which those held out are the last: of every part its share, at equal distances
-    among the part's."""
+    among the part's, and where others have enough, not the only one."""
     places: list[list[int]] = [[] for _ in counts]
     for place, (part, _) in enumerate(order_of(counts)):
         places[part].append(place)
     shares = shares_of([Fraction(count) for count in counts], held_out)
+    for part, count in enumerate(counts):
+        largest = max(range(len(counts)), key=lambda other: counts[other] - shares[other])
+        if shares[part] == count and counts[largest] - shares[largest] > 1:
+            shares[part], shares[largest] = shares[part] - 1, shares[largest] + 1
     held = {
         of_part[(2 * window + 1) * len(of_part) // (2 * share)]
         for of_part, share in zip(places, shares, strict=True)

@@ -20,6 +20,7 @@ from shardprune.planning.recipe import PlanRecipe
 from shardprune.planning.seconds import Expected
 from shardprune.planning.simulation import simulate
 from shardprune.planning.workload import model_of, planned_task, read_model, with_fewer_experts
+from shardprune.recipes.experts import ExpertsRecipe
 from tests.planning.material import make_llama
 from tests.support.architectures import MIXTURES
 
@@ -56,6 +57,16 @@ def test_a_config_in_memory_gets_fewer_experts(model_type):
     assert mixture_of(fewer).experts == kept
     assert mixture_of(skeleton).experts == mixture.experts  # which stays as it is
     assert fewer.parameters() < skeleton.parameters()
+
+
+@pytest.mark.parametrize(("multiple", "kept"), [(8, 8), (1, 10), (3, 9)])
+def test_a_plan_rounds_the_experts_that_stay_as_the_run_does(mixture, multiple, kept):
+    recipe = PlanRecipe.checked({"model": mixture, "remove_experts": 0.4, "expert_multiple": multiple})
+    model = with_fewer_experts(read_model(recipe.model), recipe)
+    assert model.fewer is not None
+    assert mixture_of(model.fewer.skeleton).experts == kept
+    run = ExpertsRecipe.checked({"model": mixture, "out": "out", "remove": 0.4, "multiple": multiple})
+    assert run.job().removal == recipe.removal
 
 
 def test_a_plan_counts_what_is_read_and_written(mixture):
@@ -234,7 +245,7 @@ def test_experts_that_go_by_their_weights_need_no_windows(mixture):
         ({"remove_experts": 0.5, "keep_experts": 8}, "keep_experts", "8 does not go with remove_experts 0.5"),
         ({"keep_experts": 0}, "keep_experts", "0 is not allowed"),
         ({"keep_experts": 1}, "keep_experts", "at least 2 must stay"),
-        ({"remove_experts": 0.1}, "remove_experts", "nothing would go"),
+        ({"remove_experts": 0.1}, "remove_experts", "nothing would go; give a smaller --expert-multiple"),
         ({"keep_experts": 8, "sparsity": 0.5}, "sparsity", "0.5 does not go with experts that are removed"),
         ({"keep_experts": 8, "method": "wanda"}, "method", "'wanda' does not go with experts that are removed"),
         ({"keep_experts": 8, "quality": "best"}, "quality", "'best' does not go with experts that are removed"),
@@ -251,6 +262,8 @@ def test_experts_that_go_by_their_weights_need_no_windows(mixture):
             "propagate_experts",
             "'pruned' has no effect without a pass",
         ),
+        ({"keep_experts": 8, "expert_multiple": 4}, "expert_multiple", "4 has no effect without remove_experts"),
+        ({"remove_experts": 0.5, "expert_multiple": 0}, "expert_multiple", "0 is not allowed"),
         ({"router_kd": 3, "sparsity": 0.5}, "router_kd", "3 has no effect without remove_experts or keep_experts"),
         ({"keep_experts": 8, "router_kd": -1}, "router_kd", "-1 is not allowed"),
         ({"keep_experts": 8, "router_kd": 3, "samples": 4}, "samples", "4 is too few for router_kd"),

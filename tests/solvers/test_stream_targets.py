@@ -86,6 +86,9 @@ def test_a_tenth_of_the_windows_at_equal_distances_is_held_out(samples, held_out
         ((4, 12), 4, [1, 3]),
         ((40, 40, 40), 12, [4, 4, 4]),
         ((25, 75), 10, [3, 7]),
+        ((1, 7), 4, [0, 4]),
+        ((1, 1, 6), 4, [0, 0, 4]),
+        ((1,) * 8, 4, [1, 1, 1, 1, 0, 0, 0, 0]),
     ],
 )
 def test_every_part_of_a_mixture_has_its_share_of_the_windows_held_out(counts, held_out, shares):
