@@ -42,11 +42,12 @@ class Layout:
         return [[segment for segment in self.segments if segment.start in shard] for shard in self.shards]
 
     def shrunk_to(self, slots: int) -> "Layout":
-        """Return the layout for at most `slots` workers: fewer replicas first, then fewer shards."""
+        """Return the layout for at most `slots` workers: fewer replicas first, as a worker's memory holds its shard,
+        then fewer shards."""
         if slots >= self.workers:
             return self
-        replicas = min(self.replicas, slots)
-        return Layout(self.segments, _shards(self.segments, max(1, slots // replicas)), replicas)
+        shards = min(len(self.shards), slots)
+        return Layout(self.segments, _shards(self.segments, shards), min(self.replicas, slots // shards))
 
 
 def plan_layout(

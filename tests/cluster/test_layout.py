@@ -27,12 +27,21 @@ def test_parallel_has_a_segment_per_shard_unless_told_otherwise():
 
 def test_losing_workers_keeps_the_segments():
     layout = plan_layout(8, 16, "parallel", 4, 2, None)
-    smaller = layout.shrunk_to(5)
+    smaller = layout.shrunk_to(3)
     assert smaller.segments == layout.segments
-    assert (len(smaller.shards), smaller.replicas) == (2, 2)
-    assert spans(smaller.shards) == [(0, 4), (4, 8)]
+    assert (len(smaller.shards), smaller.replicas) == (3, 1)
+    assert spans(smaller.shards) == [(0, 2), (2, 4), (4, 8)]
     assert layout.shrunk_to(1) == Layout(layout.segments, (range(8),), 1)
     assert layout.shrunk_to(9) is layout
+
+
+@pytest.mark.parametrize(
+    ("shards", "replicas", "slots", "left"),
+    [(4, 2, 7, (4, 1)), (4, 2, 4, (4, 1)), (2, 3, 5, (2, 2)), (2, 3, 3, (2, 1)), (1, 4, 3, (1, 3)), (4, 1, 2, (2, 1))],
+)
+def test_losing_workers_keeps_shards_as_small_as_they_are_while_there_are_replicas(shards, replicas, slots, left):
+    smaller = plan_layout(8, 16, "exact", shards, replicas, None).shrunk_to(slots)
+    assert (len(smaller.shards), smaller.replicas) == left
 
 
 @pytest.mark.parametrize(
