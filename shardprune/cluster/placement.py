@@ -126,6 +126,8 @@ def _recorded(recipe: LayerRecipe, decided: dict[str, Any], out: str) -> _Record
 
 
 def _name(value: Any) -> Any:
-    """Return a recipe's value, of a path its last part: the output may have been moved, and its fingerprint says whose
-    it is."""
+    """Return a recipe's value, of a path its last part, of several those of all: the output may have been moved, and
+    its fingerprint says whose it is."""
+    if isinstance(value, list | tuple):
+        return [_name(item) for item in value]
     return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else value

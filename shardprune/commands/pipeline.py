@@ -15,6 +15,7 @@ from shardprune.commands.prepare import prepare
 from shardprune.commands.prepare_mop import prepare_mop
 from shardprune.commands.prepare_recovery import open_inputs
 from shardprune.commands.prune import prepare_first
+from shardprune.commands.pushing import check_push
 from shardprune.errors import InputError, without_credentials
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.recipes.commands import COMMANDS
@@ -33,7 +34,7 @@ from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import Malformed, located
 from shardprune.storage.output_names import PIPELINE, RESULT
-from shardprune.storage.relative_paths import absolute_paths, relative_paths
+from shardprune.storage.relative_paths import relative_paths
 from shardprune.storage.retrying import preflight
 
 
@@ -65,8 +66,7 @@ def pipeline(recipe: PipelineRecipe, reporter: Reporter | None = None) -> dict[s
             reporter.say(f"step {name}")
             results[name] = COMMANDS[step].story(section, reporter)
             if isinstance(section, EvaluateRecipe):
-                progress.evaluated[kept] = _asked(section)
-                progress.save()
+                progress.keep(kept, section)
     if recipe.report:
         evaluated = any(isinstance(result, EvaluationResult) for result in results.values())
         leave_report(recipe.out, reporter, new=evaluated)
@@ -91,6 +91,8 @@ def _check_ahead(recipe: PipelineRecipe, reporter: Reporter) -> None:
     for step in recipe.steps:
         section = recipe.section(step)
         try:
+            if not isinstance(section, EvaluateRecipe):
+                check_push(section)
             with closing(backend_of(section)) as backend:
                 unpruned = section.model_copy(update={"model": recipe.model})
                 if isinstance(unpruned, PruneRecipe):
@@ -120,7 +122,7 @@ class _PipelineFile(BaseModel):
 class _Progress:
     """The progress of a pipeline in its output: its recipe, and the evaluations that were done, by the folder of a kept
     iteration, and by None of the model at the end. The other steps know themselves whether they are finished, and
-    whether they are the same as before.
+    whether they are the same as before. Paths are compared as the file has them, relative to the output.
 
     Raises:
         InputError: it holds something else, or may not be resumed.
@@ -137,8 +139,8 @@ class _Progress:
             held = "a run" if RESULT in names else "something else"
             raise InputError("out", f"{recipe.out} is not empty and holds {held}; choose an empty directory")
         with located("out", f"{recipe.out}/{PIPELINE}"):
-            state = fitting(absolute_paths(self.folder.read_json(PIPELINE), self.folder.url), _PipelineFile)
-        if (state.model, state.steps) != (self._model, list(recipe.steps)):
+            state = fitting(self.folder.read_json(PIPELINE), _PipelineFile)
+        if (state.model, state.steps) != (self._stored(self._model), list(recipe.steps)):
             raise InputError("out", f"{recipe.out} holds another pipeline; choose an empty directory")
         if not recipe.resume:
             raise InputError("out", f"{recipe.out} holds this pipeline already; resume it or choose an empty directory")
@@ -149,27 +151,37 @@ class _Progress:
     def is_evaluated(self, kept: str | None, section: EvaluateRecipe) -> bool:
         """Return whether an evaluation was done, and of the model that is there: one that was made anew since holds
         none."""
-        if self.evaluated.get(kept) != _asked(section):
+        if self.evaluated.get(kept) != self._stored(_asked(section)):
             return False
         try:
             return bool(read_result(output_folder(section.model)).evaluation)
         except (InputError, Malformed):
             return False
 
+    def keep(self, kept: str | None, section: EvaluateRecipe) -> None:
+        """Record that an evaluation was done."""
+        self.evaluated[kept] = self._stored(_asked(section))
+        self.save()
+
+    def save(self) -> None:
+        """Record what is known, and with the first call claim the directory."""
+        recipe = self.recipe.record() | {step: self._section(step) for step in self.recipe.steps}
+        state = _PipelineFile(
+            model=self._stored(self._model),
+            steps=list(self.recipe.steps),
+            evaluated=self.evaluated.get(None),
+            evaluated_kept={kept: asked for kept, asked in self.evaluated.items() if kept is not None},
+            recipe=self._stored(recipe),
+        )
+        self.folder.write_json(PIPELINE, state.model_dump(mode="json"))
+
     @property
     def _model(self) -> str:
         return without_credentials(self.recipe.model)
 
-    def save(self) -> None:
-        """Record what is known, and with the first call claim the directory."""
-        state = _PipelineFile(
-            model=self._model,
-            steps=list(self.recipe.steps),
-            evaluated=self.evaluated.get(None),
-            evaluated_kept={kept: asked for kept, asked in self.evaluated.items() if kept is not None},
-            recipe=self.recipe.record() | {step: self._section(step) for step in self.recipe.steps},
-        )
-        self.folder.write_json(PIPELINE, relative_paths(state.model_dump(mode="json"), self.folder.url))
+    def _stored(self, content: Any) -> Any:
+        """Return JSON content as the file has it."""
+        return relative_paths(content, self.folder.url)
 
     def _section(self, step: str) -> dict[str, Any]:
         """Return the fields of a step, and what a section says beside them."""

@@ -40,19 +40,26 @@ def pushed(story: Callable[[R, Reporter | None], Result]) -> Callable[..., Resul
     @functools.wraps(story)
     def carried_out(recipe: R, reporter: Reporter | None = None) -> Result:
         reporter = reporter or Reporter()
-        if recipe.push is None:
-            return story(recipe, reporter)
-        _check(recipe.push, recipe.out)
+        check_push(recipe)
         result = story(recipe, reporter)
-        _push(recipe.push, recipe.out, result, reporter)
+        if recipe.push is not None:
+            _push(recipe.push, recipe.out, result, reporter)
         return result
 
     return carried_out
 
 
-def _check(name: str, out: str) -> None:
-    if "://" in absolute(out):
-        raise InputError("push", f"{name!r} needs a local output, and {out} is none; `hf upload` pushes a copy")
+def check_push(recipe: Pushes) -> None:
+    """Check that the output of a recipe can be pushed where it says, if it does.
+
+    Raises:
+        InputError: there is no token, the hub does not take it or cannot be reached, or the output is not local.
+    """
+    name = recipe.push
+    if name is None:
+        return
+    if "://" in absolute(recipe.out):
+        raise InputError("push", f"{name!r} needs a local output, and {recipe.out} is none; `hf upload` pushes a copy")
     if is_offline_mode():
         raise InputError("push", f"{name!r} cannot be reached: HF_HUB_OFFLINE is set")
     if get_token() is None:

@@ -18,7 +18,7 @@ from shardprune.errors import InputError, StorageError, first_line
 from shardprune.storage.json_file import LIMIT, dump_json, parse_json
 from shardprune.storage.locations import file_system, protocols_of, refuse_hub
 from shardprune.storage.malformed import Malformed
-from shardprune.storage.retrying import hidden_by, retry
+from shardprune.storage.retrying import retry, unhidden
 from shardprune.storage.text_file import decode
 from shardprune.storage.whole_files import content_of
 
@@ -82,10 +82,9 @@ class Folder:
 
         def look() -> int | None:
             try:
-                info = self.fs.info(self.path(name))
-            except (FileNotFoundError, NotADirectoryError) as error:
-                if hidden := hidden_by(error):
-                    raise hidden from error
+                with unhidden():
+                    info = self.fs.info(self.path(name))
+            except (FileNotFoundError, NotADirectoryError):
                 return None
             if info["size"] is None:
                 raise OSError("its server does not say how large it is")

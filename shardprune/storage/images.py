@@ -9,7 +9,7 @@ from typing import Any
 
 from shardprune.errors import InputError, first_line
 from shardprune.storage.locations import file_system
-from shardprune.storage.retrying import retry
+from shardprune.storage.retrying import retry, unhidden
 from shardprune.storage.whole_files import read_file
 
 THREADS = 16  # that look at files at a time: most of it is waiting for the storage
@@ -47,7 +47,7 @@ def _size(url: str, field: str) -> tuple[int, int]:
     fs, path = file_system(url, field)
 
     def look() -> tuple[int, int]:
-        with fs.open(path, "rb") as file:
+        with unhidden(), fs.open(path, "rb") as file:
             return _pillow().open(file).size
 
     try:

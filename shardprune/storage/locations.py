@@ -2,6 +2,7 @@
 
 import os
 import re
+from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
@@ -33,9 +34,10 @@ def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     if UNWRITABLE.search(url):
         raise InputError(field, f"{url!r} holds a character that no file's name has (NUL, or half a surrogate pair)")
     _refuse_keys(url, field)
+    _refuse_unchained(url, field)
     options = {} if url.startswith(READ_ONLY) else {"use_listings_cache": False}
     try:
-        fs, root = fsspec.core.url_to_fs(url, **options)
+        fs, root = _local(url, **options) if is_path(url) else fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         extra = EXTRAS.get(url.partition("://")[0])
         hint = f"pip install 'shardprune[{extra}]'" if extra else first_line(error)
@@ -49,6 +51,28 @@ def file_system(url: str, field: str) -> tuple[AbstractFileSystem, str]:
     if "://" in url and not root.strip("/") and not isinstance(fs, LocalFileSystem | MemoryFileSystem):
         raise InputError(field, f"{url!r} names no place; give what stands after ://, too")
     return fs, root.rstrip("/") or root
+
+
+def is_path(text: str) -> bool:
+    """Return whether a location is a local path, in whose names `::` has no meaning."""
+    return "://" not in text and not text.startswith("data:")
+
+
+def _local(path: str, **options: Any) -> tuple[AbstractFileSystem, str]:
+    return LocalFileSystem(**options), LocalFileSystem._strip_protocol(path)
+
+
+def _refuse_unchained(url: str, field: str) -> None:
+    """Check that every `::` in a URL joins file systems, as fsspec would take another place for this one otherwise.
+
+    Raises:
+        InputError: one stands before or behind what names none.
+    """
+    links = [] if is_path(url) else url.split("::")
+    for link in links[1:] and links:
+        if "://" not in link and link not in fsspec.available_protocols():
+            shown = without_credentials(url)
+            raise InputError(field, f"{shown!r} holds '::', which joins file systems, beside {link!r}, which is none")
 
 
 def _refuse_keys(url: str, field: str) -> None:

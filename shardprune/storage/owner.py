@@ -1,7 +1,8 @@
 """The owner of an output directory: the one process that drives a run there, for as long as it does.
 
 Its record in the directory says which process it is, and is written anew while the process lives. On its own machine
-an owner counts as dead as soon as its process is gone; on another one after `SILENCE_SECONDS` without a new record.
+an owner counts as dead as soon as its process is gone; on another one after `SILENCE_SECONDS` without a new record, of
+which the last `WATCHED_SECONDS` are watched: the clocks of two machines differ.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from shardprune.storage.output_names import OWNER
 
 RENEWAL_SECONDS = 15.0  # between two records
 SILENCE_SECONDS = 55.0  # after which the owner on another machine counts as dead: three records, and slow storage
+WATCHED_SECONDS = 2 * RENEWAL_SECONDS + 5.0  # of silence, whatever a record's time says
+CLOCKS_APART = 3600.0  # seconds that no two clocks differ by: an older record is that of a dead process
 LOOK_SECONDS = (
     1.0  # between two looks at a record that may be renewed; on remote storage until the last writer is known
 )
@@ -31,8 +34,8 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class OwnerRecord(BaseModel):
-    """The content of `owner.json`: a process, by its machine (and that one's start), number and start, in seconds since
-    the epoch; and the `time` of the record."""
+    """The content of `owner.json`: a process, by its machine (and that one's start), number and start, as `_start_of`
+    has it; and the `time` of the record, in seconds since the epoch."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -44,14 +47,8 @@ class OwnerRecord(BaseModel):
 
     @classmethod
     def of_this_process(cls) -> "OwnerRecord":
-        process = psutil.Process()
-        return cls(
-            host=platform.node(),
-            boot=_boot(),
-            process=process.pid,
-            started=process.create_time(),
-            time=time.time(),
-        )
+        process = os.getpid()
+        return cls(host=platform.node(), boot=_boot(), process=process, started=_start_of(process), time=time.time())
 
     def is_of(self, other: "OwnerRecord") -> bool:
         """Return whether two records are of the same process."""
@@ -65,7 +62,7 @@ class OwnerRecord(BaseModel):
         """Return whether the process, one of this machine, is still there."""
         try:
             process = psutil.Process(self.process)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
+            return _start_of(self.process) == self.started and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -84,7 +81,8 @@ def check_unowned(folder: Folder) -> None:
             return
         if first is None:
             first, silent = owner, max(0.0, time.time() - owner.time)  # clocks of machines differ
-            end = time.monotonic() + SILENCE_SECONDS - silent
+            watched = 0.0 if silent > CLOCKS_APART else max(WATCHED_SECONDS, SILENCE_SECONDS - silent)
+            end = time.monotonic() + watched
         elif owner != first:
             raise _in_use(folder, owner)
         if time.monotonic() >= end:
@@ -193,6 +191,20 @@ def _one_at_a_time(folder: Folder) -> Iterator[None]:
 def _in_use(folder: Folder, owner: OwnerRecord) -> InputError:
     place = f"process {owner.process} on {owner.host}"
     return InputError(folder.field, f"{folder.url} is in use by another run ({place}); wait for its end, or stop it")
+
+
+def _start_of(process: int) -> float:
+    """Return when a process of this machine started: in clock ticks since the machine did, which no step of its clock
+    changes, or where there is no /proc, in seconds since the epoch.
+
+    Raises:
+        psutil.NoSuchProcess: it is gone.
+    """
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return psutil.Process(process).create_time()
+    return float(stat.rpartition(")")[2].split()[19])  # field 22; the second is a name in parentheses
 
 
 def _boot() -> str:

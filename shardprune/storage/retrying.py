@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import random
 import time
@@ -102,13 +103,16 @@ class RetryPolicy:
         """Return the policy of the environment variable, or the default, which is shorter before work begins.
 
         Raises:
-            InputError: the variable holds no number.
+            InputError: the variable holds no number, or none of seconds.
         """
         value = os.environ.get(ENVIRONMENT) or _default.get()
         try:
-            return cls(seconds=float(value))
-        except ValueError as error:
-            raise InputError(ENVIRONMENT, f"{value!r} is no number of seconds") from error
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 <= seconds < math.inf:
+            raise InputError(ENVIRONMENT, f"{value!r} is no number of seconds; use 0 or more")
+        return cls(seconds=seconds)
 
 
 _default: ContextVar[float] = ContextVar("seconds of retrying", default=RetryPolicy.seconds)
@@ -205,7 +209,22 @@ def _answer(error: BaseException) -> tuple[int | None, str | None]:
     return next((value for value in values if isinstance(value, int) and 400 <= value < 600), None), None
 
 
-def hidden_by(absence: OSError) -> BaseException | None:
+@contextmanager
+def unhidden() -> Iterator[None]:
+    """Raise what keeps an HTTP server from answering as what it is, where fsspec reports it as the absence of a file.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if hidden := _hidden_by(error):
+            raise hidden from error
+        raise
+
+
+def _hidden_by(absence: OSError) -> BaseException | None:
     """Return the error of an HTTP server, or of the way to it, that fsspec reports as the absence of a file."""
     cause = absence.__cause__
     if isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp":

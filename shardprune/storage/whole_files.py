@@ -10,7 +10,7 @@ from shardprune.errors import InputError, first_line
 from shardprune.storage.host_memory import host_memory
 from shardprune.storage.locations import file_system
 from shardprune.storage.quantities import gigabytes
-from shardprune.storage.retrying import retry
+from shardprune.storage.retrying import retry, unhidden
 
 
 def read_file(url: str, field: str) -> bytes:
@@ -22,8 +22,9 @@ def read_file(url: str, field: str) -> bytes:
     fs, path = file_system(url, field)
 
     def read() -> bytes:
-        _check_room(fs.info(path).get("size") or 0)  # None where a web server does not say
-        return content_of(fs, path)
+        with unhidden():
+            _check_room(fs.info(path).get("size") or 0)  # None where a web server does not say
+            return content_of(fs, path)
 
     try:
         return retry(read, url)

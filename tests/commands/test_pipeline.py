@@ -66,6 +66,24 @@ def test_a_finished_pipeline_does_nothing(folder, whole):
     assert snapshot(out) == before
 
 
+@pytest.mark.parametrize("spelled", ["./model", "{}/model/", "{}/./model", "file://{}/model", "{}/model"])
+def test_a_model_and_texts_may_be_spelled_in_other_ways(folder, tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(folder)
+    shared = {"model": spelled.format(folder), "recover": None, "evaluate": {"perplexity": "./tokens.npy"}}
+    for steps in (("prune", "evaluate"), ("prune",)):
+        assert tuple(carry_out(folder, tmp_path / "o", **shared)) == steps
+    (tmp_path / "moved").mkdir()
+    shutil.move(tmp_path / "o", tmp_path / "moved" / "o")
+    with pytest.raises(InputError, match="out: .* holds another pipeline"):  # its model does not lie beside it
+        carry_out(folder, tmp_path / "moved" / "o", **shared)
+
+
+def test_an_output_on_other_storage_is_gone_on_with(folder):
+    out, shared = "memory://pipeline", {"recover": None}
+    for steps in (("prune", "evaluate"), ("prune",)):
+        assert tuple(carry_out(folder, out, **shared)) == steps
+
+
 def test_where_it_works_may_change_what_it_does_may_not(folder, whole):
     out, results = whole
     elsewhere = {"recover": {"checkpoint_every": 7, "threads": 2}, "prune": {"shards": 2}, "evaluate": {"shards": 2}}
@@ -132,6 +150,11 @@ BAD = {
     ),
     "data": ({"recover": {"data": "nowhere.txt"}}, "recover.data: 'nowhere.txt' does not exist"),
     "length": ({"recover": {"length": 100}}, "recover.length: 100 is more than the model's 64 positions"),
+    "push": ({"recover": {"push": "someone/half"}}, "recover.push: 'someone/half' cannot be reached: HF_HUB_OFFLINE"),
+    "push of the first": (
+        {"prune": {"push": "someone/half"}},
+        "prune.push: 'someone/half' cannot be reached: HF_HUB_OFFLINE",
+    ),
     "source": ({"evaluate": {"perplexity": "nowhere.txt"}}, "evaluate.perplexity: 'nowhere.txt' does not exist"),
     "seqlen": ({"evaluate": {"seqlen": 100}}, "evaluate.seqlen: 100 is more than the model's 64 positions"),
 }

@@ -8,9 +8,17 @@ import pytest
 from shardprune.errors import InputError, StorageError
 from shardprune.storage.folder import Folder
 from shardprune.storage.retrying import ENVIRONMENT, preflight
+from shardprune.storage.whole_files import read_file
 
 # The answers to requests for a file: the last one stays.
-ANSWERS = {"/x/there": [200], "/x/gone": [404], "/x/removed": [410], "/x/denied": [403], "/x/busy": [503, 503, 200]}
+ANSWERS = {
+    "/x/there": [200],
+    "/x/gone": [404],
+    "/x/removed": [410],
+    "/x/denied": [403],
+    "/x/busy": [503, 503, 200],
+    "/x/down": [503],
+}
 
 
 @pytest.fixture
@@ -70,3 +78,11 @@ def test_a_server_that_is_not_there(monkeypatch):
         preflight(),
     ):
         Folder("http://127.0.0.1:1/x", "model").size("file")
+
+
+@pytest.mark.parametrize(("name", "answer"), [("denied", "403"), ("down", "503")])
+def test_a_text_that_a_server_does_not_give_is_no_absence(url, name, answer):
+    with pytest.raises(InputError, match=f"^eval: '{url}/{name}' cannot be read: {answer}"):
+        read_file(f"{url}/{name}", "eval")
+    with pytest.raises(InputError, match=f"^eval: '{url}/gone' does not exist"):
+        read_file(f"{url}/gone", "eval")

@@ -4,7 +4,9 @@ import pytest
 
 from shardprune.cli import main
 from shardprune.errors import InputError
+from shardprune.storage.folder import output_folder
 from shardprune.storage.locations import file_system
+from shardprune.storage.whole_files import read_file
 
 # Keys with all that a password may hold: botocore would say the first part of each as the name of a bucket.
 WITH_KEYS = ("key:pa/ss@w@host", "AKIA:secret@bucket", "AKIA:se?cret@bucket", "AKIA:se cret@bucket", "AKIA@bucket")
@@ -56,3 +58,21 @@ def test_a_url_that_is_its_own_data_is_no_place(url, capsys):
         main(["status", url])
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"error: out: {url!r} is data itself; give where files lie\n"
+
+
+def test_a_path_may_hold_what_joins_file_systems_in_a_url(tmp_path):
+    assert file_system(f"{tmp_path}/run::2026-01-01", "out")[1] == f"{tmp_path}/run::2026-01-01"
+    folder = output_folder(f"{tmp_path}/a::b")
+    folder.write_text("x.txt", "x")
+    assert (tmp_path / "a::b" / "x.txt").read_text() == "x"
+    assert read_file(f"{tmp_path}/a::b/x.txt", "eval") == b"x"
+    assert [path.name for path in tmp_path.iterdir()] == ["a::b"]
+
+
+@pytest.mark.parametrize(("url", "link"), [("s3://bucket/run::1", "1"), ("run::s3://bucket", "run")])
+def test_a_url_is_joined_by_file_systems_alone(url, link):
+    with pytest.raises(InputError, match=f"^out: '{url}' holds '::', which joins file systems, beside '{link}'"):
+        file_system(url, "out")
+    fs, place = file_system(f"simplecache::memory://{link}", "out")
+    assert place == f"/{link}"
+    assert "simplecache" in fs.protocol

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 
 from shardprune.errors import InputError, StorageError
@@ -57,6 +58,14 @@ def test_a_killed_process_owns_nothing(folder, other):
     assert not folder.is_file(OWNER)
 
 
+def test_a_step_of_the_clock_changes_no_owner(folder, other, monkeypatch):
+    with pytest.raises(InputError, match="is in use by another run"):
+        check_unowned(folder)
+    monkeypatch.setattr(psutil._pslinux, "boot_time", lambda: time.time())  # what psutil adds to a process's start
+    with pytest.raises(InputError, match="is in use by another run"):
+        check_unowned(folder)
+
+
 def test_a_process_owns_a_directory_once(folder):
     with owned(folder) as outer:
         with owned(folder) as inner:
@@ -80,6 +89,14 @@ def test_only_silence_tells_that_a_process_of_another_machine_is_dead(folder, mo
     folder.write_json(OWNER, {**ELSEWHERE, "time": 5000.0})  # by a clock that is ahead
     check_unowned(folder)
     assert sum(slept) == owner.SILENCE_SECONDS
+    slept.clear()
+    folder.write_json(OWNER, {**ELSEWHERE, "time": clock[0] - 60.0})  # or by one that is behind
+    check_unowned(folder)
+    assert sum(slept) == owner.WATCHED_SECONDS > 2 * owner.RENEWAL_SECONDS
+    slept.clear()
+    folder.write_json(OWNER, {**ELSEWHERE, "time": clock[0] - 7200.0})  # no clock is
+    check_unowned(folder)
+    assert not slept
 
 
 def test_a_process_of_another_machine_that_writes_lives(folder, monkeypatch):

@@ -39,3 +39,13 @@ def test_other_ways_to_write_a_local_path(tmp_path, monkeypatch):
 def test_of_an_output_on_other_storage_the_name_alone_stays():
     assert relative_paths(CONTENT, "s3://bucket/half")["recipe"]["model"] == "llama"
     assert absolute_paths(RELATIVE, "s3://bucket/half") == RELATIVE
+
+
+def test_of_an_output_on_other_storage_names_that_are_alike_stay_apart():
+    texts = {"/data/a/x.txt": 1, "/data/b/x.txt": 2, "/data/c/b/x.txt": 3, "x.txt": 4}
+    assert relative_paths(texts, "s3://bucket/half") == {"x.txt": 1, "b/x.txt": 2, "c/b/x.txt": 3, "x.txt (2)": 4}
+
+
+def test_what_models_write_is_no_path():
+    written = {"continuations": [{"prompt": "/data/llama", "before": "~5 and more", "after": "./x"}]}
+    assert relative_paths(written, "/data/runs/half") == absolute_paths(written, "/data/runs/half") == written

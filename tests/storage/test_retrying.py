@@ -155,6 +155,10 @@ def test_the_environment_says_how_long(monkeypatch):
     with pytest.raises(TimeoutError):
         world.retry(None)
     assert world.sleeps == [0.25, 0.5, 1]  # and 2 more would pass the third second
-    monkeypatch.setenv(ENVIRONMENT, "long")
-    with pytest.raises(InputError, match=f"^{ENVIRONMENT}: 'long' is no number of seconds$"):
-        world.retry(None)
+
+
+@pytest.mark.parametrize("value", ["long", "nan", "inf", "-1"])
+def test_the_environment_says_a_number_of_seconds(value, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, value)
+    with pytest.raises(InputError, match=f"^{ENVIRONMENT}: '{value}' is no number of seconds; use 0 or more$"):
+        World(failures=float("inf")).retry(None)
