@@ -23,7 +23,7 @@ from shardprune.recovery.rows import Rows
 from shardprune.report.clock import Clock
 from shardprune.report.page.place import leave_report
 from shardprune.report.progress import Reporter
-from shardprune.report.result import Evaluation, EvaluationResult, MeasuredPerplexity, WorkerResult
+from shardprune.report.result import EvaluationResult, MeasuredPerplexity, WorkerResult
 from shardprune.storage.retrying import preflight
 from shardprune.storage.windows import tokens_hash
 
@@ -90,7 +90,6 @@ class _Evaluation:
 
     def __init__(self, recipe: EvaluateRecipe, model: ShardedModel, record: Record, clock: Clock) -> None:
         self.recipe, self.model, self.record, self.clock = recipe, model, record, clock
-        self.found: Evaluation = record.known
         self._workers: list[dict[str, Any]] = []
 
     def measure_perplexities(self, windows: dict[str, Tensor]) -> None:
@@ -100,22 +99,21 @@ class _Evaluation:
             measured = MeasuredPerplexity(
                 value=value, seqlen=tokens.shape[1], windows=len(tokens), tokens_sha256=tokens_hash(tokens)
             )
-            self._keep(perplexity={**self.found.perplexity, source: measured})
+            self._keep(perplexity={source: measured})
 
     def measure_answers(self, opened: dict[str, Rows]) -> None:
         for source, rows in opened.items():
             self.model.close()  # which leaves its memory to the model in this process
             with self.clock.phase("answers"):
                 measured = measure_answers(self.recipe, self.model, rows)
-            self._keep(answers={**self.found.answers, source: measured})
+            self._keep(answers={source: measured})
 
     def evaluate_tasks(self, opened: list[Any]) -> None:
         from shardprune.evaluation.tasks import evaluate_tasks
 
         with self.clock.phase("tasks"):
             results = evaluate_tasks(self._answering(opened), opened, self.recipe)
-        tasks = {**self.found.tasks, **results}
-        self._keep(tasks=tasks, harness=version("lm-eval"), engine=self.recipe.engine)
+        self._keep(tasks=results, harness=version("lm-eval"), engine=self.recipe.engine)
 
     def measure_latency(self, candidates: "Candidates") -> None:
         from shardprune.evaluation.latency import measure
@@ -132,7 +130,7 @@ class _Evaluation:
         return EvaluationResult(
             fingerprint=self.record.fingerprint,
             recipe=settings.record(),
-            evaluation=self.found,
+            evaluation=self.record.known,
             seconds=self.clock.total(),
             workers=[WorkerResult(**worker) for worker in self._workers],
             restarts=self.model.restarts,
@@ -151,9 +149,8 @@ class _Evaluation:
         return ShardedLM(self.model)
 
     def _keep(self, **measured: Any) -> None:
-        self.found = self.found.model_copy(update=measured)
         self._workers = self.model.usage() or self._workers
-        self.record.save(self.result())
+        self.record.add(measured, self.result)
 
 
 def _windows(recipe: EvaluateRecipe, model: ShardedModel) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shardprune.commands.model_card import leave_card
 from shardprune.errors import InputError, StorageError
+from shardprune.evaluation.record import evaluation_in
 from shardprune.model.allocation_file import AllocatedShare
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.model.sources import SourceState
@@ -252,7 +253,9 @@ class RunState:
             self._ownership.check()
         self.check_inputs()
         files = self.previous.files if self.previous else self._written(kept)
-        result = result.model_copy(update={"evaluation": self.known.evaluation, "files": files})
+        # Of a finished run it may have been evaluated since this one began.
+        evaluation = evaluation_in(self.journal.folder) if self.previous else self.known.evaluation
+        result = result.model_copy(update={"evaluation": evaluation, "files": files})
         leave_card(self.journal.folder, result, self.previous)
         self.journal.finish(result.as_json())
         return result

@@ -1,8 +1,9 @@
 """The result.json that measurements are written to: the model's own, or one in a separate directory."""
 
+from collections.abc import Callable
 from typing import Any
 
-from shardprune.errors import InputError
+from shardprune.errors import InputError, StorageError
 from shardprune.model.checkpoint import Checkpoint
 from shardprune.report.result import Evaluation, EvaluationResult, Result
 from shardprune.storage.folder import Folder, output_folder
@@ -11,6 +12,7 @@ from shardprune.storage.json_file import fitting
 from shardprune.storage.locations import absolute
 from shardprune.storage.malformed import Malformed, located
 from shardprune.storage.output_names import RESULT
+from shardprune.storage.owner import one_at_a_time
 from shardprune.storage.relative_paths import absolute_paths, relative_paths
 
 
@@ -34,8 +36,7 @@ class Record:
         self.kept = self._alone or _is_result(content)
         if self.kept:
             self._check_writable()
-        with located(self.folder.field, f"the evaluation in {self.folder.url}/{RESULT}"):
-            self.known = fitting(content.get("evaluation", {}), Evaluation) if self.kept else Evaluation()
+        self.known = (evaluation_in(self.folder) if self.kept else None) or Evaluation()
 
     def made(self) -> Result | None:
         """Return the result of the run that made the model as its file has it now; None if it is not written to."""
@@ -46,14 +47,31 @@ class Record:
         except Malformed:
             return None  # by an earlier version
 
-    def save(self, result: EvaluationResult) -> None:
-        """Write a result, on its own or as the evaluation in the result of the run that made the model."""
+    def add(self, measured: dict[str, Any], result: Callable[[], EvaluationResult]) -> None:
+        """Add measurements to those in the file, which another evaluation may have written since, and write the result
+        that is made of all `known`: on its own, or as the evaluation in the result of the run that made the model.
+
+        Args:
+            measured: fields of the evaluation; items of an object are added to it.
+
+        Raises:
+            StorageError: the model's result is gone, or cannot be written.
+        """
         if not self.kept:
+            self.known = joined(self.known, measured)
             return
-        content = result.as_json()
-        if not self._alone:
-            content = {**_content(self.folder), "evaluation": content["evaluation"]}
-        self.folder.write_json(RESULT, relative_paths(content, self.folder.url))
+        with one_at_a_time(self.folder):
+            there = evaluation_in(self.folder) or Evaluation()
+            others = {name: value for name in there.model_fields_set if (value := getattr(there, name)) is not None}
+            self.known = joined(joined(self.known, others), measured)
+            content = result().as_json()
+            if not self._alone:
+                made = _content(self.folder)
+                if not _is_result(made):
+                    gone = "holds no result of shardprune any more: what was measured is not written"
+                    raise StorageError(self.folder.field, f"{self.folder.url} {gone}")
+                content = {**made, "evaluation": content["evaluation"]}
+            self.folder.write_json(RESULT, relative_paths(content, self.folder.url))
 
     def _check_writable(self) -> None:
         try:
@@ -71,6 +89,26 @@ class Record:
                 raise InputError("out", f"{url} is not empty and holds no evaluation; choose an empty directory")
             if content.get("fingerprint") != self.fingerprint:
                 raise InputError("out", f"{url} holds the evaluation of another model; choose an empty directory")
+
+
+def evaluation_in(folder: Folder) -> Evaluation | None:
+    """Return what was measured of the model in a folder, as its file has it now, if anything was.
+
+    Raises:
+        InputError: it is none that this version reads.
+    """
+    with located(folder.field, f"the evaluation in {folder.url}/{RESULT}"):
+        found = _content(folder).get("evaluation")
+        return None if found is None else fitting(found, Evaluation)
+
+
+def joined(known: Evaluation, measured: dict[str, Any]) -> Evaluation:
+    """Return an evaluation with further fields, the items of objects added to those that are known."""
+    fields = {
+        name: {**getattr(known, name), **value} if isinstance(value, dict) else value
+        for name, value in measured.items()
+    }
+    return known.model_copy(update=fields)
 
 
 def _content(folder: Folder) -> dict[str, Any]:

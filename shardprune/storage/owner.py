@@ -97,7 +97,7 @@ def owned(folder: Folder) -> Iterator["Ownership"]:
     Raises:
         InputError: another process drives a run there.
     """
-    with _one_at_a_time(folder):
+    with one_at_a_time(folder):
         check_unowned(folder)
         nested = _is_ours(_read(folder))
         if not nested:
@@ -173,7 +173,7 @@ def _read(folder: Folder) -> OwnerRecord | None:
 
 
 @contextmanager
-def _one_at_a_time(folder: Folder) -> Iterator[None]:
+def one_at_a_time(folder: Folder) -> Iterator[None]:
     """Let the processes of a machine look and write one after another, where the file system can lock a directory."""
     if not folder.local:
         yield

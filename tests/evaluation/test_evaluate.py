@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shardprune.cli import main
+from shardprune.commands.state import RunState
 from shardprune.errors import InputError
+from shardprune.evaluation.sharded import ShardedModel
 from shardprune.report.result import Result
 from shardprune.storage.relative_paths import absolute_paths
 from tests.evaluation.material import evaluated, make_readable, write_task
@@ -108,6 +110,36 @@ def test_measurements_join_the_result_of_the_run_that_made_the_model(folder, tmp
     stored = results_of(tmp_path / "o")
     assert stored["evaluation"] == evaluation
     assert other in stored["perplexity"]
+
+
+def test_two_evaluations_at_the_same_time_keep_what_both_measure(folder, tmp_path, monkeypatch):
+    """While one measures, another one begins and ends."""
+    run(folder, tmp_path / "o", sparsity=0.5, method="magnitude")
+    source, other = str(folder / "tokens.npy"), str(folder / "other.npy")
+    measure, meanwhile = ShardedModel.perplexity, []
+
+    def slow(model, tokens):
+        if not meanwhile:
+            meanwhile.append(other)
+            evaluated(tmp_path / "o", perplexity=other, seqlen=24)
+        return measure(model, tokens)
+
+    monkeypatch.setattr(ShardedModel, "perplexity", slow)
+    found = evaluated(tmp_path / "o", perplexity=source, seqlen=24)
+    assert found.evaluation.perplexity.keys() == {source, other}
+    assert results_of(tmp_path / "o")["evaluation"]["perplexity"].keys() == {source, other}
+
+    meanwhile.clear()
+    before = results_of(tmp_path / "o")
+    monkeypatch.setattr(
+        RunState, "check_inputs", lambda state: evaluated(tmp_path / "o", perplexity=other, seqlen=24, windows=2)
+    )
+    run(folder, tmp_path / "o", sparsity=0.5, method="magnitude", eval=(other,))
+    stored = results_of(tmp_path / "o")
+    assert other in stored["perplexity"]
+    assert stored["evaluation"]["perplexity"].pop(other)["windows"] == 2
+    before["evaluation"]["perplexity"].pop(other)
+    assert stored["evaluation"]["perplexity"] == before["evaluation"]["perplexity"]
 
 
 def test_a_directory_of_its_own(folder, tmp_path):
