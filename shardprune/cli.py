@@ -327,6 +327,10 @@ def recipe_on(name: str, file: str, words: list[str]) -> Settings:
         options = parser.make_context(name, command.words(file)[1:] + words).params
     except ClickException as error:
         raise InputError(name, error.format_message()) from error  # type: ignore[attr-defined]
+    except typer.Exit as error:  # of --help
+        raise InputError(
+            name, f"{' '.join(words)!r} only shows something; give options that override the recipe"
+        ) from error
     return recipe_of(command.recipe, options, command.file_first)
 
 

@@ -20,6 +20,8 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<first>\d+)(?::(?P<second>\d+))?(?::(?
 TIME_FORMS = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]"
 # What ends a line, or is no text; a tab may stand in a line.
 CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MEMORY = re.compile(r"\d+([KMGTP]B?)?", re.IGNORECASE)  # as Slurm writes it, without a letter in MB
+LEAST_STORE = 0.08  # GiB, of which Ray takes no less
 EARLY_SECONDS = 60  # by which Slurm may send a signal before its time
 
 
@@ -33,8 +35,15 @@ class Nodes(Settings):
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node")
     cpus_per_node: int | None = optional("whole node, exclusive", "CPUs per node", ge=1)
     mem: str | None = optional("whole node, else the partition's", "Memory per node, such as 500G")
-    object_store: float | None = optional("30 % of memory", "GiB per node for Ray's object store", gt=0)
+    object_store: float | None = optional("30 % of memory", "GiB per node for Ray's object store", ge=LEAST_STORE)
     tmp: str = Field("/tmp", description=f"Node-local directory for Ray, at most {LONGEST_TMP} characters")
+
+    @field_validator("mem")
+    @classmethod
+    def _memory_parses(cls, value: str | None) -> str | None:
+        if value is not None and not MEMORY.fullmatch(value):
+            raise ValueError("use a number of MB, or one with K, M, G or T behind it, such as 500G")
+        return value
 
     @field_validator("tmp")
     @classmethod
@@ -58,11 +67,11 @@ class Queue(Settings):
     time: str | None = optional("the partition's", f"Time limit of one attempt: {TIME_FORMS}")
     notice: int = Field(120, ge=10, le=65535, description="Seconds before the limit to stop and requeue")
     max_requeues: int = Field(50, ge=0, description="Maximum number of requeues")
-    partition: str | None = optional("Slurm's", "Partition")
-    account: str | None = Field(None, description="Account to charge")
-    qos: str | None = Field(None, description="Quality of service")
-    job_name: str | None = optional("the recipe's name", "Job name")
-    output: str = Field("%x-%j.log", description="Log file; %x is the job's name, %j its number")
+    partition: str | None = optional("Slurm's", "Partition", min_length=1)
+    account: str | None = Field(None, min_length=1, description="Account to charge")
+    qos: str | None = Field(None, min_length=1, description="Quality of service")
+    job_name: str | None = optional("the recipe's name", "Job name", min_length=1)
+    output: str = Field("%x-%j.log", min_length=1, description="Log file; %x is the job's name, %j its number")
     sbatch: tuple[str, ...] = Field((), description="Further sbatch option, such as --constraint=a100; repeatable")
 
     @field_validator("time")
@@ -76,7 +85,7 @@ class Queue(Settings):
     @classmethod
     def _options_are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for option in value:
-            if not option.startswith("-"):
+            if not re.match(r"--?[A-Za-z]", option):
                 raise ValueError(f"{option!r} is no option of sbatch; use one that starts with -")
         return value
 
@@ -198,7 +207,7 @@ class BatchJob(Nodes, Queue, Environment):
         lines = [
             "#!/bin/bash",
             *(f"# {line}".rstrip() for line in head),
-            *(f"#SBATCH {option}" for option in (*options, *self.sbatch)),
+            *(f"#SBATCH {option}" for option in (*options, *map(_directive, self.sbatch))),
             "",
             "trap '' USR1  # comes before the time limit; until Python listens to it, it must not end this shell",
             *self.setup,
@@ -246,6 +255,17 @@ def _check_seen_inside(field: str, folder: str) -> None:
 
 def _option(name: str, value: Any) -> str:
     return f"--{name}" if value is True else shlex.quote(f"--{name}={value}")
+
+
+def _directive(option: str) -> str:
+    """Return an option of sbatch as its line has it: as it was given, or with its value quoted where that is several
+    words."""
+    name, mark, value = re.fullmatch(r"(-[^\s=]*)(=|\s+|$)(.*)", option).groups()  # type: ignore[union-attr]
+    try:
+        whole = len(shlex.split(value)) <= 1
+    except ValueError:  # a quote without its end
+        whole = False
+    return option if whole else f"{name}{mark}{shlex.quote(value)}"
 
 
 def _seconds(time: str) -> int | None:

@@ -9,6 +9,7 @@ from shardprune.recipes.commands import RECIPES
 from shardprune.recipes.groups import BackendFields, WorkerFields
 from shardprune.recipes.pipeline import PipelineRecipe
 from shardprune.recipes.settings import Settings, read_yaml
+from shardprune.storage.locations import check_reachable
 
 
 def command_of(recipe: str, load: Callable[[str], Settings], asked: str | None) -> tuple[str, Settings]:
@@ -19,17 +20,22 @@ def command_of(recipe: str, load: Callable[[str], Settings], asked: str | None) 
         asked: the command; None finds it from the recipe's fields.
 
     Raises:
-        InputError: no command can work with the recipe.
+        InputError: no command can work with the recipe, or several can.
     """
     if asked is not None and asked not in RECIPES:
         raise InputError("command", f"{asked!r} is not allowed; use one of {', '.join(RECIPES)}")
-    errors = []
+    found, errors = {}, []
     for command in [asked] if asked else _candidates(read_yaml(recipe)):
         try:
-            return command, load(command)
+            found[command] = load(command)
         except InputError as error:
             errors.append(error)
-    raise errors[0]
+    if not found:
+        raise errors[0]
+    if len(found) > 1:
+        raise InputError("command", f"has to be said: {recipe!r} is a recipe for {' and for '.join(found)}")
+    ((command, settings),) = found.items()
+    return command, settings
 
 
 def _candidates(values: dict[str, Any]) -> list[str]:
@@ -61,9 +67,12 @@ def _check_fit(settings: Settings, job: BatchJob) -> None:
     if settings.backend != "ray":
         raise InputError("backend", f"{settings.backend!r} would leave the job's nodes alone; use ray")
     if isinstance(settings, WorkerFields):
-        field, workers = "shards", (settings.shards or 1) * (settings.replicas or 1)
+        field, workers = "shards" if settings.shards else "replicas", (settings.shards or 1) * (settings.replicas or 1)
     else:
         field, workers = "workers", getattr(settings, "workers", None) or 1
+    for name in ("model", "out"):
+        if (url := getattr(settings, name, None)) is not None:
+            check_reachable(name, url, settings.backend)
     gpu = job.gpus_per_node > 0 and settings.device != "cpu"
     units, each = ("GPUs", job.gpus_per_node) if gpu else ("CPUs", job.cpus_per_node)
     if each is not None and workers > job.nodes * each:

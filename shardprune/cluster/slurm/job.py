@@ -22,6 +22,7 @@ from shardprune.cluster.slurm.processes import Ended, Event, Line, Mailbox, Proc
 from shardprune.cluster.slurm.queueing import allocated_nodes, requeue
 from shardprune.standard_streams import outputs
 from shardprune.storage.json_file import parse_json
+from shardprune.storage.malformed import Malformed
 
 START_SECONDS = 300.0  # for Ray to start on the nodes; Python may be loaded from slow network storage
 VARIABLES = ("SLURM_JOB_ID", "SLURMD_NODENAME", "SLURM_JOB_NODELIST")  # of every job
@@ -99,6 +100,8 @@ class Job:
         if others:
             where = [f"--nodes={others}", f"--ntasks={others}", f"--exclude={self.head_node}"]
             joined += self._joined(self._step(where, token, f"--address={address}"), others, deadline)
+            if not self.steps[0].running:
+                raise CannotStart(f"Ray's head on {self.head_node} ended while the other nodes were awaited")
         missing = sorted(set(self.nodes) - {node["node"] for node in joined})
         if missing:
             say(f"Ray did not come up on {', '.join(missing)}")
@@ -132,10 +135,13 @@ class Job:
         joined: list[dict[str, Any]] = []
         while len(joined) < nodes:
             event = self._next(deadline)
-            if event is None or (isinstance(event, Ended) and not step.running):
+            if event is None or (isinstance(event, Ended) and not (step.running and self.steps[0].running)):
                 break
             if isinstance(event, Line):
-                joined.append(parse_json(event.text))
+                if (message := _message(event.text)) is None:
+                    say(event.text)  # of what runs before the step, such as a container's banner
+                else:
+                    joined.append(message)
         return joined
 
     def _drive(self, address: str, folder: Path) -> int:
@@ -213,6 +219,15 @@ class Job:
         refused = requeue()
         say(f"error: the job is not requeued ({refused}); submit it again to go on" if refused else "requeued")
         return code
+
+
+def _message(line: str) -> dict[str, Any] | None:
+    """Return what a node that has joined the cluster says; None if a line is not that."""
+    try:
+        message = parse_json(line)
+    except Malformed:
+        return None
+    return message if isinstance(message, dict) and message.keys() >= {"node", "address", "folder"} else None
 
 
 def say(text: str) -> None:

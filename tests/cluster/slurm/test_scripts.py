@@ -90,6 +90,23 @@ def test_a_script_asks_for_what_was_asked(recipe, capsys):
     assert command == f"prune --recipe {recipe} --out it's here --sparsity 0.6"
 
 
+@pytest.mark.parametrize(
+    ("option", "directive"),
+    [
+        ("--constraint=a100", "--constraint=a100"),
+        ("--constraint a100", "--constraint a100"),
+        ("-C a100", "-C a100"),
+        ("--exclusive", "--exclusive"),
+        ('--comment="two words"', '--comment="two words"'),
+        ("--comment=two words", "--comment='two words'"),
+        ("--comment two words", "--comment 'two words'"),
+        ("--comment=it's", "--comment='it'\"'\"'s'"),
+    ],
+)
+def test_a_value_of_several_words_is_one_for_sbatch(option, directive):
+    assert f"#SBATCH {directive}\n" in BatchJob(sbatch=(option,)).script(["prune"], Path("/x"))
+
+
 def test_a_part_of_each_node_is_shared_with_other_jobs():
     script = BatchJob(cpus_per_node=2, mem="4G").script(["prune"], Path("/x"))
     assert "#SBATCH --cpus-per-task=2\n#SBATCH --mem=4G\n" in script
@@ -121,9 +138,38 @@ SRUN = """#!/bin/sh
 { printf '%s\\n' "$@"; echo; } >>srun.log
 case "$*" in *slurm.driver*) exit 7;; esac
 read token
+echo '== the banner of an image =='
 echo '{"node": "n1", "address": "n1:1", "folder": "/tmp/sp-1"}'
 read end
 """
+# The same, of a cluster whose head ends as soon as another node is started, which never joins.
+LOST = """#!/bin/sh
+read token
+case "$*" in *--exclude*) touch others; read end; exit;; esac
+echo '{"node": "n1", "address": "n1:1", "folder": "/tmp/sp-1"}'
+until [ -e others ]; do sleep 0.05; done
+exit 1
+"""
+
+
+def run_job(script: str, folder: Path, srun: str, *nodes: str) -> subprocess.CompletedProcess:
+    """Run a job's script in a folder, as Slurm would on some nodes, with a program in the place of srun."""
+    names = " ".join(nodes)
+    for name, program in {"srun": srun, "scontrol": f"#!/bin/sh\nprintf '%s\\n' {names}\n"}.items():
+        (folder / name).write_text(program)
+        (folder / name).chmod(0o755)
+    variables = {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "n1", "SLURM_JOB_NODELIST": "n", "SLURM_GPUS_ON_NODE": "1"}
+    variables |= {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        ["bash", "-c", script], env=os.environ | variables, cwd=folder, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_head_that_ends_while_others_are_awaited_ends_the_job(tmp_path):
+    script = BatchJob(nodes=2, min_nodes=1).script(["prune", "m"], tmp_path)
+    done = run_job(script, tmp_path, LOST, "n1", "n2")
+    assert done.returncode == 1
+    assert "error: Ray's head on n1 ended while the other nodes were awaited" in done.stderr
 
 
 @pytest.mark.parametrize("form", CONTAINERS)
@@ -133,15 +179,9 @@ def test_steps_run_in_the_container_that_a_script_asks_for(form, tmp_path):
     script = asked.script(["prune", "m"], tmp_path)
     assert "#SBATCH --requeue\n" in script
     assert "--no-kill" not in script  # inside, nobody could requeue the job
-    for name, program in {"srun": SRUN, "scontrol": "#!/bin/sh\necho n1\n"}.items():
-        (tmp_path / name).write_text(program)
-        (tmp_path / name).chmod(0o755)
-    variables = {"SLURM_JOB_ID": "1", "SLURMD_NODENAME": "n1", "SLURM_JOB_NODELIST": "n1", "SLURM_GPUS_ON_NODE": "1"}
-    variables |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-c", script], env=os.environ | variables, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_job(script, tmp_path, SRUN, "n1")
     assert done.returncode == 7, done.stderr
+    assert "== the banner of an image ==" in done.stderr
     steps = [step.splitlines() for step in (tmp_path / "srun.log").read_text().rstrip("\n").split("\n\n")]
     start = [*SHARING, *ENDURING, "--nodes=1", "--ntasks=1", "--nodelist=n1", *of_srun, *before, "python", "-m"]
     start = [word.replace("{folder}", str(tmp_path)) for word in start]
@@ -203,7 +243,7 @@ WRONG = {
     "another cluster": (PRUNE + "address: a:1\n", [], "address: 'a:1' is not the job's own Ray cluster"),
     "no cluster": (PRUNE, ["--", "--backend", "local"], "backend: 'local' would leave the job's nodes alone"),
     "too few GPUs": (PRUNE, ["--gpus-per-node", "2", "--", "--shards", "3"], "shards: 3 workers need as many GPUs"),
-    "too few CPUs": (PRUNE, ["--cpus-per-node", "1", "--", "--replicas", "2"], "shards: 2 workers need as many CPUs"),
+    "too few CPUs": (PRUNE, ["--cpus-per-node", "1", "--", "--replicas", "2"], "replicas: 2 workers need as many CPUs"),
     "too few for a step": (PIPELINE, ["--gpus-per-node", "8", "--", "--out", "o"], "evaluate.shards: 9 workers need"),
     "no nodes": (PRUNE, ["--nodes", "0"], "nodes: 0 is not allowed"),
     "fewer than no GPUs": (PRUNE, ["--gpus-per-node", "-1"], "gpus_per_node: -1 is not allowed"),
@@ -211,6 +251,18 @@ WRONG = {
     "no time": (PRUNE, ["--time", "4h"], "time: '4h' is not allowed; use minutes, minutes:seconds, hours:minutes"),
     "too little time": (PRUNE, ["--time", "3"], "time: '3' leaves no time before the notice, 120 s before the limit"),
     "no room for sockets": (PRUNE, ["--tmp", LONG], f"tmp: '{LONG}' is not allowed; use an absolute path of at most"),
+    "mop or experts": (
+        "model: m\nout: o\nremove: 0.25\ncalibration: stdlib\n",
+        [],
+        "command: has to be said: 'r.yaml' is a recipe for mop and for experts",
+    ),
+    "help": (PRUNE, ["--", "--help"], "prune: '--help' only shows something; give options that override the recipe"),
+    "no memory": (PRUNE, ["--mem", "lots of"], "mem: 'lots of' is not allowed; use a number of MB, or one with K, M"),
+    "no partition": (PRUNE, ["--partition", ""], "partition: '' is not allowed"),
+    "no account": (PRUNE, ["--account", ""], "account: '' is not allowed"),
+    "no store": (PRUNE, ["--object-store", "1e-12"], "object_store: 1e-12 is not allowed"),
+    "this process's memory": (PRUNE, ["--", "--out", "memory://o"], "out: 'memory://o' lives in this process's memory"),
+    "a dash alone": (PRUNE, ["--sbatch", "-"], "sbatch: ['-'] is not allowed; '-' is no option of sbatch"),
     "no option of sbatch": (PRUNE, ["--sbatch", "qos=x"], "sbatch: ['qos=x'] is not allowed; 'qos=x' is no option"),
     "no form of a container": (
         PRUNE,
