@@ -331,12 +331,15 @@ def node_bytes(task: Task, setup: Setup, workers: int) -> int:
     for index, _ in task.model.kinds(range(task.model.layers)):
         model = task.model.at(index)
         sent = model.projections * task.itemsize if copied else 0
+        if copied and task.improving.stream_targets:
+            sent += (setup.layout.replicas - 1) * 4 * max(one.differences for one in model.inputs)
         columns = [one.cols for one in model.inputs if copied] * kinds
         if model.fewer and lost:
             seen = task.at(index)
             trained = [seen.trained(name) for name in task.trainings]
             sent = max(sum(one.weights for one in inputs) for inputs in trained) * task.itemsize
-        store = max(store, store_bytes(setup.layout, task.kept_bytes(task.wave), columns, sent))
+        wave = task.kept_bytes(task.wave) // task.itemsize * (4 if task.curves else task.itemsize)  # of gradients
+        store = max(store, store_bytes(setup.layout, wave, columns, sent))
     return workers * own + store
 
 

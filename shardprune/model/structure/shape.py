@@ -46,7 +46,8 @@ def widths_of(config: PretrainedConfig) -> Widths:
 
 def heads_of(config: PretrainedConfig) -> Heads:
     """Return the composition of a config's groups."""
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = None if _structures_of(config).fixed_heads else getattr(config, "head_dim", None)
+    dim = dim or config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads // _key_heads(config), dim)
 
 
@@ -55,7 +56,9 @@ def _structures_of(config: PretrainedConfig) -> Structures:
 
 
 def _key_heads(config: PretrainedConfig) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """The number of key heads; a family whose heads are fixed has no field for it, whatever a config says."""
+    fixed = _structures_of(config).fixed_heads
+    return (None if fixed else getattr(config, "num_key_value_heads", None)) or config.num_attention_heads
 
 
 def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> dict[str, Any]:

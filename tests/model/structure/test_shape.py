@@ -82,6 +82,9 @@ def test_a_group_is_a_key_value_head_with_its_query_heads():
     assert heads_of(config_of("qwen2")) == Heads(queries=2, dim=4)
     assert heads_of(config_of("llama, two groups")) == Heads(queries=1, dim=8)
     assert heads_of(config_of("opt")) == Heads(queries=1, dim=8)
+    ignored = {"num_key_value_heads": 2, "head_dim": 16}  # by its code
+    assert heads_of(config_of("opt", **ignored)) == Heads(queries=1, dim=8)
+    assert widths_of(config_of("opt", **ignored)) == widths_of(config_of("opt"))
     assert [heads_of(config_of("phi3")).rows(unit) for unit in ("query", "key", "neuron")] == [8, 4, 1]
 
 
