@@ -88,14 +88,9 @@ class PendingWork:
         if self.passes_on_dense:
             return 1
         improving, kind = self.improving, self.family.kinds[layer]
-        if (
-            held_out
-        ):  # towards the dense output and on, where only damping is measured into sums and on; around each step
-            return (
-                2
-                + (bool(improving) and improving.measured) * len(self.chunks_of(layer))
-                + 2 * ((len(kind.inputs) if improving.stream_targets else 0) + (improving.reconstruction > 0))
-            )
+        if held_out:  # towards the dense output, into the sums of each chunk, and on; before and after each step
+            steps = (len(kind.inputs) if improving.stream_targets else 0) + (improving.reconstruction > 0)
+            return 1 + bool(improving) + improving.measured * len(self.chunks_of(layer)) + 2 * steps
         if improving.stream_targets:
             return 1 + len(kind.inputs)
         return 1 + len(self.chunks_of(layer)) + bool(improving) + self.comparing_passes * len(kind.blocks)

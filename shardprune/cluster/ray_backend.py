@@ -140,6 +140,8 @@ class RayBackend:
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._patience = patience
         self._connected_here = False
+        self._own_store = math.inf  # bytes of the object store of a cluster that is this run's own
+        self._group: RayGroup | None = None  # the last one
 
     def slots(self) -> Slots:
         if not self._address and not ray.is_initialized():
@@ -159,7 +161,8 @@ class RayBackend:
             include_dashboard=False,
             log_to_driver=False,
         )
-        return RayGroup(specs, ACTORS[worker], self._patience)
+        self._group = RayGroup(specs, ACTORS[worker], self._patience)
+        return self._group
 
     def train(self, spec: TrainingSpec, workers: int) -> list[dict[str, Any]]:
         from shardprune.cluster.ray_training import train_on_ray
@@ -185,11 +188,15 @@ class RayBackend:
     def close(self) -> None:
         if self._connected_here:
             ray.shutdown()
+            self._own_store = math.inf
 
     def _connect(self, **own_cluster: Any) -> None:
-        """Connect to the cluster, or start one of our own with the given settings."""
+        """Connect to the cluster, or start one of our own with the given settings: anew for a larger object store than
+        it has, as behind a text that the model has written."""
         if ray.is_initialized():
-            return
+            if own_cluster.get("object_store_memory", 0) <= self._own_store or (self._group and self._group.is_open):
+                return
+            ray.shutdown()
         if self._address:
             _check_reachable(self._address)
         try:
@@ -200,6 +207,7 @@ class RayBackend:
                 else:
                     # Its processes have this one's environment; with another, those that start with it would be idle.
                     ray.init("local", logging_level="ERROR", **own_cluster)
+                    self._own_store = own_cluster.get("object_store_memory", math.inf)
         except (ConnectionError, ValueError, RuntimeError) as error:
             if not self._address:
                 raise
@@ -342,6 +350,11 @@ class RayGroup:
         if self._exchange is None:
             return None
         return tuple(self._exchange.ranks[shard, replica] for replica in replicas)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there are workers."""
+        return bool(self._actors)
 
     def close(self) -> None:
         """End all workers and free their slots."""

@@ -123,7 +123,9 @@ def _finished(target: Folder, planned: Export) -> bool:
     if found.fingerprint != planned.fingerprint:
         raise InputError("to", f"{target.url} holds another export; choose an empty directory")
     whole = (
-        belongs(target, stored_as(name), planned.fingerprint) if name in planned.weights else stored_as(name) in names
+        belongs(target, stored_as(name), planned.fingerprint)
+        if name in planned.weights
+        else target.is_file(stored_as(name))
         for name in planned.files
     )
     return found.stored_bytes is not None and all(whole)
@@ -176,7 +178,7 @@ def _restored(target: Folder, export: Export) -> bool:
                 return False
         except Malformed:
             pass
-    elif names >= export.files.keys() and not manifest_faults(target, export.files):
+    elif not manifest_faults(target, export.files):
         return True
     raise InputError("to", f"{target.url} is not empty and holds another checkpoint; choose an empty directory")
 

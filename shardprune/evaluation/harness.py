@@ -154,17 +154,22 @@ class ShardpruneLM(ShardedLM):
         batch_size: texts of a wave; 1 and `auto` select shardprune's default.
         device: `cpu`, or any other value for auto.
         settings: the fields under "Workers" in `shardprune evaluate --help`.
+
+    Raises:
+        InputError: no checkpoint is named, or a field is wrong.
     """
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str = "",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
         max_length: int | None = None,
         **settings: Any,
     ) -> None:
+        if not pretrained:
+            raise InputError("pretrained", "missing; name a checkpoint, as pretrained=MODEL")
         if str(batch_size).isdigit() and int(str(batch_size)) > 1:
             settings.setdefault("wave", int(str(batch_size)))
         if device == "cpu":  # the command's default is cuda:0, even without a GPU

@@ -35,7 +35,7 @@ from shardprune.report.result import Continuation, Latency, ModelWeights, Rate, 
 from shardprune.storage.journal import recorded_recipe
 from shardprune.storage.output_names import run_of
 
-THIS, BESIDE = "pruned", "dense"
+THIS, DENSE, OTHER = "pruned", "dense", "beside"  # the model, that which its line began with, any other one
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, there was a",
@@ -48,7 +48,7 @@ WRITTEN = 24  # tokens of a continuation
 
 @dataclass(frozen=True)
 class Candidates:
-    """The checkpoints that take turns, by name; the first is the one that is measured."""
+    """The checkpoints that take turns, by name: the one that is measured, then the one `beside` it, if there is one."""
 
     checkpoints: dict[str, Checkpoint]
     parameters: dict[str, int]
@@ -62,11 +62,13 @@ def open_candidates(recipe: LatencyFields, model: ShardedModel) -> Candidates:
         InputError: a model cannot be opened, lies where transformers does not load from, or its positions do not
             suffice.
     """
-    beside = recipe.latency_beside or original_of(model.checkpoint.folder.url)
+    original = original_of(model.checkpoint.folder.url)
+    beside = recipe.latency_beside or original
     checkpoints, parameters = {THIS: model.checkpoint}, {THIS: model.skeleton.parameters()}
     if beside:
         opened = open_model(place_of(beside), "latency_beside")
-        checkpoints[BESIDE], parameters[BESIDE] = opened.checkpoint, opened.skeleton.parameters()
+        name = DENSE if original and place_of(beside) == place_of(original) else OTHER
+        checkpoints[name], parameters[name] = opened.checkpoint, opened.skeleton.parameters()
     length = recipe.latency_prompt + recipe.latency_tokens
     for checkpoint in checkpoints.values():
         if not (checkpoint.folder.local or checkpoint.folder.url.startswith("hf://")):
@@ -230,7 +232,8 @@ def _continuations(
         if not tokens.numel():  # of a tokenizer without these words
             continue
         texts = {name: tokenizer.decode(_written(model, tokens)) for name, model in models.items()}
-        found.append(Continuation(prompt=prompt, before=texts.get(BESIDE), after=texts[THIS]))
+        after = texts.pop(THIS)
+        found.append(Continuation(prompt=prompt, before=next(iter(texts.values()), None), after=after))
     return found
 
 

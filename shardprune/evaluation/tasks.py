@@ -81,11 +81,11 @@ def evaluate_tasks(lm: LM, tasks: Sequence[Task | Group], recipe: TaskFields) ->
             names = ", ".join(repr(task.task_name) for task in _leaves(tasks))
             raise StorageError("tasks", f"{names} cannot be evaluated: {first_line(error)}") from error
     assert found is not None
-    results = {}
+    results, leaves = {}, {task.task_name for task in _leaves(tasks)}
     for name, values in found["results"].items():
         if metrics := _metrics(values):
-            shots = found["n-shot"].get(name) or 0
-            results[name] = TaskResult(metrics=metrics, samples=values["sample_len"], num_fewshot=shots)
+            shots, group = found["n-shot"].get(name) or 0, name not in leaves
+            results[name] = TaskResult(metrics=metrics, samples=values["sample_len"], num_fewshot=shots, group=group)
     return results
 
 

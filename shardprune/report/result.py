@@ -221,11 +221,12 @@ class Metric(BaseModel):
 
 class TaskResult(BaseModel):
     """`samples` were evaluated, each after `num_fewshot` examples; a metric that has a filter is called
-    `metric,filter`."""
+    `metric,filter`. A `group` has the means over tasks that have results of their own."""
 
     metrics: dict[str, Metric]
     samples: int
     num_fewshot: int
+    group: bool = False
 
 
 class Rate(BaseModel):
@@ -253,7 +254,7 @@ class ModelWeights(BaseModel):
 
 
 class Continuation(BaseModel):
-    """What the pruned model writes after a prompt, greedily, and what the dense one does."""
+    """What the pruned model writes after a prompt, greedily, and what the one beside it does (`before`)."""
 
     prompt: str
     before: str | None = None
@@ -261,8 +262,9 @@ class Continuation(BaseModel):
 
 
 class Latency(BaseModel):
-    """Tokens per second of the model in transformers, in turn with the one `beside` it, if there is one; `prompt` and
-    `tokens` are those read and written in a round."""
+    """Tokens per second of the model in transformers (`pruned`), in turn with the one `beside` it, if there is one: the
+    model that its line began with (`dense`), or any other (`beside`). `prompt` and `tokens` are those read and written
+    in a round."""
 
     device: str
     dtype: str

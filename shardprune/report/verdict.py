@@ -3,7 +3,7 @@
 import math
 
 from shardprune.report.result import Latency, Perplexity, Result
-from shardprune.report.usual_loss import usual_loss, way_of
+from shardprune.report.usual_loss import DENSE, usual_loss, way_of
 
 NO_DIFFERENCE = 1.03  # in perplexity: another draw of calibration windows makes as much
 
@@ -45,10 +45,15 @@ def _sizes(result: Result) -> tuple[list[str], list[str]]:
         if after < before:
             lost.append(f"zeros ({before:,} → {after:,})")
     elif sparsity and sparsity.projections and result.command != "rebuild":  # which moves zeros only
-        share = f"{sparsity.achieved:.1%} of the projections' weights zero"
+        now = f"{sparsity.achieved:.1%} of the projections' weights zero"
         if sparsity.left_zero is not None:
-            share = f"{sparsity.left_zero:.1%} of the projections' remaining weights zero"
-        gained.append(share)
+            now = f"{sparsity.left_zero:.1%} of the projections' remaining weights zero"
+        had = sparsity.before or 0.0
+        share = sparsity.achieved if sparsity.left_zero is None else sparsity.left_zero
+        if had <= DENSE:
+            gained.append(now)
+        elif f"{had:.1%}" != f"{share:.1%}":  # of a model that was sparse
+            (gained if share > had else lost).append(f"{had:.1%} → {now}")
     return gained, lost
 
 

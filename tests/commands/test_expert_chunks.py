@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from shardprune.errors import InputError
+from shardprune.report.events import read_events
 from shardprune.shard.prune_worker import PruneWorker
+from shardprune.storage.folder import Folder
 from tests.support.architectures import MIXTURES, make_architecture
 from tests.support.running import run
 from tests.support.tiny import differing, make_model, make_tokens
@@ -39,6 +41,14 @@ def test_damping_is_measured_chunk_by_chunk(mixture):
     run(mixture, "damped", sparsity=0.5, damping="auto")
     run(mixture, "damped-chunks", sparsity=0.5, damping="auto", expert_chunks=3)
     assert differing(mixture / "damped", mixture / "damped-chunks") == []
+
+
+@pytest.mark.parametrize("fields", [{"damping": "auto"}, {"refit": True}, {"reconstruct": 2}], ids=str)
+def test_the_passes_of_held_out_windows_are_counted(mixture, tmp_path, fields):
+    run(mixture, tmp_path / "o", sparsity=0.5, expert_chunks=3, **fields)
+    events = [event for event in read_events(Folder(str(tmp_path / "o"), "out")) if event["event"] == "progress"]
+    ended = {event["label"]: (event["done"], event["total"]) for event in events}
+    assert ended["prune"][0] == ended["prune"][1] > 0
 
 
 def test_a_run_goes_on_in_other_chunks(mixture, dies_at_layer):

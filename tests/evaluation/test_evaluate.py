@@ -75,6 +75,7 @@ def test_tasks_are_those_of_the_harness_on_one_model(folder):
     assert shards.tasks["first"].samples == 6
     assert shards.tasks["first"].metrics["acc"].stderr is not None
     assert shards.tasks["both"].samples == 12
+    assert [name for name, task in shards.tasks.items() if task.group] == ["both"]
     values = [found.tasks["rolls"].metrics["byte_perplexity"].value for found in (shards, whole)]
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from shardprune.errors import InputError
 from shardprune.evaluation import latency
 from shardprune.evaluation.latency import THIS, original_of
+from shardprune.report.result import Result
+from shardprune.report.verdict import verdict
 from tests.evaluation.material import evaluated, make_readable
 from tests.support.architectures import MIXED
 from tests.support.running import run
@@ -74,6 +76,18 @@ def test_the_model_beside_it_is_the_one_that_the_line_began_with(folder, measure
     assert {name: weights.bytes for name, weights in found.weights.items()} == {
         name: 4 * count for name, count in sizes.items()
     }
+
+
+def test_another_model_beside_it_is_not_the_dense_one(folder, tmp_path):
+    run(folder, tmp_path / "o", sparsity=0.5)
+    short = {**SHORT, "latency_rounds": 1, "latency_batches": (1,)}
+    for beside, name in (("narrow", "beside"), ("model", "dense")):
+        result = evaluated(tmp_path / "o", latency_beside=str(folder / beside), **short)
+        found = result.evaluation.latency
+        assert {speed.model for speed in found.speeds} == found.weights.keys() == {"pruned", name}
+        assert all(text.before is not None for text in found.continuations)
+        told = verdict(Result(**json.loads((tmp_path / "o" / "result.json").read_text())))
+        assert ("decoding" in told) == (name == "dense")
 
 
 def test_continuations_are_those_of_transformers(folder, measured):

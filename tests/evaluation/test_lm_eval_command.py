@@ -43,3 +43,5 @@ def test_the_model_by_its_name(tmp_path):
     assert lm.model.settings.wave == 3
     with pytest.raises(InputError, match="shard: no field of a recipe has this name; did you mean shards"):
         get_model("shardprune").create_from_arg_obj({**given, "shard": 2})
+    with pytest.raises(InputError, match="pretrained: missing; name a checkpoint, as pretrained=MODEL"):
+        get_model("shardprune").create_from_arg_obj({"backend": "local"})

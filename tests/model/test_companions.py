@@ -46,7 +46,7 @@ TEMPLATES = {"default": "{{ messages[0]['content'] }}", "tool_use": "tool: {{ me
 
 
 @pytest.mark.parametrize("storage", ["local", "memory"])
-def test_every_chat_template_goes_where_the_model_goes(copy, tmp_path, storage):
+def test_every_chat_template_goes_where_the_model_goes(copy, tmp_path, storage, capsys):
     tokenizer = AutoTokenizer.from_pretrained(copy)
     tokenizer.chat_template = TEMPLATES
     tokenizer.save_pretrained(copy)
@@ -56,8 +56,14 @@ def test_every_chat_template_goes_where_the_model_goes(copy, tmp_path, storage):
     place = f"{tmp_path}/made" if storage == "local" else f"memory://templates/{tmp_path.name}"
     found = run(tmp_path, f"{place}/out", sparsity=0.5, method="magnitude")
     assert "additional_chat_templates/tool_use.jinja" in found.files
-    export(exporting(model=f"{place}/out", to=f"{place}/small"), Reporter(quiet=True))
-    export(exporting(model=f"{place}/small", to=f"{place}/back", restore=True), Reporter(quiet=True))
+    for asked in (
+        {"model": f"{place}/out", "to": f"{place}/small"},
+        {"model": f"{place}/small", "to": f"{place}/back", "restore": True},
+    ):
+        export(exporting(**asked), Reporter(quiet=True))
+        capsys.readouterr()
+        export(exporting(**asked), Reporter())
+        assert f"{asked['to']} is finished already" in capsys.readouterr().err
     for name in ("out", "small", "back"):
         files = fsspec.get_mapper(f"{place}/{name}")
         assert files["additional_chat_templates/tool_use.jinja"] == (inside / "tool_use.jinja").read_bytes()

@@ -1,14 +1,19 @@
 """Outputs beside one another: their names, sizes, seconds, and the model that they come from."""
 
+import json
 import shutil
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from shardprune.report.page.comparison import names_of, points_of
+from shardprune.errors import InputError
+from shardprune.report.page.comparison import HEADINGS, comparison_rows, comparisons, names_of, points_of
+from shardprune.report.page.comparison_data import as_json
 from shardprune.report.page.finished_run import finished_runs
+from shardprune.report.page.write import write_comparison
 from tests.report.reading import projections
-from tests.support.running import run
+from tests.support.running import run, search_run
+from tests.support.tiny import make_model
 
 
 def points(out):
@@ -91,3 +96,49 @@ def test_a_sparse_model_of_unknown_origin_is_no_dense_one(runs, tmp_path):
     )
     (point,) = points(tmp_path / "out")
     assert point.name == "out"
+
+
+def test_a_few_zeros_by_rounding_leave_a_model_dense(runs, tmp_path):
+    make_model(tmp_path / "model", "llama-3.1")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 0.0
+    save_file(tensors, file, {"format": "pt"})
+    tokens = str(runs.folder / "tokens.npy")
+    result = run(tmp_path, "out", method="magnitude", sparsity=0.5, calibration=tokens, eval=[tokens])
+    assert 0 < result.sparsity.before < 0.001
+    assert [point.name for point in points(tmp_path / "out")] == ["model", "out"]
+
+
+def test_zeros_of_a_sparse_model_that_lost_structures_are_not_known(runs, tmp_path):
+    tokens = str(runs.folder / "tokens.npy")
+    search_run(runs.folder, tmp_path / "less", "wanda", path="L", eval=[tokens])
+    *_, point = points(tmp_path / "less")
+    assert (point.product.zeroed, point.compression) == (None, None)
+    assert point.product.removed > 0
+    *_, row = comparison_rows([point])
+    assert row[HEADINGS.index("zero")] == "-"
+    assert json.loads(as_json([point]))["models"][0]["zeroed"] is None
+    write_comparison([str(runs.folder / "wanda"), str(tmp_path / "less")], str(tmp_path / "c.html"))
+    by_compression, by_time = comparisons([*points(runs.folder / "wanda"), point])
+    assert len(by_compression.figure.data) == len(by_time.figure.data) - 1 == 2
+
+
+def test_the_mean_accuracy_is_that_of_tasks(runs, tmp_path):
+    """A group beside them has the mean of some of these already."""
+    out = tmp_path / "out"
+    shutil.copytree(runs.folder / "wanda", out)
+    scored = {name: {"metrics": {"acc": {"value": value}}, "samples": 10, "num_fewshot": 0, "group": name == "both"}
+              for name, value in {"a": 0.9, "b": 0.4, "both": 0.65, "c": 1.0}.items()}  # fmt: skip
+    result = json.loads((out / "result.json").read_text())
+    (out / "result.json").write_text(json.dumps(result | {"evaluation": {"tasks": scored}}))
+    *_, point = points(out)
+    assert point.product.accuracy == pytest.approx((0.9 + 0.4 + 1.0) / 3)
+    assert point.product.tasks == 3
+
+
+def test_an_output_is_compared_once_however_it_is_spelled(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(runs.folder)
+    for other in ("./wanda", str(runs.folder / "wanda"), "wanda/"):
+        with pytest.raises(InputError, match="^compare: .* is one output; give two or more"):
+            write_comparison(["wanda", other], str(tmp_path / "c.html"))

@@ -15,6 +15,7 @@ import yaml
 from shardprune.cli import main
 from shardprune.report.events import read_events
 from shardprune.report.page.finished_run import finished_runs
+from shardprune.report.page.tails import shortest_tails
 from shardprune.report.page.write import write_report
 from shardprune.report.verdict import verdict
 from shardprune.storage.folder import Folder
@@ -36,6 +37,30 @@ def test_the_map_of_sparsity_counts_the_zeros_that_were_written(runs):
         zeros = sum((weight == 0).sum().item() for weight in whole) / sum(weight.numel() for weight in whole)
         assert found.pop((layer, "layer")) == pytest.approx(100 * zeros, abs=1e-4)
     assert found == {}
+
+
+def test_projections_of_the_same_last_name_are_columns_of_their_own(runs, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(runs.folder / "owl", out)
+    result = json.loads((out / "result.json").read_text())
+    names = {"self_attn.o_proj": "mlp.experts.0.down_proj", "mlp.down_proj": "mlp.experts.1.down_proj"}
+    for entry in result["sparsity"]["projections"]:
+        entry["name"] = names.get(entry["name"], entry["name"])
+    (out / "result.json").write_text(json.dumps(result))
+    write_report(str(out))
+    for title in (
+        "Sparsity by layer and projection (% of weights)",
+        "Outlier ratios by layer and projection (% of weights)",
+    ):
+        (trace,) = figures(page_of(out))[title]["data"]
+        assert trace["x"] == ["layer", "q", "k", "v", "0.down", "gate", "up", "1.down"]
+        assert [len(row) for row in trace["z"]] == 4 * [8]
+
+
+def test_the_shortest_tails_tell_names_apart():
+    names = ["a.x", "b.x", "c.b.x", "y", "a.z", "a.z"]
+    tails = shortest_tails(dict(enumerate(name.split(".") for name in names)))
+    assert [".".join(tail) for tail in tails.values()] == ["a.x", "b.x", "c.b.x", "y", "a.z", "a.z"]
 
 
 def test_the_map_of_a_narrower_model_counts_the_weights_that_are_left(runs, tmp_path):

@@ -49,6 +49,20 @@ ZEROS = "Gained: 70.0% of the projections' weights zero. Lost: perplexity on wik
 
 
 @pytest.mark.parametrize(
+    ("before", "achieved", "line"),
+    [
+        (0.001, 0.7, "Gained: 70.0% of the projections' weights zero. Lost: "),
+        (0.5, 0.7, "Gained: 50.0% → 70.0% of the projections' weights zero. Lost: "),
+        (0.5, 0.5, "Gained: nothing. Lost: "),
+        (0.5, 0.4, "Gained: nothing. Lost: 50.0% → 40.0% of the projections' weights zero, "),
+    ],
+)
+def test_zeros_that_were_there_are_no_gain(before, achieved, line):
+    known = {**zeros(achieved, before), "projections": [PROJECTION]}
+    assert verdict(result(sparsity=known)).startswith(f"{line}perplexity on wiki.txt 26.525 → 40.000 (1.51 times).")
+
+
+@pytest.mark.parametrize(
     ("after", "line"),
     [
         (40.0, "40.000 (1.51 times). That is usual for sparsegpt at 70% on small models (1.18 to 2.18 times)."),

@@ -1,6 +1,6 @@
 """Comparison of several runs: perplexity against compression and against seconds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import plotly.graph_objects as go
@@ -8,8 +8,10 @@ import plotly.graph_objects as go
 from shardprune.errors import InputError, without_credentials
 from shardprune.report.page.finished_run import FinishedRun
 from shardprune.report.page.plot import COLORS, SYMBOLS, Plot, figure
+from shardprune.report.page.tails import shortest_tails
 from shardprune.report.result import EvaluationResult, Result
 from shardprune.report.summary import what_was_done
+from shardprune.report.usual_loss import DENSE
 from shardprune.storage.output_names import PRUNED, RECOVERED, is_of_kept
 
 HEADINGS = (
@@ -38,14 +40,15 @@ class Text:
 @dataclass(frozen=True)
 class Product:
     """The model of a run, as far as it was counted and measured: `removed` and `zeroed` are the shares of the
-    original's parameters that are gone and that are zero, `bytes` those of the files of weights, `decode` the tokens
+    original's parameters that are gone and that are zero (None where a sparse model lost structures, whose zeros nobody
+    counted), `bytes` those of the files of weights, `decode` the tokens
     that it writes in a second in the smallest batch, `of_dense` that as a multiple of the dense model's, measured in
     turn, `accuracy` the mean over the `tasks` that have one.
     """
 
     method: str = ""
     removed: float = 0.0
-    zeroed: float = 0.0
+    zeroed: float | None = 0.0
     bytes: int | None = None
     decode: float | None = None
     of_dense: float | None = None
@@ -55,14 +58,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Point:
-    """One model in the comparison: `compression` is the removed or zero share of the original's parameters, `seconds`
-    the time of all its runs together.
+    """One model in the comparison: `compression` is the removed or zero share of the original's parameters, None where
+    its zeros are not known, `seconds` the time of all its runs together.
     """
 
     name: str
     text: Text
     perplexity: float
-    compression: float
+    compression: float | None
     seconds: float
     product: Product = Product()
 
@@ -70,14 +73,11 @@ class Point:
 def names_of(folders: Iterable[str]) -> dict[str, str]:
     """Return the shortest tails of the folders' paths that tell them apart, of a pipeline's step at least two parts."""
     parts = {folder: without_credentials(folder).rstrip("/").split("/") for folder in folders}
-    names = {}
-    for folder, own in parts.items():
-        others = [of for other, of in parts.items() if other != folder]
-        count = 2 if own[-1] in (PRUNED, RECOVERED) or is_of_kept(own[-1]) else 1
-        while count < len(own) and any(of[-count:] == own[-count:] for of in others):
-            count += 1
-        names[folder] = "/".join(own[-count:]).lstrip("/")
-    return names
+    return {folder: "/".join(tail).lstrip("/") for folder, tail in shortest_tails(parts, _fewest_parts).items()}
+
+
+def _fewest_parts(parts: Sequence[str]) -> int:
+    return 2 if parts[-1] in (PRUNED, RECOVERED) or is_of_kept(parts[-1]) else 1
 
 
 def points_of(runs: list[FinishedRun], names: dict[str, str]) -> list[Point]:
@@ -112,7 +112,7 @@ def _points_of_line(runs: list[FinishedRun], names: dict[str, str]) -> list[Poin
         seconds += run.seconds
         if run in runs:
             product = _product(run, lineage[: lineage.index(run) + 1], original.result.model.parameters_before)
-            compression = product.removed + product.zeroed
+            compression = None if product.zeroed is None else product.removed + product.zeroed
             name = names[run.folder]
             points += [Point(name, text, value, compression, seconds, product) for text, value in _measured(run.result)]
     return points
@@ -123,6 +123,7 @@ def _product(run: FinishedRun, line: list[FinishedRun], parameters: int) -> Prod
     assert isinstance(run.result, Result)
     steps = [", ".join((one.command, *what_was_done(one.result))) for one in line if isinstance(one.result, Result)]
     weights = [record.bytes for name, record in run.result.files.items() if name.endswith(".safetensors")]
+    zeros = _zeros(line)
     decode = of_dense = None
     found = run.result.evaluation
     if found and found.latency and found.latency.speeds:
@@ -130,12 +131,12 @@ def _product(run: FinishedRun, line: list[FinishedRun], parameters: int) -> Prod
         rates = {speed.model: speed.decode.median for speed in found.latency.speeds if speed.batch == smallest}
         decode, dense = rates.get("pruned"), rates.get("dense")
         of_dense = decode / dense if decode and dense else None
-    tasks = found.tasks.values() if found else ()
+    tasks = [task for task in found.tasks.values() if not task.group] if found else []
     accuracies = [task.metrics[ACCURACY].value for task in tasks if ACCURACY in task.metrics]
     return Product(
         method=" + ".join(steps),
         removed=1 - run.result.model.parameters_after / parameters,
-        zeroed=_zeros(run) / parameters,
+        zeroed=None if zeros is None else zeros / parameters,
         bytes=sum(weights) if weights else None,
         decode=decode,
         of_dense=of_dense,
@@ -145,16 +146,19 @@ def _product(run: FinishedRun, line: list[FinishedRun], parameters: int) -> Prod
 
 
 def _was_dense(result: Result) -> bool:
-    """Return whether the model measured before a run was dense."""
-    return result.command != "rebuild" and not (result.sparsity and result.sparsity.before)
+    """Return whether the model measured before a run was dense: it may have a few zeros by rounding."""
+    return result.command != "rebuild" and not (result.sparsity and (result.sparsity.before or 0.0) > DENSE)
 
 
-def _zeros(run: FinishedRun) -> int:
-    """Return the zeros of a run's model; runs of mop that only remove structures do not count them."""
-    assert isinstance(run.result, Result)
-    if run.result.model.zeros_after is None and run.result.sparsity is not None:
-        raise InputError("compare", f"{run.folder} was written before zeros were counted; start its command again")
-    return run.result.model.zeros_after or 0
+def _zeros(line: list[FinishedRun]) -> int | None:
+    """Return the zeros of the model of the last run of a line. Runs that only remove structures do not count them: of a
+    dense model there are none, of a sparse one nobody knows."""
+    *before, result = (run.result for run in line if isinstance(run.result, Result))
+    if result.model.zeros_after is None and result.sparsity is not None:
+        raise InputError("compare", f"{line[-1].folder} was written before zeros were counted; start its command again")
+    if result.model.zeros_after is None and any(earlier.model.zeros_after for earlier in before):
+        return None
+    return result.model.zeros_after or 0
 
 
 def _lineage(runs: list[FinishedRun]) -> list[FinishedRun]:
@@ -185,10 +189,11 @@ def comparisons(points: list[Point]) -> list[Plot]:
         own = list(dict.fromkeys(point for point in points if point.text == text))
         if len(own) < 2:
             continue
+        counted = [point for point in own if point.compression is not None]
         plots.append(
             Plot(
                 f"Perplexity on {text.name} against compression (% of the original's parameters)",
-                _scatter(own, names, [100 * point.compression for point in own], "compression (%)"),
+                _scatter(counted, names, [100 * (point.compression or 0.0) for point in counted], "compression (%)"),
                 "The share of the original's parameters that are gone or zero. Down and to the right is better. The "
                 "numbers are those of the table.",
             )
@@ -230,12 +235,16 @@ def comparison_rows(points: list[Point]) -> list[tuple[str, ...]]:
     return [
         (
             *(str(names.index(point.name) + 1), point.name, point.product.method or "-", point.text.name),
-            *(f"{point.perplexity:.3f}", f"{point.product.removed:.1%}", f"{point.product.zeroed:.1%}"),
+            *(f"{point.perplexity:.3f}", f"{point.product.removed:.1%}", _share(point.product.zeroed)),
             *_measured_cells(point.product),
             f"{point.seconds:,.1f}",
         )
         for point in dict.fromkeys(points)
     ]
+
+
+def _share(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.1%}"
 
 
 def _measured_cells(product: Product) -> tuple[str, str, str]:

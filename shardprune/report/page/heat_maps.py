@@ -5,6 +5,7 @@ from collections.abc import Callable
 import plotly.graph_objects as go
 
 from shardprune.report.page.plot import Plot, figure
+from shardprune.report.page.tails import shortest_tails
 from shardprune.report.result import LayerResult, ProjectionResult, Sparsity
 
 ROW_HEIGHT = 22  # pixels; high enough for the number in a cell
@@ -60,7 +61,10 @@ def _heat_map(sparsity: Sparsity, value: Value, title: str, text: str, template:
     values |= {(entry.layer, WHOLE): value(entry) for entry in sparsity.layers}
     rows = [[values.get((layer, name)) for name in (WHOLE, *names)] for layer in layers]
     known = [number for row in rows for number in row if number is not None]
-    labels = [name.rsplit(".", 1)[-1].removesuffix("_proj") for name in (WHOLE, *names)]
+    tails = shortest_tails({name: name.split(".") for name in (WHOLE, *names)})  # the axis draws equal ones as one
+    full = [".".join(tail) for tail in tails.values()]
+    short = [label.removesuffix("_proj") for label in full]
+    labels = short if len(set(short)) == len(short) else full
     trace = go.Heatmap(
         z=rows,
         x=labels,

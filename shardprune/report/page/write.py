@@ -63,7 +63,7 @@ def write_comparison(outs: list[str], file: str) -> tuple[str, list[str], list[s
         InputError: there are fewer than two, one holds no run that made a model, none is finished, the file or
             one beside it holds something else, or something cannot be read or written.
     """
-    outs = list(dict.fromkeys(outs))
+    outs = list({absolute(out).rstrip("/"): out for out in outs}.values())
     if len(outs) < 2:
         raise InputError("compare", f"{', '.join(outs)!r} is one output; give two or more")
     unfinished = [name for out in outs for name in unfinished_runs(absolute(out))]
@@ -169,9 +169,10 @@ def _evaluation_grids(evaluation: Evaluation) -> Iterator[Grid]:
     """Yield the tables of what was measured, and of what the models write."""
     yield Grid(EVALUATION_HEADINGS, list(evaluation_rows(evaluation)), numbers=2)
     if evaluation.latency and evaluation.latency.continuations:
-        texts = evaluation.latency.continuations
+        texts, models = evaluation.latency.continuations, evaluation.latency.weights
+        other = next((name for name in models if name != "pruned"), "dense")
         rows: list[tuple[str, ...]] = [(text.prompt, text.before or "-", text.after) for text in texts]
-        yield Grid(("prompt", "dense, greedily", "pruned, greedily"), rows, numbers=3)
+        yield Grid(("prompt", f"{other}, greedily", "pruned, greedily"), rows, numbers=3)
 
 
 def plots_of(result: Result) -> list[Plot | None]:
