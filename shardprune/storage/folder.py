@@ -9,6 +9,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from glob import has_magic
 from typing import Any, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
@@ -235,7 +236,7 @@ class Folder:
                 if self.local:  # a node that loses power could otherwise keep the name and lose the content
                     file.flush()
                     os.fsync(file.fileno())
-            self.fs.mv(path, self.path(name))
+            self._move(path, self.path(name))
             if self.local:
                 for place in {self.root, inner}:
                     sync_folder(place)
@@ -243,6 +244,13 @@ class Folder:
             with suppress(Exception):  # the first error is the one to report
                 self.fs.rm_file(path)
             raise
+
+    def _move(self, path: str, place: str) -> None:
+        if self.local or not has_magic(path):
+            self.fs.mv(path, place)
+            return
+        self.fs.cp_file(path, place)  # `mv` would take the name for a pattern
+        self.fs.rm_file(path)
 
     def write_bytes(self, name: str, content: bytes) -> None:
         self.write(name, lambda: [content])
@@ -273,7 +281,21 @@ class Folder:
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and its content if it exists."""
-        self._remove(name, lambda: self.fs.rm(self.path(name), recursive=True))
+        path = self.path(name)
+        self._remove(name, lambda: self._remove_tree(path) if has_magic(path) else self.fs.rm(path, recursive=True))
+
+    def _remove_tree(self, path: str) -> None:
+        """Remove a folder whose name `rm` would take for a pattern, which other runs' names may match."""
+        if self.local:
+            self.fs.rm(path, recursive=True)  # which takes it as it is
+            return
+        found = self.fs.find(path, withdirs=True, detail=True)
+        folders = [place for place, info in found.items() if info["type"] == "directory"]
+        for place in found.keys() - {*folders}:
+            self.fs.rm_file(place)
+        for place in (*sorted(folders, key=len, reverse=True), path):
+            with suppress(OSError):  # object stores have none
+                self.fs.rmdir(place)
 
     def _remove(self, name: str, operation: Callable[[], None]) -> None:
         def remove() -> None:

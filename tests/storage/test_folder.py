@@ -192,6 +192,25 @@ def test_a_removal_whose_answer_is_lost_is_one(s3, folder):
     assert folder.names() == []
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*", "run?"])
+@pytest.mark.parametrize("storage", ["s3", "memory", "local"])
+def test_a_name_is_no_pattern(request, storage, name, tmp_path):
+    """What other runs' names match stays theirs."""
+    place = {"s3": "s3://{}", "memory": f"memory://{tmp_path.name}", "local": str(tmp_path)}[storage]
+    if storage == "s3":
+        place = place.format(request.getfixturevalue("bucket"))
+    own, other = Folder(f"{place}/{name}", "out"), Folder(f"{place}/run1", "out")
+    for folder in (own, other):
+        for file in ("a.txt", "state/b.txt", "state/deep/c.txt"):
+            folder.write_text(file, folder.url)
+    assert own.read_text("a.txt") == own.url
+    own.remove_folder("state")
+    own.remove("a.txt")
+    assert [own.is_file(file) for file in ("a.txt", "state/b.txt", "state/deep/c.txt")] == [False] * 3
+    assert "state" not in own.names()
+    assert [other.is_file(file) for file in ("a.txt", "state/b.txt", "state/deep/c.txt")] == [True] * 3
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_what_is_denied_is_an_error_and_not_an_absence(s3, folder, name):
     folder.write_bytes("x", b"hello")
