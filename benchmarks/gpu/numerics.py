@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.results import Rows
 from benchmarks.gpu.setting import Setting
+from shardprune.model.head_logits import HeadLogits
 from shardprune.recovery.loss import LossHead
 from shardprune.solvers.methods import METHODS, Solution, Target
 from shardprune.solvers.pattern import parse_pattern
@@ -63,7 +64,7 @@ def _loss(setting: Setting, rows: Rows) -> None:
     head = nn.Linear(width, vocabulary, bias=False, device=setting.device)
     hidden = torch.randn(count, width, device=setting.device, requires_grad=True)
     targets = torch.randint(vocabulary, (count,), device=setting.device)
-    loss = LossHead(head, cap=None)(hidden, targets)
+    loss = LossHead(head, HeadLogits())(hidden, targets)
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
     expected = nn.functional.cross_entropy(exact @ head.weight.detach().double().t(), targets, reduction="sum")

@@ -17,6 +17,7 @@ from shardprune.errors import InputError, without_credentials
 from shardprune.extras import PACKAGES, check_extra
 from shardprune.model.checkpoint import Checkpoint, place_of
 from shardprune.model.checks import check_full, check_rank, check_seqlen
+from shardprune.model.head_logits import head_logits
 from shardprune.model.opening import OpenedModel, open_model, open_texts
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.vision import check_same_sight
@@ -184,6 +185,7 @@ def open_inputs(asked: RecoverRecipe, backend: Backend) -> Inputs:
     checkpoint, skeleton = opened.checkpoint, opened.skeleton
     stages_of(recipe.zero, skeleton)
     check_seqlen(recipe.length, skeleton, "length")
+    head_logits(checkpoint.config)  # which a training has to know
     if recipe.eval:
         check_seqlen(recipe.seqlen, skeleton)
     if recipe.full:
@@ -337,6 +339,7 @@ def _open_teacher(recipe: DecidedRecipe, name: str, student: Checkpoint) -> Chec
     teacher = opened.checkpoint
     stages_of(recipe.zero, opened.skeleton)
     check_seqlen(recipe.length, opened.skeleton, "teacher")
+    head_logits(teacher.config, "teacher")
     if recipe.packing and needs_mask(teacher.config.model_type) != needs_mask(student.config.model_type):
         raise InputError("teacher", f"{name} tells packed examples apart in another way than the model")
     sizes = teacher.config.vocab_size, student.config.vocab_size

@@ -248,15 +248,22 @@ class Skeleton:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Compute the logits [batch, seqlen, vocabulary] from the last layer's wave [batch, seqlen, columns]."""
-        states = self.family.carried.hidden_states(hidden)
-        stand_ins = [returning(states, kind.returned) for kind in self.family.kinds]
-        return self._run(stand_ins, self.model, *hidden.shape[:2]).logits
+        return self._behind_layers(hidden, self.model).logits
+
+    def last_hidden_states(self, hidden: Tensor) -> Tensor:
+        """Compute what the model without its head gives [batch, seqlen, width], from the same."""
+        return self._behind_layers(hidden, self.model.base_model).last_hidden_state
 
     # -- inside -------------------------------------------------------------------------------------------
 
     def _frame_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters beside the layers by name; tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if not name.startswith(self._inside)}
+
+    def _behind_layers(self, hidden: Tensor, model: nn.Module) -> Any:
+        states = self.family.carried.hidden_states(hidden)
+        stand_ins = [returning(states, kind.returned) for kind in self.family.kinds]
+        return self._run(stand_ins, model, *hidden.shape[:2])
 
     def _run(
         self, stand_ins: Sequence[StandIn], model: nn.Module, batch: int, seqlen: int, kept: KeptKeys | None = None

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from shardprune.model.head_logits import HeadLogits
+
 CHUNK = 1024  # predictions whose logits are in float32 at a time
 STORED = torch.float16  # of log-probabilities: their error is below that of logits in bfloat16
 TOKENS = torch.int32
@@ -33,7 +35,7 @@ class Distillation(Protocol):
         The factor T^2 keeps gradients of the size of the cross entropy's (arXiv 1503.02531, section 2).
 
         Args:
-            logits: the student's [predictions, vocabulary], of any dtype, behind its cap.
+            logits: the student's [predictions, vocabulary], of any dtype, as the student has them.
         """
         ...
 
@@ -43,22 +45,22 @@ class WholeDistillation:
     """Distillation from all logits of a teacher.
 
     Attributes:
-        logits: the teacher's [predictions, vocabulary], of any dtype, before its cap.
-        cap: of the teacher's logits, see `capped`.
+        outputs: of the teacher's head [predictions, vocabulary], of any dtype.
+        made: what the teacher makes of them.
     """
 
-    logits: Tensor
-    cap: float | None
+    outputs: Tensor
+    made: HeadLogits
     temperature: float
     weight: float
 
     def part(self, chosen: slice) -> "WholeDistillation":
-        return replace(self, logits=self.logits[chosen])
+        return replace(self, outputs=self.outputs[chosen])
 
     def divergence(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         temperature = self.temperature
         given = torch.log_softmax(logits.float() / temperature, dim=1)
-        distilled = torch.log_softmax(capped(self.logits, self.cap).float() / temperature, dim=1)
+        distilled = torch.log_softmax(self.made.of(self.outputs).float() / temperature, dim=1)
         loss = temperature**2 * nn.functional.kl_div(given, distilled, reduction="sum", log_target=True)
         return loss, given.exp_().sub_(distilled.exp_()).mul_(temperature)
 
@@ -91,22 +93,23 @@ class TopDistillation:
         return loss, gradient.scatter_(1, self.tokens.long(), surplus[:, :-1]).mul_(temperature)
 
 
-def largest(logits: Tensor, cap: float | None, temperature: float, top: int) -> tuple[Tensor, Tensor]:
+def largest(outputs: Tensor, made: HeadLogits, temperature: float, top: int) -> tuple[Tensor, Tensor]:
     """Return a teacher's largest predictions.
 
     Args:
-        logits: the teacher's [predictions, vocabulary], of any dtype, before its cap.
+        outputs: of the teacher's head [predictions, vocabulary], of any dtype.
+        made: what the teacher makes of them.
         top: K, less than the vocabulary.
 
     Returns:
         Tokens int32 [predictions, K], and log-probabilities at the temperature float16 [predictions, K + 1]; the last
         one is that of all other tokens together.
     """
-    all_tokens = torch.empty(len(logits), top, dtype=TOKENS, device=logits.device)
-    all_chances = torch.empty(len(logits), top + 1, dtype=STORED, device=logits.device)
-    for start in range(0, len(logits), CHUNK):
+    all_tokens = torch.empty(len(outputs), top, dtype=TOKENS, device=outputs.device)
+    all_chances = torch.empty(len(outputs), top + 1, dtype=STORED, device=outputs.device)
+    for start in range(0, len(outputs), CHUNK):
         part = slice(start, start + CHUNK)
-        scaled = capped(logits[part], cap).float() / temperature
+        scaled = made.of(outputs[part]).float() / temperature
         tokens = scaled.topk(top, dim=1).indices
         chances, _ = put_together(scaled, tokens)
         all_tokens[part] = tokens
@@ -128,8 +131,3 @@ def put_together(scaled: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     apart = scaled.gather(1, tokens)
     rest = scaled.scatter_(1, tokens, -torch.inf)
     return torch.cat([apart, rest.logsumexp(1, keepdim=True)], dim=1).sub_(whole), rest
-
-
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Return logits, or cap * tanh(logits / cap) in float32 where the model has a cap (Gemma 2, arXiv 2408.00118)."""
-    return logits if cap is None else (logits.float() / cap).tanh_().mul_(cap)

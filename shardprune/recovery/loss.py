@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shardprune.recovery.distillation import CHUNK, Distillation, capped
+from shardprune.model.head_logits import HeadLogits
+from shardprune.recovery.distillation import CHUNK, Distillation
 from shardprune.solvers.products import add_product
 
 
@@ -21,12 +22,12 @@ class LossHead(nn.Module):
     It keeps the linear map's parameter names, and its parameters are whole while it runs, also under ZeRO-3.
 
     Args:
-        cap: of the logits, see `capped`.
+        made: what the model makes of the head's outputs.
     """
 
-    def __init__(self, head: nn.Linear, cap: float | None) -> None:
+    def __init__(self, head: nn.Linear, made: HeadLogits) -> None:
         super().__init__()
-        self.weight, self.bias, self.cap = head.weight, head.bias, cap
+        self.weight, self.bias, self.made = head.weight, head.bias, made
 
     def forward(self, hidden: Tensor, targets: Tensor, distillation: Distillation | None = None) -> Tensor:
         """Return the summed loss of predictions, float32, computed in float32.
@@ -36,7 +37,7 @@ class LossHead(nn.Module):
             targets: int64 [predictions], the tokens that follow.
         """
         return _SummedLoss.apply(
-            hidden, self.weight, self.bias, targets, self.cap, distillation, torch.is_grad_enabled()
+            hidden, self.weight, self.bias, targets, self.made, distillation, torch.is_grad_enabled()
         )
 
 
@@ -50,7 +51,7 @@ class _SummedLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        cap: float | None,
+        made: HeadLogits,
         distillation: Distillation | None,
         learning: bool,
     ) -> Tensor:
@@ -62,9 +63,9 @@ class _SummedLoss(torch.autograd.Function):
         to_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            logits = nn.functional.linear(hidden[part], weight, bias)
+            outputs = nn.functional.linear(hidden[part], weight, bias)
             distilled = distillation and distillation.part(part)
-            loss, gradient = loss_and_gradient(logits, targets[part], cap, distilled)
+            loss, gradient = loss_and_gradient(outputs, targets[part], made, distilled)
             total += loss
             gradient = gradient.to(weight.dtype)
             if to_hidden is not None:
@@ -87,25 +88,24 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(
-    logits: Tensor, targets: Tensor, cap: float | None, distillation: Distillation | None
+    outputs: Tensor, targets: Tensor, made: HeadLogits, distillation: Distillation | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of predictions, and its gradient for their logits, float32 [predictions, vocabulary].
+    """Return the summed loss of predictions, and its gradient for the outputs, float32 [predictions, vocabulary].
 
     The loss is the cross entropy; with a distillation of weight w, it is w times its divergence plus 1 - w times that.
 
     Args:
-        logits: [predictions, vocabulary], of any dtype, before the cap.
+        outputs: of the head [predictions, vocabulary], of any dtype.
         targets: int64 [predictions].
+        made: what the model makes of them.
     """
-    given = capped(logits, cap)
+    given = made.of(outputs)
     loss, gradient = cross_entropy(given, targets)
     if distillation is not None:
         distilled, towards = distillation.divergence(given)
         loss = torch.lerp(loss, distilled, distillation.weight)
         gradient = gradient.lerp_(towards, distillation.weight)
-    if cap is not None:
-        gradient *= 1 - (given / cap).square_()  # the derivative of the cap
-    return loss, gradient
+    return loss, made.to_outputs(gradient, given)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from shardprune.model.head_logits import head_logits
 from shardprune.recovery.distillation import Distillation
 from shardprune.recovery.loss import LossHead
 from shardprune.recovery.predictions import PredictionBatch
@@ -17,6 +18,9 @@ class Student(nn.Module):
 
     Args:
         seeing: the multimodal model without its head that the model is the language model of; None without one.
+
+    Raises:
+        InputError: the model makes more of its head's outputs than a scale and a cap.
     """
 
     def __init__(self, model: PreTrainedModel, seeing: PreTrainedModel | None = None) -> None:
@@ -25,7 +29,7 @@ class Student(nn.Module):
         self._body = _body_of(model, seeing)
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Linear)
-        model.set_output_embeddings(LossHead(head, cap_of(model.config)))
+        model.set_output_embeddings(LossHead(head, head_logits(model.config)))
 
     def forward(self, batch: PredictionBatch, distillation: Distillation | None = None) -> Tensor:
         head = self.model.get_output_embeddings()
@@ -33,8 +37,8 @@ class Student(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A model that returns the logits [predictions, vocabulary] of its predictions, before their cap; `seeing` is that
-    of a `Student`."""
+    """A model that returns its head's outputs [predictions, vocabulary] where it predicts; `seeing` is that of a
+    `Student`."""
 
     def __init__(self, model: PreTrainedModel, seeing: PreTrainedModel | None = None) -> None:
         super().__init__()
@@ -60,8 +64,3 @@ def last_hidden_states(body: Body, batch: PredictionBatch) -> Tensor:
     output = body(**batch.inputs, use_cache=False)
     # Indices, because a mask of the places would make the host wait for their number.
     return output.last_hidden_state.flatten(0, 1).index_select(0, batch.places)
-
-
-def cap_of(config: PretrainedConfig) -> float | None:
-    """Return the cap of a model's logits, if it has one."""
-    return getattr(config, "final_logit_softcapping", None)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from shardprune.errors import TrainingError
 from shardprune.model.checkpoint import reopened
+from shardprune.model.head_logits import head_logits
 from shardprune.recovery.checkpoints import broadcast_from_rank_zero
 from shardprune.recovery.distillation import Distillation, TopDistillation, WholeDistillation, largest
 from shardprune.recovery.model import load_model, load_seeing
@@ -19,7 +20,7 @@ from shardprune.recovery.partitioning import Partitioning, release
 from shardprune.recovery.predictions import PredictionBatch, Reading, ahead
 from shardprune.recovery.rows import Rows
 from shardprune.recovery.spec import TrainingSpec
-from shardprune.recovery.student import Teacher, cap_of
+from shardprune.recovery.student import Teacher
 from shardprune.recovery.teacher_store import TeacherStore
 
 
@@ -52,7 +53,7 @@ class LiveTeacher:
         assert recipe.teacher is not None
         checkpoint = reopened(recipe.teacher, spec.inputs["teacher"], "teacher")
         model = load_model(checkpoint, device, dtype, partitioning)
-        self.reading, self.cap = Reading.of(checkpoint, rows), cap_of(model.config)
+        self.reading, self.made = Reading.of(checkpoint, rows), head_logits(model.config, "teacher")
         if self.reading.bounds:
             attend_by_example(model, device)
         self._recipe = recipe
@@ -64,13 +65,13 @@ class LiveTeacher:
             self._model = self._engine = deepspeed.initialize(model=self._model, config=config)[0]
 
     @torch.no_grad()
-    def logits(self, batch: PredictionBatch) -> Tensor:
-        """Return the logits of a batch [predictions, vocabulary], before their cap."""
+    def outputs(self, batch: PredictionBatch) -> Tensor:
+        """Return the outputs of the head for a batch [predictions, vocabulary]."""
         return self._model(batch)
 
     def __call__(self, batch: PredictionBatch, rows: Sequence[int]) -> Distillation:
         recipe = self._recipe
-        return WholeDistillation(self.logits(batch), self.cap, recipe.temperature, recipe.teacher_weight)
+        return WholeDistillation(self.outputs(batch), self.made, recipe.temperature, recipe.teacher_weight)
 
     def leave(self) -> None:
         """Take the teacher out of memory."""
@@ -131,11 +132,11 @@ def _fill(
     batches = ahead(store.rows, [*(rows for _, rows in own), *[range(1)] * idle], teacher.reading, device)
     found: list[tuple[Tensor, Tensor]] = []
     for place, batch in enumerate(batches):
-        logits = teacher.logits(batch)
+        outputs = teacher.outputs(batch)
         if place >= len(own):
             continue
         part, rows = own[place]
-        tokens, chances = largest(logits, teacher.cap, recipe.temperature, store.top)
+        tokens, chances = largest(outputs, teacher.made, recipe.temperature, store.top)
         if not bool(torch.isfinite(chances).all()):
             raise TrainingError(f"the teacher's predictions of rows {rows[0]} to {rows[-1]} are not finite")
         found.append((tokens.cpu(), chances.cpu()))

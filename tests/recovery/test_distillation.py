@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import shardprune.recovery.distillation
+from shardprune.model.head_logits import HeadLogits
 from shardprune.recovery.distillation import TopDistillation, WholeDistillation, largest, put_together
 
 PLACES, VOCABULARY, TEMPERATURE, CAP = 7, 12, 1.7, 3.0
@@ -35,7 +36,7 @@ def exact(student, teacher, top, temperature, cap=None):
 
 
 def stored(teacher, top, cap=None, temperature=TEMPERATURE):
-    return TopDistillation(*largest(teacher, cap, temperature, top), temperature, 0.5)
+    return TopDistillation(*largest(teacher, HeadLogits(cap=cap), temperature, top), temperature, 0.5)
 
 
 @pytest.mark.parametrize("top", [1, 4, VOCABULARY - 1])
@@ -54,7 +55,7 @@ def test_the_divergence_and_its_gradient_are_the_formula(top, cap):
 
 def test_more_predictions_never_say_less_and_all_say_what_all_logits_say():
     student, teacher = logits(3), logits(4)
-    whole, towards = WholeDistillation(teacher, None, TEMPERATURE, 0.5).divergence(student)
+    whole, towards = WholeDistillation(teacher, HeadLogits(), TEMPERATURE, 0.5).divergence(student)
     found = [stored(teacher, top).divergence(student)[0] for top in range(1, VOCABULARY)]
     assert found == sorted(found)
     assert found[0] > 0
@@ -73,14 +74,14 @@ def test_the_divergence_of_a_teacher_from_itself_is_nothing():
 
 def test_the_largest_predictions_are_those_of_a_softmax():
     teacher = logits(6)
-    tokens, chances = largest(teacher, None, TEMPERATURE, 3)
+    tokens, chances = largest(teacher, HeadLogits(), TEMPERATURE, 3)
     whole = torch.log_softmax(teacher.double() / TEMPERATURE, 1)
     wanted, places = whole.sort(descending=True)
     assert (tokens.dtype, chances.dtype) == (torch.int32, torch.float16)
     assert torch.equal(tokens.long(), places[:, :3])
     torch.testing.assert_close(chances[:, :3].double(), wanted[:, :3], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(chances[:, 3].double(), wanted[:, 3:].logsumexp(1), rtol=1e-3, atol=1e-3)
-    assert torch.equal(torch.cat([largest(row[None], None, TEMPERATURE, 3)[1] for row in teacher]), chances)
+    assert torch.equal(torch.cat([largest(row[None], HeadLogits(), TEMPERATURE, 3)[1] for row in teacher]), chances)
 
 
 def test_a_teacher_that_is_sure_leaves_the_others_nothing():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shardprune.errors import InputError, TrainingError
+from shardprune.model.head_logits import HeadLogits
 from shardprune.recovery import teacher_store, teaching
 from shardprune.recovery.batches import Batches
 from shardprune.recovery.distillation import largest
@@ -98,7 +99,8 @@ def make_store(folder, used, top=3, seed=1):
     rows = Rows.of([[Example(torch.ones(size, dtype=torch.int32), torch.ones(size).bool())] for size in sizes])
     store = TeacherStore(Folder(str(folder), "state"), rows, used, top)
     found = {
-        row: largest(torch.randn(sizes[row] - 1, 9, generator=generator), None, 1.0, top) for row in range(len(rows))
+        row: largest(torch.randn(sizes[row] - 1, 9, generator=generator), HeadLogits(), 1.0, top)
+        for row in range(len(rows))
     }
     return store, found
 

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from shardprune.errors import InputError, first_line
 from shardprune.model.empty_model import empty_model
 from shardprune.model.experts import take_apart
+from shardprune.model.head_logits import head_logits
 from shardprune.planning.training.images import Images, Tower, completed, tower_of, with_sight
 from shardprune.planning.training.passes import (
     META,
@@ -213,10 +214,10 @@ def _count(
             given = torch.empty(places, teacher.vocab_size, dtype=dtype, device=META)
             logits = given.numel() * dtype.itemsize
             teaching = count_forward(Teacher(other, other_seeing), batch, seeing=other_seeing)
-            distillation = WholeDistillation(given, None, temperature=2.0, weight=0.5)
+            distillation = WholeDistillation(given, head_logits(teacher, "teacher"), temperature=2.0, weight=0.5)
         else:
             logits = places * bytes_per_prediction(top)
-            chosen = partial(largest, cap=None, temperature=2.0, top=top)
+            chosen = partial(largest, made=head_logits(teacher, "teacher"), temperature=2.0, top=top)
             teaching = count_forward(Teacher(other, other_seeing), batch, chosen, other_seeing)
             tokens = torch.empty(places, top, dtype=TOKENS, device=META)
             chances = torch.empty(places, top + 1, dtype=STORED, device=META)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from shardprune.errors import InputError
 from shardprune.model.checks import check_full, check_rank, check_seqlen
+from shardprune.model.head_logits import head_logits
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.vision import SEEING, check_same_sight, image_shape
 from shardprune.planning.described_model import DescribedModel, read_description
@@ -151,6 +152,7 @@ def plan_training(recipe: TrainingPlanRecipe) -> TrainingPlan:
         check_top(recipe.teacher_top, config.vocab_size)
     skeleton = Skeleton(config, "cpu")
     check_seqlen(recipe.length, skeleton, "length")
+    head_logits(config)  # which a training has to know
     if recipe.full:
         check_full(skeleton)
     else:
