@@ -41,7 +41,9 @@ def places_in_model(config: PretrainedConfig, stored: Mapping[str, Entry]) -> It
     known = [config.model_type, *(one.__name__ for one in classes if one)]
     whole = _conversions_of_whole(config)
     converted = any(get_checkpoint_conversion_mapping(one) for one in known) or whole
-    if not converted and not any(_may_be_stack(name, entry) for name, entry in stored.items()):
+    # Files of the model without its head have names without its prefix, as BLOOM's do.
+    prefixed = not classes[0] or any(name.startswith(f"{classes[0].base_model_prefix}.") for name in stored)
+    if prefixed and not converted and not any(_may_be_stack(name, entry) for name, entry in stored.items()):
         yield from ((Place(name), name) for name in stored)  # most classes: no model need be built
         return
     model = empty_model(config, torch.float32, torch.device("cpu"))

@@ -88,11 +88,16 @@ class LatencyFields(Settings):
     )
     latency_beside: str | None = optional("the original, by result.json", "Model that takes turns: as MODEL")
     latency_batches: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(
-        (1, 8), description="Prompts that are read and answered together; repeatable"
+        (1, 8), min_length=1, description="Prompts that are read and answered together; repeatable"
     )
     latency_prompt: int = Field(512, ge=1, description="Tokens of a prompt")
     latency_tokens: int = Field(64, ge=1, description="Tokens that are written after it")
     latency_rounds: int = Field(5, ge=1, le=1000, description="Measurements of each model and batch")
+
+    @field_validator("latency_batches", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int | str) else value
 
 
 class ShardFields(WorkerFields):

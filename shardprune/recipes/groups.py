@@ -89,7 +89,9 @@ DURATION = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h|)", re.IGNORECASE)
 
 def _duration(value: Any) -> Any:
     """A duration as it is written: a number of seconds is one."""
-    text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+    text = value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = f"{value:f}".rstrip("0").rstrip(".") if isinstance(value, float) else f"{value}"
     if not isinstance(text, str) or not DURATION.fullmatch(text) or not _seconds(text) > 0:
         raise ValueError("use a time such as 10m, 90s or 2h")
     return text
@@ -131,7 +133,7 @@ class CalibrationFields(Settings):
     )
     samples: int = Field(128, ge=1, le=1_000_000, description="Number of calibration windows")
     seqlen: int = Field(2048, ge=2, description="Tokens per window")
-    seed: int = Field(0, description="Random seed for drawing windows")
+    seed: int = Field(0, ge=0, description="Random seed for drawing windows")
     wave: int | None = optional(f"{WAVE_TOKENS} / seqlen", "Windows per micro-batch", ge=1)
     self_temperature: float = Field(
         1.0, ge=0.001, le=100, description="Temperature of sampling (calibration self, drawn with the seed)"

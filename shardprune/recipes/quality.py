@@ -24,13 +24,15 @@ def stands_for(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields that the quality of a recipe stands for, where they have an effect; those among `values` that
     are given win over them."""
     quality, sparsity = values.get("quality", "fast"), values.get("sparsity")
+    if not isinstance(quality, str):  # which the field's own check names
+        return {}
     unstructured = values.get("pattern", "unstructured") == "unstructured"
     fields = dict(EVERYWHERE.get(quality, {}))
     if values.get("method", fields.get("method")) != fields.get("method"):
         fields.pop("damping", None)  # which was measured with the quality's own method
     if unstructured and sparsity is None:  # nothing becomes zero, but structures may go
         return {name: value for name, value in fields.items() if name in TrainingFields.model_fields}
-    if unstructured and "allocation_file" not in values and _many(sparsity, values.get("structured")):
+    if unstructured and values.get("allocation_file") is None and _many(sparsity, values.get("structured")):
         fields |= UNSTRUCTURED.get(quality, {})
     return fields
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shardprune.errors import InputError, without_credentials
 from shardprune.storage.locations import UNWRITABLE
@@ -39,6 +39,20 @@ class Settings(BaseModel):
                 if UNWRITABLE.search(text):
                     reason = "holds a character that is in no text and no file's name (NUL, or half a surrogate pair)"
                     raise InputError(str(name), f"{shown(text)} {reason}")
+        return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, values: Any) -> Any:
+        """Refuse YAML's yes, on and true where a number is meant, which they would be taken for."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            held = value if isinstance(value, list | tuple) else [value]
+            checked = field and any(isinstance(one, BeforeValidator) for one in field.metadata)  # in its own way
+            if field and not checked and any(isinstance(one, bool) for one in held):
+                kinds = set(_kinds(field.annotation))
+                if kinds & {int, float} and bool not in kinds:
+                    raise InputError(name, f"{shown(value)} is not allowed; use a number")
         return values
 
     @model_validator(mode="after")
@@ -114,6 +128,13 @@ def read_yaml(file: str) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError("recipe", f"{file!r} must hold fields and values")
     return values
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """Yield the types of which values of an annotation may be or consist."""
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
 
 
 def _texts(value: Any) -> Iterator[str]:

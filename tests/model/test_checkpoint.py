@@ -14,11 +14,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from shardprune.commands.check import check
 from shardprune.errors import InputError
 from shardprune.model.checkpoint import INDEX, Checkpoint, locate
 from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor, write_tensors
-from tests.support.tiny import load_tensors, make_model
+from tests.support.architectures import DENSE, make_architecture
+from tests.support.running import run
+from tests.support.tiny import CONFIGS, load_tensors, make_model, make_tokens
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +281,26 @@ def test_a_missing_model_is_an_input_error(model):
 def test_a_checkpoint_without_tokenizer_says_so(sharded):
     with pytest.raises(InputError, match="holds no tokenizer"):
         Checkpoint(sharded).tokenizer()
+
+
+@pytest.mark.parametrize("family", ["llama-3.1", "opt", "bloom", "falcon"])
+def test_files_of_the_model_without_its_head_are_those_of_the_model(family, tmp_path):
+    """BLOOM's own have names without the prefix of the model within the causal one."""
+    if family in CONFIGS:
+        make_model(tmp_path / "model", family)
+    else:
+        make_architecture(tmp_path / "model", family, DENSE[family])
+    make_tokens(tmp_path / "tokens.npy")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "bare")
+    (file,) = (tmp_path / "bare").glob("*.safetensors")
+    prefix = f"{model.base_model_prefix}."
+    tensors = load_file(file)
+    assert any(name.startswith(prefix) for name in tensors)
+    save_file({name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    for name in ("model", "bare"):
+        run(tmp_path, f"{name}-half", model=name, sparsity=0.5, eval=[str(tmp_path / "tokens.npy")])
+    found = [AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-half").state_dict() for name in ("model", "bare")]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    assert check(str(tmp_path / "bare-half"))[0].faults == []

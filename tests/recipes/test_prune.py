@@ -8,6 +8,7 @@ from shardprune.commands.prepare_mop import path_plan_of
 from shardprune.errors import InputError
 from shardprune.model.skeleton import Skeleton
 from shardprune.model.structure.path import walk
+from shardprune.recipes.evaluate import EvaluateRecipe
 from shardprune.recipes.experts import ExpertsRecipe
 from shardprune.recipes.mop import MopRecipe
 from shardprune.recipes.pipeline import PipelineRecipe
@@ -395,3 +396,42 @@ def test_a_run_of_an_earlier_version_goes_on(recipe, late):
     """Fields that came later are no part of it, but with another value than the default."""
     assert recipe.shape().keys() & late.keys() == set()
     assert recipe.model_copy(update=late).shape().items() >= late.items()
+
+
+BASE = {"model": "m", "out": "o", "sparsity": 0.5, "calibration": "stdlib"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        (PruneRecipe, {**BASE, "reconstruct": True}, "reconstruct: True is not allowed; use a number"),
+        (PruneRecipe, {**BASE, "sparsity": False}, "sparsity: False is not allowed; use a number"),
+        (PruneRecipe, {**BASE, "samples": True}, "samples: True is not allowed; use a number"),
+        (ExpertsRecipe, {"model": "m", "out": "o", "keep": True, "calibration": "stdlib"}, "keep: True is not allowed"),
+        (EvaluateRecipe, {"model": "m", "latency": True, "latency_batches": [True]}, "latency_batches: .*use a number"),
+        (EvaluateRecipe, {"model": "m", "latency": True, "latency_batches": []}, "latency_batches: .* is not allowed"),
+        (PruneRecipe, {**BASE, "quality": ["best"]}, "quality: .* is not allowed; use one of fast, balanced, best"),
+        (PruneRecipe, {**BASE, "seed": -1}, "seed: -1 is not allowed"),
+    ],
+    ids=str,
+)
+def test_values_that_are_taken_for_others_are_refused(kind, fields, message):
+    with pytest.raises(InputError, match=f"^{message}"):
+        kind.checked(fields)
+
+
+def test_truth_values_stay_where_they_are_meant():
+    assert PruneRecipe.checked({**BASE, "refit": True, "measure_error": False}).refit
+    assert EvaluateRecipe.checked({"model": "m", "latency": True, "latency_batches": 4}).latency_batches == (4,)
+
+
+def test_null_is_what_a_field_without_a_value_has():
+    best = {**BASE, "quality": "best"}
+    for name in ("allocation_file", "structured", "shards"):
+        made = PruneRecipe.checked({**best, name: None})
+        assert made.allocation == PruneRecipe.checked(best).allocation == "fisher"
+
+
+@pytest.mark.parametrize(("patience", "text"), [(1000000, "1000000"), (90, "90"), (0.5, "0.5"), ("10m", "10m")])
+def test_patience_is_a_number_of_seconds_however_large(patience, text):
+    assert PruneRecipe.checked({**BASE, "patience": patience}).patience == text
