@@ -285,7 +285,9 @@ class Checkpoint:
             if name not in headers[file]:
                 where = f"{self.folder.url}/{INDEX}"
                 raise InputError(self.folder.field, f"{where} places {name} in {file}, which has no such tensor")
-        return {name: headers[file][name] for name, file in placed.items()}
+        # An index may leave tensors of its files out, which transformers reads all the same.
+        inside = {name: entry for header in headers.values() for name, entry in header.items()}
+        return inside | {name: headers[file][name] for name, file in placed.items()}
 
 
 def reopened(model: str, state: SourceState | None, field: str = "model") -> Checkpoint:

@@ -12,9 +12,13 @@ from shardprune.model.checkpoint import INDEX, Checkpoint
 from shardprune.model.config_file import CONFIG, config_text, raw_config, with_changes
 from shardprune.model.families import Family
 from shardprune.model.skeleton import Skeleton
+from shardprune.storage.folder import Folder
 from shardprune.storage.journal import Journal
+from shardprune.storage.json_file import parse_json
 from shardprune.storage.records import LayerRecord
 from shardprune.storage.safetensors_file import read_header
+
+CODE = "auto_map"  # the field of a config that names classes in Python files beside it
 
 
 def overflow(tensor: str, dtype: torch.dtype) -> str:
@@ -58,12 +62,24 @@ def write_index(checkpoint: Checkpoint, journal: Journal, changes: dict[str, Any
     )
     for name in checkpoint.companions():
         if name == CONFIG and (changes or checkpoint.own_head or checkpoint.fp8):
-            raw = raw_config(checkpoint.folder)
+            raw = {key: value for key, value in raw_config(checkpoint.folder).items() if key != CODE}
             dtype = str(checkpoint.fp8.dtype).removeprefix("torch.") if checkpoint.fp8 else None
             changed = with_changes(raw, changes, tower=checkpoint.has_tower, untied=checkpoint.own_head, dtype=dtype)
             journal.folder.write_text(CONFIG, config_text(changed))
         else:
-            journal.folder.write_bytes(name, checkpoint.folder.read_bytes(name))
+            journal.folder.write_bytes(name, _without_code(checkpoint.folder, name))
+
+
+def _without_code(folder: Folder, name: str) -> bytes:
+    """Return the content of a file beside the weights, without what names code of the checkpoint's own: it is not
+    copied, as transformers' own classes have computed everything."""
+    content = folder.read_bytes(name)
+    if not name.endswith(CONFIG) or f'"{CODE}"'.encode() not in content:
+        return content
+    fields = parse_json(content, infinities=True)
+    if not isinstance(fields, dict) or CODE not in fields:
+        return content
+    return config_text({key: value for key, value in fields.items() if key != CODE}).encode()
 
 
 def write_layer(

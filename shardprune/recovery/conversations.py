@@ -149,6 +149,10 @@ def _tokens(
     if int(marks.sum()) != len(runs):
         token = tokenizer.convert_ids_to_tokens(processor.image_id)
         raise InputError("data", f"{one.where} says {token}, which stands for an image; leave it out")
+    ending = tokenizer.eos_token_id  # a template may have it, and more behind it
+    ended = (
+        bool(((ids == ending) & (bounds[:, 0] >= answers[-1][0])).any()) if ending is not None and answers else False
+    )
     repeats = torch.ones_like(ids)
     repeats[marks] = torch.tensor(runs, dtype=ids.dtype)
     ends = repeats.cumsum(0)
@@ -159,8 +163,7 @@ def _tokens(
         if number < fits and ends[inside[-1]] > length:
             size, fits = int(ends[inside[0]] - repeats[inside[0]]), number
     ids, learned = ids.repeat_interleave(repeats), learned.repeat_interleave(repeats)
-    ending = tokenizer.eos_token_id
-    if ending is not None and ids[-1] != ending:
+    if ending is not None and not ended and ids[-1] != ending:
         ids, learned = torch.cat([ids, torch.tensor([ending])]), torch.cat([learned, torch.tensor([True])])
     return ids[:size].int(), learned[:size], fits
 

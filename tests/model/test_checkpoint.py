@@ -22,6 +22,7 @@ from shardprune.storage.safetensors_file import read_header, read_tensor, write_
 from tests.support.architectures import DENSE, make_architecture
 from tests.support.running import run
 from tests.support.tiny import CONFIGS, load_tensors, make_model, make_tokens
+from tests.support.words import words_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +305,29 @@ def test_files_of_the_model_without_its_head_are_those_of_the_model(family, tmp_
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
     assert check(str(tmp_path / "bare-half"))[0].faults == []
+
+
+def test_tensors_that_an_index_leaves_out_are_read(sharded, tmp_path):
+    """As transformers reads all of the files that the index lists."""
+    shutil.copytree(sharded, tmp_path / "model")
+    index = json.loads((tmp_path / "model" / INDEX).read_text())
+    name = next(name for name in index["weight_map"] if name.endswith("norm.weight"))
+    del index["weight_map"][name]
+    (tmp_path / "model" / INDEX).write_text(json.dumps(index))
+    assert Checkpoint(str(tmp_path / "model")).entries.keys() == Checkpoint(sharded).entries.keys()
+
+
+def test_an_output_names_no_code_that_it_has_not(tmp_path):
+    make_model(tmp_path / "model", "llama-3.1")
+    words_tokenizer().save_pretrained(tmp_path / "model")
+    make_tokens(tmp_path / "tokens.npy")
+    named = {"config.json": "AutoModelForCausalLM", "tokenizer_config.json": "AutoTokenizer"}
+    before = {}
+    for name, kind in named.items():
+        before[name] = json.loads((tmp_path / "model" / name).read_text())
+        own = {"auto_map": {kind: "code.Own"}}
+        (tmp_path / "model" / name).write_text(json.dumps({**before[name], **own}))
+    run(tmp_path, "out", sparsity=0.5)
+    for name, fields in before.items():
+        assert json.loads((tmp_path / "out" / name).read_text()) == fields
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from shardprune.recovery.rows import Rows
 from shardprune.recovery.sight import eyes_of
 from shardprune.storage.folder import Folder
 from tests.recovery.trainings import furthest, losses, train
-from tests.support.seeing import make_conversations, make_seeing
+from tests.support.seeing import TEMPLATE, WORDS, make_conversations, make_seeing
 from tests.support.tiny import LLAVA_LAYOUTS, VOCABULARY, differing, load_tensors
 
 STEPS = {"length": 64, "batch": 4, "steps": 6, "learning_rate": 1e-2, "warmup": 0.0, "schedule": "constant"}
@@ -96,6 +97,21 @@ def test_conversations_have_the_tokens_of_the_processor_and_learn_their_answers(
     everything = rows_of(fields, prompt_loss=True)
     assert not everything.learned[everything.tokens == VOCABULARY - 1].any()
     assert int(everything.learned.sum()) == int((rows.tokens != VOCABULARY - 1).sum()) - len(rows)
+
+
+def test_a_conversation_whose_template_ends_it_gets_no_second_end(seen, tmp_path):
+    """As templates of Qwen's kind, which have a line's end behind the token."""
+    _, fields = seen
+    shutil.copytree(fields["model"], tmp_path / "model")
+    ended = TEMPLATE.replace("{% endfor %}{% if add", "{{ '</s> : ' }}{% endfor %}{% if add")
+    (tmp_path / "model" / "chat_template.jinja").write_text(ended)
+    rows = rows_of({**fields, "model": str(tmp_path / "model")})
+    plain_rows = rows_of(fields)
+    end = WORDS.index("</s>")
+    for index in range(len(rows)):
+        tokens = rows.row(index).tokens.tolist()
+        assert tokens[-2:] == [end, WORDS.index(":")]
+        assert plain_rows.row(index).tokens.tolist()[-1] == end
 
 
 def test_images_stay_with_their_rows(seen, tmp_path):
