@@ -30,6 +30,10 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Of no model that is pruned, but perhaps beside its tensors.
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     # Not pruned: weights of FP8 checkpoints, which are read with their scales, and the scales.
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,

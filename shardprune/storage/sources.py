@@ -26,6 +26,7 @@ from shardprune.storage.text_file import decode
 from shardprune.storage.whole_files import read_file
 
 Role = Literal["calibration", "perplexity"]
+BETWEEN = re.compile(r":(?![^\[]*\])")  # the parts of a name on the hub; a split may be a slice such as train[:1%]
 FORMS = "stdlib, FILE.txt, FILE.jsonl[:FIELD], FILE.npy, wikitext2, ptb, c4 or hf:NAME[:CONFIG]:SPLIT:FIELD"
 
 
@@ -111,7 +112,7 @@ def is_source(source: str) -> bool:
     """Return whether a source has one of the known forms."""
     if source == "stdlib" or source in PAPERS or split_jsonl(source) or source.endswith((".txt", ".npy")):
         return True
-    return source.startswith("hf:") and len(source.split(":")) in (4, 5)
+    return source.startswith("hf:") and len(BETWEEN.split(source)) in (4, 5)
 
 
 def is_tokens(source: str) -> bool:
@@ -162,7 +163,7 @@ def split_jsonl(source: str) -> tuple[str, str | None] | None:
 
 def parse_hub(source: str) -> HubSplit:
     """Parse a source hf:NAME[:CONFIG]:SPLIT:FIELD."""
-    name, *config, split, text_field = source.removeprefix("hf:").split(":")
+    name, *config, split, text_field = BETWEEN.split(source.removeprefix("hf:"))
     return HubSplit(name, (config or [""])[0] or None, split, text_field)
 
 

@@ -14,8 +14,22 @@ from shardprune.storage.folder import Folder
 from shardprune.storage.safetensors_file import read_header, read_tensor
 
 CASES = 600
-DTYPES = ("F32", "F16", "BF16", "I64", "U8", "BOOL", "F64", "I32", "I16", "I8")
-SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
+DTYPES = ("F32", "F16", "BF16", "I64", "U8", "BOOL", "F64", "I32", "I16", "I8", "U16", "U32", "U64")
+SIZES = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "U32": 4,
+    "U64": 8,
+    "U8": 1,
+    "I8": 1,
+    "BOOL": 1,
+}
 Header = dict[str, Any]
 Damage = Callable[[random.Random, Header], str | None]
 
@@ -180,7 +194,7 @@ W = '{"dtype":"F32","shape":[4],"data_offsets":[0,16]}'
             header_of(f'{{"w":{W.replace("[4]", f"[{2**62},8,0]").replace("[0,16]", "[0,0]")}}}', 0),
             r"gives 'w' 0 bytes, which are not those of F32 \[4611686018427387904, 8, 0\]",
         ),
-        (header_of(f'{{"w":{W.replace("F32", "U32")}}}'), "holds U32 tensors; use one of F64, F32"),
+        (header_of(f'{{"w":{W.replace("F32", "F4")}}}'), "holds F4 tensors; use one of F64, F32"),
         (header_of(f'{{"w":{W}}}', 20), "is truncated or damaged: it has 83 bytes, its header says 79"),
         (header_of(f'{{"w":{W}}}', 12), "is truncated or damaged: it has 75 bytes, its header says 79"),
         (header_of("[" * 5000), "is not a safetensors file: its header does not begin with {"),

@@ -81,6 +81,7 @@ def test_a_data_set_that_the_library_loads(tmp_path, tokenizer):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"body": "one two three"}) for _ in range(9)))
     windows = calibrate(f"hf:{tmp_path / 'data'}:train:body", tokenizer)
+    assert torch.equal(calibrate(f"hf:{tmp_path / 'data'}:train[:100%]:body", tokenizer), windows)
     assert set(windows.flatten().tolist()) == set(tokenizer()("one two three").input_ids)
     with pytest.raises(InputError, match="calibration: .* has no field 'text'; use one of body"):
         calibrate(f"hf:{tmp_path / 'data'}:train:text", tokenizer)
