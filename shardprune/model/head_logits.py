@@ -1,5 +1,6 @@
 """The logits that a model makes of its head's outputs: a scale and a cap, by the model's own code."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,7 +43,8 @@ def head_logits(config: PretrainedConfig, field: str = "model") -> HeadLogits:
     Raises:
         InputError: it is more than a scale and a cap; names `field`.
     """
-    skeleton = Skeleton(config, "cpu", torch.float64)
+    # Of a copy: a model that is made from a config decides in it how to attend.
+    skeleton = Skeleton(copy.deepcopy(config), "cpu", torch.float64)
     model, generator = skeleton.model, torch.Generator().manual_seed(0)
     head = model.get_output_embeddings()
     small = nn.Linear(head.in_features, len(TRIED), bias=False, dtype=torch.float64).requires_grad_(False)

@@ -213,3 +213,11 @@ def test_a_model_that_makes_more_of_its_head_s_outputs_is_not_trained(tmp_path, 
     monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
     with pytest.raises(InputError, match="^model: is not trained: model_type 'llama' makes more of its head's outputs"):
         head_logits(config)
+
+
+def test_asking_a_model_s_code_leaves_its_config_as_it_is(tmp_path):
+    make_model(tmp_path, "llama-3.1")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    before = model.config.to_json_string(), model.config._attn_implementation
+    head_logits(model.config)
+    assert (model.config.to_json_string(), model.config._attn_implementation) == before

@@ -162,8 +162,9 @@ def test_a_comparison_names_what_is_not_finished(runs, tmp_path, dies_at_layer, 
     with pytest.raises(InputError, match="file: .* is too long for a path: at most 4,095 bytes"):
         write_comparison(outs, f"{tmp_path}/" + "a/" * 3000 + "x.html")
     assert (tmp_path / "mine.html").read_text() == "mine"
+    shutil.copytree(tmp_path / "cut", tmp_path / "again")
     with pytest.raises(InputError, match="none of the runs measured a perplexity.*; not finished: cut"):
-        write_comparison([str(tmp_path / "cut"), str(tmp_path / "cut") + "/"], str(tmp_path / "y.html"))
+        write_comparison([str(tmp_path / "cut"), str(tmp_path / "again")], str(tmp_path / "y.html"))
 
 
 def test_a_comparison_names_what_has_no_perplexity(runs, tmp_path, capsys):

@@ -56,9 +56,9 @@ def _structures_of(config: PretrainedConfig) -> Structures:
 
 
 def _key_heads(config: PretrainedConfig) -> int:
-    """The number of key heads; a family whose heads are fixed has no field for it, whatever a config says."""
-    fixed = _structures_of(config).fixed_heads
-    return (None if fixed else getattr(config, "num_key_value_heads", None)) or config.num_attention_heads
+    """The number of key heads; a class without a field for it has as many as query heads, whatever a config says."""
+    known = hasattr(type(config), "num_key_value_heads")
+    return (config.num_key_value_heads if known else None) or config.num_attention_heads
 
 
 def changes(config: PretrainedConfig, widths: Widths, layers: Sequence[int]) -> dict[str, Any]:
