@@ -76,7 +76,7 @@ USUAL = (
     Usual("alps", "4:8", 0.5, 1.03, 1.20),
     Usual("alps, trained", "unstructured", 0.5, 1.01, 1.10),
     Usual("alps, trained", "unstructured", 0.6, 1.02, 1.23),
-    Usual("alps, trained", "unstructured", 0.7, 1.05, 1.55),
+    Usual("alps, trained", "unstructured", 0.7, 1.05, 1.57),
     Usual("alps, trained", "unstructured", 0.8, 1.15, 2.90),
     Usual("alps, trained", "2:4", 0.5, 1.04, 1.23),
     Usual("alps, trained", "4:8", 0.5, 1.03, 1.16),
