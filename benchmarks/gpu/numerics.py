@@ -64,14 +64,19 @@ def _loss(setting: Setting, rows: Rows) -> None:
     head = nn.Linear(width, vocabulary, bias=False, device=setting.device)
     hidden = torch.randn(count, width, device=setting.device, requires_grad=True)
     targets = torch.randint(vocabulary, (count,), device=setting.device)
-    loss = LossHead(head, HeadLogits())(hidden, targets)
-    loss.backward()
-    exact = hidden.detach().double().requires_grad_()
-    expected = nn.functional.cross_entropy(exact @ head.weight.detach().double().t(), targets, reduction="sum")
-    expected.backward()
-    assert hidden.grad is not None
-    assert exact.grad is not None
-    distance = float((hidden.grad - exact.grad).norm() / exact.grad.norm())
-    off = float((loss.detach() / expected.detach() - 1).abs())
-    rows.add("loss by chunks, distance from float64", off, ok=off < 1e-5)
-    rows.add("its gradient, distance from float64", distance, ok=distance < 1e-5)
+    for of, made in (("loss by chunks", HeadLogits()), ("loss of scaled and capped logits", HeadLogits(4.0, 2.0))):
+        hidden.grad = None
+        loss = LossHead(head, made)(hidden, targets)
+        loss.backward()
+        exact = hidden.detach().double().requires_grad_()
+        logits = made.scale * exact @ head.weight.detach().double().t()
+        if made.cap is not None:
+            logits = made.cap * (logits / made.cap).tanh()
+        expected = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        expected.backward()
+        assert hidden.grad is not None
+        assert exact.grad is not None
+        distance = float((hidden.grad - exact.grad).norm() / exact.grad.norm())
+        off = float((loss.detach() / expected.detach() - 1).abs())
+        rows.add(f"{of}, distance from float64", off, ok=off < 1e-5)
+        rows.add("its gradient, distance from float64", distance, ok=distance < 1e-5)

@@ -23,7 +23,7 @@ from shardprune.storage.json_file import MaybeMeasurement, fitting
 from shardprune.storage.malformed import located
 from shardprune.storage.manifest import FileRecord, manifest_faults, manifest_of
 from shardprune.storage.output_names import BESIDE, RESULT, STATE, WRITTEN
-from shardprune.storage.owner import Ownership, owned
+from shardprune.storage.owner import Ownership, one_at_a_time, owned
 from shardprune.storage.windows import tokens_hash
 
 When = Literal["before", "after"]
@@ -253,11 +253,11 @@ class RunState:
             self._ownership.check()
         self.check_inputs()
         files = self.previous.files if self.previous else self._written(kept)
-        # Of a finished run it may have been evaluated since this one began.
-        evaluation = evaluation_in(self.journal.folder) if self.previous else self.known.evaluation
-        result = result.model_copy(update={"evaluation": evaluation, "files": files})
-        leave_card(self.journal.folder, result, self.previous)
-        self.journal.finish(result.as_json())
+        with one_at_a_time(self.journal.folder):  # a finished run may have been evaluated since this one began
+            evaluation = evaluation_in(self.journal.folder) if self.previous else self.known.evaluation
+            result = result.model_copy(update={"evaluation": evaluation, "files": files})
+            leave_card(self.journal.folder, result, self.previous)
+            self.journal.finish(result.as_json())
         return result
 
     def _written(self, kept: Iterable[str]) -> dict[str, FileRecord]:

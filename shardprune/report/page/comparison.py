@@ -9,7 +9,7 @@ from shardprune.errors import InputError, without_credentials
 from shardprune.report.page.finished_run import FinishedRun
 from shardprune.report.page.plot import COLORS, SYMBOLS, Plot, figure
 from shardprune.report.page.tails import shortest_tails
-from shardprune.report.result import EvaluationResult, Result
+from shardprune.report.result import EvaluationResult, ModelSize, Result
 from shardprune.report.summary import what_was_done
 from shardprune.report.usual_loss import DENSE
 from shardprune.storage.output_names import PRUNED, RECOVERED, is_of_kept
@@ -150,13 +150,17 @@ def _was_dense(result: Result) -> bool:
     return result.command != "rebuild" and not (result.sparsity and (result.sparsity.before or 0.0) > DENSE)
 
 
+def _is_sparse(model: ModelSize) -> bool:
+    return (model.zeros_after or 0) > DENSE * model.parameters_after
+
+
 def _zeros(line: list[FinishedRun]) -> int | None:
     """Return the zeros of the model of the last run of a line. Runs that only remove structures do not count them: of a
     dense model there are none, of a sparse one nobody knows."""
     *before, result = (run.result for run in line if isinstance(run.result, Result))
     if result.model.zeros_after is None and result.sparsity is not None:
         raise InputError("compare", f"{line[-1].folder} was written before zeros were counted; start its command again")
-    if result.model.zeros_after is None and any(earlier.model.zeros_after for earlier in before):
+    if result.model.zeros_after is None and any(_is_sparse(earlier.model) for earlier in before):
         return None
     return result.model.zeros_after or 0
 
@@ -189,11 +193,11 @@ def comparisons(points: list[Point]) -> list[Plot]:
         own = list(dict.fromkeys(point for point in points if point.text == text))
         if len(own) < 2:
             continue
-        counted = [point for point in own if point.compression is not None]
+        counted = [(point, 100 * point.compression) for point in own if point.compression is not None]
         plots.append(
             Plot(
                 f"Perplexity on {text.name} against compression (% of the original's parameters)",
-                _scatter(counted, names, [100 * (point.compression or 0.0) for point in counted], "compression (%)"),
+                _scatter([point for point, _ in counted], names, [share for _, share in counted], "compression (%)"),
                 "The share of the original's parameters that are gone or zero. Down and to the right is better. The "
                 "numbers are those of the table.",
             )

@@ -10,7 +10,7 @@ K = TypeVar("K", bound=Hashable)
 def shortest_tails(
     names: Mapping[K, Sequence[str]], least: Callable[[Sequence[str]], int] = lambda parts: 1
 ) -> dict[K, Sequence[str]]:
-    """Return how many of the last parts of each name it takes to tell it from all others.
+    """Return the last parts of each name, as many as it takes to tell it from all others.
 
     Args:
         names: the parts of each name.
