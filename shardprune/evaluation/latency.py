@@ -4,6 +4,7 @@ Prefill reads prompts of random tokens, decode adds one token at a time to them,
 code, without a serving engine's batching.
 """
 
+import logging
 import math
 import os
 import platform
@@ -35,6 +36,8 @@ from shardprune.report.result import Continuation, Latency, ModelWeights, Rate, 
 from shardprune.storage.journal import recorded_recipe
 from shardprune.storage.output_names import run_of
 
+_logger = logging.getLogger(__name__)
+
 THIS, DENSE, OTHER = "pruned", "dense", "beside"  # the model, that which its line began with, any other one
 PROMPTS = (
     "The capital of France is",
@@ -62,8 +65,12 @@ def open_candidates(recipe: LatencyFields, model: ShardedModel) -> Candidates:
         InputError: a model cannot be opened, lies where transformers does not load from, or its positions do not
             suffice.
     """
-    original = original_of(model.checkpoint.folder.url)
+    place = model.checkpoint.folder.url
+    original = original_of(place)
     beside = recipe.latency_beside or original
+    if beside is None and _given_to(place):
+        reason = "the model that its runs began with is not there any more"
+        _logger.warning("the speed of %s is compared with no other: %s; --latency-beside names one", place, reason)
     checkpoints, parameters = {THIS: model.checkpoint}, {THIS: model.skeleton.parameters()}
     if beside:
         opened = open_model(place_of(beside), "latency_beside")
@@ -87,7 +94,7 @@ def original_of(out: str) -> str | None:
     found, seen = None, {out}
     while (model := _given_to(out)) and isinstance(model, str) and model not in seen:
         if model.startswith(("/", "~")) and not os.path.isdir(model):
-            break
+            return None
         found = out = model
         seen.add(model)
         if not os.path.isdir(model) and "://" not in model:  # a name of the hub, where no run writes

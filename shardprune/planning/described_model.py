@@ -10,6 +10,7 @@ from shardprune.model.config_file import CONFIG, config_fields, language_config,
 from shardprune.model.fp8 import quantisation_of
 from shardprune.model.opening import stored_dtype
 from shardprune.storage.folder import Folder
+from shardprune.storage.output_names import EXPORT
 from shardprune.storage.whole_files import read_file
 
 
@@ -37,14 +38,15 @@ def read_description(name: str, field: str = "model") -> DescribedModel:
     without weights the config's.
 
     Raises:
-        InputError: there is no config.
+        InputError: there is no config, or the model is an export.
     """
     if name.endswith(".json"):
         return _parsed(read_file(name, field), name, field)
     url = locate(place_of(name))
     folder = Folder(url, field)
     weights = folder.is_file(SINGLE) or folder.is_file(INDEX)
-    if not weights and folder.is_file(CONFIG):
+    # An export has a config and no weights that a run would read: opening it says what to do.
+    if not weights and folder.is_file(CONFIG) and not folder.is_file(EXPORT):
         return _parsed(folder.read_bytes(CONFIG), f"{url}/{CONFIG}", field)
     checkpoint = Checkpoint(name, field)
     stored = stored_dtype(checkpoint), checkpoint.bytes_of_fp8()

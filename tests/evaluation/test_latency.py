@@ -1,6 +1,7 @@
 """Tokens per second and continuations: counted against transformers, in turn with the model that a line began with."""
 
 import json
+import shutil
 from unittest.mock import patch
 
 import pytest
@@ -58,6 +59,21 @@ def test_models_take_turns_and_the_first_round_does_not_count(folder, measured):
     for speed in found.speeds:
         for rate in (speed.prefill, speed.decode):
             assert 0 < rate.least <= rate.median <= rate.most
+
+
+@pytest.mark.parametrize("gone", ["model", "narrow"])
+def test_a_model_is_measured_alone_where_the_one_its_line_began_with_is_gone(folder, gone, tmp_path, caplog):
+    """What the line passed through is not what it began with, and is not measured as if it were."""
+    out = shutil.copytree(folder / "again", tmp_path / "again")
+    (folder / gone).rename(folder / "elsewhere")
+    try:
+        assert original_of(str(out)) is None
+        found = evaluated(out, **SHORT).evaluation.latency
+    finally:
+        (folder / "elsewhere").rename(folder / gone)
+    assert found.beside is None
+    assert found.weights.keys() == {THIS}
+    assert f"the speed of {out} is compared with no other: " in caplog.text
 
 
 def test_rates_are_tokens_by_seconds():

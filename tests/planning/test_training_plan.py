@@ -270,6 +270,13 @@ def test_what_is_not_trained_is_not_planned(config, tmp_path):
         plan_training(TrainingPlanRecipe.checked({"model": config, "length": 4096}))
 
 
+def test_an_export_is_refused_as_a_training_refuses_it(config, tmp_path):
+    (tmp_path / "config.json").write_text(Path(config).read_text())
+    (tmp_path / "export.json").touch()
+    with pytest.raises(InputError, match=r"^model: .* holds an export; `shardprune export --restore` makes"):
+        plan_training(TrainingPlanRecipe(model=str(tmp_path), gpus=1))
+
+
 def test_a_recipe_of_a_recovery_is_one_of_a_plan():
     run = {"model": "m", "out": "o", "data": ["c4:2", "stdlib"], "zero": 2, "workers": 1, "best": True, "held_out": 0.1}
     assert TrainingPlanRecipe.checked(run).zero == 2
