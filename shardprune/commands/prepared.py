@@ -209,7 +209,8 @@ class Prepared:
                 need=least[shard] if least else None,
                 other_bytes=usual[shard].bytes + others,
                 model=states["model"],
-                samples=self.recipe.samples - self.held_out,
+                samples=self.recipe.samples,
+                held_out=self.held_out,
                 ignore=getattr(self.recipe, "ignore", ()),
                 sparse=states.get("sparse"),
             )

@@ -106,10 +106,12 @@ class Zeroing:
             # Structures may have met the target alone.
             sparsities = share_out(curves, weights, target) if target else dict.fromkeys(weights, 0.0)
         if isinstance(self.pattern, Mixed):
-            sparsities = in_groups(sparsities, target, self.pattern.m)
+            sizes = {index: sum(rows * cols for rows, cols in layer.values()) for index, layer in enumerate(shapes)}
+            sparsities = in_groups(sparsities, target, self.pattern.m, sizes)
         spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
         mean = spent / sum(projection.weights for projection in projections)
-        assert not allocation.exact or abs(mean - target) <= TOLERANCE, f"{self.allocation} allocates {mean}"
+        exact = allocation.exact and not isinstance(self.pattern, Mixed)
+        assert not exact or abs(mean - target) <= TOLERANCE, f"{self.allocation} allocates {mean}"
         ratios = {(layer, name): ratio for layer, of in enumerate(outliers) for name, ratio in of.projections.items()}
         return {key: Share(sparsity, ratios.get(key)) for key, sparsity in sparsities.items()}
 

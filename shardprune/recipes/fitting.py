@@ -46,16 +46,16 @@ def _check_mixed(target: float, pattern: Mixed, skeleton: Skeleton) -> None:
     """Check that N of M can have the target as their mean over the layers, in whole groups.
 
     Raises:
-        InputError: M does not divide the inputs of a projection, or no N has the target as its mean.
+        InputError: M does not divide the inputs of a projection, or no N of layers of one size has the target as mean.
     """
-    inputs = {
-        name: cols for index in range(skeleton.layers) for name, (_, cols) in skeleton.projection_shapes(index).items()
-    }
-    for name, cols in inputs.items():
+    shapes = [skeleton.projection_shapes(index) for index in range(skeleton.layers)]
+    for name, (_, cols) in (each for layer in shapes for each in layer.items()):
         if cols % pattern.m:
             raise InputError("pattern", f"{pattern} does not fit {name}, which has {cols} inputs")
+    sizes = [sum(rows * cols for rows, cols in layer.values()) for layer in shapes if layer]
+    if len(set(sizes)) > 1:  # of which hardly any mean can be met: the nearest is
+        return
     try:
-        layers = sum(1 for kind in skeleton.family.kinds if kind.inputs)
-        nonzeros_in_all(target, layers, pattern.m)
+        nonzeros_in_all(target, len(sizes), pattern.m)
     except ValueError as error:
         raise InputError("sparsity", f"{target} does not fit the pattern {pattern}: {error}") from error

@@ -96,7 +96,8 @@ class ExpertWorker(ImprovingWorker):
 
     @verb("solve", layer="index")
     def ratios(self, index: int) -> list[float]:
-        """Return mean |w| / rms(w) of the weights of each expert of a layer, read one tensor after the other."""
+        """Return mean |w| / rms(w) of the weights of each expert of a layer, read one tensor after the other; 1, the
+        largest that there can be, for an expert of zeros alone, which goes first."""
         sums: dict[int, Tensor] = {}
         prefix, path = f"{self.skeleton.family.layers}.{index}.", self.fewer.mixture.layers[index]
         for number in range(self.fewer.mixture.experts):
@@ -112,7 +113,7 @@ class ExpertWorker(ImprovingWorker):
                 )
             sums[number] = found
         return [
-            float(total / count / (squares / count).sqrt()) if squares > 0 else 0.0
+            float(total / count / (squares / count).sqrt()) if squares > 0 else 1.0
             for count, total, squares in sums.values()
         ]
 

@@ -59,6 +59,7 @@ class ForwardWorker:
         self.activations = Activations(self.skeleton.device, self._place())
         self.layers = self._open_layers()
         self.sums: dict[int, dict[str, Summed]] = {}  # by layer, then by the name of the statistic
+        self._observed: set[int] = set()  # of these, what all windows add to, those that are held out, too
         self.all_tokens = False  # add to the sums of every expert, not those alone that are routed to it
         if self.skeleton.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -238,7 +239,7 @@ class ForwardWorker:
     def outliers(self, index: int, m: float) -> Outliers:
         """Return the outlier ratios of a dense layer whose inputs were observed, by the sums of all replicas."""
         layer, sums = self.layers.get(index, "dense"), self._known(index)
-        del self.sums[index]
+        self._forget(index)
         squares: dict[str, Tensor] = {}
         for names in self.skeleton.family.kinds[index].inputs:
             statistics = sums[names[0]]
@@ -308,15 +309,20 @@ class ForwardWorker:
         sums = self._known(index)
         statistic = sums.pop(name, None)
         if not sums:
-            self.sums.pop(index, None)
+            self._forget(index)
         return statistic
+
+    def _forget(self, index: int) -> None:
+        """Remove the sums of a layer."""
+        self.sums.pop(index, None)
+        self._observed.discard(index)
 
     def _kind(self, index: int) -> LayerKind:
         return self.skeleton.family.kinds[index]
 
     def _known(self, index: int) -> dict[str, Summed]:
         """Return the sums over a layer's inputs when all waves have added to them."""
-        self.add_priors(index, self.spec.samples)
+        self.add_priors(index, self.spec.samples - (0 if index in self._observed else self.spec.held_out))
         return self.sums.get(index, {})
 
     def add_priors(self, index: int, samples: int) -> None:
@@ -398,6 +404,7 @@ class ForwardWorker:
         """The sums over a layer's inputs that `outliers` needs."""
         if index not in self.sums:
             self.sums[index] = {**self.empty_statistics(index, "squares")}
+            self._observed.add(index)
         return self.sums[index]
 
     def empty_sums(self, index: int, places: Sequence[int] | None = None) -> dict[str, Summed]:

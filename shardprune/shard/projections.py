@@ -1,5 +1,6 @@
 """The projections that read one input, from their dense weights to the pruned ones that are written, with reports."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -110,6 +111,10 @@ def prune_projections(
         finite, masked, zeros, zeros_before, broken, lost, norm = facts
         if not finite:
             raise SolverError(f"{labels[name]}: {overflow('pruned weight', stored[name])}")
+        if not math.isfinite(lost):
+            raise SolverError(
+                f"{labels[name]}: what its outputs lose is not finite: the weights that were found overflow"
+            )
         # Rounding to 16 bits may add zeros to those of the mask, never take one away.
         assert int(masked) == expected <= int(zeros), f"{labels[name]}: {int(zeros)} zeros, not {expected}"
         assert not broken, f"{labels[name]}: the zeros break the pattern {patterns[name]}"

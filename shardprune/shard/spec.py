@@ -41,7 +41,7 @@ class ForwardSpec:
     `activation_bytes` is the size of the waves that it keeps, `other_bytes` what else its device must hold at the same
     time: layers, sums, and the largest workspace. `model` is the checkpoint as the driver has opened it, where one has;
     `ignore` are globs over the names of projections that are left alone; `samples` is the number of calibration
-    sequences of all replicas, where there are any.
+    sequences of all replicas, where there are any, and `held_out` that of those which nothing is calibrated on.
     """
 
     settings: WorkerSettings
@@ -52,6 +52,7 @@ class ForwardSpec:
     other_bytes: int = field(default=0, kw_only=True)
     model: SourceState | None = field(default=None, kw_only=True)
     samples: int = field(default=0, kw_only=True)
+    held_out: int = field(default=0, kw_only=True)
     ignore: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SAMPLE_ROWS = 512  # rows of a weight in which its pattern is detected
 BROKEN = 10.0  # a pattern must have at least so many groups that chance would have broken
+FULL = 0.5  # of its groups with any nonzero, the least share that have N
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def pattern_of(weight: "Tensor") -> Pattern:
 
     It is the smallest N/M, among the M up to 32 that divide the inputs, such that no group of M has more than N
     nonzeros: in full N:M groups the share of nonzeros is that of the whole weight, and no other M can have a smaller
-    N/M. Chance is excluded: as many nonzeros placed at random would break at least `BROKEN` groups.
+    N/M. Chance is excluded: as many nonzeros placed at random would break at least `BROKEN` groups. So are nonzeros
+    that are spread more evenly than at random, as where few columns hold the large ones: of the groups with any nonzero
+    at least `FULL` have N.
     """
     sample = weight[:SAMPLE_ROWS] != 0
     rows, cols = sample.shape
@@ -152,7 +155,9 @@ def pattern_of(weight: "Tensor") -> Pattern:
             continue
         counts = sample.view(rows, -1, m).sum(-1)
         n = int(counts.max())
-        if 0 < n < m and counts.numel() * _chance_of_more(n, m, density) >= BROKEN:
+        if not 0 < n < m or (counts == n).sum() < FULL * (counts > 0).sum():
+            continue
+        if counts.numel() * _chance_of_more(n, m, density) >= BROKEN:
             found.append((n / m, m, n))
     for _, m, n in sorted(found):
         if NM(n, m).holds(weight):

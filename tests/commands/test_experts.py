@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import defaultdict
 
 import numpy as np
@@ -222,6 +223,17 @@ def test_aimer_looks_at_the_weights_alone(mixture, tmp_path):
     with pytest.raises(InputError, match="^statistics: .* has made no whole pass, and score reap needs one"):
         remove(mixture, tmp_path / "second", keep=4, **given)
     assert not (tmp_path / "second").exists()
+
+
+def test_an_expert_of_zeros_goes_first(mixture, tmp_path):
+    shutil.copytree(mixture / "model", tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    zeros = {name: tensor * 0 for name, tensor in tensors.items() if ".mlp.experts.3." in name}
+    assert zeros
+    save_file(tensors | zeros, file, metadata={"format": "pt"})
+    result = remove(mixture, tmp_path / "out", tmp_path / "model", keep=5, score="aimer", calibration=("c4",))
+    assert all(layer.kept == [0, 1, 2, 4, 5] for layer in result.experts.layers)
 
 
 def test_every_group_keeps_as_many_experts(tmp_path):

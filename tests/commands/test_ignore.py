@@ -59,6 +59,20 @@ def test_what_is_ignored_stays_as_it_is_and_the_target_is_the_others(folder, tmp
     assert [verdict.faults for verdict in check(str(tmp_path / "out"))] == [[]]
 
 
+def test_layers_of_different_sizes_have_n_of_m_whose_mean_is_near_the_target(folder, tmp_path):
+    """Half of what one of 8 in the largest layer makes is as near as they come."""
+    half = {"sparsity": 0.5, "method": "wanda", "pattern": "mixed:8"}
+    result = run(folder, tmp_path / "out", ignore=("model.layers.0.mlp.*",), **half)
+    before, sizes = load_tensors(folder / "model"), [0] * LAYERS
+    for one in result.sparsity.projections:
+        sizes[one.layer] += before[f"model.layers.{one.layer}.{one.name}.weight"].numel()
+    assert sizes[0] < sizes[1]
+    assert abs(result.sparsity.achieved - 0.5) <= max(sizes) / 16 / sum(sizes)
+    patterns = [{one.pattern for one in result.sparsity.projections if one.layer == layer} for layer in range(LAYERS)]
+    assert all(len(one) == 1 for one in patterns)
+    assert [verdict.faults for verdict in check(str(tmp_path / "out"))] == [[]]
+
+
 def test_the_run_says_so_and_others_share_nothing_with_it(folder, tmp_path, capsys):
     run(folder, tmp_path / "out", reporter=Reporter(), sparsity=0.5, ignore=IGNORED)
     said = " ".join(capsys.readouterr().err.split())

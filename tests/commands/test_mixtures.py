@@ -154,6 +154,17 @@ def test_damping_is_measured_for_experts_that_see_no_token_and_parts_may_be_igno
     assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.parametrize("layout", [{}, {"shards": 2, "weights": "streamed"}], ids=["one", "streamed"])
+def test_windows_that_are_held_out_do_not_change_outlier_ratios(mixture, tmp_path, layout):
+    """All windows are observed: what all tokens add to an expert's sums is that of all of them."""
+    found = []
+    for name, fields in (("all", {}), ("held-out", {"refit": True})):
+        result = run(mixture, tmp_path / name, sparsity=0.5, allocation="mosaic", outlier_m=3.0, **fields, **layout)
+        found.append([(one.layer, one.name, one.outliers, one.target) for one in result.sparsity.projections])
+    assert found[0] == found[1]
+    assert any(".experts." in name for _, name, *_ in found[0])
+
+
 def noted(module, seen, name, hidden, chosen, weights):
     """The output of a Qwen3-MoE's experts, with the inputs and outputs of each part as `seen`, plainly."""
     total = torch.zeros_like(hidden)

@@ -306,7 +306,7 @@ def test_mixed_n_of_m_has_the_mean_asked_for_where_theirs_is_rounded_layer_by_la
         projections, outliers = model(8, seed)
         profile = scaled([layer.layer for layer in outliers], 2.0)
         theirs = 5 - np.round(profile - profile.mean())  # 5:8 with --Lamda 2: zeros of 8
-        shares = in_groups(owl.allocate(projections, outliers, 5 / 8, 2.0 / 16), 5 / 8, 8)
+        shares = in_groups(owl.allocate(projections, outliers, 5 / 8, 2.0 / 16), 5 / 8, 8, dict.fromkeys(range(8), 1))
         ours = np.array([8 * shares[layer, "q"] for layer in range(8)])
         assert ours.mean() == pytest.approx(5)
         assert np.abs(ours - theirs).max() <= 1

@@ -1,5 +1,7 @@
 """Mixed N:M (OWL's structured form): N of every layer out of a common M."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from shardprune.solvers.allocation.allocation import Sparsities
@@ -7,7 +9,7 @@ from shardprune.solvers.allocation.budget import TOLERANCE
 
 
 def nonzeros_in_all(target: float, layers: int, m: int) -> int:
-    """Return the sum of N over all layers for which the mean sparsity 1 - N/m is the target.
+    """Return the sum of N over all layers, of one size, for which the mean sparsity 1 - N/m is the target.
 
     Raises:
         ValueError: no integers have that mean; names the nearest targets that work.
@@ -21,23 +23,32 @@ def nonzeros_in_all(target: float, layers: int, m: int) -> int:
     return nearest
 
 
-def in_groups(sparsities: Sparsities, target: float, m: int) -> Sparsities:
-    """Round one sparsity per layer to 1 - N/m with integer N in [1, m], whose mean is the target.
+def in_groups(sparsities: Sparsities, target: float, m: int, weights: Mapping[int, int]) -> Sparsities:
+    """Round one sparsity per layer to 1 - N/m with integer N in [1, m], so that their mean over all weights is the
+    target where layers are of one size, else nearer to it than half of what one of m in the largest layer makes.
 
     N is rounded down first; the layers that lose most by that then get one more until the mean is met.
 
-    Raises:
-        ValueError: no integers have that mean.
+    Args:
+        weights: the weights of each layer.
     """
     layers = sorted({layer for layer, _ in sparsities})
     of_layer = {layer: sparsity for (layer, _), sparsity in sparsities.items()}
     wanted = np.array([(1 - of_layer[layer]) * m for layer in layers])
-    total = nonzeros_in_all(target, len(layers), m)
+    sizes = np.array([weights[layer] for layer in layers], dtype=np.float64)
+    goal = (1 - target) * m * sizes.sum()
     counts = np.clip(np.floor(wanted), 1, m)
-    while counts.sum() != total:
-        short = counts.sum() < total
+    while True:
+        missing = goal - counts @ sizes
+        short = missing > 0
+        losing = wanted - counts if short else counts - wanted
         room = counts < m if short else counts > 1
-        missing = np.where(room, wanted - counts if short else counts - wanted, -np.inf)
-        counts[int(missing.argmax())] += 1 if short else -1
+        # One more, or one less, comes nearer to it; so that no small layer makes up for all, only where it is wanted,
+        # unless one of the largest layer would, too.
+        room &= sizes < 2 * abs(missing)
+        room &= (losing > 0) | (sizes.max() < 2 * abs(missing))
+        if not room.any():
+            break
+        counts[int(np.where(room, losing, -np.inf).argmax())] += 1 if short else -1
     chosen = dict(zip(layers, counts, strict=True))
     return {(layer, name): float(1 - chosen[layer] / m) for layer, name in sparsities}

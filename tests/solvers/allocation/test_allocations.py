@@ -112,7 +112,7 @@ def test_what_clipping_takes_is_spread_evenly_over_the_rest():
 @pytest.mark.parametrize("spread", [0.0, 0.08, 0.3])
 def test_mixed_counts_are_whole_and_have_the_mean(target, spread):
     owl = ALLOCATIONS["owl"].allocate(PROJECTIONS, some_outliers(2), target, spread)
-    mixed = in_groups(owl, target, 8)
+    mixed = in_groups(owl, target, 8, dict.fromkeys(range(LAYERS), sum(SIZES.values())))
     counts = [8 * (1 - mixed[layer, "q"]) for layer in range(LAYERS)]
     assert all(count == int(count) and 1 <= count <= 8 for count in counts)
     assert sum(counts) == pytest.approx(8 * LAYERS * (1 - target))
@@ -123,8 +123,20 @@ def test_mixed_counts_are_whole_and_have_the_mean(target, spread):
 
 def test_mixed_counts_are_the_nearest():
     wanted = {(layer, "q"): 1 - count / 8 for layer, count in enumerate((2.2, 3.8, 4.0, 5.9, 0.1))}
-    mixed = in_groups(wanted, 1 - 16 / 40, 8)
+    mixed = in_groups(wanted, 1 - 16 / 40, 8, dict.fromkeys(range(5), 7))
     assert [round(8 * (1 - mixed[layer, "q"])) for layer in range(5)] == [2, 3, 4, 6, 1]
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.51, 0.7, 0.875])
+def test_mixed_counts_of_layers_of_different_sizes_come_near(target):
+    sizes = {0: 1000, 1: 3000, 2: 3100, 3: 500, 4: 2900}
+    wanted = {(layer, "q"): target + 0.02 * (layer - 2) for layer in sizes}
+    mixed = in_groups(wanted, target, 8, sizes)
+    counts = [8 * (1 - mixed[layer, "q"]) for layer in sizes]
+    assert all(count == int(count) and 1 <= count <= 8 for count in counts)
+    assert all(abs(count - 8 * (1 - wanted[layer, "q"])) <= 1.5 for layer, count in enumerate(counts))
+    away = sum(size * (mixed[layer, "q"] - target) for layer, size in sizes.items())
+    assert 8 * abs(away) <= max(sizes.values()) / 2
 
 
 @pytest.mark.parametrize(
