@@ -21,7 +21,7 @@ from shardprune.solvers.products import add_product, product
 from shardprune.solvers.statistics import InputStatistics
 
 TINY = torch.finfo(torch.float32).tiny
-EPS = torch.finfo(torch.float32).eps
+ROUNDING = 4 * torch.finfo(torch.float32).eps  # of the eigenvalues of a matrix with a unit diagonal, by sqrt(cols)
 
 
 @dataclass(frozen=True)
@@ -60,28 +60,28 @@ class UnitGram:
 def descend(start: Tensor, image: Tensor, fixed: Tensor, unit: UnitGram, steps: int) -> Tensor:
     """Return B' after some steps of conjugate gradients from `start` down tr((B - B') H (B - B')^T), float32.
 
-    A row ends early where nothing but rounding is left of its gradient, or of H along its way: a Gram matrix of fewer
-    tokens than inputs, not damped, is rounded to one with negative eigenvalues, down which a step has no end.
+    A row ends where H along its way is nothing but rounding: a Gram matrix of fewer tokens than inputs, not damped, is
+    rounded to one with negative eigenvalues, down which a step has no end.
 
     Args:
         start: B' [rows, cols]; overwritten.
         image: B H [rows, cols]; overwritten.
         fixed: bool [rows, cols], True where B' stays as it is.
     """
-    rounding = image.square().sum(1, keepdim=True).mul_(len(unit.matrix) * EPS**2)  # the gradient's size of rounding
     rest = add_product(image, start, unit.matrix, alpha=-1).masked_fill_(fixed, 0)
     way = rest.clone()
     size = rest.square().sum(1, keepdim=True)
-    ended = size <= rounding
+    ended = torch.zeros_like(size, dtype=torch.bool)
+    rounding = ROUNDING * len(unit.matrix) ** 0.5
     for _ in range(steps):
         turned = product(way, unit.matrix).masked_fill_(fixed, 0)
         curvature = (way * turned).sum(1, keepdim=True)
-        ended |= curvature <= EPS * way.square().sum(1, keepdim=True)
+        flat = curvature / way.square().sum(1, keepdim=True).clamp_min_(TINY)
+        ended |= flat <= rounding
         length = (size / curvature).masked_fill_(ended, 0)
         start.addcmul_(way, length)
         rest.addcmul_(turned, length, value=-1)
         before, size = size, rest.square().sum(1, keepdim=True)
-        ended |= size <= rounding
         way.mul_(size / before.clamp_min_(TINY)).add_(rest)
     return start
 
