@@ -8,7 +8,7 @@ from shardprune.solvers.allocation.allocation import Projection, Share, Sparsiti
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import TOLERANCE
 from shardprune.solvers.allocation.knapsack import Curve, share_out
-from shardprune.solvers.allocation.mixed import in_groups
+from shardprune.solvers.allocation.mixed import in_groups, nearness
 from shardprune.solvers.expert_scores import ExpertScore
 from shardprune.solvers.improving import NOTHING, Improving
 from shardprune.solvers.methods import DAMPING, DAMPINGS, METHODS, Damping, Effort
@@ -105,13 +105,14 @@ class Zeroing:
             weights = {(projection.layer, projection.name): projection.weights for projection in projections}
             # Structures may have met the target alone.
             sparsities = share_out(curves, weights, target) if target else dict.fromkeys(weights, 0.0)
+        tolerance = TOLERANCE
         if isinstance(self.pattern, Mixed):
             sizes = {index: sum(rows * cols for rows, cols in layer.values()) for index, layer in enumerate(shapes)}
             sparsities = in_groups(sparsities, target, self.pattern.m, sizes)
+            tolerance = nearness(self.pattern.m, [size for size in sizes.values() if size])
         spent = sum(sparsities[projection.layer, projection.name] * projection.weights for projection in projections)
         mean = spent / sum(projection.weights for projection in projections)
-        exact = allocation.exact and not isinstance(self.pattern, Mixed)
-        assert not exact or abs(mean - target) <= TOLERANCE, f"{self.allocation} allocates {mean}"
+        assert not allocation.exact or abs(mean - target) <= tolerance, f"{self.allocation} allocates {mean}"
         ratios = {(layer, name): ratio for layer, of in enumerate(outliers) for name, ratio in of.projections.items()}
         return {key: Share(sparsity, ratios.get(key)) for key, sparsity in sparsities.items()}
 

@@ -154,7 +154,9 @@ def test_damping_is_measured_for_experts_that_see_no_token_and_parts_may_be_igno
     assert result.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
 
 
-@pytest.mark.parametrize("layout", [{}, {"shards": 2, "weights": "streamed"}], ids=["one", "streamed"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"shards": 2, "weights": "streamed"}, {"replicas": 2}], ids=["one", "streamed", "replicas"]
+)
 def test_windows_that_are_held_out_do_not_change_outlier_ratios(mixture, tmp_path, layout):
     """All windows are observed: what all tokens add to an expert's sums is that of all of them."""
     found = []

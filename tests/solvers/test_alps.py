@@ -184,13 +184,14 @@ def test_rows_that_are_done_stay_where_they_are():
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 100])
-def test_more_steps_do_no_harm_where_fewer_tokens_than_inputs_are_not_damped(tokens):
+def test_more_steps_do_no_harm_where_fewer_tokens_than_inputs_are_not_damped(tokens, device):
     """Rounding makes some of the Gram matrix's zero eigenvalues negative: down these a step has no end."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(1, tokens, 512, generator=generator), torch.randn(48, 512, generator=generator)
-    unit = UnitGram.of(gathered(x), 0.0)
-    dense, fixed = unit.scaled(weight), torch.rand(weight.shape, generator=generator) < 0.5
-    start = dense.masked_fill(fixed, 0)
-    found = descend(start.clone(), product(dense, unit.matrix), fixed, unit, 200)
-    assert relative((found / unit.norms) @ x[0].T, weight @ x[0].T) < 1e-3
+    fixed = (torch.rand(weight.shape, generator=generator) < 0.5).to(device)
+    statistics, weight, x = gathered(x, device), weight.to(device), x[0].to(device)
+    unit = UnitGram.of(statistics, 0.0)
+    dense = unit.scaled(weight)
+    found = descend(dense.masked_fill(fixed, 0), product(dense, unit.matrix), fixed, unit, 200)
+    assert relative((found / unit.norms) @ x.T, weight @ x.T) < 1e-3
     assert found.abs().max() < 10 * dense.abs().max()

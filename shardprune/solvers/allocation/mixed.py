@@ -1,6 +1,6 @@
 """Mixed N:M (OWL's structured form): N of every layer out of a common M."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -23,9 +23,15 @@ def nonzeros_in_all(target: float, layers: int, m: int) -> int:
     return nearest
 
 
+def nearness(m: int, sizes: Collection[int]) -> float:
+    """Return how far from the target the mean of 1 - N/m over the weights of layers of some sizes may be: not at all
+    where they are of one size, else half of what one of m in the largest makes."""
+    return TOLERANCE if len(set(sizes)) <= 1 else max(sizes) / (2 * m * sum(sizes))
+
+
 def in_groups(sparsities: Sparsities, target: float, m: int, weights: Mapping[int, int]) -> Sparsities:
-    """Round one sparsity per layer to 1 - N/m with integer N in [1, m], so that their mean over all weights is the
-    target where layers are of one size, else nearer to it than half of what one of m in the largest layer makes.
+    """Round one sparsity per layer to 1 - N/m with integer N in [1, m], so that their mean over all weights is as
+    near to the target as `nearness` says.
 
     N is rounded down first; the layers that lose most by that then get one more until the mean is met.
 

@@ -7,7 +7,7 @@ from shardprune.recipes.prune import AllocationName
 from shardprune.solvers.allocation.allocation import Projection
 from shardprune.solvers.allocation.allocations import ALLOCATIONS
 from shardprune.solvers.allocation.budget import HIGHEST, meet
-from shardprune.solvers.allocation.mixed import in_groups, nonzeros_in_all
+from shardprune.solvers.allocation.mixed import in_groups, nearness, nonzeros_in_all
 from shardprune.solvers.outliers import Outliers
 
 SIZES = {"q": 400, "k": 100, "up": 1300, "down": 900}
@@ -136,7 +136,7 @@ def test_mixed_counts_of_layers_of_different_sizes_come_near(target):
     assert all(count == int(count) and 1 <= count <= 8 for count in counts)
     assert all(abs(count - 8 * (1 - wanted[layer, "q"])) <= 1.5 for layer, count in enumerate(counts))
     away = sum(size * (mixed[layer, "q"] - target) for layer, size in sizes.items())
-    assert 8 * abs(away) <= max(sizes.values()) / 2
+    assert abs(away) / sum(sizes.values()) <= nearness(8, sizes.values()) == 3100 / 16 / 10500
 
 
 @pytest.mark.parametrize(
